@@ -1,0 +1,39 @@
+"""freqmask: frequency-masked self-supervised pre-training (MFM, FOLK) of any timm backbone.
+
+Everything on the command line has a twin here: ``freqmask.pretrain("photos", method="folk")``. The pieces
+(``freqmask.filters``, ``freqmask.losses``, ``freqmask.methods`` ...) are importable on their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from freqmask.commands.info import info
+    from freqmask.commands.pretrain import pretrain
+    from freqmask.commands.spectra import spectra
+    from freqmask.errors import UserError
+
+_PUBLIC = {
+    "pretrain": "freqmask.commands.pretrain",
+    "spectra": "freqmask.commands.spectra",
+    "info": "freqmask.commands.info",
+    "UserError": "freqmask.errors",
+}
+__all__ = ["UserError", "info", "pretrain", "spectra"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use: ``import freqmask`` must not wait for torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'freqmask' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,273 @@
+"""Any timm model as one feature map and one pooled feature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from freqmask.errors import UserError
+from freqmask.timm_models import (
+    attends_anywhere,
+    cannot,
+    create_model,
+    has_attending_blocks,
+    initialise_as_mfm,
+    parameters_behind,
+    round_up,
+    strides,
+)
+
+ImageSize = int | tuple[int, int]
+
+
+class Features(NamedTuple):
+    """What a backbone says about images: a map, its mean and, where the model has one, its class token."""
+
+    feature_map: Float[Tensor, "batch dim rows columns"]
+    pooled: Float[Tensor, "batch dim"]
+    class_token: Float[Tensor, "batch dim"] | None
+
+
+class Backbone(nn.Module):
+    """A timm model without its classifier, read at one stage.
+
+    Images whose sides the model's stride does not divide are padded at the bottom and the right by repeating
+    the edge, so that the map covers every pixel. Parameters that the chosen stage never reaches do not
+    require gradients: DDP refuses to train a model that leaves some without.
+
+    Args:
+        name: a timm model, or ``local-dir:PATH`` or ``hf-hub:NAME`` as timm writes them.
+        image_size: side of the (normalised) images in pixels, or (height, width).
+        channels: channels of the images.
+        patch_size: side of a patch in pixels; None leaves the model's own.
+        stage: the stage whose features are taken, counted as timm does (for a ViT a stage is a block);
+            -1 is the last: what the model itself would classify from.
+        model_args: timm's own arguments for this model, such as ``{"output_stride": 8}``.
+        pretrained: start from timm's public weights.
+        initialisation: ``"mfm"`` initialises a ViT as MFM's authors do and leaves other families as timm
+            makes them; ``"timm"`` leaves all of them. Public weights stay as they are.
+
+    Attributes:
+        timm_model: the plain timm module.
+        feature_dim: channels D of the map.
+        stride: pixels of the image per cell of the map.
+        is_vit: blocks of attention at one resolution.
+        is_cnn: no attention at all (Swin is neither).
+        has_class_token: whether ``forward`` gives one.
+        settings: the constructor's arguments from ``patch_size`` on.
+
+    Raises:
+        UserError: for an unknown name, or a model that cannot do what is asked.
+    """
+
+    def __init__(
+        self,
+        name: str = "vit_small_patch16_224",
+        image_size: ImageSize = 224,
+        channels: int = 3,
+        patch_size: int | None = None,
+        stage: int = -1,
+        model_args: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+        initialisation: Literal["mfm", "timm"] = "mfm",
+    ) -> None:
+        super().__init__()
+        if initialisation not in ("mfm", "timm"):
+            raise UserError(f"initialisation ({initialisation}) must be 'mfm' or 'timm'")
+        self.name, self.stage, self.channels = name, stage, channels
+        self.image_size = height_and_width(image_size)
+        self.settings: dict[str, Any] = {
+            "patch_size": patch_size,
+            "stage": stage,
+            "model_args": None if model_args is None else dict(model_args),
+            "initialisation": initialisation,
+        }
+        self.timm_model: Any  # timm's methods are its own, nn.Module's type knows none of them
+        self.timm_model, self.fixed_size = create_model(
+            name, self.image_size, channels, patch_size, model_args, pretrained
+        )
+        stage_strides = strides(self.timm_model)
+        _check_stage(name, stage, len(stage_strides))
+        self._reads_the_end = stage in (-1, len(stage_strides) - 1)
+        # A model of fixed size has to divide its own coarsest grid, whichever stage is read.
+        self._multiple = max(stage_strides) if self.fixed_size else stage_strides[stage]
+        self._look_once()
+        self.is_vit = len(set(stage_strides)) == 1 and has_attending_blocks(self.timm_model)
+        self.is_cnn = self._ends_in_map and not attends_anywhere(self.timm_model)
+        has_own_weights = pretrained or ":" in name
+        if self.is_vit and initialisation == "mfm" and not has_own_weights:
+            initialise_as_mfm(self.timm_model)
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the timm model is given."""
+        return round_up(self.image_size, self._multiple)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Features:
+        """Feature map (B, D, h, w), its mean (B, D) and the class token (B, D) or None."""
+        feature_map, class_token = self._read(self._padded(images))
+        return Features(feature_map, feature_map.mean(dim=(2, 3)), class_token)
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes activations in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: if the model does not offer it.
+        """
+        try:
+            self.timm_model.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise UserError(f"gradient_checkpointing is not offered by {self.name}; leave it off") from error
+
+    def _padded(self, images: Tensor) -> Tensor:
+        channels, height, width = images.shape[1:]
+        if channels != self.channels:
+            raise UserError(
+                f"images of {channels} channels do not fit {self.name}, built for {self.channels}"
+            )
+        if self.fixed_size and (height, width) != self.image_size:
+            raise UserError(
+                f"images of {height}x{width} pixels do not fit {self.name}, built for "
+                f"{self.image_size[0]}x{self.image_size[1]}; build it with that image_size"
+            )
+        below, right = -height % self._multiple, -width % self._multiple
+        return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+
+    def _read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._reads_the_end and self._ends_in_map:
+            # EfficientNet and others end in a layer that timm counts to no stage.
+            end = self.timm_model.forward_features(images)
+            return end.permute(0, 3, 1, 2) if self._ends_channels_last else end, None
+        (stage,) = self.timm_model.forward_intermediates(
+            images, indices=[self.stage], intermediates_only=True, **self._how
+        )
+        if self.has_class_token:
+            feature_map, prefix = stage
+            return feature_map, prefix[:, 0]
+        return stage, None
+
+    def _look_once(self) -> None:
+        """Passes one image through, to learn the map's shape and which parameters it never reaches."""
+        model = self.timm_model
+        model.eval()  # running statistics stay untouched, and one image is enough for batch norm
+        image = torch.zeros(1, self.channels, *self.padded_size)
+        try:
+            with torch.enable_grad():
+                self._learn_the_interface(image)
+                feature_map, class_token = self._read(image)
+        except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise cannot(self.name, f"images of {self.image_size[0]}x{self.image_size[1]}", error) from error
+        model.train()
+        self.feature_dim, rows, columns = feature_map.shape[1:]
+        height, width = self.padded_size
+        self.stride = height // rows
+        if (rows * self.stride, columns * self.stride) != (height, width):
+            raise UserError(
+                f"backbone ({self.name}) makes a {rows}x{columns} map of {height}x{width} pixels, which "
+                "is no whole stride; take another image_size or backbone"
+            )
+        reached = parameters_behind([feature_map] if class_token is None else [feature_map, class_token])
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in reached)
+
+    def _learn_the_interface(self, image: Tensor) -> None:
+        """Finds out how this family is asked: timm's share one way, but not all of its arguments."""
+        model = self.timm_model
+        offered = inspect.signature(model.forward_intermediates).parameters
+        self._how: dict[str, Any] = {"stop_early": True} if "stop_early" in offered else {}
+        self.has_class_token = "return_prefix_tokens" in offered and model.cls_token is not None
+        if self.has_class_token:
+            self._how["return_prefix_tokens"] = True
+        self._ends_in_map = model.forward_features(image).dim() == 4
+        self._ends_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        if self._reads_the_end and self._ends_in_map:
+            return
+        try:
+            model.forward_intermediates(
+                image, indices=[self.stage], intermediates_only=True, norm=True, **self._how
+            )
+            self._how["norm"] = True  # the model's final normalisation, where its width fits the stage
+        except (AssertionError, TypeError):  # Hiera has it behind its pooling
+            pass
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    backbone: nn.Module, batches: Iterable[Float[Tensor, "batch channel height width"]]
+) -> None:
+    """Recomputes the running statistics of batch norm as the plain mean over ``batches``, in place.
+
+    During pre-training they are gathered from filtered images, which the backbone never meets afterwards.
+    Weights, modes and momenta are left as they were; without batch norm nothing is read from ``batches``.
+
+    Args:
+        backbone: any module that takes a batch of images.
+        batches: normalised, unfiltered images (B, C, H, W) on the backbone's device; at least one batch.
+
+    Raises:
+        UserError: if there is no batch.
+    """
+    norms = [
+        module
+        for module in backbone.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    count = 0
+    with evaluating(backbone):  # dropout off
+        try:
+            for count, images in enumerate(batches, start=1):
+                if count == 1:
+                    _start_cumulative_mean(norms)
+                backbone(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if count == 0:
+        raise UserError("batches (none) must hold at least one batch of images to recalibrate batch norm")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, afterwards every part's own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _start_cumulative_mean(norms: list[_BatchNorm]) -> None:
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """(height, width) in pixels of a side or a pair.
+
+    Raises:
+        UserError: unless both are positive whole numbers.
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        raise UserError(f"image_size ({image_size}) must be a side in pixels or (height, width), such as 224")
+    return sides[0], sides[1]
+
+
+def _check_stage(name: str, stage: int, count: int) -> None:
+    if not -count <= stage < count:
+        raise UserError(f"stage ({stage}) must be between {-count} and {count - 1} for {name}")

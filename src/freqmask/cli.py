@@ -1,0 +1,87 @@
+"""Names to commands, nothing else. No torch is imported here: help and version must answer at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from freqmask import __version__
+from freqmask.console import say
+from freqmask.errors import UserError, nearest
+
+
+class Command(NamedTuple):
+    """Where a command's function lives and what the list of commands says of it."""
+
+    module: str
+    summary: str
+    positional: str | None = None
+
+
+COMMANDS = {
+    "pretrain": Command("freqmask.commands.pretrain", "train a backbone on images without labels", "data"),
+    "spectra": Command("freqmask.commands.spectra", "draw every filter on an image", "image"),
+    "recipes": Command("freqmask.commands.recipes", "list, show or copy the shipped recipes", "name"),
+    "info": Command("freqmask.commands.info", "versions, devices, extras"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and leave with 0, 1 (an error of ours), 2 (an error of the user's) or 130 (interrupted)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run(words)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None  # the reader of our output, such as `head`, has left
+
+
+def run(words: Sequence[str]) -> Any:
+    """Find the command and call it.
+
+    Raises:
+        UserError: there is no such command or option.
+    """
+    if not words or words[0] in ("-h", "--help", "help"):
+        say(overview())
+        return None
+    if words[0] in ("-V", "--version"):
+        say(f"freqmask {__version__}")
+        return None
+    name = words[0]
+    if name not in COMMANDS:
+        raise UserError(f"command ({name}) is unknown; {nearest(name, COMMANDS)}")
+    from freqmask.commands.parser import call
+
+    return call(f"freqmask {name}", load(name), COMMANDS[name].positional, words[1:])
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function behind a command's name."""
+    function: Callable[..., Any] = getattr(importlib.import_module(COMMANDS[name].module), name)
+    return function
+
+
+def overview() -> str:
+    """What ``freqmask --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "freqmask: pre-train a vision backbone on your own images by hiding frequencies",
+            "",
+            "usage: freqmask COMMAND [OPTIONS]        freqmask COMMAND --help        freqmask --version",
+            "",
+            *lines,
+            "",
+            "begin with `freqmask pretrain` (three minutes on photographs that come along),",
+            "then `freqmask pretrain YOUR_FOLDER`",
+        ]
+    )

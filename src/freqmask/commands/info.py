@@ -1,0 +1,104 @@
+"""``freqmask info``: what is installed and what it runs on."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib import metadata
+
+from freqmask.console import say
+
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "lightning",
+    "jsonargparse",
+    "numpy",
+    "pillow",
+    "tifffile",
+    "matplotlib",
+)
+_FOR_DEVELOPERS = ("dev", "docs", "bench")
+
+
+def info() -> dict[str, str]:
+    """Prints versions, devices, extras and folders: what a bug report should hold.
+
+    Returns:
+        One text per line printed, by its title.
+    """
+    facts = {**_versions(), **_devices(), **_extras(), "cache folder": _cache_folder()}
+    width = max(map(len, facts))
+    for title, text in facts.items():
+        say(f"{title:{width}}  {text}")
+    return facts
+
+
+def _versions() -> dict[str, str]:
+    from freqmask import __version__
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"freqmask": __version__, "python": python} | {
+        name: _version(name) or "missing" for name in _LIBRARIES
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus.append("Apple GPU (mps)")
+    return {"cores": _cores(), "cpu": ", ".join(_cpu_capabilities()), "gpu": ", ".join(gpus) or "none"}
+
+
+def _cores() -> str:
+    from freqmask.training.plan import usable_cores
+
+    usable, total = usable_cores(), os.cpu_count() or 1
+    return f"{usable}" if usable == total else f"{usable} of {total}"
+
+
+def _cpu_capabilities() -> list[str]:
+    """The instruction sets that PyTorch uses here; the last two compute bfloat16 fast."""
+    import torch
+
+    capabilities = [torch.backends.cpu.get_cpu_capability()]
+    # Private names of PyTorch's: a version without them just names less.
+    for words, question in (("AVX512-bf16", "_is_avx512_bf16_supported"), ("AMX", "_is_amx_tile_supported")):
+        if getattr(torch.cpu, question, bool)():
+            capabilities.append(words)
+    return capabilities
+
+
+def _extras() -> dict[str, str]:
+    """For every extra meant for users: present, or the line that installs it."""
+    wanted: dict[str, list[str]] = {}
+    for requirement in metadata.requires("freqmask") or []:
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
+        name = re.match(r"[\w.-]+", requirement)
+        if extra and name and extra[1] not in _FOR_DEVELOPERS:
+            wanted.setdefault(extra[1], []).append(name[0])
+    return {f"extra [{extra}]": _presence(extra, names) for extra, names in wanted.items()}
+
+
+def _presence(extra: str, names: list[str]) -> str:
+    missing = [name for name in names if _version(name) is None]
+    if missing:
+        return f"without {', '.join(missing)}; pip install 'freqmask[{extra}]'"
+    return "present: " + ", ".join(names)
+
+
+def _cache_folder() -> str:
+    from freqmask.data.cache import cache_folder
+
+    return str(cache_folder())

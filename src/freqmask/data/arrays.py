@@ -1,0 +1,194 @@
+"""Images stacked in one numpy file: ``.npy``, or ``.npz`` with labels and splits."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from freqmask.data.cache import bytes_of
+from freqmask.data.pictures import ArrayPicture, Picture
+from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.splits import choose_split, split_note, split_of
+from freqmask.errors import BadImage, UserError, nearest
+
+IMAGE_KEYS = ("images", "image", "x", "data", "arr_0")
+LABEL_KEYS = ("labels", "label", "y", "targets", "arr_1")
+
+
+def open_array(path: Path, split: str = "auto") -> Source:
+    """The images of a ``.npy`` or ``.npz`` file.
+
+    Args:
+        path: a ``.npy`` of (image, height, width[, channel]) or (image, channel, height, width), or a
+            ``.npz`` with such an array as ``images`` (or x, data) and labels as ``labels`` (or y),
+            each also with the name of a split before or after it (``train_images``, ``x_test``).
+        split: of a ``.npz``: ``auto``, ``all`` or its name.
+
+    Raises:
+        UserError: it is damaged, needs code to be run, or holds no stack of images.
+    """
+    if path.suffix.lower() == ".npy":
+        return ArraySource(path, [(None, None)])
+    pairs = _find_pairs(_npz_shapes(path), path)
+    names = [name for name in pairs if name]
+    chosen = choose_split(names, split, str(path)) if names or split not in ("auto", "all") else None
+    notes = [split_note(chosen, names)] if chosen and split == "auto" else []
+    return ArraySource(path, list(pairs.values()) if chosen is None else [pairs[chosen]], chosen, notes)
+
+
+def splits_in_array(path: Path) -> list[str]:
+    """The names of the splits that a ``.npz`` holds; none for a ``.npy``."""
+    if path.suffix.lower() == ".npy":
+        return []
+    return [name for name in _find_pairs(_npz_shapes(path), path) if name]
+
+
+def _npz_shapes(path: Path) -> dict[str, int]:
+    """Name of each array of a ``.npz`` -> its number of axes; pixels are not read."""
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+                    shape = read(file)[0] if read else np.lib.format.read_array_header_2_0(file)[0]
+                    found[member.removesuffix(".npy")] = len(shape)
+    except Exception as error:  # of zipfile, of the file system, of numpy's header
+        raise UserError(f"DATA ({path}) is damaged or no numpy archive ({error}); write it again") from error
+    return found
+
+
+def _find_pairs(axes: dict[str, int], path: Path) -> dict[str, tuple[str, str | None]]:
+    """Split (or "") -> the names of its images and its labels."""
+    images: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    for key, count in axes.items():
+        words = key.lower().split("_") if key.lower() not in (*IMAGE_KEYS, *LABEL_KEYS) else [key.lower()]
+        split = next((word for word in words if split_of(word)), "")
+        kind = "_".join(word for word in words if word != split)
+        if kind in IMAGE_KEYS and count in (3, 4):
+            images.setdefault(split, key)
+        elif kind in LABEL_KEYS:
+            labels.setdefault(split, key)
+    if not images:
+        hint = nearest("images", axes)
+        raise UserError(f"DATA ({path}) must hold images of 3 or 4 axes under the name images or x; {hint}")
+    return {split: (key, labels.get(split)) for split, key in images.items()}
+
+
+class ArraySource(Source):
+    """Images stacked along the first axis of one or several arrays of a file.
+
+    A ``.npy`` is mapped, a ``.npz`` read whole, in each process at its first image.
+
+    Args:
+        path: the file.
+        pairs: names of the arrays of images and of labels; one pair of None for a ``.npy``.
+        split: the split that they are, for the names of images.
+        notes: sentences for the summary.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        pairs: list[tuple[str | None, str | None]],
+        split: str | None = None,
+        notes: list[str] | None = None,
+    ) -> None:
+        self.file, self.pairs, self.notes = path, pairs, list(notes or [])
+        self.split = split
+        self._stacks: list[np.ndarray] | None = None
+        stacks = self._load()
+        self._starts = np.cumsum([0, *(len(stack) for stack in stacks)])
+        if len(self) == 0:
+            raise UserError(f"DATA ({path}) holds no images; its array has the shape {stacks[0].shape}")
+        self._labels = self._load_labels()
+        if self._labels is not None:
+            self.class_names = [str(number) for number in range(int(self._labels.max()) + 1)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stacks": None}  # each process maps or reads the file itself
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _load(self) -> list[np.ndarray]:
+        """The stacks of images, read once a process."""
+        if self._stacks is None:
+            stacks = [_read(self.file, images) for images, _ in self.pairs]
+            for stack in stacks:
+                if stack.ndim not in (3, 4) or stack.dtype.kind not in "biuf":
+                    raise UserError(
+                        f"DATA ({self.file}) must be numbers of the shape (image, height, width) or "
+                        f"(image, height, width, channel), not {stack.dtype} of {stack.shape}; "
+                        "a single image goes into a folder"
+                    )
+            self._stacks = stacks
+        return self._stacks
+
+    def _load_labels(self) -> np.ndarray | None:
+        """All labels (image,), or None where they are missing, of several columns or not counted from 0."""
+        parts = [_read(self.file, labels) for _, labels in self.pairs if labels is not None]
+        if len(parts) < len(self.pairs):
+            return None
+        parts = [part.reshape(len(part), -1) for part in parts]
+        usable = all(
+            part.shape[1] == 1 and part.dtype.kind in "iu" and part.min(initial=0) >= 0 for part in parts
+        )
+        if not usable or sum(map(len, parts)) != len(self):
+            self.notes.append(
+                f"The labels in {self.file.name} are not one class number an image and are left out."
+            )
+            return None
+        return np.concatenate(parts)[:, 0].astype(np.int64)
+
+    def open(self, index: int) -> Picture:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        stack = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            image = self._load()[stack][index - int(self._starts[stack])]
+        except OSError as error:
+            raise BadImage(f"{self.file.name} can no longer be read ({error.strerror})") from error
+        return ArrayPicture(image)
+
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None else int(self._labels[index])
+
+    def all_labels(self) -> np.ndarray:
+        return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.copy()
+
+    def name(self, index: int) -> str:
+        return f"{self.split}-{index}" if self.split else str(index)
+
+    def fingerprint(self) -> str:
+        """A hash of the first and last bytes of every array and their shapes."""
+        digest = hashlib.blake2b(digest_size=8)
+        for stack in self._load():
+            digest.update(f"{stack.shape}{stack.dtype}".encode())
+            for image in (stack[0], stack[len(stack) // 2], stack[-1]):
+                digest.update(bytes_of(image))
+        return digest.hexdigest()
+
+    def summary(self) -> SourceSummary:
+        return SourceSummary("numpy array", len(self), len(self), notes=list(self.notes))
+
+
+def _read(path: Path, key: str | None) -> np.ndarray:
+    """One array of a file; objects, which would run code, are refused."""
+    try:
+        if key is None:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.asarray(array)  # a plain view: np.memmap is slow to index
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[key]
+    except PermissionError as error:
+        raise UserError(f"DATA ({path}) may not be read: no permission; check its access rights") from error
+    except Exception as error:  # numpy parses headers as Python, and hands on whatever that raises
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"DATA ({path}) must be a plain numpy array ({reason}); write it again") from error

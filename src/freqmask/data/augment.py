@@ -1,0 +1,243 @@
+"""Colour jitter, grey, blur and solarise for a whole batch on the device, each image with its own strengths.
+
+The results are those of torchvision's functions for floats. Two departures, both so that a batch is one
+computation without a loop over images: the four colour changes come in one order (brightness, contrast,
+saturation, hue) instead of a random one, and every image pays for every change, applied to it or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from freqmask.draws import fresh_keys, uniform
+from freqmask.errors import UserError
+
+Images = Float[Tensor, "batch channel height width"]
+PerImage = Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class PhotometricSettings:
+    """How strongly and how often a view's colours change. All zero: not at all.
+
+    Args:
+        jitter: probability that an image's colours are jittered.
+        brightness: the factor on all values is drawn from 1 - brightness to 1 + brightness, at least 0.
+        contrast: the same for the distance from the image's mean grey.
+        saturation: the same for the distance from each pixel's grey.
+        hue: largest turn of the colour circle to either side, as a share of it, at most 0.5.
+        grey: probability that an image becomes grey.
+        blur: probability that an image is blurred.
+        blur_sigma: smallest and largest sigma of the Gaussian, in pixels.
+        solarise: probability that the values from 0.5 on are inverted.
+
+    Raises:
+        UserError: all that is out of range, in one message.
+    """
+
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey: float = 0.2
+    blur: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: float = 0.0
+
+    def __post_init__(self) -> None:
+        chances = ("jitter", "grey", "blur", "solarise")
+        problems = [
+            f"{name} ({getattr(self, name)}) must be a probability, 0 to 1"
+            for name in chances
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        strengths = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
+        problems += [
+            f"{name} ({getattr(self, name)}) must be from 0 to {limit:g}"
+            for name, limit in strengths.items()
+            if not 0 <= getattr(self, name) <= limit
+        ]
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            problems.append(f"blur_sigma {self.blur_sigma} must be two positive numbers, the smaller first")
+        if problems:
+            raise UserError("; ".join(problems))
+
+
+NO_CHANGE = PhotometricSettings(jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+# DINO's two global views (PAPERS.md, section 2): the first always blurred, the second sometimes solarised.
+DINO_VIEWS = (
+    PhotometricSettings(blur=1.0, solarise=0.0),
+    PhotometricSettings(blur=0.1, solarise=0.2),
+)
+
+
+class PhotometricAugmentation(nn.Module):
+    """Changes the colours and sharpness of each image of a batch, by numbers from its key.
+
+    Hue, saturation, grey and solarise mean something for colour images alone: with other than three channels
+    only brightness, contrast and blur are done, and :meth:`notes` says so.
+
+    Args:
+        settings: strengths and probabilities.
+    """
+
+    def __init__(self, settings: PhotometricSettings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or PhotometricSettings()
+
+    def notes(self, channels: int) -> list[str]:
+        """Sentences on what is switched off for images of that many channels."""
+        colour_only = ("saturation", "hue", "grey", "solarise")
+        off = [name for name in colour_only if getattr(self.settings, name) > 0]
+        if channels == 3 or not off:
+            return []
+        return [f"{', '.join(off)} off: these changes are for three channels, the images have {channels}."]
+
+    def forward(self, images: Images, keys: Int64[Tensor, " batch"] | None = None) -> Images:
+        """The batch, changed.
+
+        Args:
+            images: floats in [0, 1].
+            keys: one key an image and view; None draws fresh ones.
+
+        Returns:
+            Floats in [0, 1], same shape.
+        """
+        keys = fresh_keys(len(images), images.device) if keys is None else keys
+        settings = (
+            self.settings
+            if images.shape[1] == 3
+            else replace(self.settings, saturation=0.0, hue=0.0, grey=0.0, solarise=0.0)
+        )
+        if settings.jitter > 0:
+            images = _where(
+                _drawn(keys, "jitter", settings.jitter), _jittered(images, keys, settings), images
+            )
+        if settings.grey > 0:
+            images = _where(_drawn(keys, "grey", settings.grey), _grey(images).expand_as(images), images)
+        if settings.blur > 0:
+            sigma = _between(uniform(keys, "blur sigma"), *settings.blur_sigma)
+            images = gaussian_blur(images, sigma, _drawn(keys, "blur", settings.blur))
+        if settings.solarise > 0:
+            solarised = torch.where(images >= 0.5, 1 - images, images)
+            images = _where(_drawn(keys, "solarise", settings.solarise), solarised, images)
+        return images
+
+
+def adjust_brightness(images: Images, factor: PerImage) -> Images:
+    """Multiply the values by a factor; clamped to [0, 1]."""
+    return (images * _wide(factor)).clamp(0, 1)
+
+
+def adjust_contrast(images: Images, factor: PerImage) -> Images:
+    """Multiply the distance from the image's mean grey by a factor; clamped to [0, 1]."""
+    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(mean.expand_as(images), images, _wide(factor)).clamp(0, 1)
+
+
+def adjust_saturation(images: Images, factor: PerImage) -> Images:
+    """Multiply the distance from each pixel's grey by a factor; clamped to [0, 1]. Three channels."""
+    return torch.lerp(_grey(images).expand_as(images), images, _wide(factor)).clamp(0, 1)
+
+
+def adjust_hue(images: Images, turn: PerImage) -> Images:
+    """Turn the colour circle of HSV by a share of it, -0.5 to 0.5. Three channels."""
+    value, brightest = images.max(dim=1)
+    chroma = value - images.amin(dim=1)
+    red, green, blue = images.unbind(1)
+    scale = torch.where(chroma > 0, chroma, 1)
+    # The angle in sixths of the circle, counted from the brightest channel's own corner.
+    sector = torch.stack(((green - blue) / scale, 2 + (blue - red) / scale, 4 + (red - green) / scale), dim=1)
+    angle = sector.gather(1, brightest[:, None])[:, 0] + 6 * turn[:, None, None]
+    channels = []
+    for corner in (5, 3, 1):
+        around = torch.remainder(corner + angle, 6)
+        channels.append(value - chroma * torch.minimum(around, 4 - around).clamp(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def gaussian_blur(images: Images, sigma: PerImage, chosen: Bool[Tensor, " batch"] | None = None) -> Images:
+    """Blur each image with its own Gaussian, borders mirrored without repeating the edge.
+
+    Rows and columns are multiplied by a banded matrix each, which holds the mirrored borders: two batched
+    matrix products, the same on every device, instead of one convolution an image.
+
+    Args:
+        images: any number of channels.
+        sigma: standard deviation in pixels.
+        chosen: which images are blurred; None: all.
+
+    Returns:
+        The blurred batch.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        exact = images if images.dtype == torch.float64 else images.float()
+        vertical = _blur_matrix(images.shape[2], sigma, chosen).to(exact.dtype)
+        horizontal = _blur_matrix(images.shape[3], sigma, chosen).to(exact.dtype)
+        blurred = vertical[:, None] @ exact @ horizontal[:, None].mT
+    return blurred.to(images.dtype)
+
+
+def blur_reach(side: int) -> int:
+    """How many pixels the kernel reaches to each side: a tenth of the image across, 23 pixels at 224."""
+    return min(max(1, round(side / 20)), side - 1)
+
+
+def _blur_matrix(
+    side: int, sigma: PerImage, chosen: Bool[Tensor, " batch"] | None
+) -> Float[Tensor, "batch out in"]:
+    """What each output pixel of a line takes from each input pixel; the identity where not chosen."""
+    reach = blur_reach(side)
+    place = torch.arange(side, device=sigma.device)
+    out, source = place[:, None], place[None, :]
+    # A tap that leaves the line comes back mirrored: source -j stands for j, and 2 (side - 1) - j for j.
+    direct, before, after = source - out, -source - out, 2 * (side - 1) - source - out
+    weight = torch.zeros(1, device=sigma.device)
+    for distance, valid in ((direct, source >= 0), (before, source > 0), (after, source < side - 1)):
+        tap = torch.exp(-0.5 * (distance / sigma[:, None, None]) ** 2)
+        weight = weight + torch.where(valid & (distance.abs() <= reach), tap, 0)
+    matrix = weight / weight.sum(dim=2, keepdim=True)
+    if chosen is None:
+        return matrix
+    return torch.where(chosen[:, None, None], matrix, torch.eye(side, device=sigma.device))
+
+
+def _jittered(images: Images, keys: Tensor, settings: PhotometricSettings) -> Images:
+    """Brightness, contrast, saturation and hue, each by the image's own strength."""
+    drawn = uniform(keys, "colour", (4,))
+    strengths = (settings.brightness, settings.contrast, settings.saturation)
+    for place, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation)):
+        if strengths[place] > 0:
+            images = adjust(images, _between(drawn[:, place], 1 - strengths[place], 1 + strengths[place]))
+    if settings.hue > 0:
+        images = adjust_hue(images, _between(drawn[:, 3], -settings.hue, settings.hue))
+    return images
+
+
+def _grey(images: Images) -> Float[Tensor, "batch 1 height width"]:
+    """Luma (ITU-R 601, torchvision's digits) of colour images, the mean of other channels."""
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
+    red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def _between(drawn: PerImage, low: float, high: float) -> PerImage:
+    return low + (high - low) * drawn
+
+
+def _drawn(keys: Tensor, stream: str, probability: float) -> Bool[Tensor, " batch"]:
+    return uniform(keys, stream) < probability
+
+
+def _wide(numbers: Tensor) -> Tensor:
+    return numbers[:, None, None, None]
+
+
+def _where(chosen: Bool[Tensor, " batch"], changed: Images, images: Images) -> Images:
+    return torch.where(_wide(chosen), changed, images)

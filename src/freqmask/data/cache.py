@@ -1,0 +1,114 @@
+"""Arrays kept in the user's cache folder: one file, written atomically, mapped into memory when read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"freqmask"
+ALIGNMENT = 64
+
+
+def cache_folder() -> Path:
+    """Where this user's caches live: ``$XDG_CACHE_HOME/freqmask``, or what the platform has for it."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "freqmask"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "freqmask"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "freqmask" / "cache"
+    return Path.home() / ".cache" / "freqmask"
+
+
+def cache_file(kind: str, *key: object) -> Path:
+    """The file that caches something.
+
+    Args:
+        kind: what it caches; begins the file's name.
+        key: everything that the content depends on and that does not change while it is refreshed.
+    """
+    digest = hashlib.blake2b(repr(key).encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    return cache_folder() / f"{kind}-{digest}.bin"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when the block ends well, and goes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of an array, for hashes and files; not copied where they lie in one piece."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
+
+def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
+    """Writes arrays and a JSON description of them; False where the cache folder cannot be written.
+
+    Args:
+        path: the file.
+        about: anything JSON.
+        arrays: name -> array, any shape and plain type.
+    """
+    places, end, checksum = {}, 0, 0
+    for name, array in arrays.items():
+        places[name] = (array.dtype.str, list(array.shape), end)
+        end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        checksum = zlib.crc32(bytes_of(array), checksum)
+    header = json.dumps({"about": about, "arrays": places, "checksum": checksum, "bytes": end}).encode()
+    start = -(-(len(MAGIC) + 8 + len(header)) // ALIGNMENT) * ALIGNMENT
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+            for name, array in arrays.items():
+                file.seek(start + places[name][2])
+                file.write(bytes_of(array))
+            file.truncate(start + end)
+    except OSError:
+        return False  # a read-only home or a full disk costs time at the next start, nothing else
+    return True
+
+
+def read_arrays(path: Path, verify: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What `write_arrays` wrote, the arrays mapped read-only; None where it is missing or damaged.
+
+    Args:
+        path: the file.
+        verify: True to read everything once and compare the checksum (about 1 GB/s).
+    """
+    try:
+        whole = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        if whole[: len(MAGIC)].tobytes() != MAGIC:
+            return None
+        length = int.from_bytes(whole[len(MAGIC) : len(MAGIC) + 8].tobytes(), "little")
+        header = json.loads(whole[len(MAGIC) + 8 : len(MAGIC) + 8 + length].tobytes())
+        start = -(-(len(MAGIC) + 8 + length) // ALIGNMENT) * ALIGNMENT
+        if len(whole) != start + header["bytes"]:
+            return None
+        arrays, checksum = {}, 0
+        for name, (dtype, shape, offset) in header["arrays"].items():
+            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            part = whole[start + offset : start + offset + size]
+            checksum = zlib.crc32(bytes_of(part), checksum) if verify else checksum
+            arrays[name] = part.view(dtype).reshape(shape)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None  # json's and numpy's errors on garbage are ValueErrors
+    return (header["about"], arrays) if not verify or checksum == header["checksum"] else None

@@ -1,0 +1,142 @@
+"""Labels from a table: a CSV file with path and label, and optionally split and group."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from freqmask.data.joined import SubsetSource
+from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.splits import choose_split, split_note
+from freqmask.errors import UserError, nearest
+
+COLUMNS = ("path", "label", "split", "group")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; what is empty there is None."""
+
+    path: str
+    label: str | None
+    split: str | None
+    group: str | None
+
+
+def read_labels(file: Path) -> list[Row]:
+    """The lines of a table of labels.
+
+    Args:
+        file: CSV in UTF-8 with a header; commas, semicolons or tabs.
+
+    Raises:
+        UserError: it cannot be read, or lacks a column.
+    """
+    try:
+        text = file.read_text("utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"labels ({file}) cannot be read ({error.strerror}); check the path") from error
+    lines = text.split("\n", 1)
+    delimiter = max(",;\t", key=lines[0].count)
+    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
+    columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
+    missing = [name for name in COLUMNS[:2] if name not in columns]
+    if missing:
+        hint = nearest(missing[0], columns) if columns else "the file is empty"
+        raise UserError(
+            f"labels ({file}) must have the columns path and label, {missing[0]} is missing; {hint}"
+        )
+
+    def cell(record: dict[str, str], name: str) -> str | None:
+        return (record.get(columns.get(name, "")) or "").strip() or None
+
+    return [
+        Row(record[columns["path"]], cell(record, "label"), cell(record, "split"), cell(record, "group"))
+        for record in reader
+        if record[columns["path"]]
+    ]
+
+
+class LabelledSource(SubsetSource):
+    """The images that a table lists, with its labels and groups.
+
+    Args:
+        source: all images; the table's paths are their names (relative to DATA).
+        file: the CSV table.
+        split: ``auto``, ``all``, or one of the table's column split.
+
+    Raises:
+        UserError: the table names images that are not there, names one twice, or has no such split.
+    """
+
+    def __init__(self, source: Source, file: Path, split: str = "auto") -> None:
+        rows = read_labels(file)
+        splits = {row.split for row in rows if row.split}
+        chosen = choose_split(splits, split, str(file)) if splits or split not in ("auto", "all") else None
+        self.notes = [split_note(chosen, splits)] if chosen and split == "auto" else []
+        rows = rows if chosen is None else [row for row in rows if row.split == chosen]
+        super().__init__(source, _find(source, rows, file))
+        unlisted = len(source) - len(self)
+        if unlisted and chosen is None:
+            self.notes.append(f"{unlisted:,} images that {file.name} does not list are left out.")
+        self.class_names = _in_order({row.label for row in rows if row.label is not None}) or None
+        numbers = {name: number for number, name in enumerate(self.class_names or ())}
+        self._labels = np.array([-1 if row.label is None else numbers[row.label] for row in rows], np.int64)
+        self._groups = [row.group for row in rows] if any(row.group for row in rows) else None
+
+    def label(self, index: int) -> int | None:
+        return int(self._labels[index]) if self._labels[index] >= 0 else None
+
+    def all_labels(self) -> np.ndarray:
+        return self._labels.copy()
+
+    def group(self, index: int) -> str | None:
+        return super().group(index) if self._groups is None else self._groups[index]
+
+    def summary(self) -> SourceSummary:
+        whole = super().summary()
+        whole.notes = [*whole.notes, *self.notes]
+        return whole
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Class names: numbers by value, anything else by the alphabet."""
+    if all(label.isdecimal() for label in labels):
+        return sorted(labels, key=int)
+    return sorted(labels)
+
+
+def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
+    """The number of the image of each row."""
+    if not rows:
+        raise UserError(f"labels ({file}) lists no images; it needs a line for each below its header")
+    numbers = {source.name(index): index for index in range(len(source))}
+    paths = [_as_name(row.path, source) for row in rows]
+    missing = [path for path in paths if path not in numbers]
+    if missing:
+        close = nearest(missing[0], list(numbers)[:10_000])
+        hint = (
+            close
+            if close.startswith("did you mean")
+            else f"names are relative to DATA, like {source.name(0)!r}"
+        )
+        raise UserError(
+            f"labels ({file}) names {len(missing)} images that DATA lacks (first {missing[0]!r}); {hint}"
+        )
+    if len(set(paths)) < len(paths):
+        twice = next(path for k, path in enumerate(paths) if path in paths[:k])
+        raise UserError(f"labels ({file}) names {twice!r} twice; one line an image")
+    return np.array([numbers[path] for path in paths], np.int64)
+
+
+def _as_name(path: str, source: Source) -> str:
+    """A path of the table as sources name images: relative to the folder, with forward slashes."""
+    root = getattr(source, "root", None)
+    if root is not None and Path(path).is_absolute():
+        for base in (Path(root).absolute(), Path(root).resolve()):
+            if Path(path).is_relative_to(base):
+                return Path(path).relative_to(base).as_posix()
+    return path.replace("\\", "/").removeprefix("./")

@@ -1,0 +1,122 @@
+"""Which image comes when: one stream over the whole training, cut into steps and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from freqmask.errors import UserError
+
+Item = tuple[int, int, int]  # epoch, position in the epoch, index in the source
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the images in one epoch: a permutation that depends on (length, seed, epoch) alone.
+
+    Args:
+        length: number of images.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        ``(length,)`` int32, or int64 from 2^31 images on; about a second for 14 million.
+    """
+    kind = np.int32 if length < 2**31 else np.int64
+    order = np.arange(length, dtype=kind)
+    np.random.default_rng([seed % 2**64, epoch]).shuffle(order)
+    return order
+
+
+class TrainSampler(Sampler[Item]):
+    """One stream of images over the whole training, for one of several processes.
+
+    The permutations of successive epochs stand one behind the other. Step ``s`` of ``R`` processes with ``b``
+    images each takes the positions ``[s b R, (s + 1) b R)`` of that stream, process ``r`` the r-th ``b``.
+    A batch may straddle two epochs; none is shorter than the others, and any number of images works, one too.
+    A restart begins at its step without going through those before it.
+
+    Args:
+        length: number of images in the source, at least 1.
+        seed: the run's seed.
+        batch_size_per_process: images of one process in one step (a step of the loader; with accumulation
+            the optimiser makes a step every few of them).
+        rank: this process, from 0.
+        world_size: number of processes.
+        start_step: the first step to deliver.
+        total_steps: the number of steps of the whole training.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        batch_size_per_process: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        total_steps: int = 1,
+    ) -> None:
+        if length < 1:
+            raise UserError("the source holds no image to train on; name a folder with images")
+        if batch_size_per_process < 1:
+            raise UserError(f"batch size ({batch_size_per_process}) must be at least 1 image per process")
+        if not 0 <= rank < world_size:
+            raise UserError(
+                f"rank ({rank}) must be from 0 to {world_size - 1}, one below the number of processes"
+            )
+        if not 0 <= start_step <= total_steps:
+            raise UserError(
+                f"start step ({start_step}) must be from 0 to the {total_steps} steps of the training"
+            )
+        self.length = length
+        self.seed = seed
+        self.batch_size_per_process = batch_size_per_process
+        self.rank = rank
+        self.world_size = world_size
+        self.start_step = start_step
+        self.total_steps = total_steps
+
+    def __len__(self) -> int:
+        """Items of this process in the whole training, those before ``start_step`` included."""
+        return self.total_steps * self.batch_size_per_process
+
+    def __iter__(self) -> Iterator[Item]:
+        entered, order = -1, np.empty(0, dtype=np.int32)
+        for step in range(self.start_step, self.total_steps):
+            first = (step * self.world_size + self.rank) * self.batch_size_per_process
+            for place in range(first, first + self.batch_size_per_process):
+                epoch, position = divmod(place, self.length)
+                if epoch != entered:  # an order is made when its epoch is entered, and only one is held
+                    entered, order = epoch, epoch_order(self.length, self.seed, epoch)
+                yield epoch, position, int(order[position])
+
+
+class OrderedSampler(Sampler[Item]):
+    """Every image once, in the source's order, always as epoch 0: for held-out images and previews.
+
+    Every process gets the same number, so that all make the same number of steps; where the images do not
+    divide evenly, a process that has one too few sees one of the first images again.
+
+    Args:
+        length: number of images.
+        rank: this process, from 0.
+        world_size: number of processes.
+    """
+
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length = length
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return -(-self.length // self.world_size)
+
+    def __iter__(self) -> Iterator[Item]:
+        for turn in range(len(self)):
+            index = (turn * self.world_size + self.rank) % self.length
+            yield 0, index, index

@@ -1,0 +1,258 @@
+"""What images there are: the contract of a source, and how the text that a user types becomes one."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from freqmask.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from freqmask.data.pictures import Picture
+
+Pages = Literal["channels", "images"]
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+REMOTE = re.compile(r"(s3|gs|https?|hf|abfs|az|ftp):", re.IGNORECASE)
+ARRAY_SUFFIXES = (".npy", ".npz")
+
+
+@dataclass
+class SourceSummary:
+    """What a source holds, for the lines printed before a run.
+
+    Attributes:
+        kind: what it is in a few words: ``folder``, ``numpy array``, ``parquet table`` ...
+        found: images found.
+        used: images used, after a split was chosen.
+        ignored: suffix -> number of files that are not read.
+        notes: whole sentences for the user.
+    """
+
+    kind: str
+    found: int
+    used: int
+    ignored: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Source(ABC):
+    """Images by number. Cheap to pickle: files are opened in the process that reads them.
+
+    Attributes:
+        class_names: names of the labels 0, 1, ..., or None where there are no classes.
+    """
+
+    class_names: list[str] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def open(self, index: int) -> Picture:
+        """The image, its header read; raises `freqmask.errors.BadImage` where that fails."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What the image is called in lists: its path relative to DATA, or its row."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash that changes when images are added, removed, renamed or resized; cheap to compute."""
+
+    @abstractmethod
+    def summary(self) -> SourceSummary:
+        """What was found, used and ignored, and what the user should know of it."""
+
+    def label(self, index: int) -> int | None:
+        """The number of the image's class, or None."""
+        return None
+
+    def all_labels(self) -> np.ndarray:
+        """The labels of all images, int64 (image,), -1 where there is none."""
+        found = (self.label(index) for index in range(len(self)))
+        return np.array([-1 if label is None else label for label in found], np.int64)
+
+    def group(self, index: int) -> str | None:
+        """What the image must never be separated from in a split (patient, scene), or None."""
+        return None
+
+    def identity(self, index: int) -> int:
+        """A 64-bit number that stays with the image when DATA moves or other images come and go."""
+        from freqmask.draws import identity_of  # it brings torch, which the help texts do without
+
+        return identity_of(self.name(index).encode(errors="surrogateescape"))
+
+
+def _photos() -> Source:
+    from freqmask.data.builtin import BuiltinPhotos
+
+    return BuiltinPhotos()
+
+
+def _digits() -> Source:
+    from freqmask.data.builtin import BuiltinDigits
+
+    return BuiltinDigits()
+
+
+BUILTINS: dict[str, Callable[[], Source]] = {"photos": _photos, "digits": _digits}
+
+
+def open_source(
+    data: str | Path | Source | Sequence[str | Path | Source],
+    pages: Pages = "channels",
+    split: str = "auto",
+    labels: str | Path | None = None,
+) -> Source:
+    """The images that DATA names.
+
+    Args:
+        data: a folder, a ``.npy``, ``.npz`` or ``.parquet`` file, ``builtin:photos``, ``builtin:digits``, an
+            import path ``package.module:name`` of a `Source` (or of something that returns one when
+            called), a `Source`, or several of these.
+        pages: what the pages of a TIFF are: the channels of one image, or images of their own.
+        split: ``auto`` takes ``train`` where there is one beside ``val`` or ``test``; ``all`` takes
+            everything; or the name of a split.
+        labels: a CSV table with the columns path and label, and optionally split and group.
+
+    Raises:
+        UserError: nothing readable there; the message names the way out.
+    """
+    if pages not in ("channels", "images"):
+        raise UserError(
+            f"pages ({pages}) must be channels or images; {nearest(pages, ['channels', 'images'])}"
+        )
+    if labels is not None:
+        from freqmask.data.labels import LabelledSource
+
+        return LabelledSource(open_source(data, pages, "all"), Path(labels), split)
+    if isinstance(data, (str, Path, Source)):
+        return _open_one(data, pages, split)
+    if not data:
+        raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
+    if len(data) == 1:
+        return _open_one(data[0], pages, split)
+    from freqmask.data.joined import JoinedSource
+
+    return JoinedSource([_open_one(one, pages, split) for one in data])
+
+
+def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
+    """A source from one DATA."""
+    if isinstance(data, Source):
+        return data
+    text = str(data)
+    if text.startswith("builtin:"):
+        return _open_builtin(text)
+    path = Path(text).expanduser()
+    if path.exists():
+        return _open_path(path, pages, split)
+    if REMOTE.match(text):
+        raise UserError(f"DATA ({text}) must be a folder or file on this machine; copy it here first")
+    if IMPORT_PATH.fullmatch(text):
+        return import_source(text)
+    raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
+
+
+def _open_builtin(text: str) -> Source:
+    name = text.removeprefix("builtin:")
+    if name not in BUILTINS:
+        raise UserError(
+            f"DATA ({text}) is no built-in set; {nearest(text, [f'builtin:{n}' for n in BUILTINS])}"
+        )
+    return BUILTINS[name]()
+
+
+def _open_path(path: Path, pages: Pages, split: str) -> Source:
+    """A source from a folder or a file that exists."""
+    if path.is_dir():
+        from freqmask.data.folder import open_folder
+
+        return open_folder(path, pages, split)
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        from freqmask.data.arrays import open_array
+
+        return open_array(path, split)
+    if path.suffix.lower() == ".parquet":
+        from freqmask.data.tables import ParquetSource
+
+        return ParquetSource([path])
+    raise UserError(
+        f"DATA ({path}) must be a folder, a .npy, .npz or .parquet file; "
+        f"for one image name its folder: {path.parent}"
+    )
+
+
+def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str]:
+    """The names of the splits that ``open_source(data, split=...)`` takes, sorted; maybe none.
+
+    Args:
+        data: as for `open_source`; several DATA or a `Source` have no splits.
+        labels: a table with a column split, which then decides.
+
+    Raises:
+        UserError: the file or the table cannot be read.
+    """
+    if labels is not None:
+        from freqmask.data.labels import read_labels
+
+        return sorted({row.split for row in read_labels(Path(labels)) if row.split})
+    path = Path(data).expanduser()
+    if path.is_dir():
+        from freqmask.data.folder import split_folders, tables_in
+        from freqmask.data.tables import files_by_split
+
+        tables = tables_in(path)
+        return sorted(files_by_split(tables)) if tables else split_folders(path)
+    if path.suffix.lower() in ARRAY_SUFFIXES and path.exists():
+        from freqmask.data.arrays import splits_in_array
+
+        return sorted(splits_in_array(path))
+    return []
+
+
+def import_source(text: str) -> Source:
+    """The source that an import path names: an object, or a class or function that returns one.
+
+    Args:
+        text: ``package.module:name``.
+
+    Raises:
+        UserError: it cannot be imported, or is no `Source`.
+    """
+    module_name, _, name = text.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"DATA ({text}) is neither a folder nor importable ({error}); check its spelling or PYTHONPATH"
+        ) from error
+    if not hasattr(module, name):
+        hint = nearest(name, [known for known in vars(module) if not known.startswith("_")])
+        raise UserError(f"DATA ({text}): {module_name} has no {name}; {hint}")
+    found = getattr(module, name)
+    source = found() if not isinstance(found, Source) and callable(found) else found
+    if not isinstance(source, Source):
+        raise UserError(f"DATA ({text}) must be a freqmask.data.sources.Source, or return one when called")
+    return source
+
+
+def _nearest_sibling(path: Path) -> str:
+    """A way out of a mistyped path: the most similar entry of the deepest folder on it that exists."""
+    existing = next(parent for parent in path.absolute().parents if parent.is_dir())
+    try:
+        names = [entry.name for entry in existing.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        names = []
+    wanted = path.absolute().relative_to(existing).parts[0]
+    hint = nearest(wanted, names) if names else ""
+    if hint.startswith("did you mean"):
+        return f"did you mean {str(existing / hint.split(chr(39))[1])!r}?"
+    return f"the folder {existing} holds nothing of a similar name"

@@ -1,0 +1,157 @@
+"""Train and held-out parts: found by their usual names, or drawn by us without dividing a group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from freqmask.errors import UserError, nearest
+
+ALIASES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""What the three usual splits are called."""
+
+
+def split_of(name: str) -> str | None:
+    """``train``, ``val`` or ``test`` for one of their usual names in any case, else None."""
+    return next((split for split, names in ALIASES.items() if name.lower() in names), None)
+
+
+def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
+    """Which of the splits that there are is to be used.
+
+    Args:
+        names: the splits that there are, by the names that they bear.
+        split: ``auto`` (train where there is one beside val or test), ``all``, or a name.
+        where: what holds them, for the message.
+
+    Returns:
+        One of ``names``, or None for everything.
+
+    Raises:
+        UserError: there is no split of that name.
+    """
+    there = sorted(names)
+    if split == "all":
+        return None
+    wanted = "train" if split == "auto" else split_of(split) or split
+    found = [name for name in there if split in (name, name.lower())] or [
+        name for name in there if split_of(name) == wanted
+    ]
+    if split == "auto":
+        return found[0] if found and any(split_of(name) in ("val", "test") for name in there) else None
+    if not found:
+        raise UserError(f"split ({split}) must be one that {where} holds; {nearest(split, [*there, 'all'])}")
+    return found[0]
+
+
+def split_note(chosen: str, names: Iterable[str]) -> str:
+    """The sentence that says what ``auto`` left out."""
+    others = " and ".join(sorted(name for name in names if name != chosen))
+    return f"Only {chosen} is used, not {others} beside it (--split all takes everything)."
+
+
+def split_indices(
+    labels: Sequence[int | None] | np.ndarray | None,
+    groups: Sequence[str | None] | None,
+    fractions: Sequence[float],
+    seed: int,
+    count: int | None = None,
+) -> list[np.ndarray]:
+    """Divides images into parts with the same mix of classes, never dividing a group.
+
+    Groups are dealt out from the largest to the smallest, in random order among equals, each to the part
+    that lacks its classes most. Without groups every image is its own.
+
+    Args:
+        labels: class of each image, None or negative where unknown; None for no labels at all.
+        groups: group of each image, None where it belongs to none; None for no groups at all.
+        fractions: share of each part, positive; their sum is made 1.
+        seed: decides the draw.
+        count: number of images where neither labels nor groups say it.
+
+    Returns:
+        One sorted int64 array of image numbers a part; together they hold every image once.
+
+    Raises:
+        UserError: a part would stay empty, or a fraction is not positive.
+    """
+    if not fractions or min(fractions) <= 0:
+        raise UserError(f"fractions ({', '.join(map(str, fractions))}) must all be above 0")
+    sized = labels if labels is not None else groups
+    total = count if sized is None else len(sized)
+    if not total:
+        raise UserError("there are no images to split; check DATA")
+    shares = np.asarray(fractions, float) / sum(fractions)
+    classes = _class_numbers(labels, total)
+    generator = np.random.default_rng(seed)
+    if groups is None or all(group is None for group in groups):
+        part_of = _deal_images(classes, shares, generator)
+    else:
+        part_of = _deal_groups(classes, _group_numbers(groups), shares, generator)
+    parts = [np.flatnonzero(part_of == part) for part in range(len(shares))]
+    if any(len(part) == 0 for part in parts):
+        raise UserError(
+            f"{total} images in {len(set(groups or range(total)))} groups are too few for parts of "
+            f"{', '.join(f'{share:.0%}' for share in shares)}; take larger parts or fewer of them"
+        )
+    return parts
+
+
+def _class_numbers(labels: Sequence[int | None] | np.ndarray | None, total: int) -> np.ndarray:
+    """Classes counted from 0; unknown ones are a class of their own."""
+    if labels is None:
+        return np.zeros(total, np.int64)
+    known = [-1 if label is None else int(label) for label in labels]
+    return np.unique(known, return_inverse=True)[1]
+
+
+def _group_numbers(groups: Sequence[str | None]) -> np.ndarray:
+    """Groups counted from 0; an image without one is a group of its own."""
+    numbers: dict[object, int] = {}
+    # An object of its own as the key of a group-less image: no text can collide with it.
+    keys = [object() if group is None else group for group in groups]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def _deal_images(classes: np.ndarray, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The part of each image, (image,): every class is shuffled and cut at the shares.
+
+    What rounding takes from one class it gives to the next, so that the parts have their sizes, too. A class
+    never misses from the largest part.
+    """
+    part_of = np.empty(len(classes), np.int64)
+    edges, dealt = np.cumsum(shares), 0
+    by_class = np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1])
+    for number in generator.permutation(len(by_class)):
+        members = generator.permutation(by_class[number])
+        cuts = np.rint(edges * (dealt + len(members))) - np.rint(edges * dealt)
+        cuts[-1], dealt = len(members), dealt + len(members)
+        parts = np.searchsorted(np.maximum.accumulate(cuts), np.arange(len(members)), side="right")
+        if shares.argmax() not in parts:
+            parts[0] = shares.argmax()
+        part_of[members] = parts
+    return part_of
+
+
+def _deal_groups(
+    classes: np.ndarray, groups: np.ndarray, shares: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """The part of each image, (image,), the same within a group."""
+    counts = np.zeros((groups.max() + 1, classes.max() + 1))
+    np.add.at(counts, (groups, classes), 1)
+    missing = shares[:, None] * counts.sum(0)  # (part, class): images still to come
+    order = generator.permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    part_of_group = np.empty(len(counts), np.int64)
+    for group in order:
+        # What dealing the group to a part does to the sum of squared shortfalls, per part.
+        change = ((missing - counts[group]) ** 2 - missing**2).sum(1) / shares
+        part = int(np.argmin(change))
+        part_of_group[group] = part
+        missing[part] -= counts[group]
+    return part_of_group[groups]

@@ -1,0 +1,228 @@
+"""Images in a parquet table as Hugging Face lays it out: encoded files in one column, labels in another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from freqmask.data.cache import cache_file, replacing
+from freqmask.data.decode import open_bytes
+from freqmask.data.pictures import Picture
+from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.splits import choose_split, split_note
+from freqmask.errors import BadImage, UserError, nearest
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
+# Beyond this the images are laid out once, uncompressed, in the cache, which processes map and share.
+IN_MEMORY_BYTES = 1_000_000_000
+
+
+def open_tables(folder: Path, files: list[Path], split: str) -> Source:
+    """The parquet files of a folder, of one split where their names begin with one.
+
+    Args:
+        folder: the folder, for messages.
+        files: ``train-00000-of-00002.parquet``, ``test.parquet`` ...
+        split: ``auto``, ``all``, or how the names of files begin.
+    """
+    by_split = files_by_split(files)
+    chosen = choose_split(by_split, split, str(folder))
+    notes = [split_note(chosen, by_split)] if chosen and split == "auto" else []
+    return ParquetSource(files if chosen is None else by_split[chosen], notes)
+
+
+def files_by_split(files: list[Path]) -> dict[str, list[Path]]:
+    """Files by how their names begin: ``train-00000-of-00002.parquet`` under ``train``."""
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(re.split(r"[-_.]", file.name)[0], []).append(file)
+    return by_split
+
+
+class ParquetSource(Source):
+    """The images of parquet files of one layout.
+
+    Args:
+        files: the files, in order.
+        notes: sentences for the summary.
+
+    Raises:
+        UserError: a file is damaged, or holds no column of images.
+    """
+
+    def __init__(self, files: list[Path], notes: list[str] | None = None) -> None:
+        self.files, self.notes = files, list(notes or [])
+        self._schema = _schema(files[0])
+        self.image_column = _image_column(self._schema, files[0])
+        self.label_column = _label_column(self._schema)
+        self._images: pa.ChunkedArray | None = None
+        self._labels = self._read_labels()
+        rows = [pq.ParquetFile(file).metadata.num_rows for file in files]
+        self._count = sum(rows)
+        if self._count == 0:
+            raise UserError(f"DATA ({files[0]}) holds no rows; check how it was written")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_images": None}  # each process reads or maps the files itself
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _read_labels(self) -> np.ndarray | None:
+        """All labels (image,), -1 where missing, or None; sets the names of classes."""
+        if self.label_column is None:
+            return None
+        column = pa.chunked_array(
+            [
+                chunk
+                for file in self.files
+                for chunk in _read_table(file, [self.label_column])[self.label_column].chunks
+            ]
+        )
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            self.class_names = sorted(name for name in pc.unique(column).to_pylist() if name is not None)
+            numbers = pc.index_in(column, pa.array(self.class_names, column.type))
+        else:
+            numbers = column
+        labels = pc.fill_null(numbers.cast(pa.int64()), -1).to_numpy()
+        if self.class_names is None:
+            known = _class_names(self._schema, self.label_column)
+            self.class_names = known or [str(number) for number in range(int(labels.max(initial=0)) + 1)]
+        return np.array(labels)
+
+    def _column(self) -> pa.ChunkedArray:
+        """The column of images, read once a process."""
+        if self._images is None:
+            if sum(_uncompressed_bytes(file) for file in self.files) <= IN_MEMORY_BYTES:
+                tables = [_read_table(file, [self.image_column]) for file in self.files]
+            else:
+                tables = [_mapped(file, self.image_column) for file in self.files]
+            self._images = pa.chunked_array([chunk for t in tables for chunk in t[self.image_column].chunks])
+        return self._images
+
+    def open(self, index: int) -> Picture:
+        data = self._cell(index)[0]
+        if data is None:
+            raise BadImage("its row holds no bytes, only a path at most")
+        return open_bytes(data)
+
+    def _cell(self, index: int) -> tuple[bytes | None, str | None]:
+        """Bytes and path of a row."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        value = self._column()[index].as_py()
+        return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+
+    def all_labels(self) -> np.ndarray:
+        return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.copy()
+
+    def name(self, index: int) -> str:
+        path = self._path_column()[index].as_py() if self._has_paths() else None
+        return f"{index}:{path}" if path else str(index)
+
+    def _has_paths(self) -> bool:
+        kind = self._schema.field(self.image_column).type
+        return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+
+    def _path_column(self) -> pa.ChunkedArray:
+        return pc.struct_field(self._column(), "path")
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        for file in self.files:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def summary(self) -> SourceSummary:
+        return SourceSummary("parquet table", len(self), len(self), notes=list(self.notes))
+
+
+def _schema(file: Path) -> pa.Schema:
+    try:
+        return pq.ParquetFile(file).schema_arrow
+    except PermissionError as error:
+        raise UserError(f"DATA ({file}) may not be read: no permission; check its access rights") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"DATA ({file}) is truncated or no parquet file; write or fetch it again") from error
+
+
+def _read_table(file: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(file, columns=columns, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"DATA ({file}) is damaged or lacks the column {columns[0]} of the first file; fetch it again"
+        ) from error
+
+
+def _uncompressed_bytes(file: Path) -> int:
+    about = pq.ParquetFile(file).metadata
+    return sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
+
+
+def _mapped(file: Path, column: str) -> pa.Table:
+    """One column of a large file, laid out uncompressed in the cache and mapped."""
+    state = file.stat()
+    cached = cache_file("table", str(file.absolute()), state.st_size, state.st_mtime_ns, column)
+    if not cached.exists():
+        about = pq.ParquetFile(file)
+        schema = pa.schema([about.schema_arrow.field(column)])
+        with (
+            replacing(cached) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
+            for batch in about.iter_batches(batch_size=256, columns=[column]):
+                writer.write_batch(batch)
+    return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
+
+
+def _image_column(schema: pa.Schema, file: Path) -> str:
+    """The first column of encoded images: a struct with bytes, or plain bytes."""
+    for field in schema:
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            return field.name
+    for field in schema:
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            return field.name
+    hint = nearest("image", schema.names) if schema.names else "it has no columns"
+    raise UserError(
+        f"DATA ({file}) must hold a column of encoded images (a struct of bytes and path, or bytes); {hint}"
+    )
+
+
+def _label_column(schema: pa.Schema) -> str | None:
+    """The column of classes: by its type in the metadata, else by its name."""
+    features = _features(schema)
+    named = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    plain = [name for name in LABEL_COLUMNS if name in schema.names and _is_class(schema.field(name).type)]
+    return next(iter([*named, *plain]), None)
+
+
+def _is_class(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """What Hugging Face's metadata says of the columns, or nothing."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return {name: about for name, about in features.items() if isinstance(about, dict)}
+
+
+def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    names = _features(schema).get(column, {}).get("names")
+    return [str(name) for name in names] if isinstance(names, list) else None

@@ -1,0 +1,253 @@
+"""What the method sees of a picture: a window of it, brought to the asked size, perhaps mirrored or turned.
+
+All randomness comes from the sample's key, so a view does not depend on worker, batch, device or restart.
+Windows are chosen from the picture's size alone, before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.nn import functional
+
+from freqmask.data.pictures import Box, Picture
+from freqmask.draws import uniform_numbers
+from freqmask.errors import UserError, nearest
+
+CROPS = ("resized", "native", "whole", "center")
+_TRIES = 10  # random windows tried before the largest centred one stands in, as in torchvision
+_OVERSAMPLING = 2  # a reduced JPEG keeps twice the asked pixels, so that reducing it leaves no trace
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one view is cut out of a picture.
+
+    The default is MFM's (PAPERS.md, section 1): a random window of 20 to 100 % of the area, bicubic, mirrored
+    half of the time. Every resampling is bicubic (a = -0.5) with antialiasing, as Pillow's.
+
+    Args:
+        image_size: side, or (height, width), of the view in pixels.
+        scale: smallest and largest share of the picture's area a ``"resized"`` window takes, in (0, 1].
+        ratio: smallest and largest width over height of that window, relative to the view's own; drawn
+            uniformly in its logarithm.
+        crop: ``"resized"``: a random window, resampled. ``"native"``: a random window of the view's size,
+            neither resampled nor decoded reduced, for signals that live in single pixels.
+            ``"whole"``: the whole picture, resampled. ``"center"``: the largest centred window, resampled.
+        horizontal_flip: probability of mirroring left and right.
+        vertical_flip: probability of mirroring top and bottom.
+        quarter_turns: True turns the view by 0, 90, 180 or 270 degrees with equal chance.
+
+    A picture smaller than the window is enlarged, whatever ``crop`` says.
+
+    Raises:
+        UserError: all that is wrong with the settings, in one message.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop: str = "resized"
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turns: bool = False
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise UserError("; ".join(problems))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the view in pixels."""
+        side = self.image_size
+        return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+
+    def box(self, picture_size: tuple[int, int], key: int, attempt: int = 0) -> Box:
+        """The window of this view.
+
+        Args:
+            picture_size: (height, width) of the picture.
+            key: the view's key, from :func:`freqmask.draws.sample_key`.
+            attempt: another number draws another window, for when the first one held nothing.
+
+        Returns:
+            (top, left, height, width), inside the picture.
+        """
+        if self.crop == "whole":
+            return (0, 0, *picture_size)
+        if self.crop == "center":
+            return _centered(picture_size, self.size)
+        numbers = uniform_numbers(key, f"crop/{attempt}", 2 * _TRIES + 2)
+        place = (numbers[0], numbers[1])
+        if self.crop == "native":
+            return _placed(picture_size, _native_window(picture_size, self.size), place)
+        window = _random_window(picture_size, self.size, self.scale, self.ratio, numbers[2:])
+        if window is None:
+            return _centered(picture_size, self.size)
+        return _placed(picture_size, window, place)
+
+    def at_least(self) -> tuple[int, int] | None:
+        """The pixels that a reduced decoding of the window must keep; None where it must not be reduced."""
+        if self.crop == "native":
+            return None
+        return (_OVERSAMPLING * self.size[0], _OVERSAMPLING * self.size[1])
+
+    def finish(
+        self, window: Shaped[Tensor, "channel window_height window_width"], key: int
+    ) -> Shaped[Tensor, "channel height width"]:
+        """Bring a decoded window to the view's size, then mirror and turn it.
+
+        Args:
+            window: uint8, or float32 in [0, 1].
+            key: the view's key.
+
+        Returns:
+            The view, of the window's type; floats clamped to [0, 1] because bicubic overshoots.
+        """
+        view = resize(window, self.size)
+        horizontal, vertical, turn = uniform_numbers(key, "flip", 3)
+        if horizontal < self.horizontal_flip:
+            view = view.flip(-1)
+        if vertical < self.vertical_flip:
+            view = view.flip(-2)
+        if self.quarter_turns:
+            view = torch.rot90(view, int(4 * turn), (-2, -1))
+        return view
+
+
+def resize(
+    image: Shaped[Tensor, "channel old_height old_width"], size: tuple[int, int]
+) -> Shaped[Tensor, "channel height width"]:
+    """Bicubic (a = -0.5) with antialiasing; for uint8 the same as Pillow's to one level.
+
+    Args:
+        image: uint8, or float32 in [0, 1].
+        size: (height, width) asked, in pixels.
+
+    Returns:
+        The image at that size, same type; floats clamped to [0, 1].
+    """
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    resized = functional.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+    return resized.clamp_(0, 1) if resized.is_floating_point() else resized
+
+
+def decode_windows(
+    picture: Picture, boxes: Sequence[Box], at_least: Sequence[tuple[int, int] | None]
+) -> list[np.ndarray]:
+    """Decode several windows of one picture, in one go where they lie close together.
+
+    Args:
+        picture: the picture.
+        boxes: a window for each view.
+        at_least: for each view the pixels that its window must keep, or None for all.
+
+    Returns:
+        A ``(channel, height, width)`` array for each view.
+
+    Raises:
+        BadImage: the picture cannot be decoded.
+    """
+    around = _around(boxes)
+    # Far apart, the rectangle around them can be a whole 30,000-pixel scan for two small windows.
+    if len(boxes) == 1 or around[2] * around[3] > 2 * sum(box[2] * box[3] for box in boxes):
+        return [picture.decode(box, least) for box, least in zip(boxes, at_least, strict=True)]
+    decoded = picture.decode(around, _at_least_around(around, boxes, at_least))
+    return [_inside(decoded, around, box) for box in boxes]
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    bottom, right = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+    return (top, left, bottom - top, right - left)
+
+
+def _at_least_around(
+    around: Box, boxes: Sequence[Box], at_least: Sequence[tuple[int, int] | None]
+) -> tuple[int, int] | None:
+    """The pixels that the rectangle around the windows must keep for each window to keep its own."""
+    heights, widths = [], []
+    for box, least in zip(boxes, at_least, strict=True):
+        if least is None:
+            return None
+        heights.append(math.ceil(least[0] * around[2] / box[2]))
+        widths.append(math.ceil(least[1] * around[3] / box[3]))
+    return max(heights), max(widths)
+
+
+def _inside(decoded: np.ndarray, around: Box, box: Box) -> np.ndarray:
+    """Cut a window out of the decoded rectangle around it, which may have come back reduced."""
+    vertical, horizontal = decoded.shape[1] / around[2], decoded.shape[2] / around[3]
+    height, width = max(1, round(box[2] * vertical)), max(1, round(box[3] * horizontal))
+    top = min(round((box[0] - around[0]) * vertical), decoded.shape[1] - height)
+    left = min(round((box[1] - around[1]) * horizontal), decoded.shape[2] - width)
+    return decoded[:, top : top + height, left : left + width]
+
+
+def _random_window(
+    picture_size: tuple[int, int],
+    view_size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    numbers: Sequence[float],
+) -> tuple[int, int] | None:
+    """Height and width of a window of random area and shape; None where none of the tries fits."""
+    height, width = picture_size
+    shape = view_size[1] / view_size[0]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for first, second in zip(numbers[0::2], numbers[1::2], strict=True):
+        area = height * width * (scale[0] + first * (scale[1] - scale[0]))
+        aspect = shape * math.exp(low + second * (high - low))
+        window = (round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect)))
+        if 0 < window[0] <= height and 0 < window[1] <= width:
+            return window
+    return None
+
+
+def _native_window(picture_size: tuple[int, int], view_size: tuple[int, int]) -> tuple[int, int]:
+    """The view's own size; for a smaller picture, the largest window of the view's shape."""
+    enlarged = max(1.0, view_size[0] / picture_size[0], view_size[1] / picture_size[1])
+    height, width = round(view_size[0] / enlarged), round(view_size[1] / enlarged)
+    return max(1, min(height, picture_size[0])), max(1, min(width, picture_size[1]))
+
+
+def _placed(picture_size: tuple[int, int], window: tuple[int, int], place: tuple[float, float]) -> Box:
+    """Put a window at one of the places it can take, each with equal chance."""
+    top = int(place[0] * (picture_size[0] - window[0] + 1))
+    left = int(place[1] * (picture_size[1] - window[1] + 1))
+    return (top, left, *window)
+
+
+def _centered(picture_size: tuple[int, int], view_size: tuple[int, int]) -> Box:
+    """The largest centred window of the view's shape."""
+    factor = min(picture_size[0] / view_size[0], picture_size[1] / view_size[1])
+    height = max(1, min(picture_size[0], round(view_size[0] * factor)))
+    width = max(1, min(picture_size[1], round(view_size[1] * factor)))
+    return ((picture_size[0] - height) // 2, (picture_size[1] - width) // 2, height, width)
+
+
+def _problems(geometry: Geometry) -> list[str]:
+    found = []
+    if min(geometry.size) < 1:
+        found.append(f"image_size ({geometry.image_size}) must be at least 1 pixel")
+    if not 0 < geometry.scale[0] <= geometry.scale[1] <= 1:
+        found.append(
+            f"crop_scale {geometry.scale} must be two shares of the area, 0 < smallest <= largest <= 1"
+        )
+    if not 0 < geometry.ratio[0] <= geometry.ratio[1]:
+        found.append(f"ratio {geometry.ratio} must be two positive numbers, the smaller first")
+    if geometry.crop not in CROPS:
+        found.append(f"crop ({geometry.crop!r}) is not known; {nearest(geometry.crop, CROPS)}")
+    flips = {"horizontal_flip": geometry.horizontal_flip, "vertical_flip": geometry.vertical_flip}
+    found += [f"{name} ({p}) must be a probability, 0 to 1" for name, p in flips.items() if not 0 <= p <= 1]
+    if geometry.quarter_turns and geometry.size[0] != geometry.size[1]:
+        found.append(f"quarter_turns needs a square view, image_size is {geometry.size}; switch it off")
+    return found

@@ -1,0 +1,28 @@
+"""Which frequencies an image keeps: one class a filter, all of one shape (see ``Filter``)."""
+
+from freqmask.filters.build import FILTERS, MIXTURES, OPTIONS, build_filter, used_options
+from freqmask.filters.filter import Filter, Filtered
+from freqmask.filters.fixed import BandPass, BandStop, HighPass, LowPass, Rings
+from freqmask.filters.oneof import OneOf
+from freqmask.filters.selected import Com, Energy, RandomBins, RCom, REnergy
+
+__all__ = [
+    "FILTERS",
+    "MIXTURES",
+    "OPTIONS",
+    "BandPass",
+    "BandStop",
+    "Com",
+    "Energy",
+    "Filter",
+    "Filtered",
+    "HighPass",
+    "LowPass",
+    "OneOf",
+    "RCom",
+    "REnergy",
+    "RandomBins",
+    "Rings",
+    "build_filter",
+    "used_options",
+]

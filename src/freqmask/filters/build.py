@@ -1,0 +1,216 @@
+"""Filters by name: a text from the command line or a configuration becomes a filter, nothing in it is run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from typing import Any, NamedTuple
+
+from freqmask.errors import UserError, nearest
+from freqmask.filters.filter import Filter
+from freqmask.filters.fixed import BandPass, BandStop, HighPass, LowPass, Rings
+from freqmask.filters.oneof import OneOf
+from freqmask.filters.selected import Com, Energy, RandomBins, RCom, REnergy
+
+FILTERS: dict[str, type[Filter]] = {
+    filter.name: filter
+    for filter in (
+        LowPass,
+        HighPass,
+        BandPass,
+        BandStop,
+        Rings,
+        Com,
+        RCom,
+        Energy,
+        REnergy,
+        RandomBins,
+        OneOf,
+    )
+}
+
+# the two mixtures of the papers, by a bare word: which options they take
+MIXTURES: dict[str, tuple[str, ...]] = {
+    "fixed": ("radius", "second_radius", "low_pass_share", "softness", "edge"),
+    "com": ("com_fractions", "low_pass_share", "magnitude"),
+}
+
+OPTIONS = tuple(dict.fromkeys(option for options in MIXTURES.values() for option in options))
+_OPTION_OF_ARGUMENT = {"fractions": "com_fractions"}
+
+
+def build_filter(
+    text: str | Filter, image_size: int | tuple[int, int] | None = None, **defaults: Any
+) -> Filter:
+    """Makes a filter from its description.
+
+    Args:
+        text: ``"fixed"`` (low-pass and high-pass, with ``second_radius`` band-stop and band-pass, drawn per
+            image), ``"com"`` (Com and RCom, drawn per image), a filter's name with arguments
+            (``"com(fractions=[0.01])"`` is Com alone), ``"mylab.filters:Wedge(angle=30)"``, or a filter.
+            Arguments are Python literals; nothing in the text is run, apart from importing the named module.
+        image_size: side or (H, W) against which radii are checked; ``None``: unchecked.
+        **defaults: options of the command line (``radius``, ``second_radius``, ``low_pass_share``,
+            ``com_fractions``, ``softness``, ``edge``, ``magnitude``); those that the filter does not take and
+            those that are ``None`` are left aside; see ``used_options``.
+
+    Returns:
+        A filter; ``describe`` gives a text back that makes an equal one.
+
+    Raises:
+        UserError: for a text that is no filter, with the nearest valid name.
+
+    >>> build_filter("lowpass(radius=8)").describe()
+    "lowpass(radius=8, softness=0.0, edge='sigmoid')"
+    """
+    unknown = [name for name in defaults if name not in OPTIONS]
+    if unknown:
+        raise UserError(f"filter option ({unknown[0]!r}) must be a known one; {nearest(unknown[0], OPTIONS)}")
+    given = {name: value for name, value in defaults.items() if value is not None}
+    built = text if isinstance(text, Filter) else _from_call(_parse(text), given)
+    if image_size is not None:
+        built.check((image_size, image_size) if isinstance(image_size, int) else image_size)
+    return built
+
+
+def used_options(text: str | Filter) -> set[str]:
+    """Which of the options that ``build_filter`` takes have a say in a filter.
+
+    Args:
+        text: as in ``build_filter``.
+
+    Returns:
+        Names out of ``OPTIONS``; an argument that the text itself gives is no longer an option.
+
+    Raises:
+        UserError: for a text that is no filter.
+
+    >>> sorted(used_options("com"))
+    ['com_fractions', 'low_pass_share', 'magnitude']
+    """
+    if isinstance(text, Filter):
+        return set()
+    call = _parse(text)
+    if call.is_mixture:
+        return set(MIXTURES[call.name]) - set(call.named)
+    taken = list(inspect.signature(_class_of(call.name)).parameters)[len(call.positional) :]
+    return {_OPTION_OF_ARGUMENT.get(name, name) for name in taken if name not in call.named} & set(OPTIONS)
+
+
+class _Call(NamedTuple):
+    """``name(positional, named=...)`` or the bare name."""
+
+    name: str
+    positional: list[Any]
+    named: dict[str, Any]
+    bare: bool
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.name in MIXTURES and (self.bare or self.name not in FILTERS)
+
+
+def _parse(text: str) -> _Call:
+    """Reads the text without running it."""
+    module, colon, rest = text.partition(":") if _is_import_path(text) else ("", "", text)
+    try:
+        expression = ast.parse(rest.strip(), mode="eval").body
+        if isinstance(expression, ast.Name):
+            return _Call(module.strip() + colon + expression.id, [], {}, bare=True)
+        if not (isinstance(expression, ast.Call) and isinstance(expression.func, ast.Name)):
+            raise ValueError
+        named = {str(item.arg): ast.literal_eval(item.value) for item in expression.keywords}
+        positional = [ast.literal_eval(item) for item in expression.args]
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"filter ({text!r}) must be a name with plain arguments; try 'com', 'lowpass(radius=8)' or "
+            "'mylab.filters:Wedge(angle=30)'"
+        ) from error
+    return _Call(module.strip() + colon + expression.func.id, positional, named, bare=False)
+
+
+def _is_import_path(text: str) -> bool:
+    return ":" in text.partition("(")[0]
+
+
+def _from_call(call: _Call, given: dict[str, Any]) -> Filter:
+    if call.is_mixture:
+        return _mixture(call, given)
+    kind = _class_of(call.name)
+    parameters = list(inspect.signature(kind).parameters)
+    options = {
+        name: given[_OPTION_OF_ARGUMENT.get(name, name)]
+        for name in parameters[len(call.positional) :]
+        if _OPTION_OF_ARGUMENT.get(name, name) in given
+    }
+    named = options | call.named
+    if kind is OneOf:
+        return _one_of(call.positional, named, given)
+    return _construct(call, kind, call.positional, named)
+
+
+def _construct(call: _Call, kind: type[Filter], positional: list[Any], named: dict[str, Any]) -> Filter:
+    try:
+        inspect.signature(kind).bind(*positional, **named)
+    except TypeError as error:
+        wanted = list(inspect.signature(kind).parameters)
+        wrong = next((name for name in named if name not in wanted), None)
+        hint = nearest(wrong, wanted) if wrong else f"it takes {', '.join(wanted)}"
+        raise UserError(f"filter {call.name!r} got wrong arguments ({error}); {hint}") from error
+    return kind(*positional, **named)
+
+
+def _one_of(positional: list[Any], named: dict[str, Any], given: dict[str, Any]) -> Filter:
+    arguments = dict(zip(("filters", "weights"), positional, strict=False)) | named
+    texts = arguments.get("filters")
+    if not isinstance(texts, list | tuple) or not texts or set(arguments) - {"filters", "weights"}:
+        raise UserError(
+            "filter 'oneof' must list filters; try oneof(['com()', 'highpass()'], weights=[1, 1])"
+        )
+    return OneOf([build_filter(text, **given) for text in texts], arguments.get("weights"))
+
+
+def _mixture(call: _Call, given: dict[str, Any]) -> Filter:
+    """One of two opposite filters, drawn for each image, as MFM and FOLK do."""
+    options = MIXTURES[call.name]
+    wrong = [name for name in call.named if name not in options]
+    if call.positional or wrong:
+        name = wrong[0] if wrong else repr(call.positional[0])
+        raise UserError(f"filter {call.name!r} got a wrong argument ({name}); {nearest(name, options)}")
+    settings = {name: given[name] for name in options if name in given} | call.named
+    share = settings.pop("low_pass_share", 0.5)
+    if not 0 <= share <= 1:
+        raise UserError(f"low_pass_share ({share}) must be in [0, 1]; 0.5 is the papers' for a ViT")
+    return OneOf(_opposites(call.name, settings), [share, 1.0 - share])
+
+
+def _opposites(name: str, settings: dict[str, Any]) -> list[Filter]:
+    if name == "com":
+        if "com_fractions" in settings:
+            settings["fractions"] = settings.pop("com_fractions")
+        return [Com(**settings), RCom(**settings)]
+    if (outer := settings.pop("second_radius", None)) is None:
+        return [LowPass(**settings), HighPass(**settings)]
+    inner = settings.pop("radius", "auto")
+    if isinstance(inner, str):
+        raise UserError(f"radius ({inner!r}) must be a number beside second_radius ({outer}); try radius=16")
+    return [BandStop(inner, outer, **settings), BandPass(inner, outer, **settings)]
+
+
+def _class_of(name: str) -> type[Filter]:
+    """A filter of ours, or one that an import path names."""
+    if ":" not in name:
+        if name not in FILTERS:
+            raise UserError(f"filter ({name!r}) must be a known one; {nearest(name, [*FILTERS, *MIXTURES])}")
+        return FILTERS[name]
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"filter ({name!r}) must be importable ({error}); is its folder in PYTHONPATH?"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Filter)):
+        raise UserError(f"filter ({name!r}) must be a class derived from freqmask.filters.Filter")
+    return kind

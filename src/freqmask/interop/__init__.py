@@ -1,0 +1,1 @@
+"""The backbone on its way to and from other software."""

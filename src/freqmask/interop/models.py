@@ -1,0 +1,298 @@
+"""What MODEL means: a run, an exported folder, public or fresh weights, opened alike for every command."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from freqmask.backbones import Backbone, Features, ImageSize
+from freqmask.data.values import ValueRange
+from freqmask.errors import UserError
+from freqmask.interop.folders import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LOCAL,
+    find_backbone,
+    fitted,
+    read_config,
+    run_options,
+)
+from freqmask.interop.public import check_public
+from freqmask.interop.runs import with_weights
+from freqmask.interop.timm_folder import OURS
+from freqmask.timm_models import check_name
+
+Kind = Literal["run", "folder", "timm", "random"]
+PUBLIC, RANDOM = "timm:", "random:"
+
+
+@dataclass
+class OpenedModel:
+    """A backbone with all that is needed to feed it.
+
+    Attributes:
+        name: what tables call it: the run's or folder's name, or MODEL as it was typed.
+        kind: which form of MODEL it was.
+        backbone: in evaluation mode and float32; called with normalised images it gives the last stage's (or
+            the trained stage's) map, its mean and the class token.
+        input_size: channels, height and width that it was trained for or asked at.
+        mean: of each channel in [0, 1].
+        std: of each channel.
+        value_range: what became [0, 1] in training, as ``--value_range`` takes it.
+        facts: plain values on where the weights come from: method, run, step, data ...
+        folder: of the weights, None for ``timm:`` and ``random:``.
+    """
+
+    name: str
+    kind: Kind
+    backbone: Backbone
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    value_range: str = "dtype"
+    facts: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def module(self) -> Any:
+        """The plain timm module."""
+        return self.backbone.timm_model
+
+    @property
+    def values(self) -> ValueRange:
+        """The value range, parsed."""
+        return ValueRange.parse(self.value_range) or ValueRange()
+
+    @property
+    def weights_hash(self) -> str:
+        """Tells weights (and running statistics) apart: 32 hexadecimal digits over every tensor."""
+        return hash_weights(self.module)
+
+    def normalise(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """Images in [0, 1] become what the backbone takes."""
+        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
+        return (images - mean[:, None, None]) / std[:, None, None]
+
+    def stages(
+        self, normalised: Float[Tensor, "batch channel height width"], indices: Sequence[int] | None = None
+    ) -> list[Features]:
+        """What every stage says (for a ViT a stage is a block), before the model's final normalisation.
+
+        Args:
+            normalised: as for the backbone.
+            indices: of the stages, counted as timm does; None takes all.
+        """
+        return stage_features(self.backbone, normalised, indices)
+
+
+def open_model(
+    text: str | Path,
+    *,
+    image_size: ImageSize | None = None,
+    channels: int | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+) -> OpenedModel:
+    """Open MODEL.
+
+    Args:
+        text: a run folder, an exported folder, ``timm:NAME`` (public weights), ``random:NAME`` or
+            ``random:FOLDER`` (the same architecture with fresh weights).
+        image_size: side in pixels or (height, width); None is the size that it was trained for. Positions of
+            a model of fixed size are interpolated.
+        channels: of the images, for ``timm:`` and ``random:NAME``; None is the model's own.
+        weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
+        seed: of fresh weights.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: there is no such model, or its files are broken; without a network for public weights.
+    """
+    text = str(text)
+    if text.startswith(PUBLIC):
+        return _open_named(text, PUBLIC, image_size, channels)
+    if text.startswith(RANDOM):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _open_random(text, image_size, channels)
+    return _open_folder(text, image_size, weights)
+
+
+def load_backbone(
+    model: str | Path, *, image_size: ImageSize | None = None, weights: str | None = None
+) -> nn.Module:
+    """A plain timm module, in evaluation mode.
+
+    Args:
+        model: as for :func:`open_model`.
+        image_size: side in pixels or (height, width); None is the size that it was trained for.
+        weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
+
+    Raises:
+        UserError: as for :func:`open_model`.
+    """
+    module: nn.Module = open_model(model, image_size=image_size, weights=weights).module
+    return module.requires_grad_(True)
+
+
+def stage_features(
+    backbone: Backbone,
+    normalised: Float[Tensor, "batch channel height width"],
+    indices: Sequence[int] | None = None,
+) -> list[Features]:
+    """The features of several stages in one pass, see :meth:`OpenedModel.stages`.
+
+    Raises:
+        UserError: the model has no such stage.
+    """
+    count = len(backbone.timm_model.feature_info)
+    for index in indices or ():
+        if not -count <= index < count:
+            raise UserError(f"stage ({index}) must be between {-count} and {count - 1} for {backbone.name}")
+    tokens = {"return_prefix_tokens": True} if backbone.has_class_token else {}
+    stages = backbone.timm_model.forward_intermediates(
+        backbone._padded(normalised),
+        indices=None if indices is None else list(indices),
+        intermediates_only=True,
+        **tokens,
+    )
+    maps = [stage if not backbone.has_class_token else stage[0] for stage in stages]
+    prefixes = [stage[1][:, 0] if backbone.has_class_token else None for stage in stages]
+    return [Features(one, one.mean(dim=(2, 3)), token) for one, token in zip(maps, prefixes, strict=True)]
+
+
+def hash_weights(module: nn.Module) -> str:
+    """32 hexadecimal digits over the names, shapes, types and values of all parameters and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _open_named(text: str, prefix: str, image_size: ImageSize | None, channels: int | None) -> OpenedModel:
+    """``timm:NAME`` and ``random:NAME``."""
+    import timm
+
+    name = text.removeprefix(prefix)
+    check_name(name)
+    if prefix == PUBLIC:
+        check_public(name, f"model ({text})")
+    config = timm.models.get_pretrained_cfg(name)
+    own_channels, height, width = config.input_size if config is not None else (3, 224, 224)
+    channels = own_channels if channels is None else channels
+    try:
+        backbone = Backbone(
+            name, (height, width) if image_size is None else image_size, channels, pretrained=prefix == PUBLIC
+        )
+    except UserError as error:
+        raise UserError(f"model ({text}): {error}") from error
+    mean = config.mean if config is not None else IMAGENET_MEAN
+    std = config.std if config is not None else IMAGENET_STD
+    kind: Kind = "timm" if prefix == PUBLIC else "random"
+    return _opened(text, kind, backbone, fitted(mean, channels), fitted(std, channels))
+
+
+def _open_random(text: str, image_size: ImageSize | None, channels: int | None) -> OpenedModel:
+    like = text.removeprefix(RANDOM)
+    if not Path(like).is_dir():
+        return _open_named(text, RANDOM, image_size, channels)
+    folder = find_backbone(like)
+    config = read_config(folder)
+    arguments = dict(config.get("model_args", {}))
+    trained_size = tuple(config["pretrained_cfg"]["input_size"])
+    options = run_options(like)
+    for ours in ("img_size", "in_chans", "num_classes"):
+        arguments.pop(ours, None)
+    backbone = Backbone(
+        str(config["architecture"]),
+        trained_size[1:] if image_size is None else image_size,
+        trained_size[0],
+        patch_size=arguments.pop("patch_size", None),
+        stage=_stage(options, config),
+        model_args=arguments,
+        initialisation=options.get("initialisation") or "mfm",
+    )
+    return _opened(text, "random", backbone, *_statistics(config), config=config)
+
+
+def _open_folder(text: str, image_size: ImageSize | None, weights: str | None) -> OpenedModel:
+    folder = find_backbone(text)
+    config = read_config(folder)
+    trained_size = tuple(config["pretrained_cfg"]["input_size"])
+    options = run_options(text)
+    facts = dict(config.get(OURS, {}))
+    exported = weights in (None, facts.get("weights"))
+    with nullcontext(folder) if exported else with_weights(text, folder, str(weights)) as read:
+        try:
+            backbone = Backbone(
+                LOCAL + str(read),
+                trained_size[1:] if image_size is None else image_size,
+                trained_size[0],
+                stage=_stage(options, config),
+                pretrained=True,
+            )
+        except UserError as error:
+            raise UserError(f"model ({text}) cannot be opened: {error}") from error
+    if not exported:
+        facts["weights"] = weights
+    is_run = folder != Path(text)
+    opened = _opened(
+        _name(Path(text), folder),
+        "run" if is_run else "folder",
+        backbone,
+        *_statistics(config),
+        config=config,
+    )
+    opened.facts, opened.folder = facts, folder
+    return opened
+
+
+def _opened(
+    name: str,
+    kind: Kind,
+    backbone: Backbone,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    config: dict[str, Any] | None = None,
+) -> OpenedModel:
+    facts = dict((config or {}).get(OURS, {}))
+    backbone.eval().float().requires_grad_(False)
+    return OpenedModel(
+        name,
+        kind,
+        backbone,
+        (backbone.channels, *backbone.image_size),
+        mean,
+        std,
+        str(facts.get("value_range", "dtype")),
+        facts if kind != "random" else {},
+    )
+
+
+def _name(path: Path, folder: Path) -> str:
+    """A run's name, also where its ``backbone`` folder was named."""
+    if folder.name == "backbone":
+        return folder.resolve().parent.name
+    return path.resolve().name
+
+
+def _stage(options: dict[str, Any], config: dict[str, Any]) -> int:
+    stage = options.get("stage")
+    return int(config.get(OURS, {}).get("stage", -1) if stage is None else stage)
+
+
+def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(config["pretrained_cfg"]["mean"]), tuple(config["pretrained_cfg"]["std"])

@@ -1,0 +1,283 @@
+"""The reconstruction loss in the frequency domain and the distillation loss with its centre."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from freqmask.errors import UserError, nearest
+from freqmask.spectrum import constant, image_size, pair_weights, power, rfft2, single_or_double
+
+Reduce = Literal["batch", "image"]
+
+_SMALL = 1e-12  # a batch in which nothing is hidden gives 0, not 0 / 0
+
+
+def processes() -> int:
+    """How many processes train together; 1 without torch.distributed."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum over all processes, without a gradient.
+
+    Args:
+        values: of the same shape in every process.
+
+    Returns:
+        A new tensor; the values themselves where there is one process.
+    """
+    if processes() == 1:
+        return values.detach()
+    total = values.detach().clone()
+    distributed.all_reduce(total)
+    return total
+
+
+@constant
+def _pair_weights(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return pair_weights(height, width, device).to(dtype)
+
+
+def spectrum_distance(
+    prediction: Float[Tensor, "batch channel height width"],
+    target: Float[Tensor, "batch channel height width"],
+    gamma: float = 1.0,
+    focal: float | None = None,
+) -> Float[Tensor, "batch channel height half_width"]:
+    """Distance |F(prediction) - F(target)|^gamma for every bin of the half spectrum (MFM, arXiv 2206.07706).
+
+    The transform is linear, so one FFT of the difference does; |z| is sqrt(re^2 + im^2 + 1e-12), whose
+    gradient is finite at zero.
+
+    Args:
+        prediction: image space, any scale.
+        target: likewise.
+        gamma: the power of the distance.
+        focal: exponent of the focal weight of Jiang et al. 2021, |d|^focal over its maximum of each image and
+            channel, held constant in the backward pass; ``None``: no weight.
+
+    Returns:
+        Distances, float32 or float64.
+    """
+    magnitude = torch.sqrt(power(rfft2(single_or_double(prediction) - single_or_double(target))) + 1e-12)
+    distance = magnitude if gamma == 1.0 else magnitude**gamma
+    if focal is None:
+        return distance
+    weight = magnitude.detach() ** focal
+    return distance * weight / weight.amax(dim=(-2, -1), keepdim=True)
+
+
+class SpectrumLoss(nn.Module):
+    """Mean distance between two spectra over the frequencies that were hidden.
+
+    With w = masked_weight (1 - keep) + kept_weight keep, broadcast to all channels, and sums over the full
+    spectrum: sum(w d) / sum(w) over the batch or, with ``reduce="image"``, for each image and then averaged
+    (MFM, arXiv 2206.07706). Weights (1, 0) are the paper's, (1, 1) the whole spectrum.
+    """
+
+    def __init__(
+        self,
+        masked_weight: float = 1.0,
+        kept_weight: float = 0.0,
+        reduce: Reduce = "batch",
+        gamma: float = 1.0,
+        focal: float | None = None,
+    ) -> None:
+        """Checks the settings.
+
+        Args:
+            masked_weight: weight of the hidden frequencies, at least 0.
+            kept_weight: weight of the visible ones, at least 0.
+            reduce: ``"batch"``: one quotient over the batches of all processes; ``"image"``: the mean of the
+                images' quotients, which adds up over processes and accumulation.
+            gamma: power of the distance, above 0.
+            focal: exponent of the focal weight, or ``None`` (the paper's).
+
+        Raises:
+            UserError: for a setting out of range.
+        """
+        super().__init__()
+        if min(masked_weight, kept_weight) < 0 or masked_weight + kept_weight <= 0:
+            raise UserError(
+                f"masked_weight ({masked_weight}) and kept_weight ({kept_weight}) must be at least 0 and not "
+                "both 0; the paper's are 1 and 0"
+            )
+        if reduce not in ("batch", "image"):
+            raise UserError(
+                f"reduce ({reduce!r}) must be a known reduction; {nearest(reduce, ('batch', 'image'))}"
+            )
+        if gamma <= 0:
+            raise UserError(f"gamma ({gamma}) must be above 0; the paper's is 1")
+        self.masked_weight, self.kept_weight = masked_weight, kept_weight
+        self.reduce, self.gamma, self.focal = reduce, gamma, focal
+
+    def forward(
+        self,
+        prediction: Float[Tensor, "batch channel height width"],
+        target: Float[Tensor, "batch channel height width"],
+        keep: Float[Tensor, "batch mask_channel height half_width"] | None,
+    ) -> Float[Tensor, ""]:
+        """The loss of a batch.
+
+        Args:
+            prediction: image space.
+            target: image space.
+            keep: 1 where the network saw the frequency, of 1 or C channels; ``None``: every frequency counts
+                alike (the restoration tasks' mean(d)).
+
+        Returns:
+            A scalar. Under torch.distributed ``"batch"`` divides by the mean over processes of sum(w), so
+            that DDP's mean of gradients is the gradient of one process with the whole batch.
+        """
+        distance = spectrum_distance(prediction, target, self.gamma, self.focal)
+        weight = self._weight(prediction, distance.dtype, keep)
+        if self.reduce == "image":
+            over = (1, 2, 3)
+            return ((weight * distance).sum(over) / weight.sum(over).clamp_min(_SMALL)).mean()
+        total = sum_over_processes(weight.sum()) / processes()
+        return (weight * distance).sum() / total.clamp_min(_SMALL)
+
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return (
+            f"masked_weight={self.masked_weight}, kept_weight={self.kept_weight}, reduce={self.reduce!r}, "
+            f"gamma={self.gamma}, focal={self.focal}"
+        )
+
+    def _weight(self, prediction: Tensor, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
+        """The weight w times the bins' multiplicity, (batch, channel, height, half_width)."""
+        weight = _pair_weights(*image_size(prediction), prediction.device, dtype)
+        if keep is not None:
+            weight = weight * (self.masked_weight + (self.kept_weight - self.masked_weight) * keep.to(dtype))
+        return weight.expand(*prediction.shape[:2], -1, -1)
+
+
+class DistillationLoss(nn.Module):
+    """Cross-entropy of the student with the centred, sharpened teacher, in DINO's published form.
+
+    p_t = softmax((teacher - centre) / teacher_temperature), p_s = softmax(student / student_temperature),
+    loss = - mean over images of sum(p_t log p_s). The centre is a moving mean of the teacher's outputs and
+    keeps one output from winning everywhere.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        outputs: int,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        center_momentum: float = 0.9,
+    ) -> None:
+        """Checks the settings and starts the centre at zero.
+
+        Args:
+            outputs: length K of the heads' outputs.
+            student_temperature: above 0.
+            teacher_temperature: above 0; ``forward`` may override it, for a warm-up.
+            center_momentum: how much of the old centre remains, in [0, 1].
+
+        Raises:
+            UserError: for a setting out of range.
+        """
+        super().__init__()
+        _check_distillation(outputs, student_temperature, teacher_temperature, center_momentum)
+        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(1, outputs))
+
+    def forward(
+        self,
+        student_logits: Float[Tensor, "batch outputs"],
+        teacher_logits: Float[Tensor, "batch outputs"],
+        teacher_temperature: float | Float[Tensor, ""] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The cross-entropy; no gradient reaches the teacher.
+
+        Args:
+            student_logits: of one view.
+            teacher_logits: of another view of the same images.
+            teacher_temperature: today's, instead of the constructor's; a tensor spares compiled code a
+                recompilation when it changes.
+
+        Returns:
+            A scalar in nats. The centre is left alone: see ``update_center``.
+        """
+        targets = self.teacher_probabilities(teacher_logits, teacher_temperature)
+        log_student = F.log_softmax(single_or_double(student_logits) / self.student_temperature, dim=-1)
+        return -(targets * log_student).sum(-1).mean()
+
+    @torch.no_grad()
+    def teacher_probabilities(
+        self,
+        teacher_logits: Float[Tensor, "batch outputs"],
+        teacher_temperature: float | Float[Tensor, ""] | None = None,
+    ) -> Float[Tensor, "batch outputs"]:
+        """What the student is asked to predict.
+
+        Args:
+            teacher_logits: of one view.
+            teacher_temperature: as in ``forward``.
+
+        Returns:
+            Probabilities, each row adds up to 1.
+        """
+        temperature = self.teacher_temperature if teacher_temperature is None else teacher_temperature
+        return F.softmax((single_or_double(teacher_logits) - self.center) / temperature, dim=-1)
+
+    @torch.no_grad()
+    def update_center(self, teacher_logits: Float[Tensor, "batch outputs"]) -> None:
+        """Moves the centre towards the mean of these outputs over all processes.
+
+        Args:
+            teacher_logits: all the teacher's outputs of the step; batches may differ between processes.
+        """
+        logits = single_or_double(teacher_logits)
+        count = logits.new_full((1, 1), float(len(logits)))
+        total = sum_over_processes(torch.cat((logits.sum(0, keepdim=True), count), dim=1))
+        self.center.lerp_((total[:, :-1] / total[:, -1:]).to(self.center.dtype), 1.0 - self.center_momentum)
+
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        return (
+            f"outputs={self.center.shape[1]}, student_temperature={self.student_temperature}, "
+            f"teacher_temperature={self.teacher_temperature}, center_momentum={self.center_momentum}"
+        )
+
+
+def _check_distillation(
+    outputs: int, student_temperature: float, teacher_temperature: float, center_momentum: float
+) -> None:
+    if outputs < 2:
+        raise UserError(f"outputs ({outputs}) must be at least 2; 65536 is the usual choice")
+    if min(student_temperature, teacher_temperature) <= 0:
+        raise UserError(
+            f"student_temperature ({student_temperature}) and teacher_temperature ({teacher_temperature}) "
+            "must be above 0; 0.1 and 0.04 are the usual choice"
+        )
+    if not 0 <= center_momentum <= 1:
+        raise UserError(f"center_momentum ({center_momentum}) must be in [0, 1]; 0.9 is the usual choice")
+
+
+def collapse_number(probabilities: Float[Tensor, "batch outputs"]) -> Float[Tensor, ""]:
+    """Entropy of the mean distribution minus the mean entropy over the images: 0 when collapsed.
+
+    Args:
+        probabilities: the teacher's, one row an image.
+
+    Returns:
+        What the images tell apart, in nats, from 0 to log(min(batch, outputs)); below 0.1 after warm-up the
+        teacher says the same of every image.
+    """
+    probabilities = single_or_double(probabilities)
+    return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean()
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -torch.xlogy(probabilities, probabilities).sum(-1)

@@ -1,0 +1,293 @@
+"""FOLK: MFM, and a teacher that sees the whole image (PAPERS, section 2)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from freqmask.backbones import Backbone, Features, ImageSize, evaluating, height_and_width
+from freqmask.draws import combine
+from freqmask.errors import UserError
+from freqmask.filters import Filter, Filtered
+from freqmask.heads import ProjectionHead, ReconstructionHead
+from freqmask.losses import DistillationLoss, Reduce, SpectrumLoss, collapse_number
+from freqmask.methods.health import reconstruction_health
+from freqmask.methods.masking import COM_FRACTIONS, Auto, corrupt, masking_filter, without_auto
+from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
+from freqmask.methods.normalisation import Normalisation
+from freqmask.training.ema import cosine_momentum, update_ema
+
+# A step count is known to the trainer only; DINO's first epoch is about this share of its published runs.
+FROZEN_SHARE = 0.01
+
+
+class FOLK(Method):
+    """Frequency-guided masking with a teacher.
+
+    loss = reconstruction_weight mean over views v of MFM(v)
+    + distillation_weight mean over views of H(teacher(other view), student(filtered view)).
+
+    The student sees filtered views only, the teacher originals only; it is the student's moving average and
+    gets no gradient. What is not public of the paper has DINO's published values. Both views run through
+    a network as one batch; so batch norm sees both, filtered in the student, original in the teacher.
+
+    Args:
+        backbone: as MFM's, like every option that is not listed here.
+        filter: ``"com"`` (the paper's) or ``"fixed"``, or another as in MFM.
+        com_share: chance of Com, else RCom (open in the paper).
+        views: ``"two"``: both views are filtered and both are the teacher's (the paper's); ``"one"``: half of
+            the passes, the first view is filtered and the teacher sees the second.
+        outputs: prototypes of the projection head; 4096 are enough below 100,000 images.
+        hidden_size: width of the projection head.
+        bottleneck_size: length of its normalised vector.
+        student_temperature: of the student's distribution.
+        teacher_temperature: of the teacher's, after its warm-up.
+        teacher_temperature_start: of the teacher's at the beginning.
+        teacher_temperature_warmup: share of the steps in which it rises, in [0, 1].
+        center_momentum: how much of the teacher's centre remains in a step.
+        ema_momentum: of the teacher at the first step; a cosine leads it to 1 at the last.
+        distillation_weight: weight of the distillation (open in the paper).
+        reconstruction_weight: weight of the reconstruction (open in the paper).
+        freeze_last_layer_steps: first steps without a gradient for the projection head's last layer;
+            ``"auto"`` is one in a hundred of all steps (DINO: the first epoch).
+        distil: the ``"class_token"``, the ``"pooled"`` feature (the map's mean), or ``"auto"``: the class
+            token where there is one.
+
+    Raises:
+        UserError: for an option out of range, or one that the filter or the backbone has no use for.
+    """
+
+    name = "folk"
+    n_views = 2
+    default_backbone = "student"
+    current_teacher_temperature: Tensor
+
+    def __init__(
+        self,
+        backbone: str | Backbone = "vit_small_patch16_224",
+        image_size: ImageSize = 224,
+        channels: int = 3,
+        *,
+        patch_size: int | None = None,
+        filter: str | Filter = "com",
+        radius: float | Auto = "auto",
+        low_pass_share: float | Auto = "auto",
+        com_fractions: Sequence[float] = COM_FRACTIONS,
+        com_share: float = 0.5,
+        magnitude: Literal["luma", "mean", "each"] = "luma",
+        softness: float = 0.0,
+        clamp: bool = True,
+        masked_weight: float = 1.0,
+        kept_weight: float = 0.0,
+        reduce: Reduce = "batch",
+        gamma: float = 1.0,
+        focal: float | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        views: Literal["two", "one"] = "two",
+        outputs: int = 65536,
+        hidden_size: int = 2048,
+        bottleneck_size: int = 256,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        teacher_temperature_start: float = 0.04,
+        teacher_temperature_warmup: float = 0.1,
+        center_momentum: float = 0.9,
+        ema_momentum: float = 0.996,
+        distillation_weight: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        freeze_last_layer_steps: int | Auto = "auto",
+        distil: Literal["auto", "class_token", "pooled"] = "auto",
+        stage: int = -1,
+        model_args: Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        initialisation: Literal["mfm", "timm"] = "mfm",
+    ) -> None:
+        settings = recorded(locals())
+        super().__init__()
+        _check(settings)
+        self.loss = SpectrumLoss(masked_weight, kept_weight, reduce, gamma, focal)
+        self.distillation = DistillationLoss(
+            outputs, student_temperature, teacher_temperature_start, center_momentum
+        )
+        self.normalise = Normalisation(channels, mean, std)
+        self.student = build_backbone(
+            backbone,
+            image_size,
+            channels,
+            patch_size,
+            stage,
+            model_args,
+            initialisation,
+            gradient_checkpointing,
+        )
+        size = height_and_width(image_size)
+        self.filter = masking_filter(
+            filter,
+            size,
+            self.student.is_cnn,
+            radius=radius,
+            low_pass_share=low_pass_share,
+            com_fractions=com_fractions,
+            com_share=com_share,
+            magnitude=magnitude,
+            softness=softness,
+        )
+        self.settings = without_auto(settings, size, self.student.is_cnn)
+        dim = self.student.feature_dim
+        self.decoder = ReconstructionHead(dim, channels, self.student.stride)
+        self.student_head = ProjectionHead(dim, outputs, hidden_size, bottleneck_size)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
+        self.clamp, self.views, self.distil = clamp, views, distil
+        self.reconstruction_weight, self.distillation_weight = reconstruction_weight, distillation_weight
+        self.ema_momentum, self.freeze_last_layer_steps = ema_momentum, freeze_last_layer_steps
+        self.temperatures = (teacher_temperature_start, teacher_temperature, teacher_temperature_warmup)
+        # A tensor, so that compiled code does not depend on its value and a checkpoint carries it.
+        self.register_buffer("current_teacher_temperature", torch.tensor(self.temperature(0, 1)))
+        self._check_distilled()
+
+    def forward(
+        self,
+        views: Sequence[Float[Tensor, "batch channel height width"]],
+        keys: Int64[Tensor, " batch"] | None = None,
+        details: bool = False,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The loss of two views of each image, with its parts ``reconstruction`` and ``distillation``."""
+        views, keys = self.checked(views, keys)
+        seen, taught = (views, [views[1], views[0]]) if self.views == "two" else (views[:1], views[1:])
+        view_keys = [combine(keys, number) for number in range(len(seen))]
+        filtered = [corrupt(self.filter, *view, self.clamp) for view in zip(seen, view_keys, strict=True)]
+
+        # One batch holds all views; the teacher's come in crossed order, so that row i of the student's is
+        # to predict row i of the teacher's.
+        features = self.student(self.normalise(torch.cat([view.images for view in filtered])))
+        predictions = self.decoder(features.feature_map, seen[0].shape[-2:]).chunk(len(seen))
+        targets = [self.normalise(view) for view in seen]
+        student_logits = self.student_head(self.distilled(features))
+        teacher_logits = self.teach(torch.cat(list(taught)))
+
+        reconstruction = torch.stack(
+            [
+                self.loss(prediction, target, view.keep)
+                for prediction, target, view in zip(predictions, targets, filtered, strict=True)
+            ]
+        ).mean()
+        distillation = self.distillation(student_logits, teacher_logits, self.current_teacher_temperature)
+        loss = self.reconstruction_weight * reconstruction + self.distillation_weight * distillation
+        if self.training:
+            self.distillation.update_center(teacher_logits)
+        parts = {
+            "loss": loss,
+            "reconstruction": reconstruction.detach(),
+            "distillation": distillation.detach(),
+        }
+        if details:
+            parts |= self.health(predictions, targets, filtered, view_keys, teacher_logits)
+        return parts
+
+    @torch.no_grad()
+    def teach(self, originals: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch outputs"]:
+        """The teacher's outputs for unfiltered views."""
+        return self.teacher_head(self.distilled(self.teacher(self.normalise(originals))))
+
+    def distilled(self, features: Features) -> Float[Tensor, "batch dim"]:
+        """The feature that student and teacher are compared in."""
+        if self.distil == "pooled" or features.class_token is None:
+            return features.pooled
+        return features.class_token
+
+    @torch.no_grad()
+    def health(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        filtered: Sequence[Filtered],
+        view_keys: Sequence[Tensor],
+        teacher_logits: Tensor,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The reconstruction's health over all views, and ``collapse`` in nats (PAPERS, section 6)."""
+        keep = torch.cat([view.keep for view in filtered])
+        health = reconstruction_health(
+            self.loss,
+            torch.cat(list(predictions)),
+            torch.cat(list(targets)),
+            keep,
+            self.filter,
+            torch.cat(list(view_keys)),
+        )
+        teacher = self.distillation.teacher_probabilities(teacher_logits, self.current_teacher_temperature)
+        return {**health, "collapse": collapse_number(teacher)}
+
+    def before_optimizer_step(self, step: int, total_steps: int) -> None:
+        """Drops the last layer's gradient while it is frozen, so that it takes no share of the clipping."""
+        if step < self.frozen_steps(total_steps):
+            self.student_head.last_layer.grad = None
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Moves the teacher, and sets its temperature for the next step."""
+        momentum = cosine_momentum(self.ema_momentum, step, total_steps)
+        update_ema(self.teacher, self.student, momentum)
+        update_ema(self.teacher_head, self.student_head, momentum)
+        self.current_teacher_temperature.fill_(self.temperature(step + 1, total_steps))
+
+    def frozen_steps(self, total_steps: int) -> int:
+        """In how many first steps the last layer stands still."""
+        frozen = self.freeze_last_layer_steps
+        return math.ceil(FROZEN_SHARE * total_steps) if frozen == "auto" else int(frozen)
+
+    def temperature(self, step: int, total_steps: int) -> float:
+        """The teacher's temperature at a step: linear from its start to its end, then constant."""
+        start, end, warmup = self.temperatures
+        progress = min(step / (warmup * total_steps), 1.0) if warmup * total_steps > 0 else 1.0
+        return start + (end - start) * progress
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
+    ) -> dict[str, Tensor]:
+        """Original, filtered, the student's prediction, the missing part filled in, see :class:`Method`."""
+        filtered = corrupt(self.filter, images, picture_keys(images) if keys is None else keys, self.clamp)
+        with evaluating(self):
+            feature_map = self.student(self.normalise(filtered.images)).feature_map
+            prediction = self.normalise.inverse(self.decoder(feature_map, filtered.images.shape[-2:]))
+        return pictures(images, filtered.images, prediction, filtered.keep)
+
+    def _check_distilled(self) -> None:
+        if self.distil == "class_token" and not self.student.has_class_token:
+            raise UserError(
+                f"distil (class_token) needs a class token; {self.student.name} has none, try distil=auto"
+            )
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """All problems of the options that no part checks itself, in one message."""
+    problems = [
+        f"{name} ({settings[name]}) must be one of {', '.join(choices)}"
+        for name, choices in {"views": ("two", "one"), "distil": ("auto", "class_token", "pooled")}.items()
+        if settings[name] not in choices
+    ]
+    problems += [
+        f"{name} ({settings[name]}) must be in [0, 1]"
+        for name in ("teacher_temperature_warmup", "ema_momentum")
+        if not 0 <= settings[name] <= 1
+    ]
+    if settings["teacher_temperature"] <= 0:
+        problems.append(f"teacher_temperature ({settings['teacher_temperature']}) must be above 0; try 0.07")
+    weights = settings["reconstruction_weight"], settings["distillation_weight"]
+    if min(weights) < 0 or max(weights) == 0:
+        problems.append(
+            f"reconstruction_weight ({weights[0]}) and distillation_weight ({weights[1]}) must be at least "
+            "0 and not both 0"
+        )
+    frozen = settings["freeze_last_layer_steps"]
+    if frozen != "auto" and (not isinstance(frozen, int) or frozen < 0):
+        problems.append(f"freeze_last_layer_steps ({frozen}) must be a whole number of steps, or 'auto'")
+    if problems:
+        raise UserError("; ".join(problems))

@@ -1,0 +1,174 @@
+"""What every method is: a module that turns views into a loss, and says what of it is a backbone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from freqmask.backbones import Backbone, ImageSize, height_and_width
+from freqmask.draws import fresh_keys
+from freqmask.errors import UserError
+from freqmask.filters import Filter
+from freqmask.spectrum import irfft2, rfft2
+
+
+class Method(nn.Module):
+    """A self-supervised method as a plain module.
+
+    Attributes:
+        name: what the command line calls it.
+        n_views: views of an image that ``forward`` takes.
+        default_backbone: the key of ``backbones()`` that is exported unless asked otherwise.
+        settings: plain values from which ``build_method(name, **settings)`` makes it again.
+    """
+
+    name: ClassVar[str] = ""
+    n_views: int = 1
+    default_backbone: ClassVar[str] = "backbone"
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def forward(
+        self,
+        views: Sequence[Float[Tensor, "batch channel height width"]],
+        keys: Int64[Tensor, " batch"] | None = None,
+        details: bool = False,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The loss of a batch.
+
+        Args:
+            views: ``n_views`` batches (B, C, H, W) in [0, 1] of the same images.
+            keys: one an image; all randomness comes from them, None draws fresh ones.
+            details: also the health scalars of :mod:`freqmask.methods.health`.
+
+        Returns:
+            ``"loss"`` and its parts, detached.
+        """
+
+    @abstractmethod
+    def reconstruct(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
+    ) -> dict[str, Tensor]:
+        """What the method makes of images, for pictures, see :func:`pictures`.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            keys: one a view, used as they are; None takes 0, 1, 2, ... so that pictures stay comparable.
+        """
+
+    def backbones(self) -> dict[str, Backbone]:
+        """The backbones by name."""
+        return {name: part for name, part in self.named_children() if isinstance(part, Backbone)}
+
+    def compile_backbone(self, **options: Any) -> None:
+        """Compiles the backbones in place, by ``torch.compile``'s options; the state keeps its names."""
+        for backbone in self.backbones().values():
+            backbone.compile(**options)
+
+    def before_optimizer_step(self, step: int, total_steps: int) -> None:
+        """Called with the gradients of step ``step`` (from 0), before they are clipped."""
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Called after optimiser step ``step`` (from 0)."""
+
+    def checked(
+        self, views: Sequence[Tensor], keys: Int64[Tensor, " batch"] | None
+    ) -> tuple[Sequence[Tensor], Int64[Tensor, " batch"]]:
+        """The views and the keys, fresh ones where none are given.
+
+        Raises:
+            UserError: for another number of views.
+        """
+        if isinstance(views, Tensor) or len(views) != self.n_views:
+            raise UserError(f"views must be a list of {self.n_views} batches of images for {self.name}")
+        return views, fresh_keys(len(views[0]), views[0].device) if keys is None else keys
+
+
+def build_backbone(
+    backbone: str | Backbone,
+    image_size: ImageSize,
+    channels: int,
+    patch_size: int | None,
+    stage: int,
+    model_args: Mapping[str, Any] | None,
+    initialisation: str,
+    gradient_checkpointing: bool,
+) -> Backbone:
+    """The backbone by name; one that is already built passes, and must fit the images."""
+    if isinstance(backbone, str):
+        backbone = Backbone(
+            backbone,
+            image_size,
+            channels,
+            patch_size=patch_size,
+            stage=stage,
+            model_args=model_args,
+            initialisation=initialisation,  # type: ignore[arg-type]  # Backbone checks it
+        )
+    elif backbone.channels != channels or (
+        backbone.fixed_size and backbone.image_size != height_and_width(image_size)
+    ):
+        raise UserError(
+            f"backbone ({backbone.name}: {backbone.channels} channels, {backbone.image_size} pixels) must "
+            f"fit channels ({channels}) and image_size ({image_size}); give the same to both"
+        )
+    if gradient_checkpointing:
+        backbone.set_gradient_checkpointing()
+    return backbone
+
+
+def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments as plain values: objects become what they are built from.
+
+    Args:
+        arguments: ``locals()`` at the constructor's beginning.
+    """
+    given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+    if isinstance(given.get("backbone"), Backbone):
+        built: Backbone = given["backbone"]
+        given |= {**built.settings, "backbone": built.name}
+    if isinstance(given.get("filter"), Filter):
+        given["filter"] = given["filter"].describe()
+    return {name: _plain(value) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
+
+
+def picture_keys(images: Tensor) -> Int64[Tensor, " batch"]:
+    """Keys 0, 1, 2, ...: pictures of the same images stay comparable while the network learns."""
+    return torch.arange(len(images), device=images.device)
+
+
+@torch.no_grad()
+def pictures(images: Tensor, corrupted: Tensor, prediction: Tensor, keep: Tensor) -> dict[str, Tensor]:
+    """What ``reconstruct`` returns, all in image space.
+
+    Args:
+        images: the originals (B, C, H, W) in [0, 1].
+        corrupted: what the network saw.
+        prediction: what it said, un-normalised; its kept frequencies are no part of the loss.
+        keep: (B, 1 or C, H, W // 2 + 1), 1 = the network saw this frequency.
+
+    Returns:
+        ``input`` and ``target`` (the originals), ``filtered``, ``prediction``, ``keep``, and ``filled``: the
+        original's kept frequencies with the predicted missing ones.
+    """
+    spectrum = keep * rfft2(images) + (1 - keep) * rfft2(prediction)
+    filled = irfft2(spectrum, (images.shape[-2], images.shape[-1]))
+    return {
+        "input": images,
+        "filtered": corrupted,
+        "prediction": prediction,
+        "target": images,
+        "keep": keep,
+        "filled": filled,
+    }

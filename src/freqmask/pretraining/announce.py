@@ -1,0 +1,169 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freqmask.data.sources import SourceSummary
+from freqmask.data.values import Survey
+from freqmask.pretraining.resolve import Resolved
+from freqmask.training import plan
+from freqmask.training.runs import RunFolder
+
+FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (PAPERS.md, section 6)
+PREVIEW_BYTES = 500_000
+
+
+def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out: int) -> Iterator[str]:
+    """The plan of a new run, a line each.
+
+    Args:
+        resolved: the training.
+        summary: what the source found.
+        images: trained on.
+        held_out: kept apart.
+    """
+    options = resolved.options
+    yield from _data_lines(summary, resolved.survey, images, held_out)
+    yield from _seen_lines(options, resolved.reasons)
+    yield from _training_lines(options, resolved.reasons, images)
+    if resolved.cost is not None:
+        yield from _cost_lines(options, resolved.cost)
+
+
+def _data_lines(summary: SourceSummary, survey: Survey | None, images: int, held_out: int) -> Iterator[str]:
+    yield (
+        f"images      {summary.found:,} found ({summary.kind}), {images:,} to train on, {held_out:,} held out "
+        f"to measure the loss on"
+    )
+    for suffix, count in sorted(summary.ignored.items()):
+        yield f"            {count:,} {suffix} not read{_extra(suffix)}"
+    for note in summary.notes:
+        yield f"            {note}"
+    if survey is None:
+        return
+    low, high, middle = ("x".join(str(side) for side in size) for size in (survey.min_size, survey.max_size, survey.median_size))
+    yield f"            sizes {low} to {high}, median {middle}; {_counts(survey.dtypes)}; channels {_counts(survey.channel_counts)}"
+    for note in survey.notes:
+        yield f"            {note}"
+    for name, reason in survey.bad[:3]:
+        yield f"            cannot be used: {printable(name)}: {reason}"
+    if len(survey.bad) > 3:
+        yield f"            ... and {len(survey.bad) - 3} more of the {survey.count} looked at"
+
+
+def _extra(suffix: str) -> str:
+    return "; pip install 'freqmask[data]' reads them" if suffix.lower() in (".heic", ".heif") else ""
+
+
+def _counts(counts: Mapping[Any, int]) -> str:
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{key} ({count})" for key, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _seen_lines(options: Mapping[str, Any], reasons: Mapping[str, str]) -> Iterator[str]:
+    def why(name: str) -> str:
+        return f" ({reasons[name]})" if name in reasons else ""
+
+    size = options["image_size"]
+    shown = f"{size}x{size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
+    yield f"the network sees {shown} pixels{why('image_size')}, {options['channels']} channels{why('channels')}"
+    yield f"            values {options['value_range']} become 0 and 1; mean {options['mean']}, std {options['std']}{why('mean')}"
+    if options["overfit"] is None:
+        yield f"            crops of {options['crop_scale'][0]:g} to {options['crop_scale'][1]:g} of the area{why('crop_scale')}"
+    patch = f", patch {options['patch_size']}{why('patch_size')}" if options["patch_size"] else ""
+    yield f"backbone    {options['backbone']}{why('backbone')}{patch}"
+    names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
+    told = [f"{name} {options[name]}{why(name)}" for name in names if options.get(name) not in (None, "auto")]
+    told += [f"{name} {reasons[name]}" for name in names if options.get(name) in (None, "auto") and name in reasons]
+    yield f"method      {options['method']}" + (": " + ", ".join(told) if told else "")
+
+
+def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str], images: int) -> Iterator[str]:
+    batch, steps = options["batch_size"], options["steps"]
+    epochs = steps * batch / images
+    yield (
+        f"training    {steps:,} steps of {batch} images = {epochs:,.1f} epochs"
+        + (f" ({reasons['epochs']})" if "epochs" in reasons else "")
+        + (f" ({reasons['steps']})" if "steps" in reasons else "")
+    )
+    yield (
+        f"            learning rate {options['lr']:.3g}"
+        + (f" ({reasons['lr']})" if "lr" in reasons else "")
+        + f", warm-up {options['warmup_epochs']:g} epochs, then cosine to {options['min_lr']:.2g}; "
+        + f"weight decay {options['weight_decay']:g}"
+    )
+    yield (
+        f"machine     {options['devices']} x {options['accelerator']}, {options['precision']}"
+        + (f" ({reasons['precision']})" if "precision" in reasons else "")
+        + f", {options['workers']} loader workers"
+        + (f" ({reasons['workers']})" if "workers" in reasons else "")
+        + (f", batch in {options['accumulate']} parts ({reasons.get('accumulate', 'as asked')})" if options["accumulate"] > 1 else "")
+    )
+
+
+def _cost_lines(options: Mapping[str, Any], cost: plan.Cost) -> Iterator[str]:
+    part = options["batch_size"] // options["devices"] // options["num_nodes"] // options["accumulate"]
+    seconds = cost.seconds(options["steps"], part * options["accumulate"])
+    memory = cost.peak_bytes(part)
+    checkpoint = cost.fixed_bytes * 3 // 4  # no gradients on the disk
+    previews = options["steps"] // options["preview_every_steps"] if options["preview_every_steps"] else 1
+    disk = checkpoint * (options["keep_checkpoints"] + 0.4) + previews * PREVIEW_BYTES
+    yield (
+        f"cost        about {plan.readable_time(seconds)} (measured, where loading keeps up), "
+        f"{plan.readable_bytes(memory)} of memory, {plan.readable_bytes(disk)} of disk"
+    )
+    free = plan.usable_memory(torch.device("cuda" if options["accelerator"] == "cuda" else "cpu"))
+    if memory > free:
+        yield (
+            f"warning     that is more than the {plan.readable_bytes(free)} free here; the same batch in smaller "
+            f"parts: --accumulate {options['accumulate'] * 2}"
+        )
+
+
+def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator[str]:
+    """What a person with few images should know before the hours go by."""
+    if images >= FEW_IMAGES or options["init"] or options["overfit"] or data.startswith("builtin:"):
+        return
+    yield (
+        f"advice      {images:,} images are few: public weights are usually the better beginning, "
+        "and pre-training can go on from them:"
+    )
+    yield f"            freqmask pretrain {data} --method {options['method']} --init timm:vit_small_patch16_224"
+
+
+def printable(name: str) -> str:
+    """A file's name on one line of a terminal, whatever bytes it has."""
+    return name.encode("unicode_escape", "surrogateescape").decode("ascii") if not name.isprintable() else name
+
+
+def summary_lines(run: RunFolder, summary: Mapping[str, Any], preview: str | None, data: str) -> Iterator[str]:
+    """The end of a run: from where to where, how fast, where to look, what to type next."""
+    yield ""
+    yield f"done        {summary['steps']:,} steps in {plan.readable_time(summary['seconds'])}, {summary['images_per_second']:.0f} images/s"
+    yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
+    if "loss_over_zero" in summary:
+        first, last = summary["first_loss_over_zero"], summary["loss_over_zero"]
+        yield f"            over that of predicting nothing: from {first:.3f} to {last:.3f} (1.000 = nothing learnt)"
+    if "held_out_loss_over_zero" in summary:
+        yield f"            on held-out images: {summary['held_out_loss_over_zero']:.3f}"
+    if preview is not None:
+        yield f"look at     {preview}"
+        yield f"            {run.path / 'plan.png'}"
+    yield f"backbone    {run.backbone}"
+    yield f'            model = timm.create_model("local-dir:{run.backbone}", pretrained=True)'
+    if summary.get("skipped"):
+        yield f"skipped     {summary['skipped']:,} images that could not be read: {run.path / 'skipped.csv'}"
+
+
+def next_lines(run: Path, data: str) -> Iterator[str]:
+    """The command to type next."""
+    if data.startswith("builtin:"):
+        yield "next        freqmask pretrain FOLDER_OF_YOUR_IMAGES"
+    else:
+        yield f"next        freqmask pretrain {data} --init {run} --out {run}-continued    (trains on from here)"

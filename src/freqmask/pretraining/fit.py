@@ -1,0 +1,271 @@
+"""Lightning's Trainer with our sampler, checkpoints and monitors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+
+from freqmask import __version__
+from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.sampler import TrainSampler
+from freqmask.data.sources import Source
+from freqmask.data.values import ValueRange
+from freqmask.data.views import Geometry
+from freqmask.errors import UserError
+from freqmask.pretraining.heldout import HeldOut, calibration
+from freqmask.pretraining.module import PretrainingModule
+from freqmask.pretraining.monitor import Monitor
+from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe
+from freqmask.pretraining.saving import Saver, StopSignals
+from freqmask.pretraining.skipping import Skipped
+from freqmask.training.checkpoint import AtomicCheckpointIO, load_safely
+from freqmask.training.progress import Progress
+from freqmask.training.runs import RunFolder
+from freqmask.training.tables import cut_back
+
+SHOWN = {
+    "images_per_second": "{:.0f} images/s",
+    "data_wait_share": "{:.0%} waiting for data",
+    "loss": "loss {:.4g}",
+    "reconstruction": "reconstruction {:.4g}",
+    "distillation": "distillation {:.4g}",
+    "loss_over_zero": "{:.3f} of predicting nothing",
+    "collapse": "collapse number {:.2f}",
+    "held_out_loss_over_zero": "held out {:.3f}",
+}
+
+
+@dataclass
+class Outcome:
+    """How a fit ended.
+
+    Attributes:
+        step: optimiser steps made in all.
+        stopped_by: the signal that stopped it, None at its proper end.
+        preview: the newest preview.
+        summary: what goes into summary.json.
+    """
+
+    step: int
+    stopped_by: int | None
+    preview: str | None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Fit:
+    """One start of a training, new or continued.
+
+    Args:
+        run: the run folder, locked.
+        options: resolved options.
+        train: images to learn from.
+        held_out: images to measure the loss on, or None.
+        method: what is trained.
+        convert: whether images with other channels are converted instead of skipped.
+        state: the run's state, traced in the export.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        options: Mapping[str, Any],
+        train: Source,
+        held_out: Source | None,
+        method: Any,
+        convert: bool,
+        state: Mapping[str, Any],
+    ) -> None:
+        """Nothing runs yet."""
+        self.run_folder = run
+        self.options = options
+        self.train = train
+        self.held_out = held_out
+        self.method = method
+        self.convert = convert
+        self.state = state
+        self.processes = int(options["devices"]) * int(options["num_nodes"])
+        self.part = int(options["batch_size"]) // self.processes // int(options["accumulate"])
+
+    def run(self, checkpoint: Path | None) -> Outcome:
+        """Train from the checkpoint, or from the beginning, to the end or to a signal."""
+        options = self.options
+        done = int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
+        cut_back(self.run_folder.metrics, "step", done)
+        recipe = make_recipe(options, len(self.train))
+        module = PretrainingModule(self.method, recipe, make_augmentation(options, self.method.n_views))
+        module.batches_a_step = int(options["accumulate"])
+        self._prepare(module)
+        progress = Progress(recipe.total_steps, done, SHOWN)
+        with StopSignals() as signals:
+            monitor = Monitor(
+                self.run_folder,
+                progress,
+                int(options["log_every_steps"]),
+                int(options["batch_size"]),
+                len(self.train),
+                recipe.warmup_steps,
+            )
+            looks = self._held_out(monitor)
+            callbacks = [self._skipped(), monitor, self._saver(signals, monitor), looks]
+            trainer = self._trainer(recipe.total_steps, callbacks)
+            progress.start()
+            began = time.perf_counter()
+            try:
+                trainer.fit(module, self._loader(trainer, done), ckpt_path=checkpoint, weights_only=True)
+            finally:
+                progress.close()
+        step = int(trainer.global_step)
+        stopped = signals.received if step < recipe.total_steps else None
+        summary = self._summary(monitor, step, time.perf_counter() - began, done)
+        return Outcome(step, stopped, looks.preview, summary)
+
+    def _prepare(self, module: PretrainingModule) -> None:
+        """Layout and compilation, before the optimiser sees the parameters."""
+        backbones = self.method.backbones().values()
+        if self.options["accelerator"] == "cuda" and all(backbone.is_cnn for backbone in backbones):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.options["compile"]:
+            self.method.compile_backbone()
+
+    def _trainer(self, total_steps: int, callbacks: list[Any]) -> L.Trainer:
+        options = self.options
+        return L.Trainer(
+            accelerator=options["accelerator"],
+            devices=options["devices"],
+            num_nodes=options["num_nodes"],
+            strategy=_strategy(options["strategy"]),
+            precision=options["precision"],
+            max_steps=total_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=options["accumulate"],
+            callbacks=callbacks,
+            logger=_logger(options["logger"], self.run_folder),
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            log_every_n_steps=1,
+            default_root_dir=self.run_folder.path,
+        )
+
+    def _loader(self, trainer: L.Trainer, done: int) -> Any:
+        accumulate = int(self.options["accumulate"])
+        dataset = self._dataset(self.train, make_geometries(self.options, self.method.n_views))
+        sampler = TrainSampler(
+            len(self.train),
+            self.options["seed"],
+            self.part,
+            rank=trainer.global_rank,
+            world_size=self.processes,
+            start_step=done * accumulate,
+            total_steps=int(self.options["steps"]) * accumulate,
+        )
+        return make_loader(dataset, sampler, self.part, int(self.options["workers"]))
+
+    def _dataset(self, source: Source, geometries: list[Geometry]) -> TrainDataset:
+        options = self.options
+        return TrainDataset(
+            source,
+            geometries,
+            ValueRange.parse(options["value_range"]),
+            options["channels"],
+            convert_channels=self.convert,
+            seed=options["seed"],
+        )
+
+    def _still(self, source: Source, views: int) -> TrainDataset:
+        """The images as an evaluation sees them: centred, unflipped."""
+        geometry = Geometry(image_size=self.options["image_size"], crop="center", horizontal_flip=0.0)
+        return self._dataset(source, [geometry] * views)
+
+    def _held_out(self, monitor: Monitor) -> HeldOut:
+        shown = self.held_out if self.held_out is not None else self.train
+        return HeldOut(
+            self.run_folder,
+            monitor,
+            self._still(self.held_out, self.method.n_views) if self.held_out is not None else None,
+            self._still(shown, 1),
+            int(self.options["preview_every_steps"]),
+            min(self.part, 64),
+        )
+
+    def _skipped(self) -> Skipped:
+        return Skipped(self.run_folder.path / "skipped.csv", len(self.train), self.options["max_skipped_share"])
+
+    def _saver(self, signals: StopSignals, monitor: Monitor) -> Saver:
+        options = self.options
+        size = options["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        calibrating = self._still(self.train, 1)
+        return Saver(
+            self.run_folder,
+            signals,
+            monitor,
+            int(options["checkpoint_every_steps"]),
+            float(options["checkpoint_every_minutes"]),
+            int(options["keep_checkpoints"]),
+            lambda: calibration(calibrating, self.method),
+            {
+                "input_size": (options["channels"], height, width),
+                "mean": options["mean"],
+                "std": options["std"],
+                "facts": {
+                    "version": __version__,
+                    "run": self.run_folder.path.name,
+                    "method": options["method"],
+                    "value_range": options["value_range"],
+                    "data": self.state["data"],
+                },
+            },
+        )
+
+    def _summary(self, monitor: Monitor, step: int, seconds: float, done: int) -> dict[str, Any]:
+        from freqmask.training.tables import read_rows
+
+        rows = read_rows(self.run_folder.metrics)
+        logged = [row for row in rows if row.get("loss")]
+        summary: dict[str, Any] = {"method": self.options["method"], "backbone": self.options["backbone"], "steps": step}
+        for name in ("loss", "loss_over_zero", "collapse"):
+            values = [float(row[name]) for row in logged if row.get(name)]
+            if values:
+                summary |= {name: values[-1], f"first_{name}": values[0]}
+        for name in ("held_out_loss", "held_out_loss_over_zero"):
+            values = [float(row[name]) for row in rows if row.get(name)]
+            if values:
+                summary[name] = values[-1]
+        summary["images_per_second"] = (step - done) * self.options["batch_size"] / max(seconds, 1e-9)
+        summary["skipped"] = len(read_rows(self.run_folder.path / "skipped.csv"))
+        return summary
+
+
+def _strategy(name: str) -> Any:
+    if name in ("fsdp", "model_parallel", "sharded"):
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        return ModelParallelStrategy()
+    return name
+
+
+def _logger(name: str | None, run: RunFolder) -> Logger | bool:
+    if name is None:
+        return False
+    try:
+        if name == "tensorboard":
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(run.path, name="tensorboard", version="")
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(name=run.path.name, save_dir=run.path, project="freqmask")
+    except ModuleNotFoundError as error:
+        raise UserError(f"logger ({name}) is not installed; pip install 'freqmask[log]'") from error

@@ -1,0 +1,308 @@
+"""A pre-training from its options to its end: set up, fit, tell."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from freqmask import __version__
+from freqmask.console import rank, say
+from freqmask.data.loader import TrainDataset, worker_failure
+from freqmask.data.sources import Source, open_source
+from freqmask.data.heldout import Subset, hold_out
+from freqmask.data.values import ValueRange
+from freqmask.data.views import Geometry
+from freqmask.errors import UserError
+from freqmask.pretraining import announce
+from freqmask.pretraining.fit import Fit, Outcome
+from freqmask.pretraining.heldout import first_batch
+from freqmask.pretraining.module import NotFiniteError, as_float
+from freqmask.pretraining.preview import draw_plan
+from freqmask.pretraining.quiet import quiet_libraries
+from freqmask.pretraining.resolve import Resolved, make_geometries, make_method, resolve
+from freqmask.pretraining.resume import (
+    CHOSEN_BY_RANK_0,
+    Continued,
+    continue_run,
+    find_run,
+    say_finished,
+    without_out,
+)
+from freqmask.pretraining.settings import check_accelerator, check_options
+from freqmask.training.plan import usable_cores
+from freqmask.training.runs import RunFolder, comparable, new_run, now
+
+FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
+PASS_RATIO = 0.8  # --overfit: the loss must fall below this share of where it began
+
+
+@dataclass
+class Images:
+    """The images of a run, parted.
+
+    Attributes:
+        source: all of them.
+        train: what is learnt from.
+        held_out: what the loss is measured on; None where there are too few.
+    """
+
+    source: Source
+    train: Source
+    held_out: Source | None
+
+
+def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
+    """Pre-train.
+
+    Args:
+        options: every option of ``pretrain``.
+        given: those that were given.
+
+    Returns:
+        The run folder.
+    """
+    with quiet_libraries():
+        return _run(*_with_data(options, dict(given)))
+
+
+def _run(options: dict[str, Any], given: dict[str, Any]) -> Path:
+    check_options(options)
+    check_accelerator(options["accelerator"])
+    found = find_run(given)
+    if found is not None and found.finished():
+        say_finished(found)
+        return found.path
+    if found is not None:
+        return _go_on(continue_run(found, given, options))
+    return _begin(options, given)
+
+
+def _with_data(options: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Without any argument the first run's recipe; without DATA, only what a run folder can fill in."""
+    if not given:
+        from freqmask.recipes import read_recipe
+
+        recipe = read_recipe(FIRST_RUN).options()
+        say("no DATA given: a first look on photographs that come with scikit-image (freqmask recipes photos)")
+        return {**options, **recipe}, recipe
+    data = options["data"]
+    if data is not None and not isinstance(data, (list, tuple)):
+        options["data"] = [data]
+    if not options["data"] and not (given.get("out") and RunFolder(given["out"]).exists()):
+        words = " ".join(f"--{name} {value}" for name, value in given.items())
+        raise UserError(f"DATA is missing; try freqmask pretrain builtin:photos {words}")
+    if options["data"]:
+        given["data"] = options["data"] = [str(one) if isinstance(one, Path) else one for one in options["data"]]
+    return options, given
+
+
+def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
+    """A new run: resolve, tell the plan, draw it, train."""
+    images = part(options)
+    resolved = resolve(options, images.source, len(images.train))
+    run = RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), resolved.options["backbone"])
+    run.lock()
+    try:
+        _tell_plan(resolved, images, run)
+        state = {
+            "given": without_out(given),
+            "data": images.source.fingerprint(),
+            "images": len(images.train),
+            "convert_channels": options["channels"] != "auto",
+            "freqmask": __version__,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "cores": usable_cores(),
+            "began": now(),
+        }
+        _draw_plan(run, resolved, images, state["convert_channels"])
+        if options["dry_run"]:
+            say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
+            return run.path
+        resolved.options["out"] = str(run.path)
+        run.begin(_recorded(resolved.options), state, _heading())
+        os.environ[CHOSEN_BY_RANK_0] = str(run.path)
+        return _train(run, resolved.options, images, state, resolved, None)
+    finally:
+        os.environ.pop(CHOSEN_BY_RANK_0, None)
+        run.unlock()
+
+
+def _go_on(continued: Continued) -> Path:
+    """An unfinished run: everything from its config, the data compared, train on."""
+    run, options = continued.run, continued.options
+    first = rank() == 0
+    if first:
+        run.lock()
+    try:
+        state = run.state()
+        images = part(options)
+        where = f"from {continued.checkpoint.name}" if continued.checkpoint else "from its beginning, no checkpoint yet"
+        say(f"run {run.path} goes on {where}; the plan is in {run.path / 'config.yaml'}")
+        for sentence in continued.sentences:
+            say(f"note: {sentence}")
+        if images.source.fingerprint() != state.get("data"):
+            say(
+                f"note: the images have changed since the run began: {state.get('images'):,} to train on then, "
+                f"{len(images.train):,} now"
+            )
+        if options.get("dry_run"):
+            return run.path
+        os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
+        return _train(run, options, images, state, None, continued.checkpoint)
+    finally:
+        if first:
+            os.environ.pop(CHOSEN_BY_RANK_0, None)
+            run.unlock()
+
+
+def part(options: Mapping[str, Any]) -> Images:
+    """Open the data and keep 2 % apart; a run that shall overfit keeps none."""
+    source = open_source(options["data"], pages=options["pages"], split=options["split"])
+    if options["overfit"] is not None:
+        train = Subset(source, np.arange(min(int(options["overfit"]), len(source))))
+        return Images(source, train, None)
+    train_indices, held_out = hold_out(source, seed=options["seed"])
+    return Images(source, Subset(source, train_indices), Subset(source, held_out) if len(held_out) else None)
+
+
+def _tell_plan(resolved: Resolved, images: Images, run: RunFolder) -> None:
+    held_out = len(images.held_out) if images.held_out is not None else 0
+    for line in announce.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
+        say(line)
+    for line in announce.advice_lines(resolved.options, len(images.train), data_words(resolved.options)):
+        say(line)
+    say(f"run         {run.path}")
+
+
+def _draw_plan(run: RunFolder, resolved: Resolved, images: Images, convert: bool) -> None:
+    options = resolved.options
+    method: Any = resolved.method
+    geometries = make_geometries(options, method.n_views)
+    batch = first_batch(make_dataset(options, images.train, geometries, convert), 8)
+    draw_plan(run.path / "plan.png", [as_float(view) for view in batch["views"]], method, batch["keys"])
+
+
+def make_dataset(
+    options: Mapping[str, Any], source: Source, geometries: list[Geometry], convert: bool
+) -> TrainDataset:
+    """The images of a run as views."""
+    return TrainDataset(
+        source,
+        geometries,
+        ValueRange.parse(options["value_range"]),
+        options["channels"],
+        convert_channels=convert,
+        seed=options["seed"],
+    )
+
+
+def _train(
+    run: RunFolder,
+    options: dict[str, Any],
+    images: Images,
+    state: Mapping[str, Any],
+    resolved: Resolved | None,
+    checkpoint: Path | None,
+) -> Path:
+    """Fit, and tell how it ended."""
+    steps_an_epoch = len(images.train) / options["batch_size"]
+    torch.manual_seed(options["seed"])
+    method = make_method(options, steps_an_epoch)
+    if options["init"]:
+        from freqmask.interop.weights import load_initial
+
+        for sentence in load_initial(method, options["init"]):
+            say(f"init        {sentence}")
+    began = time.time()
+    fit = Fit(run, options, images.train, images.held_out, method, bool(state["convert_channels"]), state)
+    try:
+        outcome = fit.run(checkpoint)
+    except NotFiniteError as error:
+        raise UserError(_not_finite(error, run, options)) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(_out_of_memory(options)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise UserError(_out_of_memory(options)) from error
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        raise failure from error
+    if outcome.stopped_by is not None:
+        _say_stopped(run, options, outcome)
+    _tell_end(run, options, outcome, time.time() - began)
+    return run.path
+
+
+def _tell_end(run: RunFolder, options: Mapping[str, Any], outcome: Outcome, seconds: float) -> None:
+    if rank() != 0:
+        return
+    summary = {**outcome.summary, "seconds": round(seconds, 1), "ended": now()}
+    run.finish(summary)
+    for line in announce.summary_lines(run, summary, outcome.preview, data_words(options)):
+        say(line)
+    if options["overfit"] is not None:
+        _judge_overfit(summary, int(options["overfit"]))
+    else:
+        for line in announce.next_lines(run.path, data_words(options)):
+            say(line)
+
+
+def _judge_overfit(summary: Mapping[str, Any], count: int) -> None:
+    ratio = summary["loss"] / summary["first_loss"]
+    word = "PASS" if ratio <= PASS_RATIO else "FAIL"
+    say(f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)")
+    if word == "FAIL":
+        say("      try a higher --lr or more --steps; if it still fails, the method or the data is broken")
+
+
+def _say_stopped(run: RunFolder, options: Mapping[str, Any], outcome: Outcome) -> None:
+    import signal
+
+    say(f"stopped at step {outcome.step:,} of {options['steps']:,}, saved; the same command goes on, or")
+    say(f"    freqmask pretrain {data_words(options)} --out {shlex.quote(str(run.path))}")
+    if outcome.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + int(outcome.stopped_by or 0))
+
+
+def _not_finite(error: NotFiniteError, run: RunFolder, options: Mapping[str, Any]) -> str:
+    kept = sorted(run.checkpoints.glob("step-*.ckpt"))
+    good = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+    return (
+        f"{error} (learning rate {options['lr']:.3g}, precision {options['precision']}, batch {options['batch_size']}); "
+        f"{good}; try --lr {options['lr'] / 2:.2g} or --precision 32-true with another --out"
+    )
+
+
+def _out_of_memory(options: Mapping[str, Any]) -> str:
+    peak = f"the peak was {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; " if torch.cuda.is_available() else ""
+    part_size = options["batch_size"] // options["devices"] // options["num_nodes"] // options["accumulate"]
+    return (
+        f"out of memory with {part_size} images at once; {peak}the same batch in smaller parts: "
+        f"--batch_size {options['batch_size']} --accumulate {options['accumulate'] * 2}"
+    )
+
+
+def data_words(options: Mapping[str, Any]) -> str:
+    """DATA as it would be typed."""
+    return " ".join(shlex.quote(str(one)) for one in options["data"])
+
+
+def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    plain = dict(comparable({name: value for name, value in options.items() if name not in ("dry_run", "config")}))
+    # null is the default of every option but this one, where it means something
+    return {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
+
+
+def _heading() -> str:
+    return f"freqmask {__version__}, {now()}; every auto is resolved.\nRepeat it: freqmask pretrain --config THIS_FILE --out NEW_FOLDER"

@@ -1,0 +1,130 @@
+"""The LightningModule: it wires a method to the recipe and knows nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from freqmask.errors import UserError
+from freqmask.training.recipe import Recipe, Schedule, build_optimizer
+
+
+class PretrainingModule(L.LightningModule):
+    """Trains a method by a recipe.
+
+    Args:
+        method: an ``nn.Module`` with the contract of :mod:`freqmask.methods`.
+        recipe: how the weights are moved.
+        augmentation: photometric augmentation of one view each, ``(images, keys) -> images``; empty for none.
+    """
+
+    def __init__(self, method: nn.Module, recipe: Recipe, augmentation: list[nn.Module] | None = None) -> None:
+        """Wire the parts; the optimiser is made when Lightning asks for it."""
+        super().__init__()
+        self.method: Any = method
+        self.recipe = recipe
+        self.augmentation = nn.ModuleList(augmentation or [])
+        self.schedule: Schedule | None = None
+        self.gradient_norm: Tensor | None = None
+        self.want_details = False
+        self.batches_a_step = 1
+        self._random_state: Tensor | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps made so far."""
+        return int(self.trainer.global_step)
+
+    def views(self, batch: dict[str, Any]) -> list[Tensor]:
+        """The batch's views as the method takes them: float in [0, 1], augmented on the device.
+
+        Args:
+            batch: from :func:`freqmask.data.loader.make_loader`.
+
+        Returns:
+            A list of (B, C, H, W).
+        """
+        views = [as_float(view) for view in batch["views"]]
+        if not self.augmentation:
+            return views
+        from freqmask.draws import combine
+
+        keys = batch["keys"]
+        return [
+            augment(view, combine(keys, number))
+            for number, (augment, view) in enumerate(zip(self.augmentation, views, strict=True))
+        ]
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """One part of an optimiser step: the method's loss and its parts."""
+        with torch.no_grad():
+            views = self.views(batch)
+        parts: dict[str, Tensor] = self.method(views, batch["keys"], details=self.want_details)
+        if self.device.type == "cpu" and not torch.isfinite(parts["loss"]):  # elsewhere a look would be a wait
+            raise NotFiniteError(self.step)
+        return parts
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, its learning rate set by the schedule at every step."""
+        optimizer = build_optimizer(self.method, self.recipe)
+        self.schedule = Schedule(optimizer, self.recipe)
+        return optimizer
+
+    def on_train_start(self) -> None:
+        """Put the global generator where the checkpoint left it, for models that use dropout."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Set the learning rate of this step."""
+        assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
+        self.schedule.apply(self.step)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Let the method drop gradients (FOLK's frozen layer), then clip the rest by their norm."""
+        self.method.before_optimizer_step(self.step, self.recipe.total_steps)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = self.recipe.clip_grad if self.recipe.clip_grad is not None else float("inf")
+        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, then what the method does after a step (FOLK's moving average)."""
+        optimizer.step(closure=optimizer_closure)
+        self.method.after_step(self.step, self.recipe.total_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the global generator's state."""
+        checkpoint["random_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the generator's state until the training starts: setting up draws numbers, too."""
+        self._random_state = checkpoint.get("random_state")
+        batches = int(checkpoint["global_step"]) * self.batches_a_step
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):  # the batch may be cut into other parts than before
+            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+
+
+class NotFiniteError(UserError):
+    """The loss became infinite or not a number at a step; the job adds what to do."""
+
+    def __init__(self, step: int) -> None:
+        """Remember the step, counted from 0."""
+        super().__init__(f"the loss is no longer finite at step {step + 1}")
+        self.step = step
+
+
+def as_float(view: Tensor) -> Tensor:
+    """uint8 becomes float32 in [0, 1] on the device it is on; floats pass."""
+    return view.float().div_(255) if view.dtype == torch.uint8 else view

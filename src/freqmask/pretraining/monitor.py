@@ -1,0 +1,157 @@
+"""What a run tells of itself while it goes on: metrics, progress, health."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from freqmask.console import say
+from freqmask.pretraining.module import NotFiniteError, PretrainingModule
+from freqmask.training.progress import Progress
+from freqmask.training.runs import RunFolder
+from freqmask.training.tables import append_row
+
+COLLAPSE_WARNING = 0.1  # nats, PAPERS.md section 6
+
+
+class Monitor(L.Callback):
+    """Writes metrics.csv, moves the progress bar, warns of collapse, stops at a loss that is not finite.
+
+    Args:
+        run: the run folder.
+        progress: the bar.
+        log_every: optimiser steps between rows.
+        batch_size: images per optimiser step over all devices.
+        images: images in an epoch.
+        warmup_steps: no warning before their end.
+    """
+
+    def __init__(
+        self, run: RunFolder, progress: Progress, log_every: int, batch_size: int, images: int, warmup_steps: int
+    ) -> None:
+        """Start with empty sums."""
+        self.run = run
+        self.progress = progress
+        self.log_every = log_every
+        self.batch_size = batch_size
+        self.images = images
+        self.warmup_steps = warmup_steps
+        self.latest: dict[str, float] = {}
+        self.first_loss: float | None = None
+        self.images_per_second = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._parts = 0
+        self._waited = 0.0
+        self._batch_ended = 0.0
+        self._row_began = 0.0
+        self._steps_at_row = 0
+        self._warned = False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the clocks."""
+        self._batch_ended = self._row_began = time.perf_counter()
+        self._steps_at_row = trainer.global_step
+        self._ask_for_details(trainer, module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """What passed since the last batch ended was spent waiting for this one."""
+        self._waited += time.perf_counter() - self._batch_ended
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up; at the end of an optimiser step move the bar, at some of them write a row."""
+        self._add(outputs)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            step = trainer.global_step
+            if self._is_logged(trainer, step):
+                self._write_row(trainer, module, step)
+            self.progress.update(step, self.latest)
+            self._ask_for_details(trainer, module)
+        self._batch_ended = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Take time spent on previews and checkpoints out of the speed."""
+        self._row_began += seconds
+        self._batch_ended = time.perf_counter()
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Write values that are measured now and then (held-out loss) as a row of their own."""
+        self.latest.update(values)
+        append_row(self.run.metrics, {"step": step, **values})
+
+    def _is_logged(self, trainer: L.Trainer, step: int) -> bool:
+        return step % self.log_every == 0 or step == trainer.max_steps or step == 1
+
+    def _ask_for_details(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, PretrainingModule)
+        module.want_details = self._is_logged(trainer, trainer.global_step + 1)
+
+    def _add(self, outputs: dict[str, Tensor]) -> None:
+        if not self._parts:
+            self._sums = {}
+        self._parts += 1
+        for name, value in outputs.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _write_row(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+        means = self._means(trainer, module)
+        if not torch.isfinite(torch.tensor(means["loss"])):
+            raise NotFiniteError(step - 1)
+        now = time.perf_counter()
+        elapsed = max(now - self._row_began, 1e-9)
+        steps = step - self._steps_at_row
+        self.images_per_second = steps * self.batch_size / elapsed
+        optimizer = trainer.optimizers[0]
+        values = {
+            **means,
+            "lr": float(optimizer.param_groups[0]["lr"]),
+            "weight_decay": float(optimizer.param_groups[0]["weight_decay"]),
+            "grad_norm": float(module.gradient_norm) if module.gradient_norm is not None else float("nan"),
+            "images_per_second": self.images_per_second,
+            "data_wait_share": min(self._waited / elapsed, 1.0),
+        }
+        row = {"step": step, "epoch": step * self.batch_size / self.images, **values}
+        if trainer.is_global_zero:
+            append_row(self.run.metrics, row)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=step)
+        self.latest = values
+        if self.first_loss is None:
+            self.first_loss = values["loss"]
+        self._warn_of_collapse(step)
+        self._parts, self._waited, self._row_began, self._steps_at_row = 0, 0.0, now, step
+
+    def _means(self, trainer: L.Trainer, module: PretrainingModule) -> dict[str, float]:
+        """Means since the last row, over all processes; detailed parts are of the last step alone."""
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name].to(module.device) for name in names])
+        values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
+        counts = [1 if _is_detail(name) else self._parts for name in names]
+        last = trainer.accumulate_grad_batches  # details are asked for in all parts of the logged step
+        return {
+            name: float(value) / (min(last, self._parts) if _is_detail(name) else count)
+            for name, value, count in zip(names, values.tolist(), counts, strict=True)
+        }
+
+    def _warn_of_collapse(self, step: int) -> None:
+        number = self.latest.get("collapse")
+        if number is None or self._warned or step <= self.warmup_steps or number >= COLLAPSE_WARNING:
+            return
+        self._warned = True
+        self.progress.note(
+            f"warning: the teacher gives nearly all images the same answer (collapse number {number:.3f} nat, "
+            f"healthy is above {COLLAPSE_WARNING}); try a lower --teacher_temperature, a lower --lr, or fewer --outputs"
+        )
+
+
+def _is_detail(name: str) -> bool:
+    return name.startswith("loss_over_zero") or name == "collapse"
+
+

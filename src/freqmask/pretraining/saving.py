@@ -1,0 +1,141 @@
+"""Checkpoints while a run goes on, and stopping when it is asked to."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from freqmask.backbones import recalibrate_batch_norm
+from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.pretraining.monitor import Monitor
+from freqmask.training.checkpoint import publish, step_file
+from freqmask.training.runs import RunFolder
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM become a wish that the training grants after the step it is in.
+
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is changed before the ``with`` block begins."""
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        """Take the handlers over, where Python lets us: in the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self.received = number
+
+
+class Saver(L.Callback):
+    """Writes a checkpoint and the backbone by steps, by minutes, at the end and when asked to stop.
+
+    Args:
+        run: the run folder.
+        signals: who wants the training to stop.
+        monitor: whose clock leaves out the time that saving takes.
+        every_steps: optimiser steps between checkpoints.
+        every_minutes: minutes between checkpoints, whichever comes first.
+        keep: step files that stay on the disk.
+        calibration: gives normalised, unfiltered batches (B, C, H, W) on the CPU for batch norm.
+        export: what :func:`write_timm_folder` needs beside the model and the step.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        signals: StopSignals,
+        monitor: Monitor,
+        every_steps: int,
+        every_minutes: float,
+        keep: int,
+        calibration: Callable[[], Iterable[Tensor]],
+        export: dict[str, Any],
+    ) -> None:
+        """Nothing is written before the training."""
+        self.run = run
+        self.signals = signals
+        self.monitor = monitor
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.keep = keep
+        self.calibration = calibration
+        self.export = export
+        self._saved_step = -1
+        self._saved_time = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._saved_time = time.monotonic()
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is time; stop where somebody asked."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        stop, due = self._wishes(trainer, step)
+        if stop or due or step % self.every_steps == 0 or step == trainer.max_steps:
+            self.save(trainer, module)
+        if stop:
+            trainer.should_stop = True
+
+    def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write the checkpoint of this step and refresh ``backbone/``."""
+        step = trainer.global_step
+        if step == self._saved_step:
+            return
+        began = time.perf_counter()
+        trainer.save_checkpoint(step_file(self.run.checkpoints, step))
+        if trainer.is_global_zero:
+            publish(self.run.checkpoints, step, self.keep)
+            self.write_backbones(module, step)
+        trainer.strategy.barrier("backbone")
+        self._saved_step, self._saved_time = step, time.monotonic()
+        self.monitor.pause(time.perf_counter() - began)
+
+    def write_backbones(self, module: Any, step: int) -> None:
+        """Export what the method exports by default, its batch norm recalibrated on unfiltered images."""
+        backbone = copy.deepcopy(module.method.backbones()[module.method.default_backbone])
+        with torch.no_grad():
+            recalibrate_batch_norm(backbone, (batch.to(module.device) for batch in self.calibration()))
+        settings = dict(self.export)
+        facts = {**settings.pop("facts"), "step": step, "weights": module.method.default_backbone}
+        write_timm_folder(backbone.timm_model, self.run.backbone, facts=facts, **settings)
+
+    def _wishes(self, trainer: L.Trainer, step: int) -> tuple[bool, bool]:
+        """Whether to stop and whether minutes are over: one process's clock decides for all."""
+        stop = self.signals.received is not None
+        due = time.monotonic() - self._saved_time > 60 * self.every_minutes
+        if trainer.world_size == 1:
+            return stop, due
+        if step % self.monitor.log_every:  # agreeing costs a round trip, so several processes do it now and then
+            return False, False
+        stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        return stop, bool(trainer.strategy.broadcast(due))

@@ -1,0 +1,1 @@
+"""What every trained thing needs, whatever its method: recipe, checkpoints, the run folder, progress, the plan."""

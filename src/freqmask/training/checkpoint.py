@@ -1,0 +1,147 @@
+"""Checkpoints that are whole or not there, and that run nothing when they are read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from freqmask.errors import UserError
+
+LAST = "last.ckpt"
+
+
+def load_safely(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of plain tensors, numbers and containers; nothing in the file is run.
+
+    Args:
+        path: a file written by ``torch.save``.
+        map_location: as for ``torch.load``.
+
+    Returns:
+        The dictionary in the file.
+
+    Raises:
+        UserError: the file is missing, cut short, or holds objects that would need code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint ({path}) does not exist")
+    try:
+        loaded = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint ({path}) was refused: {_refusal(error)}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"checkpoint ({path}) cannot be read, it may be cut short: {_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"checkpoint ({path}) holds a {type(loaded).__name__} instead of a dictionary")
+    return loaded
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def _refusal(error: Exception) -> str:
+    text = str(error)
+    if "Unsupported global" in text or "GLOBAL" in text:
+        culprit = text.split("GLOBAL ", 1)[-1].split(" was not", 1)[0].strip()
+        return f"reading it would run code ({culprit})"
+    return f"it is no plain torch file ({_line(error)})"
+
+
+def save_atomically(content: dict[str, Any], path: str | Path) -> None:
+    """Write to a temporary neighbour, flush it to the disk, rename it: a full disk leaves the old file whole."""
+    replace_atomically(Path(path), lambda temporary: torch.save(content, temporary))
+
+
+def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary neighbour of ``path`` and rename it over ``path`` once it is on the disk.
+
+    Args:
+        path: the file to replace; its folder is made where it is missing.
+        write: called with the temporary path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to disk, made atomic on writing and safe on reading."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the checkpoint whole or not at all."""
+        save_atomically(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read plain tensors and numbers only, whatever the caller asked for."""
+        return load_safely(path, "cpu" if map_location is None else map_location)
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an optimiser step lives."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def publish(folder: Path, step: int, keep: int) -> None:
+    """Point ``last.ckpt`` at the checkpoint of ``step`` and drop all but the ``keep`` newest.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        step: whose file has just been written.
+        keep: how many step files stay on the disk, at least 1.
+    """
+    newest = step_file(folder, step)
+    temporary = folder / f".{LAST}.tmp"
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(newest, temporary)  # the same bytes under two names: no second copy on the disk
+    except OSError:
+        temporary.symlink_to(newest.name)
+    temporary.replace(folder / LAST)
+    files = sorted(folder.glob("step-*.ckpt"))
+    for old in [file for file in files if file != newest][: max(len(files) - keep, 0)]:
+        old.unlink(missing_ok=True)
+
+
+def newest_usable(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be read whole.
+
+    Args:
+        folder: the run's ``checkpoints``.
+
+    Returns:
+        The file, or None where there is none, and a sentence for each newer file that had to be passed over.
+
+    Raises:
+        UserError: a file would run code when read; that is never passed over in silence.
+    """
+    complaints: list[str] = []
+    candidates = sorted(folder.glob("step-*.ckpt"), reverse=True)
+    last = folder / LAST
+    if last.exists() and not any(last.samefile(file) for file in candidates):
+        candidates.insert(0, last)
+    for file in candidates:
+        try:
+            load_safely(file)
+        except UserError as error:
+            if "would run code" in str(error):
+                raise
+            complaints.append(f"{error}; using the one before it")
+            continue
+        return file, complaints
+    return None, complaints

@@ -1,0 +1,233 @@
+"""The values that `auto` stands for, each with its reason, and what a training will cost."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
+FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+TARGET_STEPS = 10_000  # nothing can be judged before about 5,000 (PAPERS.md, section 6)
+PUBLISHED_EPOCHS = 300
+MOST_EPOCHS = 1_600
+BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32
+BYTES_A_FROZEN_WEIGHT = 4
+
+
+class Choice(NamedTuple):
+    """A resolved value and the reason for it, which is printed."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs in training, measured on this device.
+
+    Attributes:
+        seconds_per_image: forward and backward of one image (all its views).
+        bytes_per_image: what the forward keeps for the backward.
+        fixed_bytes: weights, gradients and optimiser state.
+    """
+
+    seconds_per_image: float
+    bytes_per_image: int
+    fixed_bytes: int
+
+    def seconds(self, steps: int, images_a_step_a_device: int) -> float:
+        """Wall time of the training where the loader keeps up."""
+        return self.seconds_per_image * steps * images_a_step_a_device
+
+    def peak_bytes(self, images_at_once: int) -> int:
+        """Memory at the height of a step."""
+        return self.fixed_bytes + self.bytes_per_image * images_at_once
+
+
+def choose_image_size(median_side: int) -> Choice:
+    """The largest usual size that the median image fills, so that no empty frequencies are made up."""
+    fitting = [size for size in IMAGE_SIZES if size <= median_side]
+    if not fitting:
+        return Choice(IMAGE_SIZES[0], f"the smallest we use; the median shorter side is {median_side}")
+    return Choice(fitting[-1], f"the median shorter side is {median_side}")
+
+
+def choose_backbone(image_size: int, on_gpu: bool) -> Choice:
+    """A small ViT: ViT-S where a GPU is at hand, ViT-Ti on a CPU."""
+    width = "small" if on_gpu else "tiny"
+    where = "a GPU is at hand" if on_gpu else "training runs on the CPU"
+    return Choice(f"vit_{width}_patch16_224", f"{where}; any timm name will do")
+
+
+def choose_patch_size(image_size: int, backbone: str) -> Choice | None:
+    """Smaller patches for small pictures: about 14 patches a side, as 224 pixels have at patch 16."""
+    if "patch" not in backbone or image_size >= 192:
+        return None
+    patch = next(size for size in (16, 8, 4, 2, 1) if size * 8 <= image_size or size == 1)
+    return Choice(patch, f"{image_size // patch}x{image_size // patch} patches of a {image_size}-pixel image")
+
+
+def choose_batch_size(cost: Cost, images: int, devices: int, memory: int) -> Choice:
+    """The largest power of two up to 256 (a GPU: 1,024) that memory holds and the data fills eight times."""
+    fits = max(int((memory - cost.fixed_bytes) / max(cost.bytes_per_image, 1)), 1) * devices
+    most = 1024 if torch.cuda.is_available() else 256
+    wanted = max(min(most, images // 8), 8)
+    value = 2 ** int(math.log2(max(min(fits, wanted), 1)))
+    limit = "memory" if fits < wanted else ("the number of images" if wanted < most else "a usual batch")
+    return Choice(max(value, devices), f"bounded by {limit}")
+
+
+def choose_accumulation(cost: Cost, batch_a_device: int, memory: int) -> Choice:
+    """The fewest parts that a device's batch has to be cut into so that one part fits into memory."""
+    for parts in range(1, batch_a_device + 1):
+        if batch_a_device % parts == 0 and cost.peak_bytes(batch_a_device // parts) <= memory:
+            reason = "the batch fits at once" if parts == 1 else f"{batch_a_device // parts} images fit at once"
+            return Choice(parts, reason)
+    return Choice(batch_a_device, "even one image at once may not fit into memory")
+
+
+def choose_epochs(images: int, batch_size: int) -> Choice:
+    """The published 300 epochs, or more where that makes fewer than 10,000 steps, at most 1,600."""
+    steps_an_epoch = max(images / batch_size, 1e-9)
+    needed = math.ceil(TARGET_STEPS / steps_an_epoch)
+    if needed <= PUBLISHED_EPOCHS:
+        return Choice(PUBLISHED_EPOCHS, "as published")
+    if needed <= MOST_EPOCHS:
+        return Choice(needed, f"{TARGET_STEPS:,} steps, since little shows before 5,000")
+    return Choice(MOST_EPOCHS, f"the most we give to {images:,} images")
+
+
+def choose_warmup_epochs(epochs: float) -> Choice:
+    """The published 20 of 300, and the same share of a shorter or longer training."""
+    return Choice(round(epochs / 15, 3), "a fifteenth of the training, as published (20 of 300)")
+
+
+def choose_workers(on_gpu: bool) -> Choice:
+    """All cores feed a GPU; on a CPU the training itself needs them, so a quarter loads."""
+    cores = usable_cores()
+    if on_gpu:
+        return Choice(min(cores, 32), f"{cores} cores feed the GPU")
+    return Choice(max(cores // 4, 1), f"{cores} cores, most of them for the training itself")
+
+
+def choose_precision(accelerator: str) -> Choice:
+    """bf16 where the device computes it fast, else fp32."""
+    if accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return Choice("bf16-mixed", "this GPU computes bf16 natively")
+    if accelerator == "mps":
+        return Choice("32-true", "bf16 is no faster on this device")
+    found = [flag for flag in FAST_BF16_FLAGS if flag in cpu_flags()]
+    if accelerator == "cpu" and found:
+        return Choice("bf16-mixed", f"this CPU has {found[0]}")
+    return Choice("32-true", f"this {'CPU' if accelerator == 'cpu' else 'device'} has no fast bf16")
+
+
+def cpu_flags() -> set[str]:
+    """The instruction sets that the CPU names; empty where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return set()
+    for line in info.read_text(errors="replace").splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which a container or a scheduler may have cut down."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that a training may take: 80 % of what is free on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * 0.8)
+    return int(_free_host_memory() * 0.8)
+
+
+def _free_host_memory() -> int:
+    free = int(psutil.virtual_memory().available)
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(limit)
+        if path.is_file() and path.read_text().strip().isdigit():
+            free = min(free, int(path.read_text()))
+    return free
+
+
+def measure_cost(
+    module: nn.Module, loss: Callable[[int], Tensor], device: torch.device, images: int = 4, rounds: int = 2
+) -> Cost:
+    """Time and memory of one image, from a few forward and backward passes.
+
+    Args:
+        module: whose parameters are counted; its gradients are cleared afterwards.
+        loss: makes the loss of a number of images.
+        device: where it runs.
+        images: how many at once.
+        rounds: timed passes after one that warms up; the fastest counts.
+    """
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        if not isinstance(tensor, nn.Parameter):
+            kept += tensor.nelement() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss(images).backward()
+    fastest = min(_timed(loss, images, device) for _ in range(rounds))
+    module.zero_grad(set_to_none=True)
+    trained = sum(p.nelement() for p in module.parameters() if p.requires_grad)
+    frozen = sum(p.nelement() for p in module.parameters() if not p.requires_grad)
+    fixed = trained * BYTES_A_TRAINED_WEIGHT + frozen * BYTES_A_FROZEN_WEIGHT
+    return Cost(fastest / images, kept // images, fixed)
+
+
+def _timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> float:
+    _synchronise(device)
+    start = perf_counter()
+    loss(images).backward()
+    _synchronise(device)
+    return perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def readable_time(seconds: float) -> str:
+    """A duration as a person says it.
+
+    >>> readable_time(5400)
+    '1.5 hours'
+    """
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 1.5 * size or (unit == "minutes" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def readable_bytes(count: float) -> str:
+    """A size in decimal units.
+
+    >>> readable_bytes(12_300_000)
+    '12.3 MB'
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

@@ -1,0 +1,124 @@
+"""The optimisation recipe: learning rate, schedule, parameter groups (PAPERS.md, section 1, "Recipe")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+REFERENCE_BATCH = 512  # the papers state learning rates for this many images a step
+BASE_LR = 3e-4
+BASE_MIN_LR = 2.5e-6
+BASE_WARMUP_LR = 2.5e-7
+NEVER_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "relative_position_bias_table")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the weights are moved.
+
+    Attributes:
+        lr: learning rate that the warm-up leads to.
+        min_lr: learning rate at the last step.
+        warmup_lr: learning rate at the first step.
+        warmup_steps: optimiser steps of linear warm-up; the cosine runs underneath it, as in the release.
+        total_steps: optimiser steps of the whole training.
+        weight_decay: for weights with two or more dimensions; biases, norms, positions and tokens get none.
+        weight_decay_end: where a cosine leads the weight decay; equal to ``weight_decay`` keeps it constant.
+        betas: AdamW's.
+        clip_grad: largest norm of the gradient; None does not clip.
+    """
+
+    lr: float
+    min_lr: float
+    warmup_lr: float
+    warmup_steps: int
+    total_steps: int
+    weight_decay: float = 0.05
+    weight_decay_end: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float | None = 3.0
+
+
+def scaled_lr(base: float, batch_size: int, reference: int = REFERENCE_BATCH) -> float:
+    """The linear rule: ``base * batch_size / reference``.
+
+    >>> round(scaled_lr(3e-4, 2048), 6)
+    0.0012
+    """
+    return base * batch_size / reference
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: with weight decay and without.
+
+    Args:
+        module: whose parameters are trained; those that need no gradient are left out.
+        weight_decay: for the first group; vectors, positions and tokens form the second, with 0.
+
+    Returns:
+        Parameter groups for a torch optimiser, empty ones left out.
+    """
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NEVER_DECAYED
+        (undecayed if exempt else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over the module's parameter groups, fused where the device has a fused kernel."""
+    groups = parameter_groups(module, recipe.weight_decay)
+    fused = _can_fuse(parameter for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
+
+
+def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    return all(p.device.type in ("cpu", "cuda") and torch.is_floating_point(p) for p in parameters)
+
+
+class Schedule:
+    """Learning rate and weight decay as functions of the step; it has no state of its own to save."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        """Attach to the optimiser's groups; the groups' learning rates are set at each :meth:`apply`."""
+        self.optimizer = optimizer
+        self.recipe = recipe
+        for group in optimizer.param_groups:
+            group["initial_lr"] = recipe.lr
+        self._cosine = CosineLRScheduler(
+            optimizer,
+            t_initial=max(recipe.total_steps, 2),  # timm warns of a cosine over a single step
+            lr_min=recipe.min_lr,
+            warmup_t=recipe.warmup_steps,
+            warmup_lr_init=recipe.warmup_lr,
+            t_in_epochs=False,
+            initialize=False,
+        )
+
+    def apply(self, step: int) -> None:
+        """Set every group's learning rate and weight decay for optimiser step ``step``, counted from 0."""
+        self._cosine.step_update(step)
+        if self.recipe.weight_decay_end == self.recipe.weight_decay:
+            return
+        decay = self._weight_decay(step)
+        for group in self.optimizer.param_groups:
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = decay
+
+    def _weight_decay(self, step: int) -> float:
+        start, end = self.recipe.weight_decay, self.recipe.weight_decay_end
+        share = min(step / max(self.recipe.total_steps, 1), 1.0)
+        return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))

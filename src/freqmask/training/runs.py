@@ -1,0 +1,217 @@
+"""The run folder: what a run was told, what it became, and how far it got."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from freqmask.errors import UserError
+from freqmask.training.checkpoint import replace_atomically
+
+RUNS = Path("runs")
+CONFIG = "config.yaml"
+STATE = "run.json"
+SUMMARY = "summary.json"
+LOCK = "run.lock"
+
+
+class RunFolder:
+    """One run on the disk. Reading is free; :meth:`lock` before writing."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Point at a folder, which need not exist yet."""
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training states live."""
+        return self.path / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        """Where preview pictures live."""
+        return self.path / "previews"
+
+    @property
+    def backbone(self) -> Path:
+        """The exported backbone, in timm's local-dir layout."""
+        return self.path / "backbone"
+
+    @property
+    def metrics(self) -> Path:
+        """The table of metrics, a row a logged step."""
+        return self.path / "metrics.csv"
+
+    def exists(self) -> bool:
+        """Whether a run has been begun here."""
+        return (self.path / CONFIG).is_file()
+
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / SUMMARY).is_file()
+
+    def config(self) -> dict[str, Any]:
+        """Every option of the run as it was resolved."""
+        return read_yaml(self.path / CONFIG)
+
+    def state(self) -> dict[str, Any]:
+        """What the run was asked for word by word, its data's fingerprint, versions."""
+        return _read_json(self.path / STATE)
+
+    def summary(self) -> dict[str, Any]:
+        """What the run ended with."""
+        return _read_json(self.path / SUMMARY)
+
+    def begin(self, config: Mapping[str, Any], state: Mapping[str, Any], heading: str) -> None:
+        """Write ``config.yaml`` and the state of a new run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_state(state)
+        body = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
+        write_text(self.path / CONFIG, "".join(f"# {line}\n" for line in heading.splitlines()) + body)
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the state whole."""
+        write_text(self.path / STATE, json.dumps(dict(state), indent=1) + "\n")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write what the run ended with, which also marks it finished."""
+        write_text(self.path / SUMMARY, json.dumps(dict(summary), indent=1) + "\n")
+
+    def lock(self) -> None:
+        """Take the run for this process until it ends, however it ends.
+
+        Raises:
+            UserError: another process is training in this folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._try_lock():
+            raise UserError(
+                f"run folder ({self.path}) is in use by another process; wait for it, or give another --out"
+            )
+
+    def _try_lock(self) -> bool:
+        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _lock_descriptor(descriptor):
+            os.close(descriptor)
+            return False
+        self._lock = descriptor
+        return True
+
+    def is_locked(self) -> bool:
+        """Whether a living process trains here."""
+        if not (self.path / LOCK).exists():
+            return False
+        descriptor = os.open(self.path / LOCK, os.O_RDWR)
+        try:
+            return not _lock_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def unlock(self) -> None:
+        """Give the run free again."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock_descriptor(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has its own call for the same thing
+        import msvcrt  # type: ignore[import-not-found,unused-ignore]
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def new_run(method: str, backbone: str, root: Path = RUNS) -> RunFolder:
+    """The first free ``runs/METHOD-BACKBONE-N``; the folder is made, so that no other process takes it."""
+    stem = re.sub(r"[^\w.-]+", "_", f"{method}-{backbone}")
+    number = 1
+    while True:
+        folder = root / f"{stem}-{number}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return RunFolder(folder)
+        number += 1
+
+
+def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder | None:
+    """The newest run under ``root`` that was asked for in the same words, has not ended and is not being trained.
+
+    Args:
+        given: the options as they were given, without ``out``.
+        root: the folder of runs.
+    """
+    if not root.is_dir():
+        return None
+    wanted = comparable(given)
+    folders = [path for path in root.iterdir() if (path / CONFIG).is_file()]
+    for path in sorted(folders, key=lambda path: (path / STATE).stat().st_mtime, reverse=True):
+        run = RunFolder(path)
+        if not run.finished() and run.state().get("given") == wanted and not run.is_locked():
+            return run
+    return None
+
+
+def comparable(value: Any) -> Any:
+    """The value as JSON would give it back, so that what was stored and what is asked for can be compared."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of options.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or holds no options.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"config ({path}) does not exist; `freqmask recipes` lists the shipped ones") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config ({path}) is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config ({path}) must hold options as `name: value` lines")
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file whole."""
+    replace_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); the run folder is damaged") from error
+    return content
+
+
+def now() -> str:
+    """The local time, to the second, for the records."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")

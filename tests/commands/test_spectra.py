@@ -1,0 +1,98 @@
+"""``freqmask spectra``: pictures and shares that add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from freqmask.commands.spectra import default_filters, spectra
+from freqmask.errors import UserError
+from freqmask.filters import FILTERS, build_filter
+from freqmask.pretraining.filter_sheet import apply_filter
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    path = tmp_path / "a photo $é.png"
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC).save(path)
+    return str(path)
+
+
+def filtering(text: str, size: int = 32):
+    image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
+    return image, apply_filter(text, build_filter(text, size), image, torch.tensor([5]))
+
+
+def test_one_filter_of_every_kind_is_drawn_by_default() -> None:
+    assert {text.partition("(")[0] for text in default_filters(224)} == set(FILTERS) - {"oneof"}
+
+
+@pytest.mark.parametrize("size", [16, 32, 224])
+def test_the_default_filters_fit_every_size(size: int) -> None:
+    for text in default_filters(size):
+        build_filter(text, size)
+
+
+def test_kept_and_removed_make_the_image() -> None:
+    image, result = filtering("lowpass(radius=4)")
+    torch.testing.assert_close(result.kept + result.removed, image)
+
+
+def test_shares_are_of_the_whole_spectrum_without_the_mean() -> None:
+    image, result = filtering("lowpass(radius=4)")
+    spectrum = torch.fft.fftshift(torch.fft.fft2(image.double()), dim=(-2, -1))
+    ky, kx = torch.meshgrid(torch.arange(-16, 16), torch.arange(-16, 16), indexing="ij")
+    kept = (ky**2 + kx**2 < 16).double()
+    energy = spectrum.abs().square()
+    energy[:, 16, 16] = 0
+    assert result.bins == pytest.approx(kept.mean().item(), abs=1e-6)
+    assert result.energy == pytest.approx(((energy * kept).sum() / energy.sum()).item(), abs=1e-5)
+    torch.testing.assert_close(result.keep.double(), kept)
+
+
+@pytest.mark.parametrize("pair", [("com(fractions=[0.1])", "rcom(fractions=[0.1])"), ("lowpass", "highpass")])
+def test_opposite_filters_share_the_energy(pair: tuple[str, str]) -> None:
+    assert sum(filtering(text)[1].energy for text in pair) == pytest.approx(1, abs=1e-5)
+
+
+def test_spectra_draws_and_tells(photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = spectra([photo], out=str(tmp_path / "out.png"), image_size=32)
+    printed = capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert picture.format == "PNG"
+    assert all(text in printed for text in default_filters(32))
+
+
+def test_images_of_any_kind_stand_side_by_side(photo: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    tifffile.imwrite(
+        tmp_path / "bands.tif", rng.random((12, 40, 40), dtype=np.float32), planarconfig="separate"
+    )
+    tifffile.imwrite(tmp_path / "grey.tif", (rng.random((40, 40)) * 4000).astype(np.uint16))
+    files = [photo, str(tmp_path / "bands.tif"), str(tmp_path / "grey.tif")]
+    assert spectra(files, out=str(tmp_path / "out.png"), filters=["com", "lowpass(radius=3)"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"filters": ["lowpas"]}, "did you mean 'lowpass'"),
+        ({"filters": ["lowpass(radius=400)"]}, "radius"),
+        ({"image_size": 2}, "image_size"),
+        ({"out": "picture.jpg"}, "--out picture.png"),
+        ({"image": []}, "1 to 4"),
+        ({"image": ["no-such.png"]}, "no-such.png.*cannot be read"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_leaves_nothing(
+    photo: str, tmp_path: Path, options, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        spectra(**{"image": [photo], "out": str(tmp_path / "out.png"), **options})
+    assert not (tmp_path / "out.png").exists()

@@ -1,0 +1,139 @@
+"""Stacks of images in numpy files."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from freqmask.data.sources import open_source
+from freqmask.errors import UserError
+
+GENERATOR = np.random.default_rng(0)
+
+
+def stack(*shape, dtype=np.uint16):
+    return GENERATOR.integers(0, 255, shape).astype(dtype)
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,), (12,)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_a_stack_is_its_images(tmp_path, channels, dtype):
+    images = stack(4, 20, 24, *channels, dtype=dtype)
+    np.save(tmp_path / "x.npy", images)
+    source = open_source(tmp_path / "x.npy")
+    planes = images.reshape(4, 20, 24, -1).transpose(0, 3, 1, 2)
+    picture = source.open(2)
+    assert len(source) == 4 and picture.size == (20, 24) and picture.dtype == np.dtype(dtype).name
+    np.testing.assert_array_equal(picture.decode(), planes[2])
+    np.testing.assert_array_equal(picture.decode((1, 2, 5, 6)), planes[2][:, 1:6, 2:8])
+    assert source.label(0) is None and source.name(3) == "3"
+
+
+def test_channels_may_come_first(tmp_path):
+    images = stack(4, 12, 20, 24)
+    np.save(tmp_path / "x.npy", images)
+    np.testing.assert_array_equal(open_source(tmp_path / "x.npy").open(1).decode(), images[1])
+
+
+def test_decoded_pixels_are_ones_own(tmp_path):
+    images = stack(2, 20, 24)
+    np.save(tmp_path / "x.npy", images)
+    source = open_source(tmp_path / "x.npy")
+    source.open(0).decode()[:] = 0
+    np.testing.assert_array_equal(source.open(0).decode()[0], images[0])
+
+
+@pytest.fixture
+def medmnist(tmp_path):
+    parts = {"train": 6, "val": 2, "test": 3}
+    arrays = {f"{name}_images": stack(count, 28, 28, dtype=np.uint8) for name, count in parts.items()}
+    arrays |= {f"{name}_labels": GENERATOR.integers(0, 5, (count, 1)) for name, count in parts.items()}
+    np.savez(tmp_path / "medmnist.npz", **arrays)
+    return tmp_path / "medmnist.npz", arrays
+
+
+def test_an_npz_with_splits_uses_train_and_says_so(medmnist):
+    path, arrays = medmnist
+    source = open_source(path)
+    assert len(source) == 6 and source.summary().notes[0].startswith("Only train is used, not test and val")
+    assert source.all_labels().tolist() == arrays["train_labels"].ravel().tolist()
+    np.testing.assert_array_equal(source.open(5).decode()[0], arrays["train_images"][5])
+    test = open_source(path, split="test")
+    np.testing.assert_array_equal(test.open(2).decode()[0], arrays["test_images"][2])
+    assert source.identity(0) != test.identity(0)
+    everything = open_source(path, split="all")
+    assert len(everything) == 11
+    np.testing.assert_array_equal(everything.open(7).decode()[0], arrays["val_images"][1])
+    assert everything.label(8) == int(arrays["test_labels"][0, 0])
+
+
+def test_labels_of_several_columns_are_left_out_and_said(tmp_path):
+    np.savez(tmp_path / "x.npz", images=stack(3, 28, 28), labels=np.ones((3, 14), int))
+    source = open_source(tmp_path / "x.npz")
+    assert source.label(0) is None and "left out" in source.summary().notes[0]
+
+
+def test_an_array_source_travels_without_its_pixels(medmnist, tmp_path):
+    np.save(tmp_path / "x.npy", stack(50, 40, 40))
+    for path in (medmnist[0], tmp_path / "x.npy"):
+        source = open_source(path)
+        sent = pickle.dumps(source)
+        assert len(sent) < 3000
+        np.testing.assert_array_equal(pickle.loads(sent).open(1).decode(), source.open(1).decode())
+
+
+def test_the_fingerprint_changes_with_the_images(tmp_path):
+    images = stack(5, 20, 20)
+    np.save(tmp_path / "x.npy", images)
+    before = open_source(tmp_path / "x.npy").fingerprint()
+    assert open_source(tmp_path / "x.npy").fingerprint() == before
+    np.save(tmp_path / "x.npy", images[:4])
+    assert open_source(tmp_path / "x.npy").fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"pixels": np.zeros((3, 8, 8))}, "under the name images"),
+        ({"images": np.zeros(8)}, "under the name images"),
+    ],
+)
+def test_an_npz_without_images_is_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=words):
+        open_source(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (0, 8, 8), (2, 2, 2, 2, 2)])
+def test_an_npy_that_is_no_stack_is_refused(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.zeros(shape))
+    with pytest.raises(UserError, match=r"must be numbers of the shape|holds no images"):
+        open_source(tmp_path / "x.npy")
+
+
+class Runs:
+    """Would run code when unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("code from the file ran",)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_a_file_that_would_run_code_is_refused(tmp_path, suffix):
+    objects = np.empty((2, 3, 3), object)
+    objects[:] = Runs()
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "npy":
+        np.save(path, objects, allow_pickle=True)
+    else:
+        np.savez(path, images=objects)
+    with pytest.raises(UserError, match="plain numpy array"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_a_damaged_file_is_refused(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(b"not numpy at all")
+    with pytest.raises(UserError, match=r"plain numpy array|damaged"):
+        open_source(path)

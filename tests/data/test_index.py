@@ -1,0 +1,203 @@
+"""The index of a folder: complete, compact, cached, and refreshed when a folder changes."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from freqmask.data import index as index_module
+from freqmask.data.cache import cache_folder, read_arrays, write_arrays
+from freqmask.data.index import index_folder
+
+SUFFIXES = frozenset({".jpg", ".png"})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts the folders that are really read."""
+    paths = []
+    read = index_module._read_folder
+
+    def counting(path, modified, suffixes):
+        paths.append(os.fsdecode(path))
+        return read(path, modified, suffixes)
+
+    monkeypatch.setattr(index_module, "_read_folder", counting)
+    return paths
+
+
+def plant(root, *names, size=3):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+
+
+def age(root):
+    """Makes every folder look unchanged for an hour, as it would be at the next start."""
+    for path in (root, *(p for p in root.rglob("*") if p.is_dir() and not p.is_symlink())):
+        then = path.stat().st_mtime - 3600
+        os.utime(path, (then, then))
+
+
+def listed(index):
+    return [index.relative(number) for number in range(len(index))]
+
+
+def test_files_are_listed_in_a_fixed_order_and_others_counted(tmp_path):
+    plant(
+        tmp_path,
+        "b/2.JPG",
+        "b/1.png",
+        "a/deep/x.jpg",
+        "z.jpg",
+        "a/notes.txt",
+        "a/more.txt",
+        "plain",
+        ".hidden.jpg",
+    )
+    index = index_folder(tmp_path, SUFFIXES)
+    assert listed(index) == ["z.jpg", "a/deep/x.jpg", "b/1.png", "b/2.JPG"]
+    assert index.ignored == {".txt": 2, "": 1}
+    assert index.path(1) == tmp_path / "a/deep/x.jpg"
+
+
+ODD_NAMES = [
+    "two words.jpg",
+    "Grüße-写真.jpg",
+    "new\nline.jpg",
+    os.fsdecode(b"latin-\xe9.jpg"),
+    "..dots.. .jpg",
+]
+
+
+def test_odd_names_survive_the_cache(tmp_path):
+    folder = tmp_path / os.fsdecode(b"odd \xff folder")
+    plant(folder, *ODD_NAMES[:4], "a..dots.. .jpg")
+    first = index_folder(tmp_path, SUFFIXES)
+    age(tmp_path)
+    index_folder(tmp_path, SUFFIXES)
+    again = index_folder(tmp_path, SUFFIXES)
+    assert listed(first) == listed(again)
+    assert all(again.path(number).read_bytes() == b"xxx" for number in range(5))
+
+
+def test_an_unchanged_folder_is_not_read_again(tmp_path, reads):
+    plant(tmp_path, "a/1.jpg", "b/1.jpg")
+    age(tmp_path)
+    first = index_folder(tmp_path, SUFFIXES)
+    assert len(reads) == 3
+    again = index_folder(tmp_path, SUFFIXES)
+    assert len(reads) == 3
+    assert listed(again) == listed(first) and again.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "new folder", "remove folder"])
+def test_only_what_changed_is_read_again(tmp_path, reads, change):
+    plant(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg", "c/1.jpg")
+    age(tmp_path)
+    before = index_folder(tmp_path, SUFFIXES)
+    reads.clear()
+    if change == "add":
+        plant(tmp_path, "a/3.jpg")
+    elif change == "remove":
+        (tmp_path / "a/1.jpg").unlink()
+    elif change == "rename":
+        (tmp_path / "a/1.jpg").rename(tmp_path / "a/0.jpg")
+    elif change == "new folder":
+        plant(tmp_path, "d/1.jpg")
+    else:
+        (tmp_path / "c/1.jpg").unlink()
+        (tmp_path / "c").rmdir()
+    after = index_folder(tmp_path, SUFFIXES)
+    expected = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.jpg"))
+    assert sorted(listed(after)) == expected
+    assert after.fingerprint != before.fingerprint
+    assert str(tmp_path / "b") not in reads
+    assert listed(index_folder(tmp_path, SUFFIXES, use_cache=False)) == listed(after)
+
+
+def test_a_folder_that_just_changed_is_read_again(tmp_path, reads):
+    plant(tmp_path, "1.jpg")
+    stamp = tmp_path.stat().st_mtime_ns
+    index_folder(tmp_path, SUFFIXES)
+    plant(tmp_path, "2.jpg")
+    os.utime(tmp_path, ns=(stamp, stamp))  # within the same tick of the file system's clock
+    assert listed(index_folder(tmp_path, SUFFIXES)) == ["1.jpg", "2.jpg"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "one byte", "empty"])
+def test_a_corrupt_cache_is_rebuilt(tmp_path, damage):
+    plant(tmp_path, *(f"a/{number:03d}.jpg" for number in range(50)))
+    age(tmp_path)
+    before = listed(index_folder(tmp_path, SUFFIXES))
+    (file,) = cache_folder().glob("index-*")
+    content = bytearray(file.read_bytes())
+    if damage == "one byte":
+        content[content.rindex(b"049.jpg")] ^= 0xFF  # in a name
+    file.write_bytes(
+        {"truncated": content[:-64], "garbage": b"freqmask" + bytes(99), "empty": b""}.get(damage, content)
+    )
+    assert listed(index_folder(tmp_path, SUFFIXES)) == before
+    assert read_arrays(file) is not None  # written anew
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    plant(tmp_path, "images/1.jpg", "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert listed(index_folder(tmp_path / "images", SUFFIXES)) == ["1.jpg"]
+
+
+def test_the_cache_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "kept.bin"
+    assert write_arrays(file, {"n": 1}, {"a": np.arange(5)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.replace", full)
+        assert not write_arrays(file, {"n": 2}, {"a": np.arange(6)})
+    about, arrays = read_arrays(file)
+    assert about == {"n": 1} and arrays["a"].tolist() == [0, 1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.bin"]
+
+
+def test_loops_of_links_end_and_linked_folders_are_entered_once(tmp_path):
+    plant(tmp_path, "data/a/1.jpg", "elsewhere/2.jpg")
+    (tmp_path / "data/a/up").symlink_to(tmp_path / "data")
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/self.jpg").symlink_to(tmp_path / "data/self.jpg")
+    (tmp_path / "data/broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    index = index_folder(tmp_path / "data", SUFFIXES)
+    assert listed(index) == ["broken.jpg", "self.jpg", "a/1.jpg", "b/2.jpg"]
+
+
+def test_a_pipe_under_an_images_name_is_left_alone(tmp_path):
+    plant(tmp_path, "1.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert listed(index_folder(tmp_path, SUFFIXES)) == ["1.jpg"]
+
+
+def test_a_large_index_travels_as_the_name_of_its_cache(tmp_path, monkeypatch):
+    plant(tmp_path, *(f"{number:04d}.jpg" for number in range(300)))
+    index = index_folder(tmp_path, SUFFIXES)
+    whole = pickle.dumps(index)
+    monkeypatch.setattr(index_module, "SENT_WHOLE_BYTES", 0)
+    small = pickle.dumps(index)
+    assert len(small) < 600 < len(whole)
+    assert listed(pickle.loads(small)) == listed(pickle.loads(whole)) == listed(index)
+
+
+def test_an_index_takes_about_thirty_bytes_a_file(tmp_path):
+    plant(tmp_path, *(f"class{number % 9}/image-{number:06d}.jpg" for number in range(900)))
+    index_folder(tmp_path, SUFFIXES)
+    (file,) = cache_folder().glob("index-*")
+    assert file.stat().st_size < 40 * 900

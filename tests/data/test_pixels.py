@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from freqmask.data.pixels import (
+    check_channels,
+    convert_channels,
+    fill_missing,
+    is_empty,
+    missing_pixels,
+)
+from freqmask.errors import BadImage
+
+
+def colour(dtype: str = "uint8") -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, 9, 11)).astype(dtype)
+
+
+def test_colour_becomes_grey_by_pillows_luma() -> None:
+    pillow = Image.fromarray(colour().transpose(1, 2, 0)).convert("L")
+    ours = convert_channels(colour(), 1)
+    assert ours.dtype == np.uint8
+    assert np.abs(ours[0].astype(int) - np.asarray(pillow)).max() <= 1
+    assert convert_channels(colour("uint16"), 1).dtype == np.uint16
+
+
+def test_grey_is_repeated_and_a_fourth_channel_dropped() -> None:
+    grey = colour()[:1]
+    assert np.array_equal(convert_channels(grey, 3), np.repeat(grey, 3, axis=0))
+    four = np.concatenate([colour(), grey])
+    assert np.array_equal(convert_channels(four, 3), colour())
+    assert np.array_equal(convert_channels(four, 1), convert_channels(colour(), 1))
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "convert"), [(12, 3, True), (3, 12, True), (2, 1, True), (1, 3, False)]
+)
+def test_other_channels_are_refused_with_both_counts(found: int, wanted: int, convert: bool) -> None:
+    with pytest.raises(BadImage, match=rf"{found} channels.*{wanted}"):
+        check_channels(found, wanted, convert)
+
+
+def test_missing_values_become_their_channels_mean() -> None:
+    image = np.array([[[1.0, 3.0, np.nan]], [[-9999.0, 5.0, np.inf]]], dtype=np.float32)
+    missing = missing_pixels(image, -9999.0)
+    filled = fill_missing(image, missing)
+    assert filled.dtype == np.float32
+    assert np.array_equal(filled, [[[1, 3, 2]], [[5, 5, 5]]])
+
+
+def test_a_channel_without_any_value_gets_the_images_mean() -> None:
+    image = np.array([[[1.0, 3.0]], [[np.nan, np.nan]]], dtype=np.float32)
+    assert np.array_equal(fill_missing(image, missing_pixels(image, None))[1], [[2, 2]])
+
+
+def test_nodata_in_whole_numbers_is_filled_in_their_type() -> None:
+    image = np.array([[[0, 10, 20]]], dtype=np.uint16)
+    filled = fill_missing(image, missing_pixels(image, 0))
+    assert filled.dtype == np.uint16
+    assert filled.tolist() == [[[15, 10, 20]]]
+
+
+def test_a_full_image_is_not_copied() -> None:
+    image = colour()
+    assert missing_pixels(image, None) is None
+    assert fill_missing(image, None) is image
+
+
+@pytest.mark.parametrize(("missing_rows", "empty"), [(95, True), (85, False)])
+def test_nine_tenths_missing_are_too_many(missing_rows: int, empty: bool) -> None:
+    image = np.random.default_rng(0).random((2, 100, 10), dtype=np.float32)
+    image[:, :missing_rows] = np.nan
+    reason = is_empty(image, missing_pixels(image, None))
+    assert (reason is not None) == empty
+    assert reason is None or "95%" in reason
+
+
+def test_a_constant_image_is_empty_and_one_other_pixel_is_content() -> None:
+    image = np.full((3, 20, 20), 7, dtype=np.uint8)
+    assert is_empty(image, None) == "every pixel has the same value"
+    image[1, 13, 13] = 8
+    assert is_empty(image, None) is None

@@ -1,0 +1,96 @@
+"""Splits: found by name, or drawn with the same classes on both sides and no group divided."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from freqmask.data.splits import choose_split, split_indices
+from freqmask.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "chosen"),
+    [
+        (["train", "val"], "auto", "train"),
+        (["Training", "validation"], "auto", "Training"),
+        (["train"], "auto", None),
+        (["val", "test"], "auto", None),
+        (["train", "val"], "all", None),
+        (["train", "validation"], "val", "validation"),
+        (["train", "fold3"], "fold3", "fold3"),
+    ],
+)
+def test_the_split_meant_is_found(names, split, chosen):
+    assert choose_split(names, split, "DATA") == chosen
+
+
+def test_an_unknown_split_names_those_there_are():
+    with pytest.raises(UserError, match="did you mean 'test'"):
+        choose_split(["train", "test"], "tset", "DATA")
+
+
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=60, max_size=200),
+    group_size=st.integers(1, 5),
+    share=st.floats(0.2, 0.8),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_every_image_is_in_one_part_and_no_group_in_two(labels, group_size, share, seed):
+    groups = [str(index // group_size) for index in range(len(labels))]
+    parts = split_indices(labels, groups, [share, 1 - share], seed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    assert not {groups[index] for index in parts[0]} & {groups[index] for index in parts[1]}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_classes_keep_their_shares(grouped):
+    labels = np.repeat([0, 1, 2], [700, 200, 100])
+    groups = [f"{label}-{index // 5}" for index, label in enumerate(labels)] if grouped else None
+    parts = split_indices(labels, groups, [0.7, 0.2, 0.1], seed=3)
+    assert [len(part) for part in parts] == [700, 200, 100]
+    for part, share in zip(parts, (0.7, 0.2, 0.1), strict=True):
+        counts = np.bincount(labels[part], minlength=3)
+        assert np.abs(counts - share * np.array([700, 200, 100])).max() <= (5 if grouped else 1)
+
+
+def test_a_class_of_one_image_is_in_the_largest_part():
+    labels = [0] * 90 + list(range(1, 11))
+    for seed in range(5):
+        parts = split_indices(labels, None, [0.2, 0.8], seed)
+        assert set(range(90, 100)) <= set(parts[1].tolist())
+
+
+def test_the_seed_decides_and_nothing_else():
+    labels = np.arange(100) % 4
+    np.random.seed(0)
+    first = split_indices(labels, None, [0.5, 0.5], 1)
+    again = split_indices(labels, None, [0.5, 0.5], 1)
+    other = split_indices(labels, None, [0.5, 0.5], 2)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert (first[0] != other[0]).any()
+
+
+def test_images_without_group_or_label_are_dealt_out_too():
+    parts = split_indices([None, 0, 1, None] * 10, [None, "a", None, "b"] * 10, [0.5, 0.5], 0)
+    assert sum(map(len, parts)) == 40
+    assert min(map(len, parts)) >= 15
+
+
+def test_equal_parts_serve_as_folds():
+    parts = split_indices(np.arange(50) % 5, None, [1] * 5, 0)
+    assert [np.bincount(np.arange(50)[part] % 5).tolist() for part in parts] == [[2] * 5] * 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "fractions", "words"),
+    [
+        ([0, 1], None, [0.5, 0.0], "above 0"),
+        ([0] * 6, ["same"] * 6, [0.5, 0.5], "too few"),
+        ([], None, [0.5, 0.5], "no images"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(labels, groups, fractions, words):
+    with pytest.raises(UserError, match=words):
+        split_indices(labels, groups, fractions, 0)

@@ -1,0 +1,107 @@
+"""Images in parquet tables of the Hugging Face layout."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from freqmask.data import tables
+from freqmask.data.sources import open_source, splits_there
+from freqmask.errors import BadImage, UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def png(number):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), (number, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path, count=5, column="img", names=("cat", "dog"), first=0):
+    """A table as `datasets` writes it: (bytes, path), a label, its names in the schema's metadata."""
+    cells = [{"bytes": png(first + k), "path": f"{k}.png"} for k in range(count)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {column: {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([(column, kind), ("label", pa.int64())], about)
+    path.parent.mkdir(exist_ok=True)
+    labels = [k % len(names) for k in range(count)]
+    pq.write_table(pa.table([pa.array(cells, kind), pa.array(labels)], schema), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize("column", ["img", "whatever"])
+@pytest.mark.parametrize("limit", [10**9, 0])
+def test_a_table_gives_its_images_and_classes(tmp_path, monkeypatch, column, limit):
+    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", limit)
+    source = open_source(write(tmp_path / "t.parquet", column=column))
+    assert len(source) == 5 and source.class_names == ["cat", "dog"]
+    assert [source.label(index) for index in range(5)] == [0, 1, 0, 1, 0]
+    assert [int(source.open(index).decode()[0, 0, 0]) for index in range(5)] == [0, 1, 2, 3, 4]
+    assert source.name(3) == "3:3.png"
+    again = open_source(tmp_path / "t.parquet")  # from the cache, where it is mapped
+    assert int(again.open(4).decode()[0, 0, 0]) == 4
+
+
+def test_a_folder_of_tables_uses_train_and_says_so(tmp_path):
+    write(tmp_path / "data" / "train-00000-of-00002.parquet", 3)
+    write(tmp_path / "data" / "train-00001-of-00002.parquet", 2, first=10)
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", 4, first=20)
+    source = open_source(tmp_path)
+    assert [int(source.open(index).decode()[0, 0, 0]) for index in range(len(source))] == [0, 1, 2, 10, 11]
+    assert source.all_labels().tolist() == [0, 1, 0, 0, 1]
+    assert "Only train is used, not test" in source.summary().notes[0]
+    assert splits_there(tmp_path) == ["test", "train"]
+    assert len(open_source(tmp_path, split="test")) == 4 and len(open_source(tmp_path, split="all")) == 9
+
+
+def test_images_beside_a_table_are_what_a_folder_is_for(tmp_path):
+    write(tmp_path / "t.parquet")
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    source = open_source(tmp_path)
+    assert source.summary().kind == "folder" and source.summary().ignored == {".parquet": 1}
+
+
+def test_plain_bytes_and_text_labels_work_too(tmp_path):
+    table = pa.table({"image": [png(1), None, png(3)], "label": ["x", "y", None]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = open_source(tmp_path / "t.parquet")
+    assert source.class_names == ["x", "y"] and [source.label(index) for index in range(3)] == [0, 1, None]
+    assert source.name(2) == "2" and source.open(2).decode()[0, 0, 0] == 3
+    with pytest.raises(BadImage, match="no bytes"):
+        source.open(1)
+
+
+def test_a_table_source_travels_without_its_pixels(tmp_path):
+    source = open_source(write(tmp_path / "t.parquet", 50))
+    source.open(0)
+    sent = pickle.dumps(source)
+    assert len(sent) < 4000
+    np.testing.assert_array_equal(pickle.loads(sent).open(9).decode(), source.open(9).decode())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PAR1 but no table", "truncated or no parquet file"),
+        ({"path": ["a.png"], "label": [0]}, "must hold a column of encoded images"),
+        ({"image": pa.array([], pa.binary())}, "holds no rows"),
+    ],
+)
+def test_a_table_without_images_is_refused(tmp_path, content, words):
+    path = tmp_path / "t.parquet"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        pq.write_table(pa.table(content), path)
+    with pytest.raises(UserError, match=words):
+        open_source(path)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from freqmask.data.values import ValueRange, survey
+from freqmask.errors import UserError
+
+
+def test_eight_bits_stay_as_they_are_unless_a_range_is_given() -> None:
+    image = np.array([[[0, 51, 255]]], dtype=np.uint8)
+    assert ValueRange().apply(image) is image
+    assert ValueRange(0, 255).apply(image) is image
+    np.testing.assert_allclose(ValueRange(0, 102).apply(image), [[[0, 0.5, 1]]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [("uint16", 0, 65535), ("int16", -32768, 32767), ("float32", 0, 1)]
+)
+def test_the_range_of_a_type_becomes_zero_to_one(dtype: str, low: float, high: float) -> None:
+    scaled = ValueRange().apply(np.array([[[low, (low + high) / 2, high]]], dtype=dtype))
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled, [[[0, 0.5, 1]]], atol=1e-5)
+
+
+def test_values_outside_a_range_are_clamped() -> None:
+    scaled = ValueRange(100, 200).apply(np.array([[[50, 150, 900]]], dtype=np.uint16))
+    np.testing.assert_allclose(scaled, [[[0, 0.5, 1]]])
+
+
+@pytest.mark.parametrize("text", ["dtype", "0,4095", "-1.5,2.25"])
+def test_a_range_describes_itself_as_it_is_typed(text: str) -> None:
+    parsed = ValueRange.parse(text)
+    assert parsed is not None
+    assert parsed.describe() == text
+    assert ValueRange.parse(parsed.describe()) == parsed
+
+
+def test_two_numbers_and_auto_are_read() -> None:
+    assert ValueRange.parse([0, 10]) == ValueRange(0.0, 10.0)
+    assert ValueRange.parse("auto") is None
+
+
+@pytest.mark.parametrize("text", ["automatic", "1", "5,5", "7,3", "1,2,3", "0,nan", "0,inf"])
+def test_what_is_no_range_is_refused_with_the_way_out(text: str) -> None:
+    with pytest.raises(UserError, match="value_range"):
+        ValueRange.parse(text)
+
+
+def test_a_survey_of_photographs_tells_sizes_mean_and_std(memory_source: Any, photographs: Any) -> None:
+    images = photographs(6) + photographs(1, height=48, width=20)
+    found = survey(memory_source(images))
+    assert (found.median_size, found.min_size, found.max_size) == ((24, 32), (24, 20), (48, 32))
+    assert (found.channel_counts, found.dtypes, found.channels) == ({3: 7}, {"uint8": 7}, 3)
+    assert found.value_range == ValueRange()
+    np.testing.assert_allclose(found.mean, 0.5, atol=0.02)
+    np.testing.assert_allclose(found.std, 12**-0.5, atol=0.02)
+
+
+def test_twelve_bits_in_sixteen_are_found_by_their_percentiles(memory_source: Any) -> None:
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 4096, (1, 30, 30), dtype=np.uint16) for _ in range(20)]
+    images[0][0, 0, 0] = 65535  # one hot pixel must not decide
+    found = survey(memory_source(images)).value_range
+    assert found.low == pytest.approx(4, abs=4)
+    assert found.high == pytest.approx(4091, abs=4)
+
+
+def test_eight_bits_among_others_keep_the_range_of_their_type(memory_source: Any, photographs: Any) -> None:
+    images = [*photographs(3), *(image.astype(np.uint16) for image in photographs(3))]
+    assert survey(memory_source(images)).value_range == ValueRange()
+
+
+def test_missing_values_count_neither_for_the_range_nor_for_the_mean(memory_source: Any) -> None:
+    image = np.random.default_rng(0).random((1, 20, 20), dtype=np.float32)
+    image[0, :10] = np.nan
+    found = survey(memory_source([image]), value_range="0,1")
+    assert found.mean[0] == pytest.approx(float(np.nanmean(image)), abs=0.02)
+
+
+def test_auto_takes_the_commonest_channels_and_says_how_many_are_skipped(
+    memory_source: Any, photographs: Any
+) -> None:
+    images = photographs(5) + photographs(2, channels=1)
+    found = survey(memory_source(images))
+    assert found.channels == 3
+    assert [name for name, _ in found.bad] == ["image-5", "image-6"]
+    assert "2 of 7" in found.notes[0]
+    asked = survey(memory_source(images), channels=1)
+    assert (asked.channels, asked.bad, len(asked.mean)) == (1, [], 1)
+
+
+def test_bad_images_are_listed_with_their_reasons(memory_source: Any, photographs: Any) -> None:
+    def broken() -> None:
+        raise SyntaxError("broken chunk")
+
+    images = [*photographs(2), "cut off", broken, np.zeros((3, 8, 8), np.uint8)]
+    bad = dict(survey(memory_source(images)).bad)
+    assert bad["image-2"] == "cut off"
+    assert "broken chunk" in bad["image-3"]
+    assert "same value" in bad["image-4"]
+
+
+def test_a_source_of_bad_images_is_refused_with_the_first_reason(memory_source: Any) -> None:
+    with pytest.raises(UserError, match="cut off"):
+        survey(memory_source(["cut off"] * 3))
+    with pytest.raises(UserError, match="12 channels"):
+        survey(memory_source([np.random.default_rng(0).random((12, 16, 16))]), channels=3)
+
+
+def test_a_survey_looks_at_no_more_than_asked_and_at_the_same_ones(
+    memory_source: Any, photographs: Any
+) -> None:
+    source = memory_source(photographs(30))
+    first, again = survey(source, count=5, seed=1), survey(source, count=5, seed=1)
+    assert first == again
+    assert first.count == 5
+    assert survey(source, count=5, seed=2).mean != first.mean
+
+
+@pytest.mark.parametrize("channels", ["three", 0, -1])
+def test_channels_must_be_auto_or_a_number(memory_source: Any, photographs: Any, channels: Any) -> None:
+    with pytest.raises(UserError, match="channels"):
+        survey(memory_source(photographs(1)), channels=channels)

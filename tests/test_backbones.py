@@ -1,0 +1,244 @@
+"""Any timm model as a feature map: families, sizes, stages, what cannot be, batch norm."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from freqmask.backbones import Backbone, recalibrate_batch_norm
+from freqmask.errors import UserError
+from freqmask.timm_models import initialise_as_mfm
+
+VIT: dict[str, Any] = {"patch_size": 8, "model_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}}
+# name: how it is shrunk, its family (vit, cnn or neither), whether the last stage leaves parameters unreached
+FAMILIES: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "vit_tiny_patch16_224": (VIT, "vit", False),
+    "deit3_small_patch16_224": (VIT, "vit", False),
+    "vit_small_patch16_dinov3": (VIT, "vit", False),
+    "eva02_tiny_patch14_224": (VIT, "vit", True),
+    "swin_tiny_patch4_window7_224": (
+        {"model_args": {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}},
+        "",
+        False,
+    ),
+    "convnext_atto": ({"model_args": {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}}, "cnn", True),
+    "resnet18": ({"model_args": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}}, "cnn", False),
+    "regnetx_002": ({}, "cnn", False),
+    "efficientnet_b0": ({}, "cnn", False),
+    "hiera_tiny_224": ({"model_args": {"embed_dim": 16, "stages": (1, 1, 1, 1)}}, "", True),
+    "maxvit_rmlp_pico_rw_256": ({}, "", False),
+    "mambaout_femto": ({"model_args": {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}}, "cnn", True),
+}
+
+
+def tiny_vit(image_size: int | tuple[int, int] = 32, **options: Any) -> Backbone:
+    return Backbone("vit_tiny_patch16_224", image_size, **{**VIT, **options})
+
+
+def tiny_resnet(image_size: int = 32, **options: Any) -> Backbone:
+    return Backbone("resnet18", image_size, **{**FAMILIES["resnet18"][0], **options})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_covers_odd_images_of_any_channels_with_its_map(name: str) -> None:
+    options, family, leaves_some = FAMILIES[name]
+    backbone = Backbone(name, (97, 64), channels=2, **options)
+    features = backbone(torch.randn(2, 2, 97, 64))
+    rows, columns = features.feature_map.shape[2:]
+    assert features.feature_map.shape[:2] == (2, backbone.feature_dim)
+    assert rows * backbone.stride >= 97 > (rows - 1) * backbone.stride
+    assert columns * backbone.stride == 64
+    assert (backbone.is_vit, backbone.is_cnn) == (family == "vit", family == "cnn")
+
+    features.feature_map.sum().backward()
+    without = [p for p in backbone.parameters() if p.requires_grad and p.grad is None]
+    frozen = [p for p in backbone.parameters() if not p.requires_grad]
+    assert not without
+    assert bool(frozen) == leaves_some
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_stage_is_what_timm_itself_classifies_from(name: str) -> None:
+    backbone = Backbone(name, 64, **FAMILIES[name][0]).eval()
+    images = torch.randn(1, 3, 64, 64)
+    features = backbone(images)
+    expected = backbone.timm_model.forward_features(images)
+    if expected.dim() == 3:
+        prefix = getattr(backbone.timm_model, "num_prefix_tokens", 0)
+        expected = expected[:, prefix:].transpose(1, 2).reshape(features.feature_map.shape)
+    elif expected.shape[1] != backbone.feature_dim:
+        expected = expected.permute(0, 3, 1, 2)
+    assert torch.allclose(features.feature_map, expected, atol=1e-6)
+    assert torch.allclose(features.pooled, features.feature_map.mean((2, 3)))
+
+
+def test_the_class_token_is_timms_and_no_register() -> None:
+    backbone = Backbone("vit_small_patch16_dinov3", 32, **VIT).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(backbone(images).class_token, backbone.timm_model.forward_features(images)[:, 0])
+    registers_only = {**VIT["model_args"], "class_token": False, "reg_tokens": 2, "global_pool": "avg"}
+    assert tiny_vit(model_args=registers_only)(images).class_token is None
+    assert tiny_resnet()(images).class_token is None
+
+
+def test_what_lies_behind_the_chosen_stage_needs_no_gradient() -> None:
+    backbone = tiny_vit(stage=1)
+    frozen = {name.split(".")[2] for name, p in backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"2"}  # the third block
+    assert tiny_resnet(stage=2).stride == 8
+    assert tiny_resnet(stage=-2).stride == 16
+
+
+def test_patch_size_and_output_stride_change_the_stride() -> None:
+    assert tiny_vit(patch_size=4).stride == 4
+    assert Backbone("convnext_atto", 32, patch_size=1, **FAMILIES["convnext_atto"][0]).stride == 8
+    assert Backbone("resnet18", 32, model_args={"output_stride": 8}).stride == 8
+
+
+def test_drop_path_is_off_unless_asked() -> None:
+    swin = Backbone("swin_tiny_patch4_window7_224", 64, **FAMILIES["swin_tiny_patch4_window7_224"][0])
+    assert not [m for m in swin.modules() if type(m).__name__ == "DropPath" and m.drop_prob > 0]
+    asked = tiny_vit(model_args={**VIT["model_args"], "drop_path_rate": 0.2})
+    assert [m for m in asked.modules() if type(m).__name__ == "DropPath" and m.drop_prob > 0]
+
+
+def test_looking_at_the_model_leaves_no_trace_in_its_statistics() -> None:
+    for name, buffer in tiny_resnet().named_buffers():
+        assert "running_mean" not in name or not buffer.any()
+        assert "num_batches" not in name or buffer == 0
+
+
+def test_a_model_of_no_fixed_size_takes_other_sizes() -> None:
+    assert tiny_resnet(64)(torch.randn(1, 3, 96, 33)).feature_map.shape[2:] == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet19", {}, r"backbone \(resnet19\).*did you mean 'resnet1"),
+        ("zzzzzzzz", {}, r"backbone \(zzzzzzzz\) must be the name of a timm model"),
+        ("resnet18", {"patch_size": 8}, r"patch_size \(8\) is no argument of backbone resnet18"),
+        ("resnet18", {"model_args": {"depht": 3}}, r"model_args depht \(3\) is no argument"),
+        ("resnet18", {"model_args": {"in_chans": 3}}, r"use the option channels"),
+        ("resnet18", {"stage": 5}, r"stage \(5\) must be between -5 and 4"),
+        ("resnet18", {"image_size": 0}, r"image_size \(0\) must be"),
+        ("resnet18", {"initialisation": "zeros"}, r"initialisation \(zeros\)"),
+        ("sknet", {}, r"backbone \(sknet\) must be"),
+        ("inception_v3", {"image_size": 32}, r"backbone \(inception_v3\) cannot take images of 32x32"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_sentence(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Backbone(name, **{"image_size": 32, **options})
+
+
+def test_images_that_do_not_fit_are_told_in_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"images of 48x48 pixels do not fit .* built for 32x32"):
+        tiny_vit()(torch.randn(1, 3, 48, 48))
+    with pytest.raises(UserError, match=r"images of 4 channels do not fit .* built for 3"):
+        tiny_vit()(torch.randn(1, 4, 32, 32))
+
+
+def test_public_weights_that_cannot_be_had_are_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(UserError, match=r"public weights of resnet18 could not be had .*no route to host"):
+        Backbone("resnet18", 32, pretrained=True)
+
+
+def test_a_vit_begins_as_the_authors_do() -> None:
+    model = tiny_vit(model_args={"embed_dim": 64, "depth": 3, "num_heads": 2}).timm_model
+    for depth, block in enumerate(model.blocks, start=1):
+        assert block.attn.qkv.weight.abs().max() <= 0.02
+        assert block.attn.qkv.weight.std().item() == pytest.approx(
+            0.02 * 0.5396, rel=0.1
+        )  # std of a normal cut at one
+        for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+            assert weight.abs().max().item() == pytest.approx(0.02 / math.sqrt(2 * depth), rel=0.02)
+        assert not any(layer.bias.any() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1))
+    assert 0.015 < model.patch_embed.proj.weight.abs().max() <= 0.02
+    assert 0.015 < model.pos_embed.abs().max() <= 0.02
+    assert model.norm.eps == 1e-6
+
+
+def test_other_families_and_timm_keep_timms_beginning() -> None:
+    torch.manual_seed(0)
+    ours = tiny_vit(initialisation="timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=0, patch_size=8, **VIT["model_args"]
+    )
+    assert all(map(torch.equal, ours.timm_model.state_dict().values(), theirs.state_dict().values()))
+    initialise_as_mfm(theirs)
+    assert not torch.equal(ours.timm_model.pos_embed, theirs.pos_embed)
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
+def test_gradient_checkpointing_leaves_the_gradients_as_they_are(build: Any) -> None:
+    backbone = build()
+    other = copy.deepcopy(backbone)
+    other.set_gradient_checkpointing()
+    images = torch.randn(2, 3, 32, 32)
+    for module in (backbone, other):
+        module(images).feature_map.square().sum().backward()
+    assert all(
+        torch.allclose(a.grad, b.grad, atol=1e-5)
+        for a, b in zip(backbone.parameters(), other.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
+def test_a_backbone_compiles_in_one_graph_and_keeps_its_names(build: Any) -> None:
+    backbone = build()
+    names = list(backbone.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    expected = copy.deepcopy(backbone)(images).feature_map
+    backbone.compile(backend="eager", fullgraph=True)
+    assert torch.allclose(backbone(images).feature_map, expected, atol=1e-6)
+    assert list(backbone.state_dict()) == names
+
+
+def test_recalibration_gives_the_mean_statistics_of_the_batches_and_changes_nothing_else() -> None:
+    backbone = tiny_resnet()
+    first = backbone.timm_model.bn1
+    backbone(torch.randn(4, 3, 32, 32) + 5)  # statistics of other images
+    backbone.timm_model.layer1.eval()  # somebody's own choice of modes
+    modes = [module.training for module in backbone.modules()]
+    weights = {name: value.clone() for name, value in backbone.named_parameters()}
+    batches = [torch.randn(8, 3, 32, 32), 2 * torch.randn(8, 3, 32, 32) + 1]
+
+    recalibrate_batch_norm(backbone, iter(batches))
+
+    seen = [backbone.timm_model.conv1(batch) for batch in batches]
+    assert torch.allclose(
+        first.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0), atol=1e-5
+    )
+    assert torch.allclose(first.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0), rtol=1e-4)
+    assert first.momentum == 0.1
+    assert [module.training for module in backbone.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.named_parameters())
+
+
+def test_recalibration_without_images_keeps_the_old_statistics() -> None:
+    backbone = tiny_resnet()
+    backbone(torch.randn(4, 3, 32, 32))
+    before = backbone.timm_model.bn1.running_mean.clone()
+    with pytest.raises(UserError, match="at least one batch"):
+        recalibrate_batch_norm(backbone, [])
+    assert torch.equal(backbone.timm_model.bn1.running_mean, before)
+
+
+def test_recalibration_reads_nothing_where_there_is_no_batch_norm() -> None:
+    def batches() -> Any:
+        raise RuntimeError("read")
+        yield
+
+    recalibrate_batch_norm(nn.Linear(2, 2), batches())

@@ -1,0 +1,96 @@
+"""Draws: one number for one (key, stream, place), wherever and however it is asked for."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import splitmix64
+
+from freqmask.draws import combine, fresh_keys, identity_of, normal, sample_key, uniform, uniform_numbers
+
+KNOWN = (0.7981037497520447, 0.12305587530136108, -8634215444751041720, 5701195407040762926)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(key=INT64, stream=st.one_of(st.text(max_size=8), INT64), count=st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_the_python_twin_draws_the_very_same_numbers(key, stream, count):
+    assert uniform_numbers(key, stream, count) == uniform(torch.tensor([key]), stream, (count,))[0].tolist()
+
+
+@given(seed=INT64, epoch=st.integers(0, 1000), identity=INT64, view=st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_a_views_key_is_the_images_key_combined_with_the_view(seed, epoch, identity, view):
+    key = torch.tensor([sample_key(seed, epoch, identity)])
+    assert combine(key, view).item() == sample_key(seed, epoch, identity, view)
+
+
+def test_the_bits_are_splitmix64s():
+    key = combine(torch.tensor([123]), "stream").item() % 2**64
+    expected = [(bits >> 40) / 2**24 for bits in splitmix64(key, 6)]
+    assert uniform(torch.tensor([123]), "stream", (2, 3)).flatten().tolist() == expected
+
+
+def test_known_numbers_stay_forever():
+    # a run that is resumed with a later version must go on with the same draws
+    assert uniform_numbers(0, "flip", 2) == [KNOWN[0], KNOWN[1]]
+    assert sample_key(1, 2, 3) == KNOWN[2]
+    assert identity_of("cat.png") == identity_of(b"cat.png") == KNOWN[3]
+
+
+def test_a_samples_numbers_do_not_depend_on_its_batch():
+    keys = fresh_keys(7)
+    together = uniform(keys, "crop", (3,))
+    assert torch.equal(together[4:5], uniform(keys[4:5], "crop", (3,)))
+    assert torch.equal(together, uniform(keys.flip(0), "crop", (3,)).flip(0))
+
+
+def test_streams_and_keys_are_independent():
+    keys = torch.arange(4000)
+    first, second = uniform(keys, "a"), uniform(keys, "b")
+    for one, other in [(first, second), (first[:-1], first[1:])]:
+        assert abs(torch.corrcoef(torch.stack((one, other)))[0, 1]) < 0.06
+
+
+def test_uniform_numbers_are_uniform():
+    numbers = uniform(torch.tensor([5]), "histogram", (64_000,))
+    assert 0 <= numbers.min() and numbers.max() < 1
+    counts = torch.histc(numbers, 64, 0, 1)
+    assert ((counts - 1000).square() / 1000).sum() < 120  # chi-squared with 63 degrees of freedom: p < 2e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 99_999])
+def test_normal_numbers_fill_any_shape(count):
+    assert normal(torch.tensor([1, 2]), "noise", (count,)).shape == (2, count)
+
+
+def test_normal_numbers_are_normal():
+    numbers = normal(torch.tensor([1, 2]), "noise", (3, 200, 200)).double()
+    assert abs(numbers.mean()) < 0.01
+    assert abs(numbers.std() - 1) < 0.01
+    for z in (-2.0, -1.0, 0.0, 1.0, 2.0):
+        assert abs((numbers < z).double().mean() - 0.5 * (1 + math.erf(z / math.sqrt(2)))) < 0.004
+    halves = numbers.flatten(1).chunk(2, dim=1)  # cosine and sine of one angle
+    assert abs(torch.corrcoef(torch.stack([half.flatten() for half in halves]))[0, 1]) < 0.01
+
+
+def test_fresh_keys_follow_the_global_seed_and_nothing_else_does():
+    torch.manual_seed(0)
+    first = fresh_keys(3)
+    state = torch.get_rng_state()
+    uniform(first, "x", (10,))
+    normal(first, "x", (10,))
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(0)
+    assert torch.equal(first, fresh_keys(3))
+    assert first.dtype == torch.int64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_draws_the_same_numbers():
+    keys = fresh_keys(5)
+    assert torch.equal(uniform(keys, "x", (1000,)), uniform(keys.cuda(), "x", (1000,)).cpu())
+    torch.testing.assert_close(normal(keys, "x", (999,)), normal(keys.cuda(), "x", (999,)).cpu())
