@@ -1,7 +1,7 @@
 """The mathematics once more: slow, float64, numpy, full shifted spectra with DC at (H // 2, W // 2).
 
-Written from the papers' definitions alone and sharing no code with the package, so that both can be wrong only
-apart. Nothing here is optimised; images are (batch, channel, H, W).
+Written from the papers' definitions alone and sharing no code with the package, so that they can only be
+wrong apart. Nothing here is optimised; images are (batch, channel, H, W).
 """
 
 from __future__ import annotations

@@ -12,18 +12,41 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from freqmask.commands.convert import convert
+    from freqmask.commands.embed import embed
+    from freqmask.commands.export import export
     from freqmask.commands.info import info
     from freqmask.commands.pretrain import pretrain
+    from freqmask.commands.reconstruct import reconstruct
     from freqmask.commands.spectra import spectra
     from freqmask.errors import UserError
+    from freqmask.interop.models import load_backbone
+    from freqmask.interop.runs import load_method
 
 _PUBLIC = {
     "pretrain": "freqmask.commands.pretrain",
+    "embed": "freqmask.commands.embed",
+    "export": "freqmask.commands.export",
+    "convert": "freqmask.commands.convert",
+    "reconstruct": "freqmask.commands.reconstruct",
+    "load_backbone": "freqmask.interop.models",
+    "load_method": "freqmask.interop.runs",
     "spectra": "freqmask.commands.spectra",
     "info": "freqmask.commands.info",
     "UserError": "freqmask.errors",
 }
-__all__ = ["UserError", "info", "pretrain", "spectra"]
+__all__ = [
+    "UserError",
+    "convert",
+    "embed",
+    "export",
+    "info",
+    "load_backbone",
+    "load_method",
+    "pretrain",
+    "reconstruct",
+    "spectra",
+]
 
 
 def __getattr__(name: str) -> Any:

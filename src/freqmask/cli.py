@@ -17,11 +17,19 @@ class Command(NamedTuple):
 
     module: str
     summary: str
-    positional: str | None = None
+    positional: str | tuple[str, ...] | None = None
 
 
 COMMANDS = {
     "pretrain": Command("freqmask.commands.pretrain", "train a backbone on images without labels", "data"),
+    "embed": Command(
+        "freqmask.commands.embed", "write the features of images to parquet or npy", ("model", "data")
+    ),
+    "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in", ("model", "image")),
+    "export": Command(
+        "freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM", "model"
+    ),
+    "convert": Command("freqmask.commands.convert", "bring in somebody else's checkpoint", "file"),
     "spectra": Command("freqmask.commands.spectra", "draw every filter on an image", "image"),
     "recipes": Command("freqmask.commands.recipes", "list, show or copy the shipped recipes", "name"),
     "info": Command("freqmask.commands.info", "versions, devices, extras"),

@@ -122,8 +122,9 @@ def fresh_keys(count: int, device: torch.device | str | None = None) -> Int64[Te
 
 def _bits(keys: Tensor, stream: int | str, count: int) -> Tensor:
     """``count`` hashed int64 a key, (batch, count)."""
-    counters = torch.arange(count, dtype=torch.int64, device=keys.device) * _signed(_GOLDEN)
-    return _mix(combine(keys, stream)[:, None] + counters)
+    places = torch.arange(count, dtype=torch.int64, device=keys.device)
+    # exclusive or before the product: Inductor would take ``places * constant`` for an index and lose bits
+    return _mix((combine(keys, stream)[:, None] ^ places) * _signed(_GOLDEN))
 
 
 def uniform(
@@ -159,7 +160,7 @@ def uniform_numbers(key: int, stream: int | str, count: int) -> list[float]:
         ``count`` floats in [0, 1).
     """
     base = _mix_number((key & _MASK) ^ (_number(stream) & _MASK))
-    return [(_mix_number((base + i * _GOLDEN) & _MASK) >> 40) * 2.0**-24 for i in range(count)]
+    return [(_mix_number((base ^ place) * _GOLDEN) >> 40) * 2.0**-24 for place in range(count)]
 
 
 def normal(

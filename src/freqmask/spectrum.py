@@ -66,8 +66,7 @@ def image_size(images: Float[Tensor, "*batch height width"]) -> tuple[int, int]:
     if torch.compiler.is_compiling():
         torch._dynamo.mark_static(images, -2)
         torch._dynamo.mark_static(images, -1)
-    height, width = images.shape[-2:]
-    return height, width
+    return images.size(-2), images.size(-1)
 
 
 def rfft2(

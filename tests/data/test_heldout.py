@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from freqmask.data.heldout import Subset, hold_out
+from freqmask.data.heldout import hold_out
+from freqmask.data.subset import Subset
 from freqmask.errors import UserError
 
 

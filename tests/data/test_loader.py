@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,6 +154,27 @@ def test_a_worker_killed_from_outside_ends_the_training_where_a_batch_is_fetched
     assert torch.multiprocessing.active_children() == []
 
 
+_LEAVES_IN_THE_MIDST = """
+from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.sampler import TrainSampler
+from freqmask.data.sources import open_source
+from freqmask.data.views import Geometry
+dataset = TrainDataset(open_source({data!r}), [Geometry(8)])
+batches = iter(make_loader(dataset, TrainSampler(8, 0, 2, total_steps=99), 2, workers=1))
+print(len(next(batches)["keys"]))
+raise SystemExit(3)
+"""
+
+
+def test_python_can_exit_in_the_midst_of_a_training(tmp_path: Path) -> None:
+    np.save(
+        tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
+    )
+    script = _LEAVES_IN_THE_MIDST.format(data=str(tmp_path / "images.npy"))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "2\n", "")
+
+
 def test_held_out_images_can_be_gone_through_again_with_the_same_workers(dataset: TrainDataset) -> None:
     loader = make_loader(dataset, OrderedSampler(9), 4, workers=1)
     first = list(loader)
@@ -224,12 +248,14 @@ def test_a_gap_is_filled_with_the_channels_mean(memory_source: Any) -> None:
     np.testing.assert_allclose(view[1, 3:5], np.nanmean(image[1]), rtol=1e-5)
 
 
-def test_a_view_is_never_empty_where_the_image_has_content(memory_source: Any) -> None:
+def test_an_empty_window_is_drawn_anew(memory_source: Any) -> None:
     image = np.full((1, 64, 64), np.nan, dtype=np.float32)
-    image[:, :10] = np.random.default_rng(0).random((10, 64), dtype=np.float32)
+    image[:, :32] = np.random.default_rng(0).random((32, 64), dtype=np.float32)
     dataset = TrainDataset(memory_source([image]), [Geometry(8, crop="native")], channels=1)
     samples = [dataset[(epoch, 0, 0)] for epoch in range(60)]
     assert all(sample.views[0].std() > 0 and sample.skipped == [] for sample in samples)
+    drawn = [np.isin(sample.views[0], image).sum() > 1 for sample in samples]  # else resampled from the whole
+    assert sum(drawn) > 48
 
 
 def test_an_image_that_is_mostly_missing_or_constant_is_skipped(memory_source: Any, photographs: Any) -> None:

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from freqmask.data.builtin import BuiltinDigits
-from freqmask.data.joined import JoinedSource, SubsetSource
+from freqmask.data.joined import JoinedSource
 from freqmask.data.sources import open_source, splits_there
+from freqmask.data.subset import Subset
 from freqmask.errors import UserError
 
 
@@ -101,13 +102,13 @@ def test_one_source_in_a_list_is_that_source(folder):
 
 def test_a_subset_keeps_names_identities_and_labels(folder):
     whole = open_source(folder)
-    part = SubsetSource(whole, np.array([2, 0]))
+    part = Subset(whole, np.array([2, 0]))
     assert [part.name(index) for index in range(2)] == ["dog/1.png", "cat/1.png"]
     assert part.identity(0) == whole.identity(2) and part.all_labels().tolist() == [1, 0]
     assert (part.summary().found, part.summary().used) == (3, 2)
     assert part.fingerprint() not in (
         whole.fingerprint(),
-        SubsetSource(whole, np.array([0, 2])).fingerprint(),
+        Subset(whole, np.array([0, 2])).fingerprint(),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from freqmask.data.pictures import ArrayPicture
 from freqmask.data.values import ValueRange, survey
 from freqmask.errors import UserError
 
@@ -78,6 +79,16 @@ def test_missing_values_count_neither_for_the_range_nor_for_the_mean(memory_sour
     image[0, :10] = np.nan
     found = survey(memory_source([image]), value_range="0,1")
     assert found.mean[0] == pytest.approx(float(np.nanmean(image)), abs=0.02)
+
+
+def test_nodata_counts_neither_for_the_range_nor_for_the_mean(memory_source: Any) -> None:
+    values = np.random.default_rng(0).integers(100, 200, (20, 20, 1), dtype=np.uint16)
+    values[:10] = 9999
+    picture = ArrayPicture(values)
+    picture.nodata = 9999.0
+    found = survey(memory_source([picture]))
+    assert found.value_range.high == pytest.approx(199, abs=2)
+    assert found.mean[0] == pytest.approx(0.5, abs=0.05)
 
 
 def test_auto_takes_the_commonest_channels_and_says_how_many_are_skipped(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import jsonargparse
 from freqmask.commands.given import config_path
 from freqmask.errors import UserError, nearest
 
+Positional = str | tuple[str, ...] | None
 
 _BOOLEANS = ("true", "false", "yes", "no", "null")
 
@@ -39,13 +41,13 @@ class Parser(jsonargparse.ArgumentParser):
         raise UserError(_sentence(message, self.kinds)) from ex
 
 
-def call(program: str, function: Callable[..., Any], positional: str | None, words: Sequence[str]) -> Any:
+def call(program: str, function: Callable[..., Any], positional: Positional, words: Sequence[str]) -> Any:
     """Parse ``words`` by the function's signature and call it.
 
     Args:
         program: the name that help shows.
         function: a command.
-        positional: the name of its argument that takes no option name, if it has one.
+        positional: the name of its argument that takes no option name, or the names of several in order.
         words: what was typed after the command's name.
 
     Raises:
@@ -61,34 +63,42 @@ def call(program: str, function: Callable[..., Any], positional: str | None, wor
         if leaving.code in (0, None):  # --help and --print_config have printed what was asked for
             return None
         raise
-    options = {name: value for name, value in given.as_dict().items() if name not in ("config", "print_config")}
-    if positional is not None and options.get(positional) in (None, []):
-        options.pop(positional, None)
+    options = {
+        name: value for name, value in given.as_dict().items() if name not in ("config", "print_config")
+    }
+    for name in in_order(positional):
+        if options.get(name) in (None, []):
+            options.pop(name, None)
     return function(**options)
 
 
-def build_parser(program: str, function: Callable[..., Any], positional: str | None) -> Parser:
+def in_order(positional: Positional) -> tuple[str, ...]:
+    """The names of the arguments that take no option name."""
+    if positional is None:
+        return ()
+    return (positional,) if isinstance(positional, str) else tuple(positional)
+
+
+def build_parser(program: str, function: Callable[..., Any], positional: Positional) -> Parser:
     """The parser that a command's signature and docstring describe."""
     parameters = inspect.signature(function).parameters
     parser = Parser(
         prog=program,
-        usage=_usage(program, positional),
+        usage=_usage(program, function, positional),
         formatter_class=HelpFormatter,
         description=_description(function),
         default_env=False,
         add_help=True,
     )
     parser.kinds = _kinds(function)
-    if positional is not None:
-        many = "list" in str(parameters[positional].annotation)
-        required = parameters[positional].default is inspect.Parameter.empty
+    for name in in_order(positional):
+        many = "list" in str(parameters[name].annotation)
+        required = parameters[name].default is inspect.Parameter.empty
         count = ("+" if required else "*") if many else (None if required else "?")
-        parser.add_argument(
-            positional, nargs=count, metavar=positional.upper(), help=_argument_help(function, positional)
-        )
+        parser.add_argument(name, nargs=count, metavar=name.upper(), help=_argument_help(function, name))
     if "config" in parameters:
         parser.add_argument("--config", action="config", help=_argument_help(function, "config"))
-    skipped = {name for name in (positional, "config") if name in parameters}
+    skipped: set[str | int] = {name for name in (*in_order(positional), "config") if name in parameters}
     parser.add_function_arguments(function, skip=skipped, fail_untyped=True)
     return parser
 
@@ -106,8 +116,14 @@ def _kinds(function: Callable[..., Any]) -> dict[str, str]:
     return {name: str(parameter.annotation) for name, parameter in parameters.items()}
 
 
-def _usage(program: str, positional: str | None) -> str:
-    return f"{program} [{positional.upper()} ...] [OPTIONS]" if positional else f"{program} [OPTIONS]"
+def _usage(program: str, function: Callable[..., Any], positional: Positional) -> str:
+    parameters = inspect.signature(function).parameters
+    words = [program]
+    for name in in_order(positional):
+        word = name.upper() + (" ..." if "list" in str(parameters[name].annotation) else "")
+        required = parameters[name].default is inspect.Parameter.empty
+        words.append(word if required else f"[{word}]")
+    return " ".join([*words, "[OPTIONS]"])
 
 
 def _description(function: Callable[..., Any]) -> str:
@@ -154,6 +170,10 @@ def _with_whole_values(function: Callable[..., Any], words: Sequence[str]) -> li
             if numbers:
                 whole[-1] = f"{word}=[{','.join(numbers)}]"
                 rest = rest[len(numbers) :]
+        elif "list[str]" in kind and rest and not rest[0].startswith("["):
+            texts = list(itertools.takewhile(lambda text: not text.startswith("--"), rest))
+            whole[-1] = f"{word}={json.dumps(texts)}"
+            rest = rest[len(texts) :]
     return whole
 
 

@@ -10,7 +10,7 @@ from freqmask.commands.given import given_options, remember_given
 
 @remember_given
 def pretrain(
-    data: list[str] | None = None,
+    data: str | Path | list[str] | None = None,
     *,
     method: str = "mfm",
     backbone: str = "auto",
@@ -117,7 +117,8 @@ def pretrain(
     Args:
         data: what to learn from: folders, a .parquet file, .npy or .npz arrays, builtin:photos,
             builtin:digits, or an import path such as mylab.data:MySource. Several are joined.
-        method: mfm, folk, sr, deblur, denoise, or the import path of a method of your own.
+        method: mfm, folk, sr, deblur, denoise, or the import path of a method of your own (in Python also the
+            class).
         backbone: any timm model that yields a feature map; auto is a small ViT. `--channels`,
             `--image_size` and `--patch_size` are passed on to it.
         out: folder of the run; without it the newest unfinished run of the same options goes on, else
@@ -163,7 +164,7 @@ def pretrain(
         initialisation: mfm (the paper's, for a ViT) or timm (the library's).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         filter: fixed (low- and high-pass), com (Com and RCom), a filter with arguments such as
-            'bandstop(low=8, high=24)', or an import path. MFM's default is fixed, FOLK's com.
+            'bandstop(low=8, high=24)', or an import path (in Python also the object). MFM's default is fixed, FOLK's com.
         radius: of the fixed filters, in frequency bins; auto is 16 at 224 pixels, scaled with the side.
             Two radii are not an option here: name a bandpass or bandstop filter.
         low_pass_share: share of images that are low-passed; auto is 0.5 for a ViT, 0.3 for a CNN.
@@ -181,7 +182,7 @@ def pretrain(
         outputs: FOLK's prototypes; auto is 65,536, or 4,096 below 100,000 images.
         hidden_size: width of FOLK's projection head. 2,048.
         bottleneck_size: width of its bottleneck. 256.
-        student_temperature: 0.1.
+        student_temperature: of the softmax of FOLK's student. 0.1.
         teacher_temperature: after its warm-up. 0.07.
         teacher_temperature_start: before its warm-up. 0.04.
         teacher_temperature_warmup: share of the training over which it rises. 0.1.

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from freqmask.console import say
-from freqmask.errors import BadImage, UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from freqmask.errors import UserError
 
 _MOST_IMAGES = 4  # side by side; more would be too small to see
 
@@ -48,6 +44,7 @@ def spectra(
     from freqmask.draws import identity_of, sample_key
     from freqmask.filters import build_filter
     from freqmask.pretraining.filter_sheet import apply_filter, draw_filters, filter_table
+    from freqmask.pretraining.squares import read_squares
 
     if isinstance(image, str):
         image = [image]
@@ -57,7 +54,7 @@ def spectra(
         raise UserError(f"image_size ({image_size}) must be at least 8 pixels; try --image_size 224")
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"out ({out}) must be a .png file; try --out {Path(out).with_suffix('.png')}")
-    squares = _read_squares(image, image_size)
+    squares = read_squares(image, image_size)
     size = next(iter(squares.values())).shape[-1]
     built = {text: build_filter(text, size) for text in filters or default_filters(size)}
     keys = {name: torch.tensor([sample_key(seed, 0, identity_of(name))]) for name in squares}
@@ -90,39 +87,3 @@ def default_filters(size: int) -> list[str]:
         "renergy(share=0.9)",
         "randombins(fraction=0.5)",
     ]
-
-
-def _read_squares(files: list[str], image_size: int | None) -> dict[str, Tensor]:
-    """The middle squares ``(C, size, size)`` in [0, 1] by the files' names, all of one size."""
-    from torch.nn.functional import interpolate
-
-    squares = [_read_square(file) for file in files]
-    size = image_size or min(224, *(square.shape[-1] for square in squares))
-    names = [Path(file).name for file in files]
-    unique = len(set(names)) == len(names)
-    return {
-        name if unique else f"{number} {name}": interpolate(
-            square[None], size=(size, size), mode="bicubic", antialias=True
-        )[0].clamp(0, 1)
-        for number, (name, square) in enumerate(zip(names, squares, strict=True), start=1)
-    }
-
-
-def _read_square(file: str) -> Tensor:
-    import numpy as np
-    import torch
-
-    from freqmask.data.decode import open_file
-
-    try:
-        picture = open_file(Path(file))
-        height, width = picture.size
-        side = min(height, width)
-        pixels = picture.decode(box=((height - side) // 2, (width - side) // 2, side, side))
-    except BadImage as error:
-        raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
-    values = pixels.astype(np.float32)
-    # 8 bits are shown as they are; other types rarely fill their range and are stretched between percentiles
-    low, high = (0.0, 255.0) if pixels.dtype == np.uint8 else np.nanpercentile(values, (0.1, 99.9))
-    values = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    return torch.from_numpy(np.nan_to_num(values, nan=float(np.nanmean(values))))

@@ -1,65 +1,15 @@
-"""A part of a source, and the few images that are kept out of training to watch a run."""
+"""The few images that are kept out of training to watch a run."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from freqmask.data.pictures import Picture
-from freqmask.data.sources import Source, SourceSummary
-from freqmask.draws import combine, identity_of, uniform
+from freqmask.data.sources import Source
+from freqmask.draws import combine, uniform
 from freqmask.errors import UserError
 
 _FEWEST = 10  # of fewer images none can be spared
-
-
-class Subset(Source):
-    """Some images of a source, in the given order.
-
-    Args:
-        source: the whole.
-        indices: which of its images.
-    """
-
-    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
-        self.source = source
-        self.indices = np.asarray(indices, dtype=np.int64)
-        self.class_names = source.class_names
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def open(self, index: int) -> Picture:
-        """The image at that place of the part."""
-        return self.source.open(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        """Its name in the whole."""
-        return self.source.name(int(self.indices[index]))
-
-    def label(self, index: int) -> int | None:
-        """Its label in the whole."""
-        return self.source.label(int(self.indices[index]))
-
-    def group(self, index: int) -> str | None:
-        """Its group in the whole."""
-        return self.source.group(int(self.indices[index]))
-
-    def identity(self, index: int) -> int:
-        """Its identity in the whole, so that its key is the same wherever it is used."""
-        return self.source.identity(int(self.indices[index]))
-
-    def fingerprint(self) -> str:
-        """The whole's fingerprint and a hash of which images were taken."""
-        taken = identity_of(self.indices.tobytes()) & 0xFFFFFFFF
-        return f"{self.source.fingerprint()}-{taken:08x}"
-
-    def summary(self) -> SourceSummary:
-        """The whole's summary with the number of images taken."""
-        whole = self.source.summary()
-        return SourceSummary(whole.kind, whole.found, len(self), whole.ignored, whole.notes)
 
 
 def hold_out(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from freqmask.data.joined import SubsetSource
 from freqmask.data.sources import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
+from freqmask.data.subset import Subset
 from freqmask.errors import UserError, nearest
 
 COLUMNS = ("path", "label", "split", "group")
@@ -60,7 +60,7 @@ def read_labels(file: Path) -> list[Row]:
     ]
 
 
-class LabelledSource(SubsetSource):
+class LabelledSource(Subset):
     """The images that a table lists, with its labels and groups.
 
     Args:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,6 +82,7 @@ class TrainLoader(DataLoader[Any]):
             # From Python 3.12 on, forking beside other threads warns; make_loader says why it is done.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
             batches = super().__iter__()
+        _OPEN.add(self)
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
@@ -87,6 +90,7 @@ class TrainLoader(DataLoader[Any]):
 
     def close(self) -> None:
         """Stop the workers, also those that hang."""
+        _OPEN.discard(self)
         batches, self._iterator = self._iterator, None
         if batches is None or sys.is_finalizing():
             return
@@ -94,6 +98,16 @@ class TrainLoader(DataLoader[Any]):
         for worker in batches._workers:  # type: ignore[attr-defined]
             worker.kill()  # one that is stuck in a read ignores everything else
             worker.join()
+
+
+_OPEN: weakref.WeakSet[TrainLoader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Workers ignore the SIGTERM by which Python would end them at its exit, and it would wait for ever."""
+    for loader in list(_OPEN):
+        loader.close()
 
 
 def worker_failure(error: BaseException, fetching: bool = False) -> UserError | None:

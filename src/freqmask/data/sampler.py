@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -94,6 +94,23 @@ class TrainSampler(Sampler[Item]):
                 if epoch != entered:  # an order is made when its epoch is entered, and only one is held
                     entered, order = epoch, epoch_order(self.length, self.seed, epoch)
                 yield epoch, position, int(order[position])
+
+
+class ChosenSampler(Sampler[Item]):
+    """The images at given places once, as epoch 0: for pictures.
+
+    Args:
+        places: which images, in order.
+    """
+
+    def __init__(self, places: Sequence[int]) -> None:
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Item]:
+        return ((0, place, place) for place in self.places)
 
 
 class OrderedSampler(Sampler[Item]):

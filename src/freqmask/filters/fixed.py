@@ -150,7 +150,8 @@ class HighPass(Filter):
 
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """The same map for every image, see ``Filter.keep``."""
-        return 1.0 - self.opposite.keep(spectrum, size, keys)
+        one = self.opposite.keep(spectrum, size, keys)[:1]
+        return (1.0 - one).expand(len(spectrum), -1, -1, -1)
 
     def check(self, image_size: tuple[int, int]) -> None:
         """The radius must lie in the spectrum."""
@@ -217,7 +218,8 @@ class BandStop(Filter):
 
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """The same map for every image, see ``Filter.keep``."""
-        return 1.0 - self.opposite.keep(spectrum, size, keys)
+        one = self.opposite.keep(spectrum, size, keys)[:1]
+        return (1.0 - one).expand(len(spectrum), -1, -1, -1)
 
     def check(self, image_size: tuple[int, int]) -> None:
         """The inner radius must lie in the spectrum."""

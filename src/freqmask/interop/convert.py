@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,22 +15,19 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.errors import UserError
-from freqmask.interop.inert_pickle import Inert, StoredTensor, tensors_in
+from freqmask.interop.architecture import architecture_of
 from freqmask.interop.folders import IMAGENET_MEAN, IMAGENET_STD, fitted
+from freqmask.interop.inert_pickle import Inert, StoredTensor, tensors_in
 from freqmask.interop.mfm_layout import DECODER, ENCODER, differences, from_beit_names
 from freqmask.interop.torch_file import read_torch_file
-from freqmask.timm_models import check_name
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # what DDP, compilation and others put before names
-_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
-_RESNETS = {
-    (True, (3, 4, 6, 3)): "resnet50",
-    (True, (3, 4, 23, 3)): "resnet101",
-    (True, (3, 8, 36, 3)): "resnet152",
-    (False, (2, 2, 2, 2)): "resnet18",
-    (False, (3, 4, 6, 3)): "resnet34",
-}
+_WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "backbone.",
+)  # what DDP, compilation and others put before names
 # tasks' own tensors, without which the backbone is the same
 _PASSED_OVER = re.compile(r"(mask_token|lm_head\..*|.*relative_position_index|fc\..*|head\..*|norm\..*)")
 
@@ -98,17 +94,22 @@ def convert_file(
         UserError: the file is broken or refused, or does not fit; every tensor that does not is named.
     """
     weights = read_weights(path)
-    name, arguments, notes = _architecture(weights, backbone, dict(model_args or {}))
+    known = backbone or weights.architecture
+    name, arguments, notes = architecture_of(weights.encoder, known, dict(model_args or {}))
     is_beit = name.startswith("beit")
     state = weights.encoder if is_beit else from_beit_names(weights.encoder)
     model = _model(name, arguments)
-    notes += _load(model, state, name, weights.architecture is None and backbone is None)
+    notes += _load(model, state, name, known is None)
     size = _image_size(model)
     if image_size is not None and (image_size, image_size) != size:
         model, said = _resized(model, name, arguments, image_size)
         notes.append(said)
         size = (image_size, image_size)
-    facts: dict[str, Any] = {"version": __version__, "converted_from": Path(path).name, "value_range": "dtype"}
+    facts: dict[str, Any] = {
+        "version": __version__,
+        "converted_from": Path(path).name,
+        "value_range": "dtype",
+    }
     if weights.epoch is not None:
         facts["epoch"] = weights.epoch
     mean, std, said = _statistics(model, weights)
@@ -124,12 +125,13 @@ def read_weights(path: str | Path) -> Weights:
     content, foreign = _read(Path(path))
     container, held = _weights_in(content, path)
     rest = {name: value for name, value in content.items() if name != container} if container else {}
+    unused = sorted(str(name) for name in rest if name not in ("epoch", "arch", "architecture"))
     notes = []
     if foreign:
         names = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         notes.append(f"pickled objects of {names} were left out; nothing in the file was run")
-    if rest:
-        notes.append(f"not taken: {', '.join(sorted(map(str, rest)))}")
+    if unused:
+        notes.append(f"not taken: {', '.join(unused)}")
     try:
         tensors = tensors_in(held)
     except UserError as error:
@@ -138,7 +140,9 @@ def read_weights(path: str | Path) -> Weights:
     weights.notes = notes + weights.notes
     epoch, architecture = rest.get("epoch"), rest.get("arch", rest.get("architecture"))
     weights.epoch = epoch if isinstance(epoch, int) else None
-    weights.architecture = architecture if isinstance(architecture, str) and timm.is_model(architecture) else None
+    weights.architecture = (
+        architecture if isinstance(architecture, str) and timm.is_model(architecture) else None
+    )
     return weights
 
 
@@ -153,14 +157,18 @@ def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
     read = read_torch_file(path)
     if not isinstance(read.content, dict):
         what = read.content.origin if isinstance(read.content, Inert) else type(read.content).__name__
-        raise UserError(f"file ({path}) holds a {what} instead of a dictionary; save model.state_dict() instead")
+        raise UserError(
+            f"file ({path}) holds a {what} instead of a dictionary; save model.state_dict() instead"
+        )
     return read.content, read.foreign
 
 
 def _weights_in(content: Mapping[Any, Any], path: str | Path) -> tuple[str | None, dict[str, Any]]:
     """The state dict in a file, and under which name it stands."""
     if "pytorch-lightning_version" in content:
-        raise UserError(f"file ({path}) is a training state; if freqmask wrote it, name its run folder instead")
+        raise UserError(
+            f"file ({path}) is a training state; if freqmask wrote it, name its run folder instead"
+        )
     for name in _CONTAINERS:
         held = content.get(name)
         if isinstance(held, Inert):
@@ -181,7 +189,9 @@ def _weights_in(content: Mapping[Any, Any], path: str | Path) -> tuple[str | Non
 def _sorted(tensors: Mapping[str, Tensor]) -> Weights:
     """Encoder and decoder apart, prefixes taken off."""
     names = dict(tensors)
-    while (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in names)), None)) is not None:
+    while (
+        prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in names)), None)
+    ) is not None:
         names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
     encoder = {n.removeprefix(ENCODER): t for n, t in names.items() if n.startswith(ENCODER)}
     if not encoder:
@@ -190,112 +200,13 @@ def _sorted(tensors: Mapping[str, Tensor]) -> Weights:
     others = sorted(n for n in names if not n.startswith((ENCODER, DECODER)))
     notes = [f"not taken: {', '.join(others[:8])}"] if others else []
     if set(decoder) != {"0.weight", "0.bias"}:
-        notes += [f"the decoder ({', '.join(sorted(decoder)[:4])}) is not MFM's and was left out"] if decoder else []
+        notes += (
+            [f"the decoder ({', '.join(sorted(decoder)[:4])}) is not MFM's and was left out"]
+            if decoder
+            else []
+        )
         decoder = {}
     return Weights(encoder, decoder, notes)
-
-
-def _architecture(
-    weights: Weights, backbone: str | None, model_args: dict[str, Any]
-) -> tuple[str, dict[str, Any], list[str]]:
-    """The timm name and arguments: as asked, as the file says, or told from its tensors."""
-    state = weights.encoder
-    if "layer1.0.conv1.weight" in state and backbone is None and weights.architecture is None:
-        name, arguments = _resnet(state)
-        return name, {**arguments, **model_args}, []
-    if "cls_token" in state and "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
-        name, arguments, notes = _vit(state, backbone or weights.architecture, model_args)
-        return name, {**arguments, **model_args}, notes
-    name = backbone or weights.architecture
-    if name is None:
-        raise UserError(
-            "the architecture cannot be told from the file (it is no plain ViT, BEiT or ResNet: "
-            f"{', '.join(sorted(state)[:3])} ...); name it with --backbone, as timm does"
-        )
-    check_name(name)
-    return name, {"num_classes": _classes(state), **model_args}, []
-
-
-def _vit(
-    state: Mapping[str, Tensor], backbone: str | None, given: Mapping[str, Any]
-) -> tuple[str, dict[str, Any], list[str]]:
-    dim = state["cls_token"].shape[-1]
-    _, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * dim
-    is_beit = any("relative_position_bias_table" in name for name in state)
-    has_layer_scale = "blocks.0.gamma_1" in state
-    size = _SIZES.get(dim, "base")
-    family = "beit" if is_beit or has_layer_scale else "vit"
-    name = backbone or (
-        f"beit_{size if size == 'large' else 'base'}_patch16_224"
-        if family == "beit"
-        else f"vit_{size}_patch{14 if size == 'huge' else 16}_224"
-    )
-    check_name(name)
-    heads = given.get("num_heads") or (16 if dim == 1280 else max(1, dim // 64))
-    arguments: dict[str, Any] = {
-        "img_size": _vit_image_size(state, patch, given),
-        "patch_size": patch,
-        "in_chans": channels,
-        "embed_dim": dim,
-        "depth": 1 + max(int(found[1]) for found in map(re.compile(r"blocks\.(\d+)\.").match, state) if found),
-        "num_heads": heads,
-        "mlp_ratio": hidden / dim,
-        "num_classes": _classes(state),
-    }
-    if family == "beit" and name.startswith("beit"):
-        shared = "rel_pos_bias.relative_position_bias_table" in state
-        arguments |= {
-            "use_abs_pos_emb": "pos_embed" in state,
-            "use_rel_pos_bias": any(".attn.relative_position_bias_table" in key for key in state),
-            "use_shared_rel_pos_bias": shared,
-            "global_pool": "avg" if "fc_norm.weight" in state else "token",
-        }
-    elif "fc_norm.weight" in state:
-        arguments |= {"global_pool": "avg", "fc_norm": True}
-    note = f"attention heads: {heads} (width / 64; the file does not tell: --model_args '{{num_heads: N}}')"
-    return name, arguments, [] if "num_heads" in given else [note]
-
-
-def _vit_image_size(state: Mapping[str, Tensor], patch: int, given: Mapping[str, Any]) -> Any:
-    if "img_size" in given:
-        return given["img_size"]
-    if "pos_embed" in state:
-        cells = state["pos_embed"].shape[1] - 1
-    else:
-        table = next((state[name] for name in state if name.endswith("relative_position_bias_table")), None)
-        # a table of a window n x n has (2n - 1)^2 + 3 rows, the three for the class token
-        cells = 196 if table is None else ((math.isqrt(table.shape[0] - 3) + 1) // 2) ** 2
-    side = math.isqrt(cells)
-    if side * side != cells or side == 0:
-        raise UserError(
-            f"pos_embed has {cells} places, which is no square; give the size with --model_args "
-            "'{img_size: [HEIGHT, WIDTH]}'"
-        )
-    return [side * patch, side * patch]
-
-
-def _resnet(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    layers = tuple(
-        1 + max((int(name.split(".")[1]) for name in state if name.startswith(f"layer{number}.")), default=-1)
-        for number in range(1, 5)
-    )
-    bottleneck = "layer1.0.conv3.weight" in state
-    name = _RESNETS.get((bottleneck, layers))
-    arguments: dict[str, Any] = {"num_classes": _classes(state)}
-    if "conv1.weight" in state:
-        arguments["in_chans"] = state["conv1.weight"].shape[1]
-    if name is None:
-        name, arguments["layers"] = ("resnet50" if bottleneck else "resnet18"), list(layers)
-    return name, arguments
-
-
-def _classes(state: Mapping[str, Tensor]) -> int:
-    """Classes of the file's classifier; a fine-tuned file's comes along."""
-    for name in ("head.weight", "fc.weight", "head.fc.weight", "classifier.weight"):
-        if name in state and state[name].dim() == 2:
-            return int(state[name].shape[0])
-    return 0
 
 
 def _model(name: str, arguments: Mapping[str, Any]) -> Any:
@@ -335,7 +246,7 @@ def _statistics(model: Any, weights: Weights) -> tuple[tuple[float, ...], tuple[
     channels = channels_of(model)
     by_mfm = bool(weights.decoder) or any(name.endswith(".attn.q_bias") for name in weights.encoder)
     config = model.pretrained_cfg
-    if by_mfm and not type(model).__name__ == "Beit":
+    if by_mfm and type(model).__name__ != "Beit":
         mean, std, whose = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's, as MFM's authors use"
     else:
         mean, std, whose = config["mean"], config["std"], f"timm's for {config['architecture']}"
@@ -357,8 +268,10 @@ def _resized(model: Any, name: str, arguments: Mapping[str, Any], side: int) -> 
     resized = _model(name, {**arguments, "img_size": [side, side]})
     state = dict(model.state_dict())
     if "pos_embed" not in state or any("relative_position" in key for key in state):
-        raise UserError(f"image_size ({side}): the positions of {name} are not interpolated; leave it out ({old[0]})")
-    from timm.layers import resample_abs_pos_embed
+        raise UserError(
+            f"image_size ({side}): the positions of {name} are not interpolated; leave it out ({old[0]})"
+        )
+    from timm.layers.pos_embed import resample_abs_pos_embed
 
     state["pos_embed"] = resample_abs_pos_embed(
         state["pos_embed"], list(resized.patch_embed.grid_size), num_prefix_tokens=model.num_prefix_tokens

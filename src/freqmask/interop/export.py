@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError, nearest
-from freqmask.interop.mfm_layout import mfm_state
+from freqmask.interop.mfm_layout import mfm_encoder, mfm_state
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.outputs import check_out, new_folder
 from freqmask.interop.runs import run_state
@@ -55,6 +55,9 @@ class Exported(nn.Module):
         opened: the model.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, opened: OpenedModel) -> None:
         super().__init__()
         self.backbone: Backbone = opened.backbone
@@ -67,7 +70,9 @@ class Exported(nn.Module):
         return features.pooled, features.feature_map
 
 
-def export_model(opened: OpenedModel, out: str | Path, format: str = "timm", overwrite: bool = False) -> list[str]:
+def export_model(
+    opened: OpenedModel, out: str | Path, format: str = "timm", overwrite: bool = False
+) -> list[str]:
     """Write a model in a format.
 
     Args:
@@ -93,7 +98,7 @@ def pooled_of(method: str | None, opened: OpenedModel) -> Pooled:
     """What a loaded backbone shall give when it is called: FOLK trains the class token, the others the map."""
     pinned = opened.facts.get("pooled")
     if pinned in ("mean", "class_token"):
-        return pinned  # type: ignore[no-any-return]
+        return pinned
     return "class_token" if method == "folk" and opened.backbone.has_class_token else "mean"
 
 
@@ -110,7 +115,9 @@ def decoder_of(opened: OpenedModel) -> dict[str, Tensor]:
         try:
             return dict(load_file(folder / DECODER))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"decoder ({folder / DECODER}) cannot be read, it may be cut short ({error})") from error
+            raise UserError(
+                f"decoder ({folder / DECODER}) cannot be read, it may be cut short ({error})"
+            ) from error
     run = RunFolder(folder.resolve().parent)
     if not run.exists():
         return {}
@@ -146,13 +153,14 @@ def exported_facts(opened: OpenedModel) -> dict[str, Any]:
 
 
 def _write_mfm(opened: OpenedModel, path: Path) -> list[str]:
+    encoder = mfm_encoder(opened.module)
     decoder = decoder_of(opened)
     if not decoder:
         raise UserError(
             f"format (mfm-checkpoint) holds encoder and decoder, and {opened.name} has no decoder; "
             "export a run, or --format timm"
         )
-    state = mfm_state(opened.module, decoder)
+    state = mfm_state(encoder, decoder)
     save_atomically({"model": state, "epoch": _epoch(opened)}, path)
     return [f"{len(state)} tensors, plain: torch.load(..., weights_only=True) reads it"]
 
@@ -228,7 +236,9 @@ def _write_torch_export(opened: OpenedModel, path: Path) -> list[str]:
         nonlocal worst
         content = io.BytesIO()
         with _silence():
-            torch.export.save(program, content, extra_files={"freqmask.json": json.dumps(_graph_metadata(opened))})
+            torch.export.save(
+                program, content, extra_files={"freqmask.json": json.dumps(_graph_metadata(opened))}
+            )
             temporary.write_bytes(content.getvalue())
             content.seek(0)
             loaded = torch.export.load(content).module()
@@ -254,7 +264,9 @@ def compare(compute: Callable[[Tensor], tuple[Tensor, ...]], module: nn.Module, 
         for got, expected in zip(compute(images), module(images), strict=True):
             difference = float((got - expected).abs().max())
             if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-                raise UserError(f"the exported graph computes otherwise than torch (by {difference:.1e}); not written")
+                raise UserError(
+                    f"the exported graph computes otherwise than torch (by {difference:.1e}); not written"
+                )
             worst = max(worst, difference)
     return worst
 

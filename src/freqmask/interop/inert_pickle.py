@@ -12,7 +12,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class StoredTensor:
 class InertUnpickler(pickle._Unpickler):
     """Python's own unpickler (its memo is a dictionary: no index in a file makes it allocate) without names."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: BinaryIO, storage: Callable[[tuple[Any, ...]], Any]) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")

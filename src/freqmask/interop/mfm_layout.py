@@ -47,7 +47,9 @@ def from_beit_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         query, value = state.get(f"{found[1]}q_bias"), state.get(f"{found[1]}v_bias")
         if query is None or value is None or query.shape != value.shape:
-            raise UserError(f"{name} has no partner of its shape {tuple(tensor.shape)}; the file is incomplete")
+            raise UserError(
+                f"{name} has no partner of its shape {tuple(tensor.shape)}; the file is incomplete"
+            )
         renamed[f"{found[1]}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
     return renamed
 
@@ -90,21 +92,29 @@ def vit_shapes(
     return shapes
 
 
-def mfm_state(model: nn.Module, decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mfm_state(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of an MFM checkpoint.
 
     Args:
-        model: a timm ViT or ResNet.
+        encoder: from :func:`mfm_encoder`.
         decoder: the reconstruction head's ``0.weight`` and ``0.bias``.
+    """
+    state = {ENCODER + name: tensor for name, tensor in encoder.items()}
+    state |= {DECODER + name: tensor for name, tensor in decoder.items()}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def mfm_encoder(model: nn.Module) -> dict[str, Tensor]:
+    """The encoder of an MFM checkpoint, without its prefix.
+
+    Args:
+        model: a timm ViT or ResNet.
 
     Raises:
         UserError: the layout cannot hold the model: its readers, who pass over what they do not know, would
             compute something else without a word.
     """
-    encoder = _vit_encoder(model) if type(model).__name__ == "VisionTransformer" else _resnet_encoder(model)
-    state = {ENCODER + name: tensor for name, tensor in encoder.items()}
-    state |= {DECODER + name: tensor for name, tensor in decoder.items()}
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    return _vit_encoder(model) if type(model).__name__ == "VisionTransformer" else _resnet_encoder(model)
 
 
 def _vit_encoder(model: Any) -> dict[str, Tensor]:
@@ -148,9 +158,16 @@ def _resnet_encoder(model: Any) -> dict[str, Tensor]:
         )
     bottleneck = type(model.layer1[0]).__name__ == "Bottleneck"
     layers = tuple(len(getattr(model, f"layer{number}")) for number in range(1, 5))
-    plain = timm.create_model(
-        "resnet50" if bottleneck else "resnet18", num_classes=0, in_chans=model.conv1.in_channels, layers=layers
-    ) if isinstance(model.conv1, nn.Conv2d) else None
+    plain = (
+        timm.create_model(
+            "resnet50" if bottleneck else "resnet18",
+            num_classes=0,
+            in_chans=model.conv1.in_channels,
+            layers=layers,
+        )
+        if isinstance(model.conv1, nn.Conv2d)
+        else None
+    )
     if plain is None:
         raise _refusal(["a stem of several convolutions"])
     encoder = dict(model.state_dict())

@@ -62,7 +62,9 @@ def write_timm_folder(
     replace_atomically(folder / CONFIG, lambda path: _write(path, text))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """A safetensors file, replaced whole."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     replace_atomically(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))

@@ -56,7 +56,7 @@ def masking_filter(filter: str | Filter, image_size: tuple[int, int], is_cnn: bo
 
 
 def without_auto(settings: dict[str, Any], image_size: tuple[int, int], is_cnn: bool) -> dict[str, Any]:
-    """Settings in which the fixed filters' ``"auto"`` options have become numbers; others stay as they are."""
+    """Settings in which the fixed filters' ``"auto"`` options have become numbers."""
     if settings["filter"] != "fixed":
         return settings
     share, radius = settings["low_pass_share"], exact_radius(settings["radius"], *image_size)

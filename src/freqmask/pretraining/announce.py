@@ -29,7 +29,7 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     """
     options = resolved.options
     yield from _data_lines(summary, resolved.survey, images, held_out)
-    yield from _seen_lines(options, resolved.reasons)
+    yield from _seen_lines(options, resolved.reasons, resolved.survey)
     yield from _training_lines(options, resolved.reasons, images)
     if resolved.cost is not None:
         yield from _cost_lines(options, resolved.cost)
@@ -46,7 +46,10 @@ def _data_lines(summary: SourceSummary, survey: Survey | None, images: int, held
         yield f"            {note}"
     if survey is None:
         return
-    low, high, middle = ("x".join(str(side) for side in size) for size in (survey.min_size, survey.max_size, survey.median_size))
+    low, high, middle = (
+        "x".join(str(side) for side in size)
+        for size in (survey.min_size, survey.max_size, survey.median_size)
+    )
     yield f"            sizes {low} to {high}, median {middle}; {_counts(survey.dtypes)}; channels {_counts(survey.channel_counts)}"
     for note in survey.notes:
         yield f"            {note}"
@@ -66,7 +69,9 @@ def _counts(counts: Mapping[Any, int]) -> str:
     return ", ".join(f"{key} ({count})" for key, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _seen_lines(options: Mapping[str, Any], reasons: Mapping[str, str]) -> Iterator[str]:
+def _seen_lines(
+    options: Mapping[str, Any], reasons: Mapping[str, str], survey: Survey | None
+) -> Iterator[str]:
     def why(name: str) -> str:
         return f" ({reasons[name]})" if name in reasons else ""
 
@@ -74,13 +79,20 @@ def _seen_lines(options: Mapping[str, Any], reasons: Mapping[str, str]) -> Itera
     shown = f"{size}x{size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
     yield f"the network sees {shown} pixels{why('image_size')}, {options['channels']} channels{why('channels')}"
     yield f"            values {options['value_range']} become 0 and 1; mean {options['mean']}, std {options['std']}{why('mean')}"
+    if survey is not None and min(survey.median_size) < (size if isinstance(size, int) else min(size)):
+        yield (
+            f"            the median image has {min(survey.median_size)} pixels and is enlarged: its added frequencies "
+            "are empty, and predicting nothing there teaches nothing; try --image_size auto"
+        )
     if options["overfit"] is None:
         yield f"            crops of {options['crop_scale'][0]:g} to {options['crop_scale'][1]:g} of the area{why('crop_scale')}"
     patch = f", patch {options['patch_size']}{why('patch_size')}" if options["patch_size"] else ""
     yield f"backbone    {options['backbone']}{why('backbone')}{patch}"
     names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
     told = [f"{name} {options[name]}{why(name)}" for name in names if options.get(name) not in (None, "auto")]
-    told += [f"{name} {reasons[name]}" for name in names if options.get(name) in (None, "auto") and name in reasons]
+    told += [
+        f"{name} {reasons[name]}" for name in names if options.get(name) in (None, "auto") and name in reasons
+    ]
     yield f"method      {options['method']}" + (": " + ", ".join(told) if told else "")
 
 
@@ -103,7 +115,11 @@ def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str], imag
         + (f" ({reasons['precision']})" if "precision" in reasons else "")
         + f", {options['workers']} loader workers"
         + (f" ({reasons['workers']})" if "workers" in reasons else "")
-        + (f", batch in {options['accumulate']} parts ({reasons.get('accumulate', 'as asked')})" if options["accumulate"] > 1 else "")
+        + (
+            f", batch in {options['accumulate']} parts ({reasons.get('accumulate', 'as asked')})"
+            if options["accumulate"] > 1
+            else ""
+        )
     )
 
 
@@ -139,10 +155,14 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
 
 def printable(name: str) -> str:
     """A file's name on one line of a terminal, whatever bytes it has."""
-    return name.encode("unicode_escape", "surrogateescape").decode("ascii") if not name.isprintable() else name
+    return (
+        name.encode("unicode_escape", "surrogateescape").decode("ascii") if not name.isprintable() else name
+    )
 
 
-def summary_lines(run: RunFolder, summary: Mapping[str, Any], preview: str | None, data: str) -> Iterator[str]:
+def summary_lines(
+    run: RunFolder, summary: Mapping[str, Any], preview: str | None, data: str
+) -> Iterator[str]:
     """The end of a run: from where to where, how fast, where to look, what to type next."""
     yield ""
     yield f"done        {summary['steps']:,} steps in {plan.readable_time(summary['seconds'])}, {summary['images_per_second']:.0f} images/s"

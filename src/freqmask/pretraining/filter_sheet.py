@@ -124,7 +124,7 @@ def _draw_filtering(cells: Any, palette: Palette, filtering: Filtering, spectrum
     kept, kept_note = palette.show(filtering.kept)
     removed, removed_note = palette.show(filtering.removed)
     show_image(cells[0], kept, filtering.name, _joined(f"kept {filtering.energy:.1%}", kept_note))
-    show_image(cells[1], removed, _joined(f"removed {1 - filtering.energy:.1%}", removed_note))
+    show_image(cells[1], removed, f"removed {1 - filtering.energy:.1%}", removed_note)
     show_image(cells[2], _dimmed(spectrum, filtering.keep.numpy()), f"{filtering.bins:.1%} of the bins")
 
 

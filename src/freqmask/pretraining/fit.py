@@ -130,7 +130,7 @@ class Fit:
         """Layout and compilation, before the optimiser sees the parameters."""
         backbones = self.method.backbones().values()
         if self.options["accelerator"] == "cuda" and all(backbone.is_cnn for backbone in backbones):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.to(memory_format=torch.channels_last)
         if self.options["compile"]:
             self.method.compile_backbone()
 
@@ -200,7 +200,9 @@ class Fit:
         )
 
     def _skipped(self) -> Skipped:
-        return Skipped(self.run_folder.path / "skipped.csv", len(self.train), self.options["max_skipped_share"])
+        return Skipped(
+            self.run_folder.path / "skipped.csv", len(self.train), self.options["max_skipped_share"]
+        )
 
     def _saver(self, signals: StopSignals, monitor: Monitor) -> Saver:
         options = self.options
@@ -234,7 +236,11 @@ class Fit:
 
         rows = read_rows(self.run_folder.metrics)
         logged = [row for row in rows if row.get("loss")]
-        summary: dict[str, Any] = {"method": self.options["method"], "backbone": self.options["backbone"], "steps": step}
+        summary: dict[str, Any] = {
+            "method": self.options["method"],
+            "backbone": self.options["backbone"],
+            "steps": step,
+        }
         for name in ("loss", "loss_over_zero", "collapse"):
             values = [float(row[name]) for row in logged if row.get(name)]
             if values:

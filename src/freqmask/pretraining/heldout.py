@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import OrderedSampler
+from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.pretraining.module import PretrainingModule, as_float
 from freqmask.pretraining.monitor import Monitor
 from freqmask.pretraining.preview import draw_preview, filter_names
@@ -89,7 +89,9 @@ class HeldOut(L.Callback):
                 if name in parts:
                     sums[name] = sums.get(name, torch.zeros((), device=module.device)) + parts[name].float()
             batches += 1
-        means = {name: trainer.strategy.reduce(value / batches, reduce_op="mean") for name, value in sums.items()}
+        means = {
+            name: trainer.strategy.reduce(value / batches, reduce_op="mean") for name, value in sums.items()
+        }
         return {f"held_out_{name}": float(value) for name, value in means.items()}
 
     def draw(self, module: PretrainingModule, step: int) -> None:
@@ -125,8 +127,8 @@ def telling_keys(method: Any, count: int) -> Tensor:
 def first_batch(images: TrainDataset, count: int) -> dict[str, Any]:
     """Some images of a dataset, spread evenly over it, as one batch."""
     places = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().tolist()
-    sampler = [(0, place, place) for place in places]
-    return next(iter(make_loader(images, sampler, min(count, len(images)), workers=0)))
+    batch: dict[str, Any] = next(iter(make_loader(images, ChosenSampler(places), len(places), workers=0)))
+    return batch
 
 
 def calibration(images: TrainDataset, method: Any, batch_size: int = 64) -> Iterator[Tensor]:

@@ -15,19 +15,20 @@ import torch
 
 from freqmask import __version__
 from freqmask.console import rank, say
+from freqmask.data.heldout import hold_out
 from freqmask.data.loader import TrainDataset, worker_failure
 from freqmask.data.sources import Source, open_source
-from freqmask.data.heldout import Subset, hold_out
+from freqmask.data.subset import Subset
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.pretraining import announce
 from freqmask.pretraining.fit import Fit, Outcome
 from freqmask.pretraining.heldout import first_batch
-from freqmask.pretraining.module import NotFiniteError, as_float
+from freqmask.pretraining.module import NotFiniteError, as_float, augmented
 from freqmask.pretraining.preview import draw_plan
 from freqmask.pretraining.quiet import quiet_libraries
-from freqmask.pretraining.resolve import Resolved, make_geometries, make_method, resolve
+from freqmask.pretraining.resolve import Resolved, make_augmentation, make_geometries, make_method, resolve
 from freqmask.pretraining.resume import (
     CHOSEN_BY_RANK_0,
     Continued,
@@ -70,7 +71,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         The run folder.
     """
     with quiet_libraries():
-        return _run(*_with_data(options, dict(given)))
+        return _run(*_with_data(_named(options), _named(given)))
 
 
 def _run(options: dict[str, Any], given: dict[str, Any]) -> Path:
@@ -85,13 +86,25 @@ def _run(options: dict[str, Any], given: dict[str, Any]) -> Path:
     return _begin(options, given)
 
 
+def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Filters and methods given as objects become the words that configuration and checkpoint record."""
+    named = dict(options)
+    if hasattr(named.get("filter"), "describe"):
+        named["filter"] = named["filter"].describe()
+    if isinstance(named.get("method"), type):
+        named["method"] = f"{named['method'].__module__}:{named['method'].__qualname__}"
+    return named
+
+
 def _with_data(options: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Without any argument the first run's recipe; without DATA, only what a run folder can fill in."""
     if not given:
         from freqmask.recipes import read_recipe
 
         recipe = read_recipe(FIRST_RUN).options()
-        say("no DATA given: a first look on photographs that come with scikit-image (freqmask recipes photos)")
+        say(
+            "no DATA given: a first look on photographs that come with scikit-image (freqmask recipes photos)"
+        )
         return {**options, **recipe}, recipe
     data = options["data"]
     if data is not None and not isinstance(data, (list, tuple)):
@@ -100,7 +113,9 @@ def _with_data(options: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str
         words = " ".join(f"--{name} {value}" for name, value in given.items())
         raise UserError(f"DATA is missing; try freqmask pretrain builtin:photos {words}")
     if options["data"]:
-        given["data"] = options["data"] = [str(one) if isinstance(one, Path) else one for one in options["data"]]
+        given["data"] = options["data"] = [
+            str(one) if isinstance(one, Path) else one for one in options["data"]
+        ]
     return options, given
 
 
@@ -108,7 +123,11 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
     """A new run: resolve, tell the plan, draw it, train."""
     images = part(options)
     resolved = resolve(options, images.source, len(images.train))
-    run = RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), resolved.options["backbone"])
+    run = (
+        RunFolder(options["out"])
+        if options["out"]
+        else new_run(str(options["method"]), resolved.options["backbone"])
+    )
     run.lock()
     try:
         _tell_plan(resolved, images, run)
@@ -127,7 +146,6 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
         if options["dry_run"]:
             say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
             return run.path
-        resolved.options["out"] = str(run.path)
         run.begin(_recorded(resolved.options), state, _heading())
         os.environ[CHOSEN_BY_RANK_0] = str(run.path)
         return _train(run, resolved.options, images, state, resolved, None)
@@ -145,7 +163,11 @@ def _go_on(continued: Continued) -> Path:
     try:
         state = run.state()
         images = part(options)
-        where = f"from {continued.checkpoint.name}" if continued.checkpoint else "from its beginning, no checkpoint yet"
+        where = (
+            f"from {continued.checkpoint.name}"
+            if continued.checkpoint
+            else "from its beginning, no checkpoint yet"
+        )
         say(f"run {run.path} goes on {where}; the plan is in {run.path / 'config.yaml'}")
         for sentence in continued.sentences:
             say(f"note: {sentence}")
@@ -188,7 +210,9 @@ def _draw_plan(run: RunFolder, resolved: Resolved, images: Images, convert: bool
     method: Any = resolved.method
     geometries = make_geometries(options, method.n_views)
     batch = first_batch(make_dataset(options, images.train, geometries, convert), 8)
-    draw_plan(run.path / "plan.png", [as_float(view) for view in batch["views"]], method, batch["keys"])
+    views = [as_float(view) for view in batch["views"]]
+    views = augmented(views, make_augmentation(options, method.n_views), batch["keys"])
+    draw_plan(run.path / "plan.png", views, method, batch["keys"])
 
 
 def make_dataset(
@@ -260,7 +284,9 @@ def _tell_end(run: RunFolder, options: Mapping[str, Any], outcome: Outcome, seco
 def _judge_overfit(summary: Mapping[str, Any], count: int) -> None:
     ratio = summary["loss"] / summary["first_loss"]
     word = "PASS" if ratio <= PASS_RATIO else "FAIL"
-    say(f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)")
+    say(
+        f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
+    )
     if word == "FAIL":
         say("      try a higher --lr or more --steps; if it still fails, the method or the data is broken")
 
@@ -285,7 +311,11 @@ def _not_finite(error: NotFiniteError, run: RunFolder, options: Mapping[str, Any
 
 
 def _out_of_memory(options: Mapping[str, Any]) -> str:
-    peak = f"the peak was {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; " if torch.cuda.is_available() else ""
+    peak = (
+        f"the peak was {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; "
+        if torch.cuda.is_available()
+        else ""
+    )
     part_size = options["batch_size"] // options["devices"] // options["num_nodes"] // options["accumulate"]
     return (
         f"out of memory with {part_size} images at once; {peak}the same batch in smaller parts: "
@@ -299,7 +329,9 @@ def data_words(options: Mapping[str, Any]) -> str:
 
 
 def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    plain = dict(comparable({name: value for name, value in options.items() if name not in ("dry_run", "config")}))
+    plain = dict(
+        comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
+    )
     # null is the default of every option but this one, where it means something
     return {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
 

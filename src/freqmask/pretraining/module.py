@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from freqmask.draws import combine
 from freqmask.errors import UserError
 from freqmask.training.recipe import Recipe, Schedule, build_optimizer
 
@@ -22,7 +23,9 @@ class PretrainingModule(L.LightningModule):
         augmentation: photometric augmentation of one view each, ``(images, keys) -> images``; empty for none.
     """
 
-    def __init__(self, method: nn.Module, recipe: Recipe, augmentation: list[nn.Module] | None = None) -> None:
+    def __init__(
+        self, method: nn.Module, recipe: Recipe, augmentation: list[nn.Module] | None = None
+    ) -> None:
         """Wire the parts; the optimiser is made when Lightning asks for it."""
         super().__init__()
         self.method: Any = method
@@ -48,23 +51,16 @@ class PretrainingModule(L.LightningModule):
         Returns:
             A list of (B, C, H, W).
         """
-        views = [as_float(view) for view in batch["views"]]
-        if not self.augmentation:
-            return views
-        from freqmask.draws import combine
-
-        keys = batch["keys"]
-        return [
-            augment(view, combine(keys, number))
-            for number, (augment, view) in enumerate(zip(self.augmentation, views, strict=True))
-        ]
+        return augmented([as_float(view) for view in batch["views"]], list(self.augmentation), batch["keys"])
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """One part of an optimiser step: the method's loss and its parts."""
         with torch.no_grad():
             views = self.views(batch)
         parts: dict[str, Tensor] = self.method(views, batch["keys"], details=self.want_details)
-        if self.device.type == "cpu" and not torch.isfinite(parts["loss"]):  # elsewhere a look would be a wait
+        if self.device.type == "cpu" and not torch.isfinite(
+            parts["loss"]
+        ):  # elsewhere a look would be a wait
             raise NotFiniteError(self.step)
         return parts
 
@@ -112,7 +108,10 @@ class PretrainingModule(L.LightningModule):
         self._random_state = checkpoint.get("random_state")
         batches = int(checkpoint["global_step"]) * self.batches_a_step
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):  # the batch may be cut into other parts than before
+        for counts in (
+            progress["total"],
+            progress["current"],
+        ):  # the batch may be cut into other parts than before
             counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
 
@@ -123,6 +122,16 @@ class NotFiniteError(UserError):
         """Remember the step, counted from 0."""
         super().__init__(f"the loss is no longer finite at step {step + 1}")
         self.step = step
+
+
+def augmented(views: list[Tensor], augmentation: list[nn.Module], keys: Tensor) -> list[Tensor]:
+    """Photometric augmentation of each view by its own module and keys; none where the list is empty."""
+    if not augmentation:
+        return views
+    return [
+        augment(view, combine(keys, number))
+        for number, (augment, view) in enumerate(zip(augmentation, views, strict=True))
+    ]
 
 
 def as_float(view: Tensor) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from freqmask.console import say
 from freqmask.pretraining.module import NotFiniteError, PretrainingModule
 from freqmask.training.progress import Progress
 from freqmask.training.runs import RunFolder
@@ -32,7 +30,13 @@ class Monitor(L.Callback):
     """
 
     def __init__(
-        self, run: RunFolder, progress: Progress, log_every: int, batch_size: int, images: int, warmup_steps: int
+        self,
+        run: RunFolder,
+        progress: Progress,
+        log_every: int,
+        batch_size: int,
+        images: int,
+        warmup_steps: int,
     ) -> None:
         """Start with empty sums."""
         self.run = run
@@ -58,7 +62,9 @@ class Monitor(L.Callback):
         self._steps_at_row = trainer.global_step
         self._ask_for_details(trainer, module)
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """What passed since the last batch ended was spent waiting for this one."""
         self._waited += time.perf_counter() - self._batch_ended
 
@@ -66,7 +72,8 @@ class Monitor(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up; at the end of an optimiser step move the bar, at some of them write a row."""
-        self._add(outputs)
+        assert isinstance(module, PretrainingModule)
+        self._add({**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches})  # Lightning divides it
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             step = trainer.global_step
             if self._is_logged(trainer, step):
@@ -153,5 +160,3 @@ class Monitor(L.Callback):
 
 def _is_detail(name: str) -> bool:
     return name.startswith("loss_over_zero") or name == "collapse"
-
-

@@ -227,7 +227,9 @@ def _resolve_learning_rates(resolved: Resolved, images: int) -> None:
     if options["init"]:
         rate, reason = rate / 4, f"a quarter of {reason}, since the weights are learnt already"
     resolved.choose("lr", plan.Choice(rate, reason))
-    resolved.choose("min_lr", plan.Choice(min(scaled_lr(BASE_MIN_LR, batch), options["lr"]), "2.5e-6 x batch/512"))
+    resolved.choose(
+        "min_lr", plan.Choice(min(scaled_lr(BASE_MIN_LR, batch), options["lr"]), "2.5e-6 x batch/512")
+    )
 
 
 def _resolve_records(resolved: Resolved) -> None:
@@ -251,7 +253,10 @@ def measure(method: nn.Module, options: Mapping[str, Any], device: torch.device)
     precision = torch.bfloat16 if "bf16" in str(options["precision"]) else torch.float16
 
     def loss(images: int) -> Tensor:
-        views = [torch.rand(images, options["channels"], height, width, device=device) for _ in range(trial.n_views)]
+        views = [
+            torch.rand(images, options["channels"], height, width, device=device)
+            for _ in range(trial.n_views)
+        ]
         keys = torch.arange(images, device=device)
         with torch.autocast(device.type, precision, enabled="mixed" in str(options["precision"])):
             result: Tensor = trial(views, keys)["loss"]

@@ -82,7 +82,9 @@ def continue_run(run: RunFolder, given: Mapping[str, Any], known: Iterable[str])
             continue
         elif name in DIFFERENT_BITS:
             options[name] = value
-            sentences.append(f"{name} was {config.get(name)} and is {value} now: same data and draws, last bits may differ")
+            sentences.append(
+                f"{name} was {config.get(name)} and is {value} now: same data and draws, last bits may differ"
+            )
         else:
             differing.append(f"{name} was {asked.get(name, config.get(name))} and is {value} now")
     if differing:
@@ -90,8 +92,22 @@ def continue_run(run: RunFolder, given: Mapping[str, Any], known: Iterable[str])
             f"run {run.path} was begun with other settings: {'; '.join(differing)}; leave them out to go on "
             "with the run, or give another --out to begin anew"
         )
+    if "accumulate" not in given:
+        options["accumulate"] = _parts(config, options)
     checkpoint, complaints = newest_usable(run.checkpoints)
     return Continued(run, options, checkpoint, [*complaints, *sentences])
+
+
+def _parts(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """The accumulation that keeps at most as many images at once on a device as before."""
+    images = [
+        int(options["batch_size"]) // (int(options["devices"]) * int(options["num_nodes"]))
+        for options in (before, after)
+    ]
+    at_once = images[0] // int(before["accumulate"])
+    return next(
+        parts for parts in range(1, images[1] + 1) if images[1] % parts == 0 and images[1] // parts <= at_once
+    )
 
 
 def _same(name: str, value: Any, stored: Any) -> bool:
@@ -103,7 +119,9 @@ def _same(name: str, value: Any, stored: Any) -> bool:
 def say_finished(run: RunFolder) -> None:
     """What a finished run ended with, and how to train on from it."""
     summary = run.summary()
-    say(f"run {run.path} is finished: {summary.get('steps', 0):,} steps, loss {summary.get('loss', float('nan')):.4g}")
+    say(
+        f"run {run.path} is finished: {summary.get('steps', 0):,} steps, loss {summary.get('loss', float('nan')):.4g}"
+    )
     say(f"its backbone: {run.backbone}")
     data = " ".join(str(one) for one in run.config().get("data", []))
     say(f"to train on from it: freqmask pretrain {data} --init {run.path} --out {run.path}-continued")

@@ -35,9 +35,14 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         """Take the handlers over, where Python lets us: in the main thread."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.take()
         return self
+
+    def take(self) -> None:
+        """Take the handlers over again: Lightning puts its own over ours, which end a run without a checkpoint."""
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def __exit__(self, *_: object) -> None:
         """Give the handlers back."""
@@ -89,7 +94,8 @@ class Saver(L.Callback):
         self._saved_time = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; from now on a signal is granted after a step."""
+        self.signals.take()
         self._saved_time = time.monotonic()
         self._saved_step = trainer.global_step
 
@@ -135,7 +141,9 @@ class Saver(L.Callback):
         due = time.monotonic() - self._saved_time > 60 * self.every_minutes
         if trainer.world_size == 1:
             return stop, due
-        if step % self.monitor.log_every:  # agreeing costs a round trip, so several processes do it now and then
+        if (
+            step % self.monitor.log_every
+        ):  # agreeing costs a round trip, so several processes do it now and then
             return False, False
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         return stop, bool(trainer.strategy.broadcast(due))

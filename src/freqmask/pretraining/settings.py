@@ -24,9 +24,18 @@ METHOD_OPTIONS = {
     *("distillation_weight", "reconstruction_weight", "freeze_last_layer_epochs", "distil"),
     *("factor", "sigma", "kernel_sizes"),
 }
-RENAMED = {"freeze_last_layer_epochs": "freeze_last_layer_steps"}  # a method counts in steps, a person in epochs
+RENAMED = {
+    "freeze_last_layer_epochs": "freeze_last_layer_steps"
+}  # a method counts in steps, a person in epochs
 POSITIVE = ("epochs", "steps", "hours", "batch_size", "lr", "accumulate", "overfit", "image_size", "channels")
-NOT_NEGATIVE = ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "workers", "preview_every_steps")
+NOT_NEGATIVE = (
+    "min_lr",
+    "warmup_epochs",
+    "weight_decay",
+    "weight_decay_end",
+    "workers",
+    "preview_every_steps",
+)
 AT_LEAST_ONE = ("num_nodes", "keep_checkpoints", "checkpoint_every_steps", "log_every_steps", "patch_size")
 PAIRS = ("crop_scale", "betas")
 
@@ -90,7 +99,9 @@ def _ranges(options: Mapping[str, Any]) -> list[str]:
 
 
 def _or_auto(name: str) -> str:
-    return "" if name in ("epochs", "steps", "hours", "overfit", "weight_decay", "num_nodes") else "; try auto"
+    return (
+        "" if name in ("epochs", "steps", "hours", "overfit", "weight_decay", "num_nodes") else "; try auto"
+    )
 
 
 def _lengths(options: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,9 @@ class Skipped(L.Callback):
         self.max_share = max_share
         self.known = {row["name"] for row in read_rows(path)}
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """List what the loader passed over in this batch."""
         for name, reason in batch["skipped"]:
             if name not in self.known:

@@ -90,7 +90,9 @@ def choose_accumulation(cost: Cost, batch_a_device: int, memory: int) -> Choice:
     """The fewest parts that a device's batch has to be cut into so that one part fits into memory."""
     for parts in range(1, batch_a_device + 1):
         if batch_a_device % parts == 0 and cost.peak_bytes(batch_a_device // parts) <= memory:
-            reason = "the batch fits at once" if parts == 1 else f"{batch_a_device // parts} images fit at once"
+            reason = (
+                "the batch fits at once" if parts == 1 else f"{batch_a_device // parts} images fit at once"
+            )
             return Choice(parts, reason)
     return Choice(batch_a_device, "even one image at once may not fit into memory")
 

@@ -19,10 +19,12 @@ class Progress:
         total: optimiser steps of the training.
         done: steps made before this start.
         shown: names of the values to show, in order, with their words.
+        unit: what is counted.
     """
 
-    def __init__(self, total: int, done: int, shown: Mapping[str, str]) -> None:
+    def __init__(self, total: int, done: int, shown: Mapping[str, str], unit: str = "step") -> None:
         """Nothing is drawn before :meth:`start`."""
+        self.unit = unit
         self.total = total
         self.done = done
         self.shown = dict(shown)
@@ -35,7 +37,7 @@ class Progress:
             self._bar = tqdm(
                 total=self.total,
                 initial=self.done,
-                unit="step",
+                unit=self.unit,
                 file=sys.stdout,
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} left {remaining} {postfix}",
@@ -49,7 +51,7 @@ class Progress:
             self._bar.update(step - self.done)
         elif step == self.total or step - self._spoken >= max(self.total // LINES_A_RUN, 1):
             self._spoken = step
-            say(f"step {step:,} of {self.total:,}: {text}")
+            say(f"{self.unit} {step:,} of {self.total:,}: {text}")
         self.done = step
 
     def note(self, text: str) -> None:

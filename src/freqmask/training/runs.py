@@ -185,7 +185,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"config ({path}) does not exist; `freqmask recipes` lists the shipped ones") from error
+        raise UserError(
+            f"config ({path}) does not exist; `freqmask recipes` lists the shipped ones"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config ({path}) is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):

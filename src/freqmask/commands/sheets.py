@@ -1,0 +1,120 @@
+"""The pictures of ``embed`` and ``reconstruct``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqmask.data.sources import Source
+from freqmask.interop.embed import still_images
+from freqmask.interop.models import OpenedModel
+from freqmask.interop.tables import nearest_neighbours
+from freqmask.pretraining.announce import printable
+from freqmask.pretraining.display import (
+    Palette,
+    new_sheet,
+    psnr,
+    save_sheet,
+    show_image,
+    spectrum_levels,
+    spectrum_scale,
+)
+from freqmask.pretraining.module import as_float
+
+_LONGEST_NAME = 22
+_COLUMNS = (
+    "original",
+    "filtered",
+    "predicted",
+    "filled in",
+    "error x4",
+    "spectra: original",
+    "filtered",
+    "predicted",
+)
+_GAIN = 4  # errors are a few hundredths
+
+
+def draw_neighbours(path: Path, opened: OpenedModel, source: Source, queries: int, neighbours: int) -> Path:
+    """Some images, each with the images whose features are nearest.
+
+    Args:
+        path: the file of features; the picture stands beside it.
+        opened: the model that made it.
+        source: its images.
+        queries: rows.
+        neighbours: columns beside the first.
+
+    Returns:
+        The PNG.
+    """
+    indices, scores = nearest_neighbours(path, queries, neighbours)
+    dataset = still_images(opened, source)
+    images = {
+        int(n): as_float(dataset[0, int(n), int(n)].views[0]) for n in {*indices.flatten().tolist()} if n >= 0
+    }
+    palette = Palette.of(torch.stack(list(images.values())))
+    height, width = opened.backbone.image_size
+    title = f"nearest neighbours by {opened.name}: left an image, then the most similar ones (cosine)"
+    figure, axes = new_sheet(len(indices), 1 + neighbours, height / width, title)
+    for row, (found, similarities) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True)):
+        for column, (index, score) in enumerate(zip(found, similarities, strict=True)):
+            if index < 0:
+                continue
+            colours, _ = palette.show(images[index])
+            heading = _short(source.name(index)) if column == 0 else f"{score:.2f}{_label(source, index)}"
+            show_image(axes[row, column], colours, heading)
+    return save_sheet(figure, path.with_suffix(".neighbours.png"))
+
+
+def draw_reconstructions(
+    path: str | Path, pictures: Sequence[tuple[str, str, dict[str, Tensor]]], title: str
+) -> Path:
+    """A row for each image and filter: original, filtered, predicted, filled in, error, and three spectra.
+
+    Args:
+        path: the PNG to write.
+        pictures: name of the image, what was done to it, and ``reconstruct``'s tensors with batch 1.
+        title: a line above all.
+    """
+    height, width = pictures[0][2]["target"].shape[-2:]
+    figure, axes = new_sheet(len(pictures), len(_COLUMNS), height / width, f"{title}   (dB: PSNR)", cell=1.65)
+    for row, (name, done, tensors) in enumerate(pictures):
+        shown = {key: value[0].detach().float().cpu() for key, value in tensors.items() if key != "keep"}
+        _draw_row(axes[row], shown, (_short(name), done), _COLUMNS if row == 0 else ("",) * len(_COLUMNS))
+    return save_sheet(figure, path)
+
+
+def _draw_row(axes: Any, shown: dict[str, Tensor], facts: tuple[str, str], headings: Sequence[str]) -> None:
+    target = shown["target"]
+    palette = Palette.of(target[None])
+    lines = {
+        "target": facts[0],
+        "filtered": f"{facts[1]} {psnr(shown['filtered'], target):.1f} dB",
+        "prediction": f"{psnr(shown['prediction'], target):.1f} dB",
+        "filled": f"{psnr(shown['filled'], target):.1f} dB",
+    }
+    for column, (key, line) in enumerate(lines.items()):
+        colours, _ = palette.show(shown[key].clamp(0, 1))
+        show_image(axes[column], colours, headings[column], line)
+    error = (shown["filled"].clamp(0, 1) - target).abs().mean(dim=0)
+    show_image(axes[4], (_GAIN * error).clamp(0, 1).numpy(), headings[4], f"mean {float(error.mean()):.3f}")
+    scale = spectrum_scale(spectrum_levels(target[None])[0])
+    for column, key in enumerate(("target", "filtered", "prediction"), start=5):
+        show_image(axes[column], spectrum_levels(shown[key][None])[0], headings[column], **scale)
+
+
+def _short(name: str) -> str:
+    plain = printable(name)
+    return plain if len(plain) <= _LONGEST_NAME else "..." + plain[-(_LONGEST_NAME - 3) :]
+
+
+def _label(source: Source, index: int) -> str:
+    label = source.label(index)
+    if label is None:
+        return ""
+    return f" {source.class_names[label] if source.class_names else label}"[:14]

@@ -1,0 +1,1 @@
+"""How good a backbone is, measured on images with labels."""

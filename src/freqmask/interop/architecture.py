@@ -1,0 +1,134 @@
+"""Telling a timm architecture from the names and shapes of its tensors: ViT, BEiT, ResNet."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from freqmask.errors import UserError
+from freqmask.timm_models import check_name
+
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+}
+
+
+def architecture_of(
+    state: Mapping[str, Tensor], backbone: str | None, model_args: dict[str, Any]
+) -> tuple[str, dict[str, Any], list[str]]:
+    """The timm name and arguments, and sentences on what was assumed.
+
+    Args:
+        state: the backbone's tensors.
+        backbone: the timm name where it is known; None tells it from the tensors.
+        model_args: timm's arguments that were given; they go first.
+
+    Raises:
+        UserError: neither is the name known nor can it be told.
+    """
+    if "layer1.0.conv1.weight" in state and backbone is None:
+        name, arguments = _resnet(state)
+        return name, {**arguments, **model_args}, []
+    if "cls_token" in state and "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
+        name, arguments, notes = _vit(state, backbone, model_args)
+        return name, {**arguments, **model_args}, notes
+    named = backbone
+    if named is None:
+        raise UserError(
+            "the architecture cannot be told from the file (it is no plain ViT, BEiT or ResNet: "
+            f"{', '.join(sorted(state)[:3])} ...); name it with --backbone, as timm does"
+        )
+    check_name(named)
+    return named, {"num_classes": _classes(state), **model_args}, []
+
+
+def _vit(
+    state: Mapping[str, Tensor], backbone: str | None, given: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], list[str]]:
+    dim = state["cls_token"].shape[-1]
+    _, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * dim
+    is_beit = any("relative_position_bias_table" in name for name in state)
+    has_layer_scale = "blocks.0.gamma_1" in state
+    size = _SIZES.get(dim, "base")
+    family = "beit" if is_beit or has_layer_scale else "vit"
+    name = backbone or (
+        f"beit_{size if size == 'large' else 'base'}_patch16_224"
+        if family == "beit"
+        else f"vit_{size}_patch{14 if size == 'huge' else 16}_224"
+    )
+    check_name(name)
+    heads = given.get("num_heads") or (16 if dim == 1280 else max(1, dim // 64))
+    arguments: dict[str, Any] = {
+        "img_size": _vit_image_size(state, patch, given),
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": dim,
+        "depth": 1
+        + max(int(found[1]) for found in map(re.compile(r"blocks\.(\d+)\.").match, state) if found),
+        "num_heads": heads,
+        "mlp_ratio": hidden / dim,
+        "num_classes": _classes(state),
+    }
+    if family == "beit" and name.startswith("beit"):
+        shared = "rel_pos_bias.relative_position_bias_table" in state
+        arguments |= {
+            "use_abs_pos_emb": "pos_embed" in state,
+            "use_rel_pos_bias": any(".attn.relative_position_bias_table" in key for key in state),
+            "use_shared_rel_pos_bias": shared,
+            "global_pool": "avg" if "fc_norm.weight" in state else "token",
+        }
+    elif "fc_norm.weight" in state:
+        arguments |= {"global_pool": "avg", "fc_norm": True}
+    note = f"attention heads: {heads} (width / 64; the file does not tell: --model_args '{{num_heads: N}}')"
+    return name, arguments, [] if "num_heads" in given else [note]
+
+
+def _vit_image_size(state: Mapping[str, Tensor], patch: int, given: Mapping[str, Any]) -> Any:
+    if "img_size" in given:
+        return given["img_size"]
+    if "pos_embed" in state:
+        cells = state["pos_embed"].shape[1] - 1
+    else:
+        table = next((state[name] for name in state if name.endswith("relative_position_bias_table")), None)
+        # a table of a window n x n has (2n - 1)^2 + 3 rows, the three for the class token
+        cells = 196 if table is None else ((math.isqrt(table.shape[0] - 3) + 1) // 2) ** 2
+    side = math.isqrt(cells)
+    if side * side != cells or side == 0:
+        raise UserError(
+            f"pos_embed has {cells} places, which is no square; give the size with --model_args "
+            "'{img_size: [HEIGHT, WIDTH]}'"
+        )
+    return [side * patch, side * patch]
+
+
+def _resnet(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    layers = tuple(
+        1 + max((int(name.split(".")[1]) for name in state if name.startswith(f"layer{number}.")), default=-1)
+        for number in range(1, 5)
+    )
+    bottleneck = "layer1.0.conv3.weight" in state
+    name = _RESNETS.get((bottleneck, layers))
+    arguments: dict[str, Any] = {"num_classes": _classes(state)}
+    if "conv1.weight" in state:
+        arguments["in_chans"] = state["conv1.weight"].shape[1]
+    if name is None:
+        name, arguments["layers"] = ("resnet50" if bottleneck else "resnet18"), list(layers)
+    return name, arguments
+
+
+def _classes(state: Mapping[str, Tensor]) -> int:
+    """Classes of the file's classifier; a fine-tuned file's comes along."""
+    for name in ("head.weight", "fc.weight", "head.fc.weight", "classifier.weight"):
+        if name in state and state[name].dim() == 2:
+            return int(state[name].shape[0])
+    return 0

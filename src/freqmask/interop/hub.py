@@ -1,0 +1,182 @@
+"""A backbone on the Hugging Face hub: private unless asked, with a card made from the run."""
+
+from __future__ import annotations
+
+import csv
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from freqmask import __version__
+from freqmask.errors import UserError
+from freqmask.interop.export import FORMATS
+from freqmask.interop.models import OpenedModel
+from freqmask.interop.public import check_reachable
+from freqmask.training.runs import RunFolder
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# options of a run that name places on this machine, or say nothing of the backbone
+_LOCAL = {
+    "data",
+    "out",
+    "init",
+    "config",
+    "probe_data",
+    "logger",
+    "workers",
+    "devices",
+    "strategy",
+    "num_nodes",
+}
+_LOCAL_COLUMNS = re.compile(r"data|path|file|out|folder|model", re.IGNORECASE)
+
+
+def check_hub(repository: str) -> None:
+    """Refuse early what cannot be pushed.
+
+    Args:
+        repository: ``USER/NAME``.
+
+    Raises:
+        UserError: the name is none of the hub's, nobody is logged in, or the hub does not answer.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise UserError(f"push ({repository}) must be USER/NAME, a repository of the Hugging Face hub")
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise UserError("push needs a token of the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
+    check_reachable(f"push ({repository})")
+
+
+def push_model(
+    opened: OpenedModel, repository: str, *, public: bool = False, with_images: bool = False, api: Any = None
+) -> str:
+    """Send the timm folder and a model card.
+
+    Args:
+        opened: the model.
+        repository: ``USER/NAME``, made where it is missing.
+        public: False makes it private.
+        with_images: True adds previews, and the data's names and paths to the card.
+        api: a ``huggingface_hub.HfApi``; None makes one.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: the hub refuses or does not answer.
+    """
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="freqmask", library_version=__version__)
+    run = run_of(opened)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        FORMATS["timm"].write(opened, folder)
+        previews = _copy_previews(run, folder) if with_images and run is not None else []
+        (folder / "README.md").write_text(
+            model_card(opened, repository, previews, with_images), encoding="utf-8"
+        )
+        try:
+            address = api.create_repo(repository, private=not public, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=str(folder),
+                commit_message=f"{opened.name}, freqmask {__version__}",
+            )
+        except Exception as error:  # the hub's library raises its own, httpx's and the system's
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"push ({repository}) failed ({type(error).__name__}: {reason})") from error
+    return str(address)
+
+
+def run_of(opened: OpenedModel) -> RunFolder | None:
+    """The run that a model was exported by, where it lies beside it."""
+    if opened.folder is None:
+        return None
+    run = RunFolder(opened.folder.resolve().parent)
+    return run if run.exists() else None
+
+
+def model_card(opened: OpenedModel, repository: str, previews: list[str], with_images: bool) -> str:
+    """The README.md of a pushed backbone.
+
+    Args:
+        opened: the model.
+        repository: ``USER/NAME``.
+        previews: pictures in the folder to show.
+        with_images: True names the data.
+    """
+    run = run_of(opened)
+    options = run.config() if run is not None else {}
+    header = {
+        "library_name": "timm",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["freqmask", "timm"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {repository.split('/')[1]}",
+        f"A {opened.module.pretrained_cfg.get('architecture', 'timm')} backbone, pre-trained without labels by "
+        f"[freqmask](https://pypi.org/project/freqmask/) {__version__}"
+        + (f" ({options['method']})." if options else "."),
+        f"```python\nimport timm\nmodel = timm.create_model('hf-hub:{repository}', pretrained=True).eval()\n```",
+        f"Images of {opened.input_size[0]} channels, {opened.input_size[1]}x{opened.input_size[2]} pixels; values "
+        f"`{opened.value_range}` become [0, 1], then mean {list(opened.mean)} and std {list(opened.std)}.",
+    ]
+    if run is not None:
+        parts += ["## Data", _data(run, options, with_images), "## Recipe", _recipe(options)]
+        parts += ["## Results", _results(run)]
+    parts += [f"![preview]({name})" for name in previews]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(run: RunFolder, options: Mapping[str, Any], with_images: bool) -> str:
+    state = run.state()
+    text = f"{state.get('images', 'unknown'):,} images" if isinstance(state.get("images"), int) else "Images"
+    text += f", fingerprint `{state.get('data')}`"
+    return text + (f", from {', '.join(map(str, options.get('data') or []))}." if with_images else ".")
+
+
+def _recipe(options: Mapping[str, Any]) -> str:
+    told = {name: value for name, value in options.items() if name not in _LOCAL and not _is_path(value)}
+    return "```yaml\n" + yaml.safe_dump(told, sort_keys=False) + "```"
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a text may name a place on this machine; import paths have colons, not slashes."""
+    return isinstance(value, str) and ("/" in value or "\\" in value)
+
+
+def _results(run: RunFolder) -> str:
+    summary = run.summary()
+    names = ("steps", "loss", "loss_over_zero", "held_out_loss", "held_out_loss_over_zero")
+    lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
+    table = run.path / "results.csv"
+    if table.is_file():
+        lines += ["", *_table(table)]
+    return "\n".join(lines) or "The run has not ended yet."
+
+
+def _table(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in (rows[0] if rows else {}) if not _LOCAL_COLUMNS.search(name)]
+    columns = [name for name in columns if not any(_is_path(row[name]) for row in rows)]
+    if not columns:
+        return []
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(str(row[name] or '') for name in columns)} |" for row in rows]
+
+
+def _copy_previews(run: RunFolder, folder: Path) -> list[str]:
+    newest = sorted(run.previews.glob("step-*.png"))[-1:]
+    for preview in newest:
+        (folder / preview.name).write_bytes(preview.read_bytes())
+    return [preview.name for preview in newest]

@@ -1,0 +1,321 @@
+"""Pre-training end to end, on data and networks as small as they come."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import freqmask
+from freqmask.errors import UserError
+
+TINY: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "backbone": "vit_tiny_patch16_224",
+    "model_args": {"depth": 1, "embed_dim": 32, "num_heads": 2},
+    "batch_size": 8,
+    "steps": 6,
+    "workers": 0,
+    "preview_every_steps": 0,
+    "accelerator": "cpu",
+}
+TINY_FOLK: dict[str, Any] = {**TINY, "method": "folk", "outputs": 32, "hidden_size": 32, "bottleneck_size": 16}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "backbone" / "model.safetensors")
+
+
+def assert_identical(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run that several tests look at."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    options = {**TINY, "preview_every_steps": 3, "log_every_steps": 2, "checkpoint_every_steps": 2}
+    return freqmask.pretrain("builtin:digits", **options, out=str(out))
+
+
+def test_a_run_leaves_what_the_map_promises(finished: Path) -> None:
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml",
+        "plan.png",
+        "metrics.csv",
+        "summary.json",
+        "checkpoints/last.ckpt",
+        "backbone/config.json",
+        "backbone/model.safetensors",
+        "previews/step-000003.png",
+        "previews/step-000006.png",
+    } <= names
+    assert len([name for name in names if name.startswith("checkpoints/step-")]) == 2
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_metrics_hold_loss_health_speed_and_recipe(finished: Path) -> None:
+    logged = [row for row in rows(finished) if row["loss"]]
+    assert [row["step"] for row in logged] == ["1", "2", "4", "6"]
+    for name in ("loss_over_zero", "lr", "grad_norm", "images_per_second", "data_wait_share"):
+        assert float(logged[-1][name]) >= 0, name
+    assert any(name.startswith("loss_over_zero/band_") for name in logged[0])
+    assert {"loss_over_zero/lowpass", "loss_over_zero/highpass"} <= set(logged[0])
+    assert [row["step"] for row in rows(finished) if row["held_out_loss"]] == ["3", "6"]
+
+
+def test_the_backbone_loads_in_timm_and_is_the_trained_one(finished: Path) -> None:
+    model = timm.create_model(f"local-dir:{finished / 'backbone'}", pretrained=True)
+    trained = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[f"method.backbone.timm_model.{name}"]), name
+    config = json.loads((finished / "backbone" / "config.json").read_text())
+    assert config["freqmask"]["step"] == 6
+    assert config["freqmask"]["value_range"]
+    assert config["pretrained_cfg"]["input_size"] == [1, 16, 16]
+
+
+def test_config_repeats_the_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    again = freqmask.pretrain(config=str(finished / "config.yaml"), out=str(tmp_path / "again"))
+    assert_identical(finished, again)
+
+
+def test_a_finished_run_says_so_and_how_to_train_on(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(finished)
+    freqmask.pretrain("builtin:digits", **TINY, out=str(finished))
+    shown = capsys.readouterr().out
+    assert "is finished" in shown
+    assert f"--init {finished}" in shown
+    assert all(torch.equal(value, before[name]) for name, value in weights(finished).items())
+
+
+def test_init_starts_from_the_weights_of_a_run(finished: Path, tmp_path: Path) -> None:
+    options = {**TINY, "steps": 1, "lr": 1e-12, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.0}
+    run = freqmask.pretrain("builtin:digits", **options, init=str(finished), out=str(tmp_path / "on"))
+    for name, value in weights(run).items():
+        torch.testing.assert_close(value, weights(finished)[name], atol=1e-6, rtol=0)
+
+
+def test_init_names_what_does_not_fit(finished: Path, tmp_path: Path) -> None:
+    options = {**TINY, "model_args": {"depth": 2, "embed_dim": 32, "num_heads": 2}}
+    with pytest.raises(UserError, match=r"does not fit the backbone: blocks\.1.*is missing"):
+        freqmask.pretrain("builtin:digits", **options, init=str(finished), out=str(tmp_path / "on"))
+
+
+@pytest.mark.parametrize("method", ["folk", "sr", "deblur", "denoise"])
+def test_every_method_trains(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = TINY_FOLK if method == "folk" else {**TINY, "method": method}
+    run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / method))
+    assert (run / "summary.json").is_file()
+    shown = capsys.readouterr().out
+    assert "of predicting nothing" in shown
+    if method == "folk":
+        assert "collapse" in rows(run)[-2]
+
+
+@pytest.mark.parametrize(("options", "workers"), [(TINY, 0), (TINY_FOLK, 2)])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(
+    options: dict[str, Any], workers: int, tmp_path: Path
+) -> None:
+    options = {**options, "workers": workers, "checkpoint_every_steps": 2}
+    whole = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "whole"))
+    parts = tmp_path / "parts"
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(3, options, parts)
+    assert not (parts / "summary.json").exists()
+    again = freqmask.pretrain("builtin:digits", **options, out=str(parts))
+    assert_identical(whole, again)
+    assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(again)]
+
+
+def train_until(step: int, options: dict[str, Any], out: Path) -> None:
+    """Break off after a step as a kill would: nothing is saved any more."""
+    from freqmask.pretraining.monitor import Monitor
+
+    whole = Monitor.on_train_batch_end
+
+    def broken(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step:
+            raise RuntimeError("killed here")
+        whole(self, trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "on_train_batch_end", broken)
+        freqmask.pretrain("builtin:digits", **options, out=str(out))
+
+
+def test_other_settings_are_refused_each_named(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError):
+        train_until(3, TINY, out)
+    changed = {**TINY, "seed": 5, "batch_size": 16, "image_size": "16x16"}
+    with pytest.raises(UserError) as caught:
+        freqmask.pretrain("builtin:digits", **changed, out=str(out))
+    assert "seed was 0 and is 5 now" in str(caught.value)
+    assert "batch_size was 8 and is 16 now" in str(caught.value)
+    assert "another --out" in str(caught.value)
+
+
+def test_without_out_the_newest_unfinished_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError):
+        train_until_without_out(4)
+    run = freqmask.pretrain("builtin:digits", **{**TINY, "checkpoint_every_steps": 2})
+    assert "goes on from step-00000002.ckpt" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
+    second = freqmask.pretrain("builtin:digits", **{**TINY, "checkpoint_every_steps": 2})
+    assert second.name != run.name
+
+
+def train_until_without_out(step: int) -> None:
+    from freqmask.pretraining.monitor import Monitor
+
+    def broken(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step:
+            raise RuntimeError("killed here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "on_train_batch_end", broken)
+        freqmask.pretrain("builtin:digits", **{**TINY, "checkpoint_every_steps": 2})
+
+
+def test_accumulation_makes_the_same_step(tmp_path: Path) -> None:
+    runs = []
+    for parts in (1, 4):
+        options = {**TINY, "steps": 2, "reduce": "image", "accumulate": parts, "log_every_steps": 1}
+        runs.append(freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / str(parts))))
+    for name in ("loss", "grad_norm"):
+        first, second = ([float(row[name]) for row in rows(run) if row[name]] for run in runs)
+        assert len(first) == 2
+        assert first == pytest.approx(second, rel=1e-4), name
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    options = {**TINY, "lr": 1e30, "warmup_epochs": 0, "clip_grad": None, "checkpoint_every_steps": 1, "steps": 30}
+    with pytest.raises(UserError, match=r"no longer finite at step \d+ \(learning rate 1e\+30.*step-0"):
+        freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_overfit_ends_in_pass_or_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {**TINY, "lr": 3e-3, "steps": 60}
+    freqmask.pretrain("builtin:digits", **options, overfit=8, out=str(tmp_path / "pass"))
+    assert "PASS: on 8 images" in capsys.readouterr().out
+    options = {**options, "lr": 1e-9, "steps": 2}
+    freqmask.pretrain("builtin:digits", **options, overfit=8, out=str(tmp_path / "fail"))
+    assert "FAIL: on 8 images" in capsys.readouterr().out
+
+
+def test_dry_run_draws_the_plan_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    freqmask.pretrain("builtin:digits", **TINY, out=str(out), dry_run=True)
+    shown = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} <= {"plan.png", "run.lock"}
+    for words in ("images", "learning rate", "memory", "disk", "epochs", "plan drawn"):
+        assert words in shown
+    assert (freqmask.pretrain("builtin:digits", **TINY, out=str(out)) / "summary.json").is_file()
+
+
+def test_bad_images_are_listed_and_the_run_goes_on(tmp_path: Path) -> None:
+    data = photos(tmp_path / "data", 30)
+    (data / "broken\n√.png").write_bytes(b"\x89PNG broken")
+    (data / "empty.jpg").write_bytes(b"")
+    run = freqmask.pretrain(str(data), **TINY, out=str(tmp_path / "run"))
+    with (run / "skipped.csv").open(newline="") as file:
+        skipped = {row["name"]: row["reason"] for row in csv.DictReader(file)}
+    assert set(skipped) <= {"broken\n√.png", "empty.jpg"}
+    assert skipped
+    assert all(skipped.values())
+
+
+def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
+    data = photos(tmp_path / "data", 16)
+    for number in range(8):
+        (data / f"bad{number}.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="max_skipped_share"):
+        freqmask.pretrain(str(data), **{**TINY, "steps": 50}, out=str(tmp_path / "run"))
+
+
+def photos(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"photo {number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("nowhere", "does not exist"),
+        ("builtin:photo", "did you mean 'builtin:photos'"),
+        (None, "DATA is missing; try freqmask pretrain builtin:photos"),
+    ],
+)
+def test_bad_data_leaves_nothing_behind(
+    data: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        freqmask.pretrain(data, steps=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_things_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files and no run"):
+        freqmask.pretrain("builtin:digits", **TINY, out=str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_first_and_say_how_to_go_on(number: int, code: int, tmp_path: Path) -> None:
+    words = "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 100000 --batch_size 8 --workers 1"
+    depth = ["--model_args", "{depth: 1, embed_dim: 32, num_heads: 2}", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "freqmask", *words.split(), *depth, "--log_every_steps", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 120
+    while not metrics_exist(tmp_path / "run") and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.1)  # for the process to get going; nothing is measured
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == code, shown
+    assert "saved; the same command goes on" in shown
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert "Traceback" not in shown
+
+
+def metrics_exist(run: Path) -> bool:
+    return (run / "metrics.csv").is_file()

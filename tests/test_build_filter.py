@@ -1,0 +1,97 @@
+"""Filters by name: what a text builds, which options reach it, and how a wrong one is refused."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from freqmask.errors import UserError
+from freqmask.filters import FILTERS, Filter, build_filter, used_options
+from freqmask.spectrum import power
+
+
+def test_a_second_radius_makes_bands():
+    names = build_filter("fixed", radius=4, second_radius=9).names
+    assert names == ["bandstop", "bandpass"]
+
+
+def test_options_reach_the_filters_that_take_them():
+    assert build_filter("lowpass", radius=7).radius == 7
+    assert build_filter("lowpass(radius=8)", radius=7).radius == 8
+    assert (
+        build_filter("com", com_fractions=[0.2]).settings()["filters"][0].startswith("com(fractions=(0.2,)")
+    )
+    assert used_options("lowpass") == {"radius", "softness", "edge"}
+    assert used_options("lowpass(radius=3)") == {"softness", "edge"}
+    assert used_options("com") == {"com_fractions", "low_pass_share", "magnitude"}
+    assert used_options("com()") == {"com_fractions", "magnitude"}
+
+
+class Wedge(Filter):
+    """What somebody else's filter looks like."""
+
+    def __init__(self, angle=30):
+        super().__init__()
+        self.angle = angle
+
+    def keep(self, spectrum, size, keys):
+        return torch.ones_like(power(spectrum[:, :1]))
+
+
+def test_an_import_path_builds_somebody_elses_filter(monkeypatch):
+    Wedge.__module__ = "mylab.filters"
+    for name in ("mylab", "mylab.filters"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["mylab.filters"].Wedge = Wedge
+    filter = build_filter("mylab.filters:Wedge(angle=45)")
+    assert filter.angle == 45
+    assert filter.describe() == "mylab.filters:Wedge(angle=45)"
+    both = build_filter("oneof(['mylab.filters:Wedge(angle=45)', 'com()'])")
+    assert build_filter(both.describe()).describe() == both.describe()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lowpas", "did you mean 'lowpass'"),
+        ("lowpass(radiu=3)", "did you mean 'radius'"),
+        ("lowpass(radius=120)", "at most 112"),
+        ("lowpass(radius=-1)", "radius (-1) must be"),
+        ("lowpass(radius='big')", "'auto'"),
+        ("lowpass(radius=__import__('os').getpid())", "plain arguments"),
+        ("[x for x in 'ab']", "plain arguments"),
+        ("lowpass(", "plain arguments"),
+        ("com(fractions=[2])", "above 0 and at most 1"),
+        ("com(magnitude='lume')", "did you mean 'luma'"),
+        ("bandpass(low=9, high=4)", "low below high"),
+        ("rings(edges=[4, 2])", "rising"),
+        ("rings(share=0)", "share (0)"),
+        ("energy(share=1.5)", "share (1.5)"),
+        ("randombins(fraction=0)", "fraction"),
+        ("oneof([])", "must list filters"),
+        ("oneof(['com()'], weights=[1, 2])", "equally many"),
+        ("oneof(['com()', 'rcom()'], weights=[0, 0])", "not all 0"),
+        ("fixed(low_pass_share=2)", "low_pass_share (2)"),
+        ("fixed(size=3)", "size"),
+        ("fixed(second_radius=30)", "radius ('auto') must be a number"),
+        ("nowhere.at.all:Filter", "must be importable"),
+        ("torch.nn:Linear(1, 1)", "derived from"),
+        ("lowpass(softness=-1)", "softness (-1)"),
+        ("lowpass(softness=1, edge='sigmoit')", "did you mean 'sigmoid'"),
+    ],
+)
+def test_a_wrong_description_is_one_sentence_with_a_way_out(text, words):
+    with pytest.raises(UserError) as raised:
+        build_filter(text, 224)
+    assert words in str(raised.value)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(UserError, match="did you mean 'radius'"):
+        build_filter("fixed", radios=3)
+
+
+def test_every_name_is_listed():
+    assert set(FILTERS) >= {"lowpass", "highpass", "bandpass", "bandstop", "rings", "com", "rcom", "energy"}
+    assert all(kind.name == name for name, kind in FILTERS.items())

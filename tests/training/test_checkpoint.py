@@ -1,0 +1,91 @@
+"""Checkpoints are whole or not there, and run nothing."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from freqmask.errors import UserError
+from freqmask.training.checkpoint import (
+    LAST,
+    load_safely,
+    newest_usable,
+    publish,
+    replace_atomically,
+    save_atomically,
+    step_file,
+)
+
+
+def write(folder: Path, step: int) -> None:
+    save_atomically(
+        {"global_step": step, "weights": torch.full((1000,), float(step))}, step_file(folder, step)
+    )
+    publish(folder, step, keep=2)
+
+
+def test_only_the_newest_are_kept_and_last_is_the_newest(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        LAST,
+        "step-00000010.ckpt",
+        "step-00000015.ckpt",
+    ]
+    assert load_safely(tmp_path / LAST)["global_step"] == 15
+
+
+def test_a_checkpoint_cut_short_leaves_the_one_before_it(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    write(tmp_path, 10)
+    newest = step_file(tmp_path, 10)
+    newest.write_bytes(newest.read_bytes()[:1500])
+    found, complaints = newest_usable(tmp_path)
+    assert found == step_file(tmp_path, 5)
+    assert len(complaints) == 1
+    assert "step-00000010" in complaints[0]
+    assert "cut short" in complaints[0]
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "state.ckpt"
+    save_atomically({"global_step": 1}, path)
+
+    def fail(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        replace_atomically(path, fail)
+    assert load_safely(path)["global_step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch HACKED",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Evil()}, step_file(tmp_path, 3))
+    with pytest.raises(UserError, match="refused: reading it would run code"):
+        load_safely(step_file(tmp_path, 3))
+    with pytest.raises(UserError, match="would run code"):
+        newest_usable(tmp_path)
+    assert not (tmp_path / "HACKED").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps({"a": 1})[:5]])
+def test_what_is_no_checkpoint_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.ckpt"):
+        load_safely(tmp_path / "x.ckpt")
+
+
+def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_safely(tmp_path / "x.ckpt")
+    assert newest_usable(tmp_path) == (None, [])

@@ -1,0 +1,67 @@
+"""What `auto` stands for."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freqmask.training import plan
+from freqmask.training.plan import Cost
+
+
+@pytest.mark.parametrize(("median", "size"), [(20, 32), (33, 32), (128, 128), (375, 224), (3000, 224)])
+def test_image_size_is_what_the_median_image_fills(median: int, size: int) -> None:
+    assert plan.choose_image_size(median).value == size
+
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 4), (64, 8), (96, 8), (128, 16), (16, 2)])
+def test_small_images_get_small_patches(size: int, patch: int) -> None:
+    choice = plan.choose_patch_size(size, "vit_tiny_patch16_224")
+    assert choice is not None
+    assert choice.value == patch
+    assert plan.choose_patch_size(224, "vit_tiny_patch16_224") is None
+    assert plan.choose_patch_size(32, "resnet18") is None
+
+
+def test_batch_size_is_bounded_by_memory_and_by_the_images() -> None:
+    cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=0)
+    assert plan.choose_batch_size(cost, 10**6, 1, 10**10).value >= 256
+    assert plan.choose_batch_size(cost, 10**6, 1, 20_000_000).value == 16
+    assert plan.choose_batch_size(cost, 300, 1, 10**10).value == 32
+
+
+def test_accumulation_is_the_least_that_fits() -> None:
+    cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
+    assert plan.choose_accumulation(cost, 64, 10**9).value == 1
+    assert plan.choose_accumulation(cost, 64, 25_000_000).value == 4
+    assert plan.choose_accumulation(cost, 64, 1).value == 64
+
+
+def test_epochs_are_the_published_ones_or_more_for_few_images() -> None:
+    assert plan.choose_epochs(1_281_167, 1024).value == 300
+    assert plan.choose_epochs(4_000, 128).value == 320
+    assert plan.choose_epochs(10, 8).value == 1600
+
+
+def test_cost_counts_what_the_backward_pass_keeps() -> None:
+    layer = nn.Linear(1000, 1000, bias=False)
+
+    def loss(images: int) -> Tensor:
+        return layer(torch.rand(images, 1000)).tanh().sum()
+
+    cost = plan.measure_cost(layer, loss, torch.device("cpu"))
+    assert cost.bytes_per_image == 2 * 4 * 1000  # the input for the weight, the output for tanh
+    assert cost.fixed_bytes == 16 * 10**6
+    assert cost.seconds_per_image > 0
+    assert layer.weight.grad is None
+
+
+def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "cpu_flags", lambda: {"avx2"})
+    assert plan.choose_precision("cpu").value == "32-true"
+    monkeypatch.setattr(plan, "cpu_flags", lambda: {"avx2", "amx_bf16"})
+    assert plan.choose_precision("cpu").value == "bf16-mixed"
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(20, "20 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours")])
+def test_durations_read_as_a_person_says_them(seconds: float, words: str) -> None:
+    assert plan.readable_time(seconds) == words

@@ -1,0 +1,80 @@
+"""The run folder: begun, locked, found again."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from freqmask.errors import UserError
+from freqmask.training.runs import RunFolder, new_run, newest_unfinished, read_yaml
+
+
+def begin(path: Path, **given: object) -> RunFolder:
+    run = RunFolder(path)
+    run.begin({"steps": 5}, {"given": given}, "a heading")
+    return run
+
+
+def test_config_is_yaml_under_its_heading(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", seed=1)
+    assert (run.path / "config.yaml").read_text().startswith("# a heading\n")
+    assert run.config() == {"steps": 5}
+    assert run.state() == {"given": {"seed": 1}}
+
+
+def test_the_newest_unfinished_run_of_the_same_words_is_found(tmp_path: Path) -> None:
+    old, new = begin(tmp_path / "a", seed=1), begin(tmp_path / "b", seed=1)
+    begin(tmp_path / "c", seed=2)
+    os.utime(old.path / "run.json", (1, 1))
+    found = newest_unfinished({"seed": 1}, tmp_path)
+    assert found is not None
+    assert found.path == new.path
+    new.finish({"steps": 5})
+    found = newest_unfinished({"seed": 1}, tmp_path)
+    assert found is not None
+    assert found.path == old.path
+    assert newest_unfinished({"seed": 3}, tmp_path) is None
+    assert newest_unfinished({"seed": 1}, tmp_path / "nowhere") is None
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", seed=1)
+    code = (
+        "import sys; from freqmask.training.runs import RunFolder; run = RunFolder(sys.argv[1]); run.lock();"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        assert run.is_locked()
+        assert newest_unfinished({"seed": 1}, tmp_path) is None
+        with pytest.raises(UserError, match="in use by another process"):
+            run.lock()
+    finally:
+        other.kill()
+        other.communicate()
+    for _ in range(100):  # the kernel frees the lock when it has buried the process
+        if not run.is_locked():
+            break
+        time.sleep(0.01)
+    run.lock()
+    run.unlock()
+    assert not run.is_locked()
+
+
+def test_names_of_new_runs_count_up(tmp_path: Path) -> None:
+    first, second = new_run("mfm", "vit/tiny", tmp_path), new_run("mfm", "vit/tiny", tmp_path)
+    assert [run.path.name for run in (first, second)] == ["mfm-vit_tiny-1", "mfm-vit_tiny-2"]
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: [", "not valid YAML"), ("- 1", "must hold options")])
+def test_a_bad_config_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_yaml(tmp_path / "c.yaml")
