@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from freqmask.commands import evaluate
     from freqmask.commands.convert import convert
     from freqmask.commands.embed import embed
     from freqmask.commands.export import export
     from freqmask.commands.info import info
     from freqmask.commands.pretrain import pretrain
     from freqmask.commands.reconstruct import reconstruct
+    from freqmask.commands.report import report
     from freqmask.commands.spectra import spectra
     from freqmask.errors import UserError
     from freqmask.interop.models import load_backbone
     from freqmask.interop.runs import load_method
 
+_MODULES = {"evaluate": "freqmask.commands.evaluate"}  # freqmask.evaluate.knn(...), one function a protocol
 _PUBLIC = {
     "pretrain": "freqmask.commands.pretrain",
     "embed": "freqmask.commands.embed",
@@ -31,6 +34,7 @@ _PUBLIC = {
     "reconstruct": "freqmask.commands.reconstruct",
     "load_backbone": "freqmask.interop.models",
     "load_method": "freqmask.interop.runs",
+    "report": "freqmask.commands.report",
     "spectra": "freqmask.commands.spectra",
     "info": "freqmask.commands.info",
     "UserError": "freqmask.errors",
@@ -39,24 +43,29 @@ __all__ = [
     "UserError",
     "convert",
     "embed",
+    "evaluate",
     "export",
     "info",
     "load_backbone",
     "load_method",
     "pretrain",
     "reconstruct",
+    "report",
     "spectra",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use: ``import freqmask`` must not wait for torch."""
-    if name not in _PUBLIC:
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    else:
         raise AttributeError(f"module 'freqmask' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_MODULES, *_PUBLIC})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from freqmask import __version__
@@ -18,6 +18,7 @@ class Command(NamedTuple):
     module: str
     summary: str
     positional: str | tuple[str, ...] | None = None
+    parts: Mapping[str, str] | None = None  # of a group such as `evaluate knn`: name -> summary
 
 
 COMMANDS = {
@@ -25,11 +26,24 @@ COMMANDS = {
     "embed": Command(
         "freqmask.commands.embed", "write the features of images to parquet or npy", ("model", "data")
     ),
+    "evaluate": Command(
+        "freqmask.commands.evaluate",
+        "measure one or several backbones: knn, linear, fewshot, bands",
+        "model",
+        {
+            "knn": "the nearest training images vote",
+            "linear": "a softmax head on frozen features",
+            "fewshot": "a handful of labels a class",
+            "bands": "which frequencies a model uses",
+        },
+    ),
     "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in", ("model", "image")),
     "export": Command(
         "freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM", "model"
     ),
     "convert": Command("freqmask.commands.convert", "bring in somebody else's checkpoint", "file"),
+    "report": Command("freqmask.commands.report", "one HTML page, or a table, of one or several runs", "run"),
+    "runs": Command("freqmask.commands.runs", "list runs: state, cost, best probe", "folder"),
     "spectra": Command("freqmask.commands.spectra", "draw every filter on an image", "image"),
     "recipes": Command("freqmask.commands.recipes", "list, show or copy the shipped recipes", "name"),
     "info": Command("freqmask.commands.info", "versions, devices, extras"),
@@ -68,13 +82,32 @@ def run(words: Sequence[str]) -> Any:
         raise UserError(f"command ({name}) is unknown; {nearest(name, COMMANDS)}")
     from freqmask.commands.parser import call
 
-    return call(f"freqmask {name}", load(name), COMMANDS[name].positional, words[1:])
+    command, path, rest = COMMANDS[name], [name], list(words[1:])
+    if command.parts is not None:
+        if not rest or rest[0] in ("-h", "--help", "help"):
+            say(group_overview(name))
+            return None
+        if rest[0] not in command.parts:
+            raise UserError(f"command ({name} {rest[0]}) is unknown; {nearest(rest[0], command.parts)}")
+        path.append(rest.pop(0))
+    return call(" ".join(["freqmask", *path]), load(*path), command.positional, rest)
 
 
-def load(name: str) -> Callable[..., Any]:
-    """The function behind a command's name."""
-    function: Callable[..., Any] = getattr(importlib.import_module(COMMANDS[name].module), name)
+def load(name: str, part: str | None = None) -> Callable[..., Any]:
+    """The function behind a command's name, or behind that of a part of a group."""
+    function: Callable[..., Any] = getattr(importlib.import_module(COMMANDS[name].module), part or name)
     return function
+
+
+def group_overview(name: str) -> str:
+    """What ``freqmask GROUP --help`` prints."""
+    command = COMMANDS[name]
+    parts = command.parts or {}
+    width = max(map(len, parts))
+    usage = f"usage: freqmask {name} NAME MODEL... --data DATA [OPTIONS]        freqmask {name} NAME --help"
+    text = (importlib.import_module(command.module).__doc__ or "").partition("\n\n")[2].strip()
+    lines = [f"  {part:<{width}}  {summary}" for part, summary in parts.items()]
+    return "\n".join([f"freqmask {name}: {command.summary}", "", usage, "", *lines, "", text])
 
 
 def overview() -> str:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from freqmask.console import say
 from freqmask.errors import UserError
 
-if TYPE_CHECKING:
-    from freqmask.data.sources import Source
-    from freqmask.interop.embed import Embedding, Place, Wanted
-    from freqmask.interop.models import OpenedModel
-
 _QUERIES, _NEIGHBOURS = 8, 7
-_SHOWN_SKIPPED = 3
 
 
 def embed(
@@ -75,6 +67,7 @@ def embed(
     Raises:
         UserError: the model or the data cannot be opened, or out cannot be written.
     """
+    from freqmask.commands import embedding
     from freqmask.data.sources import open_source
     from freqmask.data.values import ValueRange
     from freqmask.interop.embed import Wanted, plan_parts
@@ -87,7 +80,7 @@ def embed(
     if value_range is not None:
         opened.value_range = (ValueRange.parse(value_range) or opened.values).describe()
     source = open_source([data] if isinstance(data, str) else data, pages=pages, split=split, labels=labels)
-    path = Path(out) if out is not None else _default_out(opened)
+    path = Path(out) if out is not None else embedding.default_out(opened)
     if path.suffix not in SUFFIXES:
         raise UserError(
             f"out ({path}) must end in .parquet or .npy; try --out {path.with_suffix('.parquet')}"
@@ -97,136 +90,18 @@ def embed(
     pooled = pooled_of(opened.facts.get("method"), opened) if feature == "auto" else feature
     if pooled == "class_token" and not opened.backbone.has_class_token:
         raise UserError(f"feature (class_token): {opened.name} has none; try --feature mean")
-    wanted = Wanted(pooled, patches, tuple(_checked_blocks(blocks, opened)), crop, precision)
+    wanted = Wanted(pooled, patches, tuple(embedding.checked_blocks(blocks, opened)), crop, precision)
+    place = embedding.choose_place(batch_size, workers, accelerator)
+    processes = embedding.count_processes(devices, place)
     parts = plan_parts(opened, source, path, wanted)
-    if _is_there(path, parts.task):
+    if embedding.is_there(path, parts.task):
         say(f"embeddings  {path} is there already, of the same images and weights")
     else:
         check_out(path, overwrite, folder=False)
-        place = _place(batch_size, workers, accelerator)
-        processes = _processes(devices, place)
-        embedding = _run(opened, source, path, wanted, place, processes)
-        _tell(embedding, opened, len(source))
+        written = embedding.compute(opened, source, path, wanted, place, processes)
+        embedding.tell(written, opened, len(source))
     if neighbours:
         from freqmask.commands.sheets import draw_neighbours
 
         say(f"look at     {draw_neighbours(path, opened, source, _QUERIES, _NEIGHBOURS)}")
     return path
-
-
-def _default_out(opened: OpenedModel) -> Path:
-    name = "embeddings.parquet"
-    return opened.folder.parent / name if opened.kind == "run" and opened.folder is not None else Path(name)
-
-
-def _checked_blocks(blocks: list[int] | None, opened: OpenedModel) -> list[int]:
-    count = len(opened.module.feature_info)
-    for number in blocks or []:
-        if not -count <= number < count:
-            raise UserError(f"blocks ({number}) must be from 0 to {count - 1} for {opened.name}")
-    return sorted({number % count for number in blocks or []})
-
-
-def _is_there(path: Path, task: dict[str, Any]) -> bool:
-    """Whether the file holds the features asked for."""
-    from freqmask.interop.tables import task_of
-
-    return path.is_file() and task_of(path) == task
-
-
-def _place(batch_size: int | str, workers: int | str, accelerator: str) -> Place:
-    from freqmask.interop.embed import Place
-    from freqmask.pretraining.resolve import pick_device
-    from freqmask.pretraining.settings import check_accelerator
-    from freqmask.training.plan import choose_workers
-
-    check_accelerator(accelerator)
-    device = pick_device(accelerator)
-    batch = (256 if device.type == "cuda" else 32) if batch_size == "auto" else batch_size
-    loaders = choose_workers(device.type == "cuda").value if workers == "auto" else workers
-    for name, value, least in (("batch_size", batch, 1), ("workers", loaders, 0)):
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"{name} ({value}) must be a whole number of at least {least}, or auto")
-    return Place(device.type, 0, 1, int(batch), int(loaders))
-
-
-def _processes(devices: int | str, place: Place) -> int:
-    import torch
-
-    here = torch.cuda.device_count() if place.device == "cuda" else 1
-    if devices == "auto":
-        return here
-    if not isinstance(devices, int) or devices < 1 or (place.device == "cuda" and devices > here):
-        raise UserError(f"devices ({devices}) must be auto or from 1 to {here}")
-    return devices
-
-
-def _run(
-    opened: OpenedModel, source: Source, path: Path, wanted: Wanted, place: Place, processes: int
-) -> Embedding:
-    """Compute the parts, here or in several processes, and join them."""
-    from freqmask.interop.embed import compute_parts, finish, plan_parts
-    from freqmask.training.progress import Progress
-
-    parts = plan_parts(opened, source, path, wanted)
-    there = parts.begin()
-    if there:
-        say(f"goes on     {there} of {parts.count} parts are there from before")
-    todo = sum(len(parts.indices(number)) for number in parts.missing(0, 1))
-    began = time.monotonic()
-    if processes > 1 and todo:
-        _spawn(opened, source, path, wanted, place, processes)
-        computed = todo
-    else:
-        progress = Progress(todo, 0, {"rate": "{:.0f} images/s"}, unit="image")
-        progress.start()
-        try:
-            computed = compute_parts(
-                opened,
-                source,
-                parts,
-                wanted,
-                place,
-                lambda done: progress.update(done, {"rate": done / max(time.monotonic() - began, 1e-9)}),
-            )
-        finally:
-            progress.close()
-    return finish(opened, path, parts, wanted, computed)
-
-
-def _spawn(
-    opened: OpenedModel, source: Source, path: Path, wanted: Wanted, place: Place, processes: int
-) -> None:
-    """One process a device, each with every other part."""
-    from torch.multiprocessing.spawn import spawn
-
-    opened.backbone.cpu()
-    arguments = (opened, source, path, wanted, place, processes)
-    try:
-        spawn(_work, arguments, nprocs=processes, join=True)
-    except (ProcessExitedException, ProcessRaisedException) as error:
-        reason = str(error).strip().splitlines()[-1].removeprefix("freqmask.errors.UserError: ")
-        raise UserError(f"{reason}; the same command goes on from the parts that are whole") from error
-
-
-def _work(
-    rank: int, opened: OpenedModel, source: Source, path: Path, wanted: Wanted, place: Place, processes: int
-) -> None:
-    from dataclasses import replace
-
-    from freqmask.interop.embed import compute_parts, plan_parts
-
-    os.environ["LOCAL_RANK"] = str(rank)  # the first process alone speaks
-    device = f"cuda:{rank}" if place.device == "cuda" else place.device
-    parts = plan_parts(opened, source, path, wanted)
-    compute_parts(
-        opened, source, parts, wanted, replace(place, device=device, rank=rank, world_size=processes)
-    )
-
-
-def _tell(embedding: Embedding, opened: OpenedModel, images: int) -> None:
-    say(f"embeddings  {embedding.path}: {embedding.rows:,} of {images:,} images, {opened.name}")
-    for name, reason in embedding.skipped[:_SHOWN_SKIPPED]:
-        say(f"            left out: {name}: {reason}")
-    if len(embedding.skipped) > _SHOWN_SKIPPED:
-        say(f"            ... and {len(embedding.skipped) - _SHOWN_SKIPPED} more that cannot be read")

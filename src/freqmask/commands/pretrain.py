@@ -104,6 +104,8 @@ def pretrain(
     keep_checkpoints: int = 2,
     preview_every_steps: int | str = "auto",
     log_every_steps: int | str = "auto",
+    probe_data: list[str] | None = None,
+    probe_every_epochs: float | str = "auto",
     logger: Literal["tensorboard", "wandb"] | None = None,
     dry_run: bool = False,
     overfit: int | None = None,
@@ -209,6 +211,9 @@ def pretrain(
         keep_checkpoints: how many stay on the disk.
         preview_every_steps: auto is ten times a run; 0 draws at the end only.
         log_every_steps: auto is a row about every five seconds.
+        probe_data: images with labels (a folder a class, or as for `freqmask evaluate`) on which k-NN and a
+            small linear head are measured while the training goes on; they are never learnt from.
+        probe_every_epochs: how often, and how often the rank of held-out features is; auto is ten times a run.
         logger: also log to tensorboard or wandb (pip install 'freqmask[log]').
         dry_run: print the plan, draw plan.png, and stop.
         overfit: train on this many images only, and end in PASS or FAIL.

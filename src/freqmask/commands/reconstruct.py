@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from freqmask.console import say
 from freqmask.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from freqmask.interop.reconstruct import Band
-
 _MOST_IMAGES = 8
-_KEYS = 256  # tried to see every filter of a mixture
 
 
 def reconstruct(
@@ -44,7 +36,7 @@ def reconstruct(
     Raises:
         UserError: no decoder, an image that cannot be read, or an unknown filter.
     """
-    from freqmask.commands.sheets import draw_reconstructions
+    from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
     from freqmask.interop.reconstruct import open_method, psnr_by_band, read_image
 
     files = [image] if isinstance(image, str) else list(image)
@@ -57,7 +49,7 @@ def reconstruct(
     pictures = [
         (Path(file).name, name, method.reconstruct(pixels, key))
         for file, pixels in images.items()
-        for name, key in _turns(method, file, seed)
+        for name, key in turns(method, file, seed)
     ]
     for name in dict.fromkeys(name for _, name, _ in pictures):
         mine = [tensors for _, of, tensors in pictures if of == name]
@@ -68,36 +60,3 @@ def reconstruct(
     path = draw_reconstructions(out, pictures, f"{opened.name}, {method.name}")
     say(f"look at     {path}")
     return path
-
-
-def _turns(method: Any, file: str, seed: int) -> list[tuple[str, Tensor]]:
-    """Every filter of the method's mixture by name, with a key under which it is drawn."""
-    import torch
-
-    from freqmask.draws import combine, identity_of, sample_key
-    from freqmask.pretraining.preview import filter_names
-
-    first = torch.tensor([sample_key(seed, 0, identity_of(Path(file).name))])
-    keys = torch.cat([combine(first, number) for number in range(_KEYS)])
-    found: dict[str, Tensor] = {}
-    for name, key in zip(filter_names(method, keys), keys, strict=True):
-        found.setdefault(name, key[None])
-    return sorted(found.items())
-
-
-def band_lines(tables: list[list[Band]]) -> list[str]:
-    """A table: radius of the band, share hidden, and the mean PSNR of what was seen, predicted, filled in."""
-    lines = [f"  {'radius':>12}  {'hidden':>7}  {'seen':>8}  {'predicted':>9}  {'filled in':>9}"]
-    for bands in zip(*tables, strict=True):
-        hidden = sum(band.hidden for band in bands) / len(bands)
-        seen, predicted, filled = (
-            _mean([getattr(band, name) for band in bands]) for name in ("filtered", "predicted", "filled")
-        )
-        radius = f"{bands[0].low} to {bands[0].high}"
-        lines.append(f"  {radius:>12}  {hidden:>7.1%}  {seen:>8}  {predicted:>9}  {filled:>9}")
-    return lines
-
-
-def _mean(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    return "the same" if math.isinf(mean) else f"{mean:.1f}"

@@ -1,7 +1,8 @@
-"""The pictures of ``embed`` and ``reconstruct``."""
+"""The pictures and tables of ``embed`` and ``reconstruct``."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from freqmask.data.sources import Source
+from freqmask.draws import combine, identity_of, sample_key
 from freqmask.interop.embed import still_images
 from freqmask.interop.models import OpenedModel
+from freqmask.interop.reconstruct import Band
 from freqmask.interop.tables import nearest_neighbours
 from freqmask.pretraining.announce import printable
 from freqmask.pretraining.display import (
@@ -24,8 +27,10 @@ from freqmask.pretraining.display import (
     spectrum_scale,
 )
 from freqmask.pretraining.module import as_float
+from freqmask.pretraining.preview import filter_names
 
 _LONGEST_NAME = 22
+_KEYS = 256  # tried to see every filter of a mixture
 _COLUMNS = (
     "original",
     "filtered",
@@ -118,3 +123,32 @@ def _label(source: Source, index: int) -> str:
     if label is None:
         return ""
     return f" {source.class_names[label] if source.class_names else label}"[:14]
+
+
+def turns(method: Any, file: str, seed: int) -> list[tuple[str, Tensor]]:
+    """Every filter of the method's mixture by name, with a key under which it is drawn."""
+    first = torch.tensor([sample_key(seed, 0, identity_of(Path(file).name))])
+    keys = torch.cat([combine(first, number) for number in range(_KEYS)])
+    found: dict[str, Tensor] = {}
+    for name, key in zip(filter_names(method, keys), keys, strict=True):
+        found.setdefault(name, key[None])
+    return sorted(found.items())
+
+
+def band_lines(tables: list[list[Band]]) -> list[str]:
+    """A table: radius of the band, share hidden, and the mean PSNR of what was seen, predicted, filled in."""
+    lines = [f"  {'radius':>12}  {'hidden':>7}  {'seen':>8}  {'predicted':>9}  {'filled in':>9}"]
+    for bands in zip(*tables, strict=True):
+        hidden = sum(band.hidden for band in bands) / len(bands)
+        seen, predicted, filled = (
+            _mean_decibel([getattr(band, name) for band in bands])
+            for name in ("filtered", "predicted", "filled")
+        )
+        radius = f"{bands[0].low} to {bands[0].high}"
+        lines.append(f"  {radius:>12}  {hidden:>7.1%}  {seen:>8}  {predicted:>9}  {filled:>9}")
+    return lines
+
+
+def _mean_decibel(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    return "the same" if math.isinf(mean) else f"{mean:.1f}"

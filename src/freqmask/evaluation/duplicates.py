@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
+from freqmask.data.heldout import hold_out
 from freqmask.data.sources import Source, open_source
 from freqmask.errors import BadImage, UserError
 from freqmask.training.runs import RunFolder
@@ -71,6 +72,7 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
         return f"{run.name}: its pre-training images ({data}) are no longer there to be compared with the test images"
     if len(trained) > MOST_COMPARED:
         return f"{run.name}: {len(trained):,} pre-training images are too many to be compared with the test images"
-    known = set(pixel_hashes(trained))
+    learnt = None if config.get("overfit") else hold_out(trained, seed=int(config.get("seed", 0)))[0]
+    known = set(pixel_hashes(trained, learnt))
     count = sum(value in known for value in pixel_hashes(source, tested))
     return f"{run.name}: pre-trained on {count:,} of the {len(tested):,} test images (labels unseen)"

@@ -11,10 +11,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from freqmask.data.joined import JoinedSource, Subset
+from freqmask.data.joined import JoinedSource
 from freqmask.data.labels import read_labels
 from freqmask.data.sources import Pages, Source, open_source, splits_there
 from freqmask.data.splits import choose_split, split_indices, split_of
+from freqmask.data.subset import Subset
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import pixel_hashes
 from freqmask.training.checkpoint import replace_atomically
@@ -123,10 +124,10 @@ def open_labelled(
     splits = [] if several else splits_there(data, labels)  # type: ignore[arg-type]
     named = data if isinstance(data, Source) or several else str(data)
     own = _own_splits(splits, parting, str(data)) if parting.folds is None else None
-    if own is None:
-        opened = _part_ourselves(named, labels, parting, pages)
-    else:
+    if own is not None:
         opened = _use_splits(named, labels, own, pages)
+    else:
+        opened = _part_ourselves(named, labels, parting, pages)
     _check_classes(opened)
     return opened
 
@@ -191,9 +192,7 @@ def _minus(indices: np.ndarray, lost: np.ndarray) -> np.ndarray:
     return indices[~np.isin(indices, lost)]
 
 
-def _part_ourselves(
-    data: object, labels: str | Path | None, parting: Parting, pages: Pages
-) -> LabelledData:
+def _part_ourselves(data: object, labels: str | Path | None, parting: Parting, pages: Pages) -> LabelledData:
     source = open_source(data, pages, "all", labels)  # type: ignore[arg-type]
     whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], str(data), "", [])
     images = whole.rounds[0].train
@@ -201,9 +200,12 @@ def _part_ourselves(
     part_of = _read_parts(file, whole, images)
     if part_of is None:
         part_of = _draw_parts(whole, images, parting)
-        _write_parts(file, whole, images, part_of)
+        _write_parts(file, whole, images, part_of, parting.folds is not None)
     if parting.folds is None:
-        rounds, words = [Round(images[part_of == 0], images[part_of == 1])], f"{parting.test_share:.0%} held out"
+        rounds, words = (
+            [Round(images[part_of == 0], images[part_of == 1])],
+            f"{parting.test_share:.0%} held out",
+        )
     else:
         numbers = range(parting.folds)
         rounds = [Round(images[part_of != one], images[part_of == one]) for one in numbers]
@@ -230,7 +232,9 @@ def _with_duplicates(data: LabelledData, images: np.ndarray, parting: Parting) -
     hashes = pixel_hashes(data.source, images)
     first = {value: place for place, value in reversed(list(enumerate(hashes)))}
     twins = [place for place, value in enumerate(hashes) if first[value] != place]
-    loose = [place for place in twins if groups is None or not _same_group(groups, first[hashes[place]], place)]
+    loose = [
+        place for place in twins if groups is None or not _same_group(groups, first[hashes[place]], place)
+    ]
     if not loose:
         return groups
     if parting.duplicates == "refuse":
@@ -282,20 +286,23 @@ def _read_parts(file: Path, data: LabelledData, images: np.ndarray) -> np.ndarra
     if not all(name in part_of for name in names):
         raise UserError(f"split ({file}) does not list the images of DATA; delete it to have it drawn again")
     words = {"train": 0, "test": 1}
-    found = [words.get(str(part_of[name]), None) for name in names]
+    found = [words.get(str(part_of[name])) for name in names]
     try:
         return np.array(
-            [int(str(part_of[name]).removeprefix("fold")) if n is None else n for n, name in zip(found, names, strict=True)]
+            [
+                int(str(part_of[name]).removeprefix("fold")) if n is None else n
+                for n, name in zip(found, names, strict=True)
+            ]
         )
     except ValueError as error:
         raise UserError(f"split ({file}) has an unknown part; delete it to have it drawn again") from error
 
 
-def _write_parts(file: Path, data: LabelledData, images: np.ndarray, part_of: np.ndarray) -> None:
+def _write_parts(
+    file: Path, data: LabelledData, images: np.ndarray, part_of: np.ndarray, folds: bool
+) -> None:
     """As a table that ``--labels`` takes, too."""
     import csv
-
-    folds = data.split.endswith("folds") or part_of.max() > 1
 
     def write(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:

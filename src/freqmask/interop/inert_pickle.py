@@ -143,6 +143,8 @@ class InertUnpickler(pickle._Unpickler):
             and isinstance(pid[1], torch.dtype)
         ):
             return self._storage(pid)
+        if isinstance(pid, tuple) and len(pid) > 1 and isinstance(pid[1], type) and issubclass(pid[1], Inert):
+            return pid[1]  # the old form wraps a module's class in one, to keep its source code with it
         return self.foreign.setdefault("a persistent object", Inert)()
 
     def refuse_allocation(self) -> None:

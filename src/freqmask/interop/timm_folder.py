@@ -62,6 +62,12 @@ def write_timm_folder(
     replace_atomically(folder / CONFIG, lambda path: _write(path, text))
 
 
+def trained_feature(method: nn.Module, backbone: Any) -> Pooled:
+    """What of a backbone its method trains: FOLK's class token, where it distils that, else the mean of the map."""
+    distils_token = getattr(method, "distil", "pooled") in ("auto", "class_token")
+    return "class_token" if distils_token and backbone.has_class_token else "mean"
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

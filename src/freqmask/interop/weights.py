@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
+from freqmask.interop.public import check_public
 from freqmask.interop.timm_folder import CONFIG, WEIGHTS
 from freqmask.timm_models import check_name
 from freqmask.training.checkpoint import LAST, load_safely
@@ -84,6 +85,7 @@ def _public(init: str, method: Any) -> dict[str, Tensor]:
     """Timm's weights, its positions and first layer already brought to the method's size and channels."""
     from freqmask.timm_models import create_model
 
+    check_public(init.removeprefix(PUBLIC), f"init ({init})")
     backbone = next(iter(method.backbones().values()))
     settings = backbone.settings
     model, _ = create_model(

@@ -50,7 +50,8 @@ def _data_lines(summary: SourceSummary, survey: Survey | None, images: int, held
         "x".join(str(side) for side in size)
         for size in (survey.min_size, survey.max_size, survey.median_size)
     )
-    yield f"            sizes {low} to {high}, median {middle}; {_counts(survey.dtypes)}; channels {_counts(survey.channel_counts)}"
+    yield f"            sizes {low} to {high}, median {middle}"
+    yield f"            {_counts(survey.dtypes)}; channels {_counts(survey.channel_counts)}"
     for note in survey.notes:
         yield f"            {note}"
     for name, reason in survey.bad[:3]:
@@ -78,14 +79,17 @@ def _seen_lines(
     size = options["image_size"]
     shown = f"{size}x{size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
     yield f"the network sees {shown} pixels{why('image_size')}, {options['channels']} channels{why('channels')}"
-    yield f"            values {options['value_range']} become 0 and 1; mean {options['mean']}, std {options['std']}{why('mean')}"
+    mean, std = ([f"{value:.3g}" for value in options[name][:3]] for name in ("mean", "std"))
+    more = ", ..." if options["channels"] > 3 else ""
+    yield f"            normalised by mean {', '.join(mean)}{more} and std {', '.join(std)}{more}{why('mean')}"
     if survey is not None and min(survey.median_size) < (size if isinstance(size, int) else min(size)):
         yield (
             f"            the median image has {min(survey.median_size)} pixels and is enlarged: its added frequencies "
             "are empty, and predicting nothing there teaches nothing; try --image_size auto"
         )
     if options["overfit"] is None:
-        yield f"            crops of {options['crop_scale'][0]:g} to {options['crop_scale'][1]:g} of the area{why('crop_scale')}"
+        smallest, largest = options["crop_scale"]
+        yield f"            crops of {smallest:g} to {largest:g} of the area{why('crop_scale')}"
     patch = f", patch {options['patch_size']}{why('patch_size')}" if options["patch_size"] else ""
     yield f"backbone    {options['backbone']}{why('backbone')}{patch}"
     names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
@@ -165,7 +169,8 @@ def summary_lines(
 ) -> Iterator[str]:
     """The end of a run: from where to where, how fast, where to look, what to type next."""
     yield ""
-    yield f"done        {summary['steps']:,} steps in {plan.readable_time(summary['seconds'])}, {summary['images_per_second']:.0f} images/s"
+    took, speed = plan.readable_time(summary["seconds"]), summary["images_per_second"]
+    yield f"done        {summary['steps']:,} steps in {took}, {speed:.0f} images/s"
     yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
     if "loss_over_zero" in summary:
         first, last = summary["first_loss_over_zero"], summary["loss_over_zero"]

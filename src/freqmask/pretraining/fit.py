@@ -19,11 +19,14 @@ from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
+from freqmask.evaluation.labelled import LabelledData
 from freqmask.pretraining.heldout import HeldOut, calibration
 from freqmask.pretraining.module import PretrainingModule
 from freqmask.pretraining.monitor import Monitor
+from freqmask.pretraining.probe import Probe, steps_between
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe
 from freqmask.pretraining.saving import Saver, StopSignals
+from freqmask.pretraining.sharding import SHARDED, sharding_strategy
 from freqmask.pretraining.skipping import Skipped
 from freqmask.training.checkpoint import AtomicCheckpointIO, load_safely
 from freqmask.training.progress import Progress
@@ -39,6 +42,9 @@ SHOWN = {
     "loss_over_zero": "{:.3f} of predicting nothing",
     "collapse": "collapse number {:.2f}",
     "held_out_loss_over_zero": "held out {:.3f}",
+    "probe_knn": "k-NN {:.1%}",
+    "probe_linear": "linear {:.1%}",
+    "rankme": "rank {:.1f}",
 }
 
 
@@ -70,6 +76,7 @@ class Fit:
         method: what is trained.
         convert: whether images with other channels are converted instead of skipped.
         state: the run's state, traced in the export.
+        probed: images with labels to measure features on, or None.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Fit:
         method: Any,
         convert: bool,
         state: Mapping[str, Any],
+        probed: LabelledData | None = None,
     ) -> None:
         """Nothing runs yet."""
         self.run_folder = run
@@ -90,6 +98,7 @@ class Fit:
         self.method = method
         self.convert = convert
         self.state = state
+        self.probed = probed
         self.processes = int(options["devices"]) * int(options["num_nodes"])
         self.part = int(options["batch_size"]) // self.processes // int(options["accumulate"])
 
@@ -113,7 +122,8 @@ class Fit:
                 recipe.warmup_steps,
             )
             looks = self._held_out(monitor)
-            callbacks = [self._skipped(), monitor, self._saver(signals, monitor), looks]
+            # rows of a step are written before its checkpoint: a restart from there will not make them again
+            callbacks = [self._skipped(), monitor, self._probe(monitor), looks, self._saver(signals, monitor)]
             trainer = self._trainer(recipe.total_steps, callbacks)
             progress.start()
             began = time.perf_counter()
@@ -140,7 +150,7 @@ class Fit:
             accelerator=options["accelerator"],
             devices=options["devices"],
             num_nodes=options["num_nodes"],
-            strategy=_strategy(options["strategy"]),
+            strategy=sharding_strategy(self.processes) if options["strategy"] in SHARDED else options["strategy"],
             precision=options["precision"],
             max_steps=total_steps,
             max_epochs=-1,
@@ -199,6 +209,16 @@ class Fit:
             min(self.part, 64),
         )
 
+    def _probe(self, monitor: Monitor) -> Probe:
+        return Probe(
+            monitor,
+            steps_between(self.options, len(self.train)),
+            self._still(self.held_out, 1) if self.held_out is not None else None,
+            self._still(self.probed.source, 1) if self.probed is not None else None,
+            self.probed,
+            min(self.part, 64),
+        )
+
     def _skipped(self) -> Skipped:
         return Skipped(
             self.run_folder.path / "skipped.csv", len(self.train), self.options["max_skipped_share"]
@@ -245,21 +265,13 @@ class Fit:
             values = [float(row[name]) for row in logged if row.get(name)]
             if values:
                 summary |= {name: values[-1], f"first_{name}": values[0]}
-        for name in ("held_out_loss", "held_out_loss_over_zero"):
+        for name in ("held_out_loss", "held_out_loss_over_zero", "probe_knn", "probe_linear", "rankme"):
             values = [float(row[name]) for row in rows if row.get(name)]
             if values:
                 summary[name] = values[-1]
         summary["images_per_second"] = (step - done) * self.options["batch_size"] / max(seconds, 1e-9)
         summary["skipped"] = len(read_rows(self.run_folder.path / "skipped.csv"))
         return summary
-
-
-def _strategy(name: str) -> Any:
-    if name in ("fsdp", "model_parallel", "sharded"):
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        return ModelParallelStrategy()
-    return name
 
 
 def _logger(name: str | None, run: RunFolder) -> Logger | bool:

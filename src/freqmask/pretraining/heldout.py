@@ -16,6 +16,7 @@ from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.pretraining.module import PretrainingModule, as_float
 from freqmask.pretraining.monitor import Monitor
 from freqmask.pretraining.preview import draw_preview, filter_names
+from freqmask.pretraining.sharding import whole_method
 from freqmask.training.runs import RunFolder
 
 PREVIEW_IMAGES = 4
@@ -67,13 +68,15 @@ class HeldOut(L.Callback):
         """Measure the held-out loss and draw the preview of this step."""
         assert isinstance(module, PretrainingModule)
         began = time.perf_counter()
-        with looking(module):
+        # a loader draws its seed from torch's generator, which belongs to the training
+        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []), looking(module):
             if self.held_out is not None:
                 loss = self.loss(trainer, module, self.held_out)
                 if trainer.is_global_zero:
                     self.monitor.record(step, loss)
+            method = whole_method(trainer, module)
             if trainer.is_global_zero:
-                self.draw(module, step)
+                self.draw(method, step)
         self.monitor.pause(time.perf_counter() - began)
 
     def loss(self, trainer: L.Trainer, module: PretrainingModule, images: TrainDataset) -> dict[str, float]:
@@ -94,10 +97,11 @@ class HeldOut(L.Callback):
         }
         return {f"held_out_{name}": float(value) for name, value in means.items()}
 
-    def draw(self, module: PretrainingModule, step: int) -> None:
+    def draw(self, method: Any, step: int) -> None:
         """Draw ``previews/step-….png``."""
-        images, keys = self.pictures(module.method)
-        reconstruction = module.method.reconstruct(images.to(module.device), keys.to(module.device))
+        images, keys = self.pictures(method)
+        device = next(method.parameters()).device
+        reconstruction = method.reconstruct(images.to(device), keys.to(device))
         path = self.run.previews / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_preview(path, reconstruction, f"step {step:,}")

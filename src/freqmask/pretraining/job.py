@@ -22,6 +22,7 @@ from freqmask.data.subset import Subset
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
+from freqmask.evaluation.labelled import LabelledData, open_labelled
 from freqmask.pretraining import announce
 from freqmask.pretraining.fit import Fit, Outcome
 from freqmask.pretraining.heldout import first_batch
@@ -53,11 +54,13 @@ class Images:
         source: all of them.
         train: what is learnt from.
         held_out: what the loss is measured on; None where there are too few.
+        probed: images with labels to measure features on, if asked for.
     """
 
     source: Source
     train: Source
     held_out: Source | None
+    probed: LabelledData | None = None
 
 
 def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
@@ -189,11 +192,15 @@ def _go_on(continued: Continued) -> Path:
 def part(options: Mapping[str, Any]) -> Images:
     """Open the data and keep 2 % apart; a run that shall overfit keeps none."""
     source = open_source(options["data"], pages=options["pages"], split=options["split"])
+    probed = (
+        open_labelled(options["probe_data"], pages=options["pages"]) if options.get("probe_data") else None
+    )
     if options["overfit"] is not None:
         train = Subset(source, np.arange(min(int(options["overfit"]), len(source))))
-        return Images(source, train, None)
+        return Images(source, train, None, probed)
     train_indices, held_out = hold_out(source, seed=options["seed"])
-    return Images(source, Subset(source, train_indices), Subset(source, held_out) if len(held_out) else None)
+    held_out_images = Subset(source, held_out) if len(held_out) else None
+    return Images(source, Subset(source, train_indices), held_out_images, probed)
 
 
 def _tell_plan(resolved: Resolved, images: Images, run: RunFolder) -> None:
@@ -247,7 +254,8 @@ def _train(
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
     began = time.time()
-    fit = Fit(run, options, images.train, images.held_out, method, bool(state["convert_channels"]), state)
+    convert = bool(state["convert_channels"])
+    fit = Fit(run, options, images.train, images.held_out, method, convert, state, images.probed)
     try:
         outcome = fit.run(checkpoint)
     except NotFiniteError as error:
@@ -305,8 +313,9 @@ def _not_finite(error: NotFiniteError, run: RunFolder, options: Mapping[str, Any
     kept = sorted(run.checkpoints.glob("step-*.ckpt"))
     good = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
     return (
-        f"{error} (learning rate {options['lr']:.3g}, precision {options['precision']}, batch {options['batch_size']}); "
-        f"{good}; try --lr {options['lr'] / 2:.2g} or --precision 32-true with another --out"
+        f"{error} (learning rate {options['lr']:.3g}, precision {options['precision']}, "
+        f"batch {options['batch_size']}); {good}; try --lr {options['lr'] / 2:.2g} "
+        "or --precision 32-true with another --out"
     )
 
 
@@ -337,4 +346,7 @@ def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _heading() -> str:
-    return f"freqmask {__version__}, {now()}; every auto is resolved.\nRepeat it: freqmask pretrain --config THIS_FILE --out NEW_FOLDER"
+    return (
+        f"freqmask {__version__}, {now()}; every auto is resolved.\n"
+        "Repeat it: freqmask pretrain --config THIS_FILE --out NEW_FOLDER"
+    )

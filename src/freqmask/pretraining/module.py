@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from freqmask.draws import combine
 from freqmask.errors import UserError
+from freqmask.pretraining.sharding import shard
 from freqmask.training.recipe import Recipe, Schedule, build_optimizer
 
 
@@ -35,6 +37,7 @@ class PretrainingModule(L.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.want_details = False
         self.batches_a_step = 1
+        self._sharded = False
         self._random_state: Tensor | None = None
 
     @property
@@ -70,6 +73,13 @@ class PretrainingModule(L.LightningModule):
         self.schedule = Schedule(optimizer, self.recipe)
         return optimizer
 
+    def configure_model(self) -> None:
+        """Spread the method over the devices where the strategy asks for it."""
+        mesh = getattr(self, "_device_mesh", None)  # set by Lightning's sharding strategy alone
+        if mesh is not None and not self._sharded:
+            shard(self.method, mesh["data_parallel"])
+            self._sharded = True
+
     def on_train_start(self) -> None:
         """Put the global generator where the checkpoint left it, for models that use dropout."""
         if self._random_state is not None:
@@ -90,7 +100,8 @@ class PretrainingModule(L.LightningModule):
         self.method.before_optimizer_step(self.step, self.recipe.total_steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.recipe.clip_grad if self.recipe.clip_grad is not None else float("inf")
-        self.gradient_norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
+        norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

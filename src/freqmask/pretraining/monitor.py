@@ -46,6 +46,7 @@ class Monitor(L.Callback):
         self.images = images
         self.warmup_steps = warmup_steps
         self.latest: dict[str, float] = {}
+        self.recorded: dict[str, float] = {}  # stays in the bar until it is measured again
         self.first_loss: float | None = None
         self.images_per_second = 0.0
         self._sums: dict[str, Tensor] = {}
@@ -73,12 +74,14 @@ class Monitor(L.Callback):
     ) -> None:
         """Add up; at the end of an optimiser step move the bar, at some of them write a row."""
         assert isinstance(module, PretrainingModule)
-        self._add({**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches})  # Lightning divides it
+        self._add(
+            {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
+        )  # Lightning divides it
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             step = trainer.global_step
             if self._is_logged(trainer, step):
                 self._write_row(trainer, module, step)
-            self.progress.update(step, self.latest)
+            self.progress.update(step, {**self.recorded, **self.latest})
             self._ask_for_details(trainer, module)
         self._batch_ended = time.perf_counter()
 
@@ -89,7 +92,7 @@ class Monitor(L.Callback):
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Write values that are measured now and then (held-out loss) as a row of their own."""
-        self.latest.update(values)
+        self.recorded.update(values)
         append_row(self.run.metrics, {"step": step, **values})
 
     def _is_logged(self, trainer: L.Trainer, step: int) -> bool:

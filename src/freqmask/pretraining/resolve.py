@@ -154,7 +154,7 @@ def _resolve_method(resolved: Resolved, images: int) -> None:
     for name in ("radius", "low_pass_share"):
         value = getattr(resolved.method, "settings", {}).get(name)
         if options.get(name) in (None, "auto") and isinstance(value, (int, float)):
-            resolved.reasons[name] = f"{value:g}"
+            resolved.reasons[name] = f"{value:.3g}"
 
 
 def make_method(options: Mapping[str, Any], steps_an_epoch: float | None = None) -> nn.Module:

@@ -18,6 +18,7 @@ CHOSEN_BY_RANK_0 = "FREQMASK_RUN"  # in the environment of the processes that Li
 HARMLESS = {
     *("out", "data", "workers", "logger", "max_skipped_share", "dry_run", "keep_checkpoints"),
     *("log_every_steps", "preview_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"),
+    *("probe_data", "probe_every_epochs"),
 }
 # These keep the data and the draws, but sums are made in another order.
 DIFFERENT_BITS = {"devices", "num_nodes", "strategy", "accelerator", "compile", "accumulate"}

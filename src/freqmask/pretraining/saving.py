@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from freqmask.backbones import recalibrate_batch_norm
-from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.interop.timm_folder import trained_feature, write_timm_folder
 from freqmask.pretraining.monitor import Monitor
+from freqmask.pretraining.sharding import whole_method
 from freqmask.training.checkpoint import publish, step_file
 from freqmask.training.runs import RunFolder
 
@@ -119,21 +120,24 @@ class Saver(L.Callback):
             return
         began = time.perf_counter()
         trainer.save_checkpoint(step_file(self.run.checkpoints, step))
+        method = whole_method(trainer, module)
         if trainer.is_global_zero:
             publish(self.run.checkpoints, step, self.keep)
-            self.write_backbones(module, step)
+            self.write_backbones(method, step)
         trainer.strategy.barrier("backbone")
         self._saved_step, self._saved_time = step, time.monotonic()
         self.monitor.pause(time.perf_counter() - began)
 
-    def write_backbones(self, module: Any, step: int) -> None:
+    def write_backbones(self, method: Any, step: int) -> None:
         """Export what the method exports by default, its batch norm recalibrated on unfiltered images."""
-        backbone = copy.deepcopy(module.method.backbones()[module.method.default_backbone])
+        backbone = copy.deepcopy(method.backbones()[method.default_backbone])
+        device = next(backbone.parameters()).device
         with torch.no_grad():
-            recalibrate_batch_norm(backbone, (batch.to(module.device) for batch in self.calibration()))
+            recalibrate_batch_norm(backbone, (batch.to(device) for batch in self.calibration()))
         settings = dict(self.export)
-        facts = {**settings.pop("facts"), "step": step, "weights": module.method.default_backbone}
-        write_timm_folder(backbone.timm_model, self.run.backbone, facts=facts, **settings)
+        facts = {**settings.pop("facts"), "step": step, "weights": method.default_backbone}
+        pooled = trained_feature(method, backbone)
+        write_timm_folder(backbone.timm_model, self.run.backbone, facts=facts, pooled=pooled, **settings)
 
     def _wishes(self, trainer: L.Trainer, step: int) -> tuple[bool, bool]:
         """Whether to stop and whether minutes are over: one process's clock decides for all."""

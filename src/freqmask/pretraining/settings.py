@@ -27,7 +27,10 @@ METHOD_OPTIONS = {
 RENAMED = {
     "freeze_last_layer_epochs": "freeze_last_layer_steps"
 }  # a method counts in steps, a person in epochs
-POSITIVE = ("epochs", "steps", "hours", "batch_size", "lr", "accumulate", "overfit", "image_size", "channels")
+POSITIVE = (
+    *("epochs", "steps", "hours", "batch_size", "lr", "accumulate", "overfit", "image_size", "channels"),
+    "probe_every_epochs",
+)
 NOT_NEGATIVE = (
     "min_lr",
     "warmup_epochs",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from freqmask.errors import UserError
+from freqmask.training.files import replace_atomically as replace_atomically
 
 LAST = "last.ckpt"
 
@@ -61,24 +61,6 @@ def _refusal(error: Exception) -> str:
 def save_atomically(content: dict[str, Any], path: str | Path) -> None:
     """Write to a temporary neighbour, flush it to the disk, rename it: a full disk leaves the old file whole."""
     replace_atomically(Path(path), lambda temporary: torch.save(content, temporary))
-
-
-def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path`` and rename it over ``path`` once it is on the disk.
-
-    Args:
-        path: the file to replace; its folder is made where it is missing.
-        write: called with the temporary path.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

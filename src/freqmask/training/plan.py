@@ -14,6 +14,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from freqmask.training.readable import readable_bytes as readable_bytes
+from freqmask.training.readable import readable_time as readable_time
+
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 TARGET_STEPS = 10_000  # nothing can be judged before about 5,000 (PAPERS.md, section 6)
@@ -209,27 +212,3 @@ def _timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def readable_time(seconds: float) -> str:
-    """A duration as a person says it.
-
-    >>> readable_time(5400)
-    '1.5 hours'
-    """
-    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 1.5 * size or (unit == "minutes" and seconds >= size):
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
-def readable_bytes(count: float) -> str:
-    """A size in decimal units.
-
-    >>> readable_bytes(12_300_000)
-    '12.3 MB'
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"

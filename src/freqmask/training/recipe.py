@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 REFERENCE_BATCH = 512  # the papers state learning rates for this many images a step
 BASE_LR = 3e-4
@@ -86,7 +87,7 @@ def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") and torch.is_floating_point(p) for p in parameters)
+    return all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in parameters)
 
 
 class Schedule:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from freqmask.errors import UserError
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -1,0 +1,259 @@
+"""Claim: hiding frequencies and predicting them costs little beside the backbone itself.
+
+A training step (forward, backward, clip, AdamW, EMA) of each method beside a plain supervised step of the same
+timm backbone (cross-entropy on 1,000 classes) in the same precision: all take turns in one run, so that a busy
+machine slows all alike. `mask+loss` is the time of masks, filtering, normalisation and loss with its gradient,
+measured on the batch alone, as a share of the step. FOLK is compared with its own passes: two of the student
+and its heads with gradient, two of the teacher and its head without. MFU is the backbone's multiply-adds (twice, three passes) over a
+matmul ceiling measured in the same run.
+
+    python benchmarks/step.py                                    # CPU sizes
+    python benchmarks/step.py --device cuda --batch 256 --precision bf16 --compile
+    python benchmarks/step.py --backbone resnet50 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from freqmask.methods import build_method
+from freqmask.methods.masking import corrupt
+from freqmask.training.recipe import Recipe, build_optimizer
+
+RESULTS = Path(__file__).parent / "results" / "step.csv"
+METHODS = {"mfm": ("mfm", "fixed"), "mfm-com": ("mfm", "com"), "folk": ("folk", "com")}
+Row = dict[str, Any]
+Work = Callable[[], object]
+
+
+def main() -> None:
+    arguments = parse()
+    device = torch.device(arguments.device)
+    rows = [row for backbone in arguments.backbone for row in table(backbone, arguments, device)]
+    show(rows)
+    write(rows, device)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backbone", nargs="+", default=["vit_small_patch16_224", "resnet50"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    return parser.parse_args()
+
+
+def table(backbone: str, arguments: argparse.Namespace, device: torch.device) -> list[Row]:
+    """One row a method, all measured in turns."""
+    works: dict[str, Work] = {"supervised": supervised(backbone, arguments, device)}
+    for name in arguments.methods:
+        works |= {
+            f"{name}/{part}": work for part, work in method_works(name, backbone, arguments, device).items()
+        }
+    works["matmul"] = matmul(arguments, device)
+    times = take_turns(works, arguments.rounds, device)
+    ceiling = matmul_flops(device) / times["matmul"]
+    flops = forward_flops(backbone, arguments, device)
+    rows = [row("supervised", backbone, arguments, times, "supervised", 3 * flops / ceiling)]
+    for name in arguments.methods:
+        passes = 3 * flops if name != "folk" else 2 * 3 * flops + 2 * flops
+        rows.append(row(name, backbone, arguments, times, f"{name}/step", passes / ceiling))
+    return rows
+
+
+def row(
+    name: str, backbone: str, arguments: argparse.Namespace, times: dict[str, float], key: str, least: float
+) -> Row:
+    seconds = times[key]
+    result: Row = {
+        "method": name,
+        "backbone": backbone,
+        "precision": arguments.precision,
+        "compile": arguments.compile,
+        "batch": arguments.batch,
+        "ms_a_step": round(1000 * seconds, 1),
+        "images_per_second": round(arguments.batch / seconds, 1),
+        "over_supervised": round(seconds / times["supervised"], 3),
+        "mfu": round(least / seconds, 3),
+        "mask_and_loss_share": "",
+        "over_own_passes": "",
+        "peak_MB": round(torch.cuda.max_memory_allocated() / 1e6) if arguments.device != "cpu" else "",
+    }
+    if name != "supervised":
+        result["mask_and_loss_share"] = round(times[f"{name}/mask"] / seconds, 4)
+    if name == "folk":
+        result["over_own_passes"] = round(seconds / times["folk/passes"], 3)
+    return result
+
+
+def autocast(arguments: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.precision == "bf16")
+
+
+def stepper(module: nn.Module, loss: Callable[[], Tensor], arguments: argparse.Namespace) -> Work:
+    recipe = Recipe(lr=1e-4, min_lr=0.0, warmup_lr=0.0, warmup_steps=0, total_steps=1)
+    optimizer = build_optimizer(module, recipe)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        with autocast(arguments):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def supervised(backbone: str, arguments: argparse.Namespace, device: torch.device) -> Work:
+    sizes = {"img_size": arguments.size} if "vit" in backbone else {}
+    model = timm.create_model(backbone, num_classes=1000, **sizes).to(device).train()
+    if arguments.compile:
+        model.compile()
+    images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
+    labels = torch.randint(1000, (arguments.batch,), device=device)
+    return stepper(model, lambda: nn.functional.cross_entropy(model(images), labels), arguments)
+
+
+def method_works(
+    name: str, backbone: str, arguments: argparse.Namespace, device: torch.device
+) -> dict[str, Work]:
+    """The method's whole step, its masks and loss alone, and for FOLK its passes alone."""
+    kind, filter_name = METHODS[name]
+    method: Any = build_method(kind, backbone=backbone, image_size=arguments.size, filter=filter_name).to(
+        device
+    )
+    if arguments.compile:
+        method.compile_backbone()
+    shape = (arguments.batch, 3, arguments.size, arguments.size)
+    views = [torch.rand(shape, device=device) for _ in range(method.n_views)]
+    keys = torch.arange(arguments.batch, device=device)
+    whole = stepper(method, lambda: method(views, keys)["loss"], arguments)
+
+    def step() -> None:
+        whole()
+        method.after_step(0, 1000)
+
+    works: dict[str, Work] = {"step": step, "mask": mask_work(method, views, keys)}
+    if name == "folk":
+        works["passes"] = passes_work(method, views, arguments)
+    return works
+
+
+def mask_work(method: Any, views: list[Tensor], keys: Tensor) -> Work:
+    """What the method adds to a network that reconstructs: filter, clamp, normalise, loss and its gradient."""
+    predictions = [torch.randn_like(view).requires_grad_() for view in views]
+
+    def work() -> None:
+        for view, prediction in zip(views, predictions, strict=True):
+            with torch.no_grad():
+                filtered = corrupt(method.filter, view, keys, clamp=True)
+                method.normalise(filtered.images)
+                target = method.normalise(view)
+            torch.autograd.grad(method.loss(prediction, target, filtered.keep), prediction)
+
+    return work
+
+
+def passes_work(method: Any, views: list[Tensor], arguments: argparse.Namespace) -> Work:
+    """FOLK's own passes: two of the student and its heads with gradient, two of the teacher and its head."""
+    both = torch.cat(views)
+
+    def loss() -> Tensor:
+        method.teach(both)
+        features = method.student(both)
+        prediction = method.decoder(features.feature_map, both.shape[-2:])
+        logits = method.student_head(method.distilled(features))
+        return prediction.float().mean() + logits.float().mean()
+
+    return stepper(method, loss, arguments)
+
+
+def matmul_side(device: torch.device) -> int:
+    return 1024 if device.type == "cpu" else 8192
+
+
+def matmul_flops(device: torch.device) -> float:
+    return 2.0 * matmul_side(device) ** 3
+
+
+def matmul(arguments: argparse.Namespace, device: torch.device) -> Work:
+    side = matmul_side(device)
+    kind = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    left, right = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    return lambda: left @ right
+
+
+def forward_flops(backbone: str, arguments: argparse.Namespace, device: torch.device) -> float:
+    sizes = {"img_size": arguments.size} if "vit" in backbone else {}
+    model = timm.create_model(backbone, num_classes=0, **sizes).to(device).eval()
+    images = torch.randn(1, 3, arguments.size, arguments.size, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return float(counter.get_total_flops()) * arguments.batch
+
+
+def take_turns(works: dict[str, Work], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, after one round that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            synchronise(device)
+            start = time.perf_counter()
+            work()
+            synchronise(device)
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(rows: list[Row]) -> None:
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
+    print("  ".join(name.ljust(widths[name]) for name in rows[0]))
+    for row in rows:
+        print("  ".join(str(row[name]).ljust(widths[name]) for name in row))
+
+
+def write(rows: list[Row], device: torch.device) -> None:
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    facts = {
+        "device": where,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

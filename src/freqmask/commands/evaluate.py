@@ -1,0 +1,349 @@
+"""``freqmask evaluate``: how good a backbone is, on images with labels.
+
+A number means little alone. Put random weights, raw pixels, the same backbone with public weights and your
+run into one table:
+
+    freqmask evaluate linear pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from freqmask.evaluation.job import Setting
+    from freqmask.evaluation.results import Summary
+
+__all__ = ["bands", "fewshot", "knn", "linear"]
+
+
+def knn(
+    model: list[str],
+    *,
+    data: list[str],
+    labels: str | None = None,
+    train_split: str = "auto",
+    test_split: str = "auto",
+    test_share: float = 0.2,
+    folds: int | None = None,
+    split_seed: int = 0,
+    duplicates: Literal["refuse", "together"] = "refuse",
+    pages: Literal["channels", "images"] = "channels",
+    k: list[int] | None = None,
+    temperature: float = 0.07,
+    feature: Literal["mean", "class_token"] = "mean",
+    seeds: list[int] | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    crop: Literal["center", "whole"] = "center",
+    value_range: str | None = None,
+    out: str | None = None,
+    batch_size: int | str = "auto",
+    workers: int | str = "auto",
+    accelerator: str = "auto",
+    precision: Literal["32", "bf16"] = "32",
+    cache: bool = True,
+) -> list[Summary]:
+    """Measures backbones by their nearest neighbours: an image gets the class of the training images most like it.
+
+    No training, so it is the fastest look; masked modelling scores lower here than in a linear probe. For
+    instance: freqmask evaluate knn pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
+
+    Args:
+        model: run folders, exported folders, timm:NAME (public weights), random:NAME or random:RUN (fresh
+            weights), pixels (the images themselves); all in one table.
+        data: images with labels: a folder with one folder a class (below train/ and val/ or test/, or not),
+            a folder of train.parquet and test.parquet, an .npz, or any images with labels.
+        labels: a CSV table with the columns path and label, and optionally split and group.
+        train_split: the part of DATA that is learnt from; auto is train.
+        test_split: the part that is judged on; auto is test, else val.
+        test_share: share of the images that we hold out where DATA has no test part.
+        folds: cross-validation with so many parts, where a test part would be too small.
+        split_seed: of the split that we draw; it is written to runs/splits and used again.
+        duplicates: what a split of ours does about identical images: refuse, or keep them together.
+        pages: what the pages of a TIFF are.
+        k: neighbours that vote; 10 20 100 200. Those above the training images are left out.
+        temperature: of the votes, which weigh exp(similarity / temperature).
+        feature: what stands for an image: the mean of the map, or the class token where there is one.
+        seeds: mean and standard deviation are over these; 0 1 2. They draw the weights of random:.
+        weights: teacher or student of FOLK runs; the default is what the run exports.
+        image_size: side in pixels that the networks see; the default is what each was trained at.
+        crop: center takes the largest centred square, whole the whole picture, distorted to a square.
+        value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
+        out: folder of results.csv and the picture; the default is the model's run folder, or this one.
+        batch_size: images at once.
+        workers: processes that read images.
+        accelerator: auto, cpu, cuda or mps.
+        precision: of the features: 32, or bf16, which is faster and rounds to three digits.
+        cache: keep features, so that the next evaluation need not compute them again.
+
+    Returns:
+        One summary a model and variant; the numbers of the table.
+
+    Raises:
+        UserError: a model or the data cannot be opened, or the labels do not fit.
+    """
+    options = locals()
+    from freqmask.evaluation.job import evaluate
+    from freqmask.evaluation.knn import NEIGHBOURS
+    from freqmask.evaluation.protocols import Knn
+
+    return evaluate(Knn(k or NEIGHBOURS, temperature, feature), _setting(options))
+
+
+def linear(
+    model: list[str],
+    *,
+    data: list[str],
+    labels: str | None = None,
+    train_split: str = "auto",
+    test_split: str = "auto",
+    test_share: float = 0.2,
+    folds: int | None = None,
+    split_seed: int = 0,
+    duplicates: Literal["refuse", "together"] = "refuse",
+    pages: Literal["channels", "images"] = "channels",
+    rates: list[float] | None = None,
+    epochs: float = 50,
+    seeds: list[int] | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    crop: Literal["center", "whole"] = "center",
+    value_range: str | None = None,
+    out: str | None = None,
+    batch_size: int | str = "auto",
+    workers: int | str = "auto",
+    accelerator: str = "auto",
+    precision: Literal["32", "bf16"] = "32",
+    cache: bool = True,
+) -> list[Summary]:
+    """Measures backbones by a linear head on frozen features.
+
+    A sweep (learning rates, mean and class token, blocks at 1/2, 3/4 and the end) is trained in one pass; the
+    head is chosen on a tenth of the training images, never on the test images. For instance:
+    freqmask evaluate linear pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
+
+    Args:
+        model: run folders, exported folders, timm:NAME (public weights), random:NAME or random:RUN (fresh
+            weights), pixels (the images themselves); all in one table.
+        data: images with labels: a folder with one folder a class (below train/ and val/ or test/, or not),
+            a folder of train.parquet and test.parquet, an .npz, or any images with labels.
+        labels: a CSV table with the columns path and label, and optionally split and group.
+        train_split: the part of DATA that is learnt from; auto is train.
+        test_split: the part that is judged on; auto is test, else val.
+        test_share: share of the images that we hold out where DATA has no test part.
+        folds: cross-validation with so many parts, where a test part would be too small.
+        split_seed: of the split that we draw; it is written to runs/splits and used again.
+        duplicates: what a split of ours does about identical images: refuse, or keep them together.
+        pages: what the pages of a TIFF are.
+        rates: learning rates of the sweep, relative to what is stable; 0.01 0.03 0.1 0.3 1 3.
+        epochs: passes over the training images; small sets get at least 1,000 steps.
+        seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the tenth
+            that chooses, and the weights of random:.
+        weights: teacher or student of FOLK runs; the default is what the run exports.
+        image_size: side in pixels that the networks see; the default is what each was trained at.
+        crop: center takes the largest centred square, whole the whole picture, distorted to a square.
+        value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
+        out: folder of results.csv and the picture; the default is the model's run folder, or this one.
+        batch_size: images at once.
+        workers: processes that read images.
+        accelerator: auto, cpu, cuda or mps.
+        precision: of the features: 32, or bf16, which is faster and rounds to three digits.
+        cache: keep features, so that the next evaluation need not compute them again.
+
+    Returns:
+        One summary a model and variant; the numbers of the table.
+
+    Raises:
+        UserError: a model or the data cannot be opened, or the labels do not fit.
+    """
+    options = locals()
+    from freqmask.evaluation.job import evaluate
+    from freqmask.evaluation.linear import LEARNING_RATES
+    from freqmask.evaluation.protocols import Linear
+
+    return evaluate(Linear(rates or LEARNING_RATES, epochs), _setting(options))
+
+
+def fewshot(
+    model: list[str],
+    *,
+    data: list[str],
+    labels: str | None = None,
+    train_split: str = "auto",
+    test_split: str = "auto",
+    test_share: float = 0.2,
+    folds: int | None = None,
+    split_seed: int = 0,
+    duplicates: Literal["refuse", "together"] = "refuse",
+    pages: Literal["channels", "images"] = "channels",
+    shots: list[str] | None = None,
+    strength: float = 1.0,
+    feature: Literal["mean", "class_token"] = "mean",
+    seeds: list[int] | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    crop: Literal["center", "whole"] = "center",
+    value_range: str | None = None,
+    out: str | None = None,
+    batch_size: int | str = "auto",
+    workers: int | str = "auto",
+    accelerator: str = "auto",
+    precision: Literal["32", "bf16"] = "32",
+    cache: bool = True,
+) -> list[Summary]:
+    """Measures backbones where labels are few: logistic regression on the frozen features of a handful of images.
+
+    The backbone stands still. For instance:
+    freqmask evaluate fewshot pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
+
+    Args:
+        model: run folders, exported folders, timm:NAME (public weights), random:NAME or random:RUN (fresh
+            weights), pixels (the images themselves); all in one table.
+        data: images with labels: a folder with one folder a class (below train/ and val/ or test/, or not),
+            a folder of train.parquet and test.parquet, an .npz, or any images with labels.
+        labels: a CSV table with the columns path and label, and optionally split and group.
+        train_split: the part of DATA that is learnt from; auto is train.
+        test_split: the part that is judged on; auto is test, else val.
+        test_share: share of the images that we hold out where DATA has no test part.
+        folds: cross-validation with so many parts, where a test part would be too small.
+        split_seed: of the split that we draw; it is written to runs/splits and used again.
+        duplicates: what a split of ours does about identical images: refuse, or keep them together.
+        pages: what the pages of a TIFF are.
+        shots: labels to learn from: images a class (5), or a share of the training images (10%); 1 5 10 1% 10%.
+        strength: scikit-learn's C of the logistic regression.
+        feature: what stands for an image: the mean of the map, or the class token where there is one.
+        seeds: mean and standard deviation are over these; 0 1 2. They draw the labels, the same for every
+            model, and the weights of random:.
+        weights: teacher or student of FOLK runs; the default is what the run exports.
+        image_size: side in pixels that the networks see; the default is what each was trained at.
+        crop: center takes the largest centred square, whole the whole picture, distorted to a square.
+        value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
+        out: folder of results.csv and the picture; the default is the model's run folder, or this one.
+        batch_size: images at once.
+        workers: processes that read images.
+        accelerator: auto, cpu, cuda or mps.
+        precision: of the features: 32, or bf16, which is faster and rounds to three digits.
+        cache: keep features, so that the next evaluation need not compute them again.
+
+    Returns:
+        One summary a model and variant; the numbers of the table.
+
+    Raises:
+        UserError: a model or the data cannot be opened, or the labels do not fit.
+    """
+    options = locals()
+    from freqmask.evaluation.fewshot import SHOTS
+    from freqmask.evaluation.job import evaluate
+    from freqmask.evaluation.protocols import Fewshot
+
+    return evaluate(Fewshot(shots or SHOTS, feature, strength), _setting(options))
+
+
+def bands(
+    model: list[str],
+    *,
+    data: list[str],
+    labels: str | None = None,
+    train_split: str = "auto",
+    test_split: str = "auto",
+    test_share: float = 0.2,
+    folds: int | None = None,
+    split_seed: int = 0,
+    duplicates: Literal["refuse", "together"] = "refuse",
+    pages: Literal["channels", "images"] = "channels",
+    head: Literal["linear", "knn", "own"] = "linear",
+    radii: list[float] | None = None,
+    seeds: list[int] | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    crop: Literal["center", "whole"] = "center",
+    value_range: str | None = None,
+    out: str | None = None,
+    batch_size: int | str = "auto",
+    workers: int | str = "auto",
+    accelerator: str = "auto",
+    precision: Literal["32", "bf16"] = "32",
+    cache: bool = True,
+) -> list[Summary]:
+    """Shows which frequencies a model uses: its accuracy on low-, high- and band-passed test images.
+
+    The head learns from whole images; only the test images are filtered. For instance:
+    freqmask evaluate bands pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
+
+    Args:
+        model: run folders, exported folders, timm:NAME (public weights), random:NAME or random:RUN (fresh
+            weights), pixels (the images themselves); all in one table.
+        data: images with labels: a folder with one folder a class (below train/ and val/ or test/, or not),
+            a folder of train.parquet and test.parquet, an .npz, or any images with labels.
+        labels: a CSV table with the columns path and label, and optionally split and group.
+        train_split: the part of DATA that is learnt from; auto is train.
+        test_split: the part that is judged on; auto is test, else val.
+        test_share: share of the images that we hold out where DATA has no test part.
+        folds: cross-validation with so many parts, where a test part would be too small.
+        split_seed: of the split that we draw; it is written to runs/splits and used again.
+        duplicates: what a split of ours does about identical images: refuse, or keep them together.
+        pages: what the pages of a TIFF are.
+        head: what classifies: a linear or k-NN head on frozen features, learnt from whole images; or own, the
+            model's own classifier (exported classifiers, and timm:NAME on ImageNet's classes).
+        radii: in frequency bins; the default are seven from an eighth of the highest frequency to all of it.
+        seeds: of the head and of random: weights; 0.
+        weights: teacher or student of FOLK runs; the default is what the run exports.
+        image_size: side in pixels that the networks see; the default is what each was trained at.
+        crop: center takes the largest centred square, whole the whole picture, distorted to a square.
+        value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
+        out: folder of results.csv and the picture; the default is the model's run folder, or this one.
+        batch_size: images at once.
+        workers: processes that read images.
+        accelerator: auto, cpu, cuda or mps.
+        precision: of the features: 32, or bf16, which is faster and rounds to three digits.
+        cache: keep features, so that the next evaluation need not compute them again.
+
+    Returns:
+        One summary a model and variant; the numbers of the table.
+
+    Raises:
+        UserError: a model or the data cannot be opened, or the labels do not fit.
+    """
+    options = locals()
+    from freqmask.evaluation.bands import evaluate_bands
+
+    return evaluate_bands(head, radii, _setting({**options, "seeds": seeds or [0]}))
+
+
+def _setting(options: dict[str, Any]) -> Setting:
+    """The options that all protocols share."""
+    from freqmask.evaluation.job import Setting, make_place
+    from freqmask.evaluation.labelled import Parting
+
+    model, data, out = options["model"], options["data"], options["out"]
+    several = isinstance(data, (list, tuple))
+    return Setting(
+        models=[model] if isinstance(model, (str, Path)) else list(model),
+        data=list(data) if several else [data],
+        labels=options["labels"],
+        parting=Parting(
+            options["train_split"],
+            options["test_split"],
+            options["test_share"],
+            options["folds"],
+            options["split_seed"],
+            options["duplicates"],
+        ),
+        pages=options["pages"],
+        seeds=options["seeds"] or (0, 1, 2),
+        image_size=options["image_size"],
+        weights=options["weights"],
+        value_range=options["value_range"],
+        crop=options["crop"],
+        place=make_place(
+            options["accelerator"],
+            options["batch_size"],
+            options["workers"],
+            options["precision"],
+            options["cache"],
+        ),
+        out=None if out is None else Path(out),
+        options={name: value for name, value in options.items() if name not in ("model", "out")},
+    )

@@ -1,0 +1,82 @@
+"""Few labels: a handful a class, or a small share, and logistic regression on frozen features."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from freqmask.errors import UserError
+
+SHOTS = ("1", "5", "10", "1%", "10%")
+INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
+
+
+def parse_shots(shots: list[str]) -> list[str]:
+    """``5`` (images a class) or ``10%`` (of the training images), checked.
+
+    Raises:
+        UserError: one is neither.
+    """
+    for shot in shots:
+        number = shot.removesuffix("%")
+        if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) <= 0 or (number == shot and "." in shot):
+            raise UserError(f"shots ({shot}) must be images a class such as 5, or a share such as 10%")
+        if number != shot and float(number) > 100:
+            raise UserError(f"shots ({shot}) must be at most 100%")
+    return list(dict.fromkeys(shots))
+
+
+def draw(labels: Int64[np.ndarray, " image"], shot: str, seed: int) -> Int64[np.ndarray, " drawn"]:
+    """Which images are learnt from: it depends on labels, shot and seed alone, so all models get the same.
+
+    Args:
+        labels: classes of the training images.
+        shot: ``5``: that many of each class, all where there are fewer. ``10%``: that share of each class,
+            at least one image.
+        seed: of the draw.
+
+    Returns:
+        Places in ``labels``, sorted.
+    """
+    generator = np.random.default_rng([seed, int(float(shot.removesuffix("%")) * 1000), shot.endswith("%")])
+    chosen = []
+    for number in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == number))
+        share = float(shot.removesuffix("%"))
+        wanted = max(1, round(share / 100 * len(members))) if shot.endswith("%") else int(share)
+        chosen.append(members[:wanted])
+    return np.sort(np.concatenate(chosen))
+
+
+def logistic_regression(
+    train: Float[np.ndarray, "image dim"],
+    labels: Int64[np.ndarray, " image"],
+    test: Float[np.ndarray, "query dim"],
+    unlabelled: Float[np.ndarray, "other dim"],
+    strength: float = INVERSE_STRENGTH,
+) -> Int64[np.ndarray, " query"]:
+    """Classes of test images by L2-regularised multinomial logistic regression.
+
+    Args:
+        train: features of the few images.
+        labels: their classes.
+        test: features of the test images.
+        unlabelled: features of all training images: their mean and spread standardise, their labels stay
+            unseen.
+        strength: C, the inverse of the regularisation.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = unlabelled.mean(axis=0, dtype=np.float64), unlabelled.std(axis=0, dtype=np.float64)
+    scale = np.where(spread > 1e-5 * spread.max(), 1 / np.maximum(spread, 1e-12), 0.0)
+    scale = scale / train.shape[1] ** 0.25
+    model = LogisticRegression(C=strength, max_iter=500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 500 steps are close enough to the end
+        model.fit((train - mean) * scale, labels)
+    predicted: np.ndarray = model.predict((test - mean) * scale)
+    return predicted.astype(np.int64)

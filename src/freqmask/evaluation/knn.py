@@ -1,0 +1,92 @@
+"""k-NN: neighbours by cosine vote for their classes, near ones more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from freqmask.errors import UserError
+
+NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+_QUERIES = 1024  # at once: 1,024 x 1,000 classes of votes are 4 MB
+_BANK = 32_768  # images of the bank at once: 1,024 x 32,768 similarities are 134 MB
+
+
+def predict(
+    queries: Float[Tensor, "query dim"],
+    bank: Float[Tensor, "image dim"],
+    labels: Int64[Tensor, " image"],
+    classes: int,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    chunk: tuple[int, int] = (_QUERIES, _BANK),
+) -> dict[int, Int64[Tensor, " query"]]:
+    """The class that the nearest images of the bank vote for.
+
+    A neighbour of cosine similarity s adds ``exp(s / temperature)`` to its class, as published for DINO. Of
+    classes with the same votes the first wins. Memory: the bank, and one chunk of similarities.
+
+    Args:
+        queries: features of any length; they are normalised here.
+        bank: features of the images whose classes are known.
+        labels: their classes, 0 to ``classes - 1``.
+        classes: how many there are.
+        neighbours: numbers k of neighbours that vote, each at most the size of the bank.
+        temperature: of the votes, above 0.
+        chunk: queries and images of the bank at once.
+
+    Returns:
+        For each k the predicted classes.
+
+    Raises:
+        UserError: a k is out of its range.
+    """
+    most = max(neighbours)
+    if min(neighbours) < 1 or most > len(bank):
+        raise UserError(
+            f"k ({min(neighbours)} to {most}) must be from 1 to the {len(bank):,} images of the bank"
+        )
+    bank = torch.nn.functional.normalize(bank, dim=1)
+    found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    for part in queries.split(chunk[0]):
+        similarity, places = nearest(torch.nn.functional.normalize(part, dim=1), bank, most, chunk[1])
+        weights = torch.exp((similarity - similarity[:, :1]) / temperature)  # relative: exp(1/0.07) is 1.6e6
+        voters = labels[places]
+        for k in neighbours:
+            votes = weights.new_zeros(len(part), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
+            found[k].append(votes.argmax(dim=1))
+    return {k: torch.cat(parts) for k, parts in found.items()}
+
+
+def nearest(
+    queries: Float[Tensor, "query dim"], bank: Float[Tensor, "image dim"], count: int, chunk: int = _BANK
+) -> tuple[Float[Tensor, "query count"], Int64[Tensor, "query count"]]:
+    """The most similar images of the bank, the most similar first, found chunk by chunk.
+
+    Args:
+        queries: normalised.
+        bank: normalised.
+        count: how many are wanted.
+        chunk: images of the bank at once.
+
+    Returns:
+        Their similarities and places.
+    """
+    best = queries.new_empty(len(queries), 0)
+    places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), chunk):
+        similarity = queries @ bank[start : start + chunk].T
+        top, where = similarity.topk(min(count, similarity.shape[1]), dim=1)
+        best, places = torch.cat([best, top], dim=1), torch.cat([places, where + start], dim=1)
+        best, order = best.topk(min(count, best.shape[1]), dim=1)
+        places = places.gather(1, order)
+    return best, places
+
+
+def usable(neighbours: Sequence[int], images: int) -> list[int]:
+    """The numbers k that a bank of so many images can serve; all of its images where none can."""
+    return [k for k in neighbours if k <= images] or [images]

@@ -1,0 +1,260 @@
+"""The linear probe: many softmax heads trained in one pass over frozen features, one chosen without the test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from freqmask.data.splits import split_indices
+from freqmask.evaluation.scores import score
+
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+HELD_OUT = 0.1  # of the training images: chooses among the heads
+MOMENTUM, BATCH, EPOCHS, LEAST_STEPS = 0.9, 512, 50, 1000
+IMBALANCED = 1.2  # largest over smallest class from which class weights make a difference worth a row
+DAMPING = 1e-3  # of the covariance of features whose variance is 1 on average
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head of the sweep.
+
+    Attributes:
+        inputs: names of the features that it reads, side by side.
+        rate: peak learning rate; 1 is a Newton step of least squares.
+        weighted: whether rare classes count more, so that all count the same.
+    """
+
+    inputs: tuple[str, ...]
+    rate: float
+    weighted: bool = False
+
+    def describe(self) -> str:
+        """For the records."""
+        return f"{' + '.join(self.inputs)}, rate {self.rate:g}"
+
+
+@dataclass
+class Columns:
+    """One input of some heads: features side by side, standardised as they are read.
+
+    Attributes:
+        parts: the features (image, dim), as many as stand side by side.
+        mean: of each number over the training images.
+        scale: that makes the variance of each number 1.
+    """
+
+    parts: list[Tensor]
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, parts: list[Tensor]) -> Columns:
+        """Learn mean and scale from these images."""
+        means = torch.cat([part.mean(dim=0) for part in parts])
+        deviations = torch.cat([part.std(dim=0, unbiased=False) for part in parts])
+        # What does not vary tells nothing; rounding errors in it must not be blown up.
+        floor = 1e-5 * deviations.max().clamp_min(1e-12)
+        return cls(parts, means, torch.where(deviations > floor, 1 / deviations.clamp_min(1e-12), 0.0))
+
+    def rows(self, images: Tensor) -> Float[Tensor, "batch columns"]:
+        """The standardised input of some images, with a column of ones for the bias."""
+        raw = torch.cat([part[images] for part in self.parts], dim=1)
+        return torch.nn.functional.pad((raw - self.mean) * self.scale, (0, 1), value=1.0)
+
+    def like(self, parts: list[Tensor]) -> Columns:
+        """Other images, standardised as these."""
+        return Columns(parts, self.mean, self.scale)
+
+    def preconditioner(self) -> Float[Tensor, "columns columns"]:
+        """The inverse of the damped covariance: with it all directions are learnt at one pace.
+
+        Features of networks vary a million times more in some directions than in others, and plain SGD would
+        need as many steps. The damping leaves the faintest directions, mostly noise, behind.
+        """
+        count, width = len(self.parts[0]), len(self.mean) + 1
+        covariance = torch.zeros(width, width, device=self.mean.device)
+        for images in torch.arange(count, device=self.mean.device).split(8192):
+            rows = self.rows(images)
+            covariance += rows.T @ rows / count
+        covariance.diagonal().add_(DAMPING)
+        return torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+
+
+class Sweep:
+    """Heads on features, trained together: none influences another.
+
+    Multinomial logistic regression by SGD with momentum 0.9, preconditioned by the features' covariance, and a
+    cosine to zero. The gradient is written out, so that all heads of one input are one matrix product.
+
+    Args:
+        features: name -> (image, dim), of the training images.
+        labels: their classes.
+        classes: how many there are.
+        heads: the sweep.
+        seed: of the order of the images.
+        epochs: passes over the images; small sets get at least 1,000 steps.
+    """
+
+    def __init__(
+        self,
+        features: Mapping[str, Float[Tensor, "image dim"]],
+        labels: Int64[Tensor, " image"],
+        classes: int,
+        heads: Sequence[Head],
+        seed: int = 0,
+        epochs: float = EPOCHS,
+    ) -> None:
+        self.heads, self.classes = list(heads), classes
+        self.inputs = list(dict.fromkeys(head.inputs for head in heads))
+        self.columns = {names: Columns.of([features[name] for name in names]) for names in self.inputs}
+        self.members = {
+            names: [number for number, head in enumerate(heads) if head.inputs == names]
+            for names in self.inputs
+        }
+        self.weights = self._train(labels, seed, epochs)
+
+    def predict(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Int64[Tensor, "head image"]:
+        """The classes that each head takes images for; -1 where a head has gone astray."""
+        some = next(iter(features.values()))
+        answers = torch.empty(len(self.heads), len(some), dtype=torch.int64, device=some.device)
+        for names in self.inputs:
+            columns = self.columns[names].like([features[name] for name in names])
+            for images in torch.arange(len(some), device=some.device).split(8192):
+                logits = self._logits(columns.rows(images), self.weights[names])
+                said = torch.where(logits.isfinite().all(dim=2), logits.argmax(dim=2), -1)
+                answers[torch.tensor(self.members[names])[:, None], images.cpu()] = said.T
+        return answers
+
+    def _logits(self, rows: Tensor, weights: Tensor) -> Float[Tensor, "batch head class"]:
+        return (rows @ weights).view(len(rows), -1, self.classes)
+
+    def _train(self, labels: Tensor, seed: int, epochs: float) -> dict[tuple[str, ...], Tensor]:
+        device, count = labels.device, len(labels)
+        batch = min(BATCH, count)
+        steps = max(math.ceil(epochs * count / batch), LEAST_STEPS)
+        weights, speeds, rates, importance, conditioners = {}, {}, {}, {}, {}
+        for names in self.inputs:
+            heads = [self.heads[number] for number in self.members[names]]
+            width = len(self.columns[names].mean) + 1
+            weights[names] = torch.zeros(width, len(heads) * self.classes, device=device)
+            speeds[names] = torch.zeros_like(weights[names])
+            rates[names] = torch.tensor([head.rate for head in heads], device=device).repeat_interleave(
+                self.classes
+            )
+            importance[names] = self._importance(labels, heads)
+            conditioners[names] = self.columns[names].preconditioner()
+        for step, images in enumerate(_batches(count, batch, steps, seed)):
+            images = images.to(device)
+            answers = labels[images]
+            rate = 0.5 * (1 + math.cos(math.pi * step / steps))
+            for names in self.inputs:
+                rows = self.columns[names].rows(images)
+                error = self._logits(rows, weights[names]).softmax(dim=2)
+                error[torch.arange(len(rows), device=device), :, answers] -= 1  # d loss / d logits
+                error *= importance[names][:, answers].T[:, :, None] / len(rows)
+                speeds[names].mul_(MOMENTUM).add_(conditioners[names] @ (rows.T @ error.flatten(1)))
+                weights[names] -= rate * rates[names] * speeds[names]
+        return weights
+
+    def _importance(self, labels: Tensor, heads: Sequence[Head]) -> Float[Tensor, "head class"]:
+        """How much an image of each class counts for each head; 1 on average."""
+        counts = torch.bincount(labels, minlength=self.classes).clamp_min(1)
+        there = int((torch.bincount(labels, minlength=self.classes) > 0).sum())
+        balancing = len(labels) / (there * counts)
+        return torch.stack([balancing if head.weighted else torch.ones_like(balancing) for head in heads])
+
+
+def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Numbers of images for every step: orders of successive epochs, one behind the other."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(waiting) < batch:
+            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
+        yield waiting[:batch]
+        waiting = waiting[batch:]
+
+
+def sweep_of(names: Sequence[str], weighted: bool, rates: Sequence[float] = LEARNING_RATES) -> list[Head]:
+    """Learning rates × {mean patch, class token, both} × places, without and with class weights.
+
+    Args:
+        names: of the features, ``PLACE/mean`` and ``PLACE/token``.
+        weighted: whether heads with class weights come along.
+        rates: peak learning rates.
+    """
+    places = list(dict.fromkeys(name.split("/")[0] for name in names))
+    inputs = [(name,) for name in names]
+    inputs += [
+        (f"{place}/mean", f"{place}/token")
+        for place in places
+        if {f"{place}/mean", f"{place}/token"} <= set(names)
+    ]
+    kinds = (False, True) if weighted else (False,)
+    return [Head(one, rate, kind) for kind in kinds for one in inputs for rate in rates]
+
+
+def choose_and_fit(
+    features: Mapping[str, Float[Tensor, "image dim"]],
+    labels: Int64[Tensor, " image"],
+    classes: int,
+    *,
+    groups: Sequence[str | None] | None = None,
+    seed: int = 0,
+    rates: Sequence[float] = LEARNING_RATES,
+    epochs: float = EPOCHS,
+    weighted: bool | None = None,
+) -> dict[str, tuple[Head, Sweep]]:
+    """Train the sweep on nine tenths, choose on the tenth, train the chosen head on all.
+
+    Args:
+        features: name -> (image, dim), of the training images.
+        labels: their classes.
+        classes: how many there are.
+        groups: of the images; none is divided between the parts.
+        seed: of the tenth and of the order.
+        rates: peak learning rates.
+        epochs: passes over the images.
+        weighted: whether heads with class weights come along; None: where the classes differ in size.
+
+    Returns:
+        ``plain``, and ``class weights`` where asked for: the chosen head and a sweep of it alone. The first is
+        chosen by accuracy, the second by balanced accuracy.
+    """
+    counts = torch.bincount(labels)
+    if weighted is None:
+        weighted = bool(counts.max() > IMBALANCED * counts[counts > 0].min())
+    learnt, held = (
+        torch.from_numpy(part).to(labels.device)
+        for part in split_indices(labels.cpu().numpy(), groups, (1 - HELD_OUT, HELD_OUT), seed)
+    )
+    heads = sweep_of(list(features), weighted, rates)
+    sweep = Sweep(_rows(features, learnt), labels[learnt], classes, heads, seed, epochs)
+    answers = sweep.predict(_rows(features, held)).cpu().numpy()
+    truth = labels[held].cpu().numpy()
+    chosen = {}
+    for name, kind in (("plain", False), ("class weights", True)):
+        if kind and not weighted:
+            continue
+        among = [number for number, head in enumerate(heads) if head.weighted == kind]
+        best = max(among, key=lambda number: _merit(truth, answers[number], classes, kind))
+        chosen[name] = (heads[best], Sweep(features, labels, classes, [heads[best]], seed, epochs))
+    return chosen
+
+
+def _rows(features: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+    return {name: values[images] for name, values in features.items()}
+
+
+def _merit(truth: np.ndarray, predicted: np.ndarray, classes: int, balanced: bool) -> float:
+    if (predicted < 0).any():
+        return -1.0
+    scores = score(truth, predicted, classes)
+    return scores.balanced_accuracy if balanced else scores.accuracy

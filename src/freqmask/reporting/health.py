@@ -1,0 +1,138 @@
+"""What somebody who knows these methods would say of a run at a glance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from freqmask.reporting.curves import wording
+from freqmask.reporting.reading import Curve, Run
+from freqmask.training.readable import readable_time
+
+FLAT = 0.99  # loss over that of predicting nothing
+COLLAPSED = 0.1  # nats (PAPERS, section 6)
+WAITING = 0.2  # share of the time
+EARLY = 5_000  # steps before which nothing can be judged (PAPERS, section 6)
+OVERFITTING = 1.03  # last held-out loss over its lowest
+
+
+class Remark(NamedTuple):
+    """One sentence on a run; ``kind`` also says it in a word for those who see no colour."""
+
+    kind: Literal["good", "note", "warning"]
+    text: str
+
+
+def remarks(run: Run) -> list[Remark]:
+    """The state of a run, then what looks good and what does not, each with what to do about it."""
+    return [
+        *_state(run),
+        *_learning(run),
+        *_bands(run),
+        *_held_out(run),
+        *_collapse(run),
+        *_numbers(run),
+        *_loading(run),
+    ]
+
+
+def _state(run: Run) -> Iterator[Remark]:
+    of = f" of {run.total_steps:,}" if run.total_steps else ""
+    if run.status == "finished":
+        seconds = run.summary.get("seconds")
+        took = f" in {readable_time(float(seconds))}" if isinstance(seconds, (int, float)) else ""
+        yield Remark("good", f"Finished: {run.last_step:,} steps{took}.")
+    elif run.status == "going on":
+        yield Remark("note", f"Still going on: step {run.last_step:,}{of} when this page was written.")
+    else:
+        yield Remark(
+            "warning", f"Not finished: it stopped at step {run.last_step:,}{of}. The same command goes on."
+        )
+    if run.curves and run.last_step < EARLY:
+        yield Remark("note", f"Little can be judged before about {EARLY:,} steps.")
+
+
+def _learning(run: Run) -> Iterator[Remark]:
+    curve = run.curves.get("loss_over_zero")
+    if curve is None:
+        return
+    value = curve.tail()
+    if value < FLAT:
+        yield Remark("good", f"It learns: the loss is {value:.3f} of that of predicting nothing.")
+    else:
+        yield Remark(
+            "warning",
+            f"Nothing learnt yet: the loss is {value:.3f} of that of predicting nothing (1 = nothing learnt). "
+            "Try a higher --lr, more --steps, or a smaller --radius; --overfit 8 tells whether it can learn at all.",
+        )
+
+
+def _bands(run: Run) -> Iterator[Remark]:
+    bands = {
+        name: curve for name, curve in run.curves.items() if re.fullmatch(r"loss_over_zero/band_.*", name)
+    }
+    flat = [wording(name).removeprefix("band ") for name, curve in bands.items() if curve.tail() >= FLAT]
+    if flat and len(flat) < len(bands):
+        yield Remark(
+            "note", f"Not learnt yet: frequencies of {', '.join(flat)} cycles a side. Fine detail comes last."
+        )
+
+
+def _held_out(run: Run) -> Iterator[Remark]:
+    curve = run.curves.get("held_out_loss_over_zero") or run.curves.get("held_out_loss")
+    if curve is None or len(curve.values) < 4:
+        return
+    lowest = float(curve.values.min())
+    if lowest > 0 and curve.last > OVERFITTING * lowest:
+        step = int(curve.steps[int(curve.values.argmin())])
+        yield Remark(
+            "warning",
+            f"The loss on held-out images was lowest at step {step:,} and has risen since by "
+            f"{curve.last / lowest - 1:.0%}: more images, or fewer epochs.",
+        )
+
+
+def _collapse(run: Run) -> Iterator[Remark]:
+    curve = run.curves.get("collapse")
+    if curve is None or not _after_warmup(run):
+        return
+    if curve.tail() < COLLAPSED:
+        yield Remark(
+            "warning",
+            f"The teacher has collapsed: {curve.tail():.3f} nats, healthy is above {COLLAPSED}. Try a lower "
+            "--teacher_temperature, a lower --lr, or fewer --outputs.",
+        )
+    else:
+        yield Remark("good", f"No collapse: {curve.tail():.2f} nats (below {COLLAPSED} would be one).")
+
+
+def _after_warmup(run: Run) -> bool:
+    epochs, images, batch = (
+        run.config.get("warmup_epochs"),
+        run.state.get("images"),
+        run.config.get("batch_size"),
+    )
+    if not all(isinstance(number, (int, float)) and number for number in (epochs, images, batch)):
+        return run.last_step > 0
+    return run.last_step > float(epochs) * float(images) / float(batch)  # type: ignore[arg-type]
+
+
+def _numbers(run: Run) -> Iterator[Remark]:
+    for name in ("loss", "grad_norm"):
+        curve: Curve | None = run.curves.get(name)
+        if curve is not None and curve.not_finite:
+            yield Remark("warning", f"{curve.not_finite:,} logged values of {wording(name)} are no numbers.")
+
+
+def _loading(run: Run) -> Iterator[Remark]:
+    curve = run.curves.get("data_wait_share")
+    if curve is not None and curve.tail() > WAITING:
+        yield Remark(
+            "note",
+            f"The training waits for images {curve.tail():.0%} of its time: more --workers, or smaller image files.",
+        )
+    if run.skipped:
+        yield Remark(
+            "note", f"{len(run.skipped):,} images could not be read; they are listed below with reasons."
+        )

@@ -1,0 +1,144 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const PALETTE = 8;
+
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const lineColour = (number) => colour("--c" + (number % PALETTE));
+
+  // ---- pictures: a slider shows one of those already in the page
+  const previews = [...document.querySelectorAll("[data-previews]")].map((figure) => ({
+    slider: figure.querySelector("input[type=range]"),
+    output: figure.querySelector("output"),
+    pictures: [...figure.querySelectorAll("img")],
+  }));
+  const stepOf = (picture) => Number(picture.dataset.step);
+
+  const show = (preview, shown) => {
+    preview.pictures.forEach((picture, index) => { picture.hidden = index !== shown; });
+    preview.slider.value = String(shown);
+    preview.output.textContent = stepOf(preview.pictures[shown]).toLocaleString("en");
+    preview.slider.setAttribute("aria-valuetext", "step " + stepOf(preview.pictures[shown]));
+  };
+
+  const nearest = (preview, step) => {
+    const distances = preview.pictures.map((picture) => Math.abs(stepOf(picture) - step));
+    return distances.indexOf(Math.min(...distances));
+  };
+
+  for (const preview of previews) {
+    preview.slider.addEventListener("input", () => {
+      const shown = Number(preview.slider.value);
+      show(preview, shown);
+      if (!document.getElementById("linked")?.checked) { return; }
+      for (const other of previews) {
+        if (other !== preview) { show(other, nearest(other, stepOf(preview.pictures[shown]))); }
+      }
+    });
+  }
+
+  const paintSwatches = () => {
+    const swatches = document.querySelectorAll(".swatch");
+    for (const swatch of swatches) {
+      swatch.style.display = swatches.length > 1 ? "" : "none";
+      swatch.style.background = lineColour(Number(swatch.dataset.colour));
+    }
+  };
+  paintSwatches();
+
+  if (typeof Plotly === "undefined") { return; }
+
+  // ---- charts
+  document.documentElement.dataset.charts = "yes"; // gives the plots their room, which Plotly measures
+  const byKey = new Map(data.charts.map((chart) => [chart.key, chart]));
+
+  const lineTrace = (trace, paired) => ({
+    type: "scatter",
+    mode: trace.x.length < 2 ? "markers" : (trace.x.length <= 40 && !trace.faint ? "lines+markers" : "lines"),
+    name: trace.name,
+    x: trace.x,
+    y: trace.y,
+    legendgroup: trace.name,
+    showlegend: !trace.faint,
+    opacity: trace.faint ? 0.35 : 1,
+    hoverinfo: trace.faint && paired ? "skip" : "all",
+    hovertemplate: trace.faint && paired ? undefined : "%{y:.4g}<extra>%{fullData.name}</extra>",
+    marker: { size: 5 },
+    line: { color: lineColour(trace.colour), width: trace.faint ? 1 : 2, dash: trace.faint ? "solid" : trace.dash },
+  });
+
+  const barTrace = (trace) => ({
+    type: "bar",
+    orientation: "h",
+    name: trace.name,
+    y: trace.labels,
+    x: trace.values,
+    error_x: trace.above ? { type: "data", symmetric: false, array: trace.above, arrayminus: trace.below, color: colour("--text"), thickness: 1.5 } : undefined,
+    hovertemplate: "%{x:.4g}<extra>%{y}</extra>",
+    marker: { color: trace.colours.map(lineColour) },
+  });
+
+  const axis = () => ({
+    exponentformat: "e", gridcolor: colour("--line"), linecolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true,
+  });
+
+  const layout = (chart) => {
+    const bars = Boolean(chart.bars);
+    const logarithmic = chart.wide || (chart.logarithmic && document.getElementById("logarithmic")?.checked);
+    return {
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
+      margin: { l: 8, r: 12, t: 8, b: 8 },
+      hovermode: bars ? "closest" : "x unified",
+      hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") } },
+      showlegend: !bars && chart.traces.filter((trace) => !trace.faint).length > 1,
+      legend: { orientation: "h", x: 0, y: -0.22, yanchor: "top", font: { size: 12 } },
+      xaxis: bars
+        ? { ...axis(), title: { text: chart.unit, standoff: 6 }, rangemode: "tozero" }
+        : { ...axis(), title: { text: "step", standoff: 4 }, range: stepRange(), hoverformat: ",.0f" },
+      yaxis: bars ? { ...axis(), autorange: "reversed", dtick: 1 } : { ...axis(), type: logarithmic ? "log" : "linear", nticks: 6 },
+      dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
+      shapes: chart.reference == null ? [] : [{
+        type: "line", xref: "paper", x0: 0, x1: 1, y0: chart.reference, y1: chart.reference,
+        line: { color: colour("--quiet"), width: 1, dash: "dot" },
+      }],
+    };
+  };
+
+  const lastStep = Math.max(1, ...data.charts.filter((chart) => !chart.bars).flatMap((chart) => chart.traces.map((trace) => trace.x[trace.x.length - 1])));
+  const fromStep = document.getElementById("from-step");
+  const toStep = document.getElementById("to-step");
+  const stepRange = () => {
+    if (!fromStep || (fromStep.value === "" && toStep.value === "")) { return undefined; }
+    const low = fromStep.value === "" ? 0 : Number(fromStep.value);
+    const high = toStep.value === "" ? lastStep : Number(toStep.value);
+    return low < high ? [low, high] : undefined;
+  };
+
+  const SETTINGS = {
+    responsive: true,
+    displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  };
+
+  const draw = (place) => {
+    const chart = byKey.get(place.dataset.chart);
+    if (chart.bars) { place.style.height = Math.max(150, 70 + 24 * chart.traces[0].labels.length) + "px"; }
+    const paired = chart.traces.some((trace) => !trace.faint);
+    const traces = chart.traces.map((trace) => (chart.bars ? barTrace(trace) : lineTrace(trace, paired)));
+    return Plotly.react(place, traces, layout(chart), SETTINGS);
+  };
+  const drawAll = () => Promise.all([...document.querySelectorAll(".plot")].map(draw));
+
+  const form = document.getElementById("controls");
+  if (form) {
+    fromStep.placeholder = "0";
+    toStep.placeholder = String(lastStep);
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("change", drawAll);
+    form.addEventListener("reset", () => setTimeout(drawAll));
+  }
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { paintSwatches(); drawAll(); });
+  drawAll().then(() => { document.documentElement.dataset.ready = String(Math.round(performance.now())); });
+})();

@@ -1,0 +1,70 @@
+"""``freqmask embed`` as a user types it."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tiny_runs import make_photographs, make_run
+
+import freqmask
+from freqmask.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "mfm-vit").path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return make_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+def test_features_stand_beside_the_run_and_are_not_computed_twice(run, photographs, capsys):
+    main(["embed", str(run), str(photographs), "--workers", "0", "--neighbours"])
+    said = capsys.readouterr().out
+    assert "6 of 7 images" in said
+    assert "cats/9.png" in said
+    assert pq.read_table(run / "embeddings.parquet").num_rows == 6
+    assert (run / "embeddings.neighbours.png").read_bytes().startswith(b"\x89PNG")
+    main(["embed", str(run), str(photographs), "--workers", "0"])
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_path, capsys):
+    out = tmp_path / "x.npy"
+    out.write_bytes(b"something else")
+    words = ["embed", str(run), str(photographs), "--out", str(out), "--workers", "0"]
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert "exists already" in capsys.readouterr().err
+    assert out.read_bytes() == b"something else"
+    main([*words, "--overwrite"])
+    assert np.load(out).shape == (6, 64)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(run, photographs, tmp_path):
+    one = freqmask.embed(str(run), [str(photographs)], out=str(tmp_path / "1.npy"), workers=0)
+    two = freqmask.embed(
+        str(run), [str(photographs)], out=str(tmp_path / "2.npy"), workers=0, devices=2, accelerator="cpu"
+    )
+    assert np.array_equal(np.load(one), np.load(two))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--out", "x.csv"], "must end in .parquet or .npy"),
+        (["--out", "x.npy", "--patches", "--blocks", "0"], "holds one array"),
+        (["--blocks", "7"], "from 0 to 1"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--accelerator", "tpu"], "accelerator (tpu)"),
+        (["--split", "nothing"], "split"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(run, photographs, capsys, words, sentence):
+    with pytest.raises(SystemExit) as left:
+        main(["embed", str(run), str(photographs), *words])
+    assert left.value.code == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,57 @@
+"""``freqmask reconstruct`` as a user types it."""
+
+import pytest
+from tiny_runs import make_photographs, make_run
+
+import freqmask
+from freqmask.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "mfm-vit").path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return make_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+def test_a_mixture_gives_a_table_and_a_row_for_each_filter(run, photographs, tmp_path, capsys):
+    images = [str(photographs / "cats" / name) for name in ("1.png", "3.png")]
+    out = tmp_path / "x.png"
+    main(["reconstruct", str(run), *images, "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "highpass: PSNR in dB, mean of 2 images" in said
+    assert "lowpass: PSNR in dB" in said
+    assert "0 to 1" in said
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_twin_takes_a_filter(run, photographs, tmp_path, capsys):
+    freqmask.reconstruct(
+        str(run),
+        [str(photographs / "dogs" / "0.png")],
+        filter="bandpass(low=2, high=6)",
+        out=str(tmp_path / "x.png"),
+    )
+    assert "bandpass(low=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["cats/9.png"], "cannot be read"),
+        (["cats/1.png", "--out", "x.jpg"], "must be a .png"),
+        (["cats/1.png"] * 9, "1 to 8 files"),
+        (["cats/1.png", "--filter", "lopass"], "did you mean 'lowpass'"),
+        ([], "image"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(run, photographs, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(photographs)
+    with pytest.raises(SystemExit) as left:
+        main(["reconstruct", str(run), *words])
+    assert left.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (photographs / "reconstruction.png").exists()

@@ -1,0 +1,183 @@
+"""Features on the disk are the model's, in the data's order, and survive a crash."""
+
+import csv
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from freqmask.data.sources import open_source
+from freqmask.errors import UserError
+from freqmask.interop.embed import Place, Wanted, compute_parts, finish, plan_parts, still_images
+from freqmask.interop.models import open_model
+from freqmask.interop.parts import Parts
+from freqmask.interop.tables import nearest_neighbours, task_of
+from freqmask.pretraining.module import as_float
+
+
+def run(opened, source, out, wanted=None, **place):
+    wanted = wanted or Wanted()
+    parts = plan_parts(opened, source, out, wanted)
+    parts.begin()
+    computed = compute_parts(opened, source, parts, wanted, Place(batch_size=4, **place))
+    return finish(opened, out, parts, wanted, computed)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr("freqmask.interop.parts._FEWEST_IMAGES", 3)
+
+
+def expected_features(opened, source, index):
+    image = as_float(still_images(opened, source)[0, index, index].views[0])
+    with torch.no_grad():
+        return opened.backbone(opened.normalise(image[None]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_is_the_feature_of_its_image_and_bad_images_are_left_out(
+    vit_run, photographs, tmp_path, small_parts, workers
+):
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    written = run(opened, source, tmp_path / "x.parquet", workers=workers)
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert (written.rows, table.num_rows) == (6, 6)
+    assert [name for name, _ in written.skipped] == ["cats/9.png"]
+    assert table["path"].to_pylist() == [
+        "cats/1.png",
+        "cats/3.png",
+        "cats/5.png",
+        "dogs/0.png",
+        "dogs/2.png",
+        "dogs/4.png",
+    ]
+    assert table["class"].to_pylist() == ["cats"] * 3 + ["dogs"] * 3
+    for row in table.to_pylist():
+        expected = expected_features(opened, source, row["index"]).pooled[0]
+        assert source.name(row["index"]) == row["path"]
+        torch.testing.assert_close(torch.tensor(row["features"]), expected, atol=1e-5, rtol=0)
+
+
+def test_patches_and_blocks_come_along(vit_run, photographs, tmp_path):
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    run(opened, source, tmp_path / "x.parquet", Wanted(patches=True, blocks=(0, 1)))
+    row = pq.read_table(tmp_path / "x.parquet").to_pylist()[2]
+    features = expected_features(opened, source, row["index"])
+    patches = torch.tensor(row["patches"]).reshape(4, 4, 64)
+    torch.testing.assert_close(patches, features.feature_map[0].permute(1, 2, 0), atol=1e-5, rtol=0)
+    image = as_float(still_images(opened, source)[0, row["index"], row["index"]].views[0])[None]
+    stages = opened.stages(opened.normalise(image))
+    torch.testing.assert_close(torch.tensor(row["block_0"]), stages[0].pooled[0], atol=1e-5, rtol=0)
+
+
+def test_a_npy_holds_one_array_and_names_its_rows(vit_run, photographs, tmp_path, small_parts):
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    run(opened, source, tmp_path / "x.parquet")
+    expected = np.array(pq.read_table(tmp_path / "x.parquet")["features"].to_pylist(), np.float32)
+    run(opened, source, tmp_path / "x.npy")
+    assert np.array_equal(np.load(tmp_path / "x.npy"), expected)
+    with (tmp_path / "x.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows][:2] == ["cats/1.png", "cats/3.png"]
+    run(opened, source, tmp_path / "patches.npy", Wanted(patches=True))
+    assert np.load(tmp_path / "patches.npy").shape == (6, 4, 4, 64)
+    run(opened, source, tmp_path / "blocks.npy", Wanted(blocks=(0, 1)))
+    assert np.load(tmp_path / "blocks.npy").shape == (6, 2, 64)
+
+
+def test_a_start_that_was_cut_short_goes_on_and_ends_the_same(vit_run, photographs, tmp_path, small_parts):
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    run(opened, source, tmp_path / "whole.parquet")
+    out, wanted = tmp_path / "x.parquet", Wanted()
+
+    class PowerCutError(Exception):
+        pass
+
+    def cut(done):
+        if done >= 4:
+            raise PowerCutError
+
+    parts = plan_parts(opened, source, out, wanted)
+    parts.begin()
+    with pytest.raises(PowerCutError):
+        compute_parts(opened, source, parts, wanted, Place(batch_size=1), cut)
+    assert not out.exists()
+    parts = plan_parts(opened, source, out, wanted)
+    assert parts.begin() == 1
+    assert compute_parts(opened, source, parts, wanted, Place(batch_size=1)) == 4
+    finish(opened, out, parts, wanted, 4)
+    one, two = (pq.read_table(tmp_path / name) for name in ("whole.parquet", "x.parquet"))
+    assert one["path"].equals(two["path"])
+    a, b = (np.array(table["features"].to_pylist()) for table in (one, two))
+    np.testing.assert_allclose(a, b, atol=1e-5)  # another batch size adds up in another order
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.parquet", "x.parquet"]
+
+
+def test_parts_of_other_weights_or_images_are_not_taken(vit_run, photographs, tmp_path, small_parts):
+    source = open_source(photographs)
+    for seed, expected in ((0, 0), (0, 3), (1, 0)):
+        opened = open_model(f"random:{vit_run.path}", seed=seed)
+        parts = plan_parts(opened, source, tmp_path / "x.parquet", Wanted())
+        assert parts.begin() == expected
+        compute_parts(opened, source, parts, Wanted(), Place(batch_size=4))
+
+
+def test_several_processes_share_the_parts(vit_run, photographs, tmp_path, small_parts):
+    opened, source, wanted = open_model(vit_run.path), open_source(photographs), Wanted()
+    parts = plan_parts(opened, source, tmp_path / "x.parquet", wanted)
+    parts.begin()
+    done = [
+        compute_parts(opened, source, parts, wanted, Place(batch_size=2, rank=rank, world_size=2))
+        for rank in range(2)
+    ]
+    assert done == [4, 3]
+    assert finish(opened, tmp_path / "x.parquet", parts, wanted, 7).rows == 6
+
+
+def test_a_file_says_what_it_was_made_from(vit_run, photographs, tmp_path):
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    run(opened, source, tmp_path / "x.parquet")
+    task = task_of(tmp_path / "x.parquet")
+    assert task == plan_parts(opened, source, tmp_path / "x.parquet", Wanted()).task
+    assert task["weights"] == opened.weights_hash
+    assert task_of(photographs / "cats" / "1.png") is None
+
+
+def test_a_part_that_is_missing_at_the_end_is_named(vit_run, photographs, tmp_path):
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    parts = plan_parts(opened, source, tmp_path / "x.parquet", Wanted())
+    parts.begin()
+    with pytest.raises(UserError, match="1 parts of"):
+        finish(opened, tmp_path / "x.parquet", parts, Wanted(), 0)
+    assert not (tmp_path / "x.parquet").exists()
+
+
+@pytest.mark.parametrize(("images", "row_bytes"), [(1, 10), (65, 10), (100_000, 3000), (10_000, 10**9)])
+def test_parts_cover_every_image_once(tmp_path, images, row_bytes):
+    parts = Parts(tmp_path / "x.parquet", {}, images, row_bytes)
+    covered = [index for number in range(parts.count) for index in parts.indices(number)]
+    assert covered == list(range(images))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
+def test_nearest_neighbours_are_those_of_a_plain_search(vit_run, photographs, tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("freqmask.interop.tables._ROWS", 4)
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    run(opened, source, tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    features = np.array(table["features"].to_pylist())
+    if suffix == ".npy":
+        run(opened, source, tmp_path / "x.npy")
+    features = features - features.mean(axis=0)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    numbers = np.array(table["index"])
+    found, scores = nearest_neighbours(tmp_path / f"x{suffix}", queries=6, neighbours=3)
+    similarity = features @ features.T
+    np.fill_diagonal(similarity, np.inf)
+    expected = numbers[np.argsort(-similarity, axis=1)[:, :4]]
+    assert np.array_equal(found, expected)
+    np.testing.assert_allclose(scores[:, 1:], -np.sort(-similarity, axis=1)[:, 1:4], atol=1e-4)
+    padded, _ = nearest_neighbours(tmp_path / f"x{suffix}", queries=2, neighbours=9)
+    assert padded.shape == (2, 10)
+    assert (padded[:, 6:] == -1).all()

@@ -1,0 +1,241 @@
+"""What is exported computes the same elsewhere."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+from freqmask.backbones import Backbone
+from freqmask.errors import UserError
+from freqmask.interop.convert import convert_file
+from freqmask.interop.export import FORMATS, compare, decoder_of, export_model
+from freqmask.interop.mfm_layout import mfm_encoder, vit_shapes
+from freqmask.interop.models import open_model
+from freqmask.interop.timm_folder import write_timm_folder
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SMALL = {
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 64, "num_heads": 1},
+    "vit_small_patch16_dinov3": {"depth": 2, "embed_dim": 64, "num_heads": 1},
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 2,
+    },
+    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
+    "resnet18": {"layers": [1, 1, 1, 1]},
+    "test_efficientnet": {},
+}
+
+
+def write(name, folder, pooled="mean"):
+    torch.manual_seed(0)
+    backbone = Backbone(name, 64, model_args=SMALL[name]).eval()
+    write_timm_folder(
+        backbone.timm_model,
+        folder,
+        input_size=(3, 64, 64),
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+        facts={},
+        pooled=pooled,
+    )
+    return backbone
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_timm_loads_the_folder_to_the_same_features(name, tmp_path):
+    images = torch.rand(2, 3, 64, 64)
+    backbone = write(name, tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    expected = backbone(images)
+    # CNNs end in a head of timm's own, which is the same on both sides; a ViT's pooling is pinned
+    same = expected.pooled if name.startswith("vit") else backbone.timm_model(images)
+    torch.testing.assert_close(model(images), same, atol=1e-5, rtol=0)
+    opened = open_model(tmp_path)
+    torch.testing.assert_close(opened.backbone(images).feature_map, expected.feature_map, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(SMALL)[:2])
+def test_the_pooling_is_pinned_to_what_was_trained(name, tmp_path):
+    images = torch.rand(2, 3, 64, 64)
+    for pooled in ("mean", "class_token"):
+        backbone = write(name, tmp_path / pooled, pooled)
+        model = timm.create_model(f"local-dir:{tmp_path / pooled}", pretrained=True).eval()
+        features = backbone(images)
+        expected = features.pooled if pooled == "mean" else features.class_token
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+        # a classifier on top leaves the trained normalisation where it was, too
+        timm.create_model(f"local-dir:{tmp_path / pooled}", pretrained=True, num_classes=3)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_transformers_loads_the_folder_to_the_same_features(name, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the extra [export] is not installed")
+    images = torch.rand(2, 3, 64, 64)
+    backbone = write(name, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+        pooled = model(images).pooler_output
+    torch.testing.assert_close(pooled.flatten(1), backbone(images).pooled, atol=1e-5, rtol=0)
+
+
+def test_an_export_can_be_traced_back(vit_run, tmp_path):
+    export_model(open_model(vit_run.path), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    facts = config["freqmask"]
+    assert (facts["run"], facts["step"], facts["data"], facts["value_range"]) == (
+        "mfm-vit",
+        20,
+        "abc123",
+        "dtype",
+    )
+    assert facts["pooled"] == "mean"
+    assert config["pretrained_cfg"]["mean"] == [0.5, 0.4, 0.3]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:
+        assert json.loads(weights.metadata()["freqmask_step"]) == 20
+    again = open_model(tmp_path / "out")
+    assert again.weights_hash == open_model(vit_run.path).weights_hash
+    assert set(decoder_of(again)) == {"0.weight", "0.bias"}
+
+
+def test_nothing_is_lost_or_left_half_written(vit_run, tmp_path, monkeypatch):
+    opened = open_model(vit_run.path)
+    out = tmp_path / "out"
+    export_model(opened, out)
+    with pytest.raises(UserError, match="exists already"):
+        export_model(opened, out)
+    before = (out / "config.json").read_text()
+
+    def fail(*_, **__):
+        raise UserError("a full disk")
+
+    monkeypatch.setattr("freqmask.interop.export.write_timm_folder", fail)
+    with pytest.raises(UserError, match="full disk"):
+        export_model(opened, out, overwrite=True)
+    with pytest.raises(UserError, match="full disk"):
+        export_model(opened, tmp_path / "other")
+    assert (out / "config.json").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_mfm_checkpoint_of_a_vit_has_exactly_the_names_of_its_readers(vit_run, tmp_path):
+    file = tmp_path / "mfm.pth"
+    export_model(open_model(vit_run.path), file, "mfm-checkpoint")
+    content = torch.load(file, weights_only=True)
+    assert set(content) == {"model", "epoch"}
+    assert content["epoch"] == 2  # 20 steps of 4 of 40 images
+    expected = {f"encoder.{name}": shape for name, shape in vit_shapes(64, 2, 256, 8, 3, 17).items()}
+    expected |= {"decoder.0.weight": (192, 64, 1, 1), "decoder.0.bias": (192,)}
+    assert {name: tuple(tensor.shape) for name, tensor in content["model"].items()} == expected
+    assert not any("qkv.bias" in name for name in content["model"])
+    back = convert_file(file)
+    opened = open_model(vit_run.path)
+    torch.testing.assert_close(
+        back.model.forward_features(IMAGES), opened.module.forward_features(IMAGES), atol=1e-5, rtol=0
+    )
+
+
+def test_a_vit_b_of_mfm_has_162_encoder_tensors():
+    assert len(vit_shapes(768, 12, 3072, 16, 3, 197)) == 162
+
+
+def test_the_mfm_checkpoint_of_a_resnet_has_timms_names(resnet_run, tmp_path):
+    file = tmp_path / "mfm.pth"
+    opened = open_model(resnet_run.path)
+    export_model(opened, file, "mfm-checkpoint")
+    model = torch.load(file, weights_only=True)["model"]
+    expected = {f"encoder.{name}" for name in opened.module.state_dict()}
+    assert set(model) == expected | {"decoder.0.weight", "decoder.0.bias"}
+    back = convert_file(file)
+    assert torch.equal(back.model(IMAGES), opened.module(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "named"),
+    [
+        ("vit_tiny_patch16_224", {"init_values": 1e-5}, r"ls1\.gamma"),
+        ("vit_tiny_patch16_224", {"reg_tokens": 2}, "reg_token"),
+        ("vit_tiny_patch16_224", {"qk_norm": True}, "q_norm"),
+        ("vit_tiny_patch16_224", {"qkv_bias": False}, "q_bias"),
+        ("vit_tiny_patch16_224", {"act_layer": "silu"}, "SiLU"),
+        ("vit_tiny_patch16_224", {"num_heads": 4}, "attention heads"),
+        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "pos_embed"),
+        ("vit_small_patch16_dinov3", {}, "Eva"),
+        ("convnext_atto", {}, "ConvNeXt"),
+        ("resnet10t", {}, "stem"),
+        ("seresnet18", {}, r"\.se\."),
+    ],
+)
+def test_models_that_the_mfm_layout_cannot_hold_are_refused(name, arguments, named):
+    tiny = {"depth": 1, "embed_dim": 64, "num_heads": 1} if name.startswith("vit") else {}
+    model = timm.create_model(name, num_classes=0, **{**tiny, **arguments})
+    with pytest.raises(UserError, match=named) as caught:
+        mfm_encoder(model)
+    assert "--format timm" in str(caught.value)
+
+
+def test_a_model_without_decoder_is_no_mfm_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="has no decoder"):
+        export_model(open_model("random:resnet18", image_size=32), tmp_path / "x.pth", "mfm-checkpoint")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_onnx_runs_in_onnxruntime_at_any_batch(vit_run, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
+    pytest.importorskip("onnxscript", reason="the extra [export] is not installed")
+    opened = open_model(vit_run.path)
+    export_model(opened, tmp_path / "x.onnx", "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+    expected = opened.backbone(opened.normalise(IMAGES))
+    pooled, feature_map = session.run(None, {"images": IMAGES.numpy()})
+    torch.testing.assert_close(torch.from_numpy(pooled), expected.pooled, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(feature_map), expected.feature_map, atol=1e-5, rtol=0)
+    assert session.get_modelmeta().custom_metadata_map["freqmask_step"] == "20"
+    assert len(session.run(None, {"images": IMAGES.repeat(3, 1, 1, 1).numpy()})[0]) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+
+
+def test_torch_export_loads_and_takes_any_batch(resnet_run, tmp_path):
+    opened = open_model(resnet_run.path)
+    export_model(opened, tmp_path / "x.pt2", "torch-export")
+    program = torch.export.load(tmp_path / "x.pt2").module()
+    images = torch.rand(5, 3, 64, 64)
+    pooled, _ = program(images)
+    torch.testing.assert_close(pooled, opened.backbone(opened.normalise(images)).pooled, atol=1e-5, rtol=0)
+
+
+def test_a_graph_that_computes_otherwise_is_not_written(resnet_run, tmp_path):
+    opened = open_model(resnet_run.path)
+    module = torch.nn.Module()
+    module.forward = lambda images: (opened.backbone(images).pooled,)
+    with pytest.raises(UserError, match="computes otherwise"):
+        compare(lambda images: (opened.backbone(images).pooled + 0.1,), module, opened)
+
+
+def test_formats_and_places_that_cannot_be_are_one_sentence(vit_run, tmp_path):
+    opened = open_model(vit_run.path)
+    with pytest.raises(UserError, match="did you mean 'onnx'"):
+        export_model(opened, tmp_path / "x", "onx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        export_model(opened, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        export_model(opened, tmp_path / "file" / "below")
+    assert set(FORMATS) == {"timm", "onnx", "torch-export", "mfm-checkpoint"}
+
+
+def test_a_folk_run_exports_its_class_token(folk_run, tmp_path):
+    opened = open_model(folk_run.path)
+    export_model(opened, tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    expected = opened.backbone(IMAGES).class_token
+    torch.testing.assert_close(model(IMAGES), expected, atol=1e-5, rtol=0)
+    shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,84 @@
+"""What is pushed is private unless asked, and shows nothing of the machine or the images."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from freqmask.errors import UserError
+from freqmask.interop.hub import check_hub, push_model
+from freqmask.interop.models import open_model
+
+
+class FakeHub:
+    """Remembers what it was asked for, and the files that were there at that moment."""
+
+    def __init__(self, failure=None):
+        self.failure = failure
+        self.calls = {}
+
+    def create_repo(self, repository, **options):
+        if self.failure:
+            raise self.failure
+        self.calls["create"] = (repository, options)
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        self.calls["upload"] = (repo_id, commit_message)
+
+
+@pytest.fixture
+def run_with_results(run_factory):
+    run = run_factory(probe_data="/home/somebody/labels", crop="resized")
+    run.previews.mkdir()
+    (run.previews / "step-000020.png").write_bytes(b"a picture of somebody")
+    (run.path / "results.csv").write_text("protocol,data,score\nknn,/home/somebody/labels,0.75\n")
+    return run
+
+
+def test_a_push_is_private_and_shows_no_images_names_or_paths(run_with_results):
+    hub = FakeHub()
+    address = push_model(open_model(run_with_results.path), "me/mine", api=hub)
+    assert address == "https://hub/me/mine"
+    assert hub.calls["create"] == ("me/mine", {"private": True, "exist_ok": True})
+    assert set(hub.files) == {"README.md", "config.json", "model.safetensors", "decoder.safetensors"}
+    for name, content in hub.files.items():
+        assert b"somebody" not in content, name
+        assert b"holiday" not in content, name
+    card = hub.files["README.md"].decode()
+    for text in ("library_name: timm", "hf-hub:me/mine", "40 images", "abc123", "method: mfm", "knn", "0.75"):
+        assert text in card
+
+
+def test_with_images_shows_them_and_public_is_public(run_with_results):
+    hub = FakeHub()
+    push_model(open_model(run_with_results.path), "me/mine", public=True, with_images=True, api=hub)
+    assert hub.calls["create"][1]["private"] is False
+    assert hub.files["step-000020.png"] == b"a picture of somebody"
+    card = hub.files["README.md"].decode()
+    assert "![preview](step-000020.png)" in card
+    assert "secret holiday" in card
+
+
+def test_a_hub_that_refuses_is_one_sentence(vit_run):
+    with pytest.raises(UserError, match=r"push \(me/mine\) failed \(PermissionError: not yours\)"):
+        push_model(open_model(vit_run.path), "me/mine", api=FakeHub(PermissionError("not yours")))
+
+
+def test_without_token_or_network_nothing_is_tried(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(UserError, match="token"):
+        check_hub("me/mine")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+
+    def no_network(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="no connection"):
+        check_hub("me/mine")
+    with pytest.raises(UserError, match="USER/NAME"):
+        check_hub("mine")

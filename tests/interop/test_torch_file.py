@@ -1,0 +1,206 @@
+"""Files of torch.save are read without running anything that they hold."""
+
+import collections
+import os
+import pickle
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from freqmask.errors import UserError
+from freqmask.interop.convert import read_weights
+from freqmask.interop.inert_pickle import Inert, tensors_in
+from freqmask.interop.torch_file import read_torch_file
+
+
+class Bomb:
+    """Makes a folder when it is unpickled as the file asks."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def yacs(monkeypatch):
+    """A stand-in for yacs that is importable while writing, and gone while reading."""
+    module, inner = types.ModuleType("yacs"), types.ModuleType("yacs.config")
+    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    inner.CfgNode = node
+    monkeypatch.setitem(sys.modules, "yacs", module)
+    monkeypatch.setitem(sys.modules, "yacs.config", inner)
+
+    def write(content, path, new):
+        torch.save(content, path, _use_new_zipfile_serialization=new)
+        monkeypatch.delitem(sys.modules, "yacs.config")
+        monkeypatch.delitem(sys.modules, "yacs")
+
+    return node, write
+
+
+TENSORS = {
+    "plain": torch.arange(24.0).reshape(4, 6),
+    "transposed": torch.arange(24.0).reshape(4, 6).t(),
+    "slice": torch.arange(24.0).reshape(4, 6)[1:3, 2:5],
+    "half": torch.ones(3, dtype=torch.float16),
+    "bfloat": torch.full((2,), 1.5, dtype=torch.bfloat16),
+    "count": torch.tensor(7),
+    "bool": torch.tensor([True, False]),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+    "empty": torch.empty(0, 3),
+}
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_tensors_come_back_bit_for_bit(tmp_path, new):
+    file = tmp_path / "x.pth"
+    torch.save({"model": collections.OrderedDict(TENSORS)}, file, _use_new_zipfile_serialization=new)
+    read = tensors_in(read_torch_file(file).content["model"])
+    assert set(read) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_foreign_objects_beside_the_weights_are_named_and_nothing_runs(tmp_path, yacs, new):
+    node, write = yacs
+    proof, file = tmp_path / "it ran", tmp_path / "x.pth"
+    content = {
+        "model": {"w": torch.ones(2)},
+        "config": node(A=node(B=[1, 2])),
+        "bomb": Bomb(proof),
+        "max_accuracy": np.float64(83.1),
+        "epoch": 299,
+    }
+    write(content, file, new)
+    weights = read_weights(file)
+    assert not proof.exists()
+    assert "yacs" not in sys.modules
+    assert torch.equal(weights.encoder["w"], torch.ones(2))
+    assert weights.epoch == 299
+    assert "yacs.config.CfgNode" in weights.notes[0]
+    assert "mkdir" in weights.notes[0]
+    assert "nothing in the file was run" in weights.notes[0]
+    pickle_module = "posix" if os.name == "posix" else "nt"
+    assert f"{pickle_module}.mkdir" in read_torch_file(file).foreign
+
+
+def test_the_same_file_does_run_when_read_the_usual_way(tmp_path):
+    proof, file = tmp_path / "it ran", tmp_path / "x.pth"
+    torch.save({"bomb": Bomb(proof)}, file)
+    torch.load(file, weights_only=False)
+    assert proof.exists()  # so that the test above means something
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_foreign_objects_inside_the_weights_are_refused(tmp_path, new):
+    file = tmp_path / "x.pth"
+    torch.save(
+        {"model": {"w": torch.ones(2), "x": Bomb(tmp_path / "ran")}}, file, _use_new_zipfile_serialization=new
+    )
+    with pytest.raises(UserError, match=r"weights hold a foreign object \(x: .*mkdir"):
+        read_weights(file)
+    torch.save({"model": torch.nn.Linear(2, 2)}, file, _use_new_zipfile_serialization=new)
+    with pytest.raises(UserError, match=r"torch.nn.modules.linear.Linear"):
+        read_weights(file)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_inert_object_swallows_whatever_a_pickle_does_with_it():
+    stub = Inert(1, a=2)
+    stub["x"] = 1
+    stub.append(1)
+    stub.extend([1])
+    stub.__setstate__({})
+    assert stub(1) is stub
+    assert not hasattr(stub, "x")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_a_file_cut_short_anywhere_is_one_sentence(tmp_path, new):
+    file = tmp_path / "x.pth"
+    torch.save({"model": {"w": torch.ones(40)}, "epoch": 1}, file, _use_new_zipfile_serialization=new)
+    whole = file.read_bytes()
+    for length in [*range(0, len(whole) - 1, 41), len(whole) - 1]:
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut short|damaged|refused"):
+            tensors_in(read_torch_file(file).content["model"])
+
+
+def rezip(source, target, change):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            for name, content, kind in change(entry.filename, old.read(entry)):
+                new.writestr(name, content, compress_type=kind)
+
+
+def test_a_zip_that_declares_more_than_it_has_is_refused(tmp_path):
+    file, bomb = tmp_path / "x.pth", tmp_path / "bomb.pth"
+    torch.save({"model": {"w": torch.zeros(100_000)}}, file)
+    rezip(file, bomb, lambda name, content: [(name, content, zipfile.ZIP_DEFLATED)])
+    assert bomb.stat().st_size < 10_000
+    with pytest.raises(UserError, match="compressed"):
+        read_torch_file(bomb)
+    content = bytearray(file.read_bytes())
+    place = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[place + 20 : place + 28] = (2**31).to_bytes(4, "little") * 2  # sizes in the directory
+    bomb.write_bytes(content)
+    with pytest.raises(UserError, match=r"declares 2,147,\d\d\d,\d\d\d bytes"):
+        read_torch_file(bomb)
+
+
+def test_entries_that_point_outside_are_refused(tmp_path):
+    file, bad = tmp_path / "x.pth", tmp_path / "bad.pth"
+    torch.save({"model": {"w": torch.zeros(3)}}, file)
+    stored = zipfile.ZIP_STORED
+    rezip(
+        file,
+        bad,
+        lambda name, content: (
+            [(name, content, stored)] + ([("../../evil", b"x", stored)] if name.endswith("data.pkl") else [])
+        ),
+    )
+    with pytest.raises(UserError, match="outside of the file"):
+        read_torch_file(bad)
+
+
+def test_programs_and_strangers_are_refused(tmp_path):
+    script = tmp_path / "script.pt"
+    with zipfile.ZipFile(script, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps({}))
+        archive.writestr("m/constants.pkl", pickle.dumps(()))
+    with pytest.raises(UserError, match="TorchScript"):
+        read_torch_file(script)
+    text = tmp_path / "text.pth"
+    for content in (b"", b"hello", pickle.dumps({"model": 1})):
+        text.write_bytes(content)
+        with pytest.raises(UserError, match="no torch file"):
+            read_torch_file(text)
+    with pytest.raises(UserError, match="does not exist"):
+        read_torch_file(tmp_path / "nothing.pth")
+
+
+def test_a_pickle_cannot_make_it_allocate_by_a_number(tmp_path):
+    file = tmp_path / "x.pth"
+    for opcodes in (
+        b"\x80\x05\x96" + (2**62).to_bytes(8, "little") + b".",  # a byte array of 4 EiB
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # a memo of two thousand million places
+    ):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("m/data.pkl", opcodes)
+        with pytest.raises(UserError):
+            read_weights(file)
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    file = tmp_path / "x.pth"
+    torch.save({"model": {"w": torch.ones(1).expand(10**12)}}, file)
+    with pytest.raises(UserError, match="larger than what is stored"):
+        read_weights(file)

@@ -1,0 +1,78 @@
+"""Runs and photographs as small as they come, written by hand: training for every test would take minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freqmask.interop.runs import method_of
+from freqmask.interop.timm_folder import trained_feature, write_timm_folder
+from freqmask.training.runs import RunFolder
+
+TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 1}
+
+
+def make_run(folder: Path, **options: Any) -> RunFolder:
+    """A run folder as ``freqmask pretrain`` leaves it, its weights random."""
+    options = {
+        "data": ["/home/somebody/secret holiday"],
+        "method": "mfm",
+        "backbone": "vit_small_patch16_224",
+        "image_size": 32,
+        "channels": 3,
+        "patch_size": 8,
+        "value_range": "dtype",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.25, 0.3],
+        "batch_size": 4,
+        "model_args": TINY_VIT,
+        **options,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    torch.manual_seed(0)
+    method: Any = method_of(options, 40)
+    for name, tensor in method.state_dict().items():  # zero biases and equal tokens would hide mistakes
+        if tensor.is_floating_point() and "running_var" not in name and "normalise" not in name:
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    run = RunFolder(folder)
+    run.begin(options, {"images": 40, "data": "abc123"}, "a test's run")
+    run.checkpoints.mkdir()
+    state = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 20}, run.checkpoints / "last.ckpt")
+    backbone = method.backbones()[method.default_backbone]
+    height, width = backbone.image_size
+    write_timm_folder(
+        backbone.timm_model,
+        run.backbone,
+        input_size=(options["channels"], height, width),
+        mean=options["mean"],
+        std=options["std"],
+        facts={
+            "run": folder.name,
+            "method": options["method"],
+            "value_range": options["value_range"],
+            "data": "abc123",
+            "step": 20,
+            "weights": method.default_backbone,
+        },
+        pooled=trained_feature(method, backbone),
+    )
+    run.finish({"steps": 20, "loss": 0.5, "held_out_loss_over_zero": 0.9})
+    return run
+
+
+def make_photographs(folder: Path) -> Path:
+    """Seven small images in two classes, one of them broken."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        pixels = torch.rand(5, 5, 3, generator=generator)
+        large = torch.nn.functional.interpolate(pixels.permute(2, 0, 1)[None], size=(48, 40), mode="bicubic")
+        path = folder / ("cats" if number % 2 else "dogs") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((255 * large[0].clamp(0, 1)).byte().permute(1, 2, 0).numpy()).save(path)
+    (folder / "cats" / "9.png").write_bytes(b"no image at all")
+    return folder
