@@ -38,7 +38,9 @@ def main(device: str = "cpu", bank_size: str = str(BANK)) -> None:
         for part in queries.split(CHUNK)
     ][1:]
     row: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "bank": len(bank),
         "dim": DIM,
         "classes": CLASSES,

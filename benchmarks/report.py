@@ -75,9 +75,7 @@ def write_metrics(path: Path, steps: int, draw: np.random.Generator) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows(
-            [f"{value:.7g}" for value in row] for row in zip(*columns.values(), strict=True)
-        )
+        writer.writerows([f"{value:.7g}" for value in row] for row in zip(*columns.values(), strict=True))
 
 
 def falling(progress: np.ndarray, start: float, draw: np.random.Generator, floor: float = 0.6) -> np.ndarray:
@@ -112,14 +110,16 @@ def seconds_to_interactive(page: Path, repeats: int) -> list[float]:
         for _ in range(repeats):
             tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
             tab.goto(page.resolve().as_uri(), wait_until="load", timeout=120_000)
-            tab.wait_for_function("document.documentElement.dataset.ready", timeout=120_000)
+            tab.wait_for_selector("html[data-ready]", timeout=120_000)
             taken.append(float(tab.evaluate("document.documentElement.dataset.ready")) / 1000)
         browser.close()
     return taken
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=100_000, help="logged steps of a run")
     parser.add_argument("--previews", type=int, default=200, help="previews of a run")
     parser.add_argument("--runs", type=int, default=1, help="runs overlaid")

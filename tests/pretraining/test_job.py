@@ -294,6 +294,38 @@ def test_a_folder_with_other_things_is_not_written_to(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_where_compiling_fails_the_run_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: torch.nn.Module, **_: object) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("no compiler here\nand more")
+
+        self.forward = fail  # type: ignore[method-assign]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)
+    run = freqmask.pretrain("builtin:digits", **TINY, compile=True, out=str(tmp_path / "run"))
+    assert "torch.compile cannot be used here (no compiler here); going on without it" in capsys.readouterr().out
+    assert (run / "summary.json").is_file()
+
+
+def test_another_loader_or_log_is_accepted_on_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError):
+        train_until(3, {**TINY, "checkpoint_every_steps": 2}, out)
+    again = freqmask.pretrain(
+        "builtin:digits", **{**TINY, "workers": 1, "log_every_steps": 1, "keep_checkpoints": 1}, out=str(out)
+    )
+    assert (again / "summary.json").is_file()
+
+
+def test_a_filter_object_is_recorded_by_its_words(tmp_path: Path) -> None:
+    from freqmask.filters import BandStop
+
+    run = freqmask.pretrain("builtin:digits", **TINY, filter=BandStop(1, 4), out=str(tmp_path / "run"))
+    assert "bandstop(low=1" in (run / "config.yaml").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_save_first_and_say_how_to_go_on(number: int, code: int, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from freqmask.evaluation.job import Setting
-    from freqmask.evaluation.results import Summary
 
 __all__ = ["bands", "fewshot", "knn", "linear"]
 
@@ -44,7 +43,7 @@ def knn(
     accelerator: str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
-) -> list[Summary]:
+) -> list[Any]:
     """Measures backbones by their nearest neighbours: an image gets the class of the training images most like it.
 
     No training, so it is the fastest look; masked modelling scores lower here than in a linear probe. For
@@ -79,7 +78,7 @@ def knn(
         cache: keep features, so that the next evaluation need not compute them again.
 
     Returns:
-        One summary a model and variant; the numbers of the table.
+        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
 
     Raises:
         UserError: a model or the data cannot be opened, or the labels do not fit.
@@ -117,7 +116,7 @@ def linear(
     accelerator: str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
-) -> list[Summary]:
+) -> list[Any]:
     """Measures backbones by a linear head on frozen features.
 
     A sweep (learning rates, mean and class token, blocks at 1/2, 3/4 and the end) is trained in one pass; the
@@ -137,7 +136,7 @@ def linear(
         split_seed: of the split that we draw; it is written to runs/splits and used again.
         duplicates: what a split of ours does about identical images: refuse, or keep them together.
         pages: what the pages of a TIFF are.
-        rates: learning rates of the sweep, relative to what is stable; 0.01 0.03 0.1 0.3 1 3.
+        rates: learning rates of the sweep, from strong regularisation to none; seven from 0.0001 to 100.
         epochs: passes over the training images; small sets get at least 1,000 steps.
         seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the tenth
             that chooses, and the weights of random:.
@@ -153,7 +152,7 @@ def linear(
         cache: keep features, so that the next evaluation need not compute them again.
 
     Returns:
-        One summary a model and variant; the numbers of the table.
+        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
 
     Raises:
         UserError: a model or the data cannot be opened, or the labels do not fit.
@@ -192,7 +191,7 @@ def fewshot(
     accelerator: str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
-) -> list[Summary]:
+) -> list[Any]:
     """Measures backbones where labels are few: logistic regression on the frozen features of a handful of images.
 
     The backbone stands still. For instance:
@@ -228,7 +227,7 @@ def fewshot(
         cache: keep features, so that the next evaluation need not compute them again.
 
     Returns:
-        One summary a model and variant; the numbers of the table.
+        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
 
     Raises:
         UserError: a model or the data cannot be opened, or the labels do not fit.
@@ -266,7 +265,7 @@ def bands(
     accelerator: str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
-) -> list[Summary]:
+) -> list[Any]:
     """Shows which frequencies a model uses: its accuracy on low-, high- and band-passed test images.
 
     The head learns from whole images; only the test images are filtered. For instance:
@@ -301,7 +300,7 @@ def bands(
         cache: keep features, so that the next evaluation need not compute them again.
 
     Returns:
-        One summary a model and variant; the numbers of the table.
+        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
 
     Raises:
         UserError: a model or the data cannot be opened, or the labels do not fit.

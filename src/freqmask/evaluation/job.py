@@ -166,9 +166,9 @@ def one_seed(bench: Bench, protocol: Protocol, seed: int) -> list[Result]:
     """One answer a variant, put together from all rounds."""
     tested = bench.data.tested
     read = bench.inside() if protocol.inside else bench.table("end").values
-    broken = sum(not_finite(values) for values in read.values())
+    broken = max(not_finite(values) for values in read.values())
     if broken:
-        trouble = f"{broken:,} features are not finite; no result"
+        trouble = f"the features of {broken:,} images are not finite; no result"
         say(f"warning: {bench.subject.name}: {trouble}")
         return [Result(bench.subject, protocol.headline, seed, tested, np.empty(0), trouble=trouble)]
     answers: dict[str, list[Outcome]] = {}

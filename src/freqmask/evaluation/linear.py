@@ -14,11 +14,10 @@ from torch import Tensor
 from freqmask.data.splits import split_indices
 from freqmask.evaluation.scores import score
 
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LEARNING_RATES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 HELD_OUT = 0.1  # of the training images: chooses among the heads
 MOMENTUM, BATCH, EPOCHS, LEAST_STEPS = 0.9, 512, 50, 1000
 IMBALANCED = 1.2  # largest over smallest class from which class weights make a difference worth a row
-DAMPING = 1e-3  # of the covariance of features whose variance is 1 on average
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Head:
 
     Attributes:
         inputs: names of the features that it reads, side by side.
-        rate: peak learning rate; 1 is a Newton step of least squares.
+        rate: peak learning rate on features of variance 1, taken implicitly (see `Sweep`).
         weighted: whether rare classes count more, so that all count the same.
     """
 
@@ -72,26 +71,36 @@ class Columns:
         """Other images, standardised as these."""
         return Columns(parts, self.mean, self.scale)
 
-    def preconditioner(self) -> Float[Tensor, "columns columns"]:
-        """The inverse of the damped covariance: with it all directions are learnt at one pace.
-
-        Features of networks vary a million times more in some directions than in others, and plain SGD would
-        need as many steps. The damping leaves the faintest directions, mostly noise, behind.
-        """
+    def principal(self) -> tuple[Float[Tensor, "columns columns"], Float[Tensor, " columns"]]:
+        """Directions in which the features vary independently (with that of the bias), and their variances."""
         count, width = len(self.parts[0]), len(self.mean) + 1
         covariance = torch.zeros(width, width, device=self.mean.device)
-        for images in torch.arange(count, device=self.mean.device).split(8192):
+        for images in self._chunks():
             rows = self.rows(images)
             covariance += rows.T @ rows / count
-        covariance.diagonal().add_(DAMPING)
-        return torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        covariance[-1, :-1] = covariance[:-1, -1] = (
+            0.0  # means are zero but for rounding: the bias stays apart
+        )
+        variances, directions = torch.linalg.eigh(covariance.double())
+        return directions.float(), variances.float().clamp_min(0)
+
+    def along(self, directions: Float[Tensor, "columns columns"]) -> Float[Tensor, "image columns"]:
+        """All images in the basis of the directions."""
+        return torch.cat([self.rows(images) @ directions for images in self._chunks()])
+
+    def _chunks(self) -> tuple[Tensor, ...]:
+        return torch.arange(len(self.parts[0]), device=self.mean.device).split(8192)
 
 
 class Sweep:
     """Heads on features, trained together: none influences another.
 
-    Multinomial logistic regression by SGD with momentum 0.9, preconditioned by the features' covariance, and a
-    cosine to zero. The gradient is written out, so that all heads of one input are one matrix product.
+    Multinomial logistic regression by SGD with momentum 0.9 and a cosine to zero. A step of rate r is taken
+    implicitly, as if the loss were least squares: the gradient is multiplied by (covariance + 1/r)^-1. For small
+    r that is plain SGD, for large r Newton's step, and none is unstable: features of networks vary a million
+    times more in some directions than in others, and plain SGD would need as many steps. Small rates keep to
+    the strong directions, which is what regularises. The gradient is written out, so that all heads of one
+    input are one matrix product.
 
     Args:
         features: name -> (image, dim), of the training images.
@@ -136,32 +145,28 @@ class Sweep:
         return (rows @ weights).view(len(rows), -1, self.classes)
 
     def _train(self, labels: Tensor, seed: int, epochs: float) -> dict[tuple[str, ...], Tensor]:
-        device, count = labels.device, len(labels)
+        count = len(labels)
         batch = min(BATCH, count)
         steps = max(math.ceil(epochs * count / batch), LEAST_STEPS)
-        weights, speeds, rates, importance, conditioners = {}, {}, {}, {}, {}
-        for names in self.inputs:
-            heads = [self.heads[number] for number in self.members[names]]
-            width = len(self.columns[names].mean) + 1
-            weights[names] = torch.zeros(width, len(heads) * self.classes, device=device)
-            speeds[names] = torch.zeros_like(weights[names])
-            rates[names] = torch.tensor([head.rate for head in heads], device=device).repeat_interleave(
-                self.classes
-            )
-            importance[names] = self._importance(labels, heads)
-            conditioners[names] = self.columns[names].preconditioner()
+        groups = {names: self._group(names, labels) for names in self.inputs}
         for step, images in enumerate(_batches(count, batch, steps, seed)):
-            images = images.to(device)
-            answers = labels[images]
-            rate = 0.5 * (1 + math.cos(math.pi * step / steps))
-            for names in self.inputs:
-                rows = self.columns[names].rows(images)
-                error = self._logits(rows, weights[names]).softmax(dim=2)
-                error[torch.arange(len(rows), device=device), :, answers] -= 1  # d loss / d logits
-                error *= importance[names][:, answers].T[:, :, None] / len(rows)
-                speeds[names].mul_(MOMENTUM).add_(conditioners[names] @ (rows.T @ error.flatten(1)))
-                weights[names] -= rate * rates[names] * speeds[names]
-        return weights
+            pace = 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in groups.values():
+                group.step(images.to(labels.device), labels, pace)
+        return {names: group.directions @ group.weights for names, group in groups.items()}
+
+    def _group(self, names: tuple[str, ...], labels: Tensor) -> _Group:
+        """The heads of one input, at zero."""
+        heads = [self.heads[number] for number in self.members[names]]
+        directions, variances = self.columns[names].principal()
+        rates = torch.tensor([head.rate for head in heads], device=labels.device)
+        paces = 1 / (variances[:, None] + 1 / rates)  # (columns, head)
+        return _Group(
+            self.columns[names].along(directions),
+            directions,
+            paces.repeat_interleave(self.classes, dim=1),
+            self._importance(labels, heads),
+        )
 
     def _importance(self, labels: Tensor, heads: Sequence[Head]) -> Float[Tensor, "head class"]:
         """How much an image of each class counts for each head; 1 on average."""
@@ -169,6 +174,32 @@ class Sweep:
         there = int((torch.bincount(labels, minlength=self.classes) > 0).sum())
         balancing = len(labels) / (there * counts)
         return torch.stack([balancing if head.weighted else torch.ones_like(balancing) for head in heads])
+
+
+class _Group:
+    """Heads of one input while they are trained, in the basis of its principal directions.
+
+    Args:
+        rows: the training images in that basis (image, columns).
+        directions: the basis.
+        paces: step of each weight (columns, head x class).
+        importance: of the images of each class for each head (head, class).
+    """
+
+    def __init__(self, rows: Tensor, directions: Tensor, paces: Tensor, importance: Tensor) -> None:
+        self.rows, self.directions, self.paces, self.importance = rows, directions, paces, importance
+        self.weights = torch.zeros_like(paces)
+        self._speeds = torch.zeros_like(paces)
+
+    def step(self, images: Tensor, labels: Tensor, pace: float) -> None:
+        """One step of all heads on some images; ``pace`` is the schedule's, 1 to 0."""
+        rows, answers = self.rows[images], labels[images]
+        logits = (rows @ self.weights).view(len(rows), *self.importance.shape)
+        error = logits.softmax(dim=2)
+        error[torch.arange(len(rows), device=rows.device), :, answers] -= 1  # d loss / d logits
+        error *= self.importance[:, answers].T[:, :, None] / len(rows)
+        self._speeds.mul_(MOMENTUM).add_(rows.T @ error.flatten(1))
+        self.weights -= pace * self.paces * self._speeds
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:

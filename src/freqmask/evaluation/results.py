@@ -119,8 +119,8 @@ def table_lines(title: str, headline: str, summaries: Sequence[Summary]) -> list
         interval = f"{100 * main.interval[0]:.1f} to {100 * main.interval[1]:.1f}"
         scores = [f"{100 * main.scores.balanced_accuracy:.1f}", f"{100 * main.scores.macro_f1:.1f}"]
         rows.append([name, *cells, interval, *scores])
-    note = f"accuracy in %; interval, balanced accuracy and macro-F1 are those of {headline}"
-    return [title, *aligned(rows), f"({note})"]
+    note = f"(accuracy in %; interval, balanced accuracy and macro-F1 are those of {headline})"
+    return [title, *aligned(rows), *([note] if headline else [])]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -150,6 +150,8 @@ def class_lines(results: Sequence[Result], data: LabelledData, variant: str) -> 
     if len(data.class_names) > _CLASSES_SHOWN:
         return []
     columns = _recalls(results, data, variant)
+    if not columns:
+        return []
     header = ["recall in %", *columns]
     rows = [
         [name, *(f"{100 * recalls[number]:.1f}" for recalls in columns.values())]
@@ -201,7 +203,7 @@ def _row(result: Result, data: LabelledData, protocol: str, options: Mapping[str
         "seed": result.seed,
     }
     if result.trouble:
-        row["trouble"] = result.trouble
+        row |= {"accuracy": "", "trouble": result.trouble}
     else:
         scores = score_of(result, data)
         right = (result.predicted == data.labels[result.images]).astype(float)

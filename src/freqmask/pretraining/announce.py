@@ -187,8 +187,9 @@ def summary_lines(
 
 
 def next_lines(run: Path, data: str) -> Iterator[str]:
-    """The command to type next."""
+    """The commands to type next."""
+    yield f"next        freqmask embed {run} {data} --neighbours    (what it finds alike)"
     if data.startswith("builtin:"):
-        yield "next        freqmask pretrain FOLDER_OF_YOUR_IMAGES"
+        yield "            freqmask pretrain FOLDER_OF_YOUR_IMAGES"
     else:
-        yield f"next        freqmask pretrain {data} --init {run} --out {run}-continued    (trains on from here)"
+        yield f"            freqmask pretrain {data} --init {run} --out {run}-continued    (trains on)"

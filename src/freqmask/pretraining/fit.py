@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from freqmask import __version__
+from freqmask.console import say
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import Source
@@ -24,7 +26,7 @@ from freqmask.pretraining.heldout import HeldOut, calibration
 from freqmask.pretraining.module import PretrainingModule
 from freqmask.pretraining.monitor import Monitor
 from freqmask.pretraining.probe import Probe, steps_between
-from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe
+from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe, pick_device
 from freqmask.pretraining.saving import Saver, StopSignals
 from freqmask.pretraining.sharding import SHARDED, sharding_strategy
 from freqmask.pretraining.skipping import Skipped
@@ -142,7 +144,11 @@ class Fit:
         if self.options["accelerator"] == "cuda" and all(backbone.is_cnn for backbone in backbones):
             module.to(memory_format=torch.channels_last)
         if self.options["compile"]:
-            self.method.compile_backbone()
+            reason = compile_failure(next(iter(backbones)), self.options)
+            if reason is None:
+                self.method.compile_backbone()
+            else:
+                say(f"note: torch.compile cannot be used here ({reason}); going on without it")
 
     def _trainer(self, total_steps: int, callbacks: list[Any]) -> L.Trainer:
         options = self.options
@@ -272,6 +278,24 @@ class Fit:
         summary["images_per_second"] = (step - done) * self.options["batch_size"] / max(seconds, 1e-9)
         summary["skipped"] = len(read_rows(self.run_folder.path / "skipped.csv"))
         return summary
+
+
+def compile_failure(backbone: Any, options: Mapping[str, Any]) -> str | None:
+    """Why a backbone cannot be compiled here, tried on a copy; None where it can.
+
+    Args:
+        backbone: a :class:`freqmask.backbones.Backbone`.
+        options: resolved options.
+    """
+    device = pick_device(options["accelerator"])
+    trial = copy.deepcopy(backbone).to(device)
+    trial.compile()
+    images = torch.zeros(2, backbone.channels, *backbone.image_size, device=device)
+    try:
+        trial(images).feature_map.sum().backward()
+    except Exception as error:  # a missing compiler, an operator it does not know: anything may come
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return None
 
 
 def _logger(name: str | None, run: RunFolder) -> Logger | bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
@@ -16,7 +17,7 @@ import torch
 from freqmask import __version__
 from freqmask.console import rank, say
 from freqmask.data.heldout import hold_out
-from freqmask.data.loader import TrainDataset, worker_failure
+from freqmask.data.loader import TrainDataset
 from freqmask.data.sources import Source, open_source
 from freqmask.data.subset import Subset
 from freqmask.data.values import ValueRange
@@ -24,10 +25,12 @@ from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
 from freqmask.pretraining import announce
+from freqmask.pretraining.failures import told_in_words
 from freqmask.pretraining.fit import Fit, Outcome
 from freqmask.pretraining.heldout import first_batch
-from freqmask.pretraining.module import NotFiniteError, as_float, augmented
+from freqmask.pretraining.module import as_float, augmented
 from freqmask.pretraining.preview import draw_plan
+from freqmask.pretraining.processes import check_processes, follows, wait_for_run
 from freqmask.pretraining.quiet import quiet_libraries
 from freqmask.pretraining.resolve import Resolved, make_augmentation, make_geometries, make_method, resolve
 from freqmask.pretraining.resume import (
@@ -40,7 +43,7 @@ from freqmask.pretraining.resume import (
 )
 from freqmask.pretraining.settings import check_accelerator, check_options
 from freqmask.training.plan import usable_cores
-from freqmask.training.runs import RunFolder, comparable, new_run, now
+from freqmask.training.runs import LOCK, RunFolder, comparable, new_run, now
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
 PASS_RATIO = 0.8  # --overfit: the loss must fall below this share of where it began
@@ -80,6 +83,9 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
 def _run(options: dict[str, Any], given: dict[str, Any]) -> Path:
     check_options(options)
     check_accelerator(options["accelerator"])
+    check_processes(options)
+    if follows():
+        return _go_on(continue_run(wait_for_run(options["out"]), given, options))
     found = find_run(given)
     if found is not None and found.finished():
         say_finished(found)
@@ -152,9 +158,23 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
         run.begin(_recorded(resolved.options), state, _heading())
         os.environ[CHOSEN_BY_RANK_0] = str(run.path)
         return _train(run, resolved.options, images, state, resolved, None)
+    except BaseException:
+        _leave_nothing(run)
+        raise
     finally:
         os.environ.pop(CHOSEN_BY_RANK_0, None)
         run.unlock()
+
+
+def _leave_nothing(run: RunFolder) -> None:
+    """What failed before it began leaves no folder behind."""
+    if run.exists() or not run.path.is_dir():
+        return
+    for name in ("plan.png", LOCK):
+        (run.path / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files stay, and so does their folder
+        run.path.rmdir()
+        run.path.parent.rmdir()
 
 
 def _go_on(continued: Continued) -> Path:
@@ -256,19 +276,8 @@ def _train(
     began = time.time()
     convert = bool(state["convert_channels"])
     fit = Fit(run, options, images.train, images.held_out, method, convert, state, images.probed)
-    try:
+    with told_in_words(run, options):
         outcome = fit.run(checkpoint)
-    except NotFiniteError as error:
-        raise UserError(_not_finite(error, run, options)) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(_out_of_memory(options)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            raise UserError(_out_of_memory(options)) from error
-        failure = worker_failure(error)
-        if failure is None:
-            raise
-        raise failure from error
     if outcome.stopped_by is not None:
         _say_stopped(run, options, outcome)
     _tell_end(run, options, outcome, time.time() - began)
@@ -307,29 +316,6 @@ def _say_stopped(run: RunFolder, options: Mapping[str, Any], outcome: Outcome) -
     if outcome.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + int(outcome.stopped_by or 0))
-
-
-def _not_finite(error: NotFiniteError, run: RunFolder, options: Mapping[str, Any]) -> str:
-    kept = sorted(run.checkpoints.glob("step-*.ckpt"))
-    good = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
-    return (
-        f"{error} (learning rate {options['lr']:.3g}, precision {options['precision']}, "
-        f"batch {options['batch_size']}); {good}; try --lr {options['lr'] / 2:.2g} "
-        "or --precision 32-true with another --out"
-    )
-
-
-def _out_of_memory(options: Mapping[str, Any]) -> str:
-    peak = (
-        f"the peak was {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; "
-        if torch.cuda.is_available()
-        else ""
-    )
-    part_size = options["batch_size"] // options["devices"] // options["num_nodes"] // options["accumulate"]
-    return (
-        f"out of memory with {part_size} images at once; {peak}the same batch in smaller parts: "
-        f"--batch_size {options['batch_size']} --accumulate {options['accumulate'] * 2}"
-    )
 
 
 def data_words(options: Mapping[str, Any]) -> str:

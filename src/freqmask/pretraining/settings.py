@@ -40,6 +40,10 @@ NOT_NEGATIVE = (
     "preview_every_steps",
 )
 AT_LEAST_ONE = ("num_nodes", "keep_checkpoints", "checkpoint_every_steps", "log_every_steps", "patch_size")
+CHOICES = {
+    "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"),
+    "strategy": ("auto", "ddp", "fsdp", "model_parallel"),
+}
 PAIRS = ("crop_scale", "betas")
 
 
@@ -52,7 +56,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: all problems in one message.
     """
-    problems = [*_ranges(options), *_lengths(options), *_exclusions(options)]
+    problems = [*_ranges(options), *_lengths(options), *_exclusions(options), *_choices(options)]
     try:
         problems += _unused(options)
     except UserError as error:
@@ -143,6 +147,17 @@ def _unused(options: Mapping[str, Any]) -> list[str]:
 def _whose(name: str) -> str:
     owners = [method for method in METHODS if RENAMED.get(name, name) in accepted_by(method)]
     return f"; it belongs to {', '.join(owners)}" if owners else ""
+
+
+def _choices(options: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, known in CHOICES.items():
+        if str(options[name]) not in known:
+            problems.append(f"{name} ({options[name]}) is unknown; {nearest(str(options[name]), known)}")
+    devices = options["devices"]
+    if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
+        problems.append(f"devices ({devices}) must be 1 or more, or auto")
+    return problems
 
 
 def parse_image_size(value: int | str) -> int | tuple[int, int]:

@@ -92,7 +92,7 @@
       margin: { l: 8, r: 12, t: 8, b: 8 },
       hovermode: bars ? "closest" : "x unified",
       hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") } },
-      showlegend: !bars && chart.traces.filter((trace) => !trace.faint).length > 1,
+      showlegend: !bars && (data.runs > 1 ? 2 : 1) * chart.traces.filter((trace) => !trace.faint).length > 1,
       legend: { orientation: "h", x: 0, y: -0.22, yanchor: "top", font: { size: 12 } },
       xaxis: bars
         ? { ...axis(), title: { text: chart.unit, standoff: 6 }, rangemode: "tozero" }
@@ -129,7 +129,11 @@
     const traces = chart.traces.map((trace) => (chart.bars ? barTrace(trace) : lineTrace(trace, paired)));
     return Plotly.react(place, traces, layout(chart), SETTINGS);
   };
-  const drawAll = () => Promise.all([...document.querySelectorAll(".plot")].map(draw));
+  let drawn = 0;
+  const drawAll = () => Promise.all([...document.querySelectorAll(".plot")].map(draw)).then(() => {
+    drawn += 1;
+    document.documentElement.dataset.drawn = String(drawn); // for whoever waits from outside
+  });
 
   const form = document.getElementById("controls");
   if (form) {

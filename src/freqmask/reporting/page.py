@@ -132,7 +132,7 @@ def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ())
         "scripts": [Markup(text) for text in scripts],
         "has_plotly": bool(plotly),
         "charts": drawn,
-        "data": {"charts": [_for_script(chart) for chart in drawn]},
+        "data": {"runs": len(runs), "charts": [_for_script(chart) for chart in drawn]},
         "groups": _grouped(runs),
         "differences": differences(runs),
         "evaluation": evaluation_table(evaluated),

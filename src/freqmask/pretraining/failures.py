@@ -1,0 +1,58 @@
+"""What may go wrong in a training, as sentences with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from freqmask.data.loader import worker_failure
+from freqmask.errors import UserError
+from freqmask.pretraining.module import NotFiniteError
+from freqmask.training.runs import RunFolder
+
+
+@contextmanager
+def told_in_words(run: RunFolder, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a training dies of into a UserError; what is unknown passes as it is.
+
+    Args:
+        run: the run folder.
+        options: resolved options.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise UserError(_not_finite(error, run, options)) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(out_of_memory(options)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # the CPU's own way to say it
+            raise UserError(out_of_memory(options)) from error
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _not_finite(error: NotFiniteError, run: RunFolder, options: Mapping[str, Any]) -> str:
+    kept = sorted(run.checkpoints.glob("step-*.ckpt"))
+    good = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+    return (
+        f"{error} (learning rate {options['lr']:.3g}, precision {options['precision']}, "
+        f"batch {options['batch_size']}); {good}; try --lr {options['lr'] / 2:.2g} "
+        "or --precision 32-true with another --out"
+    )
+
+
+def out_of_memory(options: Mapping[str, Any]) -> str:
+    """The sentence for a batch that does not fit: the same batch in smaller parts."""
+    peak = f"the peak was {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; " if torch.cuda.is_available() else ""
+    devices = int(options["devices"]) * int(options["num_nodes"])
+    at_once = int(options["batch_size"]) // devices // int(options["accumulate"])
+    return (
+        f"out of memory with {at_once} images at once; {peak}the same batch in smaller parts: "
+        f"--batch_size {options['batch_size']} --accumulate {options['accumulate'] * 2}"
+    )

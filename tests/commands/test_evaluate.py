@@ -1,0 +1,160 @@
+"""``freqmask evaluate`` as a user types it, and its twins in Python."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import make_run
+
+import freqmask
+from freqmask.cli import COMMANDS, main
+from freqmask.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Bright and dark images: anything that sees tells them apart."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 24), ("test", 12)):
+        labels = np.arange(count) % 2
+        noise = generator.integers(0, 60, (count, 16, 16, 3))
+        arrays |= {f"{split}_images": (noise + 120 * labels[:, None, None, None]).astype(np.uint8)}
+        arrays |= {f"{split}_labels": labels}
+    np.savez(tmp_path / "two.npz", **arrays)
+    return str(tmp_path / "two.npz")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_table_over_all_models_and_rows_that_repeat_them(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "runs" / "mine").path
+    main(
+        ["evaluate", "knn", "pixels", f"random:{run}", str(run), "--data", data, "--k", "3", "--workers", "0"]
+    )
+    shown = capsys.readouterr().out
+    assert "24 images to learn from, 12 to test, 2 classes" in shown
+    assert all(f"\n{name} " in shown for name in ("pixels", f"random:{run}", "mine"))
+    assert "±" in shown  # of the random weights
+    here, there = rows(tmp_path / "results.csv"), rows(run / "results.csv")
+    assert [row["model"] for row in here] == ["pixels", *[f"random:{run}"] * 3]
+    assert len({row["model_weights"] for row in here}) == 4
+    assert (run / "knn.png").is_file()
+    assert rows(run / "knn-classes.csv")[0]["class"] == "0"
+    words = there[0]["command"].split()
+    main(words[1:])
+    again = rows(run / "results.csv")
+    assert [row["accuracy"] for row in again[-1:]] == [there[0]["accuracy"]]
+
+
+def test_a_second_evaluation_takes_features_from_the_cache(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from freqmask.evaluation import features
+
+    run = str(make_run(tmp_path / "run").path)
+    first = freqmask.evaluate.knn(run, data=data, k=[3], workers=0)
+    monkeypatch.setattr(features, "_compute", lambda *_: pytest.fail("computed again"))
+    assert freqmask.evaluate.knn(run, data=data, k=[3], workers=0)[0].accuracies == first[0].accuracies
+
+
+def test_changed_weights_are_noticed(data: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = make_run(tmp_path / "run")
+    freqmask.evaluate.knn(str(run.path), data=data, k=[3], workers=0)
+    file = run.backbone / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    freqmask.evaluate.knn(str(run.path), data=data, k=[3], workers=0)
+    assert len({row["model_weights"] for row in rows(run.path / "results.csv")}) == 2
+
+
+def test_linear_fewshot_and_bands_answer(data: str, tmp_path: Path) -> None:
+    run, out = str(make_run(tmp_path / "run").path), tmp_path / "out"
+    common = {"data": data, "workers": 0, "out": str(out), "seeds": [0]}
+    linear = freqmask.evaluate.linear([run, "pixels"], rates=[0.1], **common)
+    assert [summary.name for summary in linear] == ["run", "pixels"]
+    assert linear[1].scores.accuracy == 1.0
+    few = freqmask.evaluate.fewshot(["pixels"], shots=["1", "50%"], **common)
+    assert [summary.variant for summary in few] == ["1 a class", "50%"]
+    bands = freqmask.evaluate.bands(["pixels"], head="knn", radii=[4], **common)
+    found = {summary.variant: summary.scores.accuracy for summary in bands}
+    assert found["whole"] == found["low 4"] == 1.0
+    assert (out / "bands.png").is_file()
+    assert {row["protocol"] for row in rows(out / "results.csv")} == {"linear", "fewshot", "bands"}
+    chosen = next(row for row in rows(out / "results.csv") if row["model"] == "run")["chosen"]
+    assert "rate 0.1" in chosen
+
+
+def test_features_that_are_not_finite_are_reported_not_averaged(data: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = make_run(tmp_path / "run")
+    file = run.backbone / "model.safetensors"
+    save_file(
+        {name: torch.full_like(t, float("nan")) for name, t in load_file(file).items()},
+        file,
+        {"format": "pt"},
+    )
+    (summary,) = freqmask.evaluate.knn(str(run.path), data=data, k=[3], workers=0)
+    assert "not finite" in summary.trouble
+    assert rows(run.path / "results.csv")[0]["accuracy"] == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["evaluate", "kn"], "command (evaluate kn) is unknown; did you mean 'knn'?"),
+        (["evaluate", "knn", "nowhere", "--data", "DATA"], "model (nowhere) must be"),
+        (["evaluate", "knn", "pixels", "--data", "DATA", "--seeds", "1", "1"], "seeds ([1, 1]) must be"),
+        (["evaluate", "knn", "pixels", "--data", "builtin:photos"], "DATA (builtin:photos) has no labels"),
+        (["evaluate", "fewshot", "pixels", "--data", "DATA", "--shots", "some"], "shots (some) must be"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([data if word == "DATA" else word for word in words])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_help_of_the_group_names_its_protocols_without_torch() -> None:
+    for words in (["evaluate", "--help"], ["evaluate", "linear", "--help"]):
+        code = (
+            "import sys\nfrom freqmask.cli import main\n"
+            f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\nsys.exit('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "pixels random:RUN timm:" in done.stdout
+    assert COMMANDS["evaluate"].parts is not None
+
+
+def test_the_namespace_is_lazy() -> None:
+    code = "import sys, freqmask; freqmask.evaluate.knn; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_missing_option_of_the_twin_is_a_type_error() -> None:
+    with pytest.raises(TypeError):
+        freqmask.evaluate.knn("pixels")
+    with pytest.raises(UserError, match="MODEL is missing"):
+        freqmask.evaluate.knn([], data="builtin:digits")

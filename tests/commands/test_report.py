@@ -1,0 +1,88 @@
+"""``freqmask report`` and ``freqmask runs`` as they are typed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_runs import make_run, result, write_table
+
+import freqmask
+from freqmask.cli import main
+
+
+def test_the_page_goes_into_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "a")
+    main(["report", str(folder)])
+    assert (folder / "report.html").stat().st_size < 8e6
+    assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_several_runs_go_where_out_says(tmp_path: Path) -> None:
+    folders = [str(make_run(tmp_path / name)) for name in ("a", "b")]
+    main(["report", *folders, "--out", str(tmp_path / "both.html"), "--no-images"])
+    text = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "2 runs" in text
+    assert "data:image/webp" not in text
+
+
+def test_a_table_is_printed_with_other_models_below(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(make_run(tmp_path / f"a{seed}", {"seed": seed})) for seed in (0, 1)]
+    write_table(tmp_path / "results.csv", [result("pixels", 0.388)])
+    main(["report", *folders, "--table", "md", "--results", str(tmp_path / "results.csv")])
+    printed = capsys.readouterr().out
+    assert "| a0, a1 " in printed
+    assert "± 0.000 (2)" in printed
+    assert "| pixels " in printed
+    assert "38.8 (1)" in printed
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "latex"])
+def test_a_table_goes_to_a_file(tmp_path: Path, form: str) -> None:
+    out = tmp_path / "table.txt"
+    main(["report", str(make_run(tmp_path / "a")), "--table", form, "--out", str(out)])
+    assert "loss / zero" in out.read_text(encoding="utf-8")
+
+
+def test_the_twin_returns_the_path(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    assert freqmask.report([str(folder)], no_images=True) == folder / "report.html"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["report", "NONE"], "does not exist"),
+        (["report", "."], "holds no run"),
+        (["report", ".", "--table", "docx"], "table (docx) must be one of"),
+        (["runs", "NONE"], "folder (NONE) does not exist"),
+        (["runs", "."], "holds no run"),
+    ],
+)
+def test_mistakes_are_sentences(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        main(words)
+    assert leaving.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_need_no_torch(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    code = (
+        "import sys; from freqmask.cli import main; "
+        f"main(['report', {str(folder)!r}]); main(['runs', {str(tmp_path)!r}]); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,34 @@
+"""Draws of few labels: the same for every model, so many of each class."""
+
+import numpy as np
+import pytest
+
+from freqmask.errors import UserError
+from freqmask.evaluation import fewshot
+
+
+def test_draws_hold_the_number_of_each_class() -> None:
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
+    drawn = fewshot.draw(labels, "5", seed=0)
+    assert np.bincount(labels[drawn]).tolist() == [5, 5, 3]
+    assert np.bincount(labels[fewshot.draw(labels, "10%", 0)]).tolist() == [5, 3, 1]
+
+
+def test_draws_depend_on_the_seed_alone() -> None:
+    labels = np.arange(100) % 2
+    assert np.array_equal(fewshot.draw(labels, "5", 1), fewshot.draw(labels, "5", 1))
+    assert not np.array_equal(fewshot.draw(labels, "5", 1), fewshot.draw(labels, "5", 2))
+
+
+@pytest.mark.parametrize("shot", ["0", "x", "1.5", "200%", "-3"])
+def test_impossible_shots_are_refused(shot: str) -> None:
+    with pytest.raises(UserError, match="shots"):
+        fewshot.parse_shots([shot])
+
+
+def test_logistic_regression_separates_what_can_be_separated() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = generator.standard_normal((60, 8)) + 6 * np.eye(8)[labels]
+    predicted = fewshot.logistic_regression(features[:15], labels[:15], features[15:], features)
+    assert (predicted == labels[15:]).mean() > 0.9

@@ -1,0 +1,101 @@
+"""Data with labels: which part is learnt from, which tested, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from freqmask.errors import UserError
+from freqmask.evaluation.labelled import Parting, open_labelled
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng([seed, number]).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def write_classes(root: Path, count: int = 10) -> Path:
+    for seed, name in enumerate(("cat", "dog")):
+        write_images(root / name, count, seed + sum(root.name.encode()))
+    return root
+
+
+def parting(tmp_path: Path, **options: object) -> Parting:
+    return Parting(folder=tmp_path / "splits", **options)  # type: ignore[arg-type]
+
+
+def test_train_and_val_folders_are_used(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data" / "train")
+    write_classes(tmp_path / "data" / "val", 4)
+    data = open_labelled(tmp_path / "data")
+    (one,) = data.rounds
+    assert (len(one.train), len(one.test), data.class_names) == (20, 8, ["cat", "dog"])
+    assert np.bincount(data.labels[one.test]).tolist() == [4, 4]
+
+
+def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "tree")
+    first = open_labelled(folder, parting=parting(tmp_path))
+    (file,) = (tmp_path / "splits").iterdir()
+    assert np.bincount(first.labels[first.rounds[0].test]).tolist() == [2, 2]
+    lines = file.read_text().splitlines()
+    swapped = [
+        line.replace(",test,", ",X,").replace(",train,", ",test,").replace(",X,", ",train,") for line in lines
+    ]
+    file.write_text("\n".join(swapped) + "\n")
+    again = open_labelled(folder, parting=parting(tmp_path))
+    assert np.array_equal(again.rounds[0].test, first.rounds[0].train)
+
+
+def test_folds_test_every_image_once(tmp_path: Path) -> None:
+    data = open_labelled(write_classes(tmp_path / "tree"), parting=parting(tmp_path, folds=5))
+    assert sorted(data.tested.tolist()) == list(range(20))
+    assert all(len(np.intersect1d(one.train, one.test)) == 0 for one in data.rounds)
+    again = open_labelled(tmp_path / "tree", parting=parting(tmp_path, folds=5))
+    assert all(np.array_equal(a.test, b.test) for a, b in zip(data.rounds, again.rounds, strict=True))
+
+
+def test_identical_images_are_refused_or_kept_together(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "tree")
+    (folder / "cat" / "copy.png").write_bytes((folder / "cat" / "3.png").read_bytes())
+    with pytest.raises(UserError, match="identical to others"):
+        open_labelled(folder, parting=parting(tmp_path))
+    for seed in range(4):
+        data = open_labelled(folder, parting=parting(tmp_path, duplicates="together", seed=seed))
+        names = {data.source.name(int(index)) for index in data.rounds[0].test}
+        assert ("cat/copy.png" in names) == ("cat/3.png" in names)
+
+
+def test_groups_of_a_table_are_not_divided(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 20)
+    rows = [f"{n}.png,{'ab'[n % 2]},{n // 4}" for n in range(20)]
+    (tmp_path / "labels.csv").write_text("path,label,group\n" + "\n".join(rows) + "\n")
+    data = open_labelled(tmp_path / "flat", tmp_path / "labels.csv", parting(tmp_path))
+    assert data.groups is not None
+    groups = [{data.groups[i] for i in part} for part in (data.rounds[0].train, data.rounds[0].test)]
+    assert not groups[0] & groups[1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (["0.png,a,train", "1.png,b,train", "2.png,c,test"], "missing from the training part"),
+        (["0.png,a,train", "1.png,a,train", "2.png,a,test"], "one class only"),
+        (["0.png,,train", "1.png,,test"], "has no labels"),
+        (["0.png,a,train", "1.png,b,train", "2.png,,test"], "the test part is empty"),
+        (["0.png,a,train", "nowhere.png,b,test"], "DATA lacks"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_one_sentence(tmp_path: Path, lines: list[str], sentence: str) -> None:
+    write_images(tmp_path / "flat", 4)
+    (tmp_path / "labels.csv").write_text("path,label,split\n" + "\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=sentence):
+        open_labelled(tmp_path / "flat", tmp_path / "labels.csv", parting(tmp_path))

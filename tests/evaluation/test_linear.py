@@ -1,0 +1,65 @@
+"""The linear probe: as good as scikit-learn's, heads that do not see each other, and a test part never seen."""
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from freqmask.evaluation import linear
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(images.astype(np.float32)), torch.from_numpy(labels)
+
+
+def test_accuracy_is_at_least_scikit_learn_s_within_half_a_point() -> None:
+    images, labels = digits()
+    train, test = slice(0, 900), slice(900, None)
+    chosen = linear.choose_and_fit({"end/mean": images[train]}, labels[train], 10, weighted=False)
+    _, sweep = chosen["plain"]
+    ours = (sweep.predict({"end/mean": images[test]})[0] == labels[test]).double().mean()
+    scaled = images / images[train].std()
+    model = LogisticRegression(C=0.1, max_iter=1000).fit(scaled[train], labels[train])
+    assert ours > model.score(scaled[test], labels[test]) - 0.005
+
+
+def test_heads_do_not_influence_each_other() -> None:
+    images, labels = digits()
+    images, labels = {"end/mean": images[:200], "block1/mean": images[:200].flip(1)}, labels[:200]
+    heads = linear.sweep_of(list(images), weighted=True, rates=(0.01, 1.0))
+    together = linear.Sweep(images, labels, 10, heads, epochs=1)
+    for number in (0, 3, 6):
+        alone = linear.Sweep(images, labels, 10, [heads[number]], epochs=1)
+        inputs = heads[number].inputs
+        place = together.members[inputs].index(number)
+        ours = together.weights[inputs].view(-1, len(together.members[inputs]), 10)[:, place]
+        assert torch.allclose(ours, alone.weights[inputs], atol=1e-4)
+
+
+def test_the_sweep_crosses_rates_features_and_places() -> None:
+    names = ["end/mean", "end/token", "block2/mean", "block2/token"]
+    heads = linear.sweep_of(names, weighted=True, rates=(0.1, 1.0))
+    assert len(heads) == len(set(heads)) == 2 * 6 * 2
+    assert {head.inputs for head in heads} >= {("end/mean", "end/token"), ("block2/token",)}
+
+
+def test_class_weights_raise_the_recall_of_the_rare_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(600) % 20 == 0).long()
+    images = torch.randn(600, 4, generator=generator) + 0.9 * labels[:, None]
+    heads = [linear.Head(("x",), 1.0), linear.Head(("x",), 1.0, weighted=True)]
+    answers = linear.Sweep({"x": images}, labels, 2, heads).predict({"x": images})
+    plain, weighted = (float((answer[labels == 1] == 1).double().mean()) for answer in answers)
+    assert weighted > plain + 0.1
+
+
+def test_a_constant_feature_and_huge_units_do_no_harm() -> None:
+    images, labels = digits()
+    images, labels = images[:300], labels[:300]
+    spoilt = torch.cat([images * 1e6, torch.full((300, 1), 7.0)], dim=1)
+    heads = [linear.Head(("x",), 0.1)]
+    plain = linear.Sweep({"x": images}, labels, 10, heads).predict({"x": images})
+    assert (
+        plain == linear.Sweep({"x": spoilt}, labels, 10, heads).predict({"x": spoilt})
+    ).double().mean() > 0.99

@@ -1,0 +1,31 @@
+"""Scores against scikit-learn, and an interval that grows when images come in groups."""
+
+import numpy as np
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+
+from freqmask.evaluation.scores import bootstrap_interval, per_class, score
+
+
+def test_scores_are_scikit_learn_s() -> None:
+    generator = np.random.default_rng(0)
+    truth, predicted = generator.integers(0, 4, 200), generator.integers(0, 4, 200)
+    scores = score(truth, predicted, 6)  # two classes are neither there nor said
+    assert np.isclose(scores.accuracy, accuracy_score(truth, predicted))
+    assert np.isclose(scores.balanced_accuracy, balanced_accuracy_score(truth, predicted))
+    assert np.isclose(scores.macro_f1, f1_score(truth, predicted, average="macro"))
+
+
+def test_a_class_that_was_never_there_has_no_recall() -> None:
+    classes = per_class(np.array([0, 0, 1]), np.array([0, 1, 1]), ["a", "b", "c"])
+    assert (classes[0].recall, classes[0].precision, classes[1].precision) == (0.5, 1.0, 0.5)
+    assert np.isnan(classes[2].recall)
+
+
+def test_the_interval_is_the_binomial_one_and_wider_for_groups() -> None:
+    correct = np.repeat(np.arange(100) % 10 < 8, 10).astype(float)  # 100 groups of 10 that agree
+    low, high = bootstrap_interval(correct)
+    error = 1.96 * np.sqrt(0.8 * 0.2 / 1000)
+    assert np.allclose([low, high], [0.8 - error, 0.8 + error], atol=0.006)
+    groups = [str(number // 10) for number in range(1000)]
+    wide_low, wide_high = bootstrap_interval(correct, groups)
+    assert wide_high - wide_low > 2.5 * (high - low)

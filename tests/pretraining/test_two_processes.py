@@ -1,0 +1,36 @@
+"""Two processes on this machine make the steps of one."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORDS = (
+    "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 3 --batch_size 16 --workers 0 --accelerator cpu "
+    "--log_every_steps 1 --preview_every_steps 0 --outputs 32 --hidden_size 32 --bottleneck_size 16 --method folk"
+)
+MODEL = ["--model_args", "{depth: 2, embed_dim: 32, num_heads: 2}"]
+
+
+def losses(out: Path, *words: str) -> list[float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "freqmask", *WORDS.split(), *MODEL, *words, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("done        3 steps") == 1  # the second process is silent
+    with (out / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one(strategy: str, tmp_path: Path) -> None:
+    one = losses(tmp_path / "one")
+    two = losses(tmp_path / "two", "--devices", "2", "--strategy", strategy)
+    assert len(one) == 3
+    assert one == pytest.approx(two, rel=2e-6)
+    assert (tmp_path / "two" / "backbone" / "model.safetensors").is_file()

@@ -1,0 +1,97 @@
+"""Runs are read whatever state their folder is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_runs import make_run
+
+from freqmask.errors import UserError
+from freqmask.reporting.reading import read_run, read_runs
+from freqmask.training.runs import RunFolder
+
+
+def test_a_run_is_read_whole(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a"))
+    assert (run.name, run.status, run.rows, run.last_step) == ("a", "finished", 40, 40)
+    assert run.curves["loss"].last == pytest.approx(1 / 40)
+    assert [step for step, _ in run.previews] == [10, 20, 30]
+    assert run.missing == []
+
+
+def test_a_run_that_is_trained_is_going_on_and_one_that_was_killed_is_stopped(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", finished=False)
+    assert read_run(folder).status == "stopped"
+    training = RunFolder(folder)
+    training.lock()
+    try:
+        assert read_run(folder).status == "going on"
+    finally:
+        training.unlock()
+
+
+def test_a_cut_line_is_left_out_and_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    metrics = folder / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes()[:-7])
+    run = read_run(folder)
+    assert run.rows == 39
+    assert any("1 lines of metrics.csv are cut short" in sentence for sentence in run.missing)
+
+
+def test_numbers_that_are_none_are_counted_and_not_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", rows=2)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("3,nan,inf,,0.5,1,1\n")
+    curves = read_run(folder).curves
+    assert (curves["loss"].not_finite, len(curves["loss"].values)) == (1, 2)
+    assert curves["loss_over_zero/lowpass"].not_finite == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("metrics.csv", None, "metrics.csv is missing"),
+        ("metrics.csv", b"", "no column named step"),
+        ("metrics.csv", b"loss\n1\n", "no column named step"),
+        ("metrics.csv", b"step,loss\n", "no row yet"),
+        ("metrics.csv", b"\xff\xfe\x00\x01", "no column named step"),
+        ("config.yaml", b"a: [", "config.yaml cannot be read"),
+        ("config.yaml", b"\xff", "config.yaml cannot be read"),
+        ("run.json", b"{", "run.json cannot be read"),
+        ("run.json", b"[1]", "run.json holds no options"),
+        ("summary.json", b"", "summary.json cannot be read"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_said(
+    tmp_path: Path, name: str, content: bytes | None, sentence: str
+) -> None:
+    folder = make_run(tmp_path / "a")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert any(sentence in one for one in read_run(folder).missing)
+
+
+def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a")
+    make_run(tmp_path / "runs" / "b")
+    (tmp_path / "runs" / "splits").mkdir()
+    assert [run.name for run in read_runs([tmp_path / "runs"])] == ["a", "b"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / parent / "a") for parent in ("x", "y")]
+    assert len({run.name for run in read_runs([*paths, paths[0]])}) == 2
+
+
+def test_no_run_is_one_sentence(tmp_path: Path) -> None:
+    make_run(tmp_path / "mfm-small")
+    with pytest.raises(UserError, match="does not exist; did you mean 'mfm-small'"):
+        read_runs([tmp_path / "mfm-smal"])
+    with pytest.raises(UserError, match="must be a run folder, it is a file"):
+        read_runs([tmp_path / "mfm-small" / "metrics.csv"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no run"):
+        read_runs([tmp_path / "empty"])

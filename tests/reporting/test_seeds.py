@@ -1,0 +1,76 @@
+"""Runs that differ in their seed only are one line of the table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+import pytest
+from made_runs import make_run, result
+
+from freqmask.reporting.reading import read_runs
+from freqmask.reporting.seeds import join_seeds
+from freqmask.reporting.tables import FORMS
+
+
+def runs(tmp_path: Path) -> list[Path]:
+    return [
+        make_run(tmp_path / "a0", {"radius": 4, "seed": 0}, results=[result("a0", 0.40)]),
+        make_run(tmp_path / "a1", {"radius": 4, "seed": 1, "workers": 3}, results=[result("a1", 0.44)]),
+        make_run(tmp_path / "b0", {"radius": 8, "min_lr": 2e-6}, results=[result("b0", 0.50)]),
+    ]
+
+
+def test_seeds_are_joined_into_mean_deviation_and_n(tmp_path: Path) -> None:
+    table = join_seeds(read_runs(runs(tmp_path)))
+    assert table.settings == ["min_lr", "radius"]
+    assert [line.settings[1] for line in table.lines] == ["4", "8"]
+    cell = table.lines[0].cells[table.numbers.index("knn k=20 %")]
+    assert cell is not None
+    assert cell.values == pytest.approx((40, 44))
+    assert cell.deviation == pytest.approx(statistics.stdev([40, 44]))
+
+
+def test_what_auto_chose_is_no_setting_that_varies(tmp_path: Path) -> None:
+    typed = make_run(tmp_path / "a", {"lr": 1e-3})
+    other = make_run(tmp_path / "b", {"lr": 2e-3})
+    text = (other / "config.yaml").read_text().replace("warmup_epochs: 1.0", "warmup_epochs: 2.0")
+    (other / "config.yaml").write_text(text)
+    assert join_seeds(read_runs([typed, other])).settings == ["lr"]
+
+
+def test_a_measurement_made_again_counts_once(tmp_path: Path) -> None:
+    rows = [result("a", 0.1, time="1"), result("a", 0.3, time="2"), result("a", 0.5, seed=1, time="3")]
+    table = join_seeds(read_runs([make_run(tmp_path / "a", results=rows)]))
+    cell = table.lines[0].cells[table.numbers.index("knn k=20 %")]
+    assert cell is not None
+    assert cell.values == pytest.approx((40,))
+
+
+def test_other_models_are_lines_of_their_own(tmp_path: Path) -> None:
+    others = [{name: str(value) for name, value in result("pixels", 0.9).items()}]
+    table = join_seeds(read_runs(runs(tmp_path)), others)
+    assert table.lines[-1].settings == ["pixels", "–"]
+    assert table.lines[-1].cells[-1] is not None
+    assert table.lines[-1].cells[0] is None
+
+
+def test_csv_holds_numbers_in_columns_of_their_own(tmp_path: Path) -> None:
+    text = FORMS["csv"](join_seeds(read_runs(runs(tmp_path))))
+    row = next(csv.DictReader(io.StringIO(text)))
+    assert (row["radius"], row["knn k=20 % mean"], row["knn k=20 % n"]) == ("4", "42", "2")
+    assert float(row["knn k=20 % std"]) == pytest.approx(2.82843)
+
+
+def test_markdown_and_latex_show_hostile_values_as_text(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, {"filter": name}) for name in ("<b>|_%", "plain")]
+    table = join_seeds(read_runs(folders))
+    assert "| &lt;b>\\|_%" in FORMS["md"](table)
+    assert r"\textless{}b\textgreater{}|\_\% &" in FORMS["latex"](table)
+
+
+def test_unfinished_runs_are_named_below(tmp_path: Path) -> None:
+    table = join_seeds(read_runs([make_run(tmp_path / "a", finished=False)]))
+    assert "not finished: a" in FORMS["md"](table)
