@@ -3,7 +3,7 @@ our linear head is within 0.5 points of its logistic regression.
 
 Method: features of one model (random weights will do) on one data set. scikit-learn's k-NN gets cosine distance and
 the same votes; images whose k-th and (k+1)-th neighbours, or whose two best classes, are closer than 1e-6 count as
-ties. Its logistic regression gets the same standardised features, C chosen on the same held-out tenth, and is
+ties. Its logistic regression gets the same standardised features, C chosen on the same held-out images, and is
 fitted again on all training images, as our head is.
 
     python benchmarks/frozen_reference.py [MODEL] [DATA] [IMAGE_SIZE]
@@ -105,7 +105,8 @@ def compare_linear(
 
 
 def logistic_regression(train: np.ndarray, answers: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
-    learnt, held = split_indices(answers, None, (1 - linear.HELD_OUT, linear.HELD_OUT), seed)
+    share = linear.held_out_share(len(train))
+    learnt, held = split_indices(answers, None, (1 - share, share), seed)
     mean, spread = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-6)
     train, test = (train - mean) / spread, (test - mean) / spread
 

@@ -5,23 +5,34 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from freqmask.data.splits import split_indices
 from freqmask.evaluation import linear
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))  # they come writer by writer
+    images, labels = images[order], labels[order]
     return torch.from_numpy(images.astype(np.float32)), torch.from_numpy(labels)
 
 
-def test_accuracy_is_at_least_scikit_learn_s_within_half_a_point() -> None:
+def test_accuracy_is_scikit_learn_s_within_half_a_point() -> None:
     images, labels = digits()
     train, test = slice(0, 900), slice(900, None)
-    chosen = linear.choose_and_fit({"end/mean": images[train]}, labels[train], 10, weighted=False)
-    _, sweep = chosen["plain"]
-    ours = (sweep.predict({"end/mean": images[test]})[0] == labels[test]).double().mean()
-    scaled = images / images[train].std()
-    model = LogisticRegression(C=0.1, max_iter=1000).fit(scaled[train], labels[train])
-    assert ours > model.score(scaled[test], labels[test]) - 0.005
+    scaled = ((images - images[train].mean(0)) / images[train].std(0).clamp_min(1e-6)).numpy()
+    answers = labels.numpy()
+    differences, share = [], linear.held_out_share(900)
+    for seed in (0, 1, 2):  # a few hundred images choose by luck as well
+        _, sweep = linear.choose_and_fit(
+            {"end/mean": images[train]}, labels[train], 10, weighted=False, seed=seed
+        )["plain"]
+        ours = float((sweep.predict({"end/mean": images[test]})[0] == labels[test]).double().mean())
+        learnt, held = split_indices(answers[train], None, (1 - share, share), seed)
+        models = [LogisticRegression(C=c).fit(scaled[learnt], answers[learnt]) for c in (0.01, 0.1, 1, 10)]
+        best = max(models, key=lambda model: model.score(scaled[held], answers[held]))
+        theirs = LogisticRegression(C=best.C).fit(scaled[train], answers[train])
+        differences.append(ours - theirs.score(scaled[test], answers[test]))
+    assert abs(np.mean(differences)) < 0.005, differences
 
 
 def test_heads_do_not_influence_each_other() -> None:

@@ -96,6 +96,21 @@ def test_the_backbone_loads_in_timm_and_is_the_trained_one(finished: Path) -> No
     assert config["pretrained_cfg"]["input_size"] == [1, 16, 16]
 
 
+def test_a_size_that_the_patch_does_not_divide_is_padded_and_exported(tmp_path: Path) -> None:
+    run = freqmask.pretrain("builtin:digits", **{**TINY, "steps": 1, "patch_size": 5}, out=str(tmp_path / "run"))
+    config = json.loads((run / "backbone" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [1, 20, 20]
+
+
+def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = {**TINY["model_args"], "proj_drop_rate": 0.5}
+    options = {**TINY, "model_args": arguments, "checkpoint_every_steps": 2, "preview_every_steps": 1}
+    whole = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(3, options, tmp_path / "parts")
+    assert_identical(whole, freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "parts")))
+
+
 def test_config_repeats_the_run_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     again = freqmask.pretrain(config=str(finished / "config.yaml"), out=str(tmp_path / "again"))
     assert_identical(finished, again)

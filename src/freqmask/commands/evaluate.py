@@ -8,11 +8,7 @@ run into one table:
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from freqmask.evaluation.job import Setting
+from typing import Any, Literal
 
 __all__ = ["bands", "fewshot", "knn", "linear"]
 
@@ -84,11 +80,11 @@ def knn(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    from freqmask.evaluation.job import evaluate
+    from freqmask.evaluation.job import evaluate, setting_of
     from freqmask.evaluation.knn import NEIGHBOURS
     from freqmask.evaluation.protocols import Knn
 
-    return evaluate(Knn(k or NEIGHBOURS, temperature, feature), _setting(options))
+    return evaluate(Knn(k or NEIGHBOURS, temperature, feature), setting_of(options))
 
 
 def linear(
@@ -120,7 +116,7 @@ def linear(
     """Measures backbones by a linear head on frozen features.
 
     A sweep (learning rates, mean and class token, blocks at 1/2, 3/4 and the end) is trained in one pass; the
-    head is chosen on a tenth of the training images, never on the test images. For instance:
+    head is chosen on held-out training images, never on the test images. For instance:
     freqmask evaluate linear pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
 
     Args:
@@ -136,10 +132,10 @@ def linear(
         split_seed: of the split that we draw; it is written to runs/splits and used again.
         duplicates: what a split of ours does about identical images: refuse, or keep them together.
         pages: what the pages of a TIFF are.
-        rates: learning rates of the sweep, from strong regularisation to none; seven from 0.0001 to 100.
+        rates: learning rates of the sweep, from strong regularisation to none; ten from 0.0001 to 10.
         epochs: passes over the training images; small sets get at least 1,000 steps.
-        seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the tenth
-            that chooses, and the weights of random:.
+        seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the
+            held-out ones, and the weights of random:.
         weights: teacher or student of FOLK runs; the default is what the run exports.
         image_size: side in pixels that the networks see; the default is what each was trained at.
         crop: center takes the largest centred square, whole the whole picture, distorted to a square.
@@ -158,11 +154,11 @@ def linear(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    from freqmask.evaluation.job import evaluate
+    from freqmask.evaluation.job import evaluate, setting_of
     from freqmask.evaluation.linear import LEARNING_RATES
     from freqmask.evaluation.protocols import Linear
 
-    return evaluate(Linear(rates or LEARNING_RATES, epochs), _setting(options))
+    return evaluate(Linear(rates or LEARNING_RATES, epochs), setting_of(options))
 
 
 def fewshot(
@@ -234,10 +230,10 @@ def fewshot(
     """
     options = locals()
     from freqmask.evaluation.fewshot import SHOTS
-    from freqmask.evaluation.job import evaluate
+    from freqmask.evaluation.job import evaluate, setting_of
     from freqmask.evaluation.protocols import Fewshot
 
-    return evaluate(Fewshot(shots or SHOTS, feature, strength), _setting(options))
+    return evaluate(Fewshot(shots or SHOTS, feature, strength), setting_of(options))
 
 
 def bands(
@@ -307,42 +303,6 @@ def bands(
     """
     options = locals()
     from freqmask.evaluation.bands import evaluate_bands
+    from freqmask.evaluation.job import setting_of
 
-    return evaluate_bands(head, radii, _setting({**options, "seeds": seeds or [0]}))
-
-
-def _setting(options: dict[str, Any]) -> Setting:
-    """The options that all protocols share."""
-    from freqmask.evaluation.job import Setting, make_place
-    from freqmask.evaluation.labelled import Parting
-
-    model, data, out = options["model"], options["data"], options["out"]
-    several = isinstance(data, (list, tuple))
-    return Setting(
-        models=[model] if isinstance(model, (str, Path)) else list(model),
-        data=list(data) if several else [data],
-        labels=options["labels"],
-        parting=Parting(
-            options["train_split"],
-            options["test_split"],
-            options["test_share"],
-            options["folds"],
-            options["split_seed"],
-            options["duplicates"],
-        ),
-        pages=options["pages"],
-        seeds=options["seeds"] or (0, 1, 2),
-        image_size=options["image_size"],
-        weights=options["weights"],
-        value_range=options["value_range"],
-        crop=options["crop"],
-        place=make_place(
-            options["accelerator"],
-            options["batch_size"],
-            options["workers"],
-            options["precision"],
-            options["cache"],
-        ),
-        out=None if out is None else Path(out),
-        options={name: value for name, value in options.items() if name not in ("model", "out")},
-    )
+    return evaluate_bands(head, radii, setting_of({**options, "seeds": seeds or [0]}))

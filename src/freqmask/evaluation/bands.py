@@ -211,7 +211,7 @@ def table_lines(results: Sequence[Result], summaries: Sequence[Summary]) -> list
     points = _points(results, summaries)
     lines: list[str] = []
     for kind, words in KINDS.items():
-        rows = []
+        rows: list[list[str]] = []
         for name, curves in points.items():
             whole = curves["whole"][0][1] if "whole" in curves else float("nan")
             curve = curves.get(kind, [])

@@ -42,7 +42,8 @@ class ClassifierSubject(Subject):
         self.kind = "timm" if text.startswith(PUBLIC) else "folder"
         self.name = text if self.kind == "timm" else Path(text).resolve().name
         config = self.model.pretrained_cfg
-        self.input_size = tuple(int(side) for side in config["input_size"])
+        channels, height, width = (int(side) for side in config["input_size"])
+        self.input_size = (channels, height, width)
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.columns = torch.tensor(_columns(self.model, text, class_names))
         self._hash = hash_weights(self.model)
@@ -80,6 +81,7 @@ def _open(text: str) -> tuple[Any, str]:
     """The timm model in evaluation mode, and the value range that became [0, 1] in its training."""
     import timm
 
+    model: Any
     if text.startswith(PUBLIC):
         name = text.removeprefix(PUBLIC)
         check_name(name)
@@ -114,6 +116,6 @@ def _columns(model: Any, text: str, class_names: Sequence[str]) -> list[int]:
 
 
 def _imagenet_names(model: Any) -> list[str]:
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     return list(ImageNetInfo("imagenet-1k").label_names()) if model.num_classes == 1000 else []

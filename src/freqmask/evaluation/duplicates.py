@@ -65,7 +65,7 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
         tested: which of them are judged on.
     """
     config = RunFolder(run).config()
-    data = config.get("data")
+    data = config.get("data") or []
     try:
         trained = open_source(data, pages=config.get("pages", "channels"), split=config.get("split", "auto"))
     except UserError:

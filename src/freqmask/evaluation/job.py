@@ -69,6 +69,40 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def setting_of(options: Mapping[str, Any]) -> Setting:
+    """The options that all commands share, as one setting."""
+    model, data, out = options["model"], options["data"], options["out"]
+    several = isinstance(data, (list, tuple))
+    return Setting(
+        models=[str(model)] if isinstance(model, (str, Path)) else list(model),
+        data=list(data) if several else [data],
+        labels=options["labels"],
+        parting=Parting(
+            options["train_split"],
+            options["test_split"],
+            options["test_share"],
+            options["folds"],
+            options["split_seed"],
+            options["duplicates"],
+        ),
+        pages=options["pages"],
+        seeds=options["seeds"] or (0, 1, 2),
+        image_size=options["image_size"],
+        weights=options["weights"],
+        value_range=options["value_range"],
+        crop=options["crop"],
+        place=make_place(
+            options["accelerator"],
+            options["batch_size"],
+            options["workers"],
+            options["precision"],
+            options["cache"],
+        ),
+        out=None if out is None else Path(out),
+        options={name: value for name, value in options.items() if name not in ("model", "out")},
+    )
+
+
 def evaluate(protocol: Protocol, setting: Setting) -> list[Summary]:
     """Measure all models by a protocol, show one table, append to results.csv, draw the bars.
 

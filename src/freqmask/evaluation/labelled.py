@@ -169,9 +169,8 @@ def _use_splits(
     parts = [open_source(data, pages, split, labels) for split in names]  # type: ignore[arg-type]
     source = JoinedSource(parts)
     first = len(parts[0])
-    notes = []
     rounds = [Round(np.arange(first), np.arange(first, len(source)))]
-    return _labelled(source, rounds, str(data), f"{names[0]} / {names[1]}", notes)
+    return _labelled(source, rounds, str(data), f"{names[0]} / {names[1]}", [])
 
 
 def _labelled(source: Source, rounds: list[Round], name: str, split: str, notes: list[str]) -> LabelledData:
@@ -253,18 +252,17 @@ def _same_group(groups: list[str | None], one: int, other: int) -> bool:
 
 def _united(groups: list[str | None], hashes: list[int]) -> list[str | None]:
     """Groups joined wherever they share an identical image."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    count = len(hashes)
+    # The number of the component that each group and each picture belongs to; the smaller one wins a union.
+    component: dict[object, int] = {}
     keys: list[object] = [object() if group is None else group for group in groups]
-    numbers = [{key: place for place, key in enumerate(dict.fromkeys(column))} for column in (keys, hashes)]
-    rows = np.tile(np.arange(count), 2)
-    columns = [count + numbers[0][key] for key in keys]
-    columns += [count + len(numbers[0]) + numbers[1][value] for value in hashes]
-    nodes = count + len(numbers[0]) + len(numbers[1])
-    edges = coo_array((np.ones(2 * count), (rows, columns)), shape=(nodes, nodes))
-    return [str(number) for number in connected_components(edges, directed=False)[1][:count]]
+    pairs = list(zip(keys, [("pixels", value) for value in hashes], strict=True))
+    for number, pair in enumerate(pairs):
+        old = {component[one] for one in pair if one in component}
+        new = min(old, default=number)
+        if len(old) > 1:
+            component = {one: new if value in old else value for one, value in component.items()}
+        component.update(dict.fromkeys(pair, new))
+    return [str(component[key]) for key in keys]
 
 
 def _split_file(data: LabelledData, parting: Parting) -> Path:

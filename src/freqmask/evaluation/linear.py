@@ -14,8 +14,9 @@ from torch import Tensor
 from freqmask.data.splits import split_indices
 from freqmask.evaluation.scores import score
 
-LEARNING_RATES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
-HELD_OUT = 0.1  # of the training images: chooses among the heads
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
+DECAY = 1e-3  # weight decay times learning rate, see `Sweep`
+HELD_OUT, ENOUGH, MOST_HELD_OUT = 0.1, 500, 0.3  # of the training images: they choose among the heads
 MOMENTUM, BATCH, EPOCHS, LEAST_STEPS = 0.9, 512, 50, 1000
 IMBALANCED = 1.2  # largest over smallest class from which class weights make a difference worth a row
 
@@ -75,7 +76,7 @@ class Columns:
         """Directions in which the features vary independently (with that of the bias), and their variances."""
         count, width = len(self.parts[0]), len(self.mean) + 1
         covariance = torch.zeros(width, width, device=self.mean.device)
-        for images in self._chunks():
+        for images in self.chunks():
             rows = self.rows(images)
             covariance += rows.T @ rows / count
         covariance[-1, :-1] = covariance[:-1, -1] = (
@@ -86,9 +87,10 @@ class Columns:
 
     def along(self, directions: Float[Tensor, "columns columns"]) -> Float[Tensor, "image columns"]:
         """All images in the basis of the directions."""
-        return torch.cat([self.rows(images) @ directions for images in self._chunks()])
+        return torch.cat([self.rows(images) @ directions for images in self.chunks()])
 
-    def _chunks(self) -> tuple[Tensor, ...]:
+    def chunks(self) -> tuple[Tensor, ...]:
+        """Numbers of the images, some thousands at once."""
         return torch.arange(len(self.parts[0]), device=self.mean.device).split(8192)
 
 
@@ -98,9 +100,10 @@ class Sweep:
     Multinomial logistic regression by SGD with momentum 0.9 and a cosine to zero. A step of rate r is taken
     implicitly, as if the loss were least squares: the gradient is multiplied by (covariance + 1/r)^-1. For small
     r that is plain SGD, for large r Newton's step, and none is unstable: features of networks vary a million
-    times more in some directions than in others, and plain SGD would need as many steps. Small rates keep to
-    the strong directions, which is what regularises. The gradient is written out, so that all heads of one
-    input are one matrix product.
+    times more in some directions than in others, and plain SGD would need as many steps. With the rate comes a
+    weight decay of 0.001 / r, at which the thousands of effective steps arrive: a head ends at the solution of
+    L2-regularised logistic regression (scikit-learn's with C = 1000 r / images), small rates at a simple one.
+    The gradient is written out, so that all heads of one input are one matrix product.
 
     Args:
         features: name -> (image, dim), of the training images.
@@ -130,19 +133,33 @@ class Sweep:
         self.weights = self._train(labels, seed, epochs)
 
     def predict(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Int64[Tensor, "head image"]:
-        """The classes that each head takes images for; -1 where a head has gone astray."""
+        """The classes that each head takes images for."""
         some = next(iter(features.values()))
         answers = torch.empty(len(self.heads), len(some), dtype=torch.int64, device=some.device)
-        for names in self.inputs:
-            columns = self.columns[names].like([features[name] for name in names])
-            for images in torch.arange(len(some), device=some.device).split(8192):
-                logits = self._logits(columns.rows(images), self.weights[names])
-                said = torch.where(logits.isfinite().all(dim=2), logits.argmax(dim=2), -1)
-                answers[torch.tensor(self.members[names])[:, None], images.cpu()] = said.T
+        for members, images, logits in self._answers(features):
+            answers[members[:, None], images] = logits.argmax(dim=2).T
         return answers
 
-    def _logits(self, rows: Tensor, weights: Tensor) -> Float[Tensor, "batch head class"]:
-        return (rows @ weights).view(len(rows), -1, self.classes)
+    def judge(
+        self, features: Mapping[str, Float[Tensor, "image dim"]], labels: Int64[Tensor, " image"]
+    ) -> tuple[Int64[np.ndarray, "head image"], list[float]]:
+        """The classes of each head, and its mean cross-entropy in nats."""
+        losses = torch.zeros(len(self.heads), device=labels.device)
+        for members, images, logits in self._answers(features):
+            truth = labels[images][:, None, None].expand(-1, len(members), 1)
+            losses[members] -= logits.log_softmax(dim=2).gather(2, truth).sum(dim=(0, 2)) / len(labels)
+        return self.predict(features).cpu().numpy(), losses.tolist()
+
+    def _answers(
+        self, features: Mapping[str, Float[Tensor, "image dim"]]
+    ) -> Iterator[tuple[Tensor, Tensor, Float[Tensor, "batch head class"]]]:
+        """Numbers of heads and of images, and what those heads say of them, chunk by chunk."""
+        for names in self.inputs:
+            columns = self.columns[names].like([features[name] for name in names])
+            members = torch.tensor(self.members[names], device=columns.mean.device)
+            for images in columns.chunks():
+                logits = columns.rows(images) @ self.weights[names]
+                yield members, images, logits.view(len(images), len(members), self.classes)
 
     def _train(self, labels: Tensor, seed: int, epochs: float) -> dict[tuple[str, ...], Tensor]:
         count = len(labels)
@@ -165,6 +182,8 @@ class Sweep:
             self.columns[names].along(directions),
             directions,
             paces.repeat_interleave(self.classes, dim=1),
+            # the bias is free; after sorting its direction is the one that ends in 1
+            ((1 - directions[-1:].T.square()) * DECAY / rates).repeat_interleave(self.classes, dim=1),
             self._importance(labels, heads),
         )
 
@@ -183,11 +202,15 @@ class _Group:
         rows: the training images in that basis (image, columns).
         directions: the basis.
         paces: step of each weight (columns, head x class).
+        decays: weight decay of each weight (columns, head x class).
         importance: of the images of each class for each head (head, class).
     """
 
-    def __init__(self, rows: Tensor, directions: Tensor, paces: Tensor, importance: Tensor) -> None:
-        self.rows, self.directions, self.paces, self.importance = rows, directions, paces, importance
+    def __init__(
+        self, rows: Tensor, directions: Tensor, paces: Tensor, decays: Tensor, importance: Tensor
+    ) -> None:
+        self.rows, self.directions, self.importance = rows, directions, importance
+        self.paces, self.decays = paces, decays
         self.weights = torch.zeros_like(paces)
         self._speeds = torch.zeros_like(paces)
 
@@ -198,7 +221,7 @@ class _Group:
         error = logits.softmax(dim=2)
         error[torch.arange(len(rows), device=rows.device), :, answers] -= 1  # d loss / d logits
         error *= self.importance[:, answers].T[:, :, None] / len(rows)
-        self._speeds.mul_(MOMENTUM).add_(rows.T @ error.flatten(1))
+        self._speeds.mul_(MOMENTUM).add_(rows.T @ error.flatten(1)).addcmul_(self.decays, self.weights)
         self.weights -= pace * self.paces * self._speeds
 
 
@@ -222,7 +245,7 @@ def sweep_of(names: Sequence[str], weighted: bool, rates: Sequence[float] = LEAR
         rates: peak learning rates.
     """
     places = list(dict.fromkeys(name.split("/")[0] for name in names))
-    inputs = [(name,) for name in names]
+    inputs: list[tuple[str, ...]] = [(name,) for name in names]
     inputs += [
         (f"{place}/mean", f"{place}/token")
         for place in places
@@ -243,14 +266,14 @@ def choose_and_fit(
     epochs: float = EPOCHS,
     weighted: bool | None = None,
 ) -> dict[str, tuple[Head, Sweep]]:
-    """Train the sweep on nine tenths, choose on the tenth, train the chosen head on all.
+    """Train the sweep on most images, choose on the held-out ones, train the chosen head on all.
 
     Args:
         features: name -> (image, dim), of the training images.
         labels: their classes.
         classes: how many there are.
         groups: of the images; none is divided between the parts.
-        seed: of the tenth and of the order.
+        seed: of the held-out part and of the order.
         rates: peak learning rates.
         epochs: passes over the images.
         weighted: whether heads with class weights come along; None: where the classes differ in size.
@@ -262,20 +285,21 @@ def choose_and_fit(
     counts = torch.bincount(labels)
     if weighted is None:
         weighted = bool(counts.max() > IMBALANCED * counts[counts > 0].min())
+    share = held_out_share(len(labels))
     learnt, held = (
         torch.from_numpy(part).to(labels.device)
-        for part in split_indices(labels.cpu().numpy(), groups, (1 - HELD_OUT, HELD_OUT), seed)
+        for part in split_indices(labels.cpu().numpy(), groups, (1 - share, share), seed)
     )
     heads = sweep_of(list(features), weighted, rates)
     sweep = Sweep(_rows(features, learnt), labels[learnt], classes, heads, seed, epochs)
-    answers = sweep.predict(_rows(features, held)).cpu().numpy()
+    answers, losses = sweep.judge(_rows(features, held), labels[held])
     truth = labels[held].cpu().numpy()
     chosen = {}
     for name, kind in (("plain", False), ("class weights", True)):
         if kind and not weighted:
             continue
         among = [number for number, head in enumerate(heads) if head.weighted == kind]
-        best = max(among, key=lambda number: _merit(truth, answers[number], classes, kind))
+        best = max(among, key=lambda number: _merit(truth, answers[number], losses[number], classes, kind))
         chosen[name] = (heads[best], Sweep(features, labels, classes, [heads[best]], seed, epochs))
     return chosen
 
@@ -284,8 +308,16 @@ def _rows(features: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
     return {name: values[images] for name, values in features.items()}
 
 
-def _merit(truth: np.ndarray, predicted: np.ndarray, classes: int, balanced: bool) -> float:
-    if (predicted < 0).any():
-        return -1.0
+def held_out_share(images: int) -> float:
+    """A tenth of the training images, up to three tenths where that would be fewer than 500."""
+    return min(max(HELD_OUT, ENOUGH / images), MOST_HELD_OUT)
+
+
+def _merit(
+    truth: np.ndarray, predicted: np.ndarray, loss: float, classes: int, balanced: bool
+) -> tuple[float, float]:
+    """Accuracy, and among equals the loss: few images leave many heads with the same accuracy."""
+    if not math.isfinite(loss):
+        return -1.0, -math.inf
     scores = score(truth, predicted, classes)
-    return scores.balanced_accuracy if balanced else scores.accuracy
+    return (scores.balanced_accuracy if balanced else scores.accuracy), -loss

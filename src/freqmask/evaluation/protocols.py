@@ -54,7 +54,7 @@ class Linear(Protocol):
 
     def __init__(self, rates: Sequence[float], epochs: float) -> None:
         self.rates, self.epochs = list(rates), epochs
-        self.title = "linear probe, chosen on a tenth of the training images"
+        self.title = "linear probe, chosen on held-out training images"
 
     def run(self, bench: Bench, one: Round, seed: int) -> dict[str, Outcome]:
         """The plain head and, where classes differ in size, the one with class weights."""

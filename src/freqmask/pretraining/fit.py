@@ -232,8 +232,6 @@ class Fit:
 
     def _saver(self, signals: StopSignals, monitor: Monitor) -> Saver:
         options = self.options
-        size = options["image_size"]
-        height, width = (size, size) if isinstance(size, int) else size
         calibrating = self._still(self.train, 1)
         return Saver(
             self.run_folder,
@@ -244,7 +242,6 @@ class Fit:
             int(options["keep_checkpoints"]),
             lambda: calibration(calibrating, self.method),
             {
-                "input_size": (options["channels"], height, width),
                 "mean": options["mean"],
                 "std": options["std"],
                 "facts": {

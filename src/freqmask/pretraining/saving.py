@@ -132,9 +132,11 @@ class Saver(L.Callback):
         """Export what the method exports by default, its batch norm recalibrated on unfiltered images."""
         backbone = copy.deepcopy(method.backbones()[method.default_backbone])
         device = next(backbone.parameters()).device
-        with torch.no_grad():
+        # a loader draws its seed from torch's generator, whose state the checkpoint holds already
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             recalibrate_batch_norm(backbone, (batch.to(device) for batch in self.calibration()))
-        settings = dict(self.export)
+        height, width = backbone.padded_size if backbone.fixed_size else backbone.image_size
+        settings = {**self.export, "input_size": (backbone.channels, height, width)}
         facts = {**settings.pop("facts"), "step": step, "weights": method.default_backbone}
         pooled = trained_feature(method, backbone)
         write_timm_folder(backbone.timm_model, self.run.backbone, facts=facts, pooled=pooled, **settings)

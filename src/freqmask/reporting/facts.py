@@ -59,7 +59,7 @@ def _data(run: Run) -> list[Fact]:
     return [
         ("Data", "Images from", text_of(data)),
         ("Data", "Trained on", f"{images:,} images" if isinstance(images, int) else ""),
-        ("Data", "Could not be read", skipped),
+        ("Data", "Passed over", skipped),
         ("Data", "Network sees", _seen(config)),
         ("Data", "Value range", _value_range(config.get("value_range"))),
     ]

@@ -70,9 +70,12 @@ def _learning(run: Run) -> Iterator[Remark]:
 
 def _bands(run: Run) -> Iterator[Remark]:
     bands = {
-        name: curve for name, curve in run.curves.items() if re.fullmatch(r"loss_over_zero/band_.*", name)
+        name: curve
+        for name, curve in run.curves.items()
+        if re.fullmatch(r"loss_over_zero/band_[\d.]+_[\d.]+", name)
     }
-    flat = [wording(name).removeprefix("band ") for name, curve in bands.items() if curve.tail() >= FLAT]
+    rising = sorted(bands, key=lambda name: float(re.findall(r"[\d.]+", name)[0]))
+    flat = [wording(name).removeprefix("band ") for name in rising if bands[name].tail() >= FLAT]
     if flat and len(flat) < len(bands):
         yield Remark(
             "note", f"Not learnt yet: frequencies of {', '.join(flat)} cycles a side. Fine detail comes last."

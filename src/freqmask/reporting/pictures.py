@@ -86,11 +86,11 @@ def embed_previews(previews: Sequence[tuple[int, Path]], budget: int) -> tuple[l
 
 
 def _width_and_size(previews: Sequence[tuple[int, Path]], budget: int) -> tuple[int, int]:
-    """Width at which the wanted number fits, and the bytes of the largest of three samples at that width."""
+    """Width at which the wanted number fits, and the mean bytes of three samples at that width."""
     samples = [path for _, path in spread_out(previews, 3)]
     widest = WIDEST
     while True:
-        size = max(_size(embed(path, widest=widest)) for path in samples)
+        size = sum(_size(embed(path, widest=widest)) for path in samples) // len(samples) + 1
         if size * min(WANTED, len(previews)) <= budget or widest <= NARROWEST:
             return widest, size
         widest = max(int(widest * 0.8), NARROWEST)
