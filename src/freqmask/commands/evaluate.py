@@ -132,7 +132,7 @@ def linear(
         split_seed: of the split that we draw; it is written to runs/splits and used again.
         duplicates: what a split of ours does about identical images: refuse, or keep them together.
         pages: what the pages of a TIFF are.
-        rates: learning rates of the sweep, from strong regularisation to none; ten from 0.0001 to 10.
+        rates: learning rates of the sweep, from strong regularisation to little; nine from 0.0001 to 100.
         epochs: passes over the training images; small sets get at least 1,000 steps.
         seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the
             held-out ones, and the weights of random:.

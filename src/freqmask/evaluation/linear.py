@@ -14,7 +14,7 @@ from torch import Tensor
 from freqmask.data.splits import split_indices
 from freqmask.evaluation.scores import score
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
+LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
 DECAY = 1e-3  # weight decay times learning rate, see `Sweep`
 HELD_OUT, ENOUGH, MOST_HELD_OUT = 0.1, 500, 0.3  # of the training images: they choose among the heads
 MOMENTUM, BATCH, EPOCHS, LEAST_STEPS = 0.9, 512, 50, 1000

@@ -80,13 +80,11 @@ class PretrainingModule(L.LightningModule):
             shard(self.method, mesh["data_parallel"])
             self._sharded = True
 
-    def on_train_start(self) -> None:
-        """Put the global generator where the checkpoint left it, for models that use dropout."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
-
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Set the learning rate of this step."""
+        """Set the learning rate of this step, and after a restart the generator, for models that use dropout."""
+        if self._random_state is not None:  # only now: the loader has drawn its seed for the first batch
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
         assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
         self.schedule.apply(self.step)
 
