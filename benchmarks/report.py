@@ -1,6 +1,6 @@
 """Claim: the report of a long run stays below 8 MB and answers at once; curves and previews are thinned, not cut.
 
-A made-up run of 100,000 logged steps with 20 columns and 200 previews of photographs is written to a temporary
+A made-up run of 100,000 logged steps with 18 columns and 200 previews of photographs is written to a temporary
 folder; its report is built and opened in Chromium from the disk. Median of the repeats; time to interactive
 is from the start of the navigation until all charts are drawn.
 

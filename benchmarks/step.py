@@ -4,8 +4,8 @@ A training step (forward, backward, clip, AdamW, EMA) of each method beside a pl
 timm backbone (cross-entropy on 1,000 classes) in the same precision: all take turns in one run, so that a busy
 machine slows all alike. `mask+loss` is the time of masks, filtering, normalisation and loss with its gradient,
 measured on the batch alone, as a share of the step. FOLK is compared with its own passes: two of the student
-and its heads with gradient, two of the teacher and its head without. MFU is the backbone's multiply-adds (twice, three passes) over a
-matmul ceiling measured in the same run.
+and its heads with gradient, two of the teacher and its head without. MFU is the backbone's multiply-adds
+(twice, three passes) over a matmul ceiling measured in the same run.
 
     python benchmarks/step.py                                    # CPU sizes
     python benchmarks/step.py --device cuda --batch 256 --precision bf16 --compile

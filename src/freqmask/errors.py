@@ -10,7 +10,7 @@ class UserError(Exception):
     """A sentence for the user: what was given, the rule it breaks, the way out. The command line exits with 2."""
 
 
-class BadImage(Exception):
+class BadImage(Exception):  # noqa: N818 - it names a thing, and no mistake of the user
     """An image that cannot be read. The run goes on without it and lists it with this reason."""
 
     def __init__(self, reason: str) -> None:

@@ -13,7 +13,7 @@ from freqmask.errors import UserError
 
 
 class ReconstructionHead(nn.Sequential):
-    """MFM's decoder: a 1x1 convolution to stride^2 C channels, then pixel shuffle (PAPERS, section 1).
+    """MFM's decoder: a 1x1 convolution to stride^2 C channels, then pixel shuffle (docs/methods.md, MFM).
 
     Its two parameters are ``0.weight`` and ``0.bias``, as in the authors' checkpoints (``decoder.0.*``).
 

@@ -49,3 +49,10 @@ def test_digits_are_labelled_and_enlarged():
     assert picture.shape == (1, 32, 32) and picture.dtype == np.uint8
     reduced = picture[0].reshape(8, 4, 8, 4).mean((1, 3))
     assert np.corrcoef(reduced.ravel(), digits.images[7].ravel())[0, 1] > 0.97
+
+
+def test_no_cut_out_is_empty() -> None:
+    photos = BuiltinPhotos()
+    retina = next(place for place, name in enumerate(PHOTOGRAPHS) if "retina" in name)  # black in its corners
+    for number in range(retina, len(photos), len(PHOTOGRAPHS)):
+        assert photos.open(number).decode().std() > 0

@@ -29,7 +29,7 @@ def tiny_vit(**changes):
 
 
 def beit_like_reference(state, images, depth, heads=1):
-    """Block outputs straight from an MFM file's tensors, written from PAPERS.md section 4."""
+    """Block outputs straight from an MFM file's tensors, written from docs/methods.md, exchange format."""
     get = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
     patch = torch.nn.functional.conv2d(
         images, get["patch_embed.proj.weight"], get["patch_embed.proj.bias"], stride=8

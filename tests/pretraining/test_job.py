@@ -31,7 +31,13 @@ TINY: dict[str, Any] = {
     "preview_every_steps": 0,
     "accelerator": "cpu",
 }
-TINY_FOLK: dict[str, Any] = {**TINY, "method": "folk", "outputs": 32, "hidden_size": 32, "bottleneck_size": 16}
+TINY_FOLK: dict[str, Any] = {
+    **TINY,
+    "method": "folk",
+    "outputs": 32,
+    "hidden_size": 32,
+    "bottleneck_size": 16,
+}
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +103,9 @@ def test_the_backbone_loads_in_timm_and_is_the_trained_one(finished: Path) -> No
 
 
 def test_a_size_that_the_patch_does_not_divide_is_padded_and_exported(tmp_path: Path) -> None:
-    run = freqmask.pretrain("builtin:digits", **{**TINY, "steps": 1, "patch_size": 5}, out=str(tmp_path / "run"))
+    run = freqmask.pretrain(
+        "builtin:digits", **{**TINY, "steps": 1, "patch_size": 5}, out=str(tmp_path / "run")
+    )
     config = json.loads((run / "backbone" / "config.json").read_text())
     assert config["pretrained_cfg"]["input_size"] == [1, 20, 20]
 
@@ -231,7 +239,14 @@ def test_accumulation_makes_the_same_step(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    options = {**TINY, "lr": 1e30, "warmup_epochs": 0, "clip_grad": None, "checkpoint_every_steps": 1, "steps": 30}
+    options = {
+        **TINY,
+        "lr": 1e30,
+        "warmup_epochs": 0,
+        "clip_grad": None,
+        "checkpoint_every_steps": 1,
+        "steps": 30,
+    }
     with pytest.raises(UserError, match=r"no longer finite at step \d+ \(learning rate 1e\+30.*step-0"):
         freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
@@ -246,7 +261,9 @@ def test_overfit_ends_in_pass_or_fail(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "FAIL: on 8 images" in capsys.readouterr().out
 
 
-def test_dry_run_draws_the_plan_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_draws_the_plan_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     freqmask.pretrain("builtin:digits", **TINY, out=str(out), dry_run=True)
     shown = capsys.readouterr().out
@@ -320,7 +337,9 @@ def test_where_compiling_fails_the_run_goes_on_and_says_so(
 
     monkeypatch.setattr(torch.nn.Module, "compile", refuse)
     run = freqmask.pretrain("builtin:digits", **TINY, compile=True, out=str(tmp_path / "run"))
-    assert "torch.compile cannot be used here (no compiler here); going on without it" in capsys.readouterr().out
+    assert (
+        "torch.compile cannot be used here (no compiler here); going on without it" in capsys.readouterr().out
+    )
     assert (run / "summary.json").is_file()
 
 

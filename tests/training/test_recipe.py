@@ -1,4 +1,4 @@
-"""The published recipe, to the number (PAPERS.md, section 1)."""
+"""The published recipe, to the number (docs/methods.md, MFM)."""
 
 import math
 
@@ -21,7 +21,7 @@ class Vit(nn.Module):
 
 
 def recipe(**changes: object) -> Recipe:
-    values = dict(lr=1.2e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=20, total_steps=300)
+    values = {"lr": 1.2e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "warmup_steps": 20, "total_steps": 300}
     return Recipe(**{**values, **changes})  # type: ignore[arg-type]
 
 

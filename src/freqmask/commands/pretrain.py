@@ -166,7 +166,8 @@ def pretrain(
         initialisation: mfm (the paper's, for a ViT) or timm (the library's).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         filter: fixed (low- and high-pass), com (Com and RCom), a filter with arguments such as
-            'bandstop(low=8, high=24)', or an import path (in Python also the object). MFM's default is fixed, FOLK's com.
+            'bandstop(low=8, high=24)', or an import path (in Python also the object). MFM's default is
+            fixed, FOLK's com.
         radius: of the fixed filters, in frequency bins; auto is 16 at 224 pixels, scaled with the side.
             Two radii are not an option here: name a bandpass or bandstop filter.
         low_pass_share: share of images that are low-passed; auto is 0.5 for a ViT, 0.3 for a CNN.

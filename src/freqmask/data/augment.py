@@ -69,7 +69,7 @@ class PhotometricSettings:
 
 
 NO_CHANGE = PhotometricSettings(jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
-# DINO's two global views (PAPERS.md, section 2): the first always blurred, the second sometimes solarised.
+# DINO's two global views (docs/methods.md, FOLK): the first always blurred, the second sometimes solarised.
 DINO_VIEWS = (
     PhotometricSettings(blur=1.0, solarise=0.0),
     PhotometricSettings(blur=0.1, solarise=0.2),

@@ -29,7 +29,7 @@ _OVERSAMPLING = 2  # a reduced JPEG keeps twice the asked pixels, so that reduci
 class Geometry:
     """How one view is cut out of a picture.
 
-    The default is MFM's (PAPERS.md, section 1): a random window of 20 to 100 % of the area, bicubic, mirrored
+    The default is MFM's (docs/methods.md, MFM): a random window of 20 to 100 % of the area, bicubic, mirrored
     half of the time. Every resampling is bicubic (a = -0.5) with antialiasing, as Pillow's.
 
     Args:

@@ -1,4 +1,4 @@
-"""The names of MFM's released checkpoints (PAPERS.md, section 4), both ways.
+"""The names of MFM's released checkpoints (docs/methods.md, exchange format), both ways.
 
 A ViT has BEiT's names: queries and values with a bias of their own, keys with none. Dropping the keys' bias
 changes nothing: it adds the same number to every score of a query, which softmax does not see.

@@ -1,4 +1,4 @@
-"""FOLK: MFM, and a teacher that sees the whole image (PAPERS, section 2)."""
+"""FOLK: MFM, and a teacher that sees the whole image (docs/methods.md, FOLK)."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class FOLK(Method):
         view_keys: Sequence[Tensor],
         teacher_logits: Tensor,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The reconstruction's health over all views, and ``collapse`` in nats (PAPERS, section 6)."""
+        """The reconstruction's health over all views, and ``collapse`` in nats (docs/methods.md, small pictures)."""
         keep = torch.cat([view.keep for view in filtered])
         health = reconstruction_health(
             self.loss,

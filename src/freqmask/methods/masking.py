@@ -28,7 +28,7 @@ def masking_filter(filter: str | Filter, image_size: tuple[int, int], is_cnn: bo
         filter: ``"fixed"``: low-pass or high-pass, drawn per image; ``"com"``: Com or RCom; else a filter, or
             its name or import path with arguments.
         image_size: (height, width) in pixels.
-        is_cnn: chooses ``low_pass_share="auto"``: 0.3 for a CNN, else 0.5 (PAPERS, section 1).
+        is_cnn: chooses ``low_pass_share="auto"``: 0.3 for a CNN, else 0.5 (docs/methods.md, MFM).
         **options: a value for every name in ``OPTIONS``.
 
     Raises:
@@ -68,7 +68,7 @@ def without_auto(settings: dict[str, Any], image_size: tuple[int, int], is_cnn: 
 
 
 def default_low_pass_share(is_cnn: bool) -> float:
-    """The published chance that an image is low-passed (PAPERS, section 1)."""
+    """The published chance that an image is low-passed (docs/methods.md, MFM)."""
     return 0.3 if is_cnn else 0.5
 
 
@@ -78,7 +78,7 @@ def corrupt(
     keys: Int64[Tensor, " batch"],
     clamp: bool,
 ) -> Filtered:
-    """What the network sees, x~ = clamp(Re F^-1(F(x) keep), 0, 1), and keep (PAPERS, section 1)."""
+    """What the network sees, x~ = clamp(Re F^-1(F(x) keep), 0, 1), and keep (docs/methods.md, MFM)."""
     filtered: Filtered = filter(images, keys)
     return Filtered(filtered.images.clamp(0, 1), filtered.keep) if clamp else filtered
 

@@ -1,4 +1,4 @@
-"""MFM: hide frequencies of an image, predict them (PAPERS, section 1)."""
+"""MFM: hide frequencies of an image, predict them (docs/methods.md, MFM)."""
 
 from __future__ import annotations
 

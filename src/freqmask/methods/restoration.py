@@ -1,4 +1,4 @@
-"""Restoration tasks: undo a spatial corruption, judged on the whole spectrum (PAPERS, section 1)."""
+"""Restoration tasks: undo a spatial corruption, judged on the whole spectrum (docs/methods.md, MFM)."""
 
 from __future__ import annotations
 

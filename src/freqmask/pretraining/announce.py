@@ -14,7 +14,7 @@ from freqmask.pretraining.resolve import Resolved
 from freqmask.training import plan
 from freqmask.training.runs import RunFolder
 
-FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (PAPERS.md, section 6)
+FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (docs/methods.md, small pictures)
 PREVIEW_BYTES = 500_000
 
 
@@ -180,6 +180,7 @@ def summary_lines(
     if preview is not None:
         yield f"look at     {preview}"
         yield f"            {run.path / 'plan.png'}"
+        yield f"            {run.path / 'report.html'}    (open it in a browser)"
     yield f"backbone    {run.backbone}"
     yield f'            model = timm.create_model("local-dir:{run.backbone}", pretrained=True)'
     if summary.get("skipped"):

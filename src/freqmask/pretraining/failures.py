@@ -49,7 +49,11 @@ def _not_finite(error: NotFiniteError, run: RunFolder, options: Mapping[str, Any
 
 def out_of_memory(options: Mapping[str, Any]) -> str:
     """The sentence for a batch that does not fit: the same batch in smaller parts."""
-    peak = f"the peak was {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; " if torch.cuda.is_available() else ""
+    peak = (
+        f"the peak was {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; "
+        if torch.cuda.is_available()
+        else ""
+    )
     devices = int(options["devices"]) * int(options["num_nodes"])
     at_once = int(options["batch_size"]) // devices // int(options["accumulate"])
     return (

@@ -156,7 +156,9 @@ class Fit:
             accelerator=options["accelerator"],
             devices=options["devices"],
             num_nodes=options["num_nodes"],
-            strategy=sharding_strategy(self.processes) if options["strategy"] in SHARDED else options["strategy"],
+            strategy=sharding_strategy(self.processes)
+            if options["strategy"] in SHARDED
+            else options["strategy"],
             precision=options["precision"],
             max_steps=total_steps,
             max_epochs=-1,

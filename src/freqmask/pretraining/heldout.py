@@ -69,7 +69,10 @@ class HeldOut(L.Callback):
         assert isinstance(module, PretrainingModule)
         began = time.perf_counter()
         # a loader draws its seed from torch's generator, which belongs to the training
-        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []), looking(module):
+        with (
+            torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []),
+            looking(module),
+        ):
             if self.held_out is not None:
                 loss = self.loss(trainer, module, self.held_out)
                 if trainer.is_global_zero:

@@ -42,6 +42,7 @@ from freqmask.pretraining.resume import (
     without_out,
 )
 from freqmask.pretraining.settings import check_accelerator, check_options
+from freqmask.reporting.page import refresh_report
 from freqmask.training.plan import usable_cores
 from freqmask.training.runs import LOCK, RunFolder, comparable, new_run, now
 
@@ -279,6 +280,7 @@ def _train(
     with told_in_words(run, options):
         outcome = fit.run(checkpoint)
     if outcome.stopped_by is not None:
+        refresh_report(run.path)
         _say_stopped(run, options, outcome)
     _tell_end(run, options, outcome, time.time() - began)
     return run.path
@@ -289,6 +291,7 @@ def _tell_end(run: RunFolder, options: Mapping[str, Any], outcome: Outcome, seco
         return
     summary = {**outcome.summary, "seconds": round(seconds, 1), "ended": now()}
     run.finish(summary)
+    refresh_report(run.path)
     for line in announce.summary_lines(run, summary, outcome.preview, data_words(options)):
         say(line)
     if options["overfit"] is not None:

@@ -14,7 +14,7 @@ from freqmask.training.progress import Progress
 from freqmask.training.runs import RunFolder
 from freqmask.training.tables import append_row
 
-COLLAPSE_WARNING = 0.1  # nats, PAPERS.md section 6
+COLLAPSE_WARNING = 0.1  # nats, docs/methods.md, small pictures
 
 
 class Monitor(L.Callback):

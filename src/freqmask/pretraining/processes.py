@@ -51,7 +51,9 @@ def wait_for_run(out: str) -> RunFolder:
     until = time.monotonic() + PATIENCE
     while not run.exists():
         if time.monotonic() > until:
-            raise UserError(f"run ({out}) was not begun by process 0 within {PATIENCE:g} seconds; see its output")
+            raise UserError(
+                f"run ({out}) was not begun by process 0 within {PATIENCE:g} seconds; see its output"
+            )
         time.sleep(0.2)
     return run
 

@@ -11,9 +11,9 @@ from freqmask.reporting.reading import Curve, Run
 from freqmask.training.readable import readable_time
 
 FLAT = 0.99  # loss over that of predicting nothing
-COLLAPSED = 0.1  # nats (PAPERS, section 6)
+COLLAPSED = 0.1  # nats (docs/methods.md, small pictures)
 WAITING = 0.2  # share of the time
-EARLY = 5_000  # steps before which nothing can be judged (PAPERS, section 6)
+EARLY = 5_000  # steps before which nothing can be judged (docs/methods.md, small pictures)
 OVERFITTING = 1.03  # last held-out loss over its lowest
 
 

@@ -19,7 +19,7 @@ from freqmask.training.readable import readable_time as readable_time
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
-TARGET_STEPS = 10_000  # nothing can be judged before about 5,000 (PAPERS.md, section 6)
+TARGET_STEPS = 10_000  # nothing can be judged before about 5,000 (docs/methods.md, small pictures)
 PUBLISHED_EPOCHS = 300
 MOST_EPOCHS = 1_600
 BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32

@@ -1,4 +1,4 @@
-"""The optimisation recipe: learning rate, schedule, parameter groups (PAPERS.md, section 1, "Recipe")."""
+"""The optimisation recipe: learning rate, schedule, parameter groups (docs/methods.md, MFM, "Recipe")."""
 
 from __future__ import annotations
 
