@@ -140,7 +140,7 @@ def pretrain(
             resampled (microscopy); whole: the whole image resized; center: the largest centred part.
         crop_scale: smallest and largest share of the image's area in a random crop. auto is 0.2 1 as
             published (FOLK: 0.25 1), or 0.5 1 below 160 pixels, where small crops empty the upper band.
-        flip: mirror half of the views left to right.
+        flip: mirror half of the views, left to right.
         vertical_flip: mirror half of the views top to bottom (views from above, microscopy).
         quarter_turns: turn the views by 0, 90, 180 or 270 degrees.
         colour_jitter: strengths of brightness, contrast, saturation, hue, and their probability. FOLK: 0.4 0.4 0.2
@@ -179,30 +179,30 @@ def pretrain(
         masked_weight: weight of the hidden frequencies in the loss. 1.
         kept_weight: weight of the kept frequencies in the loss. 0.
         reduce: normalise the loss over the batch (as released) or image by image.
-        gamma: power of the spectral distance. 1.
+        gamma: power of the spectral distance in the loss. 1.
         focal: strength of the focal weight; null is off.
         views: FOLK's two filtered views, or one (half the passes).
         outputs: FOLK's prototypes; auto is 65,536, or 4,096 below 100,000 images.
         hidden_size: width of FOLK's projection head. 2,048.
-        bottleneck_size: width of its bottleneck. 256.
+        bottleneck_size: width of that head's bottleneck. 256.
         student_temperature: of the softmax of FOLK's student. 0.1.
-        teacher_temperature: after its warm-up. 0.07.
-        teacher_temperature_start: before its warm-up. 0.04.
+        teacher_temperature: of the teacher's softmax after its warm-up. 0.07.
+        teacher_temperature_start: of the teacher's softmax before its warm-up. 0.04.
         teacher_temperature_warmup: share of the training over which it rises. 0.1.
-        center_momentum: of the teacher's centre. 0.9.
+        center_momentum: how much of the teacher's centre a step keeps. 0.9.
         ema_momentum: of the teacher at the start; a cosine leads it to 1. 0.996.
-        distillation_weight: 1.
-        reconstruction_weight: 1.
+        distillation_weight: weight of the distillation in FOLK's loss. 1.
+        reconstruction_weight: weight of the reconstruction in FOLK's loss. 1.
         freeze_last_layer_epochs: epochs in which the head's last layer stands still. 1.
         distil: FOLK distils the class token where there is one, or the pooled feature.
         factor: of super-resolution; auto is 8 at 224 pixels.
         sigma: of deblurring in pixels (auto: 5 at 224) or of the noise in [0, 1] units (75/255).
         kernel_sizes: of deblurring, odd; auto is 7 to 21 at 224 pixels.
-        seed: of everything that is drawn.
+        seed: decides everything that is drawn.
         workers: processes that read images; 0 reads in the training process.
         accelerator: auto, cpu, cuda, mps.
         devices: how many, or auto for all.
-        num_nodes: machines.
+        num_nodes: how many machines train together.
         strategy: Lightning's: auto, ddp, or fsdp for sharding.
         precision: auto, 32-true, bf16-mixed, 16-mixed.
         compile: compile the backbone with torch.compile.

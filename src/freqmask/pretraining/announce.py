@@ -172,9 +172,14 @@ def summary_lines(
     took, speed = plan.readable_time(summary["seconds"]), summary["images_per_second"]
     yield f"done        {summary['steps']:,} steps in {took}, {speed:.0f} images/s"
     yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
+    for name in ("reconstruction", "distillation"):
+        if name in summary:
+            yield f"            {name} from {summary[f'first_{name}']:.4g} to {summary[name]:.4g}"
     if "loss_over_zero" in summary:
         first, last = summary["first_loss_over_zero"], summary["loss_over_zero"]
         yield f"            over that of predicting nothing: from {first:.3f} to {last:.3f} (1.000 = nothing learnt)"
+    if "collapse" in summary:
+        yield f"            collapse number {summary['collapse']:.2f} nat (healthy is above 0.1)"
     if "held_out_loss_over_zero" in summary:
         yield f"            on held-out images: {summary['held_out_loss_over_zero']:.3f}"
     if preview is not None:

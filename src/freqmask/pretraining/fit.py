@@ -266,7 +266,7 @@ class Fit:
             "backbone": self.options["backbone"],
             "steps": step,
         }
-        for name in ("loss", "loss_over_zero", "collapse"):
+        for name in ("loss", "reconstruction", "distillation", "loss_over_zero", "collapse"):
             values = [float(row[name]) for row in logged if row.get(name)]
             if values:
                 summary |= {name: values[-1], f"first_{name}": values[0]}

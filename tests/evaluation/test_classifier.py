@@ -1,0 +1,49 @@
+"""A classifier's own answers: its outputs matched to DATA's classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from freqmask.errors import UserError
+from freqmask.evaluation.classifier import LOGITS, ClassifierSubject
+
+ARGUMENTS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 1}
+
+
+def write_classifier(folder: Path, names: list[str] | None) -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **ARGUMENTS)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    about = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3, "num_classes": 3}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "model_args": ARGUMENTS,
+        "pretrained_cfg": about,
+    }
+    (folder / "config.json").write_text(json.dumps(config | ({"label_names": names} if names else {})))
+    return model.eval()
+
+
+def test_outputs_are_put_in_the_order_of_data(tmp_path: Path) -> None:
+    model = write_classifier(tmp_path / "model", ["wolf", "cat", "dog"])
+    subject = ClassifierSubject(str(tmp_path / "model"), ["cat", "dog"])
+    images = torch.rand(2, 3, 16, 16)
+    expected = model((images - 0.5) / 0.2)[:, [1, 2]]
+    assert torch.allclose(subject.features(images, "end")[LOGITS], expected, atol=1e-5)
+
+
+def test_classes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    write_classifier(tmp_path / "named", ["wolf", "cat", "dog"])
+    with pytest.raises(UserError, match="'cow' not among the model's"):
+        ClassifierSubject(str(tmp_path / "named"), ["cat", "cow"])
+    write_classifier(tmp_path / "plain", None)
+    assert ClassifierSubject(str(tmp_path / "plain"), ["a", "b", "c"]).columns.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="classifies 3 classes and DATA has 2"):
+        ClassifierSubject(str(tmp_path / "plain"), ["a", "b"])
