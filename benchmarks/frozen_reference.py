@@ -45,7 +45,7 @@ def main(model: str = "random:vit_tiny_patch16_224", data: str = "builtin:digits
     answers, truth = labelled.labels[one.train], labelled.labels[one.test]
     rows = [compare_knn(k, train, answers, test, truth, bench.classes) for k in (10, 20, 100, 200)]
     rows += [compare_linear(train, answers, test, truth, bench.classes, seed) for seed in (0, 1, 2)]
-    write([{"model": model, "data": data, **row} for row in rows])
+    write([{"model": model, "data": Path(data).name, **row} for row in rows])
 
 
 def compare_knn(

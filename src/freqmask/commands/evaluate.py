@@ -84,7 +84,7 @@ def knn(
     from freqmask.evaluation.knn import NEIGHBOURS
     from freqmask.evaluation.protocols import Knn
 
-    return evaluate(Knn(k or NEIGHBOURS, temperature, feature), setting_of(options))
+    return _reported(model, evaluate(Knn(k or NEIGHBOURS, temperature, feature), setting_of(options)))
 
 
 def linear(
@@ -158,7 +158,7 @@ def linear(
     from freqmask.evaluation.linear import LEARNING_RATES
     from freqmask.evaluation.protocols import Linear
 
-    return evaluate(Linear(rates or LEARNING_RATES, epochs), setting_of(options))
+    return _reported(model, evaluate(Linear(rates or LEARNING_RATES, epochs), setting_of(options)))
 
 
 def fewshot(
@@ -233,7 +233,7 @@ def fewshot(
     from freqmask.evaluation.job import evaluate, setting_of
     from freqmask.evaluation.protocols import Fewshot
 
-    return evaluate(Fewshot(shots or SHOTS, feature, strength), setting_of(options))
+    return _reported(model, evaluate(Fewshot(shots or SHOTS, feature, strength), setting_of(options)))
 
 
 def bands(
@@ -305,4 +305,16 @@ def bands(
     from freqmask.evaluation.bands import evaluate_bands
     from freqmask.evaluation.job import setting_of
 
-    return evaluate_bands(head, radii, setting_of({**options, "seeds": seeds or [0]}))
+    return _reported(model, evaluate_bands(head, radii, setting_of({**options, "seeds": seeds or [0]})))
+
+
+def _reported(model: list[str] | str, summaries: Any) -> Any:
+    """Renew the page of every run that was measured: its new rows belong there."""
+    from pathlib import Path
+
+    from freqmask.reporting.page import refresh_report
+
+    for name in [model] if isinstance(model, str) else model:
+        if (Path(name) / "config.yaml").is_file():
+            refresh_report(Path(name))
+    return summaries

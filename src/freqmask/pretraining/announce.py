@@ -14,7 +14,7 @@ from freqmask.pretraining.resolve import Resolved
 from freqmask.training import plan
 from freqmask.training.runs import RunFolder
 
-FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (docs/methods.md, small pictures)
+FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (docs/methods.md)
 PREVIEW_BYTES = 500_000
 
 

@@ -22,7 +22,7 @@ from freqmask.training import plan
 from freqmask.training.recipe import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, Recipe, scaled_lr
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md, small pictures)
+SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
 TINY_IMAGE = 96  # below it, blur and solarisation leave too little
 TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more than the published learning rate
 TINY_LR, TINY_LR_BATCH = 1e-3, 256
