@@ -22,7 +22,7 @@ from freqmask.evaluation.features import not_finite
 from freqmask.evaluation.job import Setting, begin, open_one, prepare
 from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.protocol import Bench
-from freqmask.evaluation.results import Result, Summary, aligned, append_results, summarise
+from freqmask.evaluation.results import Result, Summary, aligned, append_results, shortened, summarise
 from freqmask.evaluation.subjects import Subject
 from freqmask.filters import BandPass, HighPass, LowPass
 from freqmask.filters.filter import Filter
@@ -248,7 +248,7 @@ def draw_curves(
     for axis, (kind, words) in zip(axes, KINDS.items(), strict=True):
         for number, (name, curves) in enumerate(points.items()):
             x, y, low, high = np.array(curves.get(kind, [(np.nan,) * 4])).T
-            axis.plot(x, 100 * y, "o-", ms=3, color=f"C{number}", label=name)
+            axis.plot(x, 100 * y, "o-", ms=3, color=f"C{number}", label=shortened(name))
             axis.fill_between(x, 100 * low, 100 * high, color=f"C{number}", alpha=0.2, lw=0)
             if "whole" in curves:
                 axis.axhline(100 * curves["whole"][0][1], color=f"C{number}", ls=":", lw=1)

@@ -261,6 +261,15 @@ def write_classes(path: Path, results: Sequence[Result], data: LabelledData, var
     replace_atomically(path, write)
 
 
+def shortened(name: str, most: int = 24) -> str:
+    """A name for a picture: of a long path its end, or the picture would be all labels.
+
+    >>> shortened("runs/a-very-long-folder/of-runs/mfm-1", 12)
+    '...uns/mfm-1'
+    """
+    return name if len(name) <= most else "..." + name[3 - most :]
+
+
 def draw_bars(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     """Bars of accuracy by model, side by side for the variants, with their intervals."""
     from matplotlib.figure import Figure
@@ -288,9 +297,11 @@ def draw_bars(path: Path, title: str, summaries: Sequence[Summary]) -> None:
                     ecolor="0.3",
                     label=variant if number == 0 else None,
                 )
-    axis.set_xticks(range(len(names)), names, rotation=20, ha="right", parse_math=False)
+    axis.set_xticks(range(len(names)), map(shortened, names), rotation=20, ha="right", parse_math=False)
     axis.set_ylabel("accuracy in %")
-    axis.set_title(title, fontsize=9, parse_math=False)
+    axis.set_title(
+        "\n".join(shortened(line, 60) for line in title.splitlines()), fontsize=9, parse_math=False
+    )
     if len(variants) > 1:
         axis.legend(
             fontsize=8, frameon=False, ncols=len(variants), loc="upper left", bbox_to_anchor=(0, -0.25)
