@@ -319,6 +319,14 @@ def test_bad_data_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_killed_while_it_begins_begins_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("plan.png", "run.lock", "run.json", ".config.yaml.17.tmp"):
+        (out / name).write_text("{}")
+    assert (freqmask.pretrain("builtin:digits", **TINY, out=str(out)) / "summary.json").is_file()
+
+
 def test_a_folder_with_other_things_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files and no run"):

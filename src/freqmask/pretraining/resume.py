@@ -11,7 +11,7 @@ from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.pretraining.settings import parse_image_size
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.runs import RunFolder, comparable, newest_unfinished
+from freqmask.training.runs import LOCK, STATE, RunFolder, comparable, newest_unfinished
 
 CHOSEN_BY_RANK_0 = "FREQMASK_RUN"  # in the environment of the processes that Lightning starts
 # These change what is read, shown or kept, and never what is learnt.
@@ -52,9 +52,14 @@ def find_run(given: Mapping[str, Any]) -> RunFolder | None:
         return run
     if run.path.is_file():
         raise UserError(f"out ({out}) is a file; give the path of a folder that may be made")
-    if run.path.is_dir() and any(path.name not in ("plan.png", "run.lock") for path in run.path.iterdir()):
+    if run.path.is_dir() and any(not _from_a_begin(path) for path in run.path.iterdir()):
         raise UserError(f"out ({out}) holds other files and no run; give a new or an empty folder")
     return None
+
+
+def _from_a_begin(path: Path) -> bool:
+    """Whether a file is what a run leaves that was killed before its config was written."""
+    return path.name in ("plan.png", LOCK, STATE) or path.suffix == ".tmp"
 
 
 def without_out(given: Mapping[str, Any]) -> dict[str, Any]:
