@@ -111,3 +111,8 @@ def test_hyphens_lists_and_bare_flags_are_accepted() -> None:
         "--com_fractions=[0.1]",
         "b",
     ]
+
+
+def test_help_calls_only_what_must_be_given_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "(required)" not in typed(capsys, "pretrain", "--help")[1]
+    assert "(required)" in typed(capsys, "convert", "--help")[1]

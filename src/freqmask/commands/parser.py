@@ -95,7 +95,10 @@ def build_parser(program: str, function: Callable[..., Any], positional: Positio
         many = "list" in str(parameters[name].annotation)
         required = parameters[name].default is inspect.Parameter.empty
         count = ("+" if required else "*") if many else (None if required else "?")
-        parser.add_argument(name, nargs=count, metavar=name.upper(), help=_argument_help(function, name))
+        argument = parser.add_argument(
+            name, nargs=count, metavar=name.upper(), help=_argument_help(function, name)
+        )
+        argument.required = required  # or the help says so of every one
     if "config" in parameters:
         parser.add_argument("--config", action="config", help=_argument_help(function, "config"))
     skipped: set[str | int] = {name for name in (*in_order(positional), "config") if name in parameters}
