@@ -1,14 +1,10 @@
-"""``freqmask evaluate``: how good a backbone is, on images with labels.
-
-A number means little alone. Put random weights, raw pixels, the same backbone with public weights and your
-run into one table:
-
-    freqmask evaluate linear pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
-"""
+"""The protocols that leave the backbone as it is: knn, linear, fewshot, bands."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
+
+from freqmask.commands.evaluate.reported import reported
 
 __all__ = ["bands", "fewshot", "knn", "linear"]
 
@@ -84,7 +80,7 @@ def knn(
     from freqmask.evaluation.knn import NEIGHBOURS
     from freqmask.evaluation.protocols import Knn
 
-    return _reported(model, evaluate(Knn(k or NEIGHBOURS, temperature, feature), setting_of(options)))
+    return reported(model, evaluate(Knn(k or NEIGHBOURS, temperature, feature), setting_of(options)))
 
 
 def linear(
@@ -158,7 +154,7 @@ def linear(
     from freqmask.evaluation.linear import LEARNING_RATES
     from freqmask.evaluation.protocols import Linear
 
-    return _reported(model, evaluate(Linear(rates or LEARNING_RATES, epochs), setting_of(options)))
+    return reported(model, evaluate(Linear(rates or LEARNING_RATES, epochs), setting_of(options)))
 
 
 def fewshot(
@@ -233,7 +229,7 @@ def fewshot(
     from freqmask.evaluation.job import evaluate, setting_of
     from freqmask.evaluation.protocols import Fewshot
 
-    return _reported(model, evaluate(Fewshot(shots or SHOTS, feature, strength), setting_of(options)))
+    return reported(model, evaluate(Fewshot(shots or SHOTS, feature, strength), setting_of(options)))
 
 
 def bands(
@@ -305,16 +301,4 @@ def bands(
     from freqmask.evaluation.bands import evaluate_bands
     from freqmask.evaluation.job import setting_of
 
-    return _reported(model, evaluate_bands(head, radii, setting_of({**options, "seeds": seeds or [0]})))
-
-
-def _reported(model: list[str] | str, summaries: Any) -> Any:
-    """Renew the page of every run that was measured: its new rows belong there."""
-    from pathlib import Path
-
-    from freqmask.reporting.page import refresh_report
-
-    for name in [model] if isinstance(model, str) else model:
-        if (Path(name) / "config.yaml").is_file():
-            refresh_report(Path(name))
-    return summaries
+    return reported(model, evaluate_bands(head, radii, setting_of({**options, "seeds": seeds or [0]})))

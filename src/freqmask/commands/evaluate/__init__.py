@@ -1,0 +1,13 @@
+"""``freqmask evaluate``: how good a backbone is, on images with labels.
+
+A number means little alone. Put random weights, raw pixels, the same backbone with public weights and your
+run into one table:
+
+    freqmask evaluate linear pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
+"""
+
+from __future__ import annotations
+
+from freqmask.commands.evaluate.frozen import bands, fewshot, knn, linear
+
+__all__ = ["bands", "fewshot", "knn", "linear"]
