@@ -176,7 +176,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
 
 def train_until(step: int, options: dict[str, Any], out: Path) -> None:
     """Break off after a step as a kill would: nothing is saved any more."""
-    from freqmask.pretraining.monitor import Monitor
+    from freqmask.training.monitor import Monitor
 
     whole = Monitor.on_train_batch_end
 
@@ -216,7 +216,7 @@ def test_without_out_the_newest_unfinished_run_goes_on(
 
 
 def train_until_without_out(step: int) -> None:
-    from freqmask.pretraining.monitor import Monitor
+    from freqmask.training.monitor import Monitor
 
     def broken(self: Any, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == step:

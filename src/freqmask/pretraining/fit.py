@@ -22,18 +22,21 @@ from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
+from freqmask.pretraining.exporting import BackboneExport
 from freqmask.pretraining.heldout import HeldOut, calibration
 from freqmask.pretraining.module import PretrainingModule
-from freqmask.pretraining.monitor import Monitor
 from freqmask.pretraining.probe import Probe, steps_between
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe, pick_device
-from freqmask.pretraining.saving import Saver, StopSignals
 from freqmask.pretraining.sharding import SHARDED, sharding_strategy
-from freqmask.pretraining.skipping import Skipped
-from freqmask.training.checkpoint import AtomicCheckpointIO, load_safely
+from freqmask.training.checkpoint import load_safely
+from freqmask.training.monitor import Monitor
 from freqmask.training.progress import Progress
+from freqmask.training.resuming import ExactResume
 from freqmask.training.runs import RunFolder
+from freqmask.training.saving import Saver, StopSignals
+from freqmask.training.skipping import Skipped
 from freqmask.training.tables import cut_back
+from freqmask.training.trainer import make_trainer
 
 SHOWN = {
     "images_per_second": "{:.0f} images/s",
@@ -111,7 +114,6 @@ class Fit:
         cut_back(self.run_folder.metrics, "step", done)
         recipe = make_recipe(options, len(self.train))
         module = PretrainingModule(self.method, recipe, make_augmentation(options, self.method.n_views))
-        module.batches_a_step = int(options["accumulate"])
         self._prepare(module)
         progress = Progress(recipe.total_steps, done, SHOWN)
         with StopSignals() as signals:
@@ -125,7 +127,15 @@ class Fit:
             )
             looks = self._held_out(monitor)
             # rows of a step are written before its checkpoint: a restart from there will not make them again
-            callbacks = [self._skipped(), monitor, self._probe(monitor), looks, self._saver(signals, monitor)]
+            exact = ExactResume(int(options["accumulate"]))
+            callbacks = [
+                exact,
+                self._skipped(),
+                monitor,
+                self._probe(monitor),
+                looks,
+                self._saver(signals, monitor),
+            ]
             trainer = self._trainer(recipe.total_steps, callbacks)
             progress.start()
             began = time.perf_counter()
@@ -152,28 +162,14 @@ class Fit:
 
     def _trainer(self, total_steps: int, callbacks: list[Any]) -> L.Trainer:
         options = self.options
-        return L.Trainer(
-            accelerator=options["accelerator"],
-            devices=options["devices"],
-            num_nodes=options["num_nodes"],
-            strategy=sharding_strategy(self.processes)
-            if options["strategy"] in SHARDED
-            else options["strategy"],
-            precision=options["precision"],
-            max_steps=total_steps,
-            max_epochs=-1,
-            accumulate_grad_batches=options["accumulate"],
-            callbacks=callbacks,
+        sharded = options["strategy"] in SHARDED
+        return make_trainer(
+            self.run_folder,
+            options,
+            total_steps,
+            callbacks,
+            strategy=sharding_strategy(self.processes) if sharded else None,
             logger=_logger(options["logger"], self.run_folder),
-            plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            log_every_n_steps=1,
-            default_root_dir=self.run_folder.path,
         )
 
     def _loader(self, trainer: L.Trainer, done: int) -> Any:
@@ -242,18 +238,21 @@ class Fit:
             int(options["checkpoint_every_steps"]),
             float(options["checkpoint_every_minutes"]),
             int(options["keep_checkpoints"]),
-            lambda: calibration(calibrating, self.method),
-            {
-                "mean": options["mean"],
-                "std": options["std"],
-                "facts": {
-                    "version": __version__,
-                    "run": self.run_folder.path.name,
-                    "method": options["method"],
-                    "value_range": options["value_range"],
-                    "data": self.state["data"],
+            BackboneExport(
+                self.run_folder,
+                lambda: calibration(calibrating, self.method),
+                {
+                    "mean": options["mean"],
+                    "std": options["std"],
+                    "facts": {
+                        "version": __version__,
+                        "run": self.run_folder.path.name,
+                        "method": options["method"],
+                        "value_range": options["value_range"],
+                        "data": self.state["data"],
+                    },
                 },
-            },
+            ),
         )
 
     def _summary(self, monitor: Monitor, step: int, seconds: float, done: int) -> dict[str, Any]:

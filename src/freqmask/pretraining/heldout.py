@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.pretraining.module import PretrainingModule, as_float
-from freqmask.pretraining.monitor import Monitor
 from freqmask.pretraining.preview import draw_preview, filter_names
 from freqmask.pretraining.sharding import whole_method
+from freqmask.training.monitor import Monitor
 from freqmask.training.runs import RunFolder
 
 PREVIEW_IMAGES = 4

@@ -25,13 +25,11 @@ from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
 from freqmask.pretraining import announce
-from freqmask.pretraining.failures import told_in_words
 from freqmask.pretraining.fit import Fit, Outcome
 from freqmask.pretraining.heldout import first_batch
 from freqmask.pretraining.module import as_float, augmented
 from freqmask.pretraining.preview import draw_plan
 from freqmask.pretraining.processes import check_processes, follows, wait_for_run
-from freqmask.pretraining.quiet import quiet_libraries
 from freqmask.pretraining.resolve import Resolved, make_augmentation, make_geometries, make_method, resolve
 from freqmask.pretraining.resume import (
     CHOSEN_BY_RANK_0,
@@ -43,7 +41,9 @@ from freqmask.pretraining.resume import (
 )
 from freqmask.pretraining.settings import check_accelerator, check_options
 from freqmask.reporting.page import refresh_report
+from freqmask.training.failures import told_in_words
 from freqmask.training.plan import usable_cores
+from freqmask.training.quiet import quiet_libraries
 from freqmask.training.runs import LOCK, RunFolder, comparable, new_run, now
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from freqmask.draws import combine
-from freqmask.errors import UserError
 from freqmask.pretraining.sharding import shard
+from freqmask.training.failures import NotFiniteError
 from freqmask.training.recipe import Recipe, Schedule, build_optimizer
 
 
@@ -36,9 +36,7 @@ class PretrainingModule(L.LightningModule):
         self.schedule: Schedule | None = None
         self.gradient_norm: Tensor | None = None
         self.want_details = False
-        self.batches_a_step = 1
         self._sharded = False
-        self._random_state: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -81,10 +79,7 @@ class PretrainingModule(L.LightningModule):
             self._sharded = True
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Set the learning rate of this step, and after a restart the generator, for models that use dropout."""
-        if self._random_state is not None:  # only now: the loader has drawn its seed for the first batch
-            torch.set_rng_state(self._random_state)
-            self._random_state = None
+        """Set the learning rate of this step."""
         assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
         self.schedule.apply(self.step)
 
@@ -107,30 +102,6 @@ class PretrainingModule(L.LightningModule):
         """Step, then what the method does after a step (FOLK's moving average)."""
         optimizer.step(closure=optimizer_closure)
         self.method.after_step(self.step, self.recipe.total_steps)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the global generator's state."""
-        checkpoint["random_state"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the generator's state until the training starts: setting up draws numbers, too."""
-        self._random_state = checkpoint.get("random_state")
-        batches = int(checkpoint["global_step"]) * self.batches_a_step
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (
-            progress["total"],
-            progress["current"],
-        ):  # the batch may be cut into other parts than before
-            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
-
-
-class NotFiniteError(UserError):
-    """The loss became infinite or not a number at a step; the job adds what to do."""
-
-    def __init__(self, step: int) -> None:
-        """Remember the step, counted from 0."""
-        super().__init__(f"the loss is no longer finite at step {step + 1}")
-        self.step = step
 
 
 def augmented(views: list[Tensor], augmentation: list[nn.Module], keys: Tensor) -> list[Tensor]:

@@ -18,8 +18,8 @@ from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.pretraining.heldout import calibration, looking
 from freqmask.pretraining.module import PretrainingModule, as_float
-from freqmask.pretraining.monitor import Monitor
 from freqmask.pretraining.sharding import whole_method
+from freqmask.training.monitor import Monitor
 
 PROBES_A_RUN = 10
 MOST_TRAIN, MOST_TEST, MOST_RANKED = 5000, 2000, 1000  # images of a look: enough for a trend, cheap enough

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from freqmask.pretraining.module import NotFiniteError, PretrainingModule
+from freqmask.training.failures import NotFiniteError
 from freqmask.training.progress import Progress
 from freqmask.training.runs import RunFolder
 from freqmask.training.tables import append_row
@@ -19,6 +19,9 @@ COLLAPSE_WARNING = 0.1  # nats, docs/methods.md, small pictures
 
 class Monitor(L.Callback):
     """Writes metrics.csv, moves the progress bar, warns of collapse, stops at a loss that is not finite.
+
+    The module that it watches returns its losses by name from ``training_step``, has the attribute
+    ``gradient_norm`` (a scalar, or None), and may look at ``want_details``, which says that this step is logged.
 
     Args:
         run: the run folder.
@@ -73,7 +76,6 @@ class Monitor(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up; at the end of an optimiser step move the bar, at some of them write a row."""
-        assert isinstance(module, PretrainingModule)
         self._add(
             {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
         )  # Lightning divides it
@@ -99,8 +101,8 @@ class Monitor(L.Callback):
         return step % self.log_every == 0 or step == trainer.max_steps or step == 1
 
     def _ask_for_details(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, PretrainingModule)
-        module.want_details = self._is_logged(trainer, trainer.global_step + 1)
+        watched: Any = module
+        watched.want_details = self._is_logged(trainer, trainer.global_step + 1)
 
     def _add(self, outputs: dict[str, Tensor]) -> None:
         if not self._parts:
@@ -110,7 +112,7 @@ class Monitor(L.Callback):
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _write_row(self, trainer: L.Trainer, module: PretrainingModule, step: int) -> None:
+    def _write_row(self, trainer: L.Trainer, module: Any, step: int) -> None:
         means = self._means(trainer, module)
         if not torch.isfinite(torch.tensor(means["loss"])):
             raise NotFiniteError(step - 1)
@@ -121,8 +123,8 @@ class Monitor(L.Callback):
         optimizer = trainer.optimizers[0]
         values = {
             **means,
-            "lr": float(optimizer.param_groups[0]["lr"]),
-            "weight_decay": float(optimizer.param_groups[0]["weight_decay"]),
+            "lr": max(float(group["lr"]) for group in optimizer.param_groups),  # of the last layer
+            "weight_decay": max(float(group["weight_decay"]) for group in optimizer.param_groups),
             "grad_norm": float(module.gradient_norm) if module.gradient_norm is not None else float("nan"),
             "images_per_second": self.images_per_second,
             "data_wait_share": min(self._waited / elapsed, 1.0),
@@ -138,7 +140,7 @@ class Monitor(L.Callback):
         self._warn_of_collapse(step)
         self._parts, self._waited, self._row_began, self._steps_at_row = 0, 0.0, now, step
 
-    def _means(self, trainer: L.Trainer, module: PretrainingModule) -> dict[str, float]:
+    def _means(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
         """Means since the last row, over all processes; detailed parts are of the last step alone."""
         names = sorted(self._sums)
         values = torch.stack([self._sums[name].to(module.device) for name in names])

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
-from torch import Tensor
 
-from freqmask.backbones import recalibrate_batch_norm
-from freqmask.interop.timm_folder import trained_feature, write_timm_folder
-from freqmask.pretraining.monitor import Monitor
-from freqmask.pretraining.sharding import whole_method
 from freqmask.training.checkpoint import publish, step_file
+from freqmask.training.monitor import Monitor
 from freqmask.training.runs import RunFolder
+
+Export = Callable[[L.Trainer, L.LightningModule, int], None]
 
 
 class StopSignals:
@@ -58,7 +54,7 @@ class StopSignals:
 
 
 class Saver(L.Callback):
-    """Writes a checkpoint and the backbone by steps, by minutes, at the end and when asked to stop.
+    """Writes a checkpoint and what is exported by steps, by minutes, at the end and when asked to stop.
 
     Args:
         run: the run folder.
@@ -67,8 +63,7 @@ class Saver(L.Callback):
         every_steps: optimiser steps between checkpoints.
         every_minutes: minutes between checkpoints, whichever comes first.
         keep: step files that stay on the disk.
-        calibration: gives normalised, unfiltered batches (B, C, H, W) on the CPU for batch norm.
-        export: what :func:`write_timm_folder` needs beside the model and the step.
+        export: writes what others load, given the trainer, the module and the step; called by every process.
     """
 
     def __init__(
@@ -79,8 +74,7 @@ class Saver(L.Callback):
         every_steps: int,
         every_minutes: float,
         keep: int,
-        calibration: Callable[[], Iterable[Tensor]],
-        export: dict[str, Any],
+        export: Export,
     ) -> None:
         """Nothing is written before the training."""
         self.run = run
@@ -89,7 +83,6 @@ class Saver(L.Callback):
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.keep = keep
-        self.calibration = calibration
         self.export = export
         self._saved_step = -1
         self._saved_time = 0.0
@@ -114,32 +107,18 @@ class Saver(L.Callback):
             trainer.should_stop = True
 
     def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write the checkpoint of this step and refresh ``backbone/``."""
+        """Write the checkpoint of this step and refresh what is exported."""
         step = trainer.global_step
         if step == self._saved_step:
             return
         began = time.perf_counter()
         trainer.save_checkpoint(step_file(self.run.checkpoints, step))
-        method = whole_method(trainer, module)
         if trainer.is_global_zero:
             publish(self.run.checkpoints, step, self.keep)
-            self.write_backbones(method, step)
-        trainer.strategy.barrier("backbone")
+        self.export(trainer, module, step)
+        trainer.strategy.barrier("export")
         self._saved_step, self._saved_time = step, time.monotonic()
         self.monitor.pause(time.perf_counter() - began)
-
-    def write_backbones(self, method: Any, step: int) -> None:
-        """Export what the method exports by default, its batch norm recalibrated on unfiltered images."""
-        backbone = copy.deepcopy(method.backbones()[method.default_backbone])
-        device = next(backbone.parameters()).device
-        # a loader draws its seed from torch's generator, whose state the checkpoint holds already
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            recalibrate_batch_norm(backbone, (batch.to(device) for batch in self.calibration()))
-        height, width = backbone.padded_size if backbone.fixed_size else backbone.image_size
-        settings = {**self.export, "input_size": (backbone.channels, height, width)}
-        facts = {**settings.pop("facts"), "step": step, "weights": method.default_backbone}
-        pooled = trained_feature(method, backbone)
-        write_timm_folder(backbone.timm_model, self.run.backbone, facts=facts, pooled=pooled, **settings)
 
     def _wishes(self, trainer: L.Trainer, step: int) -> tuple[bool, bool]:
         """Whether to stop and whether minutes are over: one process's clock decides for all."""

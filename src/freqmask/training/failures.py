@@ -10,8 +10,16 @@ import torch
 
 from freqmask.data.loader import worker_failure
 from freqmask.errors import UserError
-from freqmask.pretraining.module import NotFiniteError
 from freqmask.training.runs import RunFolder
+
+
+class NotFiniteError(UserError):
+    """The loss became infinite or not a number at a step; the job adds what to do."""
+
+    def __init__(self, step: int) -> None:
+        """Remember the step, counted from 0."""
+        super().__init__(f"the loss is no longer finite at step {step + 1}")
+        self.step = step
 
 
 @contextmanager
