@@ -43,6 +43,7 @@ class Geometry:
         horizontal_flip: probability of mirroring left and right.
         vertical_flip: probability of mirroring top and bottom.
         quarter_turns: True turns the view by 0, 90, 180 or 270 degrees with equal chance.
+        center_share: share of its side that a ``"center"`` window keeps, in (0, 1]: 224/256 is the usual test crop.
 
     A picture smaller than the window is enlarged, whatever ``crop`` says.
 
@@ -57,6 +58,7 @@ class Geometry:
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
     quarter_turns: bool = False
+    center_share: float = 1.0
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -83,7 +85,7 @@ class Geometry:
         if self.crop == "whole":
             return (0, 0, *picture_size)
         if self.crop == "center":
-            return _centered(picture_size, self.size)
+            return _centered(picture_size, self.size, self.center_share)
         numbers = uniform_numbers(key, f"crop/{attempt}", 2 * _TRIES + 2)
         place = (numbers[0], numbers[1])
         if self.crop == "native":
@@ -226,9 +228,9 @@ def _placed(picture_size: tuple[int, int], window: tuple[int, int], place: tuple
     return (top, left, *window)
 
 
-def _centered(picture_size: tuple[int, int], view_size: tuple[int, int]) -> Box:
-    """The largest centred window of the view's shape."""
-    factor = min(picture_size[0] / view_size[0], picture_size[1] / view_size[1])
+def _centered(picture_size: tuple[int, int], view_size: tuple[int, int], share: float = 1.0) -> Box:
+    """The largest centred window of the view's shape, or a share of its sides."""
+    factor = share * min(picture_size[0] / view_size[0], picture_size[1] / view_size[1])
     height = max(1, min(picture_size[0], round(view_size[0] * factor)))
     width = max(1, min(picture_size[1], round(view_size[1] * factor)))
     return ((picture_size[0] - height) // 2, (picture_size[1] - width) // 2, height, width)
@@ -242,6 +244,8 @@ def _problems(geometry: Geometry) -> list[str]:
         found.append(
             f"crop_scale {geometry.scale} must be two shares of the area, 0 < smallest <= largest <= 1"
         )
+    if not 0 < geometry.center_share <= 1:
+        found.append(f"center_share ({geometry.center_share}) must be a share of the side, above 0 to 1")
     if not 0 < geometry.ratio[0] <= geometry.ratio[1]:
         found.append(f"ratio {geometry.ratio} must be two positive numbers, the smaller first")
     if geometry.crop not in CROPS:

@@ -15,7 +15,7 @@ from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.subjects import Subject
-from freqmask.interop.folders import LOCAL, find_backbone, read_config
+from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config
 from freqmask.interop.models import PUBLIC, hash_weights
 from freqmask.interop.public import check_public
 from freqmask.interop.timm_folder import OURS
@@ -28,9 +28,9 @@ class ClassifierSubject(Subject):
     """A classifier whose logits are the features: those of DATA's classes, in DATA's order.
 
     Args:
-        text: ``timm:NAME``, or an exported folder with a classifier.
+        text: ``timm:NAME``, the run folder of a fine-tuning, or an exported folder with a classifier.
         class_names: of DATA.
-        crop: ``center`` or ``whole``.
+        crop: ``center``, of which the model's own test share is kept, or ``whole``.
 
     Raises:
         UserError: it has no classifier, or its classes are not those of DATA.
@@ -40,8 +40,9 @@ class ClassifierSubject(Subject):
         self.text, self.crop = text, crop
         self.model, self.value_range = _open(text)
         self.kind = "timm" if text.startswith(PUBLIC) else "folder"
-        self.name = text if self.kind == "timm" else Path(text).resolve().name
+        self.name = text if self.kind == "timm" else _name(Path(text).resolve())
         config = self.model.pretrained_cfg
+        self.crop_share = float(config.get("crop_pct") or 1.0)
         channels, height, width = (int(side) for side in config["input_size"])
         self.input_size = (channels, height, width)
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
@@ -62,11 +63,17 @@ class ClassifierSubject(Subject):
             "std": list(self.std),
             "value_range": self.value_range,
             "crop": self.crop,
+            "crop_share": self.crop_share,
         }
 
     def dataset(self, source: Source) -> TrainDataset:
         """Windows of the model's size."""
-        geometry = Geometry(image_size=self.input_size[1:], crop=self.crop, horizontal_flip=0.0)
+        geometry = Geometry(
+            image_size=self.input_size[1:],
+            crop=self.crop,
+            horizontal_flip=0.0,
+            center_share=self.crop_share,
+        )
         values = ValueRange.parse(self.value_range)
         return TrainDataset(source, [geometry], values, self.input_size[0], convert_channels=True)
 
@@ -75,6 +82,11 @@ class ClassifierSubject(Subject):
         mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
         logits = self.model((images - mean[:, None, None]) / std[:, None, None])
         return {LOGITS: logits[:, self.columns.to(logits.device)]}
+
+
+def _name(path: Path) -> str:
+    """A run's name, also where its ``classifier`` folder was named."""
+    return path.parent.name if path.name == CLASSIFIER else path.name
 
 
 def _open(text: str) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from freqmask.errors import UserError, nearest
 from freqmask.interop.timm_folder import CONFIG, WEIGHTS
 from freqmask.training.runs import RunFolder
 
+CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
 LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LARGEST_CONFIG = 10_000_000  # bytes; a real one has a few thousand
@@ -22,14 +23,14 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
     """The folder with config.json and model.safetensors behind a run or an exported folder.
 
     Args:
-        text: the run, the exported folder, or the run's ``backbone``.
+        text: the run (of a pre-training or a fine-tuning), the exported folder, or the run's ``backbone``.
         option: what the complaint calls it.
 
     Raises:
         UserError: there is none.
     """
     path = Path(text).expanduser()
-    for folder in (path, path / "backbone"):
+    for folder in (path, path / "backbone", path / CLASSIFIER):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if path.is_file():
@@ -37,7 +38,7 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
             f"{option} ({text}) is a file; freqmask convert {text} --out FOLDER makes a model of it"
         )
     if RunFolder(path).exists():
-        raise UserError(f"{option} ({text}) has no backbone yet: its run has not reached a checkpoint")
+        raise UserError(f"{option} ({text}) has no model yet: its run has not reached a checkpoint")
     forms = "a run folder, an exported folder, timm:NAME or random:NAME"
     if path.is_dir():
         raise UserError(
@@ -73,9 +74,10 @@ def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
 
 
 def run_options(text: str | Path) -> dict[str, Any]:
-    """The options of the run behind a run folder or its ``backbone``; empty where there is none."""
+    """The options of the run behind a run folder or that of its weights; empty where there is none."""
     path = Path(text).expanduser()
-    for folder in (path, path.resolve().parent if path.resolve().name == "backbone" else path):
+    inside = path.resolve().name in ("backbone", CLASSIFIER)
+    for folder in (path, path.resolve().parent if inside else path):
         run = RunFolder(folder)
         if run.exists():
             return run.config()

@@ -17,6 +17,7 @@ from freqmask.backbones import Backbone, Features, ImageSize
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.interop.folders import (
+    CLASSIFIER,
     IMAGENET_MEAN,
     IMAGENET_STD,
     LOCAL,
@@ -283,8 +284,8 @@ def _opened(
 
 
 def _name(path: Path, folder: Path) -> str:
-    """A run's name, also where its ``backbone`` folder was named."""
-    if folder.name == "backbone":
+    """A run's name, also where the folder of its weights was named."""
+    if folder.name in ("backbone", CLASSIFIER):
         return folder.resolve().parent.name
     return path.resolve().name
 

@@ -33,6 +33,8 @@ def write_timm_folder(
     facts: Mapping[str, Any],
     pooled: Pooled | None = None,
     decoder: Mapping[str, Tensor] | None = None,
+    crop_pct: float = 1.0,
+    label_names: Sequence[str] | None = None,
 ) -> None:
     """Write config.json and model.safetensors, each replaced whole.
 
@@ -47,13 +49,17 @@ def write_timm_folder(
         pooled: what calling the loaded model gives: the mean of the map (what MFM trains) or the class
             token; None leaves what the model gives now.
         decoder: tensors of the reconstruction head, written beside the backbone.
+        crop_pct: share of an image's side that the centred test window keeps.
+        label_names: of a classifier's classes, in the order of its outputs.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        data_config = {"input_size": input_size, "mean": tuple(mean), "std": tuple(std), "crop_pct": 1.0}
+        data_config = {"input_size": input_size, "mean": tuple(mean), "std": tuple(std), "crop_pct": crop_pct}
         save_for_hf(model, scratch, safe_serialization=True, data_config=data_config)
         config = json.loads((Path(scratch) / CONFIG).read_text())
     facts = {**facts, **_pin_pooling(config, model, pooled)}
     config[OURS] = facts
+    if label_names is not None:
+        config["label_names"] = list(label_names)
     metadata = {"format": "pt", **{f"freqmask_{name}": json.dumps(value) for name, value in facts.items()}}
     write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
     if decoder is not None:
