@@ -112,7 +112,7 @@ class TrainDataset(Dataset[Sample]):
             yield int(number * len(self.source))
 
     def _open(self, index: int) -> Picture:
-        with _as_bad_image():
+        with as_bad_image():
             picture = self.source.open(index)
         check_channels(picture.channels, self.channels, self.convert_channels)
         return picture
@@ -122,7 +122,7 @@ class TrainDataset(Dataset[Sample]):
         at_least = [geometry.at_least() for geometry in self.geometries]
         for attempt in range(_WINDOWS):
             boxes = [g.box(picture.size, key, attempt) for g, key in zip(self.geometries, keys, strict=True)]
-            with _as_bad_image():
+            with as_bad_image():
                 windows = decode_windows(picture, boxes, at_least)
             gaps = [missing_pixels(window, picture.nodata) for window in windows]
             if not any(is_empty(window, gap) for window, gap in zip(windows, gaps, strict=True)):
@@ -134,7 +134,7 @@ class TrainDataset(Dataset[Sample]):
 
     def _whole(self, picture: Picture) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         """The whole picture for every view, because window after window of it was empty."""
-        with _as_bad_image():
+        with as_bad_image():
             image = picture.decode(None, self.geometries[0].at_least())
         gap = missing_pixels(image, picture.nodata)
         reason = is_empty(image, gap)
@@ -150,7 +150,7 @@ class TrainDataset(Dataset[Sample]):
 
 
 @contextlib.contextmanager
-def _as_bad_image() -> Iterator[None]:
+def as_bad_image() -> Iterator[None]:
     """Whatever a decoder raises on a broken file is a bad image: the run goes on and lists it."""
     try:
         yield
