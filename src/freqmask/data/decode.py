@@ -22,6 +22,8 @@ PILLOW_SUFFIXES = (
 TIFF_SUFFIXES = (".tif", ".tiff")
 ARRAY_SUFFIXES = (".npy",)
 HEIF_SUFFIXES = (".heic", ".heif")
+ARRAY_BEGINNING = b"\x93NUMPY"
+HEIF_MARK = b"ftyp"  # AVIF bears it, too, which Pillow reads by itself
 TIFF_BEGINNINGS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 EXTRAS = {".heic": "freqmask[data]", ".heif": "freqmask[data]"}
 """Suffix -> what to install to have it read."""
@@ -51,10 +53,6 @@ def open_file(path: Path, pages: Pages = "channels", page: int = 0) -> Picture:
         if suffix in TIFF_SUFFIXES:
             _refuse_empty(path.stat().st_size)
             return open_tiff(path, pages, page)
-        if suffix in HEIF_SUFFIXES:
-            import pillow_heif  # type: ignore[import-not-found, unused-ignore]
-
-            pillow_heif.register_heif_opener()
         return open_bytes(path.read_bytes(), pages, page)
     except OSError as error:
         raise BadImage(_in_words(error, path)) from error
@@ -74,9 +72,40 @@ def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture
     _refuse_empty(len(data))
     if data.startswith(TIFF_BEGINNINGS):
         return open_tiff(data, pages, page)
-    if data.startswith(b"\x93NUMPY"):
+    if data.startswith(ARRAY_BEGINNING):
         return ArrayPicture(_load_array(io.BytesIO(data)))
+    if data[4:8] == HEIF_MARK and importlib.util.find_spec("pillow_heif"):
+        import pillow_heif  # type: ignore[import-not-found, unused-ignore]
+
+        pillow_heif.register_heif_opener()
     return open_pillow(data)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        BadImage: it cannot be read; the reason is in plain words.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImage(_in_words(error, path)) from error
+
+
+def suffix_of(data: bytes, name: str) -> str:
+    """The suffix of a file, by its name or else by how its bytes begin.
+
+    Args:
+        data: the whole file.
+        name: what it is called, perhaps nothing.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix in read_suffixes():
+        return suffix
+    known = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", ARRAY_BEGINNING: ".npy", b"GIF8": ".gif", b"BM": ".bmp"}
+    known |= dict.fromkeys(TIFF_BEGINNINGS, ".tif")
+    return next((suffix for mark, suffix in known.items() if data.startswith(mark)), ".webp")
 
 
 def count_images(path: Path, pages: Pages) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
-from freqmask.data.decode import EXTRAS, count_images, open_file, read_suffixes
+from freqmask.data.decode import EXTRAS, count_images, open_file, read_file, read_suffixes
 from freqmask.data.index import FolderIndex, index_folder
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Pages, Source, SourceSummary
@@ -92,6 +92,12 @@ class FolderSource(Source):
     def open(self, index: int) -> Picture:
         file, page = self._file_and_page(index)
         return open_file(self.index.path(file), self.pages, page)
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        if self._first_images is not None:
+            return None  # a page is not a file
+        path = self.path(index)
+        return read_file(path), path.suffix.lower()
 
     def path(self, index: int) -> Path:
         """The file that holds the image."""

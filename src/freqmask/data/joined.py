@@ -64,6 +64,10 @@ class JoinedSource(Source):
         part, inner = self._place(index)
         return self.sources[part].group(inner)
 
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        part, inner = self._place(index)
+        return self.sources[part].encoded(inner)
+
     def name(self, index: int) -> str:
         part, inner = self._place(index)
         return f"{part}:{self.sources[part].name(inner)}"

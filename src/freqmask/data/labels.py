@@ -82,7 +82,7 @@ class LabelledSource(Subset):
         unlisted = len(source) - len(self)
         if unlisted and chosen is None:
             self.notes.append(f"{unlisted:,} images that {file.name} does not list are left out.")
-        self.class_names = _in_order({row.label for row in rows if row.label is not None}) or None
+        self.class_names = in_order({row.label for row in rows if row.label is not None}) or None
         numbers = {name: number for number, name in enumerate(self.class_names or ())}
         self._labels = np.array([-1 if row.label is None else numbers[row.label] for row in rows], np.int64)
         self._groups = [row.group for row in rows] if any(row.group for row in rows) else None
@@ -102,7 +102,7 @@ class LabelledSource(Subset):
         return whole
 
 
-def _in_order(labels: set[str]) -> list[str]:
+def in_order(labels: set[str]) -> list[str]:
     """Class names: numbers by value, anything else by the alphabet."""
     if all(label.isdecimal() for label in labels):
         return sorted(labels, key=int)

@@ -9,16 +9,15 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack
 
 from freqmask.data.dataset import Sample, TrainDataset
-from freqmask.data.sampler import Item
 from freqmask.errors import UserError
 
 __all__ = ["TrainDataset", "TrainLoader", "collate", "make_loader", "worker_failure"]
@@ -136,13 +135,14 @@ def worker_failure(error: BaseException, fetching: bool = False) -> UserError | 
 
 
 def make_loader(
-    dataset: TrainDataset,
-    sampler: Sampler[Item],
+    dataset: Dataset[Any],
+    sampler: Sampler[Any],
     batch_size: int,
     workers: int = 0,
     pin_memory: bool | None = None,
+    together: Callable[[Any], Any] = collate,
 ) -> TrainLoader:
-    """The loader of a training or of the held-out images.
+    """The loader of a training, of the held-out images, or of anything else that is done image by image.
 
     Workers are forked where the system can (Linux). A fork shares the list of images instead of copying it,
     starts in milliseconds, and works for scripts without a ``__main__`` guard and for sources defined in a
@@ -150,11 +150,12 @@ def make_loader(
     that moment, or a CUDA context used in the child: workers run one thread and touch no accelerator.
 
     Args:
-        dataset: the images and their views.
+        dataset: the images and their views; a `UserError` that it returns in place of a batch is raised.
         sampler: which image comes when.
         batch_size: images of this process in one step.
         workers: worker processes; 0 loads in the main process.
         pin_memory: True copies batches to page-locked memory; None: where CUDA is there.
+        together: makes a batch of what the dataset returns.
 
     Returns:
         Batches as :func:`collate` describes them: the same ones for any number of workers.
@@ -167,7 +168,7 @@ def make_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=together,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         persistent_workers=workers > 0,
         worker_init_fn=_begin_worker if workers else None,

@@ -83,6 +83,14 @@ class Source(ABC):
         """What the image must never be separated from in a split (patient, scene), or None."""
         return None
 
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """The image's own file, as its bytes and its suffix; None where it is not one whole file.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        return None
+
     def identity(self, index: int) -> int:
         """A 64-bit number that stays with the image when DATA moves or other images come and go."""
         from freqmask.draws import identity_of  # it brings torch, which the help texts do without
@@ -114,7 +122,8 @@ def open_source(
     """The images that DATA names.
 
     Args:
-        data: a folder, a ``.npy``, ``.npz`` or ``.parquet`` file, ``builtin:photos``, ``builtin:digits``, an
+        data: a folder of images or of shards, a ``.tar`` or a pattern of them (``shards-{000..009}.tar``), a
+            ``.npy``, ``.npz`` or ``.parquet`` file, ``builtin:photos``, ``builtin:digits``, an
             import path ``package.module:name`` of a `Source` (or of something that returns one when
             called), a `Source`, or several of these.
         pages: what the pages of a TIFF are: the channels of one image, or images of their own.
@@ -154,6 +163,8 @@ def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
     path = Path(text).expanduser()
     if path.exists():
         return _open_path(path, pages, split)
+    if _names_shards(text):
+        return _open_path(path, pages, split)
     if REMOTE.match(text):
         raise UserError(f"DATA ({text}) must be a folder or file on this machine; copy it here first")
     if IMPORT_PATH.fullmatch(text):
@@ -171,7 +182,16 @@ def _open_builtin(text: str) -> Source:
 
 
 def _open_path(path: Path, pages: Pages, split: str) -> Source:
-    """A source from a folder or a file that exists."""
+    """A source from a folder or a file that exists, or from a pattern of shards."""
+    if _names_shards(str(path)) or (path.is_dir() and _has_shards(path)):
+        from freqmask.data.shards import open_local_shards
+
+        if pages == "images":
+            raise UserError(
+                f"pages (images) is for files, DATA ({path}) is shards; freqmask prepare --pages images makes "
+                "an image of each page"
+            )
+        return open_local_shards(str(path), split)
     if path.is_dir():
         from freqmask.data.folder import open_folder
 
@@ -185,9 +205,24 @@ def _open_path(path: Path, pages: Pages, split: str) -> Source:
 
         return ParquetSource([path])
     raise UserError(
-        f"DATA ({path}) must be a folder, a .npy, .npz or .parquet file; "
+        f"DATA ({path}) must be a folder, a .tar, .npy, .npz or .parquet file; "
         f"for one image name its folder: {path.parent}"
     )
+
+
+def _names_shards(text: str) -> bool:
+    """Whether a text is a tar or a pattern of some, on this machine."""
+    if not text.lower().endswith(".tar") or REMOTE.match(text):
+        return False
+    from freqmask.data.shards import is_pattern
+
+    return is_pattern(text) or Path(text).expanduser().is_file()
+
+
+def _has_shards(path: Path) -> bool:
+    from freqmask.data.shards import has_shards
+
+    return has_shards(path)
 
 
 def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str]:
@@ -205,6 +240,10 @@ def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str
 
         return sorted({row.split for row in read_labels(Path(labels)) if row.split})
     path = Path(data).expanduser()
+    if _names_shards(str(path)) or (path.is_dir() and _has_shards(path)):
+        from freqmask.data.shards import local_shards, splits_in_shards
+
+        return splits_in_shards(*local_shards(str(path)), str(path))
     if path.is_dir():
         from freqmask.data.folder import split_folders, tables_in
         from freqmask.data.tables import files_by_split

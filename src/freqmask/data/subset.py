@@ -39,6 +39,9 @@ class Subset(Source):
     def group(self, index: int) -> str | None:
         return self.source.group(int(self.indices[index]))
 
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        return self.source.encoded(int(self.indices[index]))
+
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 

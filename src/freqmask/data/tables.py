@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from freqmask.data.cache import cache_file, replacing
-from freqmask.data.decode import open_bytes
+from freqmask.data.decode import open_bytes, suffix_of
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
@@ -113,6 +113,10 @@ class ParquetSource(Source):
         if data is None:
             raise BadImage("its row holds no bytes, only a path at most")
         return open_bytes(data)
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        data, path = self._cell(index)
+        return None if data is None else (data, suffix_of(data, path or ""))
 
     def _cell(self, index: int) -> tuple[bytes | None, str | None]:
         """Bytes and path of a row."""

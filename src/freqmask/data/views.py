@@ -22,7 +22,7 @@ from freqmask.errors import UserError, nearest
 
 CROPS = ("resized", "native", "whole", "center")
 _TRIES = 10  # random windows tried before the largest centred one stands in, as in torchvision
-_OVERSAMPLING = 2  # a reduced JPEG keeps twice the asked pixels, so that reducing it leaves no trace
+OVERSAMPLING = 2  # a reduced JPEG keeps twice the asked pixels, so that reducing it leaves no trace
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Geometry:
         """The pixels that a reduced decoding of the window must keep; None where it must not be reduced."""
         if self.crop == "native":
             return None
-        return (_OVERSAMPLING * self.size[0], _OVERSAMPLING * self.size[1])
+        return (OVERSAMPLING * self.size[0], OVERSAMPLING * self.size[1])
 
     def finish(
         self, window: Shaped[Tensor, "channel window_height window_width"], key: int

@@ -1,0 +1,247 @@
+"""Tar shards read by their index: found, labelled, split and refused like a folder."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from freqmask.data import shards as shards_module
+from freqmask.data.dataset import TrainDataset
+from freqmask.data.heldout import hold_out
+from freqmask.data.loader import make_loader
+from freqmask.data.sampler import TrainSampler
+from freqmask.data.shard_index import INDEX_NAME, Row, ShardRows, load_index, make_index
+from freqmask.data.shards import expand_braces, find_index, local_shards
+from freqmask.data.sources import open_source, splits_there
+from freqmask.data.views import Geometry
+from freqmask.errors import BadImage, UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def png(number):
+    file = io.BytesIO()
+    image = Image.new("RGB", (8, 6), (number, 0, 0))
+    image.putpixel((7, 5), (255, 255, 255))
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def pack(path, members):
+    """A tar of (name, bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(numbers, label=lambda n: n % 2):
+    for number in numbers:
+        yield f"{number:04d}.png", png(number)
+        yield f"{number:04d}.cls", str(label(number)).encode()
+
+
+def reds(source):
+    return [int(source.open(index).decode()[0, 0, 0]) for index in range(len(source))]
+
+
+def test_a_folder_of_shards_gives_images_labels_and_names(tmp_path):
+    pack(tmp_path / "shards-000.tar", samples(range(3)))
+    pack(tmp_path / "shards-001.tar", samples(range(3, 5)))
+    source = open_source(tmp_path)
+    assert reds(source) == [0, 1, 2, 3, 4]
+    assert source.class_names == ["0", "1"] and source.all_labels().tolist() == [0, 1, 0, 1, 0]
+    assert source.name(3) == "shards-001/0003.png" and source.label(3) == 1
+    assert source.summary().kind == "2 shards"
+    with pytest.raises(IndexError):
+        source.open(5)
+
+
+def test_headers_are_read_once(tmp_path, monkeypatch):
+    pack(tmp_path / "a.tar", samples(range(3)))
+    first = open_source(tmp_path / "a.tar")
+    monkeypatch.setattr(shards_module, "read_headers", None)
+    again = open_source(tmp_path / "a.tar")
+    assert reds(again) == [0, 1, 2] and again.fingerprint() == first.fingerprint()
+    assert reds(pickle.loads(pickle.dumps(again))) == [0, 1, 2]
+    assert len(pickle.dumps(again)) < 2000  # the arrays travel as the name of their file
+
+
+def test_a_changed_shard_is_read_anew(tmp_path):
+    pack(tmp_path / "a.tar", samples(range(3)))
+    before = open_source(tmp_path)
+    pack(tmp_path / "a.tar", samples(range(9)))
+    after = open_source(tmp_path)
+    assert len(after) == 9 and after.fingerprint() != before.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["s-{001..002}.tar", "s-00[12].tar", "s-{001,002}.tar", "{s-001,s-002}.tar"]
+)
+def test_a_pattern_names_some_shards(tmp_path, pattern):
+    for number in range(4):
+        pack(tmp_path / f"s-{number:03d}.tar", samples([number]))
+    assert reds(open_source(str(tmp_path / pattern))) == [1, 2]
+
+
+def test_braces_count_with_their_zeros():
+    assert expand_braces("a-{8..10}") == ["a-8", "a-9", "a-10"]
+    assert expand_braces("a-{08..10}-{0..1}")[-1] == "a-10-1"
+
+
+def test_identity_stays_when_shards_move_and_others_come(tmp_path):
+    pack(tmp_path / "a" / "s-001.tar", samples(range(3)))
+    pack(tmp_path / "b" / "c" / "s-001.tar", samples(range(3)))
+    pack(tmp_path / "b" / "c" / "s-000.tar", samples(range(3)))
+    one, other = open_source(tmp_path / "a"), open_source(tmp_path / "b" / "c")
+    assert [one.identity(k) for k in range(3)] == [other.identity(k + 3) for k in range(3)]
+    assert len({other.identity(k) for k in range(6)}) == 6
+
+
+def test_json_tells_label_group_and_name(tmp_path):
+    facts = {"label": "cat", "group": "patient 7", "name": "a/b.png"}
+    members = [("0.json", json.dumps(facts).encode()), ("0.png", png(0)), ("1.png", png(1)), ("1.json", b"{")]
+    source = open_source(pack(tmp_path / "s.tar", members))
+    assert source.class_names == ["cat"] and source.all_labels().tolist() == [0, -1]
+    assert (source.group(0), source.group(1)) == ("patient 7", None)
+    assert [source.name(0), source.name(1)] == ["a/b.png", "1.png"]
+
+
+def test_a_packed_folder_has_its_folders_as_classes(tmp_path):
+    names = ["./dog/IMG.1.png", "./dog/IMG.2.png", "./cat/x.png", "./cat/._x.png", "./cat/notes.txt"]
+    source = open_source(pack(tmp_path / "s.tar", [(n, png(k)) for k, n in enumerate(names)]))
+    assert len(source) == 3 and source.class_names == ["cat", "dog"]
+    assert source.all_labels().tolist() == [1, 1, 0] and source.summary().ignored == {".txt": 1}
+
+
+def test_masks_beside_images_are_not_images(tmp_path):
+    members = [("0.depth.png", png(9)), ("0.png", png(0)), ("1.png", png(1)), ("1.mask.png", png(9))]
+    source = open_source(pack(tmp_path / "s.tar", members))
+    assert reds(source) == [0, 1] and "first is read" in source.summary().notes[0]
+
+
+@pytest.mark.parametrize("names", [("train/0.tar", "val/0.tar"), ("x-train-0.tar", "x-val-0.tar")])
+def test_train_beside_val_is_used_and_said(tmp_path, names):
+    pack(tmp_path / names[0], samples(range(3)))
+    pack(tmp_path / names[1], samples(range(3, 5)))
+    assert splits_there(tmp_path) == ["train", "val"]
+    auto = open_source(tmp_path)
+    assert reds(auto) == [0, 1, 2] and "Only train is used" in auto.summary().notes[0]
+    assert reds(open_source(tmp_path, split="val")) == [3, 4]
+    assert reds(open_source(tmp_path, split="all")) == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="split"):
+        open_source(tmp_path, split="dev-7")
+
+
+def test_held_out_images_stay_where_they_are(tmp_path):
+    pack(tmp_path / "s-0.tar", samples(range(40)))
+    train, held_out = hold_out(open_source(tmp_path), 0.2)
+    assert len(held_out) == 8 and sorted([*train, *held_out]) == list(range(40))
+
+
+def test_a_table_of_labels_names_members(tmp_path):
+    pack(tmp_path / "s.tar", samples(range(3)))
+    (tmp_path / "labels.csv").write_text("path,label\ns/0001.png,frog\ns/0000.png,newt\n")
+    source = open_source(tmp_path, labels=tmp_path / "labels.csv")
+    assert reds(source) == [1, 0] and source.class_names == ["frog", "newt"]
+
+
+def test_workers_read_shards(tmp_path):
+    pack(tmp_path / "s.tar", samples(range(1, 9)))
+    dataset = TrainDataset(open_source(tmp_path), [Geometry(4, crop="whole")])
+    batches = list(make_loader(dataset, TrainSampler(8, 0, 4, total_steps=2), 4, workers=1))
+    assert sorted(np.concatenate([batch["indices"] for batch in batches])) == list(range(8))
+    assert [batch["skipped"] for batch in batches] == [[], []]
+
+
+@pytest.mark.parametrize("damage", ["cut", "compressed", "text", "missing", "empty"])
+def test_a_bad_shard_is_a_sentence(tmp_path, damage):
+    tar = pack(tmp_path / "s-000.tar", samples(range(30)))
+    if damage == "cut":
+        tar.write_bytes(tar.read_bytes()[:20_000])
+    if damage == "text":
+        tar.write_bytes(b"no tar" * 1000)
+    if damage == "compressed":
+        with tarfile.open(tar, "w:gz") as packed:
+            packed.add(__file__)
+    if damage == "empty":
+        pack(tar, [("notes.txt", b"x")])
+    with pytest.raises(UserError, match=r"s-00|holds no images"):
+        open_source(str(tmp_path / "s-{000..001}.tar") if damage == "missing" else tmp_path)
+
+
+def indexed(folder, count=4):
+    """Shards with our own index beside them."""
+    sizes, shards = {}, []
+    for shard in range(2):
+        tar = pack(folder / f"s-{shard}.tar", samples(range(shard * count, (shard + 1) * count)))
+        index = find_index(*local_shards(str(tar)), str(tar))
+        rows = [
+            Row(
+                index.text("members", k),
+                int(index.arrays["offsets"][k]),
+                int(index.arrays["sizes"][k]),
+                "cat",
+                name=f"old/{shard}/{k}",
+            )
+            for k in range(count)
+        ]
+        sizes[tar] = tar.stat().st_size
+        shards.append(ShardRows(tar.name, sizes[tar], None, rows))
+    make_index(shards, ["ant", "cat"]).save(folder / INDEX_NAME)
+    return folder
+
+
+def test_an_index_beside_the_shards_decides(tmp_path, monkeypatch):
+    indexed(tmp_path)
+    monkeypatch.setattr(shards_module, "read_headers", None)
+    source = open_source(tmp_path)
+    assert reds(source) == list(range(8)) and source.class_names == ["ant", "cat"]
+    assert source.name(5) == "old/1/1" and source.label(5) == 1
+    assert reds(open_source(tmp_path / "s-1.tar")) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("damage", ["gone", "other", "index"])
+def test_an_index_that_does_not_fit_is_refused(tmp_path, damage):
+    indexed(tmp_path)
+    if damage == "gone":
+        (tmp_path / "s-1.tar").unlink()
+    if damage == "other":
+        pack(tmp_path / "s-1.tar", samples(range(50)))
+    if damage == "index":
+        (tmp_path / INDEX_NAME).write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="fetch it"):
+        open_source(tmp_path)
+    if damage == "gone":
+        assert reds(open_source(str(tmp_path / "s-[0].tar"))) == [0, 1, 2, 3]
+
+
+def test_a_shard_that_goes_away_makes_bad_images(tmp_path):
+    source = open_source(indexed(tmp_path))
+    (tmp_path / "s-1.tar").write_bytes((tmp_path / "s-1.tar").read_bytes()[:600])
+    (tmp_path / "s-0.tar").unlink()
+    with pytest.raises(BadImage, match="gone"):
+        source.open(0)
+    with pytest.raises(BadImage, match="truncated"):
+        source.open(5)
+
+
+def test_pages_are_for_files(tmp_path):
+    pack(tmp_path / "s.tar", samples(range(3)))
+    with pytest.raises(UserError, match="prepare --pages images"):
+        open_source(tmp_path, pages="images")
+
+
+def test_an_index_file_holds_what_it_was_given(tmp_path):
+    index = load_index(indexed(tmp_path) / INDEX_NAME)
+    assert len(index) == 8 and index.text("names", 7) == "old/1/3" and index.splits() == []
