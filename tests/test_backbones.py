@@ -242,3 +242,13 @@ def test_recalibration_reads_nothing_where_there_is_no_batch_norm() -> None:
         yield
 
     recalibrate_batch_norm(nn.Linear(2, 2), batches())
+
+
+def test_wishes_are_granted_where_the_family_knows_them() -> None:
+    wishes = {"dynamic_img_size": True, "drop_path_rate": 0.5}
+    tiny = {"depth": 2, "embed_dim": 32, "num_heads": 1}
+    vit = Backbone("vit_tiny_patch16_224", 32, model_args=tiny, wishes=wishes)
+    assert not vit.fixed_size
+    assert vit(torch.rand(1, 3, 48, 64)).feature_map.shape[2:] == (3, 4)
+    assert vit.timm_model.blocks[1].drop_path1.drop_prob == 0.5
+    assert Backbone("resnet18", 32, wishes=wishes).fixed_size is False

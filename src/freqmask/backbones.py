@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         pretrained: start from timm's public weights.
         initialisation: ``"mfm"`` initialises a ViT as MFM's authors do and leaves other families as timm
             makes them; ``"timm"`` leaves all of them. Public weights stay as they are.
+        wishes: like ``model_args``, but left out where the family does not know them.
 
     Attributes:
         timm_model: the plain timm module.
@@ -78,6 +79,7 @@ class Backbone(nn.Module):
         model_args: Mapping[str, Any] | None = None,
         pretrained: bool = False,
         initialisation: Literal["mfm", "timm"] = "mfm",
+        wishes: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if initialisation not in ("mfm", "timm"):
@@ -92,7 +94,7 @@ class Backbone(nn.Module):
         }
         self.timm_model: Any  # timm's methods are its own, nn.Module's type knows none of them
         self.timm_model, self.fixed_size = create_model(
-            name, self.image_size, channels, patch_size, model_args, pretrained
+            name, self.image_size, channels, patch_size, model_args, pretrained, wishes
         )
         stage_strides = strides(self.timm_model)
         _check_stage(name, stage, len(stage_strides))

@@ -27,6 +27,7 @@ def create_model(
     patch_size: int | None = None,
     model_args: Mapping[str, Any] | None = None,
     pretrained: bool = False,
+    wishes: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, bool]:
     """A timm model without classifier, drop path off, for images of one size.
 
@@ -39,6 +40,7 @@ def create_model(
         patch_size: side of a patch in pixels; None leaves the model's own.
         model_args: further arguments of timm's.
         pretrained: load timm's public weights.
+        wishes: arguments that are left out where the family does not know them, such as ``drop_path_rate``.
 
     Returns:
         The model, and whether it works at this image size only.
@@ -51,18 +53,19 @@ def create_model(
     if patch_size is not None:
         asked["patch_size"] = patch_size
     try:
-        model, takes_size = _create(name, asked, image_size, pretrained)
+        model, taken = _create(name, asked, image_size, pretrained, wishes)
         padded = round_up(image_size, max(strides(model)))
     except UserError:
         if all(side % 32 == 0 for side in image_size):
             raise
         # Some families refuse a size that their stride does not divide before one can ask for the stride.
-        model, takes_size = _create(name, asked, None, False)
+        model, taken = _create(name, asked, None, False, wishes)
         padded = round_up(image_size, max(strides(model)))
-        model, takes_size = _create(name, asked, padded, pretrained)
+        model, taken = _create(name, asked, padded, pretrained, wishes)
+    takes_size = "img_size" in taken
     if takes_size and padded != image_size:
-        model, _ = _create(name, asked, padded, pretrained)
-    return model, takes_size and not asked.get("dynamic_img_size", False)
+        model, _ = _create(name, asked, padded, pretrained, wishes)
+    return model, takes_size and not taken.get("dynamic_img_size", False)
 
 
 def check_name(name: str) -> None:
@@ -163,16 +166,20 @@ def _checked(model_args: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _create(
-    name: str, asked: dict[str, Any], image_size: tuple[int, int] | None, pretrained: bool
-) -> tuple[nn.Module, bool]:
-    """The model, and whether it took an image size. What was not asked for may be refused."""
-    wanted: dict[str, Any] = {"drop_path_rate": 0.0, "num_classes": 0}
+    name: str,
+    asked: dict[str, Any],
+    image_size: tuple[int, int] | None,
+    pretrained: bool,
+    wishes: Mapping[str, Any] | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and the arguments that it took. What was not asked for may be refused."""
+    wanted: dict[str, Any] = {"drop_path_rate": 0.0, "num_classes": 0, **(wishes or {})}
     if image_size is not None:
         wanted["img_size"] = image_size
     while True:
         try:
             model = timm.create_model(name, pretrained=pretrained, **{**wanted, **asked})
-            return model, "img_size" in wanted
+            return model, {**wanted, **asked}
         except TypeError as error:
             refused = REFUSED.search(str(error))
             if refused is None or refused[1] not in wanted or refused[1] in asked:

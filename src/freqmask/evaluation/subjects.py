@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ def open_subject(
     weights: str | None = None,
     value_range: str | None = None,
     crop: str = "center",
+    wishes: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Open MODEL for an evaluation.
 
@@ -191,6 +193,7 @@ def open_subject(
         value_range: what becomes [0, 1]; None is the model's own, or for weights from outside that of
             the images.
         crop: ``center`` or ``whole``.
+        wishes: timm's arguments for a training, as for :func:`freqmask.interop.models.open_model`.
 
     Raises:
         UserError: there is no such model.
@@ -202,7 +205,8 @@ def open_subject(
         return PixelSubject(seen, image_size, crop)
     foreign = text.startswith((PUBLIC, RANDOM))
     is_run = not foreign and RunFolder(text).exists()
-    opened = open_model(text, image_size=image_size, seed=seed, weights=weights if is_run else None)
+    chosen = weights if is_run else None
+    opened = open_model(text, image_size=image_size, seed=seed, weights=chosen, wishes=wishes)
     if value_range is not None or (foreign and opened.value_range == "dtype"):
         opened.value_range = seen.value_range.describe()
     return ModelSubject(text, opened, crop)

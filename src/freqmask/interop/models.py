@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +103,7 @@ def open_model(
     channels: int | None = None,
     weights: str | None = None,
     seed: int = 0,
+    wishes: Mapping[str, Any] | None = None,
 ) -> OpenedModel:
     """Open MODEL.
 
@@ -114,6 +115,8 @@ def open_model(
         channels: of the images, for ``timm:`` and ``random:NAME``; None is the model's own.
         weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
         seed: of fresh weights.
+        wishes: arguments of timm's for a training, such as ``drop_path_rate``; left out where the family does
+            not know them.
 
     Returns:
         The model on the CPU, in evaluation mode.
@@ -123,12 +126,12 @@ def open_model(
     """
     text = str(text)
     if text.startswith(PUBLIC):
-        return _open_named(text, PUBLIC, image_size, channels)
+        return _open_named(text, PUBLIC, image_size, channels, wishes)
     if text.startswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _open_random(text, image_size, channels)
-    return _open_folder(text, image_size, weights)
+            return _open_random(text, image_size, channels, wishes)
+    return _open_folder(text, image_size, weights, wishes)
 
 
 def load_backbone(
@@ -183,7 +186,13 @@ def hash_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _open_named(text: str, prefix: str, image_size: ImageSize | None, channels: int | None) -> OpenedModel:
+def _open_named(
+    text: str,
+    prefix: str,
+    image_size: ImageSize | None,
+    channels: int | None,
+    wishes: Mapping[str, Any] | None,
+) -> OpenedModel:
     """``timm:NAME`` and ``random:NAME``."""
     import timm
 
@@ -196,7 +205,11 @@ def _open_named(text: str, prefix: str, image_size: ImageSize | None, channels: 
     channels = own_channels if channels is None else channels
     try:
         backbone = Backbone(
-            name, (height, width) if image_size is None else image_size, channels, pretrained=prefix == PUBLIC
+            name,
+            (height, width) if image_size is None else image_size,
+            channels,
+            pretrained=prefix == PUBLIC,
+            wishes=wishes,
         )
     except UserError as error:
         raise UserError(f"model ({text}): {error}") from error
@@ -206,10 +219,12 @@ def _open_named(text: str, prefix: str, image_size: ImageSize | None, channels: 
     return _opened(text, kind, backbone, fitted(mean, channels), fitted(std, channels))
 
 
-def _open_random(text: str, image_size: ImageSize | None, channels: int | None) -> OpenedModel:
+def _open_random(
+    text: str, image_size: ImageSize | None, channels: int | None, wishes: Mapping[str, Any] | None
+) -> OpenedModel:
     like = text.removeprefix(RANDOM)
     if not Path(like).is_dir():
-        return _open_named(text, RANDOM, image_size, channels)
+        return _open_named(text, RANDOM, image_size, channels, wishes)
     folder = find_backbone(like)
     config = read_config(folder)
     arguments = dict(config.get("model_args", {}))
@@ -225,11 +240,14 @@ def _open_random(text: str, image_size: ImageSize | None, channels: int | None) 
         stage=_stage(options, config),
         model_args=arguments,
         initialisation=options.get("initialisation") or "mfm",
+        wishes=wishes,
     )
     return _opened(text, "random", backbone, *_statistics(config), config=config)
 
 
-def _open_folder(text: str, image_size: ImageSize | None, weights: str | None) -> OpenedModel:
+def _open_folder(
+    text: str, image_size: ImageSize | None, weights: str | None, wishes: Mapping[str, Any] | None
+) -> OpenedModel:
     folder = find_backbone(text)
     config = read_config(folder)
     trained_size = tuple(config["pretrained_cfg"]["input_size"])
@@ -244,6 +262,7 @@ def _open_folder(text: str, image_size: ImageSize | None, weights: str | None) -
                 trained_size[0],
                 stage=_stage(options, config),
                 pretrained=True,
+                wishes=wishes,
             )
         except UserError as error:
             raise UserError(f"model ({text}) cannot be opened: {error}") from error
