@@ -83,3 +83,15 @@ def test_moving_average_is_the_weighted_mean() -> None:
     expected = 0.9 * teacher.weight + 0.1 * student.weight
     update_ema(teacher, student, 0.9)
     torch.testing.assert_close(teacher.weight, expected)
+
+
+def test_a_power_decays_as_a_polynomial_to_the_least_rate_and_layers_keep_their_factor() -> None:
+    layer = nn.Linear(2, 2)
+    groups = [{"params": [layer.weight], "lr_scale": 0.5}, {"params": [layer.bias]}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    schedule = Schedule(optimizer, Recipe(1.0, 0.0, 0.0, warmup_steps=10, total_steps=100, power=1.0))
+    rates = []
+    for step in (0, 5, 25, 75, 99):
+        schedule.apply(step)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates == [[pytest.approx(rate / 2), pytest.approx(rate)] for rate in (0.0, 0.5, 0.75, 0.25, 0.01)]

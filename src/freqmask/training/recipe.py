@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.poly_lr import PolyLRScheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -33,6 +34,7 @@ class Recipe:
         weight_decay_end: where a cosine leads the weight decay; equal to ``weight_decay`` keeps it constant.
         betas: AdamW's.
         clip_grad: largest norm of the gradient; None does not clip.
+        power: None decays along half a cosine, a number as ``(1 - step / total_steps)^power``.
     """
 
     lr: float
@@ -44,6 +46,7 @@ class Recipe:
     weight_decay_end: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float | None = 3.0
+    power: float | None = None
 
 
 def scaled_lr(base: float, batch_size: int, reference: int = REFERENCE_BATCH) -> float:
@@ -99,19 +102,23 @@ class Schedule:
         self.recipe = recipe
         for group in optimizer.param_groups:
             group["initial_lr"] = recipe.lr
-        self._cosine = CosineLRScheduler(
-            optimizer,
-            t_initial=max(recipe.total_steps, 2),  # timm warns of a cosine over a single step
-            lr_min=recipe.min_lr,
-            warmup_t=recipe.warmup_steps,
-            warmup_lr_init=recipe.warmup_lr,
-            t_in_epochs=False,
-            initialize=False,
+        shared: dict[str, Any] = {
+            "t_initial": max(recipe.total_steps, 2),  # timm warns of a cosine over a single step
+            "lr_min": recipe.min_lr,
+            "warmup_t": recipe.warmup_steps,
+            "warmup_lr_init": recipe.warmup_lr,
+            "t_in_epochs": False,
+            "initialize": False,
+        }
+        self._decay = (
+            CosineLRScheduler(optimizer, **shared)
+            if recipe.power is None
+            else PolyLRScheduler(optimizer, power=recipe.power, **shared)
         )
 
     def apply(self, step: int) -> None:
         """Set every group's learning rate and weight decay for optimiser step ``step``, counted from 0."""
-        self._cosine.step_update(step)
+        self._decay.step_update(step)
         if self.recipe.weight_decay_end == self.recipe.weight_decay:
             return
         decay = self._weight_decay(step)
