@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["spectra", "info", "recipes"]
+COMMANDS = ["prepare", "spectra", "info", "recipes"]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

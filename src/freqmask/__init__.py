@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from freqmask.commands.embed import embed
     from freqmask.commands.export import export
     from freqmask.commands.info import info
+    from freqmask.commands.prepare import prepare
     from freqmask.commands.pretrain import pretrain
     from freqmask.commands.reconstruct import reconstruct
     from freqmask.commands.report import report
@@ -31,6 +32,7 @@ _PUBLIC = {
     "embed": "freqmask.commands.embed",
     "export": "freqmask.commands.export",
     "convert": "freqmask.commands.convert",
+    "prepare": "freqmask.commands.prepare",
     "reconstruct": "freqmask.commands.reconstruct",
     "load_backbone": "freqmask.interop.models",
     "load_method": "freqmask.interop.runs",
@@ -48,6 +50,7 @@ __all__ = [
     "info",
     "load_backbone",
     "load_method",
+    "prepare",
     "pretrain",
     "reconstruct",
     "report",

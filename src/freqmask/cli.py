@@ -28,15 +28,17 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "freqmask.commands.evaluate",
-        "measure one or several backbones: knn, linear, fewshot, bands",
+        "measure one or several backbones: knn, linear, fewshot, finetune, bands",
         "model",
         {
             "knn": "the nearest training images vote",
             "linear": "a softmax head on frozen features",
             "fewshot": "a handful of labels a class",
+            "finetune": "all weights learn; a classifier for timm is left behind",
             "bands": "which frequencies a model uses",
         },
     ),
+    "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading", "data"),
     "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in", ("model", "image")),
     "export": Command(
         "freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM", "model"

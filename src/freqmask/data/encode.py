@@ -1,0 +1,146 @@
+"""A picture as the bytes of a file: reduced where it is large, JPEG for 8-bit photographs, else every bit kept."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import imagecodecs
+import numpy as np
+import tifffile
+import torch
+from jaxtyping import Shaped
+
+from freqmask.data.pictures import Picture
+from freqmask.data.pixels import fill_missing, missing_pixels
+from freqmask.data.tiff import NODATA_TAG
+from freqmask.data.views import OVERSAMPLING, resize
+from freqmask.errors import BadImage
+
+JPEG_QUALITY = 95
+# Colour at full resolution: halved, as is usual, its upper octave would be gone. A third more time and bytes.
+JPEG_SUBSAMPLING = "444"
+MISSING_SHARE = 0.5  # a reduced pixel is missing where this much of what it came from was
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it goes into a shard.
+
+    Attributes:
+        data: the file.
+        suffix: of its name, with the dot.
+        size: (height, width) as shown.
+        channels: as decoded.
+        bits: of a sample.
+        reduction: its sides over those of the original, at most 1.
+    """
+
+    data: bytes
+    suffix: str
+    size: tuple[int, int]
+    channels: int
+    bits: int
+    reduction: float = 1.0
+
+
+def encode_picture(
+    picture: Picture, original: tuple[bytes, str] | None, shorter_side: int | None
+) -> EncodedImage:
+    """Decode an image once, so that it is known to be whole, and put it into the form of a shard.
+
+    What needs no reduction and is a file stays that file, byte for byte. A reduced image of 8 bits becomes a
+    JPEG; everything else keeps every bit, as PNG where that can be, as TIFF where not.
+
+    Args:
+        picture: the image, its header read.
+        original: its own file and suffix, or None.
+        shorter_side: pixels of the shorter side at most; None for any.
+
+    Raises:
+        BadImage: it cannot be decoded.
+    """
+    wanted = reduced_size(picture.size, shorter_side)
+    if wanted == picture.size:
+        pixels = picture.decode()
+        data, suffix = original or _lossless(pixels, picture.nodata)
+    else:
+        at_least = (OVERSAMPLING * wanted[0], OVERSAMPLING * wanted[1])
+        pixels = reduced(picture.decode(None, at_least), wanted, picture.nodata)
+        jpeg = pixels.dtype == np.uint8 and len(pixels) in (1, 3)
+        data, suffix = (_jpeg(pixels), ".jpg") if jpeg else _lossless(pixels, picture.nodata)
+    reduction = min(wanted) / min(picture.size)
+    return EncodedImage(data, suffix, wanted, len(pixels), 8 * pixels.dtype.itemsize, reduction)
+
+
+def reduced_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
+    """Height and width of an image whose shorter side is brought down to a limit.
+
+    >>> reduced_size((3000, 4000), 448), reduced_size((300, 500), 448)
+    ((448, 597), (300, 500))
+    """
+    if shorter_side is None or min(size) <= shorter_side:
+        return size
+    factor = shorter_side / min(size)
+    height, width = (max(1, round(side * factor)) for side in size)
+    return height, width
+
+
+def reduced(
+    pixels: Shaped[np.ndarray, "channel height width"], size: tuple[int, int], nodata: float | None
+) -> Shaped[np.ndarray, "channel new_height new_width"]:
+    """An image brought to a size with our antialiased bicubic, in its own type and range.
+
+    Bicubic overshoots; what leaves the range of the image's own values is clamped to it. What is mostly missing
+    stays missing.
+
+    Args:
+        pixels: any of the kept types.
+        size: (height, width) in pixels.
+        nodata: the value that stands for "not measured", or None.
+
+    Raises:
+        BadImage: all of it is missing.
+    """
+    if pixels.dtype == np.uint8 and nodata is None:
+        return resize(torch.from_numpy(pixels), size).numpy()
+    missing = missing_pixels(pixels, nodata)
+    if missing is not None and missing.all():
+        raise BadImage("all its values are missing (NaN or nodata)")
+    values = fill_missing(pixels, missing).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    unit = torch.from_numpy(((values - low) / max(high - low, 1e-300)).astype(np.float32))
+    scaled = resize(unit, size).numpy().astype(np.float64) * (high - low) + low
+    small = (np.rint(scaled) if pixels.dtype.kind in "iu" else scaled).astype(pixels.dtype)
+    if missing is not None and missing.any():
+        gone = resize(torch.from_numpy(missing.astype(np.float32)), size).numpy() >= MISSING_SHARE
+        small[gone] = np.nan if pixels.dtype.kind == "f" else nodata
+    return small
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    """Baseline JPEG of (1 or 3, height, width) of 8 bits."""
+    layout = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    if len(pixels) == 1:
+        return bytes(imagecodecs.jpeg8_encode(layout[..., 0], level=JPEG_QUALITY))
+    return bytes(imagecodecs.jpeg8_encode(layout, level=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING))
+
+
+def _lossless(pixels: np.ndarray, nodata: float | None) -> tuple[bytes, str]:
+    """PNG for whole numbers in one or three channels, else TIFF (deflate); with its nodata value."""
+    layout = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    if pixels.dtype in (np.uint8, np.uint16) and len(pixels) in (1, 3) and nodata is None:
+        return bytes(imagecodecs.png_encode(layout[..., 0] if len(pixels) == 1 else layout)), ".png"
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file,
+        layout[..., 0] if len(pixels) == 1 else layout,
+        photometric="minisblack",
+        planarconfig="contig" if len(pixels) > 1 else None,
+        compression="zlib",
+        predictor=True,
+        metadata=None,
+        software=False,
+        extratags=[] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)],
+    )
+    return file.getvalue(), ".tif"

@@ -1,0 +1,121 @@
+"""``freqmask prepare`` as a user types it."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import freqmask
+from freqmask.cli import main
+from freqmask.data.sources import open_source
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "my photos"
+    root.mkdir()
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.jpg")
+    (root / "bad.jpg").write_bytes(b"x")
+    return root
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_it_says_what_it_did_to_the_images(photos, tmp_path, capsys):
+    out = tmp_path / "my shards"
+    main(["prepare", str(photos), "--out", str(out), "--resize", "32", "--workers", "0"])
+    said = capsys.readouterr().out
+    assert "20 images in 1 shard" in said and "bad.jpg: its content is not an image" in said
+    assert "20 of 20 images (100%) were reduced, the median one to 0.50" in said
+    assert f"freqmask pretrain '{out}'" in said
+    assert len(open_source(out)) == 20
+    main(["prepare", str(photos), "--out", str(out), "--resize", "32"])
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_its_twin_returns_the_folder(photos, tmp_path):
+    out = freqmask.prepare(str(photos), out=str(tmp_path / "out"), resize="none", workers=0)
+    assert open_source(out).encoded(0)[1] == ".jpg"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--resize", "64"], "--resize was 32 and is 64"),
+        (["--resize", "32", "--shard-size", "7"], "--shard_size was 10000 and is 7"),
+    ],
+)
+def test_other_settings_are_refused(photos, tmp_path, capsys, words, sentence):
+    out = str(tmp_path / "out")
+    main(["prepare", str(photos), "--out", out, "--resize", "32", "--workers", "0"])
+    before = contents(tmp_path / "out")
+    with pytest.raises(SystemExit) as left:
+        main(["prepare", str(photos), "--out", out, *words])
+    assert left.value.code == 2 and sentence in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_images_are_refused(photos, tmp_path, capsys):
+    words = ["prepare", str(photos), "--out", str(tmp_path / "out"), "--workers", "0"]
+    main(words)
+    (photos / "1.jpg").unlink()
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "images or labels were others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--resize", "8"], "resize (8) must be none or at least 32"),
+        (["--shard_size", "0"], "shard_size (0)"),
+        (["--workers", "-1"], "workers (-1)"),
+        (["--split", "val"], "split (val)"),
+        (["--pages", "book"], "pages (book)"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_leaves_nothing(photos, tmp_path, capsys, words, sentence):
+    with pytest.raises(SystemExit) as left:
+        main(["prepare", str(photos), "--out", str(tmp_path / "out"), *words])
+    assert left.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_is_a_sentence(photos, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit) as left:
+        main(["prepare", str(photos), "--out", str(tmp_path / "file" / "out")])
+    assert left.value.code == 2 and "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(photos, tmp_path):
+    words = ["--resize", "32", "--shard_size", "4", "--workers", "1"]
+
+    def command(out):
+        return [
+            sys.executable,
+            "-m",
+            "freqmask",
+            "prepare",
+            str(photos),
+            "--out",
+            str(tmp_path / out),
+            *words,
+        ]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    with subprocess.Popen(command("out"), stdout=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("image 6 of") for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out" / "shards.index").exists()
+    again = subprocess.run(command("out"), check=True, capture_output=True, text=True)
+    assert "goes on" in again.stdout
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
