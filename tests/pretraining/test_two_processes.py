@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 WORDS = (
-    "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 3 --batch_size 16 --workers 0 --accelerator cpu "
+    "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 4 --batch_size 16 --accelerator cpu "
     "--log_every_steps 1 --preview_every_steps 0 --outputs 32 --hidden_size 32 --bottleneck_size 16 --method folk"
 )
 MODEL = ["--model_args", "{depth: 2, embed_dim: 32, num_heads: 2}"]
@@ -21,7 +22,7 @@ def losses(out: Path, *words: str) -> list[float]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout.count("done        3 steps") == 1  # the second process is silent
+    assert done.stdout.count("done        4 steps") == 1  # the second process is silent
     with (out / "metrics.csv").open(newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
@@ -31,6 +32,20 @@ def losses(out: Path, *words: str) -> list[float]:
 def test_two_processes_equal_one(strategy: str, tmp_path: Path) -> None:
     one = losses(tmp_path / "one")
     two = losses(tmp_path / "two", "--devices", "2", "--strategy", strategy)
-    assert len(one) == 3
+    assert len(one) == 4
     assert one == pytest.approx(two, rel=2e-6)
     assert (tmp_path / "two" / "backbone" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_and_workers(tmp_path: Path) -> None:
+    every = ("--checkpoint_every_steps", "2", "--keep_checkpoints", "9")
+    whole = losses(tmp_path / "whole", "--workers", "0", *every)
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "whole", broken)
+    (broken / "summary.json").unlink()
+    for file in sorted((broken / "checkpoints").iterdir())[1:]:  # the checkpoint of step 2 stays
+        file.unlink()
+    went_on = losses(broken, "--devices", "2", "--workers", "1")
+    assert went_on == pytest.approx(whole, rel=2e-6)
+    assert went_on != whole  # sums in another order: it was trained again
