@@ -47,7 +47,6 @@ def test_an_import_path_names_a_source_or_what_returns_one(module, name, size):
         ("no_such_module_here:name", "neither a folder nor importable"),
         ("mylab_sources:Digit", "did you mean 'Digits'"),
         ("mylab_sources:number", "must be a freqmask.data.sources.Source"),
-        ("s3://bucket/photos", "on this machine"),
         ([], "at least one"),
     ],
 )

@@ -73,8 +73,8 @@ class FolderSource(Source):
         self.index: FolderIndex = index_folder(root / (split or ""), read_suffixes())
         self.notes = [*notes, *_index_notes(self.index)]
         if len(self.index) == 0:
-            raise UserError(_nothing_to_read(root / (split or ""), self.index))
-        self.class_names, self._class_of_folder = _classes(self.index)
+            raise UserError(nothing_to_read(root / (split or ""), self.index))
+        self.class_names, self._class_of_folder = classes_of(self.index)
         # (files + 1,) number of the first image of each file; None where every file is one image
         self._first_images = _first_images(self.index) if pages == "images" else None
 
@@ -127,7 +127,7 @@ class FolderSource(Source):
         return SourceSummary("folder", len(self), len(self), dict(self.index.ignored), list(self.notes))
 
 
-def _classes(index: FolderIndex) -> tuple[list[str] | None, np.ndarray]:
+def classes_of(index: FolderIndex) -> tuple[list[str] | None, np.ndarray]:
     """Names of the classes, or None, and the class of each folder (folder,), -1 where it has no images."""
     used = np.diff(index.starts) > 0
     levels = [folder.split(b"/") for folder in index.folders]
@@ -168,7 +168,7 @@ def _index_notes(index: FolderIndex) -> list[str]:
     return notes
 
 
-def _nothing_to_read(path: Path, index: FolderIndex) -> str:
+def nothing_to_read(path: Path | str, index: FolderIndex) -> str:
     """Why a folder without images is refused."""
     if not index.ignored:
         return f"DATA ({path}) holds no images; name a folder with JPEG, PNG, TIFF or .npy files"

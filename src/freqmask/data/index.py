@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,29 @@ def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -
     return index
 
 
+def index_listing(root: str, files: Mapping[str, int | None], suffixes: frozenset[str]) -> FolderIndex:
+    """The index of files that a server listed.
+
+    Args:
+        root: what their paths are relative to.
+        files: path with ``/`` -> bytes, None where unknown.
+        suffixes: of the files to list, in lower case with their dot.
+    """
+    found: dict[bytes, _Folder] = {}
+    members: dict[bytes, list[tuple[bytes, int]]] = {}
+    for path, size in files.items():
+        parent, _, name = os.fsencode(path).rpartition(b"/")
+        folder = found.setdefault(parent, _Folder(0, settled=False))
+        suffix = os.fsdecode(_suffix(name))
+        if suffix in suffixes and not name.startswith(b"."):
+            members.setdefault(parent, []).append((name, min(size or 0, 2**32 - 1)))
+        else:
+            folder.ignored[suffix] = folder.ignored.get(suffix, 0) + 1
+    for parent, folder in found.items():
+        _fill(folder, members.get(parent, []))
+    return FolderIndex(Path(root), *_assemble(found or {b"": _Folder(0, settled=False)}))
+
+
 def _walk(
     root: Path, suffixes: frozenset[str], known: dict[bytes, _Folder]
 ) -> tuple[dict[bytes, _Folder], bool]:
@@ -185,14 +208,19 @@ def _read_folder(path: bytes, modified: int, suffixes: frozenset[str]) -> _Folde
                     ignored[os.fsdecode(suffix)] += 1
     except OSError:
         folder.unreadable = True
-    files.sort()
     folder.children.sort()
     folder.links.sort()
+    _fill(folder, files)
+    folder.ignored = dict(ignored)
+    return folder
+
+
+def _fill(folder: _Folder, files: list[tuple[bytes, int]]) -> None:
+    """Gives a folder its files, (name, bytes) each, in the order of the names."""
+    files.sort()
     folder.names = b"".join(name for name, _ in files)
     folder.lengths = np.fromiter((len(name) for name, _ in files), np.int64, len(files))
     folder.sizes = np.fromiter((size for _, size in files), np.uint32, len(files))
-    folder.ignored = dict(ignored)
-    return folder
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

@@ -11,6 +11,10 @@ import numpy as np
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Source, SourceSummary
 
+LOCAL_BLOCK = (
+    64  # images of a source without blocks that go together where it is mixed with one that has them
+)
+
 
 class JoinedSource(Source):
     """Sources one after the other. Classes of the same name are the same class.
@@ -63,6 +67,17 @@ class JoinedSource(Source):
     def group(self, index: int) -> str | None:
         part, inner = self._place(index)
         return self.sources[part].group(inner)
+
+    def blocks(self) -> np.ndarray | None:
+        parts = [source.blocks() for source in self.sources]
+        if all(part is None for part in parts):
+            return None
+        joined, first = [], 0
+        for source, part in zip(self.sources, parts, strict=True):
+            own = np.arange(len(source)) // LOCAL_BLOCK if part is None else part
+            joined.append(own + first)
+            first += int(own.max()) + 1
+        return np.concatenate(joined)
 
     def encoded(self, index: int) -> tuple[bytes, str] | None:
         part, inner = self._place(index)

@@ -9,6 +9,8 @@ from torch.utils.data import Sampler
 
 from freqmask.errors import UserError
 
+WINDOW_BLOCKS = 16  # blocks whose images a lane mixes: 64 MB that a worker keeps, about a thousand images
+
 Item = tuple[int, int, int]  # epoch, position in the epoch, index in the source
 
 
@@ -29,6 +31,37 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+def lane_order(
+    blocks: np.ndarray, seed: int, epoch: int, batch_size_per_process: int, lanes: int
+) -> np.ndarray:
+    """The order of the images in one epoch where images that lie together are cheap to read together.
+
+    Blocks are mixed and put one behind the other, and that row is cut into as many pieces as there are lanes:
+    worker processes of all nodes together. Each lane takes its piece from its beginning to its end, images mixed
+    within windows of a few blocks. So every image comes once, all lanes have equally many batches however
+    uneven the shards are, and a block is read by one worker, or by the two between which it was cut.
+
+    Args:
+        blocks: (image,) number of the block that each image lies in, from 0.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+        batch_size_per_process: images of a batch; batches go to the lanes in turn.
+        lanes: processes times the workers of each.
+
+    Returns:
+        (image,) int64: a permutation.
+    """
+    generator = np.random.default_rng([seed % 2**64, epoch])
+    count = len(blocks)
+    lane = (epoch * count + np.arange(count)) // batch_size_per_process % lanes
+    turn = generator.permutation(int(blocks.max()) + 1)[blocks]
+    row = np.argsort(turn, kind="stable")
+    mixed = np.lexsort((generator.random(count), turn[row] // WINDOW_BLOCKS, np.sort(lane)))
+    order = np.empty(count, np.int64)
+    order[np.argsort(lane, kind="stable")] = row[mixed]
+    return order
+
+
 class TrainSampler(Sampler[Item]):
     """One stream of images over the whole training, for one of several processes.
 
@@ -46,6 +79,8 @@ class TrainSampler(Sampler[Item]):
         world_size: number of processes.
         start_step: the first step to deliver.
         total_steps: the number of steps of the whole training.
+        blocks: (image,) which images are cheap to read together; None where that does not matter.
+        workers: loader processes of each process, which matter where blocks do.
 
     Raises:
         UserError: a number is out of its range.
@@ -60,6 +95,8 @@ class TrainSampler(Sampler[Item]):
         world_size: int = 1,
         start_step: int = 0,
         total_steps: int = 1,
+        blocks: np.ndarray | None = None,
+        workers: int = 0,
     ) -> None:
         if length < 1:
             raise UserError("the source holds no image to train on; name a folder with images")
@@ -80,6 +117,8 @@ class TrainSampler(Sampler[Item]):
         self.world_size = world_size
         self.start_step = start_step
         self.total_steps = total_steps
+        self.blocks = blocks
+        self.lanes = world_size * max(workers, 1)
 
     def __len__(self) -> int:
         """Items of this process in the whole training, those before ``start_step`` included."""
@@ -92,8 +131,13 @@ class TrainSampler(Sampler[Item]):
             for place in range(first, first + self.batch_size_per_process):
                 epoch, position = divmod(place, self.length)
                 if epoch != entered:  # an order is made when its epoch is entered, and only one is held
-                    entered, order = epoch, epoch_order(self.length, self.seed, epoch)
+                    entered, order = epoch, self._order(epoch)
                 yield epoch, position, int(order[position])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.blocks is None:
+            return epoch_order(self.length, self.seed, epoch)
+        return lane_order(self.blocks, self.seed, epoch, self.batch_size_per_process, self.lanes)
 
 
 class ChosenSampler(Sampler[Item]):

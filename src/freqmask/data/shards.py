@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from freqmask.data.splits import choose_split, split_note, split_of
 from freqmask.data.subset import Subset
 from freqmask.data.tar_headers import read_headers
 from freqmask.errors import BadImage, UserError
+
+if TYPE_CHECKING:
+    from freqmask.data.blocks import BlockReader
 
 PATTERN = re.compile(r"[*?{\[]")
 SPOKEN_BYTES = 1_000_000_000  # reading the headers of more than this takes long enough to be told
@@ -122,6 +125,7 @@ class ShardSource(Source):
     def __init__(self, files: ShardFiles, index: ShardIndex) -> None:
         self.files, self.index = files, index
         self.class_names = index.class_names
+        self._reader = _block_reader(files, index) if files.remote else None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -143,7 +147,10 @@ class ShardSource(Source):
         """The image's file."""
         shard, start, stop = self._place(index)
         try:
-            data = self.files.read(shard, start, stop)
+            if self._reader is None:
+                data = self.files.read(shard, start, stop)
+            else:
+                data = self._reader.read(index, shard, start, stop)
         except FileNotFoundError as error:
             raise BadImage(f"the shard {shard} is gone") from error
         except OSError as error:
@@ -151,6 +158,9 @@ class ShardSource(Source):
         if len(data) < stop - start:
             raise BadImage(f"the shard {shard} is truncated")
         return data
+
+    def blocks(self) -> np.ndarray | None:
+        return None if self._reader is None else self._reader.numbers
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         return self._bytes(index), PurePosixPath(self.index.text("members", index)).suffix.lower()
@@ -183,7 +193,20 @@ class ShardSource(Source):
     def summary(self) -> SourceSummary:
         count = len(self.index.shards)
         kind = f"{count:,} shard{'s' if count > 1 else ''}"
-        return SourceSummary(kind, len(self), len(self), dict(self.index.ignored), list(self.index.notes))
+        notes = list(self.index.notes)
+        if self.files.remote:
+            kind += f" at {self.files.where}"
+            notes.append(
+                "Shards are read over the network in pieces of 4 MB, mixed within windows of 16 pieces; the order "
+                "depends on the number of processes and workers."
+            )
+        return SourceSummary(kind, len(self), len(self), dict(self.index.ignored), notes)
+
+
+def _block_reader(files: ShardFiles, index: ShardIndex) -> BlockReader:
+    from freqmask.data.blocks import BlockReader
+
+    return BlockReader(files, index)
 
 
 def has_shards(folder: Path) -> bool:

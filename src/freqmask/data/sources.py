@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Pages = Literal["channels", "images"]
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-REMOTE = re.compile(r"(s3|gs|https?|hf|abfs|az|ftp):", re.IGNORECASE)
+REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 ARRAY_SUFFIXES = (".npy", ".npz")
 
 
@@ -83,6 +83,10 @@ class Source(ABC):
         """What the image must never be separated from in a split (patient, scene), or None."""
         return None
 
+    def blocks(self) -> np.ndarray | None:
+        """(image,) which images lie so that reading them together is cheaper; None where it makes no difference."""
+        return None
+
     def encoded(self, index: int) -> tuple[bytes, str] | None:
         """The image's own file, as its bytes and its suffix; None where it is not one whole file.
 
@@ -122,10 +126,10 @@ def open_source(
     """The images that DATA names.
 
     Args:
-        data: a folder of images or of shards, a ``.tar`` or a pattern of them (``shards-{000..009}.tar``), a
-            ``.npy``, ``.npz`` or ``.parquet`` file, ``builtin:photos``, ``builtin:digits``, an
-            import path ``package.module:name`` of a `Source` (or of something that returns one when
-            called), a `Source`, or several of these.
+        data: a folder of images or of shards, a ``.tar`` or a pattern of them (``shards-{000..009}.tar``),
+            each here or behind a URL (``s3://``, ``gs://``, ``https://``); a ``.npy``, ``.npz`` or ``.parquet``
+            file, ``builtin:photos``, ``builtin:digits``, an import path ``package.module:name`` of a
+            `Source` (or of something that returns one when called), a `Source`, or several of these.
         pages: what the pages of a TIFF are: the channels of one image, or images of their own.
         split: ``auto`` takes ``train`` where there is one beside ``val`` or ``test``; ``all`` takes
             everything; or the name of a split.
@@ -157,7 +161,7 @@ def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
     """A source from one DATA."""
     if isinstance(data, Source):
         return data
-    text = str(data)
+    text = str(data).removeprefix("file://")
     if text.startswith("builtin:"):
         return _open_builtin(text)
     path = Path(text).expanduser()
@@ -166,7 +170,9 @@ def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
     if _names_shards(text):
         return _open_path(path, pages, split)
     if REMOTE.match(text):
-        raise UserError(f"DATA ({text}) must be a folder or file on this machine; copy it here first")
+        from freqmask.data.remote_sources import open_remote
+
+        return open_remote(text, pages, split)
     if IMPORT_PATH.fullmatch(text):
         return import_source(text)
     raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
@@ -239,6 +245,10 @@ def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str
         from freqmask.data.labels import read_labels
 
         return sorted({row.split for row in read_labels(Path(labels)) if row.split})
+    if isinstance(data, str) and REMOTE.match(data):
+        from freqmask.data.remote_sources import splits_behind
+
+        return splits_behind(data)
     path = Path(data).expanduser()
     if _names_shards(str(path)) or (path.is_dir() and _has_shards(path)):
         from freqmask.data.shards import local_shards, splits_in_shards

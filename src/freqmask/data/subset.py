@@ -39,6 +39,10 @@ class Subset(Source):
     def group(self, index: int) -> str | None:
         return self.source.group(int(self.indices[index]))
 
+    def blocks(self) -> np.ndarray | None:
+        blocks = self.source.blocks()
+        return None if blocks is None else blocks[self.indices]
+
     def encoded(self, index: int) -> tuple[bytes, str] | None:
         return self.source.encoded(int(self.indices[index]))
 

@@ -183,6 +183,8 @@ class Fit:
             world_size=self.processes,
             start_step=done * accumulate,
             total_steps=int(self.options["steps"]) * accumulate,
+            blocks=self.train.blocks(),
+            workers=int(self.options["workers"]),
         )
         return make_loader(dataset, sampler, self.part, int(self.options["workers"]))
 

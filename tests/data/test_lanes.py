@@ -1,0 +1,152 @@
+"""The order of images that are read in blocks: split by process and worker, nothing twice, nothing left out."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from freqmask.data.joined import JoinedSource
+from freqmask.data.sampler import TrainSampler, lane_order
+from freqmask.data.subset import Subset
+
+# 103 images in shards of very different sizes, 4 images a block
+SIZES = (41, 3, 30, 1, 28)
+BLOCKS = np.concatenate([100 * shard + np.arange(size) // 4 for shard, size in enumerate(SIZES)])
+COUNT, BATCH = len(BLOCKS), 3
+
+
+def streams(world, workers, steps, start=0, seed=0, blocks=BLOCKS):
+    """(rank, worker) -> the items that it reads, in order."""
+    found = defaultdict(list)
+    for rank in range(world):
+        sampler = TrainSampler(len(blocks), seed, BATCH, rank, world, start, steps, blocks, workers)
+        for number, item in enumerate(sampler):
+            found[rank, number // BATCH % max(workers, 1)].append(item)
+    return found
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 2), (1, 0), (1, 3), (4, 1)])
+def test_every_pass_holds_every_image_once(world, workers):
+    steps = 3 * COUNT // (BATCH * world)
+    items = [item for stream in streams(world, workers, steps).values() for item in stream]
+    for epoch in (0, 1):
+        indices = [index for e, _, index in items if e == epoch]
+        assert sorted(indices) == list(range(COUNT))
+
+
+def test_the_remainder_opens_the_next_pass():
+    world, workers = 2, 2
+    steps = COUNT // (BATCH * world)  # an epoch: as many whole steps as there are, on every process
+    first = streams(world, workers, steps)
+    assert {sum(len(s) for (r, _), s in first.items() if r == rank) for rank in (0, 1)} == {steps * BATCH}
+    assert {item[0] for stream in first.values() for item in stream} == {0}
+    seen = {item[2] for stream in first.values() for item in stream}
+    after = [item for stream in streams(world, workers, steps + 1, start=steps).values() for item in stream]
+    left = {index for epoch, _, index in after if epoch == 0}
+    assert left == set(range(COUNT)) - seen and len(left) == COUNT % (BATCH * world)
+    assert {epoch for epoch, _, _ in after} == {0, 1}
+
+
+def test_workers_of_all_processes_share_the_blocks_among_them():
+    readers = defaultdict(set)
+    for who, stream in streams(2, 2, COUNT // (BATCH * 2)).items():
+        for _, _, index in stream:
+            readers[BLOCKS[index]].add(who)
+    shared = [block for block, who in readers.items() if len(who) > 1]
+    assert len(shared) <= 3  # four pieces have three cuts between them
+    assert max(len(who) for who in readers.values()) == 2
+
+
+def test_a_block_is_read_within_its_window():
+    blocks = np.repeat(np.arange(200), 5)
+    order = lane_order(blocks, 0, 0, 4, 1)
+    places = defaultdict(list)
+    for place, index in enumerate(order):
+        places[blocks[index]].append(place)
+    assert max(max(p) - min(p) for p in places.values()) < 16 * 5
+    assert max(max(p) - min(p) for p in places.values()) > 5  # and mixed with its neighbours
+
+
+def test_passes_and_seeds_differ_and_repeat():
+    orders = [
+        lane_order(BLOCKS, seed, epoch, 4, 2).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
+    assert orders[0] == orders[3] and orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_a_restart_goes_on_where_it_was():
+    whole, rest = [list(TrainSampler(COUNT, 0, BATCH, 1, 2, start, 40, BLOCKS, 2)) for start in (0, 23)]
+    assert whole[23 * BATCH :] == rest
+
+
+def test_parts_keep_their_blocks(memory_source, photographs):
+    class Blocked(memory_source):
+        def blocks(self):
+            return np.arange(len(self)) // 4
+
+    source = Blocked(photographs(10))
+    assert Subset(source, [9, 0, 5]).blocks().tolist() == [2, 0, 1]
+    assert JoinedSource([source, memory_source(photographs(2))]).blocks().tolist() == [
+        *[0] * 4, *[1] * 4, *[2] * 2, 3, 3,
+    ]  # fmt: skip
+    assert JoinedSource([memory_source(photographs(2))] * 2).blocks() is None
+
+
+def pack_unevenly(folder, sizes):
+    """Shards of so many images each, served with the index that their headers give."""
+    folder.mkdir()
+    for shard, size in enumerate(sizes):
+        with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
+            for number in range(size):
+                pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "PNG")
+                info = tarfile.TarInfo(f"{number}.png")
+                info.size = len(file.getvalue())
+                tar.addfile(info, io.BytesIO(file.getvalue()))
+    return sum(sizes)
+
+
+PROCESS = """
+import json, sys
+from freqmask.data.dataset import TrainDataset
+from freqmask.data.loader import make_loader
+from freqmask.data.sampler import TrainSampler
+from freqmask.data.sources import open_source
+from freqmask.data.views import Geometry
+from freqmask.data import blocks
+blocks.BLOCK_BYTES = 3000
+rank = int(sys.argv[1])
+source = open_source(sys.argv[2], split="all")
+steps = len(source) // 6
+sampler = TrainSampler(len(source), 0, 3, rank, 2, 0, steps, source.blocks(), 2)
+batches = make_loader(TrainDataset(source, [Geometry(8)]), sampler, 3, workers=2)
+print(json.dumps([batch["indices"].tolist() for batch in batches]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_two_workers_each_read_uneven_shards(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp", reason="https:// needs aiohttp (freqmask[data])")
+    from web_server import serving
+
+    count = pack_unevenly(tmp_path / "shards", (19, 2, 1, 16))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serving(tmp_path) as server:
+        command = [sys.executable, "-c", PROCESS]
+        processes = [
+            subprocess.Popen([*command, str(rank), f"{server.url}/shards"], stdout=subprocess.PIPE, text=True)
+            for rank in (0, 1)
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+    batches = [json.loads(output.splitlines()[-1]) for output in outputs]
+    steps = count // 6
+    assert [len(part) for part in batches] == [steps, steps]
+    seen = Counter(index for part in batches for batch in part for index in batch)
+    assert len(seen) == 6 * steps and set(seen.values()) == {1}

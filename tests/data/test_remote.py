@@ -1,0 +1,257 @@
+"""Images behind URLs: read in parts, with patience, and named where patience is of no use."""
+
+import io
+import os
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from freqmask.data import blocks as blocks_module
+from freqmask.data import remote
+from freqmask.data.dataset import TrainDataset
+from freqmask.data.loader import make_loader
+from freqmask.data.prepare import Settings, open_parts, prepare_shards
+from freqmask.data.sampler import OrderedSampler, TrainSampler
+from freqmask.data.sources import open_source, splits_there
+from freqmask.data.views import Geometry
+from freqmask.errors import BadImage, UserError
+
+pytest.importorskip("aiohttp", reason="https:// needs aiohttp (freqmask[data])")
+from web_server import serving
+
+# aiohttp closes what a forked or ended process left open when it is collected
+pytestmark = pytest.mark.filterwarnings("ignore:Unclosed", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "photos"
+    for number in range(30):
+        split = "val" if number > 23 else "train"
+        path = root / split / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.fixture
+def shards(photos, tmp_path):
+    out = tmp_path / "shards"
+    parts, _ = open_parts([photos], "channels", "all", None)
+    prepare_shards(parts, Settings(None, 7, "channels", "all", parts.content), out, 0)
+    return out
+
+
+@pytest.fixture
+def server(shards, tmp_path):
+    with serving(tmp_path) as running:
+        yield running
+
+
+def same(one, other):
+    assert len(one) == len(other) and one.class_names == other.class_names
+    for k in range(len(one)):
+        assert one.encoded(k) == other.encoded(k)
+        assert (one.name(k), one.label(k), one.identity(k)) == (
+            other.name(k),
+            other.label(k),
+            other.identity(k),
+        )
+
+
+@pytest.mark.parametrize("name", ["shards", "shards/", "shards/shards.index", "shards/prepare.json"])
+def test_prepared_shards_behind_a_url_are_those_on_the_disk(server, shards, name):
+    far = open_source(f"{server.url}/{name}")
+    same(far, open_source(shards))
+    assert any("over the network" in note for note in far.summary().notes)
+    assert any("Only train is used" in note for note in far.summary().notes)
+
+
+def test_splits_are_known_from_afar(server):
+    assert splits_there(f"{server.url}/shards") == ["train", "val"]
+    assert splits_there(f"{server.url}/photos") == ["train", "val"]
+    assert len(open_source(f"{server.url}/shards", split="val")) == 6
+
+
+@pytest.mark.parametrize("pattern", ["train-{000000..000001}.tar", "train-00000[01].tar"])
+def test_a_pattern_works_without_an_index(server, shards, pattern):
+    here = open_source(str(shards / pattern))
+    (shards / "shards.index").unlink()
+    far = open_source(f"{server.url}/shards/{pattern}")
+    assert [far.encoded(k) for k in range(14)] == [here.encoded(k) for k in range(14)]
+    assert far.all_labels().tolist() == here.all_labels().tolist()
+
+
+def test_a_listed_folder_of_images_is_the_folder(server, photos):
+    far = open_source(f"{server.url}/photos")
+    same(far, open_source(photos))
+    assert far.summary().kind == "folder on http"
+
+
+@pytest.mark.parametrize("failures", [["cut"], [500, 503], ["cut", 500, "cut", 429]])
+def test_a_cut_connection_is_tried_again(server, shards, failures):
+    far, here = open_source(f"{server.url}/shards"), open_source(shards)
+    server.failures["shards/train-000000.tar"] = list(failures)
+    assert far.encoded(0) == here.encoded(0)
+    assert server.asked["shards/train-000000.tar"] == len(failures) + 1
+
+
+def test_a_server_that_stays_away_is_named(server):
+    far = open_source(f"{server.url}/shards")
+    server.failures["shards/train-000000.tar"] = [503] * 99
+    with pytest.raises(UserError, match=r"train-000000.tar cannot be read after 5 tries \(status 503\)"):
+        far.open(0)
+
+
+def test_a_server_that_is_gone_is_named(shards, tmp_path):
+    with serving(tmp_path) as server:
+        far = open_source(f"{server.url}/shards")
+    with pytest.raises(UserError, match="after 5 tries"):
+        far.open(0)
+
+
+def test_a_refusal_is_not_tried_again(server):
+    far = open_source(f"{server.url}/shards")
+    server.failures["shards/train-000000.tar"] = [403, 403]
+    with pytest.raises(UserError, match=r"refused \(status 403\)"):
+        far.open(0)
+    assert server.asked["shards/train-000000.tar"] == 1
+
+
+def test_what_is_gone_is_a_bad_image(server, shards, photos):
+    far, folder = open_source(f"{server.url}/shards"), open_source(f"{server.url}/photos")
+    (shards / "train-000000.tar").unlink()
+    with pytest.raises(BadImage, match="gone"):
+        far.open(0)
+    (photos / folder.name(0)).unlink()
+    with pytest.raises(BadImage, match="gone"):
+        folder.open(0)
+
+
+def test_a_server_without_ranges_is_told(server):
+    far = open_source(f"{server.url}/shards")
+    server.failures["shards/train-000000.tar"] = ["whole"]
+    with pytest.raises(UserError, match="ignores byte ranges"):
+        far.open(0)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "shards/none-{0..3}.tar", "shards/none-*.tar"])
+def test_what_is_not_there_is_a_sentence(server, name):
+    with pytest.raises(UserError, match=r"not there|no file fits"):
+        open_source(f"{server.url}/{name}")
+
+
+def test_an_unknown_protocol_is_a_sentence():
+    with pytest.raises(UserError, match="nothing://x"):
+        open_source("nothing://x/y")
+
+
+def test_a_training_takes_two_requests_a_block(server, monkeypatch):
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 8_000)
+    far = open_source(f"{server.url}/shards")
+    server.asked.clear()
+    blocks = far.blocks()
+    sampler = TrainSampler(len(far), 0, 4, total_steps=6, blocks=blocks)
+    list(make_loader(TrainDataset(far, [Geometry(8)]), sampler, 4))
+    assert 1 < blocks.max() < len(far) / 2
+    assert sum(server.asked.values()) <= 2 * (blocks.max() + 1)
+
+
+def test_single_looks_fetch_single_images(server, shards):
+    far = open_source(f"{server.url}/shards")
+    server.sent.clear()
+    data, _ = far.encoded(3)
+    assert sum(server.sent.values()) == len(data)
+
+
+def test_workers_read_over_the_network(server):
+    far = open_source(f"{server.url}/shards")
+    far.open(0)  # a connection of the parent, which its children must not use
+    batches = list(make_loader(TrainDataset(far, [Geometry(8)]), OrderedSampler(len(far)), 8, workers=2))
+    assert sorted(np.concatenate([b["indices"] for b in batches])) == list(range(len(far)))
+
+
+def test_a_worker_hands_on_what_is_wrong_with_the_network(server):
+    far = open_source(f"{server.url}/shards")
+    for name in ("train-000000.tar", "train-000001.tar"):
+        server.failures[f"shards/{name}"] = [503] * 999
+    with pytest.raises(UserError, match="after 5 tries"):
+        list(make_loader(TrainDataset(far, [Geometry(8)]), OrderedSampler(len(far)), 8, workers=1))
+
+
+def test_memory_and_file_urls_work_like_others(shards, photos):
+    memory = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    same(open_source("memory://bucket"), open_source(shards))
+    same(open_source(f"file://{photos}"), open_source(photos))
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_tar_made_by_others_is_indexed_from_afar(tmp_path):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for number in range(3):
+            png = io.BytesIO()
+            Image.new("L", (4, 4), number).save(png, "PNG")
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(png.getvalue())
+            tar.addfile(info, io.BytesIO(png.getvalue()))
+    fsspec.filesystem("memory").pipe_file("/others/a.tar", file.getvalue())
+    assert [open_source("memory://others/a.tar").name(k) for k in range(3)] == [
+        "a/0.png",
+        "a/1.png",
+        "a/2.png",
+    ]
+    fsspec.filesystem("memory").rm("/others", recursive=True)
+
+
+def test_pages_need_files_here(server):
+    with pytest.raises(UserError, match="pages"):
+        open_source(f"{server.url}/photos", pages="images")
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path_factory):
+    """An S3 server on this machine."""
+    pytest.importorskip("s3fs", reason="s3:// needs s3fs (freqmask[data])")
+    moto = pytest.importorskip("moto.server", reason="the S3 test needs moto[server]")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    yield "images"
+    server.stop()
+    os.environ.pop("AWS_ENDPOINT_URL", None)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_bucket_holds_shards_and_folders(bucket, shards, photos):
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    system = s3fs.S3FileSystem()
+    system.mkdir(bucket)
+    system.put(str(shards), f"{bucket}/shards", recursive=True)
+    system.put(str(photos), f"{bucket}/photos", recursive=True)
+    same(open_source(f"s3://{bucket}/shards"), open_source(shards))
+    same(open_source(f"s3://{bucket}/photos"), open_source(photos))
+    far = open_source(f"s3://{bucket}/shards")
+    batches = list(make_loader(TrainDataset(far, [Geometry(8)]), OrderedSampler(len(far)), 8, workers=1))
+    assert sum(len(batch["indices"]) for batch in batches) == len(far)
+    with pytest.raises(UserError, match="not there"):
+        open_source("s3://images/nowhere")
