@@ -128,8 +128,9 @@ def open_source(
     Args:
         data: a folder of images or of shards, a ``.tar`` or a pattern of them (``shards-{000..009}.tar``),
             each here or behind a URL (``s3://``, ``gs://``, ``https://``); a ``.npy``, ``.npz`` or ``.parquet``
-            file, ``builtin:photos``, ``builtin:digits``, an import path ``package.module:name`` of a
-            `Source` (or of something that returns one when called), a `Source`, or several of these.
+            file; ``hf:NAME`` of a Hugging Face dataset or a saved copy of one; ``builtin:photos``,
+            ``builtin:digits``; an import path ``package.module:name`` of a `Source` (or of something that
+            returns one when called); a `Source`; or several of these.
         pages: what the pages of a TIFF are: the channels of one image, or images of their own.
         split: ``auto`` takes ``train`` where there is one beside ``val`` or ``test``; ``all`` takes
             everything; or the name of a split.
@@ -164,6 +165,10 @@ def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
     text = str(data).removeprefix("file://")
     if text.startswith("builtin:"):
         return _open_builtin(text)
+    if text.startswith("hf:") and not REMOTE.match(text):
+        from freqmask.data.huggingface import open_hugging_face
+
+        return open_hugging_face(text, split)
     path = Path(text).expanduser()
     if path.exists():
         return _open_path(path, pages, split)
@@ -198,6 +203,10 @@ def _open_path(path: Path, pages: Pages, split: str) -> Source:
                 "an image of each page"
             )
         return open_local_shards(str(path), split)
+    if path.is_dir() and _is_saved_dataset(path):
+        from freqmask.data.huggingface import open_hugging_face
+
+        return open_hugging_face(path, split)
     if path.is_dir():
         from freqmask.data.folder import open_folder
 
@@ -231,6 +240,12 @@ def _has_shards(path: Path) -> bool:
     return has_shards(path)
 
 
+def _is_saved_dataset(path: Path) -> bool:
+    from freqmask.data.huggingface import is_saved_dataset
+
+    return is_saved_dataset(path)
+
+
 def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str]:
     """The names of the splits that ``open_source(data, split=...)`` takes, sorted; maybe none.
 
@@ -250,6 +265,10 @@ def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str
 
         return splits_behind(data)
     path = Path(data).expanduser()
+    if str(data).startswith("hf:") or (path.is_dir() and _is_saved_dataset(path)):
+        from freqmask.data.huggingface import splits_of_dataset
+
+        return splits_of_dataset(data if str(data).startswith("hf:") else path)
     if _names_shards(str(path)) or (path.is_dir() and _has_shards(path)):
         from freqmask.data.shards import local_shards, splits_in_shards
 

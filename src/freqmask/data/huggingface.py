@@ -1,0 +1,179 @@
+"""Hugging Face datasets: a name on the hub, fetched whole into its cache, or a copy saved on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from freqmask.console import say
+from freqmask.data.decode import open_bytes, read_file, suffix_of
+from freqmask.data.joined import JoinedSource
+from freqmask.data.pictures import Picture
+from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.splits import choose_split, split_note
+from freqmask.data.tables import LABEL_COLUMNS
+from freqmask.errors import BadImage, UserError, nearest
+
+HUB = "hf:"
+SAVED = (
+    "dataset_dict.json",
+    "state.json",
+)  # what datasets.save_to_disk leaves, with several splits and with one
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder was written by ``datasets.save_to_disk``."""
+    return any((folder / name).is_file() for name in SAVED)
+
+
+def open_hugging_face(data: str | Path, split: str) -> Source:
+    """The images of a dataset.
+
+    Args:
+        data: ``hf:NAME``, ``hf:NAME:CONFIG``, or a folder of ``datasets.save_to_disk``.
+        split: ``auto``, ``all`` or one of the dataset's.
+
+    Raises:
+        UserError: it cannot be fetched or read, or has no column of images.
+    """
+    splits = _load(data)
+    names = [name for name in splits if name]
+    chosen = choose_split(names, split, str(data)) if names or split not in ("auto", "all") else None
+    if chosen is not None:
+        notes = [split_note(chosen, names)] if split == "auto" else []
+        return HuggingFaceSource(splits[chosen], chosen, str(data), notes)
+    sources = [HuggingFaceSource(one, name, str(data)) for name, one in splits.items()]
+    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def splits_of_dataset(data: str | Path) -> list[str]:
+    """The names of a dataset's splits."""
+    return sorted(name for name in _load(data) if name)
+
+
+def _load(data: str | Path) -> dict[str, Any]:
+    """Split (or "") -> dataset."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"DATA ({data}) needs datasets; pip install 'freqmask[data]'") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        if isinstance(data, Path):
+            loaded = datasets.load_from_disk(str(data))
+        else:
+            say(f"data        fetching {data}, which Hugging Face's cache keeps")
+            loaded = datasets.load_dataset(*data.removeprefix(HUB).split(":"))
+    except Exception as error:  # the hub, the network, the file system and scripts each raise their own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"DATA ({data}) cannot be opened ({reason}); check name and connection") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        return {str(name): one for name, one in loaded.items()}
+    return {"": loaded}
+
+
+class HuggingFaceSource(Source):
+    """One split of a dataset; its images stay encoded until they are asked for.
+
+    Args:
+        dataset: a ``datasets.Dataset``.
+        split: its name, perhaps empty.
+        where: DATA as it was typed.
+        notes: sentences for the summary.
+
+    Raises:
+        UserError: there is no column of images, or no row.
+    """
+
+    def __init__(self, dataset: Any, split: str, where: str, notes: list[str] | None = None) -> None:
+        from datasets import Image
+
+        self.split, self.notes = split, list(notes or [])
+        column = _image_column(dataset, where)
+        if len(dataset) == 0:
+            raise UserError(f"DATA ({where}) holds no rows; check how it was written")
+        self._fingerprint = f"{dataset._fingerprint} {column} {len(dataset)}"
+        self._labels, self.class_names = _labels(dataset)
+        images = dataset.select_columns([column]).with_format(None)
+        if isinstance(dataset.features[column], Image):
+            images = images.cast_column(column, Image(decode=False))
+        self._images, self._column = images, column
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def open(self, index: int) -> Picture:
+        return open_bytes(self.encoded(index)[0])
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        cell = self._images[index][self._column]
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if data is None:
+            if path is None:
+                raise BadImage("its row holds no image")
+            data = read_file(Path(path))
+        return data, suffix_of(data, path or "")
+
+    def name(self, index: int) -> str:
+        return f"{self.split}-{index}" if self.split else str(index)
+
+    def label(self, index: int) -> int | None:
+        return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
+
+    def all_labels(self) -> np.ndarray:
+        return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.copy()
+
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(self._fingerprint.encode(), digest_size=8).hexdigest()
+
+    def summary(self) -> SourceSummary:
+        return SourceSummary("Hugging Face dataset", len(self), len(self), notes=list(self.notes))
+
+
+def _image_column(dataset: Any, where: str) -> str:
+    """The first column of images, else of plain bytes."""
+    from datasets import Image
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            return str(name)
+    for name, feature in dataset.features.items():
+        if getattr(feature, "dtype", None) in ("binary", "large_binary"):
+            return str(name)
+    hint = nearest("image", dataset.column_names) if dataset.column_names else "it has no columns"
+    raise UserError(f"DATA ({where}) must hold a column of images; {hint}")
+
+
+def _labels(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
+    """The label of each row, -1 where there is none, and the names of the classes; or twice None."""
+    from datasets import ClassLabel
+
+    named = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    plain = [
+        name
+        for name in LABEL_COLUMNS
+        if name in dataset.features and _is_class(getattr(dataset.features[name], "dtype", None))
+    ]
+    column = next(iter([*named, *plain]), None)
+    if column is None:
+        return None, None
+    values = list(dataset.select_columns([column]).with_format(None)[:][column])
+    if named:
+        names = [str(name) for name in dataset.features[column].names]
+    elif any(isinstance(value, str) for value in values):
+        names = sorted({value for value in values if value is not None})
+        places = {name: place for place, name in enumerate(names)}
+        values = [None if value is None else places[value] for value in values]
+    else:
+        names = [str(k) for k in range(max((v for v in values if v is not None), default=-1) + 1)]
+    return np.array([-1 if value is None else value for value in values], np.int64), names
+
+
+def _is_class(kind: str | None) -> bool:
+    return kind is not None and (kind.startswith(("int", "uint")) or kind in ("string", "large_string"))
