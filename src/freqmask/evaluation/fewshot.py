@@ -29,6 +29,15 @@ def parse_shots(shots: list[str]) -> list[str]:
     return list(dict.fromkeys(shots))
 
 
+def words_of(shot: str) -> str:
+    """A number of labels as tables say it.
+
+    >>> words_of("5"), words_of("10%")
+    ('5 a class', '10%')
+    """
+    return shot if shot.endswith("%") else f"{shot} a class"
+
+
 def draw(labels: Int64[np.ndarray, " image"], shot: str, seed: int) -> Int64[np.ndarray, " drawn"]:
     """Which images are learnt from: it depends on labels, shot and seed alone, so all models get the same.
 

@@ -17,7 +17,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import seen_in_pretraining
 from freqmask.evaluation.features import Place, not_finite
 from freqmask.evaluation.labelled import LabelledData, Parting, open_labelled, subset
-from freqmask.evaluation.protocol import Bench, Outcome, Protocol
+from freqmask.evaluation.protocol import Bench, Heading, Outcome, Protocol
 from freqmask.evaluation.results import (
     Result,
     Summary,
@@ -228,7 +228,7 @@ def facts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def tell(
-    protocol: Protocol, setting: Setting, data: LabelledData, results: Sequence[Result]
+    protocol: Protocol | Heading, setting: Setting, data: LabelledData, results: Sequence[Result]
 ) -> list[Summary]:
     """The table, the rows, the pictures."""
     summaries = summarise(results, data)

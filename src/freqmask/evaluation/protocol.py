@@ -87,6 +87,21 @@ class Outcome:
     learnt_from: int = 0
 
 
+@dataclass(frozen=True)
+class Heading:
+    """What tables and pictures say of a way to judge.
+
+    Attributes:
+        name: of the command.
+        title: above its table.
+        headline: the variant whose interval and further scores the table shows.
+    """
+
+    name: str
+    title: str
+    headline: str
+
+
 class Protocol(ABC):
     """A way to judge frozen features.
 

@@ -90,7 +90,7 @@ class Fewshot(Protocol):
         self.shots = fewshot.parse_shots(list(shots))
         self.feature, self.strength = feature, strength
         self.title = "few labels, logistic regression on frozen features"
-        self.headline = _words("10" if "10" in self.shots else self.shots[-1])
+        self.headline = fewshot.words_of("10" if "10" in self.shots else self.shots[-1])
 
     def run(self, bench: Bench, one: Round, seed: int) -> dict[str, Outcome]:
         """One answer a number of labels; the draw is the same for every model."""
@@ -101,9 +101,5 @@ class Fewshot(Protocol):
             predicted = fewshot.logistic_regression(
                 values[drawn], bench.data.labels[drawn], values[one.test], values[one.train], self.strength
             )
-            outcomes[_words(shot)] = Outcome(predicted, learnt_from=len(drawn))
+            outcomes[fewshot.words_of(shot)] = Outcome(predicted, learnt_from=len(drawn))
         return outcomes
-
-
-def _words(shot: str) -> str:
-    return shot if shot.endswith("%") else f"{shot} a class"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import time
@@ -44,7 +43,7 @@ from freqmask.reporting.page import refresh_report
 from freqmask.training.failures import told_in_words
 from freqmask.training.plan import usable_cores
 from freqmask.training.quiet import quiet_libraries
-from freqmask.training.runs import LOCK, RunFolder, comparable, new_run, now
+from freqmask.training.runs import RunFolder, comparable, new_run, now
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
 PASS_RATIO = 0.8  # --overfit: the loss must fall below this share of where it began
@@ -160,22 +159,11 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
         os.environ[CHOSEN_BY_RANK_0] = str(run.path)
         return _train(run, resolved.options, images, state, resolved, None)
     except BaseException:
-        _leave_nothing(run)
+        run.leave_nothing("plan.png")
         raise
     finally:
         os.environ.pop(CHOSEN_BY_RANK_0, None)
         run.unlock()
-
-
-def _leave_nothing(run: RunFolder) -> None:
-    """What failed before it began leaves no folder behind."""
-    if run.exists() or not run.path.is_dir():
-        return
-    for name in ("plan.png", LOCK):
-        (run.path / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # somebody else's files stay, and so does their folder
-        run.path.rmdir()
-        run.path.parent.rmdir()
 
 
 def _go_on(continued: Continued) -> Path:

@@ -20,10 +20,19 @@ class Progress:
         done: steps made before this start.
         shown: names of the values to show, in order, with their words.
         unit: what is counted.
+        lines: how often a whole run speaks where there is no terminal.
     """
 
-    def __init__(self, total: int, done: int, shown: Mapping[str, str], unit: str = "step") -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        shown: Mapping[str, str],
+        unit: str = "step",
+        lines: int = LINES_A_RUN,
+    ) -> None:
         """Nothing is drawn before :meth:`start`."""
+        self.lines = lines
         self.unit = unit
         self.total = total
         self.done = done
@@ -49,7 +58,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self.done)
-        elif step == self.total or step - self._spoken >= max(self.total // LINES_A_RUN, 1):
+        elif step == self.total or step - self._spoken >= max(self.total // self.lines, 1):
             self._spoken = step
             say(f"{self.unit} {step:,} of {self.total:,}: {text}")
         self.done = step

@@ -122,6 +122,20 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
+    def leave_nothing(self, *files: str) -> None:
+        """Remove the folder of what failed before it began; somebody else's files stay, and so does their folder.
+
+        Args:
+            files: that may have been written beside the lock.
+        """
+        if self.exists() or not self.path.is_dir():
+            return
+        for name in (*files, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+            self.path.parent.rmdir()
+
 
 def _lock_descriptor(descriptor: int) -> bool:
     try:

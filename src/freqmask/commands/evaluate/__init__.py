@@ -8,6 +8,7 @@ run into one table:
 
 from __future__ import annotations
 
+from freqmask.commands.evaluate.finetune import finetune
 from freqmask.commands.evaluate.frozen import bands, fewshot, knn, linear
 
-__all__ = ["bands", "fewshot", "knn", "linear"]
+__all__ = ["bands", "fewshot", "finetune", "knn", "linear"]

@@ -1,0 +1,1 @@
+"""Fine-tuning: a backbone with a fresh head becomes a classifier; all its weights learn."""

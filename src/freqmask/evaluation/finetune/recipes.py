@@ -1,0 +1,248 @@
+"""Published ways to fine-tune, and the numbers of one training with every ``auto`` resolved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+SMALL_SIDE = 96  # pixels; below it, what was published for 224 hides too much of a picture
+
+
+@dataclass(frozen=True)
+class Published:
+    """The numbers of a publication.
+
+    Attributes:
+        words: whose they are.
+        optimizer: ``adamw`` or ``lamb``.
+        loss: ``cross_entropy`` (soft targets) or ``binary`` (a yes or no for each class).
+        lr: peak learning rate at ``lr_batch`` images a step.
+        lr_batch: the batch that ``lr`` is stated for.
+        lr_rule: how ``lr`` follows another batch: ``linear``, or ``sqrt`` as timm does for LAMB.
+        min_lr: learning rate at the end, at that batch.
+        warmup_lr: learning rate at the first step, at that batch.
+        epochs: passes over the images.
+        warmup_epochs: of linear warm-up.
+        weight_decay: on weights with two dimensions or more.
+        layer_decay: factor on the learning rate from a layer to the one below; 1 is none.
+        drop_path: share of the residual branches that is dropped in the last block.
+        mixup: alpha of mixup.
+        cutmix: alpha of cutmix.
+        smoothing: of the labels.
+        augment: RandAugment, as timm writes it.
+        erasing: probability that a rectangle is replaced by noise.
+        crop_share: share of the side that the centred test window keeps.
+        train_share: side of the training pictures over that of the test pictures.
+    """
+
+    words: str
+    optimizer: str
+    loss: str
+    lr: float
+    lr_batch: int
+    lr_rule: str
+    min_lr: float
+    warmup_lr: float
+    epochs: float
+    warmup_epochs: float
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    mixup: float
+    cutmix: float
+    smoothing: float
+    augment: str
+    erasing: float
+    crop_share: float
+    train_share: float = 1.0
+
+    def scaled(self, rate: float, batch_size: int) -> float:
+        """A learning rate of this recipe at another batch."""
+        ratio = batch_size / self.lr_batch
+        return rate * (math.sqrt(ratio) if self.lr_rule == "sqrt" else ratio)
+
+
+# MFM's fine-tuning of a ViT (docs/methods.md, Fine-tuning); its ViT-S had 200 epochs.
+_VIT = Published(
+    "MFM's recipe for a ViT",
+    "adamw",
+    "cross_entropy",
+    lr=2e-3,
+    lr_batch=512,
+    lr_rule="linear",
+    min_lr=2.5e-7,
+    warmup_lr=2.5e-7,
+    epochs=100,
+    warmup_epochs=5,
+    weight_decay=0.05,
+    layer_decay=0.8,
+    drop_path=0.1,
+    mixup=0.8,
+    cutmix=1.0,
+    smoothing=0.1,
+    augment="rand-m9-mstd0.5-inc1",
+    erasing=0.25,
+    crop_share=224 / 256,
+)
+# ResNet strikes back (Wightman, Touvron, Jegou 2021), table 2, procedures A3 and A2.
+_A3 = Published(
+    "RSB A3",
+    "lamb",
+    "binary",
+    lr=8e-3,
+    lr_batch=2048,
+    lr_rule="sqrt",
+    min_lr=1e-6,
+    warmup_lr=1e-4,
+    epochs=100,
+    warmup_epochs=5,
+    weight_decay=0.02,
+    layer_decay=1.0,
+    drop_path=0.0,
+    mixup=0.1,
+    cutmix=1.0,
+    smoothing=0.0,
+    augment="rand-m6-mstd0.5-inc1",
+    erasing=0.0,
+    crop_share=0.95,
+    train_share=160 / 224,
+)
+_A2 = Published(
+    "RSB A2 (without its repeated augmentation)",
+    "lamb",
+    "binary",
+    lr=5e-3,
+    lr_batch=2048,
+    lr_rule="sqrt",
+    min_lr=1e-6,
+    warmup_lr=1e-4,
+    epochs=300,
+    warmup_epochs=5,
+    weight_decay=0.02,
+    layer_decay=1.0,
+    drop_path=0.05,
+    mixup=0.1,
+    cutmix=1.0,
+    smoothing=0.0,
+    augment="rand-m7-mstd0.5-inc1",
+    erasing=0.0,
+    crop_share=0.95,
+)
+PUBLISHED = {"vit": _VIT, "a3": _A3, "a2": _A2}
+# What replaces the published numbers below SMALL_SIDE pixels (docs/evaluating.md, Fine-tuning).
+SMALL_PICTURES = {
+    "augment": "rand-m5-mstd0.5-inc1",
+    "erasing": 0.1,
+    "crop_scale": [0.5, 1.0],
+    "crop_share": 1.0,
+}
+CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One fine-tuning without any ``auto``, as its ``config.yaml`` records it.
+
+    Attributes:
+        recipe: vit, a3 or a2.
+        optimizer: adamw or lamb.
+        loss: cross_entropy or binary.
+        image_size: (height, width) that the classifier sees when it is tested.
+        train_size: (height, width) that it sees while it learns.
+        channels: of the images.
+        mean: of the channels in [0, 1].
+        std: of the channels.
+        value_range: what becomes [0, 1].
+        batch_size: images an optimiser step over all devices and parts.
+        accumulate: parts that a device's batch is cut into.
+        steps: optimiser steps.
+        warmup_steps: of linear warm-up.
+        lr: peak learning rate, of the last layer.
+        min_lr: at the end.
+        warmup_lr: at the first step.
+        weight_decay: on weights with two dimensions or more.
+        layer_decay: factor on the learning rate from a layer to the one below.
+        drop_path: of the last block.
+        mixup: alpha, 0 for none.
+        cutmix: alpha, 0 for none.
+        smoothing: of the labels.
+        augment: RandAugment as timm writes it, or none.
+        erasing: probability.
+        crop_scale: smallest and largest share of the area in a random crop.
+        flip: whether half of the pictures are mirrored.
+        crop_share: share of the side in the centred test window.
+        ema: decay of the moving average that is tested instead of the weights themselves; None for none.
+        seed: of the head, the order, the crops and the mixing.
+        held_out: share of the training images on which accuracy is watched.
+        validate_every_steps: how often.
+        log_every_steps: steps between rows of metrics.csv.
+        checkpoint_every_steps: and
+        checkpoint_every_minutes: whichever comes first.
+        keep_checkpoints: on the disk.
+        max_skipped_share: of unreadable images.
+        accelerator: cpu, cuda or mps.
+        devices: how many.
+        num_nodes: machines.
+        strategy: Lightning's.
+        precision: Lightning's.
+        workers: loader processes.
+    """
+
+    recipe: str
+    optimizer: str
+    loss: str
+    image_size: list[int]
+    train_size: list[int]
+    channels: int
+    mean: list[float]
+    std: list[float]
+    value_range: str
+    batch_size: int
+    accumulate: int
+    steps: int
+    warmup_steps: int
+    lr: float
+    min_lr: float
+    warmup_lr: float
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    mixup: float
+    cutmix: float
+    smoothing: float
+    augment: str
+    erasing: float
+    crop_scale: list[float]
+    flip: bool
+    crop_share: float
+    ema: float | None
+    seed: int
+    held_out: float
+    validate_every_steps: int
+    log_every_steps: int
+    checkpoint_every_steps: int
+    checkpoint_every_minutes: float
+    keep_checkpoints: int
+    max_skipped_share: float
+    accelerator: str
+    devices: int
+    num_nodes: int
+    strategy: str
+    precision: str
+    workers: int
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of one part of a step on one device."""
+        return self.batch_size // (self.devices * self.num_nodes) // self.accumulate
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def tuning_of(config: dict[str, Any]) -> Tuning:
+    """The training that a run's ``config.yaml`` records."""
+    return Tuning(**{name: config.get(name) for name in Tuning.__dataclass_fields__})  # type: ignore[arg-type]

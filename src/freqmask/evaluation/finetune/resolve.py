@@ -1,0 +1,279 @@
+"""From the options of a fine-tuning to its numbers: every `auto` resolved once, each with its reason."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqmask.data.values import Survey
+from freqmask.errors import UserError
+from freqmask.evaluation.finetune.augment import NO_AUGMENT, Mixer
+from freqmask.evaluation.finetune.network import Network
+from freqmask.evaluation.finetune.recipes import (
+    CROP_SCALE,
+    PUBLISHED,
+    SMALL_PICTURES,
+    SMALL_SIDE,
+    Published,
+    Tuning,
+)
+from freqmask.evaluation.finetune.settings import AUTO
+from freqmask.interop.models import OpenedModel
+from freqmask.training import plan
+from freqmask.training.plan import Choice
+
+HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
+VALIDATIONS, CHECKPOINTS, SECONDS_A_ROW = 20, 20, 5.0
+_PUBLISHED_NUMBERS = ("weight_decay", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing")
+_SMALL_NUMBERS = ("augment", "erasing", "crop_scale", "crop_share")
+
+
+@dataclass
+class Resolving:
+    """The numbers as they come together.
+
+    Attributes:
+        asked: the options as they were given.
+        opened: the backbone.
+        seen: what the images are like.
+        values: name of a number to its value.
+        reasons: name to the reason, for those that were not given.
+        cost: of an image.
+    """
+
+    asked: Mapping[str, Any]
+    opened: OpenedModel
+    seen: Survey
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    cost: plan.Cost | None = None
+
+    def take(self, name: str, choice: Choice) -> None:
+        """What was asked for, else the choice."""
+        asked = self.asked.get(name)
+        if asked in (None, AUTO):
+            self.values[name], self.reasons[name] = choice
+        else:
+            self.values[name] = asked
+
+
+def held_out_share(asked: Any, images: int) -> Choice:
+    """The share of the training images on which accuracy is watched."""
+    if asked not in (None, AUTO):
+        return Choice(float(asked), "as asked")
+    if images < HELD_OUT_FROM:
+        return Choice(0.0, f"{images:,} images are too few to spare any")
+    share = min(HELD_OUT_SHARE, HELD_OUT_MOST / images)
+    return Choice(round(share, 4), "a tenth, at most 2,000 images")
+
+
+def resolve(
+    asked: Mapping[str, Any],
+    opened: OpenedModel,
+    network: Network,
+    seen: Survey,
+    images: int,
+    classes: int,
+    seed: int,
+    held_out: float = 0.0,
+) -> tuple[Tuning, Resolving]:
+    """Every number of one fine-tuning.
+
+    Args:
+        asked: the command's options.
+        opened: the backbone.
+        network: the classifier made of it.
+        seen: what the images are like.
+        images: that are learnt from.
+        classes: of the data.
+        seed: of this training.
+        held_out: share of the training images that is watched.
+
+    Returns:
+        The numbers, and how they came about.
+
+    Raises:
+        UserError: options that do not fit the model, the images or the machine.
+    """
+    numbers = Resolving(asked, opened, seen)
+    published = _recipe(numbers)
+    numbers.values |= {"seed": seed, "held_out": held_out, "flip": bool(asked["flip"]), "ema": asked["ema"]}
+    _pictures(numbers, network, published)
+    _machine(numbers)
+    for name in _PUBLISHED_NUMBERS:
+        numbers.take(name, Choice(getattr(published, name), published.words))
+    _length(numbers, network, published, images, classes)
+    _records(numbers, images)
+    return Tuning(**numbers.values), numbers
+
+
+def _recipe(numbers: Resolving) -> Published:
+    convolutional = numbers.opened.backbone.is_cnn
+    usual = Choice("a3" if convolutional else "vit", "a CNN" if convolutional else "it attends")
+    numbers.take("recipe", usual)
+    published = PUBLISHED[numbers.values["recipe"]]
+    numbers.values |= {"optimizer": published.optimizer, "loss": published.loss}
+    return published
+
+
+def _pictures(numbers: Resolving, network: Network, published: Published) -> None:
+    opened, values = numbers.opened, numbers.values
+    values |= {
+        "image_size": list(network.image_size),
+        "channels": opened.input_size[0],
+        "mean": list(opened.mean),
+        "std": list(opened.std),
+        "value_range": opened.value_range,
+    }
+    small = min(network.image_size) < SMALL_SIDE
+    for name in _SMALL_NUMBERS:
+        usual = CROP_SCALE if name == "crop_scale" else getattr(published, name)
+        if small and not (name in ("augment", "erasing") and usual in (NO_AUGMENT, 0.0)):
+            numbers.take(name, Choice(SMALL_PICTURES[name], f"pictures below {SMALL_SIDE} pixels"))
+        else:
+            numbers.take(name, Choice(usual, published.words))
+    values["crop_scale"] = list(values["crop_scale"])
+    _train_size(numbers, network, published, small)
+    _randaugment(numbers)
+
+
+def _train_size(numbers: Resolving, network: Network, published: Published, small: bool) -> None:
+    height, width = network.image_size
+    share = 1.0 if small or network.fixed_size else published.train_share
+    usual = (
+        [max(32, round(side * share / 32) * 32) for side in (height, width)] if share < 1 else [height, width]
+    )
+    numbers.take("train_size", Choice(usual, published.words if share < 1 else "that of the test"))
+    size = numbers.values["train_size"]
+    numbers.values["train_size"] = [size, size] if isinstance(size, int) else list(size)
+    if network.fixed_size and numbers.values["train_size"] != [height, width]:
+        raise UserError(
+            f"train_size ({size}) must be the {height}x{width} pixels that {numbers.opened.name} is built for; "
+            "leave it out, or give --image_size"
+        )
+
+
+def _randaugment(numbers: Resolving) -> None:
+    """RandAugment is defined on 8-bit colour; other images do without, and the plan says so."""
+    values = numbers.values
+    plain = set(numbers.seen.dtypes) == {"uint8"} and values["value_range"] in ("dtype", "0,255")
+    if values["augment"] == NO_AUGMENT or (plain and values["channels"] == 3):
+        return
+    if numbers.asked["augment"] not in (None, AUTO):
+        raise UserError(
+            f"augment ({values['augment']}) must be none: RandAugment is for 8-bit colour images, and these have "
+            f"{values['channels']} channels of {'/'.join(map(str, numbers.seen.dtypes))}"
+        )
+    values["augment"] = NO_AUGMENT
+    numbers.reasons["augment"] = "RandAugment is for 8-bit colour images"
+
+
+def _machine(numbers: Resolving) -> None:
+    asked, values = numbers.asked, numbers.values
+    device = _device(asked["accelerator"])
+    values |= {"accelerator": device.type, "num_nodes": 1, "strategy": asked["strategy"]}
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    numbers.take("devices", Choice(count, "all of them" if count > 1 else "one device here"))
+    numbers.take("workers", plan.choose_workers(device.type == "cuda"))
+    if values["workers"] and asked["workers"] == AUTO and device.type == "cpu" and _is_light(numbers):
+        values["workers"], numbers.reasons["workers"] = 0, "small pictures load faster than they travel"
+    numbers.take("precision", plan.choose_precision(device.type))
+
+
+def _is_light(numbers: Resolving) -> bool:
+    return max(numbers.seen.median_size) <= SMALL_SIDE and plan.usable_cores() <= 4
+
+
+def _device(name: str) -> torch.device:
+    from freqmask.evaluation.job import pick_device
+
+    return pick_device(name)
+
+
+def _length(numbers: Resolving, network: Network, published: Published, images: int, classes: int) -> None:
+    """Batch, parts, steps and learning rates: they hang on each other."""
+    values, asked = numbers.values, numbers.asked
+    device = torch.device(values["accelerator"])
+    processes = int(values["devices"])
+    memory = plan.usable_memory(device)
+    cost = numbers.cost = measure(network, values, classes, device)
+    numbers.take("batch_size", plan.choose_batch_size(cost, images, processes, memory))
+    batch = int(values["batch_size"])
+    if batch % processes:
+        raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")
+    numbers.take("accumulate", plan.choose_accumulation(cost, batch // processes, memory))
+    part, rest = divmod(batch // processes, int(values["accumulate"]))
+    if rest or (part % 2 and (values["mixup"] or values["cutmix"])):
+        raise UserError(
+            f"batch_size ({batch}) must give every device and part the same even number of images, because pictures "
+            f"are mixed in pairs (devices {processes}, accumulate {values['accumulate']}); change it, or give "
+            "--mixup 0 --cutmix 0"
+        )
+    _steps(numbers, published, images, batch)
+    rate = published.scaled(published.lr, batch)
+    rule = "x batch/" if published.lr_rule == "linear" else "x sqrt(batch/"
+    words = f"{published.lr:g} {rule}{published.lr_batch}{')' if published.lr_rule == 'sqrt' else ''}"
+    numbers.take("lr", Choice(rate, words))
+    peak = float(values["lr"])
+    numbers.take("min_lr", Choice(min(published.scaled(published.min_lr, batch), peak), published.words))
+    values["warmup_lr"] = min(published.scaled(published.warmup_lr, batch), peak)
+    if asked["min_lr"] not in (None, AUTO) and float(values["min_lr"]) > peak:
+        raise UserError(f"min_lr ({values['min_lr']:g}) must be at most lr ({peak:g})")
+
+
+def _steps(numbers: Resolving, published: Published, images: int, batch: int) -> None:
+    values, asked = numbers.values, numbers.asked
+    if asked["steps"] is not None:
+        values["steps"] = int(asked["steps"])
+    else:
+        epochs = published.epochs if asked["epochs"] is None else float(asked["epochs"])
+        values["steps"] = max(math.ceil(epochs * images / batch), 1)
+        if asked["epochs"] is None:
+            numbers.reasons["steps"] = f"{epochs:g} epochs, {published.words}"
+    epochs = values["steps"] * batch / images
+    usual = min(published.warmup_epochs, epochs / 20)
+    warmup = usual if asked["warmup_epochs"] in (None, AUTO) else float(asked["warmup_epochs"])
+    if warmup == usual:
+        least = usual < published.warmup_epochs
+        numbers.reasons["warmup_steps"] = (
+            "a twentieth" if least else f"{published.warmup_epochs:g} epochs, as published"
+        )
+    values["warmup_steps"] = min(round(warmup * images / batch), values["steps"] - 1)
+
+
+def _records(numbers: Resolving, images: int) -> None:
+    values, asked = numbers.values, numbers.asked
+    steps, batch = values["steps"], values["batch_size"]
+    assert numbers.cost is not None
+    a_step = numbers.cost.seconds(1, batch // values["devices"])
+    every = asked["validate_every_epochs"]
+    values["validate_every_steps"] = (
+        max(steps // VALIDATIONS, 1) if every in (None, AUTO) else max(round(every * images / batch), 1)
+    )
+    row = max(1, min(round(SECONDS_A_ROW / max(a_step, 1e-6)), max(steps // 20, 1), 100))
+    numbers.take("log_every_steps", Choice(row, "about five seconds"))
+    numbers.take("checkpoint_every_steps", Choice(max(steps // CHECKPOINTS, 1), "twenty times"))
+    for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
+        values[name] = asked[name]
+
+
+def measure(network: Network, values: Mapping[str, Any], classes: int, device: torch.device) -> plan.Cost:
+    """Time and memory of an image, measured on a copy so that the classifier stays as it was."""
+    trial = copy.deepcopy(network.model).to(device).train()
+    precision = torch.bfloat16 if "bf16" in str(values["precision"]) else torch.float16
+    mixer = Mixer(classes, 0.0, 0.0, 0.0, 0.0)
+
+    def loss(images: int) -> Tensor:
+        pictures = torch.rand(images, values["channels"], *values["train_size"], device=device)
+        _, targets = mixer(pictures, torch.zeros(images, dtype=torch.int64, device=device), 0)
+        with torch.autocast(device.type, precision, enabled="mixed" in str(values["precision"])):
+            return -(trial(pictures).log_softmax(dim=-1) * targets).sum()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return plan.measure_cost(trial, loss, device)

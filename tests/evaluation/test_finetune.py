@@ -1,0 +1,372 @@
+"""Fine-tuning: what becomes of a backbone, that it learns, goes on exactly, and never sees a test image."""
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from tiny_runs import make_run
+
+import freqmask
+from freqmask.cli import main
+from freqmask.data.dataset import TrainDataset
+from freqmask.data.loader import make_loader
+from freqmask.data.sampler import OrderedSampler
+from freqmask.data.sources import open_source
+from freqmask.errors import UserError
+from freqmask.evaluation.classifier import LOGITS, ClassifierSubject
+from freqmask.evaluation.finetune.augment import AugmentedGeometry, Mixer
+from freqmask.evaluation.finetune.module import FinetuneModule, layer_groups
+from freqmask.evaluation.finetune.network import make_classifier
+from freqmask.evaluation.finetune.recipes import tuning_of
+from freqmask.interop.models import open_model
+from freqmask.training.runs import RunFolder
+
+TINY = {"depth": 2, "embed_dim": 32, "num_heads": 1}
+QUICK: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 8,
+    "workers": 0,
+    "accelerator": "cpu",
+    "precision": "32-true",
+}
+
+
+def write_data(path: Path, test_seed: int = 1, dtype: Any = np.uint8) -> str:
+    """Bright and dark images: anything that sees tells them apart."""
+    arrays: dict[str, np.ndarray] = {}
+    for split, count, seed in (("train", 40, 0), ("test", 20, test_seed)):
+        labels = np.arange(count) % 2
+        noise = np.random.default_rng(seed).integers(0, 60, (count, 16, 16, 3))
+        images = (noise + 120 * labels[:, None, None, None]).astype(dtype)
+        arrays |= {f"{split}_images": images * (1 if dtype == np.uint8 else 200), f"{split}_labels": labels}
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run and data."""
+    folder = tmp_path_factory.mktemp("there")
+    make_run(folder / "mine", image_size=16, model_args=TINY)
+    write_data(folder / "two.npz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(there: Path) -> Path:
+    """The run folder of a fine-tuning whose held-out accuracy is watched."""
+    out = there / "tuned"
+    finetune(there, out, held_out=0.2, validate_every_epochs=0.5)
+    return out / "mine-seed0"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+def finetune(there: Path, out: Path, **options: Any) -> list[Any]:
+    data = options.pop("data", str(there / "two.npz"))
+    model = options.pop("model", str(there / "mine"))
+    return freqmask.evaluate.finetune(model, data=data, out=str(out), **{**QUICK, **options})
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "classifier" / "model.safetensors")
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_set_that_can_be_separated_is_learnt_in_a_few_steps(there: Path, tmp_path: Path) -> None:
+    (summary,) = finetune(there, tmp_path / "out", steps=40, lr=2e-3, mixup=0, cutmix=0, seeds=[0, 1])
+    assert len(summary.accuracies) == 2
+    assert min(summary.accuracies) > 0.9
+    assert (tmp_path / "out" / "finetune.png").is_file()
+    assert (tmp_path / "out" / "finetune-classes.csv").is_file()
+
+
+def test_a_row_holds_the_command_that_finds_the_same_number(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(there, tmp_path / "out", steps=2)
+    (row,) = rows(tmp_path / "out" / "results.csv")
+    assert (row["protocol"], row["variant"], row["train_images"], row["steps"]) == (
+        "finetune", "all labels", "40", "2",
+    )  # fmt: skip
+    words = row["command"].split()
+    assert words[:3] == ["freqmask", "evaluate", "finetune"]
+    main([*words[1:], "--out", str(tmp_path / "out")])
+    assert "is finished; its classifier is taken" in capsys.readouterr().out
+    again = rows(tmp_path / "out" / "results.csv")
+    assert again[1]["accuracy"] == again[0]["accuracy"]
+
+
+def test_a_vit_is_read_by_the_mean_of_its_patches_through_a_fresh_norm(there: Path) -> None:
+    opened = open_model(there / "mine")
+    network = make_classifier(opened, 3, drop_path=0.1, seed=0)
+    model, before = network.model, opened.module.state_dict()
+    assert isinstance(model.norm, torch.nn.Identity)
+    assert not torch.equal(
+        before["norm.weight"], torch.ones(32)
+    )  # the trained one is told apart from a fresh one
+    assert torch.equal(model.fc_norm.weight, torch.ones(32))
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, before["blocks.1.mlp.fc1.weight"])
+    assert 0 < float(model.head.weight.detach().abs().max()) < 4 * 0.02 * 0.001
+    images = torch.rand(2, 3, 16, 16)
+    tokens = model.eval().forward_features(images)[:, 1:]
+    assert torch.allclose(model(images), model.head(model.fc_norm(tokens.mean(dim=1))), atol=1e-7)
+    assert network.dropped == ["norm.weight", "norm.bias"]
+
+
+def test_layers_learn_more_slowly_the_lower_they_are(there: Path) -> None:
+    model = make_classifier(open_model(there / "mine"), 3, 0.0, 0).model
+    found = {
+        id(parameter): (group["lr_scale"], group["weight_decay"])
+        for group in layer_groups(model, 0.05, 0.8)
+        for parameter in group["params"]
+    }
+    assert len(found) == len(list(model.parameters()))
+    expected = {
+        "head.weight": (1.0, 0.05),
+        "head.bias": (1.0, 0.0),
+        "fc_norm.weight": (1.0, 0.0),
+        "blocks.1.attn.qkv.weight": (0.8, 0.05),
+        "blocks.0.attn.qkv.weight": (0.8**2, 0.05),
+        "patch_embed.proj.weight": (0.8**3, 0.05),
+        "pos_embed": (0.8**3, 0.0),
+        "cls_token": (0.8**3, 0.0),
+    }
+    for name, values in expected.items():
+        assert found[id(model.get_parameter(name))] == pytest.approx(values), name
+
+
+def test_the_schedule_keeps_the_layers_apart(tuned: Path, there: Path) -> None:
+    tuning = tuning_of(RunFolder(tuned).config())
+    model = make_classifier(open_model(there / "mine"), 2, 0.0, 0).model
+    module = FinetuneModule(model, dataclasses.replace(tuning, warmup_steps=0, steps=100), 2)
+    optimizer = module.configure_optimizers()
+    assert module.schedule is not None
+    module.schedule.apply(0)
+    rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
+    assert all(rate == pytest.approx(scale * tuning.lr) for scale, rate in rates.items())
+    assert len(rates) == 4
+
+
+def test_a_run_killed_on_its_way_ends_bit_for_bit_as_one_that_was_not(there: Path, tmp_path: Path) -> None:
+    options = {"checkpoint_every_steps": 2, "log_every_steps": 1, "ema": 0.9, "drop_path": 0.5}
+    finetune(there, tmp_path / "whole", **options)
+    with pytest.raises(RuntimeError, match="killed here"):
+        finetune_until(3, there, tmp_path / "parts", **options)
+    run = tmp_path / "parts" / "mine-seed0"
+    assert not RunFolder(run).finished()
+    finetune(there, tmp_path / "parts", **options)
+    assert_equal(tmp_path / "whole" / "mine-seed0", run)
+    losses = [
+        [row["loss"] for row in rows(out / "metrics.csv")] for out in (tmp_path / "whole" / "mine-seed0", run)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == QUICK["steps"]
+
+
+def finetune_until(step: int, there: Path, out: Path, **options: Any) -> None:
+    """Break off after a step as a kill would: nothing is saved any more."""
+    from freqmask.training.monitor import Monitor
+
+    whole = Monitor.on_train_batch_end
+
+    def broken(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step:
+            raise RuntimeError("killed here")
+        whole(self, trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "on_train_batch_end", broken)
+        finetune(there, out, **options)
+
+
+def test_the_classifier_s_folder_is_one_that_timm_loads(tuned: Path) -> None:
+    model = timm.create_model(f"local-dir:{tuned / 'classifier'}", pretrained=True).eval()
+    assert model.num_classes == 2
+    assert list(model.pretrained_cfg["label_names"]) == ["0", "1"]
+    images = torch.rand(4, 3, 16, 16)
+    normalised = (images - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.25, 0.3])[
+        :, None, None
+    ]
+    for folder in (tuned, tuned / "classifier"):
+        subject = ClassifierSubject(str(folder), ["1", "0"])
+        assert torch.allclose(
+            subject.features(images, "end")[LOGITS], model(normalised)[:, [1, 0]], atol=1e-6
+        )
+        assert subject.name == "mine-seed0"
+    checkpoint = torch.load(tuned / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    trained = {name.removeprefix("model."): value for name, value in checkpoint.items()}
+    assert all(torch.equal(value, trained[name]) for name, value in weights(tuned).items())
+    assert open_model(tuned).facts["method"] == "finetune"
+
+
+def test_bands_ask_the_classifier_itself(tuned: Path, there: Path, tmp_path: Path) -> None:
+    found = freqmask.evaluate.bands(
+        str(tuned), data=str(there / "two.npz"), head="own", radii=[4], out=str(tmp_path / "out"), workers=0
+    )
+    own = freqmask.evaluate.finetune(
+        str(there / "mine"), data=str(there / "two.npz"), out=str(tuned.parent), held_out=0.2, **QUICK
+    )
+    accuracies = {summary.variant: summary.accuracies for summary in found}
+    assert set(accuracies) == {"whole", "low 4", "high 4"}
+    assert accuracies["whole"] == own[0].accuracies
+    assert (tmp_path / "out" / "bands.png").is_file()
+
+
+def test_no_test_image_has_a_part_in_the_training(there: Path, tmp_path: Path, tuned: Path) -> None:
+    other = write_data(tmp_path / "other.npz", test_seed=7)
+    finetune(there, tmp_path / "out", data=other, held_out=0.2, validate_every_epochs=0.5)
+    assert_equal(tuned, tmp_path / "out" / "mine-seed0")
+    watched = [[row["held_out_accuracy"] for row in rows(run / "metrics.csv") if row["held_out_accuracy"]]
+               for run in (tuned, tmp_path / "out" / "mine-seed0")]  # fmt: skip
+    assert watched[0] == watched[1]
+    assert len(watched[0]) == 3
+
+
+def test_what_is_watched_is_not_learnt_from(tuned: Path) -> None:
+    assert RunFolder(tuned).state()["images"] == 32
+    assert RunFolder(tuned).summary()["held_out_accuracy"] in {count / 8 for count in range(9)}
+
+
+def test_other_settings_are_refused_each_named(tuned: Path, there: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"lr was auto and is 0.1 now; .*erasing was auto and is 0.5 now"
+    ) as caught:
+        finetune(there, tuned.parent, held_out=0.2, lr=0.1, erasing=0.5)
+    assert "another --out" in str(caught.value)
+
+
+def test_few_labels_are_the_draw_of_fewshot(there: Path, tmp_path: Path) -> None:
+    (summary,) = finetune(there, tmp_path / "out", shots="3")
+    assert summary.variant == "3 a class"
+    assert RunFolder(tmp_path / "out" / "mine-seed0").state()["images"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {},
+            {
+                "recipe": "a3",
+                "optimizer": "lamb",
+                "loss": "binary",
+                "layer_decay": 1.0,
+                "mixup": 0.1,
+                "erasing": 0.0,
+            },
+        ),
+        ({"recipe": "vit", "ema": 0.9}, {"optimizer": "adamw", "loss": "cross_entropy", "layer_decay": 0.8}),
+    ],
+)
+def test_a_cnn_has_its_own_recipe(
+    there: Path, tmp_path: Path, options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    finetune(there, tmp_path / "out", model="random:test_resnet", image_size=32, steps=2, **options)
+    config = RunFolder(tmp_path / "out" / "random_test_resnet-seed0").config()
+    assert {name: config[name] for name in expected} == expected
+    moved = weights(tmp_path / "out" / "random_test_resnet-seed0")
+    assert all(torch.isfinite(tensor).all() for tensor in moved.values())
+
+
+def test_randaugment_is_for_eight_bit_colour_only(there: Path, tmp_path: Path) -> None:
+    deep = write_data(tmp_path / "deep.npz", dtype=np.uint16)
+    finetune(there, tmp_path / "out", data=deep, steps=1, value_range="0,65535")
+    assert RunFolder(tmp_path / "out" / "mine-seed0").config()["augment"] == "none"
+    with pytest.raises(
+        UserError, match="RandAugment is for 8-bit colour images, and these have 3 channels of uint16"
+    ):
+        finetune(there, tmp_path / "other", data=deep, augment="rand-m9", value_range="0,65535")
+    assert not (tmp_path / "other").exists()
+
+
+def test_augmented_views_follow_from_their_keys_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
+    images = open_source(str(tmp_path / "a.npy"))
+    geometry = AugmentedGeometry(image_size=16, augment="rand-m9-mstd0.5-inc1")
+    views = []
+    for workers, batch in ((0, 12), (1, 4)):
+        np.random.seed(workers)
+        state = np.random.get_state()[1].copy()  # type: ignore[union-attr]
+        dataset = TrainDataset(images, [geometry])
+        loader = make_loader(dataset, OrderedSampler(12), batch, workers)
+        views.append(torch.cat([one["views"][0] for one in loader]))
+        assert np.array_equal(np.random.get_state()[1], state)
+    assert torch.equal(views[0], views[1])
+    plain = TrainDataset(images, [AugmentedGeometry(image_size=16)])
+    (unchanged,) = make_loader(plain, OrderedSampler(12), 12)
+    assert not torch.equal(unchanged["views"][0], views[0])
+
+
+def test_mixing_follows_from_the_key_of_the_batch() -> None:
+    images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    mixer = Mixer(4, 0.8, 1.0, 0.1, 0.5)
+    before = torch.get_rng_state()
+    first, second, other = (mixer(images.clone(), labels, key) for key in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[0], other[0])
+    assert torch.allclose(first[1].sum(dim=1), torch.ones(8))
+    plain, targets = Mixer(4, 0, 0, 0.0, 0)(images.clone(), labels, 1)
+    assert torch.equal(plain, images)
+    assert torch.equal(targets.argmax(dim=1), labels)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["pixels"], "model (pixels) must have weights"),
+        (["nowhere"], "model (nowhere) must be"),
+        (["MINE", "--epochs", "2", "--steps", "3"], "epochs and steps exclude each other"),
+        (["MINE", "--augment", "strong"], "augment (strong) must be auto, none, or as timm writes it"),
+        (["MINE", "--lr", "fast"], "lr (fast) must be a number above 0"),
+        (["MINE", "--drop_path", "1"], "drop_path (1) must be a number from 0 to below 1"),
+        (
+            ["MINE", "--batch_size", "7"],
+            "batch_size (7) must give every device and part the same even number",
+        ),
+        (["MINE", "--train_size", "32"], "train_size (32) must be the 16x16 pixels"),
+        (["MINE", "--shots", "some"], "shots (some) must be"),
+        (["MINE", "--recipe", "a1"], "recipe (a1) must be one of"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    words = [str(there / "mine") if word == "MINE" else word for word in words]
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", "finetune", *words, "--data", str(there / "two.npz"), "--workers", "0"])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+    assert list(tmp_path.iterdir()) == [] or [path.name for path in tmp_path.rglob("*")] == ["runs"]
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(there, tmp_path / "out", dry_run=True) == []
+    shown = capsys.readouterr().out
+    assert "fresh: fc_norm, head; left out: norm" in shown
+    assert "rand-m5-mstd0.5-inc1 (pictures below 96 pixels)" in shown
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,86 @@
+"""Few labels, fine-tuned: three settings on the same draw, their average and the best."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_runs import make_run
+
+import freqmask
+from freqmask.errors import UserError
+from freqmask.evaluation.finetune.shots import SETTINGS, summarised
+from freqmask.evaluation.labelled import LabelledData, Round
+from freqmask.evaluation.results import Result
+from freqmask.training.runs import RunFolder
+
+
+class Named:
+    """Stands for a model in a result."""
+
+    text = name = "m"
+
+
+def made(settings: dict[str, list[list[int]]]) -> tuple[list[Result], LabelledData]:
+    labels = np.array([0, 1, 0, 1])
+    data: Any = LabelledData(None, labels, None, ["a", "b"], [Round(labels, labels)], "d", "s")  # type: ignore[arg-type]
+    subject: Any = Named()
+    results = [
+        Result(subject, f"1 a class, {name}", seed, np.arange(4), np.array(said))
+        for name, answers in settings.items()
+        for seed, said in enumerate(answers)
+    ]
+    return results, data
+
+
+def test_the_average_is_over_settings_and_the_best_is_the_best_on_average() -> None:
+    right, half, wrong = [0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 1, 0]
+    results, data = made({"a": [right, wrong], "b": [right, half], "c": [half, half]})
+    found = {one.variant: one.accuracies for one in summarised(results, data, "1 a class")}
+    assert found["average"] == pytest.approx([(1 + 1 + 0.5) / 3, (0 + 0.5 + 0.5) / 3])
+    assert found["best"] == found["b"] == [1.0, 0.5]
+
+
+def test_frozen_and_fine_tuned_stand_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "mine", image_size=16, model_args={"depth": 1, "embed_dim": 32, "num_heads": 1})
+    arrays: dict[str, np.ndarray] = {}
+    for split, count in (("train", 20), ("test", 10)):
+        labels = np.arange(count) % 2
+        noise = np.random.default_rng(count).integers(0, 60, (count, 16, 16, 3))
+        arrays |= {f"{split}_images": (noise + 120 * labels[:, None, None, None]).astype(np.uint8)}
+        arrays |= {f"{split}_labels": labels}
+    np.savez("two.npz", **arrays)
+    monkeypatch.setitem(SETTINGS["lr 2e-4, 100 epochs"], "epochs", 2.0)
+    found = freqmask.evaluate.fewshot(
+        ["pixels", "mine"],
+        data="two.npz",
+        shots=["2"],
+        tune="both",
+        epochs=1,
+        seeds=[0, 1],
+        out="out",
+        workers=0,
+    )
+    variants = [(one.name, one.variant) for one in found]
+    assert ("pixels", "2 a class, frozen") in variants
+    assert {variant for name, variant in variants if name == "mine"} == {
+        f"2 a class, {setting}" for setting in ("frozen", *SETTINGS, "average", "best")
+    }
+    assert "6 fine-tunings" in capsys.readouterr().out
+    configs = [RunFolder(tmp_path / "out" / f"mine-seed0-2-{number}").config() for number in (1, 2, 3)]
+    assert [config["lr"] for config in configs] == [2e-3, 2e-4, 2e-4]
+    images = {
+        RunFolder(tmp_path / "out" / f"mine-seed0-2-{n}").state()["deciding"]["images"] for n in (1, 2, 3)
+    }
+    assert len(images) == 1
+    assert (tmp_path / "out" / "fewshot-tuned.png").is_file()
+
+
+def test_options_of_fine_tuning_are_refused_where_nothing_is() -> None:
+    with pytest.raises(UserError, match="epochs \\(3\\) are those of fine-tuning"):
+        freqmask.evaluate.fewshot("pixels", data="builtin:digits", epochs=3)
+    with pytest.raises(UserError, match="pixels"):
+        freqmask.evaluate.fewshot("pixels", data="builtin:digits", tune="finetune")
