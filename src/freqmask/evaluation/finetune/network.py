@@ -15,7 +15,7 @@ from freqmask.errors import UserError
 from freqmask.interop.models import OpenedModel
 from freqmask.timm_models import REFUSED, cannot, parameters_behind
 
-HEAD_STD, HEAD_SCALE = 0.02, 0.001  # docs/methods.md, Fine-tuning
+HEAD_STD, HEAD_SCALE = 0.02, 0.001  # docs/evaluating.md, Fine-tuning
 _DROPPED = ("norm.", "attn_pool.")  # a ViT's own end, which the mean of its patches goes round
 
 

@@ -63,7 +63,7 @@ class Published:
         return rate * (math.sqrt(ratio) if self.lr_rule == "sqrt" else ratio)
 
 
-# MFM's fine-tuning of a ViT (docs/methods.md, Fine-tuning); its ViT-S had 200 epochs.
+# MFM's fine-tuning of a ViT (docs/evaluating.md, Fine-tuning); its ViT-S had 200 epochs.
 _VIT = Published(
     "MFM's recipe for a ViT",
     "adamw",
