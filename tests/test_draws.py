@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import splitmix64
 
-from freqmask.draws import combine, fresh_keys, identity_of, normal, sample_key, uniform, uniform_numbers
+from freqmask.draws import (
+    combine,
+    fresh_keys,
+    identity_of,
+    normal,
+    sample_key,
+    sample_keys,
+    uniform,
+    uniform_numbers,
+)
 
 KNOWN = (0.2609267234802246, 0.06978362798690796, -8634215444751041720, 5701195407040762926)
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -25,6 +34,13 @@ def test_the_python_twin_draws_the_very_same_numbers(key, stream, count):
 def test_a_views_key_is_the_images_key_combined_with_the_view(seed, epoch, identity, view):
     key = torch.tensor([sample_key(seed, epoch, identity)])
     assert combine(key, view).item() == sample_key(seed, epoch, identity, view)
+
+
+@given(seed=INT64, pairs=st.lists(st.tuples(st.integers(0, 1000), INT64), min_size=1, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_the_keys_of_a_batch_are_those_of_its_images(seed, pairs):
+    epochs, identities = torch.tensor(pairs).unbind(1)
+    assert sample_keys(seed, epochs, identities).tolist() == [sample_key(seed, *pair) for pair in pairs]
 
 
 def test_the_bits_are_splitmix64s_of_key_and_place():

@@ -107,6 +107,29 @@ def sample_key(seed: int, epoch: int, identity: int, view: int | None = None) ->
     return _signed(key)
 
 
+def sample_keys(
+    seed: int, epochs: Int64[Tensor, " batch"], identities: Int64[Tensor, " batch"]
+) -> Int64[Tensor, " batch"]:
+    """The keys of a batch, those that ``sample_key`` gives image by image.
+
+    Args:
+        seed: the run's seed.
+        epochs: which pass over the data each image belongs to.
+        identities: the images' own numbers, see ``identity_of``.
+
+    Returns:
+        One key an image; ``combine(keys, view)`` are those of a view.
+
+    >>> keys = sample_keys(0, torch.tensor([3, 4]), torch.tensor([77, 77]))
+    >>> keys.tolist() == [sample_key(0, 3, 77), sample_key(0, 4, 77)]
+    True
+    """
+    keys = combine(torch.zeros_like(identities), seed)
+    for values in (epochs, identities):
+        keys = _mix(keys ^ _mix(values))
+    return keys
+
+
 def fresh_keys(count: int, device: torch.device | str | None = None) -> Int64[Tensor, " batch"]:
     """Keys for a caller who has none; the only place that reads torch's global generator.
 

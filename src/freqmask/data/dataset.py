@@ -21,8 +21,8 @@ from freqmask.draws import sample_key, uniform_numbers
 from freqmask.errors import BadImage, UserError
 
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, with reasons
-_SUBSTITUTES = 32  # with a tenth of the images bad, that many bad ones in a row do not happen
-_WINDOWS = 4  # windows tried in an image with gaps before the whole image stands in
+SUBSTITUTES = 32  # with a tenth of the images bad, that many bad ones in a row do not happen
+WINDOWS = 4  # windows tried in an image with gaps before the whole image stands in
 
 
 @dataclass
@@ -85,7 +85,7 @@ class TrainDataset(Dataset[Sample]):
         key = sample_key(self.seed, epoch, identity)
         keys = [sample_key(self.seed, epoch, identity, view) for view in range(len(self.geometries))]
         skipped: Skipped = []
-        for index in self._candidates(asked, key):
+        for index in candidates(asked, key, len(self.source)):
             try:
                 views = self._views(self._open(index), keys)
             except BadImage as error:
@@ -93,10 +93,7 @@ class TrainDataset(Dataset[Sample]):
                 continue
             label = self.source.label(index)
             return Sample(views, key, -1 if label is None else label, index, skipped)
-        name, reason = skipped[0]
-        raise UserError(
-            f"{len(skipped)} images in a row cannot be used; the first, {name}: {reason}; check DATA"
-        )
+        raise none_usable(skipped)
 
     def __getitems__(self, items: Sequence[Item]) -> list[Sample] | UserError:
         """The samples of a batch, or the error for the user: torch buries a raised one in a traceback."""
@@ -104,12 +101,6 @@ class TrainDataset(Dataset[Sample]):
             return [self[item] for item in items]
         except UserError as error:
             return error
-
-    def _candidates(self, asked: int, key: int) -> Iterator[int]:
-        """The image asked for, then those that may stand in for it."""
-        yield asked
-        for number in uniform_numbers(key, "substitute", _SUBSTITUTES):
-            yield int(number * len(self.source))
 
     def _open(self, index: int) -> Picture:
         with as_bad_image():
@@ -120,7 +111,7 @@ class TrainDataset(Dataset[Sample]):
     def _views(self, picture: Picture, keys: Sequence[int]) -> list[Tensor]:
         """All views of one picture."""
         at_least = [geometry.at_least() for geometry in self.geometries]
-        for attempt in range(_WINDOWS):
+        for attempt in range(WINDOWS):
             boxes = [g.box(picture.size, key, attempt) for g, key in zip(self.geometries, keys, strict=True)]
             with as_bad_image():
                 windows = decode_windows(picture, boxes, at_least)
@@ -147,6 +138,27 @@ class TrainDataset(Dataset[Sample]):
         filled = convert_channels(fill_missing(window, gap), self.channels)
         scaled = self.value_range.apply(filled)
         return torch.from_numpy(scaled if scaled.flags.writeable else scaled.copy(order="K"))
+
+
+def candidates(asked: int, key: int, images: int) -> Iterator[int]:
+    """The image asked for, then those that may stand in for it.
+
+    Args:
+        asked: index of the image.
+        key: key of the sample, which decides what stands in.
+        images: how many there are.
+    """
+    yield asked
+    for number in uniform_numbers(key, "substitute", SUBSTITUTES):
+        yield int(number * images)
+
+
+def none_usable(skipped: Skipped) -> UserError:
+    """The error where neither an image nor any that may stand in for it can be read."""
+    name, reason = skipped[0]
+    return UserError(
+        f"{len(skipped)} images in a row cannot be used; the first, {name}: {reason}; check DATA"
+    )
 
 
 @contextlib.contextmanager

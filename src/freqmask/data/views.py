@@ -21,7 +21,7 @@ from freqmask.draws import uniform_numbers
 from freqmask.errors import UserError, nearest
 
 CROPS = ("resized", "native", "whole", "center")
-_TRIES = 10  # random windows tried before the largest centred one stands in, as in torchvision
+TRIES = 10  # random windows tried before the largest centred one stands in, as in torchvision
 OVERSAMPLING = 2  # a reduced JPEG keeps twice the asked pixels, so that reducing it leaves no trace
 
 
@@ -86,7 +86,7 @@ class Geometry:
             return (0, 0, *picture_size)
         if self.crop == "center":
             return _centered(picture_size, self.size, self.center_share)
-        numbers = uniform_numbers(key, f"crop/{attempt}", 2 * _TRIES + 2)
+        numbers = uniform_numbers(key, f"crop/{attempt}", 2 * TRIES + 2)
         place = (numbers[0], numbers[1])
         if self.crop == "native":
             return _placed(picture_size, _native_window(picture_size, self.size), place)

@@ -1,0 +1,76 @@
+"""The windows of a batch are those of its images one by one, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from freqmask.data import windows
+from freqmask.data.views import CROPS, Geometry
+from freqmask.data.windows import draw_attitudes, draw_boxes, smallest_side
+
+KEYS = st.integers(-(2**63), 2**63 - 1)
+SIDES = st.integers(1, 300)
+
+
+def one_by_one(geometry: Geometry, sizes: torch.Tensor, keys: torch.Tensor, attempt: int) -> list[list[int]]:
+    pairs = zip(sizes.tolist(), keys.tolist(), strict=True)
+    return [list(geometry.box((height, width), key, attempt)) for (height, width), key in pairs]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pictures=st.lists(st.tuples(SIDES, SIDES, KEYS), min_size=1, max_size=8),
+    view=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    smallest=st.floats(0.01, 1),
+    ratio=st.floats(1, 4),
+    crop=st.sampled_from(CROPS),
+    attempt=st.integers(0, 3),
+)
+def test_windows_are_those_drawn_one_by_one(
+    pictures: list[tuple[int, int, int]],
+    view: tuple[int, int],
+    smallest: float,
+    ratio: float,
+    crop: str,
+    attempt: int,
+) -> None:
+    geometry = Geometry(view, (smallest, 1.0), (1 / ratio, ratio), crop)
+    sizes = torch.tensor([picture[:2] for picture in pictures])
+    keys = torch.tensor([picture[2] for picture in pictures])
+    boxes = draw_boxes(geometry, sizes, keys, attempt)
+    assert boxes.tolist() == one_by_one(geometry, sizes, keys, attempt)
+    for (height, width), box in zip(sizes.tolist(), boxes.tolist(), strict=True):
+        assert min(box[2:]) >= smallest_side(geometry, (height, width)) >= 1
+
+
+def test_many_usual_windows_are_those_drawn_one_by_one() -> None:
+    geometry = Geometry(32, scale=(0.5, 1.0))
+    keys = torch.arange(3000)
+    sizes = torch.stack((20 + keys % 77, 20 + keys % 61), dim=1)
+    assert draw_boxes(geometry, sizes, keys).tolist() == one_by_one(geometry, sizes, keys, 0)
+
+
+@pytest.mark.parametrize("error", [1e-13, -1e-13])
+def test_another_exponential_moves_no_window(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry(8, scale=(0.25, 0.25), ratio=(1.0, 1.0))  # half of an odd side rounds either way
+    keys = torch.arange(40)
+    sizes = torch.full((40, 2), 15) - 2 * (keys % 3)[:, None]
+    exact = windows._random_sides
+    monkeypatch.setattr(windows, "_random_sides", lambda *arguments: exact(*arguments) + error)
+    assert draw_boxes(geometry, sizes, keys).tolist() == one_by_one(geometry, sizes, keys, 0)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_views_are_mirrored_and_turned_as_one_by_one(turns: bool) -> None:
+    geometry = Geometry(4, horizontal_flip=0.7, vertical_flip=0.3, quarter_turns=turns)
+    image = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4)
+    keys = torch.arange(200)
+    for key, (mirrored, upended, exchanged) in zip(
+        keys, draw_attitudes(geometry, keys).tolist(), strict=True
+    ):
+        view = image.flip(-1) if mirrored else image
+        view = view.flip(-2) if upended else view
+        assert torch.equal(view.mT if exchanged else view, geometry.finish(image, int(key)))
