@@ -348,6 +348,7 @@ def test_mixing_follows_from_the_key_of_the_batch() -> None:
         ),
         (["MINE", "--train_size", "32"], "train_size (32) must be the 16x16 pixels"),
         (["MINE", "--shots", "some"], "shots (some) must be"),
+        (["MINE", "--precision", "half"], "precision (half) must be one of auto, 32-true"),
         (["MINE", "--recipe", "a1"], "recipe (a1) must be one of"),
     ],
 )

@@ -150,6 +150,7 @@ def _begin(run: RunFolder, task: Task) -> tuple[Tuning, None, Any]:
         return tuning, None, network.model
     say(f"run         {run.path}, seed {task.seed}")
     config = {
+        "method": "finetune",
         "model": task.subject.text,
         "data": comparable(task.asked["data"]),
         "labels": task.asked["labels"],

@@ -23,7 +23,11 @@ _AUGMENT = re.compile(r"rand(-(mstd|mmax|inc|m|n|p)\d+(\.\d+)?)+")
 _ABOVE_ZERO = ("epochs", "lr", "train_size", "batch_size", "steps", "validate_every_epochs")
 _FROM_ZERO = ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix")
 _SHARES = ("drop_path", "smoothing", "erasing", "held_out", "max_skipped_share")
-_WHOLE = ("steps", "batch_size", "train_size", "accumulate", "keep_checkpoints")
+_WHOLE = ("steps", "batch_size", "train_size", "accumulate", "keep_checkpoints", "devices")
+_WORDS = {
+    "strategy": (AUTO, "ddp"),
+    "precision": (AUTO, "32-true", "bf16-mixed", "16-mixed"),
+}
 
 
 _AUTOMATIC = (
@@ -68,6 +72,9 @@ def _problems(options: Mapping[str, Any]) -> Iterator[str]:
         parse_shots([str(options["shots"])])
     if options["epochs"] is not None and options["steps"] is not None:
         yield "epochs and steps exclude each other; give one of them"
+    for name, known in _WORDS.items():
+        if options[name] not in known:
+            yield f"{name} ({options[name]}) must be one of {', '.join(known)}"
     yield from _numbers(options)
     if options["augment"] not in (AUTO, NO_AUGMENT) and not _AUGMENT.fullmatch(str(options["augment"])):
         yield f"augment ({options['augment']}) must be auto, none, or as timm writes it: rand-m9-mstd0.5-inc1"
