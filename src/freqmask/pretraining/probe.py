@@ -24,7 +24,7 @@ from freqmask.training.monitor import Monitor
 PROBES_A_RUN = 10
 MOST_TRAIN, MOST_TEST, MOST_RANKED = 5000, 2000, 1000  # images of a look: enough for a trend, cheap enough
 NEIGHBOURS = 20
-_RATE, _EPOCHS = 0.01, 10
+_RATE, _EPOCHS = 0.3, 10  # less regularisation than a sweep begins with: few labels, features of low rank
 
 
 class Probe(L.Callback):
