@@ -28,13 +28,14 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "freqmask.commands.evaluate",
-        "measure one or several backbones: knn, linear, fewshot, finetune, bands",
+        "measure one or several backbones: knn, linear, fewshot, finetune, segment, bands",
         "model",
         {
             "knn": "the nearest training images vote",
             "linear": "a softmax head on frozen features",
             "fewshot": "a handful of labels a class",
             "finetune": "all weights learn; a classifier for timm is left behind",
+            "segment": "a class for every pixel: UperNet on the backbone",
             "bands": "which frequencies a model uses",
         },
     ),

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -194,30 +194,55 @@ def append_results(
 
 
 def _row(result: Result, data: LabelledData, protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    subject = result.subject
-    row: dict[str, Any] = {
-        "time": now(),
-        "protocol": protocol,
-        "model": subject.name,
-        "variant": result.variant,
-        "seed": result.seed,
-    }
+    found: dict[str, Any]
     if result.trouble:
-        row |= {"accuracy": "", "trouble": result.trouble}
+        found = {"accuracy": "", "trouble": result.trouble}
     else:
         scores = score_of(result, data)
         right = (result.predicted == data.labels[result.images]).astype(float)
         groups = None if data.groups is None else [data.groups[int(index)] for index in result.images]
         low, high = bootstrap_interval(right, groups)
-        row |= {**vars(scores), "accuracy_low": low, "accuracy_high": high}
-    return row | {
+        found = {**vars(scores), "accuracy_low": low, "accuracy_high": high}
+    about = {
         "data": data.name,
         "split": data.split,
         "classes": len(data.class_names),
         "test_images": len(result.images),
         **result.facts,
+    }
+    who = (result.subject, result.variant, result.seed)
+    return row_of(protocol, who, found, about, data.source.fingerprint(), options)
+
+
+def row_of(
+    protocol: str,
+    who: tuple[Subject, str, int],
+    scores: Mapping[str, Any],
+    about: Mapping[str, Any],
+    fingerprint: str,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A row of results.csv: when, who, how good, on what, and all that repeats it.
+
+    Args:
+        protocol: the command's name.
+        who: model, variant and seed.
+        scores: name to value.
+        about: the data and the training.
+        fingerprint: of the images.
+        options: those that were given.
+    """
+    subject, variant, seed = who
+    return {
+        "time": now(),
+        "protocol": protocol,
+        "model": subject.name,
+        "variant": variant,
+        "seed": seed,
+        **scores,
+        **about,
         **{f"model_{name}": _plain(value) for name, value in subject.key().items()},
-        "data_fingerprint": data.source.fingerprint(),
+        "data_fingerprint": fingerprint,
         "command": command_of(protocol, subject.text, options),
         "freqmask": __version__,
         "torch": str(torch.__version__),
@@ -270,13 +295,28 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else "..." + name[3 - most :]
 
 
+class Bar(NamedTuple):
+    """A number of the picture, in [0, 1]."""
+
+    name: str
+    variant: str
+    value: float
+    interval: tuple[float, float]
+
+
 def draw_bars(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     """Bars of accuracy by model, side by side for the variants, with their intervals."""
+    measured = [one for one in summaries if not one.trouble]
+    bars = [Bar(one.name, one.variant, float(np.mean(one.accuracies)), one.interval) for one in measured]
+    draw_bar_chart(path, title, "accuracy", bars)
+
+
+def draw_bar_chart(path: Path, title: str, score: str, bars: Sequence[Bar]) -> None:
+    """Bars of a score by model, side by side for the variants, with their intervals; nothing where there are none."""
     from matplotlib.figure import Figure
 
-    measured = [summary for summary in summaries if not summary.trouble]
-    names = list(dict.fromkeys(summary.name for summary in measured))
-    variants = list(dict.fromkeys(summary.variant for summary in measured))[:_MOST_BARS]
+    names = list(dict.fromkeys(bar.name for bar in bars))
+    variants = list(dict.fromkeys(bar.variant for bar in bars))[:_MOST_BARS]
     if not names:
         return
     figure = Figure(figsize=(max(4.0, 1.6 + 1.3 * len(names)), 3.6), dpi=120, layout="constrained")
@@ -284,9 +324,9 @@ def draw_bars(path: Path, title: str, summaries: Sequence[Summary]) -> None:
     width = 0.8 / len(variants)
     for place, variant in enumerate(variants):
         for number, name in enumerate(names):
-            found = [one for one in measured if (one.name, one.variant) == (name, variant)]
+            found = [bar for bar in bars if (bar.name, bar.variant) == (name, variant)]
             if found:
-                mean = 100 * float(np.mean(found[0].accuracies))
+                mean = 100 * found[0].value
                 low, high = (100 * end for end in found[0].interval)
                 axis.bar(
                     number + (place - (len(variants) - 1) / 2) * width,
@@ -298,7 +338,7 @@ def draw_bars(path: Path, title: str, summaries: Sequence[Summary]) -> None:
                     label=variant if number == 0 else None,
                 )
     axis.set_xticks(range(len(names)), map(shortened, names), rotation=20, ha="right", parse_math=False)
-    axis.set_ylabel("accuracy in %")
+    axis.set_ylabel(f"{score} in %")
     axis.set_title(
         "\n".join(shortened(line, 60) for line in title.splitlines()), fontsize=9, parse_math=False
     )

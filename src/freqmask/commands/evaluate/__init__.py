@@ -10,5 +10,6 @@ from __future__ import annotations
 
 from freqmask.commands.evaluate.finetune import finetune
 from freqmask.commands.evaluate.frozen import bands, fewshot, knn, linear
+from freqmask.commands.evaluate.segment import segment
 
-__all__ = ["bands", "fewshot", "finetune", "knn", "linear"]
+__all__ = ["bands", "fewshot", "finetune", "knn", "linear", "segment"]

@@ -1,0 +1,1 @@
+"""Semantic segmentation: UperNet trained on a backbone, and how well it names every pixel."""

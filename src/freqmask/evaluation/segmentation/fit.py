@@ -1,0 +1,176 @@
+"""One start of a training, new or continued: Lightning's Trainer with our sampler, checkpoints and monitors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from freqmask.data.loader import make_loader
+from freqmask.data.sampler import TrainSampler
+from freqmask.data.sources import Source
+from freqmask.data.values import ValueRange
+from freqmask.evaluation.segmentation.labels import Labels
+from freqmask.evaluation.segmentation.module import SegmentationModule
+from freqmask.evaluation.segmentation.network import UperNet
+from freqmask.evaluation.segmentation.settings import Training
+from freqmask.evaluation.segmentation.views import PairDataset, RandomCrop
+from freqmask.interop.timm_folder import write_tensors
+from freqmask.training.checkpoint import load_safely
+from freqmask.training.monitor import Monitor
+from freqmask.training.progress import Progress
+from freqmask.training.resuming import ExactResume
+from freqmask.training.runs import RunFolder
+from freqmask.training.saving import Saver, StopSignals
+from freqmask.training.skipping import Skipped
+from freqmask.training.tables import cut_back, read_rows
+from freqmask.training.trainer import make_trainer
+
+NETWORK = "network.safetensors"
+SHOWN = {
+    "images_per_second": "{:.1f} images/s",
+    "data_wait_share": "{:.0%} waiting for data",
+    "loss": "loss {:.4g}",
+}
+
+
+@dataclass
+class Outcome:
+    """How a fit ended.
+
+    Attributes:
+        step: optimiser steps made in all.
+        stopped_by: the signal that stopped it, None at its proper end.
+        summary: what goes into summary.json.
+    """
+
+    step: int
+    stopped_by: int | None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Fit:
+    """What a training needs.
+
+    Attributes:
+        run: the run folder, locked.
+        training: every number.
+        network: backbone and decoder.
+        images: with masks, to learn from.
+        labels: the classes.
+    """
+
+    run: RunFolder
+    training: Training
+    network: UperNet
+    images: Source
+    labels: Labels
+
+    def go(self, checkpoint: Path | None) -> Outcome:
+        """Train from the checkpoint, or from the beginning, to the end or to a signal."""
+        numbers = self.training
+        done = int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
+        cut_back(self.run.metrics, "step", done)
+        torch.manual_seed(numbers.seed)  # of dropout and drop path
+        module = SegmentationModule(self.network.train(), numbers)
+        progress = Progress(numbers.steps, done, SHOWN)
+        with StopSignals() as signals:
+            monitor = self._monitor(progress)
+            # rows of a step are written before its checkpoint: a restart from there will not make them again
+            callbacks: list[L.Callback] = [
+                ExactResume(numbers.accumulate),
+                Skipped(self.run.path / "skipped.csv", len(self.images), numbers.max_skipped_share),
+                monitor,
+                self._saver(signals, monitor),
+            ]
+            several = numbers.devices > 1 and numbers.accelerator == "cuda"
+            trainer = make_trainer(
+                self.run, asdict(numbers), numbers.steps, callbacks, sync_batchnorm=several
+            )
+            progress.start()
+            began = time.perf_counter()
+            try:
+                trainer.fit(module, self._loader(trainer, done), ckpt_path=checkpoint, weights_only=True)
+            finally:
+                progress.close()
+        step = int(trainer.global_step)
+        stopped = signals.received if step < numbers.steps else None
+        return Outcome(step, stopped, self._summary(step, done, time.perf_counter() - began))
+
+    def _monitor(self, progress: Progress) -> Monitor:
+        numbers = self.training
+        return Monitor(
+            self.run,
+            progress,
+            numbers.log_every_steps,
+            numbers.batch_size,
+            len(self.images),
+            numbers.warmup_steps,
+        )
+
+    def _saver(self, signals: StopSignals, monitor: Monitor) -> Saver:
+        numbers = self.training
+        return Saver(
+            self.run,
+            signals,
+            monitor,
+            numbers.checkpoint_every_steps,
+            numbers.checkpoint_every_minutes,
+            numbers.keep_checkpoints,
+            self._export,
+        )
+
+    def _export(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        """Write the whole network once it is done; until then the checkpoints hold it."""
+        if trainer.is_global_zero and step == self.training.steps:
+            write_tensors(self.run.path / NETWORK, module.network.state_dict())
+
+    def _loader(self, trainer: L.Trainer, done: int) -> Any:
+        numbers = self.training
+        sampler = TrainSampler(
+            len(self.images),
+            numbers.seed,
+            numbers.images_at_once,
+            rank=trainer.global_rank,
+            world_size=numbers.devices * numbers.num_nodes,
+            start_step=done * numbers.accumulate,
+            total_steps=numbers.steps * numbers.accumulate,
+        )
+        dataset = pairs(self.images, self.labels, numbers, cut=True)
+        return make_loader(dataset, sampler, numbers.images_at_once, numbers.workers)
+
+    def _summary(self, step: int, done: int, seconds: float) -> dict[str, Any]:
+        losses = [float(row["loss"]) for row in read_rows(self.run.metrics) if row.get("loss")]
+        summary: dict[str, Any] = {"method": "segment", "steps": step}
+        if losses:
+            summary |= {"loss": losses[-1], "first_loss": losses[0]}
+        summary["images_per_second"] = (step - done) * self.training.batch_size / max(seconds, 1e-9)
+        summary["skipped"] = len(read_rows(self.run.path / "skipped.csv"))
+        return summary
+
+
+def pairs(source: Source, labels: Labels, training: Training, cut: bool) -> PairDataset:
+    """Images with masks as the network is to see them.
+
+    Args:
+        source: the images.
+        labels: the classes.
+        training: channels, value range, sizes, seed.
+        cut: True gives random crops, False whole images.
+    """
+    crop = RandomCrop(training.crop, training.scale, training.image_size, 0.5 if training.flip else 0.0)
+    return PairDataset(
+        source,
+        labels.lookup(),
+        ValueRange.parse(training.value_range) or ValueRange(),
+        training.channels,
+        training.seed,
+        crop if cut else None,
+        training.image_size,
+        training.mean,
+    )

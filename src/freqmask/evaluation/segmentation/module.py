@@ -1,0 +1,100 @@
+"""The LightningModule: it wires a segmentation network to its recipe and knows nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from freqmask.evaluation.finetune.module import layer_groups
+from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
+from freqmask.evaluation.segmentation.settings import Training
+from freqmask.evaluation.subjects import as_float
+from freqmask.training.failures import NotFiniteError
+from freqmask.training.recipe import Recipe, Schedule, parameter_groups
+
+BETAS = (0.9, 0.999)
+
+
+class SegmentationModule(L.LightningModule):
+    """Trains a network.
+
+    Args:
+        network: backbone and decoder.
+        training: every number.
+    """
+
+    def __init__(self, network: UperNet, training: Training) -> None:
+        """Wire the parts; the optimiser is made when Lightning asks for it."""
+        super().__init__()
+        self.network = network
+        self.training_numbers = training
+        self.schedule: Schedule | None = None
+        self.gradient_norm: Tensor | None = None
+        self.want_details = False
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """One part of an optimiser step: the losses of both heads."""
+        images, masks = batch["views"]
+        losses = segmentation_losses(self.network(as_float(images)), masks.long())
+        if self.device.type == "cpu" and not torch.isfinite(
+            losses["loss"]
+        ):  # elsewhere a look would be a wait
+            raise NotFiniteError(int(self.trainer.global_step))
+        return losses
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW: the backbone's layers at learning rates of their own, all that is new at the whole one."""
+        numbers = self.training_numbers
+        fused = self.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(
+            groups_of(self.network, numbers), lr=numbers.lr, betas=BETAS, fused=fused
+        )
+        self.schedule = Schedule(optimizer, recipe_of(numbers))
+        return optimizer
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Set the learning rates of this step."""
+        assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
+        self.schedule.apply(int(self.trainer.global_step))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Nothing is clipped, as in BEiT's recipe; the norm goes into the metrics."""
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
+
+
+def groups_of(network: UperNet, training: Training) -> list[dict[str, Any]]:
+    """The backbone's parameters by layer, those of the decoder and the heads with the factor 1.
+
+    timm gives a backbone without a head the factor 1 at its last block; here the decoder stands above it.
+    """
+    decay = training.layer_decay
+    backbone = network.pyramid.backbone.timm_model
+    new = nn.ModuleList([network.pyramid.rescale, network.decoder, network.classifier, network.auxiliary])
+    fresh = [{**group, "lr_scale": 1.0} for group in parameter_groups(new, training.weight_decay)]
+    old = layer_groups(backbone, training.weight_decay, decay)
+    return [*({**group, "lr_scale": decay * group["lr_scale"]} for group in old), *fresh]
+
+
+def recipe_of(training: Training) -> Recipe:
+    """Linear warm-up, then linear decay to nothing (poly of power 1)."""
+    return Recipe(
+        lr=training.lr,
+        min_lr=0.0,
+        warmup_lr=training.lr * 1e-6,
+        warmup_steps=training.warmup_steps,
+        total_steps=training.steps,
+        weight_decay=training.weight_decay,
+        weight_decay_end=training.weight_decay,
+        betas=BETAS,
+        clip_grad=None,
+        power=1.0,
+    )

@@ -1,0 +1,245 @@
+"""One training from a model to a network's file: begun, taken up again, or found finished."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from freqmask import __version__
+from freqmask.console import rank, say
+from freqmask.data.values import Survey
+from freqmask.errors import UserError
+from freqmask.evaluation.segmentation.announce import say_plan
+from freqmask.evaluation.segmentation.data import SegmentationData
+from freqmask.evaluation.segmentation.fit import NETWORK, Fit, Outcome
+from freqmask.evaluation.segmentation.network import UperNet
+from freqmask.evaluation.segmentation.resolve import DROP_PATH, choose_crop, drops_paths, resolve
+from freqmask.evaluation.segmentation.settings import AUTO, DECIDING, MACHINE, Training, training_of
+from freqmask.evaluation.subjects import ModelSubject, open_subject
+from freqmask.training.checkpoint import newest_usable
+from freqmask.training.failures import told_in_words
+from freqmask.training.quiet import quiet_libraries
+from freqmask.training.readable import readable_time
+from freqmask.training.runs import RunFolder, comparable, now
+
+PATIENCE = 1800.0  # seconds that the other processes wait for the first one to begin a run
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained.
+
+    Attributes:
+        text: MODEL as it was typed.
+        data: images with masks.
+        seen: what the images are like.
+        seed: of the training.
+        folder: of the run.
+        asked: the command's options.
+    """
+
+    text: str
+    data: SegmentationData
+    seen: Survey
+    seed: int
+    folder: Path
+    asked: Mapping[str, Any]
+
+    def open(self, side: int) -> ModelSubject:
+        """The model for samples of a size, with drop path; one that takes any size stays able to."""
+        drop_path = self.asked["drop_path"]
+        rate = DROP_PATH if drop_path in (None, AUTO) else float(drop_path)
+        subject = open_subject(
+            self.text,
+            self.seen,
+            seed=self.seed,
+            image_size=side,
+            weights=self.asked["weights"],
+            value_range=self.asked["value_range"],
+            wishes={"drop_path_rate": rate, "dynamic_img_size": True},
+        )
+        assert isinstance(subject, ModelSubject)  # pixels were refused
+        deep = len(subject.opened.module.feature_info) > 1  # the first block of all never drops
+        if rate and deep and drop_path not in (None, AUTO) and not drops_paths(subject.opened.module):
+            raise UserError(f"drop_path ({drop_path}) must be left out: {self.text} does not take it")
+        return subject
+
+    def deciding(self, subject: ModelSubject) -> dict[str, Any]:
+        """Plain values on which the network depends."""
+        values = {name: self.asked[name] for name in DECIDING if name in self.asked}
+        data, labels = self.data, self.data.labels
+        return dict(
+            comparable(
+                {
+                    **values,
+                    "seed": self.seed,
+                    "weights of the model": subject.key()["weights"],
+                    "images": data.train.fingerprint(),
+                    "classes": list(labels.values),
+                    "ignored labels": list(labels.ignored),
+                }
+            )
+        )
+
+
+@dataclass
+class Trained:
+    """A network at the end of its training.
+
+    Attributes:
+        subject: the model that it began from.
+        network: with the weights that it ended with.
+        training: every number.
+        run: its folder.
+    """
+
+    subject: ModelSubject
+    network: UperNet
+    training: Training
+    run: RunFolder
+
+
+def train(task: Task) -> Trained | None:
+    """Train, or go on, or find that all is done.
+
+    Returns:
+        The network; None after a dry run, for which nothing is written.
+
+    Raises:
+        UserError: the folder holds another run, or the training cannot go on.
+    """
+    run = RunFolder(task.folder)
+    if rank() > 0:
+        _wait_for(run)
+    on_gpu = torch.cuda.is_available() and task.asked["accelerator"] != "cpu"
+    crop = choose_crop(task.asked["crop"], task.seen, on_gpu)
+    subject = task.open(crop.value)
+    if run.exists():
+        _check_same(run, task.deciding(subject))
+    network = _network(subject, task)
+    subject.key()  # remembers the hash of the weights; later it would be that of what was learnt
+    with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
+        if rank() == 0 and not task.asked["dry_run"]:
+            run.lock()
+            stack.callback(run.leave_nothing)
+            stack.callback(run.unlock)
+        if run.finished():
+            return _finished(run, subject, network)
+        if run.exists():
+            training, checkpoint = _go_on(run, task)
+        else:
+            training, checkpoint = _begin(run, task, subject, network, crop), None
+        if task.asked["dry_run"]:
+            return None
+        _fit(run, task, training, network, checkpoint)
+    return Trained(subject, network, training, run)
+
+
+def _network(subject: ModelSubject, task: Task) -> UperNet:
+    """The decoder's fresh weights follow from the seed, whatever was drawn before."""
+    channels = task.asked["decoder_channels"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        wanted = None if channels in (None, AUTO) else int(channels)
+        return UperNet(subject.opened, len(task.data.labels), wanted)
+
+
+def _wait_for(run: RunFolder) -> None:
+    until = time.monotonic() + PATIENCE
+    while not run.exists():
+        if time.monotonic() > until:
+            raise UserError(f"run ({run.path}) was not begun by process 0 within {PATIENCE:g} seconds")
+        time.sleep(0.2)
+
+
+def _check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
+    """A run goes on, or is taken as it is, only where it was asked for in the same words."""
+    before = run.state().get("deciding", {})
+    other = [name for name in asked if before.get(name) != asked[name]]
+    if other:
+        told = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)
+        raise UserError(f"run {run.path} was begun with other settings: {told}; give another --out")
+
+
+def _finished(run: RunFolder, subject: ModelSubject, network: UperNet) -> Trained:
+    if not (run.path / NETWORK).is_file():
+        raise UserError(f"run ({run.path}) is finished and its {NETWORK} is gone; delete it to train again")
+    say(f"run {run.path} is finished; its network is taken")
+    network.load_state_dict(load_file(run.path / NETWORK))
+    return Trained(subject, network, training_of(run.config()), run)
+
+
+def _begin(run: RunFolder, task: Task, subject: ModelSubject, network: UperNet, crop: Any) -> Training:
+    """Every number resolved, told, and written."""
+    training, numbers = resolve(task.asked, subject, network, crop, len(task.data.train), task.seed)
+    say_plan(subject, training, numbers, network, len(task.data.train))
+    if task.asked["dry_run"]:
+        say(f"run         {run.path}    (--dry_run: nothing was trained)")
+        return training
+    say(f"run         {run.path}, seed {task.seed}")
+    labels = task.data.labels
+    config = {
+        "method": "segment",
+        "model": task.text,
+        "data": task.data.name,
+        "split": task.data.split,
+        "backbone": str(subject.opened.module.pretrained_cfg["architecture"]),
+        "classes": {int(value): name for value, name in zip(labels.values, labels.names, strict=True)},
+        "ignore_label": list(labels.ignored),
+        **comparable(asdict(training)),
+    }
+    state = {
+        "deciding": task.deciding(subject),
+        "images": len(task.data.train),
+        "data": task.data.train.fingerprint(),
+        "freqmask": __version__,
+        "torch": str(torch.__version__),
+        "began": now(),
+    }
+    run.begin(config, state, f"freqmask {__version__}, {now()}; a segmentation, every auto resolved.")
+    return training
+
+
+def _go_on(run: RunFolder, task: Task) -> tuple[Training, Path | None]:
+    """An unfinished run: everything from its config, but what the machine is like."""
+    asked = {name: task.asked.get(name) for name in MACHINE}
+    machine = {name: value for name, value in asked.items() if value not in (None, AUTO)}
+    training = training_of({**run.config(), **machine})
+    checkpoint, complaints = newest_usable(run.checkpoints)
+    for complaint in complaints:
+        say(f"note: {complaint}")
+    where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
+    say(f"run {run.path} goes on {where}")
+    return training, checkpoint
+
+
+def _fit(run: RunFolder, task: Task, training: Training, network: UperNet, checkpoint: Path | None) -> None:
+    began = time.time()
+    with told_in_words(run, asdict(training)):
+        outcome = Fit(run, training, network, task.data.train, task.data.labels).go(checkpoint)
+    if outcome.stopped_by is not None:
+        _stop(run, training, outcome)
+    if rank() == 0:
+        seconds = time.time() - began
+        run.finish({**outcome.summary, "seconds": round(seconds, 1), "ended": now()})
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # three times the network, which is written
+        say(f"done        {outcome.step:,} steps in {readable_time(seconds)}")
+
+
+def _stop(run: RunFolder, training: Training, outcome: Outcome) -> None:
+    say(
+        f"stopped at step {outcome.step:,} of {training.steps:,}, saved in {run.path}; the same command goes on"
+    )
+    if outcome.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + int(outcome.stopped_by or 0))

@@ -1,0 +1,212 @@
+"""Folders of images and masks: layouts, labels, partners, crops, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from evaluation.segmentation_images import blocks, make_data, make_pairs, write
+
+from freqmask.data.values import ValueRange
+from freqmask.errors import BadImage, UserError
+from freqmask.evaluation.segmentation.data import Wanted, open_segmentation
+from freqmask.evaluation.segmentation.labels import IGNORED, Labels, read_classes
+from freqmask.evaluation.segmentation.layout import Part
+from freqmask.evaluation.segmentation.masks import read_mask
+from freqmask.evaluation.segmentation.pairs import PairSource
+from freqmask.evaluation.segmentation.views import PairDataset, RandomCrop, nearest
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_both_ways_to_lay_out_splits_hold_the_same_pairs(tmp_path: Path) -> None:
+    make_data(tmp_path / "one", 3, 2)
+    for split, count, first in (("train", 3, 0), ("test", 2, 100)):
+        make_pairs(tmp_path / "other" / split / "images", tmp_path / "other" / split / "labels", count, first)
+    one, other = (open_segmentation(Wanted(data=str(tmp_path / name))) for name in ("one", "other"))
+    assert (len(one.train), len(one.test)) == (len(other.train), len(other.test)) == (3, 2)
+    assert one.labels == other.labels == Labels((0, 1), ("0", "1"), (255,), False)
+
+
+def test_ade20k_ignores_zero_and_begins_with_one(tmp_path: Path) -> None:
+    for split, first in (("training", 0), ("validation", 9)):
+        make_pairs(tmp_path / "images" / split, tmp_path / "annotations" / split, 2, first)
+        for path in (tmp_path / "annotations" / split).iterdir():
+            mask = np.asarray(read_mask(path), np.uint8) + 1
+            mask[:4] = 0
+            write(path, mask)
+    data = open_segmentation(Wanted(data=str(tmp_path), class_names=["wall", "sky"]))
+    assert data.labels == Labels((1, 2), ("wall", "sky"), (0, 255), True)
+    assert data.labels.lookup()[[0, 1, 2, 255]].tolist() == [IGNORED, 0, 1, IGNORED]
+    assert data.split == "training / validation"
+    plain = open_segmentation(Wanted(data=str(tmp_path), layout="plain"))
+    assert plain.labels.values == (0, 1, 2)
+
+
+def test_a_class_called_void_is_ignored_and_numbers_may_stand_before_names(tmp_path: Path) -> None:
+    data = make_data(tmp_path)
+    (data / "classes.txt").write_text("1 Road\n0 Sky\n11 Unlabelled\n")
+    labels = open_segmentation(Wanted(data=str(data))).labels
+    assert (labels.values, labels.names, labels.ignored) == ((0, 1), ("Sky", "Road"), (11, 255))
+    (data / "objectInfo150.txt").write_text(
+        "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t5\t1\t1\twall, plain\n"
+    )
+    assert read_classes(data / "objectInfo150.txt") == {1: "wall"}
+
+
+def test_without_a_test_part_images_are_held_out_once_and_for_all(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "images", tmp_path / "masks", 10)
+    write(tmp_path / "images" / "twin.png", np.asarray(_pixels(tmp_path / "images" / "000.png")))
+    write(tmp_path / "masks" / "twin_mask.png", blocks(0))
+    first, again = (open_segmentation(Wanted(data=str(tmp_path))) for _ in range(2))
+    names = [{part.name(n) for n in range(len(part))} for part in (first.train, first.test)]
+    assert names == [{part.name(n) for n in range(len(part))} for part in (again.train, again.test)]
+    assert not names[0] & names[1]
+    assert len({number for number, part in enumerate(names) if part & {"000.png", "twin.png"}}) == 1
+    assert "held out by us" in first.notes[0]
+    assert len(list(Path("runs/splits").iterdir())) == 1
+
+
+def _pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path))
+
+
+def test_folders_may_be_named_one_by_one(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "a", tmp_path / "b", 6)
+    data = open_segmentation(Wanted(images=str(tmp_path / "a"), masks=str(tmp_path / "b"), test_share=0.5))
+    assert len(data.train) == len(data.test) == 3
+
+
+def test_palettes_deep_pngs_tiffs_and_grey_saved_as_colour_are_labels(tmp_path: Path) -> None:
+    from PIL import Image
+
+    classes = blocks(1)
+    paletted = Image.fromarray(classes)
+    paletted.putpalette([9, 9, 9, 200, 0, 0])
+    paletted.save(tmp_path / "palette.png")
+    write(tmp_path / "deep.png", (classes.astype(np.uint16) * 300))
+    write(tmp_path / "grey.png", np.repeat(classes[:, :, None], 3, axis=2))
+    tifffile.imwrite(tmp_path / "mask.tif", classes.astype(np.uint16))
+    np.save(tmp_path / "mask.npy", classes.astype(np.int64))
+    for name, factor in (
+        ("palette.png", 1),
+        ("deep.png", 300),
+        ("grey.png", 1),
+        ("mask.tif", 1),
+        ("mask.npy", 1),
+    ):
+        assert (read_mask(tmp_path / name) == factor * classes.astype(np.int64)).all(), name
+    np.save(tmp_path / "half.npy", classes / 2)
+    np.save(tmp_path / "below.npy", -classes.astype(np.int16))
+    for name in ("half.npy", "below.npy"):
+        with pytest.raises(BadImage, match=r"whole numbers|from 0 to"):
+            read_mask(tmp_path / name)
+
+
+def spoilt(folder: Path, how: str) -> None:
+    masks = folder / "masks" / "train"
+    if how == "size":
+        write(masks / "003.png", np.zeros((5, 6), np.uint8))
+    elif how == "label":
+        write(masks / "003.png", blocks(3) * 9)
+        (folder / "classes.txt").write_text("sky\nroad\n")
+    elif how == "test label":
+        write(folder / "masks" / "test" / "100.png", blocks(3) * 9)
+    elif how == "colours":
+        write(masks / "003.png", np.random.default_rng(0).integers(0, 9, (32, 40, 3), dtype=np.uint8))
+    elif how == "broken":
+        (masks / "003.png").write_bytes(b"no image")
+    elif how == "no mask":
+        (masks / "003.png").unlink()
+    elif how == "no image":
+        (folder / "images" / "train" / "003.png").unlink()
+    elif how == "binary":
+        for path in masks.iterdir():
+            write(path, 255 * np.asarray(read_mask(path), np.uint8))
+    elif how == "no test":
+        (folder / "masks" / "test").rename(folder / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("size", r"003\.png\) is 6x5 pixels and its image 40x32"),
+        ("label", r"003\.png\) holds the label 9 .* not among the classes \(0 to 1\)"),
+        ("test label", r"100\.png\) holds the label 9 .* what the training masks hold"),
+        ("colours", r"003\.png\): it holds 32×40×3 values"),
+        ("broken", r"003\.png\): it cannot be read"),
+        ("no mask", r"1 file \(003\.png\) in .*images/train without a mask"),
+        ("no image", r"1 file \(003\.png\) in .*masks/train without an image"),
+        ("binary", r"fewer than two classes \(labels: 0, 255; ignored: 255\)"),
+        ("no test", r"has masks for train only"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(how: str, sentence: str, tmp_path: Path) -> None:
+    spoilt(make_data(tmp_path, 4, 2), how)
+    with pytest.raises(UserError, match=sentence):
+        open_segmentation(Wanted(data=str(tmp_path)))
+    assert not Path("runs").exists()
+
+
+def test_an_image_that_cannot_be_opened_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_data(tmp_path, 4, 2)
+    (tmp_path / "images" / "train" / "002.png").write_bytes(b"no image")
+    assert len(open_segmentation(Wanted(data=str(tmp_path))).train) == 3
+    assert "left out    train/002.png" in capsys.readouterr().out
+
+
+def dataset(folder: Path, crop: RandomCrop | None, seed: int = 0) -> PairDataset:
+    lookup = Labels((0, 1), ("a", "b"), (255,), False).lookup()
+    source = PairSource(Part("", folder / "images", folder / "masks"))
+    return PairDataset(source, lookup, ValueRange(), 3, seed, crop, fill=(0.0, 1.0, 0.0))
+
+
+def test_scale_crop_and_flip_keep_image_and_mask_aligned(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "images", tmp_path / "masks", 2, size=(96, 80))
+    cut = dataset(tmp_path, RandomCrop(48))
+    mirrored = set()
+    for epoch in range(12):
+        image, mask = cut[(epoch, 0, epoch % 2)].views
+        assert image.shape == (3, 48, 48)
+        assert mask.shape == (48, 48)
+        red = image[0].int() - image[2].int()  # class 0 is red, class 1 is blue
+        counted = mask >= 0
+        agree = ((red < 0) == (mask == 1))[counted]
+        assert agree.float().mean() > 0.9, epoch  # all but the blurred edges of the blocks
+        assert (image[:, ~counted] == torch.tensor([0, 255, 0])[:, None]).all()
+        mirrored.add(bool(counted[0, 0] and counted[-1, -1]))
+    assert not torch.equal(cut[(0, 0, 0)].views[1], cut[(1, 0, 0)].views[1])
+    assert torch.equal(cut[(3, 0, 1)].views[0], dataset(tmp_path, RandomCrop(48))[(3, 9, 1)].views[0])
+
+
+def test_a_mirrored_sample_is_the_mirror_of_the_other(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "images", tmp_path / "masks", 1, size=(64, 64))
+    always, never = (dataset(tmp_path, RandomCrop(32, flip=chance))[(0, 0, 0)].views for chance in (1.0, 0.0))
+    assert all(torch.equal(one, other.flip(-1)) for one, other in zip(always, never, strict=True))
+    assert not torch.equal(always[1], never[1])
+
+
+def test_masks_are_resampled_by_the_nearest_pixel_alone() -> None:
+    mask = np.array([[0, 7], [3, 200]], np.int16)
+    assert nearest(mask, (4, 2)).tolist() == [[0, 7], [0, 7], [3, 200], [3, 200]]
+    assert nearest(nearest(mask, (10, 6)).numpy(), (2, 2)).tolist() == mask.tolist()
+
+
+def test_whole_images_stay_beside_their_whole_masks(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "images", tmp_path / "masks", 1)
+    whole = dataset(tmp_path, None)
+    whole.image_size = 16
+    image, mask = whole[(0, 0, 0)].views
+    assert image.shape == (3, 16, 20)
+    assert (mask.numpy() == blocks(0)).all()

@@ -1,0 +1,181 @@
+"""``freqmask evaluate segment`` as a user types it: it learns, resumes, tells; mistakes leave nothing behind."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation.segmentation_images import make_data
+from safetensors.torch import load_file
+from tiny_runs import make_run
+
+import freqmask
+from freqmask.cli import main
+from freqmask.errors import UserError
+
+pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask[seg]'")
+
+from freqmask.evaluation.segmentation.module import SegmentationModule, groups_of
+
+TINY: dict[str, Any] = {
+    "crop": 32,
+    "batch_size": 4,
+    "decoder_channels": 8,
+    "workers": 0,
+    "accelerator": "cpu",
+    "precision": "32-true",
+    "overlays": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    return str(make_run(tmp_path / "runs" / "mine").path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return str(make_data(tmp_path / "street"))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_learns_two_colours_in_a_few_steps_and_tells(
+    run: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**TINY, "steps": 60, "lr": 0.005, "scale": [1.0, 1.0], "inference": ["windows", "whole"]}
+    (summary, whole) = freqmask.evaluate.segment([run], data=data, out="out", **options)
+    assert (summary.variant, whole.variant) == ("windows", "whole")
+    assert summary.scores.mean_iou > 0.8
+    shown = capsys.readouterr().out
+    assert "8 images to learn from, 3 to test, 2 classes (train / test)" in shown
+    assert "60 steps of 4 samples" in shown
+    first = rows(tmp_path / "out" / "results.csv")[0]
+    assert float(first["mean_iou"]) == pytest.approx(summary.scores.mean_iou, rel=1e-5)
+    assert float(first["mean_iou_low"]) <= float(first["mean_iou"]) <= float(first["mean_iou_high"])
+    for name in ("segment.png", "segment-overlays.png", "segment-classes.csv"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    folder = tmp_path / "out" / "mine-seed0"
+    assert (folder / "network.safetensors").is_file()
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_killed_training_ends_as_one_that_was_not(
+    run: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**TINY, "steps": 5, "drop_path": 0.3, "overlays": 0}
+    freqmask.evaluate.segment([run], data=data, out="whole", **options)
+    step = SegmentationModule.training_step
+
+    def dies(self: SegmentationModule, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == 3:
+            raise RuntimeError("killed")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(SegmentationModule, "training_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        freqmask.evaluate.segment([run], data=data, out="parts", **options)
+    monkeypatch.setattr(SegmentationModule, "training_step", step)
+    capsys.readouterr()
+    freqmask.evaluate.segment([run], data=data, out="parts", **options)
+    assert "goes on from step-00000003.ckpt" in capsys.readouterr().out
+    one, other = (
+        load_file(tmp_path / name / "mine-seed0" / "network.safetensors") for name in ("whole", "parts")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    scores = [rows(tmp_path / name / "results.csv")[0]["mean_iou"] for name in ("whole", "parts")]
+    assert scores[0] == scores[1]
+
+
+def test_a_finished_network_is_taken_and_other_settings_are_refused(
+    run: str, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**TINY, "steps": 1, "overlays": 0, "out": "out"}
+    first = freqmask.evaluate.segment([run], data=data, **options)
+    monkeypatch.setattr(SegmentationModule, "training_step", lambda *_: pytest.fail("trained again"))
+    again = freqmask.evaluate.segment([run], data=data, **options)
+    assert again[0].mean_ious == first[0].mean_ious
+    assert "is finished; its network is taken" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"begun with other settings: lr was auto and is 0\.1 now"):
+        freqmask.evaluate.segment([run], data=data, **{**options, "lr": 0.1})
+
+
+def test_layers_learn_slower_the_deeper_they_lie(
+    run: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def note(network: Any, training: Any) -> list[dict[str, Any]]:
+        seen.append(training.layer_decay)
+        groups = groups_of(network, training)
+        names = {id(one): name for name, one in network.named_parameters()}
+        scales = {names[id(one)]: group["lr_scale"] for group in groups for one in group["params"]}
+        assert len(scales) == sum(one.requires_grad for one in network.parameters())
+        if training.layer_decay < 1:
+            assert scales["classifier.1.weight"] == 1.0
+            assert scales["pyramid.backbone.timm_model.blocks.1.mlp.fc1.weight"] == pytest.approx(0.65)
+            assert scales["pyramid.backbone.timm_model.patch_embed.proj.weight"] == pytest.approx(0.65**3)
+        return groups
+
+    monkeypatch.setattr("freqmask.evaluation.segmentation.module.groups_of", note)
+    freqmask.evaluate.segment([run, f"random:{run}"], data=data, **{**TINY, "steps": 1, "overlays": 0})
+    assert seen == [0.65, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--inference", "wole"], r"inference \(wole\) must be windows or whole"),
+        (["--stride", "64"], r"stride \(64\) must be at most crop \(32\)"),
+        (["--steps", "0"], r"steps \(0\) must be a whole number of at least 1"),
+        (["--epochs", "2"], "epochs and steps exclude each other"),
+        (["--batch_size", "1"], r"batch_size \(1\).* must leave two images or more"),
+        (["--layer_decay", "1.5"], r"layer_decay \(1\.5\) must be above 0 and at most 1"),
+        (["--images", "street"], "images and masks must be given together"),
+        (["--layout", "coco"], "layout"),
+        (["--class_names", "sky"], "fewer than two classes"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    options: list[str], sentence: str, run: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--{name}={value}" for name, value in TINY.items()] + ["--steps=2", "--out=made", *options]
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", "segment", run, "--data", data, *words])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    import re
+
+    assert re.search(sentence, error), error
+    assert not (tmp_path / "made").exists()
+
+
+def test_pixels_cannot_be_trained_on(data: str) -> None:
+    with pytest.raises(UserError, match=r"model \(pixels\) must have weights"):
+        freqmask.evaluate.segment(["pixels"], data=data, **TINY)
+
+
+def test_a_missing_extra_is_named(run: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders.upernet.decoder", None)
+    with pytest.raises(UserError, match=r"pip install 'freqmask\[seg\]'"):
+        freqmask.evaluate.segment([run], data=data, **TINY)
+
+
+def test_a_dry_run_writes_nothing(run: str, data: str, tmp_path: Path) -> None:
+    assert freqmask.evaluate.segment([run], data=data, dry_run=True, out="made", **TINY) == []
+    assert not (tmp_path / "made").exists()
