@@ -152,7 +152,7 @@ def test_what_is_not_there_is_a_sentence(server, name):
 
 
 def test_an_unknown_protocol_is_a_sentence():
-    with pytest.raises(UserError, match="nothing://x"):
+    with pytest.raises(UserError, match=r"^DATA \(nothing://x.*not known"):
         open_source("nothing://x/y")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def _load(data: str | Path) -> dict[str, Any]:
         raise UserError(f"DATA ({data}) needs datasets; pip install 'freqmask[data]'") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
         if isinstance(data, Path):
             loaded = datasets.load_from_disk(str(data))

@@ -199,6 +199,8 @@ def with_patience(url: str, work: Callable[[], Result], gone: Result | None = No
             if gone is not None:
                 return gone
             raise FileNotFoundError(2, "not there", url) from None
+        except UserError:
+            raise
         except _NoRangesError:
             raise UserError(
                 f"{url} cannot be read in parts: its server ignores byte ranges; copy it here first"
