@@ -53,11 +53,13 @@ def test_the_remainder_opens_the_next_pass():
     assert {epoch for epoch, _, _ in after} == {0, 1}
 
 
-def test_workers_of_all_processes_share_the_blocks_among_them():
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_workers_of_all_processes_share_the_blocks_among_them(epoch):
     readers = defaultdict(set)
-    for who, stream in streams(2, 2, COUNT // (BATCH * 2)).items():
-        for _, _, index in stream:
-            readers[BLOCKS[index]].add(who)
+    for who, stream in streams(2, 2, 3 * COUNT // (BATCH * 2)).items():
+        for found, _, index in stream:
+            if found == epoch:
+                readers[BLOCKS[index]].add(who)
     shared = [block for block, who in readers.items() if len(who) > 1]
     assert len(shared) <= 3  # four pieces have three cuts between them
     assert max(len(who) for who in readers.values()) == 2
