@@ -46,6 +46,9 @@ def test_ade20k_ignores_zero_and_begins_with_one(tmp_path: Path) -> None:
     assert data.labels == Labels((1, 2), ("wall", "sky"), (0, 255), True)
     assert data.labels.lookup()[[0, 1, 2, 255]].tolist() == [IGNORED, 0, 1, IGNORED]
     assert data.split == "training / validation"
+    (tmp_path / "classes.txt").write_text("wall\nsky\n")
+    assert open_segmentation(Wanted(data=str(tmp_path))).labels == data.labels
+    (tmp_path / "classes.txt").unlink()
     plain = open_segmentation(Wanted(data=str(tmp_path), layout="plain"))
     assert plain.labels.values == (0, 1, 2)
 
@@ -200,6 +203,7 @@ def test_a_mirrored_sample_is_the_mirror_of_the_other(tmp_path: Path) -> None:
 def test_masks_are_resampled_by_the_nearest_pixel_alone() -> None:
     mask = np.array([[0, 7], [3, 200]], np.int16)
     assert nearest(mask, (4, 2)).tolist() == [[0, 7], [0, 7], [3, 200], [3, 200]]
+    assert nearest(np.array([[1, 2, 3]], np.int16), (1, 1)).tolist() == [[2]]  # the middle, not the corner
     assert nearest(nearest(mask, (10, 6)).numpy(), (2, 2)).tolist() == mask.tolist()
 
 

@@ -181,7 +181,7 @@ def _part_ourselves(
     file = _split_file(whole.source, wanted)
     is_test = _read_split(file, whole.source, images)
     if is_test is None:
-        hashes = [str(number) for number in pixel_hashes(whole.source, images)]
+        hashes = [str(number) for number in pixel_hashes(whole.source, images.tolist())]
         shares = [1 - wanted.test_share, wanted.test_share]
         is_test = np.zeros(len(images), bool)
         is_test[split_indices(None, hashes, shares, wanted.split_seed)[1]] = True

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from freqmask.backbones import Backbone
@@ -146,8 +147,8 @@ def _check_models(bout: Bout) -> None:
         if "whole" in bout.inferences:
             _check_any_size(text, subject.opened.backbone, crop)
         if subject.kind == "run" and subject.results is not None:
-            places = list(range(len(bout.data.train), len(bout.data.source)))
-            say(seen_in_pretraining(subject.results, bout.data.source, places))  # type: ignore[arg-type]
+            tested = np.arange(len(bout.data.train), len(bout.data.source))
+            say(seen_in_pretraining(subject.results, bout.data.source, tested))
 
 
 @torch.no_grad()

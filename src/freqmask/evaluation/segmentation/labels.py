@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int16, Int32
+from jaxtyping import Int16, Int64
 
 from freqmask.errors import UserError
 from freqmask.evaluation.segmentation.masks import MOST_LABEL
@@ -123,7 +123,7 @@ def _shifted(named: dict[int, str], first: int) -> dict[int, str]:
 
 
 def labels_of(
-    named: dict[int, str] | None, ignored: tuple[int, ...], seen: Int32[np.ndarray, " label"]
+    named: dict[int, str] | None, ignored: tuple[int, ...], seen: Int64[np.ndarray, " label"]
 ) -> Labels:
     """The classes: those that are named, else the labels that training masks hold.
 

@@ -71,8 +71,7 @@ def _mean_iou(right: np.ndarray, there: np.ndarray, said: np.ndarray) -> np.ndar
     union = there + said - right
     with np.errstate(invalid="ignore", divide="ignore"):
         ious = np.where(union > 0, right / union, 0.0)
-        means: np.ndarray = ious.sum(-1) / (union > 0).sum(-1)
-    return means
+        return np.asarray(ious.sum(-1) / (union > 0).sum(-1))
 
 
 def per_class(counts: Int64[np.ndarray, "3 classes"], names: Sequence[str]) -> list[SegmentedClass]:
