@@ -95,7 +95,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_set_that_can_be_separated_is_learnt_in_a_few_steps(there: Path, tmp_path: Path) -> None:
-    (summary,) = finetune(there, tmp_path / "out", steps=40, lr=2e-3, mixup=0, cutmix=0, seeds=[0, 1])
+    (summary,) = finetune(there, tmp_path / "out", steps=40, lr=2e-3, seeds=[0, 1])
     assert len(summary.accuracies) == 2
     assert min(summary.accuracies) > 0.9
     assert (tmp_path / "out" / "finetune.png").is_file()
@@ -170,7 +170,14 @@ def test_the_schedule_keeps_the_layers_apart(tuned: Path, there: Path) -> None:
 
 
 def test_a_run_killed_on_its_way_ends_bit_for_bit_as_one_that_was_not(there: Path, tmp_path: Path) -> None:
-    options = {"checkpoint_every_steps": 2, "log_every_steps": 1, "ema": 0.9, "drop_path": 0.5}
+    options = {
+        "checkpoint_every_steps": 2,
+        "log_every_steps": 1,
+        "ema": 0.9,
+        "drop_path": 0.5,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+    }
     finetune(there, tmp_path / "whole", **options)
     with pytest.raises(RuntimeError, match="killed here"):
         finetune_until(3, there, tmp_path / "parts", **options)
@@ -343,7 +350,7 @@ def test_mixing_follows_from_the_key_of_the_batch() -> None:
         (["MINE", "--lr", "fast"], "lr (fast) must be a number above 0"),
         (["MINE", "--drop_path", "1"], "drop_path (1) must be a number from 0 to below 1"),
         (
-            ["MINE", "--batch_size", "7"],
+            ["MINE", "--batch_size", "7", "--mixup", "0.8"],
             "batch_size (7) must give every device and part the same even number",
         ),
         (["MINE", "--train_size", "32"], "train_size (32) must be the 16x16 pixels"),

@@ -92,14 +92,15 @@ def finetune(
         steps: optimiser steps, instead of epochs: the same number for every model.
         batch_size: images per optimiser step over all devices and accumulation; auto is what the images fill
             eight times, at most 256 (a GPU: 1,024).
-        lr: peak learning rate of the last layer; auto is 2e-3 x batch/512 (a3: 8e-3 x sqrt(batch/2048), a2: 5e-3).
+        lr: peak learning rate of the last layer; auto is 2e-3 x batch/512, or batch/128 for networks below 8 million
+            weights, which learn more with it (a3: 8e-3 x sqrt(batch/2048), a2: 5e-3).
         min_lr: learning rate at the end; auto is 2.5e-7 x batch/512 (a3, a2: 1e-6).
         warmup_epochs: of linear warm-up; auto is 5, and a twentieth of a training below 100 epochs.
         weight_decay: on weights with two dimensions or more; auto is 0.05 (a3, a2: 0.02).
         layer_decay: factor on the learning rate from a layer to the one below; auto is 0.8 (a3, a2: 1).
         drop_path: share of residual branches dropped in the last block; auto is 0.1 (a3: 0, a2: 0.05).
-        mixup: alpha, 0 for none; auto is 0.8 (a3, a2: 0.1).
-        cutmix: alpha, 0 for none; auto is 1.
+        mixup: alpha, 0 for none; auto is 0.8 (a3, a2: 0.1), and 0 for fewer than 10,000 pictures below 96 pixels.
+        cutmix: alpha, 0 for none; auto is 1, and 0 as for mixup.
         smoothing: of the labels; auto is 0.1 (a3, a2: 0).
         augment: RandAugment as timm writes it, or none; auto is rand-m9-mstd0.5-inc1 (a3: m6, a2: m7), m5 below
             96 pixels, and none for images that are not 8-bit colour.

@@ -73,9 +73,10 @@ def _lines(
     size = f"{tuning.train_size[0]}x{tuning.train_size[1]}"
     yield f"pictures    crops of {low:g} to {high:g} of the area{why('crop_scale')} at {size}{_mirrored(tuning)}"
     augment = "no RandAugment" if tuning.augment == NO_AUGMENT else tuning.augment
+    yield f"            {augment}{why('augment')}, erasing {tuning.erasing:g}{why('erasing')}"
     yield (
-        f"            {augment}{why('augment')}, erasing {tuning.erasing:g}{why('erasing')}, mixup {tuning.mixup:g}, "
-        f"cutmix {tuning.cutmix:g}, smoothing {tuning.smoothing:g}"
+        f"            mixup {tuning.mixup:g}{why('mixup')}, cutmix {tuning.cutmix:g}{why('cutmix')}, "
+        f"smoothing {tuning.smoothing:g}"
     )
     yield f"            tested on the centred {tuning.crop_share:.3g} of the side{why('crop_share')}"
     yield _machine(tuning, numbers)

@@ -137,6 +137,9 @@ SMALL_PICTURES = {
     "crop_scale": [0.5, 1.0],
     "crop_share": 1.0,
 }
+FEW_IMAGES = 10_000  # below it, small pictures are not mixed (docs/log.md, Fine-tuning)
+# Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
+TINY_WEIGHTS, TINY_LR_BATCH = 8_000_000, 128
 CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
 
 

@@ -17,9 +17,12 @@ from freqmask.evaluation.finetune.augment import NO_AUGMENT, Mixer
 from freqmask.evaluation.finetune.network import Network
 from freqmask.evaluation.finetune.recipes import (
     CROP_SCALE,
+    FEW_IMAGES,
     PUBLISHED,
     SMALL_PICTURES,
     SMALL_SIDE,
+    TINY_LR_BATCH,
+    TINY_WEIGHTS,
     Published,
     Tuning,
 )
@@ -106,8 +109,12 @@ def resolve(
     numbers.values |= {"seed": seed, "held_out": held_out, "flip": bool(asked["flip"]), "ema": asked["ema"]}
     _pictures(numbers, network, published)
     _machine(numbers)
+    few = images < FEW_IMAGES and min(network.image_size) < SMALL_SIDE and published is PUBLISHED["vit"]
     for name in _PUBLISHED_NUMBERS:
-        numbers.take(name, Choice(getattr(published, name), published.words))
+        if few and name in ("mixup", "cutmix"):
+            numbers.take(name, Choice(0.0, f"fewer than {FEW_IMAGES:,} small pictures"))
+        else:
+            numbers.take(name, Choice(getattr(published, name), published.words))
     _length(numbers, network, published, images, classes)
     _records(numbers, images)
     return Tuning(**numbers.values), numbers
@@ -216,15 +223,23 @@ def _length(numbers: Resolving, network: Network, published: Published, images: 
             "--mixup 0 --cutmix 0"
         )
     _steps(numbers, published, images, batch)
-    rate = published.scaled(published.lr, batch)
-    rule = "x batch/" if published.lr_rule == "linear" else "x sqrt(batch/"
-    words = f"{published.lr:g} {rule}{published.lr_batch}{')' if published.lr_rule == 'sqrt' else ''}"
-    numbers.take("lr", Choice(rate, words))
+    numbers.take("lr", _rate(network, published, batch))
     peak = float(values["lr"])
     numbers.take("min_lr", Choice(min(published.scaled(published.min_lr, batch), peak), published.words))
     values["warmup_lr"] = min(published.scaled(published.warmup_lr, batch), peak)
     if asked["min_lr"] not in (None, AUTO) and float(values["min_lr"]) > peak:
         raise UserError(f"min_lr ({values['min_lr']:g}) must be at most lr ({peak:g})")
+
+
+def _rate(network: Network, published: Published, batch: int) -> Choice:
+    """The published learning rate at this batch; more of it where MFM's recipe meets a tiny network."""
+    rate = published.scaled(published.lr, batch)
+    if published.lr_rule == "sqrt":
+        return Choice(rate, f"{published.lr:g} x sqrt(batch/{published.lr_batch})")
+    if sum(parameter.nelement() for parameter in network.model.parameters()) >= TINY_WEIGHTS:
+        return Choice(rate, f"{published.lr:g} x batch/{published.lr_batch}")
+    reason = f"since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
+    return Choice(published.lr * batch / TINY_LR_BATCH, f"{published.lr:g} x batch/{TINY_LR_BATCH}, {reason}")
 
 
 def _steps(numbers: Resolving, published: Published, images: int, batch: int) -> None:
