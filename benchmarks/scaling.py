@@ -1,0 +1,200 @@
+"""Claim: a training step spreads over processes at the price of its gradients' sum and little else.
+
+Each process count trains the same method with the same number of images a process (weak scaling), one thread
+or one GPU a process, under DDP as `freqmask pretrain --devices N` does. `summing` is what the step takes more
+than the same step whose gradients stay at home (DDP's `no_sync`), in the same run. The last lines extrapolate by
+a stated model: step(n) = alone + max(0, 2 (n - 1) / n x gradient bytes / bandwidth - overlap x backward), with
+bandwidth as given (default: measured here at the largest count) and overlap 0 on a CPU, 0.5 elsewhere.
+
+    python benchmarks/scaling.py                                  # 1 and 2 processes, CPU sizes
+    python benchmarks/scaling.py --device cuda --processes 1 2 4 8 --batch 256 --precision bf16
+    python benchmarks/scaling.py --bandwidth 25                   # what a 200 Gbit/s network would do, in GB/s
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from step import METHODS, Row, show
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from freqmask.methods import build_method
+from freqmask.training.recipe import Recipe, build_optimizer
+
+RESULTS = Path(__file__).parent / "results" / "scaling.csv"
+OVERLAP = {"cpu": 0.0, "cuda": 0.5}  # of the backward pass, during which gradients already travel
+BACKWARD = 2 / 3  # of a step
+EXPECTED = (8, 64)
+
+
+def main() -> None:
+    arguments = parse()
+    rows = [measured(count, arguments) for count in arguments.processes]
+    alone = rows[0]
+    for one in rows:
+        one["efficiency"] = round(one["images_per_second"] / one["processes"] / alone["images_per_second"], 3)
+    rows += [expected(count, rows, arguments) for count in EXPECTED]
+    show(rows)
+    write(rows, arguments)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--method", default="mfm", choices=list(METHODS))
+    parser.add_argument("--backbone", default="vit_small_patch16_224")
+    parser.add_argument("--batch", type=int, default=4, help="images of one process")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--bandwidth", type=float, help="GB/s of a device to the others, for the extrapolation"
+    )
+    arguments = parser.parse_args()
+    if arguments.processes[0] != 1:
+        parser.error("--processes must begin with 1, which the others are compared with")
+    return arguments
+
+
+def measured(count: int, arguments: argparse.Namespace) -> Row:
+    """A row of one process count; the processes end with it."""
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_process, (count, port, arguments, answers), nprocs=count)
+    step, at_home, gradient_bytes = answers.get()
+    return {
+        "processes": count,
+        "by": "measured",
+        "ms_a_step": round(1000 * step, 1),
+        "images_per_second": round(count * arguments.batch / step, 1),
+        "efficiency": 1.0,
+        "summing": round((step - at_home) / step, 4),
+        "gradient_MB": round(gradient_bytes / 1e6, 1),
+    }
+
+
+def run_process(rank: int, count: int, port: int, arguments: argparse.Namespace, answers: Any) -> None:
+    """One process: steps with and without the sum of gradients, in turns."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    device = torch.device(arguments.device, rank) if arguments.device == "cuda" else torch.device("cpu")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count)
+    step, parallel = stepper(arguments, device)
+
+    def at_home() -> None:
+        with parallel.no_sync():
+            step()
+
+    times: dict[str, list[float]] = {"step": [], "home": []}
+    for number in range(arguments.rounds + 1):
+        for name, work in (("step", step), ("home", at_home)):
+            seconds = timed(work, device)
+            if number:
+                times[name].append(seconds)
+    if rank == 0:
+        trained = (p for p in parallel.parameters() if p.requires_grad)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        answers.put((statistics.median(times["step"]), statistics.median(times["home"]), size))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def stepper(
+    arguments: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], None], DistributedDataParallel]:
+    kind, filter_name = METHODS[arguments.method]
+    method: Any = build_method(
+        kind, backbone=arguments.backbone, image_size=arguments.size, filter=filter_name
+    ).to(device)
+    optimizer = build_optimizer(method, Recipe(1e-4, 0.0, 0.0, 0, 1))
+    parallel = DistributedDataParallel(method, gradient_as_bucket_view=True)
+    shape = (arguments.batch, 3, arguments.size, arguments.size)
+    views = [torch.rand(shape, device=device) for _ in range(method.n_views)]
+    keys = torch.arange(arguments.batch, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+            loss: Tensor = parallel(views, keys)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(method.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(0, 1000)
+
+    return step, parallel
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a step that all processes begin together."""
+    distributed.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def expected(count: int, rows: list[Row], arguments: argparse.Namespace) -> Row:
+    """What the model of the module's docstring says of a process count."""
+    alone, most = rows[0], max((one for one in rows if one["by"] == "measured"), key=lambda r: r["processes"])
+    sent = 2 * (count - 1) / count * alone["gradient_MB"] / 1e3  # GB that a ring sends from each device
+    bandwidth = arguments.bandwidth or measured_bandwidth(most)
+    hidden = OVERLAP[arguments.device] * BACKWARD * alone["ms_a_step"]
+    milliseconds = alone["ms_a_step"] + max(0.0, 1000 * sent / bandwidth - hidden)
+    return {
+        "processes": count,
+        "by": f"model, {bandwidth:.2f} GB/s",
+        "ms_a_step": round(milliseconds, 1),
+        "images_per_second": round(1000 * count * arguments.batch / milliseconds, 1),
+        "efficiency": round(alone["ms_a_step"] / milliseconds, 3),
+        "summing": round(1 - alone["ms_a_step"] / milliseconds, 4),
+        "gradient_MB": alone["gradient_MB"],
+    }
+
+
+def measured_bandwidth(row: Row) -> float:
+    """GB/s at which gradients were summed here."""
+    count, seconds = row["processes"], row["ms_a_step"] * row["summing"] / 1000
+    if count < 2 or seconds <= 0:
+        raise SystemExit("no time of summing was measured; give --bandwidth in GB/s")
+    return float(2 * (count - 1) / count * row["gradient_MB"] / 1e3 / seconds)
+
+
+def write(rows: list[Row], arguments: argparse.Namespace) -> None:
+    facts = {
+        "method": arguments.method,
+        "backbone": arguments.backbone,
+        "batch_a_process": arguments.batch,
+        "precision": arguments.precision,
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
