@@ -28,7 +28,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "freqmask.commands.evaluate",
-        "measure one or several backbones: knn, linear, fewshot, finetune, segment, bands",
+        "measure one or several backbones: knn, linear, fewshot, finetune, segment, bands, robustness",
         "model",
         {
             "knn": "the nearest training images vote",
@@ -37,6 +37,7 @@ COMMANDS = {
             "finetune": "all weights learn; a classifier for timm is left behind",
             "segment": "a class for every pixel: UperNet on the backbone",
             "bands": "which frequencies a model uses",
+            "robustness": "corrupted, adversarial and other people's test images",
         },
     ),
     "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading", "data"),

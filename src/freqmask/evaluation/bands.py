@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.console import say
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
-from freqmask.evaluation import knn, linear
-from freqmask.evaluation.classifier import LOGITS, ClassifierSubject
+from freqmask.evaluation import knn
+from freqmask.evaluation.answers import learn_answers, on_device
+from freqmask.evaluation.classifier import ClassifierSubject
 from freqmask.evaluation.features import not_finite
 from freqmask.evaluation.job import Setting, begin, open_one, prepare
 from freqmask.evaluation.labelled import LabelledData, Round
@@ -170,26 +170,15 @@ def _values(bench: Bench, tested: np.ndarray, band: Band) -> dict[str, np.ndarra
 
 def _head(bench: Bench, head: str, one: Round, seed: int) -> Answer:
     """What turns features into classes, learnt from whole training images."""
-    whole = bench.table("end").values
-    if head == "own":
-        return lambda values: values[LOGITS].argmax(axis=1)
-    train = {name: bench.tensor(values, one.train) for name, values in whole.items()}
-    labels = bench.labels(one.train)
-
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(bench.place.device)
-
-    if head == "knn":
-        k = min(_NEIGHBOURS, len(one.train))
-        bank = train["end/mean"]
-        return lambda values: (
-            knn.predict(on_device(values["end/mean"]), bank, labels, bench.classes, [k])[k].cpu().numpy()
-        )
-    _, sweep = linear.choose_and_fit(
-        train, labels, bench.classes, groups=bench.groups(one.train), seed=seed, weighted=False
-    )["plain"]
+    if head != "knn":
+        answers = learn_answers(bench, head, one, seed)
+        return lambda values: answers.logits(bench.place, values).argmax(dim=1).cpu().numpy()
+    bank, labels = bench.tensor(bench.table("end").values["end/mean"], one.train), bench.labels(one.train)
+    k = min(_NEIGHBOURS, len(one.train))
     return lambda values: (
-        sweep.predict({name: on_device(rows) for name, rows in values.items()})[0].cpu().numpy()
+        knn.predict(on_device(bench.place, values["end/mean"]), bank, labels, bench.classes, [k])[k]
+        .cpu()
+        .numpy()
     )
 
 

@@ -69,6 +69,7 @@ def compute_features(
     place: Place,
     change: ImageChange | None = None,
     change_name: str = "",
+    quiet: bool = False,
 ) -> FeatureTable:
     """The features of every image, from the cache where they are there.
 
@@ -79,6 +80,7 @@ def compute_features(
         place: where to compute.
         change: done to images in [0, 1] before the model sees them, such as a filter.
         change_name: tells changes apart in the cache.
+        quiet: say nothing of how long it took.
 
     Returns:
         The table.
@@ -98,7 +100,7 @@ def compute_features(
         about, arrays = cached
         values = {name: array for name, array in arrays.items() if name != _READ}
         return FeatureTable(values, arrays[_READ].astype(bool), [(n, r) for n, r in about["skipped"]])
-    table = _compute(subject, source, what, place, change)
+    table = _compute(subject, source, what, place, change, quiet)
     if place.cache:
         write_arrays(
             file, {"key": key, "skipped": table.skipped}, {**table.values, _READ: table.read.astype(np.uint8)}
@@ -108,7 +110,7 @@ def compute_features(
 
 
 def _compute(
-    subject: Subject, source: Source, what: str, place: Place, change: ImageChange | None
+    subject: Subject, source: Source, what: str, place: Place, change: ImageChange | None, quiet: bool
 ) -> FeatureTable:
     began = time.monotonic()
     table = FeatureTable({}, np.zeros(len(source), bool))
@@ -135,7 +137,7 @@ def _compute(
         name = source.name(int(index))
         table.skipped.append((name, reasons.get(name, "it cannot be read")))
     seconds = time.monotonic() - began
-    if seconds > 1:
+    if seconds > 1 and not quiet:
         say(f"features    {subject.name}: {done:,} images in {seconds:.0f} s")
     return table
 

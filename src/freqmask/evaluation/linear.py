@@ -140,6 +140,14 @@ class Sweep:
             answers[members[:, None], images] = logits.argmax(dim=2).T
         return answers
 
+    def logits(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Float[Tensor, "image class"]:
+        """What the first head says, differentiable in the features."""
+        names = self.heads[0].inputs
+        columns = self.columns[names].like([features[name] for name in names])
+        every = torch.arange(len(features[names[0]]), device=columns.mean.device)
+        place = self.members[names].index(0)
+        return (columns.rows(every) @ self.weights[names]).unflatten(1, (-1, self.classes))[:, place]
+
     def judge(
         self, features: Mapping[str, Float[Tensor, "image dim"]], labels: Int64[Tensor, " image"]
     ) -> tuple[Int64[np.ndarray, "head image"], list[float]]:

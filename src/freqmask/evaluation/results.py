@@ -32,7 +32,8 @@ class Result:
         subject: the model.
         variant: of the protocol, such as ``k=20``.
         seed: of the heads and of fresh weights.
-        images: (answered,) numbers of the images answered for.
+        images: (answered,) numbers of the images answered for; several times where the answers of several
+            versions of an image count as one result.
         predicted: their classes; empty where there is no result.
         facts: further cells of the row: what was chosen, how many images were learnt from.
         trouble: why there is no result; empty where there is one.
@@ -85,15 +86,23 @@ def _summary(family: Sequence[Result], data: LabelledData) -> Summary:
         )
     each = [score_of(result, data) for result in family]
     correct = np.mean([result.predicted == data.labels[result.images] for result in family], axis=0)
-    groups = None if data.groups is None else [data.groups[int(index)] for index in first.images]
     means = Scores(*(float(np.mean([getattr(one, name) for one in each])) for name in vars(each[0])))
     return Summary(
         first.subject.name,
         first.variant,
         [one.accuracy for one in each],
-        bootstrap_interval(correct, groups),
+        bootstrap_interval(correct, _units(first.images, data)),
         means,
     )
+
+
+def _units(images: np.ndarray, data: LabelledData) -> list[str | None] | None:
+    """What an interval draws whole: the groups of DATA, and every image that was answered for several times."""
+    if data.groups is not None:
+        return [data.groups[int(index)] or f"image {index}" for index in images]
+    if len(np.unique(images)) == len(images):
+        return None
+    return [str(index) for index in images.tolist()]
 
 
 def score_of(result: Result, data: LabelledData) -> Scores:
@@ -111,11 +120,12 @@ def table_lines(title: str, headline: str, summaries: Sequence[Summary]) -> list
     rows = [header]
     for name in names:
         main = found.get((name, headline))
+        cells = [percent(found.get((name, variant))) for variant in variants]
         if main is None or main.trouble:
             trouble = next((one.trouble for one in summaries if one.name == name and one.trouble), "")
-            rows.append([name, trouble or "no result"])
+            some = [*cells, "-", "-", "-"] if any(cell != "-" for cell in cells) else ["no result"]
+            rows.append([name, *([trouble] if trouble else some)])
             continue
-        cells = [_accuracy(found.get((name, variant))) for variant in variants]
         interval = f"{100 * main.interval[0]:.1f} to {100 * main.interval[1]:.1f}"
         scores = [f"{100 * main.scores.balanced_accuracy:.1f}", f"{100 * main.scores.macro_f1:.1f}"]
         rows.append([name, *cells, interval, *scores])
@@ -136,7 +146,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _accuracy(summary: Summary | None) -> str:
+def percent(summary: Summary | None) -> str:
+    """Accuracy in per cent, with its deviation over seeds where there are several; - where there is none."""
     if summary is None or summary.trouble:
         return "-"
     mean = 100 * float(np.mean(summary.accuracies))
@@ -200,14 +211,13 @@ def _row(result: Result, data: LabelledData, protocol: str, options: Mapping[str
     else:
         scores = score_of(result, data)
         right = (result.predicted == data.labels[result.images]).astype(float)
-        groups = None if data.groups is None else [data.groups[int(index)] for index in result.images]
-        low, high = bootstrap_interval(right, groups)
+        low, high = bootstrap_interval(right, _units(result.images, data))
         found = {**vars(scores), "accuracy_low": low, "accuracy_high": high}
     about = {
         "data": data.name,
         "split": data.split,
         "classes": len(data.class_names),
-        "test_images": len(result.images),
+        "test_images": len(np.unique(result.images)),
         **result.facts,
     }
     who = (result.subject, result.variant, result.seed)

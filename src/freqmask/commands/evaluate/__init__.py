@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from freqmask.commands.evaluate.finetune import finetune
 from freqmask.commands.evaluate.frozen import bands, fewshot, knn, linear
+from freqmask.commands.evaluate.robustness import robustness
 from freqmask.commands.evaluate.segment import segment
 
-__all__ = ["bands", "fewshot", "finetune", "knn", "linear", "segment"]
+__all__ = ["bands", "fewshot", "finetune", "knn", "linear", "robustness", "segment"]

@@ -1,0 +1,221 @@
+"""Adversarial images: FGSM (arXiv 1412.6572) and PGD (arXiv 1706.06083), in pixels, before normalisation.
+
+    x_0     = x + start                                     start: 0, or uniform in the ball of radius epsilon
+    x_{t+1} = clip_[0,1](project(x_t + step * direction(grad loss(x_t))))
+
+direction(g) is sign(g) for the maximum norm and g / |g| for the Euclidean one; loss is the cross-entropy with
+the true class. FGSM is one step of epsilon from x itself. Of all iterates, x included, the one with the
+largest loss is kept: no image ends easier than it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from freqmask.draws import normal, uniform
+from freqmask.errors import UserError
+
+Norm = Literal["linf", "l2"]
+Images = Float[Tensor, "batch channel height width"]
+Classifier = Callable[[Images], Float[Tensor, "batch class"]]
+
+KINDS = ("fgsm", "pgd")
+EPSILONS: dict[str, str] = {"linf": "4/255", "l2": "1/2"}
+_REACH = 2.5  # PGD's steps together over epsilon (arXiv 1706.06083): 10 steps of 1/255 for 4/255
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack and its budget.
+
+    Attributes:
+        kind: ``fgsm`` or ``pgd``.
+        norm: of the budget: ``linf`` (largest change of a value) or ``l2`` (Euclidean, over the image).
+        epsilon: budget, images being in [0, 1].
+        steps: of PGD.
+        step: length of a step of PGD, in the norm.
+        random_start: whether PGD begins at a random point of the ball.
+    """
+
+    kind: str
+    norm: Norm = "linf"
+    epsilon: float = 4 / 255
+    steps: int = 10
+    step: float = 1 / 255
+    random_start: bool = True
+
+    @property
+    def name(self) -> str:
+        """For tables and records, such as ``pgd linf 4/255``."""
+        return f"{self.kind} {self.norm} {in_words(self.epsilon)}"
+
+    def describe(self) -> str:
+        """Everything that defines it, in words."""
+        budget = f"{self.kind.upper()}: {self.norm}, epsilon {in_words(self.epsilon)}"
+        if self.kind == "fgsm":
+            return budget
+        start = "random start" if self.random_start else "start at the image"
+        return f"{budget}, {self.steps} steps of {in_words(self.step)}, {start}"
+
+    def run(
+        self,
+        classify: Classifier,
+        images: Images,
+        labels: Int64[Tensor, " batch"],
+        keys: Int64[Tensor, " batch"],
+    ) -> Images:
+        """The adversarial images, in [0, 1] and within the budget.
+
+        Args:
+            classify: images in [0, 1] -> logits, differentiable.
+            images: in [0, 1].
+            labels: their true classes.
+            keys: one an image, of the random start.
+        """
+        if self.kind == "fgsm":
+            return _climb(classify, images, images, labels, self, 1, self.epsilon)
+        start = images
+        if self.random_start:
+            start = (images + random_point(images, keys, self.norm, self.epsilon)).clamp(0, 1)
+        return _climb(classify, images, start, labels, self, self.steps, self.step)
+
+
+def _climb(
+    classify: Classifier,
+    images: Images,
+    start: Images,
+    labels: Tensor,
+    attack: Attack,
+    steps: int,
+    step: float,
+) -> Images:
+    """Steps uphill from ``start``; the iterate of the largest loss of each image."""
+    best = images
+    best_loss = torch.full((len(images),), -math.inf, device=images.device)
+    if start is not images:
+        best_loss = _loss(classify, images, labels)
+    now = start
+    for number in range(steps + 1):
+        loss, gradient = _slope(classify, now, labels, wanted=number < steps)
+        better = loss > best_loss
+        best = torch.where(better[:, None, None, None], now, best)
+        best_loss = torch.where(better, loss, best_loss)
+        if gradient is not None:
+            moved = now + step * direction(gradient, attack.norm)
+            now = (images + projected(moved - images, attack.norm, attack.epsilon)).clamp(0, 1)
+    return best
+
+
+def _loss(classify: Classifier, images: Images, labels: Tensor) -> Float[Tensor, " batch"]:
+    with torch.no_grad():
+        return F.cross_entropy(classify(images).float(), labels, reduction="none")
+
+
+def _slope(
+    classify: Classifier, images: Images, labels: Tensor, wanted: bool
+) -> tuple[Float[Tensor, " batch"], Images | None]:
+    """The loss of each image and, where wanted, its gradient."""
+    if not wanted:
+        return _loss(classify, images, labels), None
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_(True)
+        losses = F.cross_entropy(classify(leaf).float(), labels, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient
+
+
+def direction(gradient: Images, norm: Norm) -> Images:
+    """The step of length 1 in which the loss grows most; 0 where the gradient is 0."""
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / _lengths(gradient).clamp_min(1e-30)
+
+
+def projected(change: Images, norm: Norm, epsilon: float) -> Images:
+    """The nearest change within the budget."""
+    if norm == "linf":
+        return change.clamp(-epsilon, epsilon)
+    return change * (epsilon / _lengths(change).clamp_min(1e-30)).clamp_max(1)
+
+
+def random_point(images: Images, keys: Int64[Tensor, " batch"], norm: Norm, epsilon: float) -> Images:
+    """A point of the ball for each image, uniform over its volume; a function of the keys."""
+    shape = images.shape[1:]
+    if norm == "linf":
+        return ((2 * uniform(keys, "attack/start", shape) - 1) * epsilon).to(images.dtype)
+    way = normal(keys, "attack/start", shape)
+    length = uniform(keys, "attack/length", (1, 1, 1)) ** (1 / math.prod(shape))
+    return (way / _lengths(way) * length * epsilon).to(images.dtype)
+
+
+def _lengths(change: Images) -> Float[Tensor, "batch 1 1 1"]:
+    # the largest value taken out first: squares of gradients of 1e-25 would be 0 in float32
+    largest = change.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
+    return (change / largest).square().sum(dim=(1, 2, 3), keepdim=True).sqrt() * largest
+
+
+def size_of_change(change: Images, norm: Norm) -> Float[Tensor, " batch"]:
+    """How much of the budget each change takes, in image units."""
+    return change.abs().amax(dim=(1, 2, 3)) if norm == "linf" else _lengths(change).flatten()
+
+
+def make_attacks(
+    kinds: list[str], norm: str, epsilon: str | float, steps: int, step: str | float, random_start: bool
+) -> list[Attack]:
+    """Attacks from what a user typed.
+
+    Args:
+        kinds: ``fgsm`` and ``pgd``; ``none`` for neither.
+        norm: ``linf`` or ``l2``.
+        epsilon: such as 4/255, or auto: 4/255 for linf, 1/2 for l2.
+        steps: of PGD.
+        step: of PGD, or auto: 2.5 epsilon over the steps.
+        random_start: of PGD.
+
+    Raises:
+        UserError: one of them is out of its range.
+    """
+    kinds = [] if kinds == ["none"] else list(dict.fromkeys(kinds))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"attacks ({kind}) must be fgsm, pgd, or none alone")
+    if norm not in EPSILONS:
+        raise UserError(f"norm ({norm}) must be linf or l2")
+    if steps < 1:
+        raise UserError(f"steps ({steps}) must be at least 1; try 10")
+    radius = _number("epsilon", EPSILONS[norm] if epsilon == "auto" else epsilon)
+    if norm == "linf" and radius > 1:
+        raise UserError(f"epsilon ({epsilon}) must be at most 1, images being in [0, 1]; try 4/255")
+    length = _REACH * radius / steps if step == "auto" else _number("step_size", step)
+    chosen: Norm = "linf" if norm == "linf" else "l2"
+    return [Attack(kind, chosen, radius, steps, length, random_start) for kind in kinds]
+
+
+def _number(name: str, text: str | float) -> float:
+    """A positive number, also as a fraction such as 4/255."""
+    try:
+        value = float(Fraction(str(text).replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        value = float("nan")
+    if not (0 < value < math.inf):
+        raise UserError(f"{name} ({text}) must be a number above 0 such as 4/255 or 0.5, or auto")
+    return value
+
+
+def in_words(value: float) -> str:
+    """A number of 255ths where it is one below 1, else with three digits.
+
+    >>> in_words(4 / 255), in_words(0.5)
+    ('4/255', '0.5')
+    """
+    levels = round(255 * value)
+    return f"{levels}/255" if 0 < levels < 255 and abs(255 * value - levels) < 1e-6 else f"{value:.3g}"

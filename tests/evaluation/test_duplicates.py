@@ -1,0 +1,98 @@
+"""Identical images are found by their pixels, whatever they are called and wherever they lie."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import make_run
+
+from freqmask.data.folder import open_folder
+from freqmask.evaluation import duplicates
+from freqmask.evaluation.duplicates import pixel_hashes, seen_in_pretraining
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write(folder: Path, *seeds: int, suffix: str = "png") -> Path:
+    folder.mkdir(exist_ok=True)
+    for seed in seeds:
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.{suffix}")
+    return folder
+
+
+def test_pixels_count_and_neither_names_nor_formats(tmp_path: Path) -> None:
+    first = pixel_hashes(open_folder(write(tmp_path / "one", 0, 1, 2)))
+    assert len(set(first)) == 3
+    other = write(tmp_path / "other", 1, suffix="bmp")
+    assert pixel_hashes(open_folder(other)) == first[1:2]
+
+
+def test_size_and_one_pixel_make_a_difference(tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    flat = np.zeros((6, 4, 3), np.uint8)
+    for name, image in {"tall": flat, "wide": flat.transpose(1, 0, 2)}.items():
+        Image.fromarray(image).save(folder / f"{name}.png")
+    touched = flat.copy()
+    touched[0, 0, 0] = 1
+    Image.fromarray(touched).save(folder / "touched.png")
+    assert len(set(pixel_hashes(open_folder(folder)))) == 3
+
+
+def test_unreadable_images_are_no_twins_of_each_other(tmp_path: Path) -> None:
+    folder = write(tmp_path / "some", 0)
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes(b"no image")
+    assert len(set(pixel_hashes(open_folder(folder)))) == 3
+
+
+def test_some_images_are_those_of_all(tmp_path: Path) -> None:
+    source = open_folder(write(tmp_path / "some", *range(5)))
+    assert pixel_hashes(source, [3, 1]) == [pixel_hashes(source)[3], pixel_hashes(source)[1]]
+
+
+def test_hashes_are_cached_until_the_images_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "some", 0, 1)
+    before = pixel_hashes(open_folder(folder))
+    reading = duplicates._pixel_hash
+    monkeypatch.setattr(duplicates, "_pixel_hash", lambda *_: pytest.fail("read again"))
+    assert pixel_hashes(open_folder(folder)) == before
+    monkeypatch.setattr(duplicates, "_pixel_hash", reading)
+    write(folder, 2)
+    assert pixel_hashes(open_folder(folder))[:2] == before
+
+
+def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:
+    trained = write(tmp_path / "trained", *range(40))
+    run = make_run(tmp_path / "run", data=[str(trained)], overfit=40).path
+    source = open_folder(write(tmp_path / "new", 3, 4, 100, 101, 102))
+    assert "pre-trained on 2 of the 5 test images" in seen_in_pretraining(run, source, np.arange(5))
+    names = [source.name(index) for index in range(5)]
+    fresh = np.array([names.index("100.png"), names.index("101.png")])
+    assert "pre-trained on 0 of the 2" in seen_in_pretraining(run, source, fresh)
+
+
+def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None:
+    from freqmask.data.heldout import hold_out
+
+    trained = open_folder(write(tmp_path / "trained", *range(60)))
+    run = make_run(tmp_path / "run", data=[str(tmp_path / "trained")], seed=0).path
+    held = hold_out(trained, seed=0)[1]
+    assert len(held)
+    assert "pre-trained on 0 of" in seen_in_pretraining(run, trained, np.asarray(held))
+    everything = seen_in_pretraining(run, trained, np.arange(60))
+    assert f"pre-trained on {60 - len(held)} of the 60" in everything
+
+
+def test_images_that_are_gone_or_too_many_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_folder(write(tmp_path / "new", 0, 1))
+    run = make_run(tmp_path / "run").path
+    assert "no longer there" in seen_in_pretraining(run, source, np.arange(2))
+    many = make_run(tmp_path / "many", data=[str(tmp_path / "new")]).path
+    monkeypatch.setattr(duplicates, "MOST_COMPARED", 1)
+    assert "too many to be compared" in seen_in_pretraining(many, source, np.arange(2))

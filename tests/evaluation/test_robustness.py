@@ -1,0 +1,260 @@
+"""``freqmask evaluate robustness`` as a user types it, on images small enough to corrupt in no time."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import make_run
+
+import freqmask
+from freqmask.cli import main
+from freqmask.errors import UserError
+from freqmask.evaluation import linear
+from freqmask.evaluation.corruption_error import ALEXNET, applies, corruption_errors
+from freqmask.evaluation.corruptions import COMMON, SEVERITIES
+from freqmask.evaluation.examination import together
+from freqmask.evaluation.variants import find_variants
+from tests.evaluation.test_classifier import write_classifier
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(linear, "LEAST_STEPS", 60)  # red and blue need no more
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Red images and blue ones, of one brightness."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 20), ("test", 10)):
+        labels = np.arange(count) % 2
+        images = generator.integers(90, 130, (count, 16, 16, 3))
+        images[labels == 0, ..., 0] += 40
+        images[labels == 1, ..., 2] += 40
+        arrays |= {f"{split}_images": images.astype(np.uint8), f"{split}_labels": labels}
+    np.savez(tmp_path / "two.npz", **arrays)
+    return str(tmp_path / "two.npz")
+
+
+def write_classes(folder: Path, names: tuple[str, ...], value: int, count: int = 3) -> Path:
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for image in range(count):
+            pixels = np.random.default_rng([number, image]).integers(0, value, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{image}.png")
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_table_over_all_models_with_rows_and_pictures(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(make_run(tmp_path / "run").path)
+    words = ["pixels", run, "--data", data, "--image_size", "16", "--workers", "0"]
+    words += ["--corruptions", "fog", "saturate", "gaussian-noise", "--severities", "1", "5", "--out", "out"]
+    main(["evaluate", "robustness", *words, "--epsilon", "16/255"])
+    shown = capsys.readouterr().out
+    assert "constants   CIFAR-10-C's, lengths x 0.5" in shown
+    for part in ("clean", "corrupted", "fgsm linf 16/255", "pgd linf 16/255", "of clean"):
+        assert part in shown
+    assert "\ngaussian_noise " in shown and "\nsaturate " in shown
+    found = rows(tmp_path / "out" / "results.csv")
+    own = [row for row in found if row["model"] == "pixels"]
+    assert [row["variant"] for row in own] == [
+        "clean", "corrupted", "fgsm linf 16/255", "pgd linf 16/255",
+        "gaussian_noise 1", "gaussian_noise 5", "fog 1", "fog 5", "saturate 1", "saturate 5",
+    ]  # fmt: skip
+    each = [float(row["accuracy"]) for row in own[4:]]
+    assert float(own[1]["accuracy"]) == pytest.approx(np.mean(each))
+    assert {row["test_images"] for row in own} == {"10"}
+    assert float(own[3]["adversarial_loss"]) >= float(own[3]["loss"])
+    assert float(own[3]["largest_change"]) <= 16 / 255 + 1e-6
+    assert (tmp_path / "out" / "robustness.png").is_file() and (
+        tmp_path / "out" / "corruptions.png"
+    ).is_file()
+
+
+def test_the_command_of_a_row_gives_the_row_again(data: str, tmp_path: Path) -> None:
+    freqmask.evaluate.robustness(
+        "pixels", data=data, workers=0, corruptions=["shot_noise"], severities=[5], epsilon="2/255"
+    )
+    first = rows(tmp_path / "results.csv")
+    main(first[1]["command"].split()[1:])
+    again = rows(tmp_path / "results.csv")[len(first) :]
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in first]
+
+
+def test_a_model_with_its_own_head_needs_no_training_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classifier(tmp_path / "model", ["cat", "dog", "wolf"])
+    write_classes(tmp_path / "sketch", ("dog", "wolf"), 200)
+    found = freqmask.evaluate.robustness("model", head="own", folder=["sketch"], workers=0)
+    assert [one.variant for one in found] == ["sketch"]
+    assert "sketch" in capsys.readouterr().out
+    # among two classes the third cannot be answered, whatever its logit
+    (row,) = rows(tmp_path / "results.csv")
+    assert (row["classes"], row["test_images"], row["head"]) == ("2", "6", "own")
+
+
+def test_imagenet_c_trees_are_read_and_their_mean_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classifier(tmp_path / "model", ["cat", "dog", "wolf"])
+    write_classes(tmp_path / "val" / "val", ("cat", "dog", "wolf"), 255)
+    write_classes(tmp_path / "val" / "train", ("cat", "dog", "wolf"), 250)
+    for severity, value in ((1, 200), (3, 100)):
+        write_classes(tmp_path / "c" / "weather" / "fog" / str(severity), ("cat", "dog", "wolf"), value)
+    words = [
+        "model",
+        "--head",
+        "own",
+        "--data",
+        "val",
+        "--folder",
+        "c",
+        "--corruptions",
+        "fog",
+        "--workers",
+        "0",
+    ]
+    main(["evaluate", "robustness", *words, "--severities", "1", "3", "--attacks", "none"])
+    assert "imagenet-c" in capsys.readouterr().out
+    found = {row["variant"]: row for row in rows(tmp_path / "results.csv")}
+    assert set(found) == {"clean", "corrupted", "fog 1", "fog 3"}
+    both = [float(found[name]["accuracy"]) for name in ("fog 1", "fog 3")]
+    assert float(found["corrupted"]["accuracy"]) == pytest.approx(np.mean(both))
+    with pytest.raises(UserError, match="has no fog/2"):
+        find_variants(Path("c"), ["fog"], [1, 2])
+
+
+def test_folders_of_classes_are_answered_among_their_classes_by_a_learnt_head(
+    data: str, tmp_path: Path
+) -> None:
+    write_classes(tmp_path / "drawn", ("0", "1"), 250)
+    found = freqmask.evaluate.robustness(
+        "pixels", data=data, folder=["drawn"], corruptions=["none"], attacks=["none"], workers=0
+    )
+    assert [one.variant for one in found] == ["clean", "drawn"]
+    write_classes(tmp_path / "other", ("1", "2"), 250)
+    with pytest.raises(UserError, match="1 classes that DATA lacks \\(2\\)"):
+        freqmask.evaluate.robustness("pixels", data=data, folder=["other"], workers=0)
+
+
+def test_folds_test_every_image_with_the_head_that_did_not_learn_it(data: str, tmp_path: Path) -> None:
+    found = freqmask.evaluate.robustness(
+        "pixels", data=data, folds=3, corruptions=["contrast"], severities=[1], attacks=["fgsm"], workers=0
+    )
+    assert [one.variant for one in found] == ["clean", "corrupted", "fgsm linf 4/255", "contrast 1"]
+    assert rows(tmp_path / "results.csv")[0]["test_images"] == "30"
+
+
+def test_fewer_test_images_are_taken_evenly(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    freqmask.evaluate.robustness(
+        "pixels", data=data, corruptions=["none"], attacks=["fgsm"], test_images=4, workers=0
+    )
+    assert "4 of 10 test images" in capsys.readouterr().out
+
+
+def test_the_mean_of_several_results_draws_whole_images(data: str) -> None:
+    from freqmask.evaluation.job import Setting, prepare
+    from freqmask.evaluation.results import Result, summarise
+    from freqmask.evaluation.subjects import PixelSubject
+
+    _, opened, seen = prepare(Setting(models=["pixels"], data=[data]))
+    tested = opened.tested
+    half = np.where(np.arange(10) < 5, opened.labels[tested], 1 - opened.labels[tested])
+    results = [Result(PixelSubject(seen), f"fog {s}", 0, tested, half, {"severity": s}) for s in (1, 2, 3)]
+    (one,) = summarise(results[:1], opened)
+    (three,) = summarise([together(results)], opened)
+    assert three.accuracies == one.accuracies == [0.5]
+    assert three.interval == pytest.approx(one.interval, abs=0.02)  # three times the same image tells no more
+
+
+def test_alexnet_has_an_mce_of_one_and_published_means() -> None:
+    perfect = {(name, severity): 1.0 for name in COMMON for severity in SEVERITIES}
+    alexnet = {(name, s): 1 - ALEXNET[name][s - 1] for name in COMMON for s in SEVERITIES}
+    assert list(corruption_errors(alexnet).values()) == pytest.approx([1.0] * 15)
+    assert set(corruption_errors(perfect).values()) == {0.0}
+    assert np.mean(ALEXNET["gaussian_noise"]) == pytest.approx(0.886428)
+    assert np.mean(ALEXNET["jpeg_compression"]) == pytest.approx(0.606500)
+    assert np.mean(ALEXNET["elastic_transform"]) == pytest.approx(0.646056)
+
+
+def test_mce_is_for_the_thousand_classes_at_224_alone() -> None:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = sorted(ImageNetInfo("imagenet-1k").label_names())
+    measured = {(name, severity): 0.5 for name in COMMON for severity in SEVERITIES}
+    assert applies(names, 224, measured)
+    assert not applies(names[:200], 224, measured)
+    assert not applies([str(n) for n in range(1000)], 224, measured)
+    assert not applies(names, 192, measured)
+    assert not applies(names, 224, dict.fromkeys(list(measured)[1:], 0.5))
+
+
+def test_attacks_reach_through_backbone_and_head(data: str) -> None:
+    found = freqmask.evaluate.robustness(
+        "random:resnet10t",
+        data=data,
+        image_size=32,
+        corruptions=["none"],
+        attacks=["fgsm", "pgd"],
+        norm="l2",
+        epsilon="8",
+        workers=0,
+        cache=False,
+    )
+    scores = {one.variant: one.scores.accuracy for one in found}
+    assert scores["pgd l2 8"] < scores["clean"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--corruptions", "fogg"], "corruptions (fogg) must be"),
+        (["--severities", "6"], "severities (6) must be"),
+        (["--constants", "imagenet"], "constants (imagenet) must be"),
+        (["--frost", "nowhere"], "frost (nowhere) must be a folder"),
+        (["--folder", "nowhere"], "folder (nowhere) must be a folder"),
+        (["--epsilon", "four"], "epsilon (four) must be"),
+        (["--test_images", "0"], "test_images (0) must be"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", "robustness", "pixels", "--data", data, *words])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_data_is_asked_for_where_a_head_is_learnt() -> None:
+    with pytest.raises(UserError, match="data is missing"):
+        freqmask.evaluate.robustness("pixels")
+
+
+def test_features_that_are_not_finite_give_a_row_without_a_number(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from freqmask.evaluation.subjects import PixelSubject
+
+    broken = PixelSubject.features
+    monkeypatch.setattr(
+        PixelSubject, "features", lambda *a: {name: torch.log(-1 - f.abs()) for name, f in broken(*a).items()}
+    )
+    (summary,) = freqmask.evaluate.robustness("pixels", data=data, workers=0, cache=False)
+    assert "not finite" in summary.trouble
+    assert [row["accuracy"] for row in rows(tmp_path / "results.csv")] == [""]

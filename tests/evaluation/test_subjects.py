@@ -1,0 +1,121 @@
+"""What is measured: the features of a backbone and of raw pixels, and what their keys tell apart."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import make_run
+
+from freqmask.data.folder import open_folder
+from freqmask.data.values import survey
+from freqmask.errors import UserError
+from freqmask.evaluation.subjects import ModelSubject, Subject, as_float, check_models, open_subject
+from freqmask.interop.models import open_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "some").mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "some" / f"{number}.png")
+    return tmp_path / "some"
+
+
+def opened(text: str, folder: Path, **options: Any) -> Subject:
+    return open_subject(text, survey(open_folder(folder)), **options)
+
+
+def view(subject: Subject, folder: Path) -> torch.Tensor:
+    return as_float(subject.dataset(open_folder(folder))[(0, 0, 1)].views[0])[None]
+
+
+def test_pixels_are_the_middle_square_normalised(folder: Path) -> None:
+    subject = opened("pixels", folder)
+    images = view(subject, folder)
+    assert images.shape == (1, 3, 24, 24)  # never enlarged
+    seen = survey(open_folder(folder))
+    mean, std = torch.tensor(seen.mean)[:, None, None], torch.tensor(seen.std)[:, None, None]
+    expected = ((images - mean) / std).flatten(1)
+    assert torch.allclose(subject.features(images, "end")["end/mean"], expected, atol=1e-6)
+    raw = np.asarray(Image.open(folder / "1.png"))[:, 8:32] / 255
+    assert np.allclose(images[0].permute(1, 2, 0).numpy(), raw, atol=1e-6)
+
+
+def test_a_run_gives_the_features_of_its_backbone_and_of_blocks_inside(tmp_path: Path, folder: Path) -> None:
+    run = str(make_run(tmp_path / "run", model_args={"depth": 4, "embed_dim": 64, "num_heads": 1}).path)
+    subject = opened(run, folder)
+    assert isinstance(subject, ModelSubject)
+    assert (subject.kind, subject.name, subject.results) == ("run", "run", tmp_path / "run")
+    images = view(subject, folder)
+    assert images.shape == (1, 3, 32, 32)
+    model = open_model(run)
+    features = model.backbone(model.normalise(images))
+    end = subject.features(images, "end")
+    assert torch.equal(end["end/mean"], features.pooled)
+    assert torch.equal(end["end/token"], features.class_token)
+    inside = subject.features(images, "blocks")
+    assert set(inside) == {"block2/mean", "block2/token", "block3/mean", "block3/token"}
+    second = model.stages(model.normalise(images), [1])[0]
+    assert torch.equal(inside["block2/mean"], second.pooled)
+
+
+def test_keys_tell_models_and_preprocessing_apart_and_nothing_else(tmp_path: Path, folder: Path) -> None:
+    run = str(make_run(tmp_path / "run").path)
+    plain = opened(run, folder).key()
+    assert plain == opened(run, folder).key()
+    for options in ({"crop": "whole"}, {"image_size": 16}, {"value_range": "0,100"}):
+        assert opened(run, folder, **options).key() != plain
+    seeds = [opened("random:resnet10t", folder, seed=seed).key()["weights"] for seed in (0, 0, 1)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    pixels = opened("pixels", folder).key()
+    assert opened("pixels", folder, crop="whole").key() != pixels
+    assert opened("pixels", folder, image_size=8).key()["input_size"] == [3, 8, 8]
+
+
+def test_fresh_batch_norm_gets_the_statistics_of_the_images(folder: Path) -> None:
+    subject = opened("random:resnet10t", folder, image_size=32)
+    assert isinstance(subject, ModelSubject)
+    norm = subject.opened.module.bn1
+    before, key = norm.running_mean.clone(), subject.key()["weights"]
+    subject.begin(open_folder(folder), CPU)
+    assert not torch.equal(norm.running_mean, before)
+    assert subject.key()["weights"] != key  # features depend on the statistics, too
+
+
+def test_models_from_outside_see_the_value_range_of_the_images(tmp_path: Path, folder: Path) -> None:
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(100, 300, (24, 24)).astype(np.uint16)
+        Image.fromarray(pixels).save(dark / f"{number}.png")
+    fresh = opened("random:resnet10t", dark, image_size=32)
+    assert fresh.key()["value_range"] == survey(open_folder(dark)).value_range.describe() != "dtype"
+    run = opened(str(make_run(tmp_path / "run").path), dark)
+    assert run.key()["value_range"] == "dtype"  # its own
+
+
+def test_gradients_reach_the_pixels(tmp_path: Path, folder: Path) -> None:
+    for text in ("pixels", str(make_run(tmp_path / "run").path)):
+        subject = opened(text, folder)
+        images = view(subject, folder).requires_grad_(True)
+        subject.features(images, "end")["end/mean"].sum().backward()
+        assert images.grad is not None and images.grad.abs().sum() > 0
+
+
+def test_models_are_listed_once_and_one_is_needed(folder: Path) -> None:
+    assert check_models(["pixels", "a", "pixels"]) == ["pixels", "a"]
+    with pytest.raises(UserError, match="MODEL is missing"):
+        check_models([])
+    with pytest.raises(UserError, match="model \\(nowhere\\)"):
+        opened("nowhere", folder)
