@@ -20,7 +20,7 @@ from freqmask.training.checkpoint import replace_atomically
 if TYPE_CHECKING:
     from freqmask.evaluation.robustness import Wanted
 
-_COLUMNS = 5  # panels side by side
+_COLUMNS = 4  # panels side by side: 15 or 19 corruptions and the bars fill the sheet
 
 
 def draw_curves(path: Path, boards: Sequence[Board]) -> None:
