@@ -11,6 +11,7 @@ import pytest
 
 WORDS = (
     "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 4 --batch_size 16 --accelerator cpu "
+    "--precision 32-true "  # in bf16 the order of sums shows in the fourth digit
     "--log_every_steps 1 --preview_every_steps 0 --outputs 32 --hidden_size 32 --bottleneck_size 16 --method folk"
 )
 MODEL = ["--model_args", "{depth: 2, embed_dim: 32, num_heads: 2}"]
@@ -49,3 +50,10 @@ def test_a_run_goes_on_with_other_processes_and_workers(tmp_path: Path) -> None:
     went_on = losses(broken, "--devices", "2", "--workers", "1")
     assert went_on == pytest.approx(whole, rel=2e-6)
     assert went_on != whole  # sums in another order: it was trained again
+
+
+@pytest.mark.slow
+def test_two_processes_that_keep_images_equal_one(tmp_path: Path) -> None:
+    one = losses(tmp_path / "one", "--images_from", "device")
+    two = losses(tmp_path / "two", "--images_from", "device", "--devices", "2")
+    assert one == pytest.approx(two, rel=2e-6)

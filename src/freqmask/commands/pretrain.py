@@ -91,6 +91,7 @@ def pretrain(
     # machine
     seed: int = 0,
     workers: int | str = "auto",
+    images_from: Literal["auto", "device", "loader"] = "auto",
     accelerator: str = "auto",
     devices: int | str = "auto",
     num_nodes: int = 1,
@@ -200,6 +201,9 @@ def pretrain(
         kernel_sizes: of deblurring, odd; auto is 7 to 21 at 224 pixels.
         seed: decides everything that is drawn.
         workers: processes that read images; 0 reads in the training process.
+        images_from: device: all images are decoded once, stay in the device's memory and are cropped, resampled
+            and flipped there; loader: workers read them anew at every step. auto is device for images of up to
+            160 pixels a side (64 on a CPU) that fit into a quarter of the free memory and are seen twice or more.
         accelerator: auto, cpu, cuda, mps.
         devices: how many, or auto for all.
         num_nodes: how many machines train together.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from freqmask.data.dataset import WINDOWS, Skipped, candidates, none_usable
@@ -22,6 +22,7 @@ from freqmask.data.windows import draw_attitudes, draw_boxes
 from freqmask.draws import combine, sample_keys
 
 _FRAME = 8  # frames grow in steps of that many pixels, so that batches reuse each other's memory
+_DRAWN_AHEAD = 1024  # samples whose windows are drawn together: as many small operations as for a few
 _AT_ONCE = 2**26  # float values that are resampled together: 256 MB, a batch of 870 windows of 160 pixels
 
 
@@ -65,17 +66,25 @@ class ResidentBatches:
         Raises:
             UserError: image after image cannot be used.
         """
+        size = self.sampler.batch_size_per_process
         items = iter(self.sampler)
-        while batch := list(islice(items, self.sampler.batch_size_per_process)):
-            yield self._batch(batch)
+        while ahead := list(islice(items, size * max(1, _DRAWN_AHEAD // size))):
+            yield from self._batches(ahead, size)
 
-    def _batch(self, items: Sequence[Item]) -> dict[str, Any]:
+    def _batches(self, items: Sequence[Item], size: int) -> Iterator[dict[str, Any]]:
+        """The batches of some steps, whose windows are drawn together."""
         epochs, _, asked = torch.tensor(items).unbind(1)
         keys = sample_keys(self.seed, epochs, self.images.identities[asked])
-        indices, skipped = self._standing_in(asked, keys)
-        plan = draw_plan(self.images, self.geometries, indices, keys)
-        labels = self.images.labels[indices]
-        numbers = _moved(torch.stack((keys, labels, indices)), self.device).unbind(0)
+        pairs = zip(asked.split(size), keys.split(size), strict=True)
+        indices, skipped = zip(*(self._standing_in(*pair) for pair in pairs), strict=True)
+        drawn = draw(self.images, self.geometries, torch.cat(indices), keys)
+        for number, passed in enumerate(skipped):
+            yield self._batch(drawn.part(slice(number * size, (number + 1) * size)), passed)
+
+    def _batch(self, drawn: Drawn, skipped: Skipped) -> dict[str, Any]:
+        labels = self.images.labels[drawn.indices]
+        numbers = _moved(torch.stack((drawn.keys, labels, drawn.indices)), self.device).unbind(0)
+        plan = make_plan(self.images, self.geometries, drawn)
         with (
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
@@ -106,6 +115,28 @@ class ResidentBatches:
         raise none_usable(skipped)
 
 
+class Drawn(NamedTuple):
+    """What the keys of some samples say of their views.
+
+    Attributes:
+        indices: the images.
+        keys: the samples' keys; a view's is ``combine(keys, view)``.
+        boxes: (top, left, height, width) of the windows of each view.
+        attitudes: mirrored, upended, rows and columns exchanged, for each view.
+    """
+
+    indices: Int64[Tensor, " batch"]
+    keys: Int64[Tensor, " batch"]
+    boxes: Int64[Tensor, "view batch 4"]
+    attitudes: Bool[Tensor, "view batch 3"]
+
+    def part(self, places: slice) -> Drawn:
+        """Some of the samples."""
+        return Drawn(
+            self.indices[places], self.keys[places], self.boxes[:, places], self.attitudes[:, places]
+        )
+
+
 class Plan(NamedTuple):
     """What a batch takes from the images, a few numbers an image and view.
 
@@ -133,41 +164,58 @@ class Plan(NamedTuple):
         return Plan._make([*(_moved(part, device) for part in numbers), frame])
 
 
-def draw_plan(
+def draw(
     images: ResidentImages,
     geometries: Sequence[Geometry],
     indices: Int64[Tensor, " batch"],
     keys: Int64[Tensor, " batch"],
-) -> Plan:
-    """Draw the windows of a batch, on the host.
+) -> Drawn:
+    """Draw the windows of some samples, on the host.
 
     Args:
         images: the images.
         geometries: how each view is cut.
         indices: which images.
-        keys: the samples' keys; a view's is ``combine(keys, view)``.
+        keys: the samples' keys.
     """
     sizes = images.sizes[indices]
-    drawn = [(geometry, combine(keys, view)) for view, geometry in enumerate(geometries)]
-    boxes = torch.stack([draw_boxes(geometry, sizes, key) for geometry, key in drawn])
-    attitudes = torch.stack([draw_attitudes(geometry, key) for geometry, key in drawn])
-    flat = images.flat[indices].nonzero()[:, 0]
-    others, largest = boxes[None, :, flat], boxes[:, :, 2:].amax(dim=(0, 1))
+    views = [(geometry, combine(keys, view)) for view, geometry in enumerate(geometries)]
+    boxes = torch.stack([draw_boxes(geometry, sizes, key) for geometry, key in views])
+    return Drawn(indices, keys, boxes, torch.stack([draw_attitudes(*view) for view in views]))
+
+
+def make_plan(images: ResidentImages, geometries: Sequence[Geometry], drawn: Drawn) -> Plan:
+    """Where the pixels of a batch lie, and other windows for images in which the first may be empty.
+
+    Args:
+        images: the images.
+        geometries: how each view is cut.
+        drawn: the samples of the batch.
+    """
+    sizes = images.sizes[drawn.indices]
+    flat = images.flat[drawn.indices].nonzero()[:, 0]
+    others, largest = drawn.boxes[None, :, flat], drawn.boxes[:, :, 2:].amax(dim=(0, 1))
     if len(flat):
-        others = torch.stack([_attempt(drawn, sizes, flat, number) for number in range(WINDOWS + 1)])
+        keys = drawn.keys[flat]
+        others = torch.stack(
+            [_attempt(geometries, sizes[flat], keys, number) for number in range(WINDOWS + 1)]
+        )
         largest = largest.maximum(sizes[flat].amax(dim=0))
     height, width = (-(-side // _FRAME) * _FRAME for side in largest.tolist())
-    return Plan(images.starts[indices], sizes[:, 1], boxes, attitudes, flat, others, (height, width))
+    starts = images.starts[drawn.indices]
+    return Plan(starts, sizes[:, 1], drawn.boxes, drawn.attitudes, flat, others, (height, width))
 
 
 def _attempt(
-    drawn: Sequence[tuple[Geometry, Tensor]], sizes: Tensor, flat: Tensor, attempt: int
+    geometries: Sequence[Geometry], sizes: Tensor, keys: Tensor, attempt: int
 ) -> Int64[Tensor, "view flat 4"]:
-    """The windows of an attempt for some images of a batch; after the last attempt the whole images."""
-    sizes = sizes[flat]
+    """The windows of an attempt; after the last attempt the whole images."""
     if attempt == WINDOWS:
-        return torch.cat((torch.zeros_like(sizes), sizes), dim=1).expand(len(drawn), -1, -1)
-    return torch.stack([draw_boxes(geometry, sizes, keys[flat], attempt) for geometry, keys in drawn])
+        return torch.cat((torch.zeros_like(sizes), sizes), dim=1).expand(len(geometries), -1, -1)
+    views = enumerate(geometries)
+    return torch.stack(
+        [draw_boxes(geometry, sizes, combine(keys, view), attempt) for view, geometry in views]
+    )
 
 
 def cut_views(

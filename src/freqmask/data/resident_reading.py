@@ -34,12 +34,10 @@ class Limits:
     """What images must be like to be kept.
 
     Args:
-        dtype: sample type of all of them.
         side: longest side in pixels.
         bytes: of all of them together.
     """
 
-    dtype: str
     side: int
     bytes: int
 
@@ -71,7 +69,8 @@ def read_images(
     Raises:
         NotKeptError: an image is beyond the limits or has gaps; no more are read.
     """
-    decoding = _Decoding(source, tuple(geometries), limits, channels, convert)
+    dtype = _first_type(source)
+    decoding = _Decoding(source, tuple(geometries), limits.side, dtype, channels, convert)
     whole = _Block()
     blocks: Any = make_loader(decoding, SequentialSampler(decoding), _AT_ONCE, workers, False, _together)
     for block in blocks:
@@ -81,7 +80,18 @@ def read_images(
         if whole.bytes > limits.bytes:
             raise NotKeptError(f"they take more than the {readable_bytes(limits.bytes)} there are for them")
         report(len(whole.sizes))
-    return _resident(whole, source, limits.dtype)
+    return _resident(whole, source, dtype)
+
+
+def _first_type(source: Source) -> str:
+    """The sample type of the first image that can be opened, which the others must have, too."""
+    for index in range(len(source)):
+        try:
+            with as_bad_image():
+                return source.open(index).dtype
+        except BadImage:
+            continue
+    raise NotKeptError("none of them can be opened")
 
 
 @dataclass
@@ -121,9 +131,15 @@ class _Decoding(Dataset[_Decoded]):
     """Decodes image by image, in a worker."""
 
     def __init__(
-        self, source: Source, geometries: tuple[Geometry, ...], limits: Limits, channels: int, convert: bool
+        self,
+        source: Source,
+        geometries: tuple[Geometry, ...],
+        side: int,
+        dtype: str,
+        channels: int,
+        convert: bool,
     ) -> None:
-        self.source, self.geometries, self.limits = source, geometries, limits
+        self.source, self.geometries, self.side, self.dtype = source, geometries, side, dtype
         self.channels, self.convert = channels, convert
 
     def __len__(self) -> int:
@@ -152,10 +168,10 @@ class _Decoding(Dataset[_Decoded]):
 
     def _too_much(self, picture: Picture) -> str | None:
         """Why a picture cannot be kept, from its header."""
-        if max(picture.size) > self.limits.side:
-            return f"has {picture.size[0]}x{picture.size[1]} pixels, more than {self.limits.side} a side"
-        if picture.dtype != self.limits.dtype:
-            return f"holds {picture.dtype}, others {self.limits.dtype}"
+        if max(picture.size) > self.side:
+            return f"has {picture.size[0]}x{picture.size[1]} pixels, more than {self.side} a side"
+        if picture.dtype != self.dtype:
+            return f"holds {picture.dtype}, others {self.dtype}"
         return None
 
     def _pixels(self, picture: Picture) -> tuple[np.ndarray, bool, str | None]:

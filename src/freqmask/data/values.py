@@ -115,6 +115,8 @@ class Survey:
         std: standard deviation of each channel after that, over pixels; at least 1/255.
         bad: (name, reason) of the images that cannot be used.
         notes: sentences for the user: what was chosen, and why.
+        mean_pixels: mean of height times width.
+        with_gaps: how many have missing values.
     """
 
     count: int
@@ -129,6 +131,8 @@ class Survey:
     std: list[float]
     bad: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    mean_pixels: float = 0.0
+    with_gaps: int = 0
 
 
 @dataclass
@@ -285,6 +289,8 @@ def _summarise(
         std=[round(max(float(std), 1 / 255), 6) for std in values.std(axis=1)],
         bad=bad,
         notes=notes,
+        mean_pixels=float(sizes.prod(axis=1).mean()),
+        with_gaps=sum(bool(np.isnan(look.pixels).any()) for look in seen),
     )
 
 

@@ -125,6 +125,11 @@ def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str], imag
             else ""
         )
     )
+    why = reasons["images_from"]
+    if options["images_from"] == "device":
+        yield f"loading     once: images stay on the {options['accelerator']} ({why})"
+    else:
+        yield f"loading     images are read anew at every step ({why})"
 
 
 def _cost_lines(options: Mapping[str, Any], cost: plan.Cost) -> Iterator[str]:

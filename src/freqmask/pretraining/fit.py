@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import Logger
 from freqmask import __version__
 from freqmask.console import say
 from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.resident import ResidentImages
+from freqmask.data.resident_batches import ResidentBatches
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
@@ -82,6 +84,7 @@ class Fit:
         convert: whether images with other channels are converted instead of skipped.
         state: the run's state, traced in the export.
         probed: images with labels to measure features on, or None.
+        kept: the decoded images to learn from where they stay on the device, or None.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Fit:
         convert: bool,
         state: Mapping[str, Any],
         probed: LabelledData | None = None,
+        kept: ResidentImages | None = None,
     ) -> None:
         """Nothing runs yet."""
         self.run_folder = run
@@ -104,6 +108,7 @@ class Fit:
         self.convert = convert
         self.state = state
         self.probed = probed
+        self.kept = kept
         self.processes = int(options["devices"]) * int(options["num_nodes"])
         self.part = int(options["batch_size"]) // self.processes // int(options["accumulate"])
 
@@ -174,7 +179,7 @@ class Fit:
 
     def _loader(self, trainer: L.Trainer, done: int) -> Any:
         accumulate = int(self.options["accumulate"])
-        dataset = self._dataset(self.train, make_geometries(self.options, self.method.n_views))
+        geometries = make_geometries(self.options, self.method.n_views)
         sampler = TrainSampler(
             len(self.train),
             self.options["seed"],
@@ -186,7 +191,12 @@ class Fit:
             blocks=self.train.blocks(),
             workers=int(self.options["workers"]),
         )
-        return make_loader(dataset, sampler, self.part, int(self.options["workers"]))
+        if self.kept is None:
+            dataset = self._dataset(self.train, geometries)
+            return make_loader(dataset, sampler, self.part, int(self.options["workers"]))
+        images = self.kept.to(trainer.strategy.root_device)
+        value_range = ValueRange.parse(self.options["value_range"])
+        return ResidentBatches(images, self.train, sampler, geometries, value_range, self.options["seed"])
 
     def _dataset(self, source: Source, geometries: list[Geometry]) -> TrainDataset:
         options = self.options

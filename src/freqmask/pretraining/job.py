@@ -17,6 +17,7 @@ from freqmask import __version__
 from freqmask.console import rank, say
 from freqmask.data.heldout import hold_out
 from freqmask.data.loader import TrainDataset
+from freqmask.data.resident import ResidentImages
 from freqmask.data.sources import Source, open_source
 from freqmask.data.subset import Subset
 from freqmask.data.values import ValueRange
@@ -27,6 +28,7 @@ from freqmask.pretraining import announce
 from freqmask.pretraining.fit import Fit, Outcome
 from freqmask.pretraining.heldout import first_batch
 from freqmask.pretraining.module import as_float, augmented
+from freqmask.pretraining.placing import keep_images
 from freqmask.pretraining.preview import draw_plan
 from freqmask.pretraining.processes import check_processes, follows, wait_for_run
 from freqmask.pretraining.resolve import Resolved, make_augmentation, make_geometries, make_method, resolve
@@ -155,9 +157,10 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
         if options["dry_run"]:
             say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
             return run.path
+        kept = _kept(resolved.options, images, state, by_hand=given.get("images_from") == "device")
         run.begin(_recorded(resolved.options), state, _heading())
         os.environ[CHOSEN_BY_RANK_0] = str(run.path)
-        return _train(run, resolved.options, images, state, resolved, None)
+        return _train(run, resolved.options, images, state, kept, None)
     except BaseException:
         run.leave_nothing("plan.png")
         raise
@@ -191,7 +194,8 @@ def _go_on(continued: Continued) -> Path:
         if options.get("dry_run"):
             return run.path
         os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
-        return _train(run, options, images, state, None, continued.checkpoint)
+        kept = _kept(options, images, state, by_hand=False)
+        return _train(run, options, images, state, kept, continued.checkpoint)
     finally:
         if first:
             os.environ.pop(CHOSEN_BY_RANK_0, None)
@@ -245,12 +249,22 @@ def make_dataset(
     )
 
 
+def _kept(
+    options: dict[str, Any], images: Images, state: Mapping[str, Any], by_hand: bool
+) -> ResidentImages | None:
+    """The images decoded, where they stay on the device; where one turns out unfit the options say loader."""
+    geometry = make_geometries(options, 1)[0]
+    kept = keep_images(options, images.train, geometry, bool(state["convert_channels"]), by_hand)
+    options["images_from"] = "loader" if kept is None else "device"
+    return kept
+
+
 def _train(
     run: RunFolder,
     options: dict[str, Any],
     images: Images,
     state: Mapping[str, Any],
-    resolved: Resolved | None,
+    kept: ResidentImages | None,
     checkpoint: Path | None,
 ) -> Path:
     """Fit, and tell how it ended."""
@@ -264,7 +278,7 @@ def _train(
             say(f"init        {sentence}")
     began = time.time()
     convert = bool(state["convert_channels"])
-    fit = Fit(run, options, images.train, images.held_out, method, convert, state, images.probed)
+    fit = Fit(run, options, images.train, images.held_out, method, convert, state, images.probed, kept)
     with told_in_words(run, options):
         outcome = fit.run(checkpoint)
     if outcome.stopped_by is not None:

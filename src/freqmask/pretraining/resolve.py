@@ -17,6 +17,7 @@ from freqmask.data.values import Survey, survey
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.methods import build_method
+from freqmask.pretraining.placing import choose_place
 from freqmask.pretraining.settings import accepted_by, method_settings, parse_image_size
 from freqmask.training import plan
 from freqmask.training.recipe import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, Recipe, scaled_lr
@@ -77,6 +78,9 @@ def resolve(options: Mapping[str, Any], source: Source, images: int) -> Resolved
     _resolve_method(resolved, images)
     _resolve_length(resolved, images)
     _resolve_records(resolved)
+    assert resolved.survey is not None
+    place = choose_place(resolved.options, resolved.survey, images)
+    resolved.options["images_from"], resolved.reasons["images_from"] = place
     return resolved
 
 

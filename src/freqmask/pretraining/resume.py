@@ -21,7 +21,7 @@ HARMLESS = {
     *("probe_data", "probe_every_epochs"),
 }
 # These keep the data and the draws, but sums are made in another order.
-DIFFERENT_BITS = {"devices", "num_nodes", "strategy", "accelerator", "compile", "accumulate"}
+DIFFERENT_BITS = {"images_from", "devices", "num_nodes", "strategy", "accelerator", "compile", "accumulate"}
 
 
 class Continued(NamedTuple):

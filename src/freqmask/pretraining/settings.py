@@ -43,6 +43,7 @@ AT_LEAST_ONE = ("num_nodes", "keep_checkpoints", "checkpoint_every_steps", "log_
 CHOICES = {
     "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"),
     "strategy": ("auto", "ddp", "fsdp", "model_parallel"),
+    "images_from": ("auto", "device", "loader"),
 }
 PAIRS = ("crop_scale", "betas")
 

@@ -156,10 +156,14 @@ def usable_cores() -> int:
 
 def usable_memory(device: torch.device) -> int:
     """Bytes that a training may take: 80 % of what is free on the device."""
+    return int(free_memory(device) * 0.8)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device, or in the host for a device without memory of its own."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * 0.8)
-    return int(_free_host_memory() * 0.8)
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _free_host_memory()
 
 
 def _free_host_memory() -> int:

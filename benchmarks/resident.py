@@ -1,0 +1,206 @@
+"""Claim: of a training on small images, data take at most 3 % of a step where images stay on the device.
+
+    python benchmarks/resident.py --data cifar10/train.parquet                      # one core of a CPU
+    python benchmarks/resident.py --data cifar10/train.parquet --device cuda --batch 1024 --workers 16
+
+Method: MFM steps (forward, backward, clip, AdamW) of a small ViT, fed by each path in turns in one run: batches cut
+on the device from images decoded once, and the loader's. A round times steps on one batch that is there already, then
+steps that get a batch each; data's share is the difference over the latter. On the CPU it is processor time of one
+thread without workers, so that nothing that data cost is hidden and other programs disturb little; on a GPU wall
+time, synchronised before and after. Medians over rounds after one that warms up. Views are of 0.5 to 1 of the area,
+mirrored half of the time, as `freqmask pretrain` has them below 160 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.resident_batches import ResidentBatches
+from freqmask.data.resident_reading import Limits, read_images
+from freqmask.data.sampler import TrainSampler
+from freqmask.data.sources import Source, open_source
+from freqmask.data.views import Geometry
+from freqmask.methods import build_method
+from freqmask.pretraining.module import as_float
+from freqmask.training.recipe import Recipe, build_optimizer
+
+RESULTS = Path(__file__).parent / "results" / "resident.csv"
+ENOUGH = 2**40
+Batch = dict[str, Any]
+Step = Callable[[Batch], None]
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
+    rows = [row for size in arguments.size for row in compare(size, arguments)]
+    show(rows)
+    write(rows, arguments.device)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="small images, three channels")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, nargs="+", default=[32], help="side of the views in pixels")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=0, help="of the loader; with a GPU")
+    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--patch", type=int, default=8)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--steps", type=int, default=8, help="of a round")
+    return parser.parse_args()
+
+
+def compare(size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each of the two paths."""
+    source = open_source(arguments.data)
+    geometries = [Geometry(size, scale=(0.5, 1.0))]
+    began = time.perf_counter()
+    images = read_images(source, geometries, Limits(ENOUGH, ENOUGH), workers=arguments.workers)
+    reading = time.perf_counter() - began
+    images.to(torch.device(arguments.device))
+    ways: dict[str, Iterator[Batch]] = {
+        "device": iter(ResidentBatches(images, source, sampler(source, arguments), geometries)),
+        "loader": loaded(source, geometries, arguments),
+    }
+    step = make_step(size, arguments)
+    rows = []
+    for name, times in in_turns(ways, step, arguments).items():
+        data, whole = (statistics.median(column) for column in zip(*times, strict=True))
+        shares = [part / all_of_it for part, all_of_it in times]
+        rows.append(
+            {
+                "images_from": name,
+                "size": size,
+                "batch": arguments.batch,
+                "data_ms": round(1000 * data, 2),
+                "whole_ms": round(1000 * whole, 1),
+                "data_share": round(statistics.median(shares), 4),
+                "range": f"{min(shares):.4f}-{max(shares):.4f}",
+                "images_per_second": round(arguments.batch / whole, 1),
+                "read_once_s": round(reading, 1) if name == "device" else "",
+                "MB_on_device": round(images.bytes / 1e6, 1) if name == "device" else "",
+            }
+        )
+    return rows
+
+
+def sampler(source: Source, arguments: argparse.Namespace) -> TrainSampler:
+    return TrainSampler(len(source), 0, arguments.batch, total_steps=10**8)
+
+
+def loaded(source: Source, geometries: list[Geometry], arguments: argparse.Namespace) -> Iterator[Batch]:
+    """The loader's batches, moved to the device as Lightning moves them."""
+    dataset = TrainDataset(source, geometries)
+    for batch in make_loader(dataset, sampler(source, arguments), arguments.batch, arguments.workers):
+        yield {
+            **batch,
+            "views": [view.to(arguments.device, non_blocking=True) for view in batch["views"]],
+            "keys": batch["keys"].to(arguments.device, non_blocking=True),
+        }
+
+
+def make_step(size: int, arguments: argparse.Namespace) -> Step:
+    """An optimiser step of MFM on a batch."""
+    shape = {
+        "embed_dim": arguments.width,
+        "depth": arguments.depth,
+        "num_heads": max(arguments.width // 64, 1),
+    }
+    more = {"model_args": shape, "patch_size": arguments.patch} if "vit" in arguments.backbone else {}
+    method: Any = build_method("mfm", backbone=arguments.backbone, image_size=size, **more)
+    method = method.to(arguments.device)
+    recipe = Recipe(lr=1e-4, min_lr=0.0, warmup_lr=0.0, warmup_steps=0, total_steps=1)
+    optimizer = build_optimizer(method, recipe)
+    half = torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.precision == "bf16")
+
+    def step(batch: Batch) -> None:
+        with half:
+            loss = method([as_float(view) for view in batch["views"]], batch["keys"])["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(method.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def in_turns(
+    ways: dict[str, Iterator[Batch]], step: Step, arguments: argparse.Namespace
+) -> dict[str, list[tuple[float, float]]]:
+    """(seconds for data, seconds for all) of a step, one pair a round after one that warms up."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for number in range(arguments.rounds + 1):
+        for name, batches in ways.items():
+            pair = cost(batches, step, arguments)
+            if number:
+                times[name].append(pair)
+    return times
+
+
+def cost(batches: Iterator[Batch], step: Step, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Seconds a step that getting batches adds to the same steps on one batch, and seconds of a step with data."""
+    batch = next(batches)
+    steps = range(arguments.steps)
+    alone = seconds(lambda: [step(batch) for _ in steps], arguments.device)
+    whole = seconds(lambda: [step(next(batches)) for _ in steps], arguments.device)
+    return (whole - alone) / arguments.steps, whole / arguments.steps
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
+    print("  ".join(name.ljust(widths[name]) for name in rows[0]))
+    for row in rows:
+        print("  ".join(str(row[name]).ljust(widths[name]) for name in row))
+
+
+def write(rows: list[dict[str, Any]], device: str) -> None:
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    facts = {
+        "device": torch.cuda.get_device_name() if device != "cpu" else next(names, platform.processor()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

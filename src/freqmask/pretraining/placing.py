@@ -1,0 +1,164 @@
+"""Where a run's images come from at each step: the memory of the device, or the loader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from freqmask.console import say
+from freqmask.data.resident import ResidentImages
+from freqmask.data.resident_reading import Limits, NotKeptError, read_images
+from freqmask.data.sources import Source
+from freqmask.data.values import Survey
+from freqmask.data.views import OVERSAMPLING, Geometry
+from freqmask.errors import UserError
+from freqmask.training import plan
+from freqmask.training.readable import readable_bytes, readable_time
+
+SHARE_OF_MEMORY = 0.25  # of what is free, on the device and in the host, where images pass through twice
+LARGEST_SIDE = 160  # pixels; beyond, decoding a part costs less than keeping the whole
+LARGEST_SIDE_ON_CPU = 64  # there the matrix products of larger images cost as much as decoding (docs/log.md)
+FEWEST_PASSES = 2.0  # decoding ahead is for nothing where images are seen once
+FEW_IMAGES = 1_000  # are decoded before worker processes have started
+SECONDS_OF_SILENCE = 10.0
+
+
+def choose_place(options: Mapping[str, Any], survey: Survey, images: int) -> plan.Choice:
+    """Whether images stay on the device, with the reason.
+
+    Args:
+        options: all resolved but ``images_from``.
+        survey: what the images are like.
+        images: how many are trained on.
+
+    Returns:
+        ``device`` or ``loader``.
+
+    Raises:
+        UserError: they shall stay on the device and cannot.
+    """
+    if options["images_from"] == "loader":
+        return plan.Choice("loader", "as asked")
+    size = images * survey.mean_pixels * options["channels"] * _itemsize(survey)
+    passes = options["steps"] * options["batch_size"] / images
+    obstacle = _obstacle(survey, size, memory_limit(options))
+    if options["images_from"] == "device":
+        if obstacle is not None:
+            raise UserError(f"images_from (device) cannot be: {obstacle}; try --images_from auto")
+        return plan.Choice("device", f"{readable_bytes(size)}, as asked")
+    against = obstacle or _no_gain(options, survey, passes)
+    if against is not None:
+        return plan.Choice("loader", against)
+    return plan.Choice("device", f"{readable_bytes(size)} of small images, each seen {passes:,.0f} times")
+
+
+def memory_limit(options: Mapping[str, Any]) -> int:
+    """Bytes that kept images may take in each process: a quarter of what is free on its device and in the host."""
+    host = plan.free_memory(torch.device("cpu")) // int(options["devices"])
+    own = plan.free_memory(torch.device("cuda")) if options["accelerator"] == "cuda" else host
+    return int(SHARE_OF_MEMORY * min(own, host))
+
+
+def largest_side(options: Mapping[str, Any]) -> int:
+    """The longest side that is kept without being asked for, in pixels."""
+    # From twice the oversampling on, the loader decodes a JPEG reduced, and the two would see different pixels.
+    reduced = 2 * OVERSAMPLING * min(Geometry(image_size=options["image_size"]).size) - 1
+    return min(reduced, LARGEST_SIDE_ON_CPU if options["accelerator"] == "cpu" else LARGEST_SIDE)
+
+
+def keep_images(
+    options: Mapping[str, Any], source: Source, geometry: Geometry, convert: bool, by_hand: bool
+) -> ResidentImages | None:
+    """Decode the images of a run whose images stay on the device, and say how it went.
+
+    Args:
+        options: resolved options.
+        source: the images that are trained on.
+        geometry: how views are cut.
+        convert: whether images with other channels are converted instead of skipped.
+        by_hand: whether the device was asked for, so that any size is kept and an obstacle is an error.
+
+    Returns:
+        The images, still in the host's memory; None where they come from the loader.
+
+    Raises:
+        UserError: they were asked to stay on the device and cannot.
+    """
+    if options["images_from"] != "device":
+        return None
+    limits = Limits(2**31 if by_hand else largest_side(options), memory_limit(options))
+    progress = _Reading(len(source))
+    try:
+        images = read_images(
+            source,
+            [geometry],
+            limits,
+            options["channels"],
+            convert,
+            _decoders(options, source),
+            progress.tell,
+        )
+    except NotKeptError as reason:
+        if by_hand:
+            raise UserError(f"images_from (device) cannot be: {reason}; try --images_from loader") from reason
+        say(f"note: images come from the loader after all: {reason}")
+        return None
+    progress.end(images)
+    return images
+
+
+def _obstacle(survey: Survey, size: float, limit: int) -> str | None:
+    """Why images cannot stay on a device, as far as a look at some of them tells."""
+    if len(survey.dtypes) > 1:
+        return f"they hold {' and '.join(sorted(survey.dtypes))}"
+    if survey.with_gaps:
+        return f"{survey.with_gaps} of {survey.count} looked at have missing values, which are filled window by window"
+    if size > limit:
+        return (
+            f"they take {readable_bytes(size)}, and a quarter of the free memory is {readable_bytes(limit)}"
+        )
+    return None
+
+
+def _no_gain(options: Mapping[str, Any], survey: Survey, passes: float) -> str | None:
+    """Why images had better come from the loader."""
+    side, limit = max(survey.max_size), largest_side(options)
+    if side > limit:
+        where = "on a CPU" if options["accelerator"] == "cpu" else "on a device"
+        return f"the largest has {side} pixels a side, and up to {limit} are kept {where}"
+    if passes < FEWEST_PASSES:
+        return f"each is seen {passes:.1f} times, too few to decode all ahead"
+    return None
+
+
+def _itemsize(survey: Survey) -> int:
+    return max(np.dtype(dtype).itemsize for dtype in survey.dtypes)
+
+
+def _decoders(options: Mapping[str, Any], source: Source) -> int:
+    """Processes that decode: all cores, which nothing else wants yet; none where there shall be no workers."""
+    if not int(options["workers"]) or len(source) < FEW_IMAGES:
+        return 0
+    return max(int(options["workers"]), plan.usable_cores() // int(options["devices"]))
+
+
+class _Reading:
+    """Says how far the reading is, now and then."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.began = total, time.monotonic()
+        self.spoke = self.began
+
+    def tell(self, count: int) -> None:
+        if time.monotonic() - self.spoke > SECONDS_OF_SILENCE:
+            self.spoke = time.monotonic()
+            say(f"            {count:,} of {self.total:,} images read")
+
+    def end(self, images: ResidentImages) -> None:
+        took = readable_time(time.monotonic() - self.began)
+        bad = f", {len(images.bad):,} cannot be used" if images.bad else ""
+        say(f"read        {self.total:,} images in {took}, {readable_bytes(images.bytes)}{bad}")
