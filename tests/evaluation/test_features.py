@@ -90,9 +90,11 @@ def test_changed_weights_preprocessing_and_data_are_noticed(
     weights[min(weights)] = weights[min(weights)] + 1e-3
     save_file(weights, file, {"format": "pt"})
     assert look() == 7
-    write(folder, 6)
+    Image.fromarray(np.zeros((33, 41, 3), np.uint8)).save(folder / "2.png")  # as many as before
     assert look() == 8
-    assert look(place=Place(cache=False)) == look(place=Place(cache=False)) - 1 == 9
+    write(folder, 6)
+    assert look() == 9
+    assert look(place=Place(cache=False)) == look(place=Place(cache=False)) - 1 == 10
 
 
 def test_changed_images_and_corruptions_have_features_of_their_own(

@@ -138,17 +138,25 @@ def test_imagenet_c_trees_are_read_and_their_mean_taken(
         find_variants(Path("c"), ["fog"], [1, 2])
 
 
-def test_folders_of_classes_are_answered_among_their_classes_by_a_learnt_head(
-    data: str, tmp_path: Path
-) -> None:
-    write_classes(tmp_path / "drawn", ("0", "1"), 250)
-    found = freqmask.evaluate.robustness(
-        "pixels", data=data, folder=["drawn"], corruptions=["none"], attacks=["none"], workers=0
-    )
-    assert [one.variant for one in found] == ["clean", "drawn"]
-    write_classes(tmp_path / "other", ("1", "2"), 250)
-    with pytest.raises(UserError, match="1 classes that DATA lacks \\(2\\)"):
-        freqmask.evaluate.robustness("pixels", data=data, folder=["other"], workers=0)
+def write_colours(folder: Path, channels: dict[str, int]) -> None:
+    for name, channel in channels.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.random.default_rng([channel, number]).integers(60, 100, (16, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += 100
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+def test_folders_of_classes_are_answered_among_their_classes_by_a_learnt_head(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_colours(tmp_path / "colours" / part, {"a red": 0, "blue": 2, "green": 1})
+    write_colours(tmp_path / "cold", {"blue": 2, "green": 1})
+    options = {"data": "colours", "corruptions": ["none"], "attacks": ["none"], "workers": 0}
+    found = freqmask.evaluate.robustness("pixels", folder=["cold"], **options)
+    assert {one.variant: one.scores.accuracy for one in found} == {"clean": 1.0, "cold": 1.0}
+    write_colours(tmp_path / "other", {"blue": 2, "white": 1})
+    with pytest.raises(UserError, match="1 classes that DATA lacks \\(white\\)"):
+        freqmask.evaluate.robustness("pixels", folder=["other"], **options)
 
 
 def test_folds_test_every_image_with_the_head_that_did_not_learn_it(data: str, tmp_path: Path) -> None:
