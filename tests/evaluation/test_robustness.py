@@ -237,6 +237,7 @@ def test_attacks_reach_through_backbone_and_head(data: str) -> None:
         (["--folder", "nowhere"], "folder (nowhere) must be a folder"),
         (["--epsilon", "four"], "epsilon (four) must be"),
         (["--test_images", "0"], "test_images (0) must be"),
+        (["--head", "own"], "model (pixels) has no classifier of its own; try --head linear"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(

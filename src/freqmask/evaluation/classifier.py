@@ -14,9 +14,9 @@ from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
-from freqmask.evaluation.subjects import Subject
+from freqmask.evaluation.subjects import PIXELS, Subject
 from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config
-from freqmask.interop.models import PUBLIC, hash_weights
+from freqmask.interop.models import PUBLIC, RANDOM, hash_weights
 from freqmask.interop.public import check_public
 from freqmask.interop.timm_folder import OURS
 from freqmask.timm_models import check_name
@@ -94,6 +94,8 @@ def _open(text: str) -> tuple[Any, str]:
     import timm
 
     model: Any
+    if text == PIXELS or text.startswith(RANDOM):
+        raise UserError(f"model ({text}) has no classifier of its own; try --head linear")
     if text.startswith(PUBLIC):
         name = text.removeprefix(PUBLIC)
         check_name(name)
