@@ -5,13 +5,10 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from freqmask.console import say
 from freqmask.errors import UserError
-
-if TYPE_CHECKING:
-    from freqmask.data.prepare import Outcome, Parts, Settings
 
 LEAST_SIDE = 32
 _SHOWN_SKIPPED = 3
@@ -95,7 +92,7 @@ def _processes(workers: int | str) -> int:
     return workers
 
 
-def _say_images(parts: Parts, notes: list[str]) -> None:
+def _say_images(parts: Any, notes: list[str]) -> None:
     counts = ", ".join(f"{split or 'images'} {len(source):,}" for split, source in parts.parts)
     classes = f", {len(parts.class_names):,} classes" if parts.class_names else ", no labels"
     say(f"images      {counts}{classes}")
@@ -104,14 +101,14 @@ def _say_images(parts: Parts, notes: list[str]) -> None:
 
 
 def _settings(
-    parts: Parts,
+    parts: Any,
     side: int | None,
     shard_size: int | str,
     pages: str,
     split: str,
-    begun: tuple[Settings, bool] | None,
+    begun: tuple[Any, bool] | None,
     out: Path,
-) -> Settings:
+) -> Any:
     """The settings of this start; those of a folder that was begun must be the same."""
     from freqmask.data.prepare import Settings, choose_shard_size
 
@@ -128,7 +125,7 @@ def _settings(
     return Settings(side, size, pages, split, parts.content)
 
 
-def _compare(settings: Settings, before: Settings, out: Path) -> None:
+def _compare(settings: Any, before: Any, out: Path) -> None:
     differing = []
     for name in ("resize", "shard_size", "pages", "split"):
         old, new = getattr(before, name), getattr(settings, name)
@@ -144,7 +141,7 @@ def _word(value: Any) -> Any:
     return "none" if value is None else value
 
 
-def _say_size(parts: Parts, size: int, mean: float, out: Path) -> None:
+def _say_size(parts: Any, size: int, mean: float, out: Path) -> None:
     """How many shards, and whether the disk has room for them."""
     import shutil
 
@@ -164,7 +161,7 @@ def _say_size(parts: Parts, size: int, mean: float, out: Path) -> None:
         )
 
 
-def _progress(parts: Parts, settings: Settings, out: Path) -> tuple[Any, Any]:
+def _progress(parts: Any, settings: Any, out: Path) -> tuple[Any, Any]:
     """The bar, and what moves it."""
     from freqmask.data.prepare import images_there
     from freqmask.training.progress import Progress
@@ -180,7 +177,7 @@ def _progress(parts: Parts, settings: Settings, out: Path) -> tuple[Any, Any]:
     return progress, count
 
 
-def _tell(outcome: Outcome, parts: Parts, settings: Settings, path: Path) -> None:
+def _tell(outcome: Any, parts: Any, settings: Any, path: Path) -> None:
     from freqmask.data.reduction import spectrum_words
     from freqmask.training.readable import readable_bytes
 
