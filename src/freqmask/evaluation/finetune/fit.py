@@ -90,7 +90,7 @@ class Fit:
         cut_back(self.run.metrics, "step", done)
         torch.manual_seed(tuning.seed)  # of drop path
         module = FinetuneModule(self.model, tuning, len(self.class_names))
-        if tuning.accelerator == "cuda" and self.is_cnn:
+        if tuning.accelerator in ("cpu", "cuda") and self.is_cnn:
             module.to(memory_format=torch.channels_last)
         progress = Progress(tuning.steps, done, SHOWN, lines=self.lines)
         with StopSignals() as signals:
