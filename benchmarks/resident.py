@@ -4,11 +4,11 @@
     python benchmarks/resident.py --data cifar10/train.parquet --device cuda --batch 1024 --workers 16
 
 Method: MFM steps (forward, backward, clip, AdamW) of a small ViT, fed by each path in turns in one run: batches cut
-on the device from images decoded once, and the loader's. A round times steps on one batch that is there already, then
-steps that get a batch each; data's share is the difference over the latter. On the CPU it is processor time of one
-thread without workers, so that nothing that data cost is hidden and other programs disturb little; on a GPU wall
-time, synchronised before and after. Medians over rounds after one that warms up. Views are of 0.5 to 1 of the area,
-mirrored half of the time, as `freqmask pretrain` has them below 160 pixels.
+on the device from images decoded once, and the loader's. On the CPU with one thread and without workers, so that
+nothing that data cost is hidden: processor time of getting batches, and of all. On a GPU, where the two overlap: wall
+time of steps that get a batch each over that of the same steps on one batch, synchronised before and after. Medians
+over rounds after one that warms up. Views are of 0.5 to 1 of the area, mirrored half of the time, as
+`freqmask pretrain` has them below 160 pixels; freed memory is kept, as there.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from freqmask.data.sources import Source, open_source
 from freqmask.data.views import Geometry
 from freqmask.methods import build_method
 from freqmask.pretraining.module import as_float
+from freqmask.training.heap import keep_freed_memory
 from freqmask.training.recipe import Recipe, build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "resident.csv"
@@ -46,6 +47,7 @@ def main() -> None:
     arguments = parse()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
+        keep_freed_memory()
     rows = [row for size in arguments.size for row in compare(size, arguments)]
     show(rows)
     write(rows, arguments.device)
@@ -148,29 +150,34 @@ def in_turns(
     ways: dict[str, Iterator[Batch]], step: Step, arguments: argparse.Namespace
 ) -> dict[str, list[tuple[float, float]]]:
     """(seconds for data, seconds for all) of a step, one pair a round after one that warms up."""
+    measure = on_cpu if arguments.device == "cpu" else on_gpu
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(arguments.rounds + 1):
         for name, batches in ways.items():
-            pair = cost(batches, step, arguments)
+            pair = measure(batches, step, arguments.steps)
             if number:
                 times[name].append(pair)
     return times
 
 
-def cost(batches: Iterator[Batch], step: Step, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Seconds a step that getting batches adds to the same steps on one batch, and seconds of a step with data."""
-    batch = next(batches)
-    steps = range(arguments.steps)
-    alone = seconds(lambda: [step(batch) for _ in steps], arguments.device)
-    whole = seconds(lambda: [step(next(batches)) for _ in steps], arguments.device)
-    return (whole - alone) / arguments.steps, whole / arguments.steps
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    if device == "cpu":
+def on_cpu(batches: Iterator[Batch], step: Step, steps: int) -> tuple[float, float]:
+    data, began = 0.0, time.process_time()
+    for _ in range(steps):
         start = time.process_time()
-        work()
-        return time.process_time() - start
+        batch = next(batches)
+        data += time.process_time() - start
+        step(batch)
+    return data / steps, (time.process_time() - began) / steps
+
+
+def on_gpu(batches: Iterator[Batch], step: Step, steps: int) -> tuple[float, float]:
+    batch = next(batches)
+    alone = synchronised(lambda: [step(batch) for _ in range(steps)])
+    whole = synchronised(lambda: [step(next(batches)) for _ in range(steps)])
+    return (whole - alone) / steps, whole / steps
+
+
+def synchronised(work: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
     work()

@@ -155,6 +155,13 @@ def test_tiles_tell_whether_a_window_may_be_empty() -> None:
     assert not has_flat_tile(image, 4)
 
 
+@pytest.mark.parametrize("place", range(10))
+def test_an_image_in_which_a_window_may_be_empty_is_marked(place: int, memory_source: Any) -> None:
+    images = [photograph(40, 40), photograph(40, 40)]
+    images[1][:, place : place + 9, 13 : 13 + 9] = 80
+    assert Pair(memory_source(images), [Geometry(9, crop="native")]).images.flat.tolist() == [False, True]
+
+
 def test_a_restart_and_two_processes_cut_the_same_views(photographs_of_all_sizes: Any) -> None:
     pair = Pair(photographs_of_all_sizes)
     whole, rest = pair.resident(), pair.resident(start_step=2)

@@ -49,7 +49,7 @@ def test_a_run_goes_on_with_other_processes_and_workers(tmp_path: Path) -> None:
         file.unlink()
     went_on = losses(broken, "--devices", "2", "--workers", "1")
     assert went_on == pytest.approx(whole, rel=2e-6)
-    assert went_on != whole  # sums in another order: it was trained again
+    assert len(list((broken / "checkpoints").iterdir())) > 1  # it was trained on from the one that was left
 
 
 @pytest.mark.slow

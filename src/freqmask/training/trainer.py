@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from freqmask.training.checkpoint import AtomicCheckpointIO
+from freqmask.training.heap import keep_freed_memory
 from freqmask.training.runs import RunFolder
 
 
@@ -23,6 +24,8 @@ def make_trainer(
 ) -> L.Trainer:
     """A Trainer that counts optimiser steps and leaves sampler, checkpoints, progress and validation to us.
 
+    On the CPU it also tells the allocator to keep what a step frees.
+
     Args:
         run: whose folder it works in.
         options: resolved: accelerator, devices, num_nodes, strategy, precision, accumulate.
@@ -32,6 +35,8 @@ def make_trainer(
         logger: Lightning's, or False.
         sync_batchnorm: whether batch norm gathers its statistics over all devices.
     """
+    if options["accelerator"] == "cpu":
+        keep_freed_memory()
     return L.Trainer(
         accelerator=options["accelerator"],
         devices=options["devices"],
