@@ -1,5 +1,7 @@
 """The command line as a user types it."""
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import freqmask
-from freqmask.cli import COMMANDS, main
+from freqmask.cli import COMMANDS, load, main
 
 
 def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -22,26 +24,60 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, st
     return code, shown.out, shown.err
 
 
+EVERY = [
+    [name, *part]
+    for name, command in COMMANDS.items()
+    for part in ([[p] for p in command.parts or ()] or [[]])
+]
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = typed(capsys, "--help")
     assert code == 0
-    assert all(name in out for name in COMMANDS)
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert listed == list(COMMANDS)
+    code, out, _ = typed(capsys, "evaluate", "--help")
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert listed == list(COMMANDS["evaluate"].parts or ())
 
 
 def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(capsys, "--version") == (0, f"freqmask {freqmask.__version__}\n", "")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
-def test_help_and_version_import_no_torch(words: list[str]) -> None:
+def test_help_and_version_of_every_command_import_no_torch() -> None:
+    asked = [["--help"], ["--version"], ["evaluate", "--help"], *([*words, "--help"] for words in EVERY)]
     code = (
         "import sys\nfrom freqmask.cli import main\n"
-        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
-        "sys.exit('torch' in sys.modules)"
+        f"for words in {asked!r}:\n"
+        "    main(words)\n    print('END', words, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 10
+    shown = done.stdout.split("END ")
+    assert len(shown) == len(asked) + 1
+    assert min(len(text) for text in shown[:-1]) > 10
+    assert "True" not in [text.splitlines()[0].split()[-1] for text in shown[1:]]
+
+
+@pytest.mark.parametrize("words", EVERY, ids=" ".join)
+def test_help_documents_every_option_and_nothing_of_the_docstring_s_tail(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = typed(capsys, *words, "--help")
+    assert code == 0
+    assert "Returns:" not in out and "Raises:" not in out
+    shown, function = " ".join(out.split()), load(*words)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            told = re.search(rf"^    {name}: (\S+ \S+)", inspect.getdoc(function) or "", re.MULTILINE)
+            assert told, f"--{name} has no help"
+            assert f"--{name} " in shown
+            assert told[1] in shown
+
+
+def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "(default: runs)" in typed(capsys, "runs", "--help")[1]
 
 
 @pytest.mark.parametrize(
@@ -86,17 +122,6 @@ def test_print_config_shows_a_recipe_and_what_overrides_it(capsys: pytest.Captur
     assert code == 0
     assert "seed: 7" in out
     assert "image_size: 32" in out
-
-
-def test_help_documents_every_option_of_pretrain(capsys: pytest.CaptureFixture[str]) -> None:
-    import inspect
-
-    code, out, _ = typed(capsys, "pretrain", "--help")
-    assert code == 0
-    for name, parameter in inspect.signature(freqmask.pretrain).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            words = out[out.index(f"--{name} ") :].split("\n  --")[0].split("(type:")[0].split()
-            assert len(words) > 4, f"--{name} has no help"
 
 
 def test_hyphens_lists_and_bare_flags_are_accepted() -> None:

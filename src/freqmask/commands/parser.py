@@ -95,8 +95,9 @@ def build_parser(program: str, function: Callable[..., Any], positional: Positio
         many = "list" in str(parameters[name].annotation)
         required = parameters[name].default is inspect.Parameter.empty
         count = ("+" if required else "*") if many else (None if required else "?")
+        default = {} if required else {"default": parameters[name].default}
         argument = parser.add_argument(
-            name, nargs=count, metavar=name.upper(), help=_argument_help(function, name)
+            name, nargs=count, metavar=name.upper(), help=_argument_help(function, name), **default
         )
         argument.required = required  # or the help says so of every one
     if "config" in parameters:
@@ -131,7 +132,7 @@ def _usage(program: str, function: Callable[..., Any], positional: Positional) -
 
 def _description(function: Callable[..., Any]) -> str:
     text = inspect.getdoc(function) or ""
-    return text.split("\n\nArgs:")[0]
+    return re.split(r"\n\n(?:Args|Returns|Raises):", text)[0]
 
 
 def _argument_help(function: Callable[..., Any], name: str) -> str:

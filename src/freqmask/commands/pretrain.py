@@ -118,7 +118,8 @@ def pretrain(
     command again.
 
     Args:
-        data: what to learn from: folders, a .parquet file, .npy or .npz arrays, builtin:photos,
+        data: what to learn from: folders, shards (of `freqmask prepare`, or any WebDataset tars), either of them
+            also behind s3://, gs:// or https://, a .parquet file, .npy or .npz arrays, hf:NAME, builtin:photos,
             builtin:digits, or an import path such as mylab.data:MySource. Several are joined.
         method: mfm, folk, sr, deblur, denoise, or the import path of a method of your own (in Python also the
             class).
@@ -139,7 +140,7 @@ def pretrain(
         max_skipped_share: share of unreadable images at which the run stops, 0 to 1.
         crop: resized: a random part brought to the size; native: a random part of just that size, never
             resampled (microscopy); whole: the whole image resized; center: the largest centred part.
-        crop_scale: smallest and largest share of the image's area in a random crop. auto is 0.2 1 as
+        crop_scale: smallest and largest share of the image's area in a resized crop. auto is 0.2 1 as
             published (FOLK: 0.25 1), or 0.5 1 below 160 pixels, where small crops empty the upper band.
         flip: mirror half of the views, left to right.
         vertical_flip: mirror half of the views top to bottom (views from above, microscopy).
@@ -152,9 +153,10 @@ def pretrain(
         epochs: passes over the images; auto gives 300 as published, more for few images.
         steps: optimiser steps, instead of epochs.
         hours: time, instead of epochs; turned into steps once, by a measurement on this machine.
-        batch_size: images per optimiser step over all devices and accumulation.
+        batch_size: images per optimiser step over all devices and accumulation; auto is what memory holds and the
+            images fill eight times, at most 256 (a GPU: 1,024).
         lr: peak learning rate; auto is 3e-4 x batch/512 as published, or 1e-3 x batch/256 for networks below
-            8 million weights, which learn more with it.
+            8 million weights, which learn more with it; a quarter of that with init.
         min_lr: learning rate at the end; auto is 2.5e-6 x batch/512.
         warmup_epochs: epochs of linear warm-up; auto is a fifteenth of the training.
         weight_decay: AdamW's, on weights with two dimensions or more.
@@ -162,9 +164,9 @@ def pretrain(
         betas: AdamW's; 0.9 0.95 as published.
         clip_grad: largest gradient norm; null does not clip.
         patch_size: patch of a ViT in pixels; auto is the model's own, smaller for small images.
-        stage: which stage's feature map is decoded; -1 is the last.
+        stage: which stage's feature map is decoded; -1, the default, is the last.
         model_args: further arguments of the timm model, e.g. '{output_stride: 8}'.
-        initialisation: mfm (the paper's, for a ViT) or timm (the library's).
+        initialisation: mfm (the paper's, for a ViT), which is the default, or timm (the library's).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         filter: fixed (low- and high-pass), com (Com and RCom), a filter with arguments such as
             'bandstop(low=8, high=24)', or an import path (in Python also the object). MFM's default is
@@ -174,15 +176,16 @@ def pretrain(
         low_pass_share: share of images that are low-passed; auto is 0.5 for a ViT, 0.3 for a CNN.
         com_fractions: shares of the frequencies that Com keeps, one drawn per image. 0.005 0.01 0.05.
         com_share: share of images under Com, the others under RCom. 0.5.
-        magnitude: which magnitudes Com ranks: of the luma, the channels' mean, or each channel apart.
-        softness: width of a soft filter edge; 0 is hard.
-        clamp: cut the filtered image to [0, 1], as the papers do.
+        magnitude: which magnitudes Com ranks: of the luma (the default; with other than three channels it is
+            the mean), the channels' mean, or each channel apart.
+        softness: width of a soft filter edge in frequency bins; 0, the default, is hard.
+        clamp: cut the filtered image to [0, 1], as the papers do; true.
         masked_weight: weight of the hidden frequencies in the loss. 1.
         kept_weight: weight of the kept frequencies in the loss. 0.
-        reduce: normalise the loss over the batch (as released) or image by image.
+        reduce: normalise the loss over the batch (as released, the default) or image by image.
         gamma: power of the spectral distance in the loss. 1.
         focal: strength of the focal weight; null is off.
-        views: FOLK's two filtered views, or one (half the passes).
+        views: FOLK's two filtered views (the default), or one (half the passes).
         outputs: FOLK's prototypes; auto is 65,536, or 4,096 below 100,000 images.
         hidden_size: width of FOLK's projection head. 2,048.
         bottleneck_size: width of that head's bottleneck. 256.
@@ -195,7 +198,7 @@ def pretrain(
         distillation_weight: weight of the distillation in FOLK's loss. 1.
         reconstruction_weight: weight of the reconstruction in FOLK's loss. 1.
         freeze_last_layer_epochs: epochs in which the head's last layer stands still. 1.
-        distil: FOLK distils the class token where there is one, or the pooled feature.
+        distil: what FOLK distils; auto is the class token where there is one, else the pooled feature.
         factor: of super-resolution; auto is 8 at 224 pixels.
         sigma: of deblurring in pixels (auto: 5 at 224) or of the noise in [0, 1] units (75/255).
         kernel_sizes: of deblurring, odd; auto is 7 to 21 at 224 pixels.

@@ -15,7 +15,7 @@ def recipes(name: str | None = None, *, copy: str | None = None) -> list[str] | 
 
     A recipe is a YAML file of options of ``pretrain``: the published rows of both papers and small ones
     for 32-, 64- and 128-pixel images. Its first line says what it costs and whether we ran it ourselves.
-    Run one with ``freqmask pretrain DATA --config FILE``.
+    Run one with ``freqmask pretrain DATA --config NAME``.
 
     Args:
         name: the recipe to show; without a name all are listed.
@@ -49,7 +49,7 @@ def _list() -> list[str]:
             )
         )
     say("\nfreqmask recipes NAME shows one; freqmask recipes NAME --copy FILE copies it;")
-    say("freqmask pretrain DATA --config FILE runs it.")
+    say("freqmask pretrain DATA --config NAME (or FILE) runs it.")
     return [recipe.name for recipe in shipped]
 
 
