@@ -41,3 +41,12 @@ def test_a_name_that_would_move_the_cursor_is_escaped(
     make_run(tmp_path / "a\x1b[2J\nb")
     main(["runs", str(tmp_path)])
     assert "a\\x1b[2J\\nb" in capsys.readouterr().out
+
+
+def test_a_folder_of_runs_with_a_table_of_results_is_a_folder_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "out" / "mine-seed0")
+    (tmp_path / "out" / "results.csv").write_text("protocol,model\n")
+    main(["runs", str(tmp_path / "out")])
+    assert "mine-seed0" in capsys.readouterr().out

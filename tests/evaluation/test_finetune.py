@@ -291,9 +291,9 @@ def test_a_cnn_has_its_own_recipe(
     there: Path, tmp_path: Path, options: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     finetune(there, tmp_path / "out", model="random:test_resnet", image_size=32, steps=2, **options)
-    config = RunFolder(tmp_path / "out" / "random_test_resnet-seed0").config()
+    config = RunFolder(tmp_path / "out" / "random-test_resnet-seed0").config()
     assert {name: config[name] for name in expected} == expected
-    moved = weights(tmp_path / "out" / "random_test_resnet-seed0")
+    moved = weights(tmp_path / "out" / "random-test_resnet-seed0")
     assert all(torch.isfinite(tensor).all() for tensor in moved.values())
 
 

@@ -13,6 +13,7 @@ from freqmask.evaluation.finetune.shots import SETTINGS, summarised
 from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.results import Result
 from freqmask.training.runs import RunFolder
+from freqmask.training.tables import read_rows
 
 
 class Named:
@@ -77,6 +78,10 @@ def test_frozen_and_fine_tuned_stand_beside_each_other(
     }
     assert len(images) == 1
     assert (tmp_path / "out" / "fewshot-tuned.png").is_file()
+    classes = read_rows(tmp_path / "out" / "fewshot-tuned-classes.csv")
+    assert {(row["model"], row["variant"]) for row in classes} == {
+        (name, variant) for name, variant in variants if not variant.endswith(("average", "best"))
+    }
 
 
 def test_options_of_fine_tuning_are_refused_where_nothing_is() -> None:

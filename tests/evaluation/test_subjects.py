@@ -12,7 +12,14 @@ from tiny_runs import make_run
 from freqmask.data.folder import open_folder
 from freqmask.data.values import survey
 from freqmask.errors import UserError
-from freqmask.evaluation.subjects import ModelSubject, Subject, as_float, check_models, open_subject
+from freqmask.evaluation.subjects import (
+    ModelSubject,
+    Subject,
+    as_float,
+    check_models,
+    open_subject,
+    tell_apart,
+)
 from freqmask.interop.models import open_model
 
 CPU = torch.device("cpu")
@@ -119,3 +126,13 @@ def test_models_are_listed_once_and_one_is_needed(folder: Path) -> None:
         check_models([])
     with pytest.raises(UserError, match="model \\(nowhere\\)"):
         opened("nowhere", folder)
+
+
+def test_models_of_the_same_name_are_called_by_what_was_typed(tmp_path: Path, folder: Path) -> None:
+    texts = [str(make_run(tmp_path / where / "run").path) for where in ("a", "b")]
+    subjects = [opened(text, folder) for text in (*texts, "pixels", texts[0])]
+    tell_apart(subjects)
+    assert [subject.name for subject in subjects] == [*texts, "pixels", texts[0]]
+    alone = opened(texts[0], folder)
+    tell_apart([alone, alone])
+    assert alone.name == "run"

@@ -78,3 +78,22 @@ def test_a_bad_config_is_one_sentence(tmp_path: Path, text: str, words: str) -> 
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         read_yaml(tmp_path / "c.yaml")
+
+
+def test_other_processes_wait_until_a_run_is_begun_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    waits: list[float] = []
+
+    def begin_later(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            begin(run.path)
+
+    monkeypatch.setattr("freqmask.training.runs.time.sleep", begin_later)
+    assert run.begun() is run
+    assert len(waits) == 3
+    monkeypatch.setattr("freqmask.training.runs.PATIENCE", -1.0)
+    with pytest.raises(UserError, match="was not begun by process 0"):
+        RunFolder(tmp_path / "never").begun()

@@ -14,7 +14,7 @@ import torch
 from freqmask import __version__
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.scores import Scores, bootstrap_interval, per_class, score
-from freqmask.evaluation.subjects import Subject
+from freqmask.evaluation.subjects import Subject, tell_apart
 from freqmask.training.checkpoint import replace_atomically
 from freqmask.training.runs import now
 from freqmask.training.tables import append_row
@@ -70,7 +70,8 @@ class Summary:
 
 
 def summarise(results: Sequence[Result], data: LabelledData) -> list[Summary]:
-    """One summary a model and variant, in the order in which they came."""
+    """One summary a model and variant, in the order in which they came; no two models have the same name then."""
+    tell_apart([result.subject for result in results])
     families: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         families.setdefault((result.subject.text, result.variant), []).append(result)
@@ -278,20 +279,21 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def write_classes(path: Path, results: Sequence[Result], data: LabelledData, variant: str) -> None:
-    """A CSV of precision, recall and F1 of every class, model and seed."""
+def write_classes(path: Path, results: Sequence[Result], data: LabelledData, variant: str | None) -> None:
+    """A CSV of precision, recall and F1 of every class, model and seed, of one variant or (None) of all."""
     import csv
 
     def write(unfinished: Path) -> None:
         with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
-            table.writerow(["model", "seed", "class", "images", "precision", "recall", "f1"])
+            table.writerow(["model", "variant", "seed", "class", "images", "precision", "recall", "f1"])
             for result in results:
-                if result.variant != variant or result.trouble:
+                if variant not in (None, result.variant) or result.trouble:
                     continue
                 for one in per_class(data.labels[result.images], result.predicted, data.class_names):
                     numbers = [f"{value:.4f}" for value in (one.precision, one.recall, one.f1)]
-                    table.writerow([result.subject.name, result.seed, one.name, one.images, *numbers])
+                    about = [result.subject.name, result.variant, result.seed]
+                    table.writerow([*about, one.name, one.images, *numbers])
 
     replace_atomically(path, write)
 

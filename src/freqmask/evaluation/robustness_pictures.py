@@ -99,7 +99,7 @@ def draw_sheet(path: Path, subject: Subject, data: LabelledData, wanted: Wanted)
     """The first test image as the model sees it, clean and in every corruption and severity."""
     from matplotlib.figure import Figure
 
-    dataset: TrainDataset = subject.dataset(data.source)
+    dataset = subject.dataset(data.source)
     sample = dataset[(0, 0, int(data.tested[0]))]
     image, key = sample.views[0], sample_key(0, 0, data.source.identity(sample.index))
     strengths = strengths_for(min(image.shape[1:]), wanted.constants)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,17 @@ def check_models(models: list[str]) -> list[str]:
     if not models:
         raise UserError("MODEL is missing; try pixels, random:vit_tiny_patch16_224 and a run folder together")
     return list(dict.fromkeys(str(model) for model in models))
+
+
+def tell_apart(subjects: Iterable[Subject]) -> None:
+    """Models whose names are alike (``a/run`` and ``b/run``) are called by what was typed."""
+    subjects = list(subjects)
+    texts: dict[str, set[str]] = {}
+    for subject in subjects:
+        texts.setdefault(subject.name, set()).add(subject.text)
+    for subject in subjects:
+        if len(texts.get(subject.name, ())) > 1:
+            subject.name = subject.text
 
 
 def as_float(images: Tensor) -> Tensor:

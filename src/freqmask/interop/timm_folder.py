@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import tempfile
@@ -10,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from freqmask.training.checkpoint import replace_atomically
@@ -56,7 +54,7 @@ def write_timm_folder(
     """
     with tempfile.TemporaryDirectory() as scratch:
         data_config = {"input_size": input_size, "mean": tuple(mean), "std": tuple(std), "crop_pct": crop_pct}
-        save_for_hf(_rows_first(model), scratch, safe_serialization=True, data_config=data_config)
+        save_config_for_hf(model, str(Path(scratch) / CONFIG), data_config=data_config)
         config = json.loads((Path(scratch) / CONFIG).read_text())
     facts = {**facts, **_pin_pooling(config, model, pooled)}
     config[OURS] = facts
@@ -74,13 +72,6 @@ def trained_feature(method: nn.Module, backbone: Any) -> Pooled:
     """What of a backbone its method trains: FOLK's class token, where it distils that, else the mean of the map."""
     distils_token = getattr(method, "distil", "pooled") in ("auto", "class_token")
     return "class_token" if distils_token and backbone.has_class_token else "mean"
-
-
-def _rows_first(model: nn.Module) -> nn.Module:
-    """The model with its weights in the order that safetensors takes; a CNN trains channels-last."""
-    if all(tensor.is_contiguous() for tensor in model.state_dict().values()):
-        return model
-    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
 
 def write_tensors(

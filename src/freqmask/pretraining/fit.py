@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +28,15 @@ from freqmask.pretraining.module import PretrainingModule
 from freqmask.pretraining.probe import Probe, steps_between
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe, pick_device
 from freqmask.pretraining.sharding import SHARDED, sharding_strategy
-from freqmask.training.checkpoint import load_safely
+from freqmask.training.fitting import Outcome, Start, ends
 from freqmask.training.monitor import Monitor
 from freqmask.training.progress import Progress
+from freqmask.training.recipe import Recipe
 from freqmask.training.resuming import ExactResume
 from freqmask.training.runs import RunFolder
 from freqmask.training.saving import Saver, StopSignals
 from freqmask.training.skipping import Skipped
-from freqmask.training.tables import cut_back
+from freqmask.training.tables import read_rows
 from freqmask.training.trainer import make_trainer
 
 SHOWN = {
@@ -53,23 +52,8 @@ SHOWN = {
     "probe_linear": "linear {:.1%}",
     "rankme": "rank {:.1f}",
 }
-
-
-@dataclass
-class Outcome:
-    """How a fit ended.
-
-    Attributes:
-        step: optimiser steps made in all.
-        stopped_by: the signal that stopped it, None at its proper end.
-        preview: the newest preview.
-        summary: what goes into summary.json.
-    """
-
-    step: int
-    stopped_by: int | None
-    preview: str | None
-    summary: dict[str, Any] = field(default_factory=dict)
+LOSSES = ["loss", "reconstruction", "distillation", "loss_over_zero", "collapse"]
+LOOKS = ["held_out_loss", "held_out_loss_over_zero", "probe_knn", "probe_linear", "rankme"]
 
 
 class Fit:
@@ -109,49 +93,52 @@ class Fit:
         self.state = state
         self.probed = probed
         self.kept = kept
+        self._looks: HeldOut | None = None
         self.processes = int(options["devices"]) * int(options["num_nodes"])
         self.part = int(options["batch_size"]) // self.processes // int(options["accumulate"])
 
     def run(self, checkpoint: Path | None) -> Outcome:
         """Train from the checkpoint, or from the beginning, to the end or to a signal."""
         options = self.options
-        done = int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
-        cut_back(self.run_folder.metrics, "step", done)
         recipe = make_recipe(options, len(self.train))
+        start = Start(self.run_folder, checkpoint, recipe.total_steps, int(options["batch_size"]))
         module = PretrainingModule(self.method, recipe, make_augmentation(options, self.method.n_views))
         self._prepare(module)
-        progress = Progress(recipe.total_steps, done, SHOWN)
-        with StopSignals() as signals:
-            monitor = Monitor(
-                self.run_folder,
-                progress,
-                int(options["log_every_steps"]),
-                int(options["batch_size"]),
-                len(self.train),
-                recipe.warmup_steps,
-            )
-            looks = self._held_out(monitor)
-            # rows of a step are written before its checkpoint: a restart from there will not make them again
-            exact = ExactResume(int(options["accumulate"]))
-            callbacks = [
-                exact,
-                self._skipped(),
-                monitor,
-                self._probe(monitor),
-                looks,
-                self._saver(signals, monitor),
-            ]
-            trainer = self._trainer(recipe.total_steps, callbacks)
-            progress.start()
-            began = time.perf_counter()
-            try:
-                trainer.fit(module, self._loader(trainer, done), ckpt_path=checkpoint, weights_only=True)
-            finally:
-                progress.close()
-        step = int(trainer.global_step)
-        stopped = signals.received if step < recipe.total_steps else None
-        summary = self._summary(monitor, step, time.perf_counter() - began, done)
-        return Outcome(step, stopped, looks.preview, summary)
+        progress = Progress(recipe.total_steps, start.done, SHOWN)
+        outcome = start.fit(
+            progress,
+            module,
+            lambda signals: self._trainer(recipe, self._callbacks(progress, recipe, signals)),
+            lambda trainer: self._loader(trainer, start.done),
+        )
+        outcome.summary = self._summary(outcome)
+        return outcome
+
+    def _callbacks(self, progress: Progress, recipe: Recipe, signals: StopSignals) -> list[L.Callback]:
+        options = self.options
+        monitor = Monitor(
+            self.run_folder,
+            progress,
+            int(options["log_every_steps"]),
+            int(options["batch_size"]),
+            len(self.train),
+            recipe.warmup_steps,
+        )
+        self._looks = self._held_out(monitor)
+        # rows of a step are written before its checkpoint: a restart from there will not make them again
+        return [
+            ExactResume(int(options["accumulate"])),
+            self._skipped(),
+            monitor,
+            self._probe(monitor),
+            self._looks,
+            self._saver(signals, monitor),
+        ]
+
+    @property
+    def preview(self) -> str | None:
+        """The newest preview."""
+        return self._looks.preview if self._looks is not None else None
 
     def _prepare(self, module: PretrainingModule) -> None:
         """Layout and compilation, before the optimiser sees the parameters."""
@@ -165,13 +152,13 @@ class Fit:
             else:
                 say(f"note: torch.compile cannot be used here ({reason}); going on without it")
 
-    def _trainer(self, total_steps: int, callbacks: list[Any]) -> L.Trainer:
+    def _trainer(self, recipe: Recipe, callbacks: list[L.Callback]) -> L.Trainer:
         options = self.options
         sharded = options["strategy"] in SHARDED
         return make_trainer(
             self.run_folder,
             options,
-            total_steps,
+            recipe.total_steps,
             callbacks,
             strategy=sharding_strategy(self.processes) if sharded else None,
             logger=_logger(options["logger"], self.run_folder),
@@ -267,27 +254,16 @@ class Fit:
             ),
         )
 
-    def _summary(self, monitor: Monitor, step: int, seconds: float, done: int) -> dict[str, Any]:
-        from freqmask.training.tables import read_rows
-
-        rows = read_rows(self.run_folder.metrics)
-        logged = [row for row in rows if row.get("loss")]
-        summary: dict[str, Any] = {
+    def _summary(self, outcome: Outcome) -> dict[str, Any]:
+        return {
             "method": self.options["method"],
             "backbone": self.options["backbone"],
-            "steps": step,
+            "steps": outcome.step,
+            **ends(self.run_folder, LOSSES),
+            **ends(self.run_folder, LOOKS, firsts=False),
+            "images_per_second": outcome.images_per_second,
+            "skipped": len(read_rows(self.run_folder.path / "skipped.csv")),
         }
-        for name in ("loss", "reconstruction", "distillation", "loss_over_zero", "collapse"):
-            values = [float(row[name]) for row in logged if row.get(name)]
-            if values:
-                summary |= {name: values[-1], f"first_{name}": values[0]}
-        for name in ("held_out_loss", "held_out_loss_over_zero", "probe_knn", "probe_linear", "rankme"):
-            values = [float(row[name]) for row in rows if row.get(name)]
-            if values:
-                summary[name] = values[-1]
-        summary["images_per_second"] = (step - done) * self.options["batch_size"] / max(seconds, 1e-9)
-        summary["skipped"] = len(read_rows(self.run_folder.path / "skipped.csv"))
-        return summary
 
 
 def compile_failure(backbone: Any, options: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.pretraining.module import PretrainingModule, as_float
 from freqmask.pretraining.preview import draw_preview, filter_names
 from freqmask.pretraining.sharding import whole_method
+from freqmask.training.looking import Look
 from freqmask.training.monitor import Monitor
 from freqmask.training.runs import RunFolder
 
@@ -23,7 +24,7 @@ PREVIEW_IMAGES = 4
 CALIBRATION_IMAGES = 256
 
 
-class HeldOut(L.Callback):
+class HeldOut(Look):
     """Every so often, and at the end: the loss on held-out images, and a preview.
 
     Args:
@@ -45,24 +46,14 @@ class HeldOut(L.Callback):
         batch_size: int,
     ) -> None:
         """Nothing is read before it is needed."""
+        super().__init__(every_steps)
         self.run = run
         self.monitor = monitor
         self.held_out = held_out
         self.shown = shown
-        self.every_steps = every_steps
         self.batch_size = batch_size
         self.preview: str | None = None
         self._pictures: tuple[Tensor, Tensor] | None = None
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look, where it is time."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        if step == trainer.max_steps or (self.every_steps and step % self.every_steps == 0):
-            self.look(trainer, module, step)
 
     def look(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         """Measure the held-out loss and draw the preview of this step."""

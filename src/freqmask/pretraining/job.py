@@ -25,12 +25,12 @@ from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
 from freqmask.pretraining import announce
-from freqmask.pretraining.fit import Fit, Outcome
+from freqmask.pretraining.fit import Fit
 from freqmask.pretraining.heldout import first_batch
 from freqmask.pretraining.module import as_float, augmented
 from freqmask.pretraining.placing import keep_images
 from freqmask.pretraining.preview import draw_plan
-from freqmask.pretraining.processes import check_processes, follows, wait_for_run
+from freqmask.pretraining.processes import check_processes, follows
 from freqmask.pretraining.resolve import Resolved, make_augmentation, make_geometries, make_method, resolve
 from freqmask.pretraining.resume import (
     CHOSEN_BY_RANK_0,
@@ -43,6 +43,7 @@ from freqmask.pretraining.resume import (
 from freqmask.pretraining.settings import check_accelerator, check_options
 from freqmask.reporting.page import refresh_report
 from freqmask.training.failures import told_in_words
+from freqmask.training.fitting import Outcome, leave
 from freqmask.training.plan import usable_cores
 from freqmask.training.quiet import quiet_libraries
 from freqmask.training.runs import RunFolder, comparable, new_run, now
@@ -87,7 +88,7 @@ def _run(options: dict[str, Any], given: dict[str, Any]) -> Path:
     check_accelerator(options["accelerator"])
     check_processes(options)
     if follows():
-        return _go_on(continue_run(wait_for_run(options["out"]), given, options))
+        return _go_on(continue_run(RunFolder(options["out"]).begun(), given, options))
     found = find_run(given)
     if found is not None and found.finished():
         say_finished(found)
@@ -283,18 +284,22 @@ def _train(
         outcome = fit.run(checkpoint)
     if outcome.stopped_by is not None:
         refresh_report(run.path)
-        _say_stopped(run, options, outcome)
-    _tell_end(run, options, outcome, time.time() - began)
+        say(f"stopped at step {outcome.step:,} of {options['steps']:,}, saved; the same command goes on, or")
+        say(f"    freqmask pretrain {data_words(options)} --out {shlex.quote(str(run.path))}")
+        leave(outcome.stopped_by)
+    _tell_end(run, options, outcome, fit.preview, time.time() - began)
     return run.path
 
 
-def _tell_end(run: RunFolder, options: Mapping[str, Any], outcome: Outcome, seconds: float) -> None:
+def _tell_end(
+    run: RunFolder, options: Mapping[str, Any], outcome: Outcome, preview: str | None, seconds: float
+) -> None:
     if rank() != 0:
         return
     summary = {**outcome.summary, "seconds": round(seconds, 1), "ended": now()}
     run.finish(summary)
     refresh_report(run.path)
-    for line in announce.summary_lines(run, summary, outcome.preview, data_words(options)):
+    for line in announce.summary_lines(run, summary, preview, data_words(options)):
         say(line)
     if options["overfit"] is not None:
         _judge_overfit(summary, int(options["overfit"]))
@@ -311,16 +316,6 @@ def _judge_overfit(summary: Mapping[str, Any], count: int) -> None:
     )
     if word == "FAIL":
         say("      try a higher --lr or more --steps; if it still fails, the method or the data is broken")
-
-
-def _say_stopped(run: RunFolder, options: Mapping[str, Any], outcome: Outcome) -> None:
-    import signal
-
-    say(f"stopped at step {outcome.step:,} of {options['steps']:,}, saved; the same command goes on, or")
-    say(f"    freqmask pretrain {data_words(options)} --out {shlex.quote(str(run.path))}")
-    if outcome.stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + int(outcome.stopped_by or 0))
 
 
 def data_words(options: Mapping[str, Any]) -> str:

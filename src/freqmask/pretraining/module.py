@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from freqmask.draws import combine
 from freqmask.pretraining.sharding import shard
-from freqmask.training.failures import NotFiniteError
 from freqmask.training.recipe import Recipe, Schedule, build_optimizer
+from freqmask.training.scheduled import ScheduledModule
 
 
-class PretrainingModule(L.LightningModule):
+class PretrainingModule(ScheduledModule):
     """Trains a method by a recipe.
 
     Args:
@@ -33,15 +32,7 @@ class PretrainingModule(L.LightningModule):
         self.method: Any = method
         self.recipe = recipe
         self.augmentation = nn.ModuleList(augmentation or [])
-        self.schedule: Schedule | None = None
-        self.gradient_norm: Tensor | None = None
-        self.want_details = False
         self._sharded = False
-
-    @property
-    def step(self) -> int:
-        """Optimiser steps made so far."""
-        return int(self.trainer.global_step)
 
     def views(self, batch: dict[str, Any]) -> list[Tensor]:
         """The batch's views as the method takes them: float in [0, 1], augmented on the device.
@@ -59,10 +50,7 @@ class PretrainingModule(L.LightningModule):
         with torch.no_grad():
             views = self.views(batch)
         parts: dict[str, Tensor] = self.method(views, batch["keys"], details=self.want_details)
-        if self.device.type == "cpu" and not torch.isfinite(
-            parts["loss"]
-        ):  # elsewhere a look would be a wait
-            raise NotFiniteError(self.step)
+        self.check(parts["loss"])
         return parts
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -77,11 +65,6 @@ class PretrainingModule(L.LightningModule):
         if mesh is not None and not self._sharded:
             shard(self.method, mesh["data_parallel"])
             self._sharded = True
-
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Set the learning rate of this step."""
-        assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
-        self.schedule.apply(self.step)
 
     def configure_gradient_clipping(
         self,

@@ -19,6 +19,7 @@ from freqmask.evaluation.labelled import LabelledData
 from freqmask.pretraining.heldout import calibration, looking
 from freqmask.pretraining.module import PretrainingModule, as_float
 from freqmask.pretraining.sharding import whole_method
+from freqmask.training.looking import Look
 from freqmask.training.monitor import Monitor
 
 PROBES_A_RUN = 10
@@ -27,7 +28,7 @@ NEIGHBOURS = 20
 _RATE, _EPOCHS = 0.3, 10  # less regularisation than a sweep begins with: few labels, features of low rank
 
 
-class Probe(L.Callback):
+class Probe(Look):
     """Every so often, and at the end, measures the features and writes them into the metrics.
 
     Nothing of it reaches the training: modes are put back, and no generator is moved.
@@ -51,22 +52,12 @@ class Probe(L.Callback):
         batch_size: int,
     ) -> None:
         """Nothing is read before it is needed."""
+        super().__init__(every_steps)
         self.monitor = monitor
-        self.every_steps = every_steps
         self.ranked = ranked
         self.labelled = labelled
         self.data = data
         self.batch_size = batch_size
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look, where it is time."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        if step == trainer.max_steps or step % self.every_steps == 0:
-            self.look(trainer, module, step)
 
     def look(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         """Measure, in the first process, to which the others lend their share of sharded weights."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from freqmask.console import rank
 from freqmask.errors import UserError
 from freqmask.pretraining.resume import CHOSEN_BY_RANK_0
-from freqmask.training.runs import RunFolder
 
-PATIENCE = 1800.0  # seconds that the others wait for the first one to look at the data and to write its plan
 WORLD = ("WORLD_SIZE", "SLURM_NTASKS")
 
 
@@ -39,23 +36,6 @@ def check_processes(options: Mapping[str, Any]) -> None:
             f"devices ({asked}) x num_nodes ({options['num_nodes']}) must be the {world} processes that were "
             f"started; try --devices {max(world // int(options['num_nodes']), 1)}"
         )
-
-
-def wait_for_run(out: str) -> RunFolder:
-    """The run that the first process has begun, or goes on with; the others wait for it here.
-
-    Raises:
-        UserError: it did not appear.
-    """
-    run = RunFolder(out)
-    until = time.monotonic() + PATIENCE
-    while not run.exists():
-        if time.monotonic() > until:
-            raise UserError(
-                f"run ({out}) was not begun by process 0 within {PATIENCE:g} seconds; see its output"
-            )
-        time.sleep(0.2)
-    return run
 
 
 def follows() -> bool:

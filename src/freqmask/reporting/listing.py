@@ -8,7 +8,7 @@ from pathlib import Path
 from freqmask.errors import UserError
 from freqmask.reporting.evaluations import measured
 from freqmask.reporting.facts import number
-from freqmask.reporting.reading import Run, is_run, read_run, runs_in
+from freqmask.reporting.reading import Run, is_run, read_run, run_folders
 from freqmask.training.readable import readable_time
 
 HEADER = ("run", "state", "method", "backbone", "steps", "time", "loss / zero", "best probe")
@@ -23,8 +23,8 @@ def list_runs(folder: Path) -> list[Run]:
     """
     if not folder.is_dir():
         raise UserError(f"folder ({folder}) does not exist; `freqmask pretrain` makes runs/, or name another")
-    paths = [folder] if is_run(folder) else runs_in(folder)
-    if not paths:
+    paths = run_folders(folder)
+    if paths == [folder] and not is_run(folder):
         raise UserError(f"folder ({folder}) holds no run; name the folder above the run folders")
     return [read_run(path) for path in paths]
 

@@ -103,7 +103,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     Raises:
         UserError: a path does not exist, or holds no run.
     """
-    folders = [folder for path in paths for folder in _folders(Path(path))]
+    folders = [folder for path in paths for folder in run_folders(Path(path))]
     unique = list({folder.resolve(): folder for folder in folders}.values())
     return [read_run(path, name) for path, name in zip(unique, _names(unique), strict=True)]
 
@@ -170,8 +170,10 @@ def runs_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
 
 
-def _folders(path: Path) -> list[Path]:
-    if not path.is_dir() or is_run(path):
+def run_folders(path: Path) -> list[Path]:
+    """A run folder itself, or the runs inside a folder of runs (which may hold a table of results, too)."""
+    begun = any((path / mark).is_file() for mark in _MARKS if mark != RESULTS)
+    if begun or not path.is_dir():
         return [path]
     return runs_in(path) or [path]
 

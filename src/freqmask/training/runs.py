@@ -21,6 +21,9 @@ CONFIG = "config.yaml"
 STATE = "run.json"
 SUMMARY = "summary.json"
 LOCK = "run.lock"
+PATIENCE = (
+    1800.0  # seconds that other processes wait for the first one to look at the data and to write its plan
+)
 
 
 class RunFolder:
@@ -54,6 +57,21 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run has been begun here."""
         return (self.path / CONFIG).is_file()
+
+    def begun(self) -> RunFolder:
+        """The same run, once another process has begun it, or goes on with it.
+
+        Raises:
+            UserError: it did not appear.
+        """
+        until = time.monotonic() + PATIENCE
+        while not self.exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"run ({self.path}) was not begun by process 0 within {PATIENCE:g} seconds; see its output"
+                )
+            time.sleep(0.2)
+        return self
 
     def finished(self) -> bool:
         """Whether the run came to its end."""

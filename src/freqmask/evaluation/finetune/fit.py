@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from freqmask.evaluation.finetune.recipes import Tuning
 from freqmask.evaluation.finetune.watching import HeldOutAccuracy
 from freqmask.interop.folders import CLASSIFIER
 from freqmask.interop.timm_folder import write_timm_folder
-from freqmask.training.checkpoint import load_safely
+from freqmask.training.fitting import Outcome, Start, ends
 from freqmask.training.monitor import Monitor
 from freqmask.training.progress import LINES_A_RUN, Progress
 from freqmask.training.resuming import ExactResume
 from freqmask.training.runs import RunFolder
 from freqmask.training.saving import Saver, StopSignals
 from freqmask.training.skipping import Skipped
-from freqmask.training.tables import cut_back, read_rows
+from freqmask.training.tables import read_rows
 from freqmask.training.trainer import make_trainer
 
 SHOWN = {
@@ -40,21 +39,6 @@ SHOWN = {
     "loss": "loss {:.4g}",
     "held_out_accuracy": "held out {:.1%}",
 }
-
-
-@dataclass
-class Outcome:
-    """How a fit ended.
-
-    Attributes:
-        step: optimiser steps made in all.
-        stopped_by: the signal that stopped it, None at its proper end.
-        summary: what goes into summary.json.
-    """
-
-    step: int
-    stopped_by: int | None
-    summary: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,36 +70,43 @@ class Fit:
     def go(self, checkpoint: Path | None) -> Outcome:
         """Train from the checkpoint, or from the beginning, to the end or to a signal."""
         tuning = self.tuning
-        done = int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
-        cut_back(self.run.metrics, "step", done)
+        start = Start(self.run, checkpoint, tuning.steps, tuning.batch_size)
         torch.manual_seed(tuning.seed)  # of drop path
         module = FinetuneModule(self.model, tuning, len(self.class_names))
         if tuning.accelerator in ("cpu", "cuda") and self.is_cnn:
             module.to(memory_format=torch.channels_last)
-        progress = Progress(tuning.steps, done, SHOWN, lines=self.lines)
-        with StopSignals() as signals:
-            monitor = self._monitor(progress)
-            saver = self._saver(signals, monitor)
-            # rows of a step are written before its checkpoint: a restart from there will not make them again
-            callbacks = [
-                ExactResume(tuning.accumulate),
-                self._skipped(),
-                monitor,
-                *self._looks(monitor),
-                saver,
-            ]
-            trainer = make_trainer(
-                self.run, asdict(tuning), tuning.steps, callbacks, sync_batchnorm=self._synchronises()
-            )
-            progress.start()
-            began = time.perf_counter()
-            try:
-                trainer.fit(module, self._loader(trainer, done), ckpt_path=checkpoint, weights_only=True)
-            finally:
-                progress.close()
-        step = int(trainer.global_step)
-        stopped = signals.received if step < tuning.steps else None
-        return Outcome(step, stopped, self._summary(step, done, time.perf_counter() - began))
+        progress = Progress(tuning.steps, start.done, SHOWN, lines=self.lines)
+        outcome = start.fit(
+            progress,
+            module,
+            lambda signals: make_trainer(
+                self.run,
+                asdict(tuning),
+                tuning.steps,
+                self._callbacks(progress, signals),
+                sync_batchnorm=self._synchronises(),
+            ),
+            lambda trainer: self._loader(trainer, start.done),
+        )
+        outcome.summary = {
+            "method": "finetune",
+            "steps": outcome.step,
+            **ends(self.run, ["loss", "held_out_accuracy"]),
+            "images_per_second": outcome.images_per_second,
+            "skipped": len(read_rows(self.run.path / "skipped.csv")),
+        }
+        return outcome
+
+    def _callbacks(self, progress: Progress, signals: StopSignals) -> list[L.Callback]:
+        monitor = self._monitor(progress)
+        # rows of a step are written before its checkpoint: a restart from there will not make them again
+        return [
+            ExactResume(self.tuning.accumulate),
+            self._skipped(),
+            monitor,
+            *self._looks(monitor),
+            self._saver(signals, monitor),
+        ]
 
     def _synchronises(self) -> bool:
         several = self.tuning.devices > 1 and self.tuning.accelerator == "cuda"
@@ -200,17 +191,6 @@ class Fit:
         return TrainDataset(
             source, [geometry], values, tuning.channels, convert_channels=True, seed=tuning.seed
         )
-
-    def _summary(self, step: int, done: int, seconds: float) -> dict[str, Any]:
-        rows = read_rows(self.run.metrics)
-        summary: dict[str, Any] = {"method": "finetune", "steps": step}
-        for name in ("loss", "held_out_accuracy"):
-            values = [float(row[name]) for row in rows if row.get(name)]
-            if values:
-                summary |= {name: values[-1], f"first_{name}": values[0]}
-        summary["images_per_second"] = (step - done) * self.tuning.batch_size / max(seconds, 1e-9)
-        summary["skipped"] = len(read_rows(self.run.path / "skipped.csv"))
-        return summary
 
 
 def training_geometry(tuning: Tuning) -> AugmentedGeometry:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.protocol import Heading
 from freqmask.evaluation.results import Result, Summary
 from freqmask.evaluation.subjects import PIXELS, ModelSubject
+from freqmask.evaluation.trainings import digest, run_names
 from freqmask.training.runs import RUNS, RunFolder
 
 ALL = "all labels"
@@ -105,8 +103,9 @@ def open_bout(options: Mapping[str, Any], frozen_too: bool = False) -> tuple[Bou
         name: value for name, value in options.items() if name not in ("model", "out", "dry_run")
     }
     models, data, seen = prepare(setting)
-    root = setting.out or RUNS / f"finetune-{_digest(options, data)}"
-    return Bout(setting, options, data, seen, root, _names(models)), models
+    words = {name: options[name] for name in (*DECIDING, "tune") if name in options}
+    root = setting.out or RUNS / f"finetune-{digest(words, data.source.fingerprint(), data.split)}"
+    return Bout(setting, options, data, seen, root, run_names(models)), models
 
 
 def measure(
@@ -181,23 +180,3 @@ def _facts(runs: Sequence[RunFolder], learnt: Sequence[int]) -> dict[str, Any]:
     if watched:
         facts["held_out_accuracy"] = float(np.mean(watched))
     return facts
-
-
-def _names(models: Sequence[str]) -> dict[str, str]:
-    """What the runs of each model are called: its last part, told apart where two are alike."""
-    names: dict[str, str] = {}
-    for text in models:
-        whole = text if text.startswith(("timm:", "random:")) else Path(text).resolve().name
-        if whole == "backbone":
-            whole = Path(text).resolve().parent.name
-        stem = re.sub(r"[^\w.-]+", "_", whole).strip("_")
-        taken = sum(name == stem or name.startswith(f"{stem}~") for name in names.values())
-        names[text] = f"{stem}~{taken + 1}" if taken else stem
-    return names
-
-
-def _digest(options: Mapping[str, Any], data: LabelledData) -> str:
-    """Tells series of fine-tunings apart: the same command finds its own again."""
-    words = {name: options[name] for name in (*DECIDING, "tune") if name in options}
-    told = json.dumps([words, data.source.fingerprint(), data.split], default=str)
-    return hashlib.blake2b(told.encode(), digest_size=4).hexdigest()

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
@@ -19,14 +18,14 @@ from freqmask.evaluation.finetune.augment import Mixer
 from freqmask.evaluation.finetune.recipes import Tuning
 from freqmask.evaluation.subjects import as_float
 from freqmask.training.ema import update_ema
-from freqmask.training.failures import NotFiniteError
 from freqmask.training.recipe import Recipe, Schedule
+from freqmask.training.scheduled import ScheduledModule
 
 BETAS = (0.9, 0.999)
 _PRESENT = 0.2  # a class that is that much of a mixed picture counts as there, as timm's RSB trainings do
 
 
-class FinetuneModule(L.LightningModule):
+class FinetuneModule(ScheduledModule):
     """Trains a classifier.
 
     Args:
@@ -46,9 +45,6 @@ class FinetuneModule(L.LightningModule):
         self.mixer = Mixer(classes, tuning.mixup, tuning.cutmix, tuning.smoothing, tuning.erasing)
         binary = tuning.loss == "binary"
         self.loss = BinaryCrossEntropy(target_threshold=_PRESENT) if binary else SoftTargetCrossEntropy()
-        self.schedule: Schedule | None = None
-        self.gradient_norm: Tensor | None = None
-        self.want_details = False
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(tuning.mean)[:, None, None], persistent=False)
@@ -67,11 +63,10 @@ class FinetuneModule(L.LightningModule):
         """One part of an optimiser step."""
         with torch.no_grad():
             part = batch_index % self.tuning.accumulate
-            key = sample_key(self.tuning.seed, int(self.trainer.global_step), self.trainer.global_rank, part)
+            key = sample_key(self.tuning.seed, self.step, self.trainer.global_rank, part)
             images, targets = self.mixer(self.normalise(batch["views"][0]), batch["labels"], key)
         loss = self.loss(self.model(images).float(), targets)
-        if self.device.type == "cpu" and not torch.isfinite(loss):  # elsewhere a look would be a wait
-            raise NotFiniteError(int(self.trainer.global_step))
+        self.check(loss)
         return {"loss": loss}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -87,21 +82,6 @@ class FinetuneModule(L.LightningModule):
         self.schedule = Schedule(optimizer, recipe_of(tuning))
         return optimizer
 
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Set the learning rates of this step."""
-        assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
-        self.schedule.apply(int(self.trainer.global_step))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Nothing is clipped, as published; the norm goes into the metrics."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm(gradients)
-
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
@@ -109,9 +89,10 @@ class FinetuneModule(L.LightningModule):
         optimizer.step(closure=optimizer_closure)
         if self.average is None:
             return
-        step = int(self.trainer.global_step)
         # young averages follow faster, or a short training would be judged by its beginning
-        update_ema(self.average, self.model, min(float(self.tuning.ema or 0), (1 + step) / (10 + step)))
+        update_ema(
+            self.average, self.model, min(float(self.tuning.ema or 0), (1 + self.step) / (10 + self.step))
+        )
         for mine, its in zip(self.average.buffers(), self.model.buffers(), strict=True):
             mine.copy_(its)
 

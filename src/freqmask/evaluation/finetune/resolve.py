@@ -26,7 +26,7 @@ from freqmask.evaluation.finetune.recipes import (
     Published,
     Tuning,
 )
-from freqmask.evaluation.finetune.settings import AUTO
+from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.interop.models import OpenedModel
 from freqmask.training import plan
 from freqmask.training.plan import Choice
@@ -38,32 +38,16 @@ _SMALL_NUMBERS = ("augment", "erasing", "crop_scale", "crop_share")
 
 
 @dataclass
-class Resolving:
-    """The numbers as they come together.
+class Resolving(Numbers):
+    """The numbers as they come together, and what they hang on.
 
     Attributes:
-        asked: the options as they were given.
         opened: the backbone.
         seen: what the images are like.
-        values: name of a number to its value.
-        reasons: name to the reason, for those that were not given.
-        cost: of an image.
     """
 
-    asked: Mapping[str, Any]
-    opened: OpenedModel
-    seen: Survey
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    cost: plan.Cost | None = None
-
-    def take(self, name: str, choice: Choice) -> None:
-        """What was asked for, else the choice."""
-        asked = self.asked.get(name)
-        if asked in (None, AUTO):
-            self.values[name], self.reasons[name] = choice
-        else:
-            self.values[name] = asked
+    opened: OpenedModel = field(kw_only=True)
+    seen: Survey = field(kw_only=True)
 
 
 def held_out_share(asked: Any, images: int) -> Choice:
@@ -104,7 +88,7 @@ def resolve(
     Raises:
         UserError: options that do not fit the model, the images or the machine.
     """
-    numbers = Resolving(asked, opened, seen)
+    numbers = Resolving(asked, opened=opened, seen=seen)
     published = _recipe(numbers)
     numbers.values |= {"seed": seed, "held_out": held_out, "flip": bool(asked["flip"]), "ema": asked["ema"]}
     _pictures(numbers, network, published)

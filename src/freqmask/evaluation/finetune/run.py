@@ -18,21 +18,21 @@ from freqmask.data.splits import split_indices
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.finetune.announce import say_briefly, say_end, say_plan
-from freqmask.evaluation.finetune.fit import Fit, Outcome
+from freqmask.evaluation.finetune.fit import Fit
 from freqmask.evaluation.finetune.network import make_classifier
 from freqmask.evaluation.finetune.recipes import Tuning, tuning_of
 from freqmask.evaluation.finetune.resolve import held_out_share, resolve
 from freqmask.evaluation.finetune.settings import DECIDING
 from freqmask.evaluation.labelled import LabelledData, subset
 from freqmask.evaluation.subjects import ModelSubject
-from freqmask.training.checkpoint import newest_usable
+from freqmask.evaluation.trainings import check_same, where_to_go_on
 from freqmask.training.failures import told_in_words
+from freqmask.training.fitting import leave
 from freqmask.training.progress import LINES_A_RUN
 from freqmask.training.quiet import quiet_libraries
 from freqmask.training.runs import RunFolder, comparable, now
 
 _LINES_BRIEFLY = 4  # without a terminal a series of runs would be all progress
-PATIENCE = 1800.0  # seconds that the other processes wait for the first one to begin a run
 MACHINE = (
     *("accelerator", "devices", "strategy", "workers", "checkpoint_every_steps", "checkpoint_every_minutes"),
     *("keep_checkpoints", "max_skipped_share"),
@@ -85,10 +85,10 @@ def fine_tune(task: Task) -> RunFolder:
     """
     run = RunFolder(task.folder)
     if rank() > 0:
-        _wait_for(run)
+        run.begun()
     _check_folder(run)
     if run.exists():
-        _check_same(run, task)
+        check_same(run, task.deciding)
         if run.finished():
             say(f"run {run.path} is finished; its classifier is taken")
             return run
@@ -104,28 +104,11 @@ def fine_tune(task: Task) -> RunFolder:
     return run
 
 
-def _wait_for(run: RunFolder) -> None:
-    until = time.monotonic() + PATIENCE
-    while not run.exists():
-        if time.monotonic() > until:
-            raise UserError(f"run ({run.path}) was not begun by process 0 within {PATIENCE:g} seconds")
-        time.sleep(0.2)
-
-
 def _check_folder(run: RunFolder) -> None:
     if run.path.is_file():
         raise UserError(f"out: {run.path} is a file; give the path of a folder that may be made")
     if not run.exists() and (run.path / "model.safetensors").exists():
         raise UserError(f"out: {run.path} holds a model and no fine-tuning; give another --out")
-
-
-def _check_same(run: RunFolder, task: Task) -> None:
-    """A run goes on, or is taken as it is, only where it was asked for in the same words."""
-    before, asked = run.state().get("deciding", {}), task.deciding
-    other = [name for name in asked if before.get(name) != asked[name]]
-    if other:
-        told = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)
-        raise UserError(f"run {run.path} was begun with other settings: {told}; give another --out")
 
 
 def _begin(run: RunFolder, task: Task) -> tuple[Tuning, None, Any]:
@@ -176,12 +159,7 @@ def _go_on(run: RunFolder, task: Task) -> tuple[Tuning, Path | None, Any]:
     config = run.config()
     machine = {name: task.asked[name] for name in MACHINE if task.asked[name] not in (None, "auto")}
     tuning = tuning_of({**config, **machine})
-    checkpoint, complaints = newest_usable(run.checkpoints)
-    for complaint in complaints:
-        say(f"note: {complaint}")
-    where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
-    if rank() == 0:
-        say(f"run {run.path} goes on {where}")
+    checkpoint = where_to_go_on(run)
     network = make_classifier(task.subject.opened, len(task.data.class_names), tuning.drop_path, task.seed)
     return tuning, checkpoint, network.model
 
@@ -220,19 +198,11 @@ def _train(run: RunFolder, task: Task, tuning: Tuning, checkpoint: Path | None, 
     with told_in_words(run, asdict(tuning)):
         outcome = fit.go(checkpoint)
     if outcome.stopped_by is not None:
-        _stop(run, tuning, outcome)
+        say(
+            f"stopped at step {outcome.step:,} of {tuning.steps:,}, saved in {run.path}; the same command goes on"
+        )
+        leave(outcome.stopped_by)
     if rank() == 0:
         summary = {**outcome.summary, "seconds": round(time.time() - began, 1), "ended": now()}
         run.finish(summary)
         say_end(run, summary)
-
-
-def _stop(run: RunFolder, tuning: Tuning, outcome: Outcome) -> None:
-    import signal
-
-    say(
-        f"stopped at step {outcome.step:,} of {tuning.steps:,}, saved in {run.path}; the same command goes on"
-    )
-    if outcome.stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + int(outcome.stopped_by or 0))

@@ -11,8 +11,8 @@ from freqmask.evaluation.fewshot import parse_shots
 from freqmask.evaluation.finetune.augment import NO_AUGMENT
 from freqmask.evaluation.finetune.recipes import PUBLISHED
 from freqmask.evaluation.subjects import PIXELS
+from freqmask.evaluation.trainings import AUTO
 
-AUTO = "auto"
 # The options that decide what a fine-tuning becomes; a run that goes on must have been asked for the same.
 DECIDING = (
     *("recipe", "shots", "epochs", "steps", "batch_size", "lr", "min_lr", "warmup_epochs", "weight_decay"),

@@ -18,7 +18,15 @@ from freqmask.evaluation.job import make_place
 from freqmask.evaluation.job import measure as measure_frozen
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.protocols import Fewshot
-from freqmask.evaluation.results import Result, Summary, append_results, draw_bars, summarise, table_lines
+from freqmask.evaluation.results import (
+    Result,
+    Summary,
+    append_results,
+    draw_bars,
+    summarise,
+    table_lines,
+    write_classes,
+)
 from freqmask.evaluation.subjects import PIXELS
 
 EPOCHS = 50.0  # of the first two settings: the publication names the third one's only
@@ -121,10 +129,12 @@ def _tell(bout: Bout, results: Sequence[Result], shots: Sequence[str]) -> list[S
         bout.setting.out or next((r.subject.results for r in results if r.subject.results), None) or Path()
     )
     title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{bout.data.name}"
-    draw_bars(folder / "fewshot-tuned.png", title, averages)
+    look = [folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"]
+    draw_bars(look[0], title, averages)
+    write_classes(look[1], results, bout.data, None)
     say()
     say(f"rows        {', '.join(map(str, tables))}")
-    say(f"look at     {folder / 'fewshot-tuned.png'}")
+    say(f"look at     {' and '.join(map(str, look))}")
     return summaries
 
 

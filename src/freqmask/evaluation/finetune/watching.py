@@ -13,10 +13,11 @@ from freqmask.backbones import evaluating
 from freqmask.data.dataset import TrainDataset
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import OrderedSampler
+from freqmask.training.looking import Look
 from freqmask.training.monitor import Monitor
 
 
-class HeldOutAccuracy(L.Callback):
+class HeldOutAccuracy(Look):
     """Every so often, and at the end: how many held-out images the classifier gets right.
 
     Args:
@@ -28,20 +29,10 @@ class HeldOutAccuracy(L.Callback):
 
     def __init__(self, monitor: Monitor, images: TrainDataset, every_steps: int, batch_size: int) -> None:
         """Nothing is read before it is needed."""
+        super().__init__(every_steps)
         self.monitor = monitor
         self.images = images
-        self.every_steps = every_steps
         self.batch_size = batch_size
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look, where it is time."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        if step == trainer.max_steps or step % self.every_steps == 0:
-            self.look(trainer, module, step)
 
     def look(self, trainer: L.Trainer, module: Any, step: int) -> None:
         """Measure and record the accuracy of this step."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.segmentation.views import PairDataset, RandomCrop
 from freqmask.interop.timm_folder import write_tensors
-from freqmask.training.checkpoint import load_safely
+from freqmask.training.fitting import Outcome, Start, ends
 from freqmask.training.monitor import Monitor
 from freqmask.training.progress import Progress
 from freqmask.training.resuming import ExactResume
 from freqmask.training.runs import RunFolder
 from freqmask.training.saving import Saver, StopSignals
 from freqmask.training.skipping import Skipped
-from freqmask.training.tables import cut_back, read_rows
+from freqmask.training.tables import read_rows
 from freqmask.training.trainer import make_trainer
 
 NETWORK = "network.safetensors"
@@ -36,21 +35,6 @@ SHOWN = {
     "data_wait_share": "{:.0%} waiting for data",
     "loss": "loss {:.4g}",
 }
-
-
-@dataclass
-class Outcome:
-    """How a fit ended.
-
-    Attributes:
-        step: optimiser steps made in all.
-        stopped_by: the signal that stopped it, None at its proper end.
-        summary: what goes into summary.json.
-    """
-
-    step: int
-    stopped_by: int | None
-    summary: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,33 +58,39 @@ class Fit:
     def go(self, checkpoint: Path | None) -> Outcome:
         """Train from the checkpoint, or from the beginning, to the end or to a signal."""
         numbers = self.training
-        done = int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
-        cut_back(self.run.metrics, "step", done)
+        start = Start(self.run, checkpoint, numbers.steps, numbers.batch_size)
         torch.manual_seed(numbers.seed)  # of dropout and drop path
-        module = SegmentationModule(self.network.train(), numbers)
-        progress = Progress(numbers.steps, done, SHOWN)
-        with StopSignals() as signals:
-            monitor = self._monitor(progress)
-            # rows of a step are written before its checkpoint: a restart from there will not make them again
-            callbacks: list[L.Callback] = [
-                ExactResume(numbers.accumulate),
-                Skipped(self.run.path / "skipped.csv", len(self.images), numbers.max_skipped_share),
-                monitor,
-                self._saver(signals, monitor),
-            ]
-            several = numbers.devices > 1 and numbers.accelerator == "cuda"
-            trainer = make_trainer(
-                self.run, asdict(numbers), numbers.steps, callbacks, sync_batchnorm=several
-            )
-            progress.start()
-            began = time.perf_counter()
-            try:
-                trainer.fit(module, self._loader(trainer, done), ckpt_path=checkpoint, weights_only=True)
-            finally:
-                progress.close()
-        step = int(trainer.global_step)
-        stopped = signals.received if step < numbers.steps else None
-        return Outcome(step, stopped, self._summary(step, done, time.perf_counter() - began))
+        progress = Progress(numbers.steps, start.done, SHOWN)
+        outcome = start.fit(
+            progress,
+            SegmentationModule(self.network.train(), numbers),
+            lambda signals: make_trainer(
+                self.run,
+                asdict(numbers),
+                numbers.steps,
+                self._callbacks(progress, signals),
+                sync_batchnorm=numbers.devices > 1 and numbers.accelerator == "cuda",
+            ),
+            lambda trainer: self._loader(trainer, start.done),
+        )
+        outcome.summary = {
+            "method": "segment",
+            "steps": outcome.step,
+            **ends(self.run, ["loss"]),
+            "images_per_second": outcome.images_per_second,
+            "skipped": len(read_rows(self.run.path / "skipped.csv")),
+        }
+        return outcome
+
+    def _callbacks(self, progress: Progress, signals: StopSignals) -> list[L.Callback]:
+        numbers, monitor = self.training, self._monitor(progress)
+        # rows of a step are written before its checkpoint: a restart from there will not make them again
+        return [
+            ExactResume(numbers.accumulate),
+            Skipped(self.run.path / "skipped.csv", len(self.images), numbers.max_skipped_share),
+            monitor,
+            self._saver(signals, monitor),
+        ]
 
     def _monitor(self, progress: Progress) -> Monitor:
         numbers = self.training
@@ -143,15 +133,6 @@ class Fit:
         )
         dataset = pairs(self.images, self.labels, numbers, cut=True)
         return make_loader(dataset, sampler, numbers.images_at_once, numbers.workers)
-
-    def _summary(self, step: int, done: int, seconds: float) -> dict[str, Any]:
-        losses = [float(row["loss"]) for row in read_rows(self.run.metrics) if row.get("loss")]
-        summary: dict[str, Any] = {"method": "segment", "steps": step}
-        if losses:
-            summary |= {"loss": losses[-1], "first_loss": losses[0]}
-        summary["images_per_second"] = (step - done) * self.training.batch_size / max(seconds, 1e-9)
-        summary["skipped"] = len(read_rows(self.run.path / "skipped.csv"))
-        return summary
 
 
 def pairs(source: Source, labels: Labels, training: Training, cut: bool) -> PairDataset:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +21,7 @@ from freqmask.evaluation.segmentation.overlay import draw_overlays
 from freqmask.evaluation.segmentation.predict import Predictor, Shown, add_shown, predict
 from freqmask.evaluation.segmentation.resolve import STRIDE_SHARE, choose_crop
 from freqmask.evaluation.segmentation.run import Task, Trained, train
-from freqmask.evaluation.segmentation.settings import AUTO, DECIDING, check_options
+from freqmask.evaluation.segmentation.settings import DECIDING, check_options
 from freqmask.evaluation.segmentation.tables import (
     PROTOCOL,
     SegmentationResult,
@@ -38,6 +34,7 @@ from freqmask.evaluation.segmentation.tables import (
     write_classes,
 )
 from freqmask.evaluation.subjects import check_models
+from freqmask.evaluation.trainings import AUTO, digest, run_names
 from freqmask.interop.models import stage_features
 from freqmask.training.quiet import quiet_libraries
 from freqmask.training.runs import RUNS
@@ -114,7 +111,9 @@ def open_bout(options: Mapping[str, Any]) -> Bout:
         raise UserError(f"out ({out}) is a file; give the path of a folder")
     data = open_segmentation(_wanted(options))
     seen = survey(data.source)
-    root = out or RUNS / f"{PROTOCOL}-{_digest(options, data)}"
+    words = {name: options[name] for name in DECIDING if name in options}
+    series = digest(words, data.train.fingerprint(), data.split, data.labels.values)
+    root = out or RUNS / f"{PROTOCOL}-{series}"
     bout = Bout(options, options["model"], seeds, data, seen, root, out)
     _check_models(bout)
     _say_data(data)
@@ -175,7 +174,7 @@ def _say_data(data: SegmentationData) -> None:
 
 def measure(bout: Bout, text: str, seed: int) -> list[SegmentationResult]:
     """One training, tested in each of the ways asked for; nothing after a dry run or in a helping process."""
-    folder = bout.root / f"{_names(bout.models)[text]}-seed{seed}"
+    folder = bout.root / f"{run_names(bout.models)[text]}-seed{seed}"
     trained = train(Task(text, bout.data, bout.seen, seed, folder, bout.options))
     if trained is None or rank() > 0:
         return []
@@ -239,28 +238,3 @@ def tell(bout: Bout, results: Sequence[SegmentationResult]) -> list[Segmentation
     say(f"rows        {', '.join(map(str, tables))}")
     say(f"look at     {', '.join(map(str, look))}")
     return summaries
-
-
-def _names(models: Sequence[str]) -> dict[str, str]:
-    """What the runs of each model are called: its last part, told apart where two are alike."""
-    names: dict[str, str] = {}
-    for text in models:
-        stem, taken = _stem(text), set(names.values())
-        free = (f"{stem}-{number}" for number in itertools.count(2))
-        names[text] = stem if stem not in taken else next(name for name in free if name not in taken)
-    return names
-
-
-def _stem(text: str) -> str:
-    foreign = text.startswith(("timm:", "random:"))
-    path = Path(text.partition(":")[2] if foreign else text)
-    name = path.resolve().parent.name if path.name == "backbone" else path.name or path.resolve().name
-    prefix = f"{text.partition(':')[0]}-" if foreign else ""
-    return re.sub(r"[^\w.-]+", "_", prefix + name)
-
-
-def _digest(options: Mapping[str, Any], data: SegmentationData) -> str:
-    """Tells series of trainings apart: the same command finds its own again."""
-    words = {name: options[name] for name in DECIDING if name in options}
-    told = json.dumps([words, data.train.fingerprint(), data.split, data.labels.values], default=str)
-    return hashlib.blake2b(told.encode(), digest_size=4).hexdigest()

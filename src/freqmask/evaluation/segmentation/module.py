@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +11,13 @@ from freqmask.evaluation.finetune.module import layer_groups
 from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.subjects import as_float
-from freqmask.training.failures import NotFiniteError
 from freqmask.training.recipe import Recipe, Schedule, parameter_groups
+from freqmask.training.scheduled import ScheduledModule
 
 BETAS = (0.9, 0.999)
 
 
-class SegmentationModule(L.LightningModule):
+class SegmentationModule(ScheduledModule):
     """Trains a network.
 
     Args:
@@ -31,18 +30,12 @@ class SegmentationModule(L.LightningModule):
         super().__init__()
         self.network = network
         self.training_numbers = training
-        self.schedule: Schedule | None = None
-        self.gradient_norm: Tensor | None = None
-        self.want_details = False
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """One part of an optimiser step: the losses of both heads."""
         images, masks = batch["views"]
         losses = segmentation_losses(self.network(as_float(images)), masks.long())
-        if self.device.type == "cpu" and not torch.isfinite(
-            losses["loss"]
-        ):  # elsewhere a look would be a wait
-            raise NotFiniteError(int(self.trainer.global_step))
+        self.check(losses["loss"])
         return losses
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -54,21 +47,6 @@ class SegmentationModule(L.LightningModule):
         )
         self.schedule = Schedule(optimizer, recipe_of(numbers))
         return optimizer
-
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Set the learning rates of this step."""
-        assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
-        self.schedule.apply(int(self.trainer.global_step))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Nothing is clipped, as in BEiT's recipe; the norm goes into the metrics."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm(gradients)
 
 
 def groups_of(network: UperNet, training: Training) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
-from freqmask.evaluation.segmentation.settings import AUTO, Training, training_of
+from freqmask.evaluation.segmentation.settings import Training, training_of
 from freqmask.evaluation.subjects import ModelSubject
+from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.training import plan
 from freqmask.training.plan import Choice
 from freqmask.training.recipe import scaled_lr
@@ -35,31 +35,6 @@ SCALE = (0.5, 2.0)
 STRIDE_SHARE = 341 / 512  # of the window
 CHECKPOINTS, SECONDS_A_ROW = 20, 5.0
 _BEIT = "as BEiT on ADE20K"
-
-
-@dataclass
-class Resolving:
-    """The numbers as they come together.
-
-    Attributes:
-        asked: the options as they were given.
-        values: name of a number to its value.
-        reasons: name to the reason, for those that were not given.
-        cost: of a sample.
-    """
-
-    asked: Mapping[str, Any]
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    cost: plan.Cost | None = None
-
-    def take(self, name: str, choice: Choice) -> None:
-        """What was asked for, else the choice."""
-        asked = self.asked.get(name)
-        if asked in (None, AUTO):
-            self.values[name], self.reasons[name] = choice
-        else:
-            self.values[name] = asked
 
 
 def choose_crop(asked: Any, seen: Survey, on_gpu: bool) -> Choice:
@@ -76,7 +51,7 @@ def choose_crop(asked: Any, seen: Survey, on_gpu: bool) -> Choice:
 
 def resolve(
     asked: Mapping[str, Any], subject: ModelSubject, network: UperNet, crop: Choice, images: int, seed: int
-) -> tuple[Training, Resolving]:
+) -> tuple[Training, Numbers]:
     """All numbers of a training.
 
     Args:
@@ -90,7 +65,7 @@ def resolve(
     Raises:
         UserError: numbers do not fit each other.
     """
-    numbers = Resolving(asked)
+    numbers = Numbers(asked)
     values, opened = numbers.values, subject.opened
     values |= {"seed": seed, "crop": crop.value, "image_size": asked["image_size"], "num_nodes": 1}
     values |= {"channels": opened.input_size[0], "mean": opened.mean, "std": opened.std}
@@ -105,7 +80,7 @@ def resolve(
     return training_of(values), numbers
 
 
-def _machine(numbers: Resolving) -> None:
+def _machine(numbers: Numbers) -> None:
     from freqmask.evaluation.job import pick_device
 
     asked, values = numbers.asked, numbers.values
@@ -121,7 +96,7 @@ def _machine(numbers: Resolving) -> None:
     numbers.take("precision", plan.choose_precision(device.type))
 
 
-def _length(numbers: Resolving, network: UperNet, images: int) -> None:
+def _length(numbers: Numbers, network: UperNet, images: int) -> None:
     values, asked = numbers.values, numbers.asked
     numbers.take("batch_size", Choice(BATCH, _BEIT))
     batch, devices = int(values["batch_size"]), int(values["devices"])
@@ -145,7 +120,7 @@ def _length(numbers: Resolving, network: UperNet, images: int) -> None:
     values["warmup_steps"] = min(values["warmup_steps"], values["steps"] - 1)
 
 
-def _rates(numbers: Resolving, subject: ModelSubject, network: UperNet) -> None:
+def _rates(numbers: Numbers, subject: ModelSubject, network: UperNet) -> None:
     plain, fresh = network.pyramid.is_plain, subject.kind == "random"
     rate = scaled_lr(LR if plain else LR_OTHERS, int(numbers.values["batch_size"]), BATCH)
     numbers.take("lr", Choice(rate, f"{LR if plain else LR_OTHERS:g} x batch/{BATCH}"))
@@ -164,7 +139,7 @@ def drops_paths(model: nn.Module) -> bool:
     return any(isinstance(part, DropPath) for part in model.modules())
 
 
-def _records(numbers: Resolving) -> None:
+def _records(numbers: Numbers) -> None:
     values, asked = numbers.values, numbers.asked
     steps = int(values["steps"])
     assert numbers.cost is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,18 +19,17 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.segmentation.announce import say_plan
 from freqmask.evaluation.segmentation.data import SegmentationData
-from freqmask.evaluation.segmentation.fit import NETWORK, Fit, Outcome
+from freqmask.evaluation.segmentation.fit import NETWORK, Fit
 from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.resolve import DROP_PATH, choose_crop, drops_paths, resolve
-from freqmask.evaluation.segmentation.settings import AUTO, DECIDING, MACHINE, Training, training_of
+from freqmask.evaluation.segmentation.settings import DECIDING, MACHINE, Training, training_of
 from freqmask.evaluation.subjects import ModelSubject, open_subject
-from freqmask.training.checkpoint import newest_usable
+from freqmask.evaluation.trainings import AUTO, check_same, where_to_go_on
 from freqmask.training.failures import told_in_words
+from freqmask.training.fitting import leave
 from freqmask.training.quiet import quiet_libraries
 from freqmask.training.readable import readable_time
 from freqmask.training.runs import RunFolder, comparable, now
-
-PATIENCE = 1800.0  # seconds that the other processes wait for the first one to begin a run
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,12 @@ def train(task: Task) -> Trained | None:
     """
     run = RunFolder(task.folder)
     if rank() > 0:
-        _wait_for(run)
+        run.begun()
     on_gpu = torch.cuda.is_available() and task.asked["accelerator"] != "cpu"
     crop = choose_crop(task.asked["crop"], task.seen, on_gpu)
     subject = task.open(crop.value)
     if run.exists():
-        _check_same(run, task.deciding(subject))
+        check_same(run, task.deciding(subject))
     network = _network(subject, task)
     subject.key()  # remembers the hash of the weights; later it would be that of what was learnt
     with ExitStack() as stack:
@@ -152,23 +150,6 @@ def _network(subject: ModelSubject, task: Task) -> UperNet:
         torch.manual_seed(task.seed)
         wanted = None if channels in (None, AUTO) else int(channels)
         return UperNet(subject.opened, len(task.data.labels), wanted)
-
-
-def _wait_for(run: RunFolder) -> None:
-    until = time.monotonic() + PATIENCE
-    while not run.exists():
-        if time.monotonic() > until:
-            raise UserError(f"run ({run.path}) was not begun by process 0 within {PATIENCE:g} seconds")
-        time.sleep(0.2)
-
-
-def _check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
-    """A run goes on, or is taken as it is, only where it was asked for in the same words."""
-    before = run.state().get("deciding", {})
-    other = [name for name in asked if before.get(name) != asked[name]]
-    if other:
-        told = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)
-        raise UserError(f"run {run.path} was begun with other settings: {told}; give another --out")
 
 
 def _finished(run: RunFolder, subject: ModelSubject, network: UperNet) -> Trained:
@@ -215,12 +196,7 @@ def _go_on(run: RunFolder, task: Task) -> tuple[Training, Path | None]:
     asked = {name: task.asked.get(name) for name in MACHINE}
     machine = {name: value for name, value in asked.items() if value not in (None, AUTO)}
     training = training_of({**run.config(), **machine})
-    checkpoint, complaints = newest_usable(run.checkpoints)
-    for complaint in complaints:
-        say(f"note: {complaint}")
-    where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
-    say(f"run {run.path} goes on {where}")
-    return training, checkpoint
+    return training, where_to_go_on(run)
 
 
 def _fit(run: RunFolder, task: Task, training: Training, network: UperNet, checkpoint: Path | None) -> None:
@@ -228,18 +204,12 @@ def _fit(run: RunFolder, task: Task, training: Training, network: UperNet, check
     with told_in_words(run, asdict(training)):
         outcome = Fit(run, training, network, task.data.train, task.data.labels).go(checkpoint)
     if outcome.stopped_by is not None:
-        _stop(run, training, outcome)
+        say(
+            f"stopped at step {outcome.step:,} of {training.steps:,}, saved in {run.path}; the same command goes on"
+        )
+        leave(outcome.stopped_by)
     if rank() == 0:
         seconds = time.time() - began
         run.finish({**outcome.summary, "seconds": round(seconds, 1), "ended": now()})
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # three times the network, which is written
         say(f"done        {outcome.step:,} steps in {readable_time(seconds)}")
-
-
-def _stop(run: RunFolder, training: Training, outcome: Outcome) -> None:
-    say(
-        f"stopped at step {outcome.step:,} of {training.steps:,}, saved in {run.path}; the same command goes on"
-    )
-    if outcome.stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + int(outcome.stopped_by or 0))

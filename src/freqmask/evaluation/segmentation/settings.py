@@ -9,8 +9,8 @@ from typing import Any
 
 from freqmask.errors import UserError
 from freqmask.evaluation.subjects import PIXELS
+from freqmask.evaluation.trainings import AUTO
 
-AUTO = "auto"
 INFERENCES = ("windows", "whole")
 PRECISIONS = (AUTO, "32-true", "bf16-mixed", "16-mixed")
 _WHOLE = (

@@ -19,7 +19,7 @@ from freqmask.evaluation.segmentation.scores import (
     per_class,
     score,
 )
-from freqmask.evaluation.subjects import Subject
+from freqmask.evaluation.subjects import Subject, tell_apart
 from freqmask.training.checkpoint import replace_atomically
 from freqmask.training.tables import append_row
 
@@ -81,7 +81,8 @@ class SegmentationSummary:
 
 
 def summarise(results: Sequence[SegmentationResult], data: SegmentationData) -> list[SegmentationSummary]:
-    """One summary a model and variant, in the order in which they came."""
+    """One summary a model and variant, in the order in which they came; no two models have the same name then."""
+    tell_apart([result.subject for result in results])
     families: dict[tuple[str, str], list[SegmentationResult]] = {}
     for result in results:
         families.setdefault((result.subject.text, result.variant), []).append(result)

@@ -1,0 +1,100 @@
+"""What evaluations that train have in common: the names of their runs, going on with one, how numbers come about."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from freqmask.console import rank, say
+from freqmask.errors import UserError
+from freqmask.training.checkpoint import newest_usable
+from freqmask.training.plan import Choice, Cost
+from freqmask.training.runs import RunFolder
+
+AUTO = "auto"
+
+
+@dataclass
+class Numbers:
+    """The numbers of a training as they come together.
+
+    Attributes:
+        asked: the options as they were given.
+        values: name of a number to its value.
+        reasons: name to the reason, for those that were not given.
+        cost: of an image.
+    """
+
+    asked: Mapping[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    cost: Cost | None = None
+
+    def take(self, name: str, choice: Choice) -> None:
+        """What was asked for, else the choice."""
+        asked = self.asked.get(name)
+        if asked in (None, AUTO):
+            self.values[name], self.reasons[name] = choice
+        else:
+            self.values[name] = asked
+
+
+def run_names(models: Sequence[str]) -> dict[str, str]:
+    """What the runs of each MODEL are called: its last part, told apart where two are alike.
+
+    >>> run_names(["runs/a/backbone", "random:runs/a", "b/a"])
+    {'runs/a/backbone': 'a', 'random:runs/a': 'random-a', 'b/a': 'a-2'}
+    """
+    names: dict[str, str] = {}
+    for text in models:
+        stem, taken = _stem(text), set(names.values())
+        free = (f"{stem}-{number}" for number in itertools.count(2))
+        names[text] = stem if stem not in taken else next(name for name in free if name not in taken)
+    return names
+
+
+def _stem(text: str) -> str:
+    foreign = text.startswith(("timm:", "random:"))
+    path = Path(text.partition(":")[2] if foreign else text)
+    name = path.resolve().parent.name if path.name == "backbone" else path.name or path.resolve().name
+    prefix = f"{text.partition(':')[0]}-" if foreign else ""
+    return re.sub(r"[^\w.-]+", "_", prefix + name).strip("_")
+
+
+def digest(*decides: Any) -> str:
+    """Tells series of trainings apart: the same command finds its own again."""
+    return hashlib.blake2b(json.dumps(decides, default=str).encode(), digest_size=4).hexdigest()
+
+
+def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
+    """A run goes on, or is taken as it is, only where it was asked for in the same words.
+
+    Args:
+        run: begun.
+        asked: the plain values on which its result depends.
+
+    Raises:
+        UserError: one differs.
+    """
+    before = run.state().get("deciding", {})
+    other = [name for name in asked if before.get(name) != asked[name]]
+    if other:
+        told = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)
+        raise UserError(f"run {run.path} was begun with other settings: {told}; give another --out")
+
+
+def where_to_go_on(run: RunFolder) -> Path | None:
+    """The checkpoint from which an unfinished run goes on, and says so; None for its beginning."""
+    checkpoint, complaints = newest_usable(run.checkpoints)
+    if rank() == 0:
+        for complaint in complaints:
+            say(f"note: {complaint}")
+        where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
+        say(f"run {run.path} goes on {where}")
+    return checkpoint
