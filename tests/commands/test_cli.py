@@ -117,10 +117,17 @@ def test_an_unknown_option_in_a_config_is_named(tmp_path: Path, capsys: pytest.C
     assert "did you mean 'steps'?" in err
 
 
-def test_print_config_shows_a_recipe_and_what_overrides_it(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = typed(capsys, "pretrain", "x", "--config", "mfm-32", "--seed", "7", "--print_config")
+@pytest.mark.parametrize(
+    "words",
+    [["--config", "mfm-32", "--lr", "7.5"], ["--lr", "7.5", "--config=mfm-32"]],
+    ids=["after", "before"],
+)
+def test_what_is_typed_overrides_a_recipe_wherever_it_stands(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = typed(capsys, "pretrain", "x", *words, "--print_config")
     assert code == 0
-    assert "seed: 7" in out
+    assert "\nlr: 7.5" in out
     assert "image_size: 32" in out
 
 

@@ -56,7 +56,7 @@ def call(program: str, function: Callable[..., Any], positional: Positional, wor
     parser = build_parser(program, function, positional)
     words = [_underscored(word) for word in words]
     _check_names(function, words)
-    words = _with_recipe_paths(_with_whole_values(function, words))
+    words = _with_config_first(_with_whole_values(function, words))
     try:
         given = parser.parse_args(words, defaults=False)
     except SystemExit as leaving:
@@ -189,15 +189,20 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _with_recipe_paths(words: Sequence[str]) -> list[str]:
-    """``--config mfm-vit-base`` means the recipe's file."""
-    resolved = list(words)
-    for position, word in enumerate(resolved):
-        if word == "--config" and position + 1 < len(resolved):
-            resolved[position + 1] = str(config_path(resolved[position + 1]))
+def _with_config_first(words: Sequence[str]) -> list[str]:
+    """``--config mfm-vit-base`` means the recipe's file, and what is typed before it counts as what is typed after."""
+    configs: list[str] = []
+    others: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--config" and rest:
+            configs += [word, str(config_path(rest.pop(0)))]
         elif word.startswith("--config="):
-            resolved[position] = "--config=" + str(config_path(word.partition("=")[2]))
-    return resolved
+            configs.append("--config=" + str(config_path(word.partition("=")[2])))
+        else:
+            others.append(word)
+    return [*configs, *others]
 
 
 def _sentence(message: str, kinds: Mapping[str, str]) -> str:
