@@ -138,7 +138,7 @@ def test_the_walk_of_a_newcomer_goes_through(
 
 def small(words: list[str]) -> list[str]:
     """The command with its training cut short, its measuring kept to what a few images allow."""
-    if words[0] == "evaluate":
+    if words[0] in ("evaluate", "embed"):
         return [*words, "--accelerator", "cpu", "--workers", "0"]
     if words[0] != "pretrain":
         return words
@@ -157,11 +157,12 @@ def without(words: list[str], *options: str) -> list[str]:
 
 
 def make_images(folder: Path) -> None:
-    """photos: five classes of JPEGs; cells: 16-bit TIFFs; tiles: 12 bands; a table of labels for the last two."""
+    """photos, labelled: five classes of JPEGs; cells: 16-bit TIFFs; tiles: 12 bands; tables of labels for the last two."""
     draw = np.random.default_rng(0)
     for number in range(60):
         photo = draw.integers(0, 255, (48, 56, 3), dtype=np.uint8)
-        write(folder / "photos" / f"class{number % 5}" / f"{number}.jpg", photo)
+        for name in ("photos", "labelled"):
+            write(folder / name / f"class{number % 5}" / f"{number}.jpg", photo)
         write(folder / "cells" / f"{number}.tif", draw.integers(100, 3000, (96, 96)).astype(np.uint16))
         write(folder / "tiles" / f"{number}.tif", draw.normal(800, 90, (64, 64, 12)).astype(np.float32))
     write(folder / "photo.jpg", photo)
