@@ -261,6 +261,19 @@ def test_overfit_ends_in_pass_or_fail(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "FAIL: on 8 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("crop", "words"),
+    [("resized", "of the area"), ("native", "never resampled"), ("whole", "whole images, distorted")],
+)
+def test_the_plan_says_how_images_are_cropped(
+    crop: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    freqmask.pretrain("builtin:digits", **TINY, out=str(tmp_path / "run"), crop=crop, dry_run=True)
+    told = capsys.readouterr().out
+    assert words in told
+    assert ("of the area" in told) == (crop == "resized")
+
+
 def test_dry_run_draws_the_plan_and_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

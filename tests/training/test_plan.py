@@ -55,6 +55,17 @@ def test_cost_counts_what_the_backward_pass_keeps() -> None:
     assert layer.weight.grad is None
 
 
+def test_a_measurement_that_something_else_disturbs_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(2, 2)
+    taken = iter([9.0, 0.4, 0.08, 0.2])
+    monkeypatch.setattr(plan, "_timed", lambda loss, images, device: next(taken))
+    slow = plan.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
+    assert slow.seconds_per_image == pytest.approx(0.4 / 4)  # two slow ones are enough
+    taken = iter([0.4, 0.3, 0.08, 0.3, 9.0])
+    quick = plan.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
+    assert quick.seconds_per_image == pytest.approx(0.08 / 4)
+
+
 def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "cpu_flags", lambda: {"avx2"})
     assert plan.choose_precision("cpu").value == "32-true"

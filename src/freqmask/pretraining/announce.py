@@ -70,6 +70,16 @@ def _counts(counts: Mapping[Any, int]) -> str:
     return ", ".join(f"{key} ({count})" for key, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
+def _crop_words(options: Mapping[str, Any]) -> str:
+    smallest, largest = options["crop_scale"]
+    return {
+        "resized": f"crops of {smallest:g} to {largest:g} of the area",
+        "native": "crops of just this size, never resampled",
+        "center": "the largest window in the middle",
+        "whole": "whole images, distorted to this size",
+    }[options["crop"]]
+
+
 def _seen_lines(
     options: Mapping[str, Any], reasons: Mapping[str, str], survey: Survey | None
 ) -> Iterator[str]:
@@ -88,8 +98,7 @@ def _seen_lines(
             "are empty, and predicting nothing there teaches nothing; try --image_size auto"
         )
     if options["overfit"] is None:
-        smallest, largest = options["crop_scale"]
-        yield f"            crops of {smallest:g} to {largest:g} of the area{why('crop_scale')}"
+        yield f"            {_crop_words(options)}{why('crop_scale') if options['crop'] == 'resized' else ''}"
     patch = f", patch {options['patch_size']}{why('patch_size')}" if options["patch_size"] else ""
     yield f"backbone    {options['backbone']}{why('backbone')}{patch}"
     names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
