@@ -157,7 +157,7 @@ def without(words: list[str], *options: str) -> list[str]:
 
 
 def make_images(folder: Path) -> None:
-    """photos, labelled: five classes of JPEGs; cells: 16-bit TIFFs; tiles: 12 bands; tables of labels for the last two."""
+    """photos, labelled: five classes of JPEGs; cells: 16-bit TIFFs; tiles: 12 bands; a table of labels each."""
     draw = np.random.default_rng(0)
     for number in range(60):
         photo = draw.integers(0, 255, (48, 56, 3), dtype=np.uint8)

@@ -1,6 +1,6 @@
 """freqmask: frequency-masked self-supervised pre-training (MFM, FOLK) of any timm backbone.
 
-Everything on the command line has a twin here: ``freqmask.pretrain("photos", method="folk")``. The pieces
+Every command but ``recipes`` has a twin here: ``freqmask.pretrain("photos", method="folk")``. The pieces
 (``freqmask.filters``, ``freqmask.losses``, ``freqmask.methods`` ...) are importable on their own.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from freqmask.commands.pretrain import pretrain
     from freqmask.commands.reconstruct import reconstruct
     from freqmask.commands.report import report
+    from freqmask.commands.runs import runs
     from freqmask.commands.spectra import spectra
     from freqmask.errors import UserError
     from freqmask.interop.models import load_backbone
@@ -37,6 +38,7 @@ _PUBLIC = {
     "load_backbone": "freqmask.interop.models",
     "load_method": "freqmask.interop.runs",
     "report": "freqmask.commands.report",
+    "runs": "freqmask.commands.runs",
     "spectra": "freqmask.commands.spectra",
     "info": "freqmask.commands.info",
     "UserError": "freqmask.errors",
@@ -54,6 +56,7 @@ __all__ = [
     "pretrain",
     "reconstruct",
     "report",
+    "runs",
     "spectra",
 ]
 

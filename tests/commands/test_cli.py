@@ -76,6 +76,14 @@ def test_help_documents_every_option_and_nothing_of_the_docstring_s_tail(
             assert told[1] in shown
 
 
+def test_every_command_has_a_twin_but_recipes_which_is_the_name_of_a_module() -> None:
+    for words in EVERY:
+        if words[0] != "recipes":
+            twin = getattr(freqmask, words[0])
+            assert (getattr(twin, words[1]) if words[1:] else twin) is load(*words)
+            assert words[0] in freqmask.__all__
+
+
 def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(default: runs)" in typed(capsys, "runs", "--help")[1]
 
