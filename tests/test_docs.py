@@ -12,12 +12,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from freqmask.cli import COMMANDS, main
+from freqmask.cli import COMMANDS, load, main
 from freqmask.commands.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 # Each of these is run by a test of its own.
 ELSEWHERE = {"using-it.md": "tests/interop/test_using_it.py", "CONTRIBUTING.md": "tests/test_contributing.py"}
 WALKS = ("index.md", "your-own-images.md", "when-it-goes-wrong.md")
@@ -34,10 +34,16 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Every ``freqmask ...`` line of a page, without its comment, after the word freqmask."""
+    """Every ``freqmask ...`` of a page's code blocks, whoever starts it: what follows the word, without its comment."""
     lines = [line for text in blocks(page, "bash", "sh") for line in text.replace("\\\n", " ").splitlines()]
     words = [shlex.split(line, comments=True) for line in lines]
-    return [line[1:] for line in words if line and line[0] == "freqmask"]
+    return [line[line.index("freqmask") + 1 :] for line in words if "freqmask" in line]
+
+
+def commands_in_prose(page: Path) -> list[list[str]]:
+    """The same of a page's sentences."""
+    found = re.findall(r"`freqmask ([a-z][^`]*)`", " ".join(prose(page).split()))
+    return [shlex.split(text) for text in found]
 
 
 def prose(page: Path) -> str:
@@ -79,23 +85,44 @@ def test_the_site_shows_every_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_one_that_the_parser_takes(page: Path) -> None:
-    for words in commands(page):
+    for words in [*commands(page), *commands_in_prose(page)]:
         name, *rest = words
         if name in ("--help", "--version"):
             continue
         command = COMMANDS[name]
-        if command.parts is not None:
+        if command.parts is not None and rest:
             assert rest[0] in command.parts, words
-        options = {word.partition("=")[0] for word in rest if word.startswith("--")}
-        known = set(re.findall(r"--[\w]+", help_of(name, rest[0] if command.parts else None)))
-        assert {option.replace("-", "_").replace("__", "--", 1) for option in options} <= known, words
+        options = {option_of(word) for word in rest if word.startswith("--")}
+        assert options <= options_of(name, rest[0] if command.parts and rest else None), words
 
 
-def help_of(name: str, part: str | None) -> str:
-    from freqmask.cli import load
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_in_a_sentence_is_one_of_some_command(page: Path) -> None:
+    known = {"help", "version"}.union(
+        *(options_of(name, part) for name, command in COMMANDS.items() for part in command.parts or [None])
+    )
+    others = r"`(?:python|mkdocs|pip|torchrun) [^`]*`|`--model local-dir:[^`]*`|`--bandwidth`"
+    named = re.findall(r"--([a-z][\w-]*)", re.sub(others, "", prose(page)))
+    assert {option_of(name) for name in named} - known == set()
 
-    function = load(name, part) if part else load(name)
-    return build_parser(f"freqmask {name}", function, COMMANDS[name].positional).format_help()
+
+def test_every_option_has_a_page() -> None:
+    text = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = {option_of(name) for name in re.findall(r"--([a-z][\w-]*)", text)}
+    every = {(name, part) for name, command in COMMANDS.items() for part in command.parts or [None]}
+    assert {option for command in every for option in options_of(*command)} - named == {"help"}
+
+
+def option_of(word: str) -> str:
+    """An option's name as the signature has it."""
+    return re.split(r"[=.]", word.removeprefix("--"))[0].replace("-", "_")
+
+
+def options_of(name: str, part: str | None = None) -> set[str]:
+    """What the command takes with two dashes."""
+    parser = build_parser(f"freqmask {name}", load(name, part), COMMANDS[name].positional)
+    texts = (text for action in parser._actions for text in action.option_strings if text.startswith("--"))
+    return {option_of(text.removesuffix("+")) for text in texts}
 
 
 @pytest.mark.parametrize(
