@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -84,10 +85,45 @@ class Handler(SimpleHTTPRequestHandler):
         self.wfile.write(part)
 
 
+class HubHandler(Handler):
+    """A folder as the data set ``someone/photos`` of a Hugging Face hub, as far as reading needs one."""
+
+    def do_GET(self) -> None:
+        kind, _, rest = self.path.partition("/datasets/someone/photos")
+        if kind == "/api":
+            answer = json.dumps(
+                self._tree(rest) if rest.startswith("/tree") else {"id": "someone/photos"}
+            ).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+            return
+        self.path = rest.removeprefix("/resolve/main")
+        super().do_GET()
+
+    def _tree(self, query: str) -> list[dict[str, object]]:
+        """Files and folders below one, or directly in it."""
+        below, _, options = query.partition("?")
+        root = self.server.folder
+        folder = root / below.removeprefix("/tree/main").strip("/")
+        found = folder.rglob("*") if "recursive=true" in options.lower() else folder.glob("*")
+        return [
+            {
+                "type": "directory" if path.is_dir() else "file",
+                "path": path.relative_to(root).as_posix(),
+                "size": path.stat().st_size,
+                "oid": "0",
+            }
+            for path in sorted(found)
+        ]
+
+
 @contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[Server]:
     """A server of a folder, in a thread of its own."""
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         server.folder, server.failures = folder, {}
         server.asked, server.sent = Counter(), Counter()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

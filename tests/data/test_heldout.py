@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from freqmask.data.heldout import hold_out
+from freqmask.data.lanes import Blocks
 from freqmask.data.subset import Subset
 from freqmask.errors import UserError
 
@@ -50,3 +51,17 @@ def test_a_part_speaks_for_its_images(source: Any) -> None:
     assert (part.name(0), part.label(1), part.identity(0)) == ("image-7", 3, source.identity(7))
     assert part.fingerprint() != Subset(source, [3, 7]).fingerprint()
     assert part.summary().used == 2
+
+
+def test_where_blocks_come_whole_few_of_them_are_held_out_and_stay_so(memory_source: Any) -> None:
+    class Blocked(memory_source):  # type: ignore[misc, valid-type]
+        def blocks(self) -> Blocks:
+            return Blocks(np.arange(len(self)) // 20, whole=True)
+
+    source = Blocked(["never opened"] * 1000)
+    train, held = hold_out(source, share=0.11)
+    assert len(held) == 110 and sorted([*train, *held]) == list(range(1000))
+    counts = np.bincount(held // 20)
+    assert sorted(counts[counts > 0]) == [10, 20, 20, 20, 20, 20]
+    _, more = hold_out(Blocked(["never opened"] * 1100), share=0.11)
+    assert len(np.intersect1d(held, more)) > 80

@@ -12,20 +12,22 @@ import pytest
 from PIL import Image
 
 from freqmask.data.joined import JoinedSource
-from freqmask.data.sampler import TrainSampler, lane_order
+from freqmask.data.lanes import Blocks, lane_order
+from freqmask.data.sampler import TrainSampler
 from freqmask.data.subset import Subset
 
 # 103 images in shards of very different sizes, 4 images a block
 SIZES = (41, 3, 30, 1, 28)
 BLOCKS = np.concatenate([100 * shard + np.arange(size) // 4 for shard, size in enumerate(SIZES)])
+TOGETHER = Blocks(BLOCKS)
 COUNT, BATCH = len(BLOCKS), 3
 
 
-def streams(world, workers, steps, start=0, seed=0, blocks=BLOCKS):
+def streams(world, workers, steps, start=0, seed=0):
     """(rank, worker) -> the items that it reads, in order."""
     found = defaultdict(list)
     for rank in range(world):
-        sampler = TrainSampler(len(blocks), seed, BATCH, rank, world, start, steps, blocks, workers)
+        sampler = TrainSampler(COUNT, seed, BATCH, rank, world, start, steps, TOGETHER, workers)
         for number, item in enumerate(sampler):
             found[rank, number // BATCH % max(workers, 1)].append(item)
     return found
@@ -67,7 +69,7 @@ def test_workers_of_all_processes_share_the_blocks_among_them(epoch):
 
 def test_a_block_is_read_within_its_window():
     blocks = np.repeat(np.arange(200), 5)
-    order = lane_order(blocks, 0, 0, 4, 1)
+    order = lane_order(Blocks(blocks), 0, 0, 4, 1)
     places = defaultdict(list)
     for place, index in enumerate(order):
         places[blocks[index]].append(place)
@@ -77,26 +79,26 @@ def test_a_block_is_read_within_its_window():
 
 def test_passes_and_seeds_differ_and_repeat():
     orders = [
-        lane_order(BLOCKS, seed, epoch, 4, 2).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+        lane_order(TOGETHER, seed, epoch, 4, 2).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]
     assert orders[0] == orders[3] and orders[0] != orders[1] and orders[0] != orders[2]
 
 
 def test_a_restart_goes_on_where_it_was():
-    whole, rest = [list(TrainSampler(COUNT, 0, BATCH, 1, 2, start, 40, BLOCKS, 2)) for start in (0, 23)]
+    whole, rest = [list(TrainSampler(COUNT, 0, BATCH, 1, 2, start, 40, TOGETHER, 2)) for start in (0, 23)]
     assert whole[23 * BATCH :] == rest
 
 
 def test_parts_keep_their_blocks(memory_source, photographs):
     class Blocked(memory_source):
         def blocks(self):
-            return np.arange(len(self)) // 4
+            return Blocks(np.arange(len(self)) // 4, window=3, whole=True)
 
     source = Blocked(photographs(10))
-    assert Subset(source, [9, 0, 5]).blocks().tolist() == [2, 0, 1]
-    assert JoinedSource([source, memory_source(photographs(2))]).blocks().tolist() == [
-        *[0] * 4, *[1] * 4, *[2] * 2, 3, 3,
-    ]  # fmt: skip
+    assert Subset(source, [9, 0, 5]).blocks().numbers.tolist() == [2, 0, 1]
+    joined = JoinedSource([source, memory_source(photographs(2))]).blocks()
+    assert joined.numbers.tolist() == [*[0] * 4, *[1] * 4, *[2] * 2, 3, 3]
+    assert (joined.window, joined.whole) == (3, True)
     assert JoinedSource([memory_source(photographs(2))] * 2).blocks() is None
 
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data import shards as shards_module
+from freqmask.data import shard_finding
 from freqmask.data.dataset import TrainDataset
 from freqmask.data.heldout import hold_out
 from freqmask.data.loader import make_loader
+from freqmask.data.patterns import expand_braces
 from freqmask.data.sampler import TrainSampler
+from freqmask.data.shard_files import local_shards
+from freqmask.data.shard_finding import find_index
 from freqmask.data.shard_index import INDEX_NAME, Row, ShardRows, load_index, make_index
-from freqmask.data.shards import expand_braces, find_index, local_shards
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.views import Geometry
 from freqmask.errors import BadImage, UserError
@@ -70,7 +72,7 @@ def test_a_folder_of_shards_gives_images_labels_and_names(tmp_path):
 def test_headers_are_read_once(tmp_path, monkeypatch):
     pack(tmp_path / "a.tar", samples(range(3)))
     first = open_source(tmp_path / "a.tar")
-    monkeypatch.setattr(shards_module, "read_headers", None)
+    monkeypatch.setattr(shard_finding, "read_headers", None)
     again = open_source(tmp_path / "a.tar")
     assert reds(again) == [0, 1, 2] and again.fingerprint() == first.fingerprint()
     assert reds(pickle.loads(pickle.dumps(again))) == [0, 1, 2]
@@ -143,6 +145,31 @@ def test_train_beside_val_is_used_and_said(tmp_path, names):
         open_source(tmp_path, split="dev-7")
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_shard_of_val_that_is_named_is_read(tmp_path, prepared):
+    pack(tmp_path / "train-0.tar", samples(range(3)))
+    val = pack(tmp_path / "val-0.tar", samples(range(3, 5)))
+    if prepared:
+        find_index(*local_shards(str(tmp_path)), "here").save(tmp_path / INDEX_NAME)
+    source = open_source(val)
+    assert reds(source) == [3, 4] and not source.summary().notes
+    assert splits_there(val) == ["val"]
+    assert reds(open_source(str(tmp_path / "{train,val}-0.tar"))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "name", ["photos.tar.gz", "photos.tgz", "photos.zip", "s-{0..3}.tar.gz", "https://x.y/a.tgz"]
+)
+def test_what_is_packed_as_a_whole_is_refused_with_its_program(tmp_path, name):
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as packed:
+        packed.add(__file__)
+    program = "unzip" if name.endswith("zip") else "gunzip"
+    with pytest.raises(UserError, match=rf"compressed.* unpack it with {program} .*freqmask prepare"):
+        open_source(name if "//" in name else str(tmp_path / name))
+    with pytest.raises(UserError, match=r"\(1 .gz\); unpack them with gunzip"):
+        open_source(tmp_path)
+
+
 def test_held_out_images_stay_where_they_are(tmp_path):
     pack(tmp_path / "s-0.tar", samples(range(40)))
     train, held_out = hold_out(open_source(tmp_path), 0.2)
@@ -204,7 +231,7 @@ def indexed(folder, count=4):
 
 def test_an_index_beside_the_shards_decides(tmp_path, monkeypatch):
     indexed(tmp_path)
-    monkeypatch.setattr(shards_module, "read_headers", None)
+    monkeypatch.setattr(shard_finding, "read_headers", None)
     source = open_source(tmp_path)
     assert reds(source) == list(range(8)) and source.class_names == ["ant", "cat"]
     assert source.name(5) == "old/1/1" and source.label(5) == 1

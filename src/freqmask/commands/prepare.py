@@ -48,7 +48,8 @@ def prepare(
     Raises:
         UserError: the images cannot be opened, or out cannot be written or was begun otherwise.
     """
-    from freqmask.data.prepare import clear_leftovers, open_parts, prepare_shards, read_manifest
+    from freqmask.data.parts import open_parts
+    from freqmask.data.prepare import clear_leftovers, prepare_shards, read_manifest
     from freqmask.interop.outputs import check_out
 
     side = _side(resize)
@@ -59,7 +60,7 @@ def prepare(
     processes = _processes(workers)
     parts, notes = open_parts([data] if isinstance(data, str) else data, pages, split, labels)
     _say_images(parts, notes)
-    settings = _settings(parts, side, shard_size, pages, split, begun, path)
+    settings = _settings(parts, side, shard_size, pages, split, processes, begun, path)
     if begun is not None and begun[1]:
         say(f"shards      {path} is there already, of the same images and settings")
         return path
@@ -106,23 +107,26 @@ def _settings(
     shard_size: int | str,
     pages: str,
     split: str,
+    workers: int,
     begun: tuple[Any, bool] | None,
     out: Path,
 ) -> Any:
     """The settings of this start; those of a folder that was begun must be the same."""
-    from freqmask.data.prepare import Settings, choose_shard_size
+    from freqmask.data.parts import choose_shard_size
+    from freqmask.data.prepare import Settings
 
     if shard_size != "auto" and (not isinstance(shard_size, int) or shard_size < 1):
         raise UserError(f"shard_size ({shard_size}) must be auto or at least 1 image")
     if begun is not None:
         size = begun[0].shard_size if shard_size == "auto" else int(shard_size)
-        settings = Settings(side, size, pages, split, parts.content)
+        settings = Settings(side, size, pages, split, parts.content, begun[0].lanes)
         _compare(settings, begun[0], out)
         return settings
     chosen, mean = choose_shard_size(parts, side)
     size = chosen if shard_size == "auto" else int(shard_size)
     _say_size(parts, size, mean, out)
-    return Settings(side, size, pages, split, parts.content)
+    lanes = 1 if parts.blocks is None else max(workers, 1)
+    return Settings(side, size, pages, split, parts.content, lanes)
 
 
 def _compare(settings: Any, before: Any, out: Path) -> None:

@@ -118,9 +118,9 @@ def pretrain(
     command again.
 
     Args:
-        data: what to learn from: folders, shards (of `freqmask prepare`, or any WebDataset tars), either of them
-            also behind s3://, gs:// or https://, a .parquet file, .npy or .npz arrays, hf:NAME, builtin:photos,
-            builtin:digits, or an import path such as mylab.data:MySource. Several are joined.
+        data: what to learn from: folders, shards (of `freqmask prepare`, or any WebDataset tars) or
+            parquet tables, each also behind s3://, gs://, https:// or hf://datasets/NAME; .npy or .npz arrays,
+            hf:NAME, builtin:photos, builtin:digits, or an import path such as mylab.data:MySource. Several are joined.
         method: mfm, folk, sr, deblur, denoise, or the import path of a method of your own (in Python also the
             class).
         backbone: any timm model that yields a feature map; auto is a small ViT. `--channels`,

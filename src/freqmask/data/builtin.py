@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from freqmask.data.pictures import ArrayPicture, Picture
 from freqmask.data.sources import Source, SourceSummary
+from freqmask.errors import UserError, nearest
 
 # The colour photographs inside scikit-image's wheel; its other images would be fetched from the network. The
 # right eye of the motorcycle pair is left out, being nearly the left one.
@@ -134,3 +136,19 @@ class BuiltinDigits(Source):
             f"Digits of 8×8 pixels enlarged to {self.size}×{self.size}: their higher frequencies are empty."
         )
         return SourceSummary("built-in digits", len(self), len(self), notes=[note])
+
+
+BUILTINS: dict[str, Callable[[], Source]] = {"photos": BuiltinPhotos, "digits": BuiltinDigits}
+
+
+def open_builtin(text: str) -> Source:
+    """The set that ``builtin:NAME`` names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    name = text.removeprefix("builtin:")
+    if name not in BUILTINS:
+        hint = nearest(text, [f"builtin:{known}" for known in BUILTINS])
+        raise UserError(f"DATA ({text}) is no built-in set; {hint}")
+    return BUILTINS[name]()

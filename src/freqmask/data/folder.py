@@ -11,6 +11,7 @@ import numpy as np
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.decode import EXTRAS, count_images, open_file, read_file, read_suffixes
 from freqmask.data.index import FolderIndex, index_folder
+from freqmask.data.patterns import unpacker_of
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Pages, Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note, split_of
@@ -174,5 +175,11 @@ def nothing_to_read(path: Path | str, index: FolderIndex) -> str:
         return f"DATA ({path}) holds no images; name a folder with JPEG, PNG, TIFF or .npy files"
     counts = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in index.ignored.items())
     extras = sorted({EXTRAS[suffix] for suffix in index.ignored if suffix in EXTRAS})
-    way_out = f"pip install '{extras[0]}'" if extras else "convert them to PNG or TIFF"
+    program = unpacker_of(index.ignored)
+    if extras:
+        way_out = f"pip install '{extras[0]}'"
+    elif program is not None:
+        way_out = f"unpack them with {program} (a .tar is read as it is)"
+    else:
+        way_out = "convert them to PNG or TIFF"
     return f"DATA ({path}) holds only files that are not read ({counts}); {way_out}"

@@ -18,7 +18,8 @@ def hold_out(
     """Choose images to keep out of training, by the hash of their identity.
 
     Whether an image is held out depends on itself: when images are added or removed, nearly all of the others
-    stay on their side.
+    stay on their side. Where one image cannot be had without all of its block, blocks are held out by the hash of
+    their first images, and only the last of them is divided.
 
     Args:
         source: the images.
@@ -40,5 +41,11 @@ def hold_out(
     if wanted == 0:
         return np.arange(total), np.arange(0)
     identities = torch.tensor([source.identity(index) for index in range(total)], dtype=torch.int64)
-    order = np.argsort(uniform(combine(identities, "hold out", seed), 0).numpy(), kind="stable")
+    drawn = uniform(combine(identities, "hold out", seed), 0).numpy()
+    blocks = source.blocks()
+    if blocks is None or not blocks.whole:
+        order = np.argsort(drawn, kind="stable")
+    else:
+        _, first, block = np.unique(blocks.numbers, return_index=True, return_inverse=True)
+        order = np.lexsort((drawn, drawn[first][block]))
     return np.sort(order[wanted:]), np.sort(order[:wanted])

@@ -15,7 +15,7 @@ from freqmask.data.joined import JoinedSource
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
-from freqmask.data.tables import LABEL_COLUMNS
+from freqmask.data.table_layout import LABEL_COLUMNS, number_classes
 from freqmask.errors import BadImage, UserError, nearest
 
 HUB = "hf:"
@@ -68,8 +68,12 @@ def _load(data: str | Path) -> dict[str, Any]:
         if isinstance(data, Path):
             loaded = datasets.load_from_disk(str(data))
         else:
-            say(f"data        fetching {data}, which Hugging Face's cache keeps")
-            loaded = datasets.load_dataset(*data.removeprefix(HUB).split(":"))
+            name, _, config = data.removeprefix(HUB).partition(":")
+            say(
+                f"data        fetching {data} into Hugging Face's cache (hf://datasets/{name} would read it where "
+                "it is)"
+            )
+            loaded = datasets.load_dataset(*([name, config] if config else [name]))
     except Exception as error:  # the hub, the network, the file system and scripts each raise their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"DATA ({data}) cannot be opened ({reason}); check name and connection") from error
@@ -166,15 +170,7 @@ def _labels(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
     if column is None:
         return None, None
     values = list(dataset.select_columns([column]).with_format(None)[:][column])
-    if named:
-        names = [str(name) for name in dataset.features[column].names]
-    elif any(isinstance(value, str) for value in values):
-        names = sorted({value for value in values if value is not None})
-        places = {name: place for place, name in enumerate(names)}
-        values = [None if value is None else places[value] for value in values]
-    else:
-        names = [str(k) for k in range(max((v for v in values if v is not None), default=-1) + 1)]
-    return np.array([-1 if value is None else value for value in values], np.int64), names
+    return number_classes(values, [str(name) for name in dataset.features[column].names] if named else None)
 
 
 def _is_class(kind: str | None) -> bool:

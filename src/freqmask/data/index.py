@@ -140,9 +140,11 @@ def index_listing(root: str, files: Mapping[str, int | None], suffixes: frozense
     members: dict[bytes, list[tuple[bytes, int]]] = {}
     for path, size in files.items():
         parent, _, name = os.fsencode(path).rpartition(b"/")
+        if name.lower() in JUNK or any(part.startswith(".") for part in path.split("/")):
+            continue  # as in a folder here
         folder = found.setdefault(parent, _Folder(0, settled=False))
         suffix = os.fsdecode(_suffix(name))
-        if suffix in suffixes and not name.startswith(b"."):
+        if suffix in suffixes:
             members.setdefault(parent, []).append((name, min(size or 0, 2**32 - 1)))
         else:
             folder.ignored[suffix] = folder.ignored.get(suffix, 0) + 1

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from freqmask.data.lanes import Blocks
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Source, SourceSummary
 
@@ -68,16 +69,18 @@ class JoinedSource(Source):
         part, inner = self._place(index)
         return self.sources[part].group(inner)
 
-    def blocks(self) -> np.ndarray | None:
+    def blocks(self) -> Blocks | None:
         parts = [source.blocks() for source in self.sources]
-        if all(part is None for part in parts):
+        known = [part for part in parts if part is not None]
+        if not known:
             return None
         joined, first = [], 0
         for source, part in zip(self.sources, parts, strict=True):
-            own = np.arange(len(source)) // LOCAL_BLOCK if part is None else part
+            own = np.arange(len(source)) // LOCAL_BLOCK if part is None else part.numbers
             joined.append(own + first)
             first += int(own.max()) + 1
-        return np.concatenate(joined)
+        window, whole = min(part.window for part in known), any(part.whole for part in known)
+        return Blocks(np.concatenate(joined), window, whole)
 
     def encoded(self, index: int) -> tuple[bytes, str] | None:
         part, inner = self._place(index)

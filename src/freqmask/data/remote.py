@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import io
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,15 @@ Result = TypeVar("Result")
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
 SECONDS_WITHOUT_A_BYTE = 60
 HEADER_BYTES = 65_536  # asked for at once while headers are read; the next header often lies in it
-EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+EXTRAS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+}
 TRANSIENT = (408, 425, 429)  # answers of a server that ask for patience; all others below 500 are final
 
 
@@ -57,7 +67,7 @@ class RemoteFiles:
 
         def fetch() -> bytes:
             system, path = _system(url)
-            data = system.cat_file(path, start=start, end=stop)
+            data = system.cat_file(path, start=start, end=stop, **_reading(url))
             if start is not None and stop is not None and len(data) > stop - start:
                 raise _NoRangesError
             if start is not None and stop is not None and len(data) < stop - start:
@@ -140,8 +150,6 @@ class RemoteFiles:
 
 def hash_of(data: bytes) -> str:
     """A short hash of some bytes."""
-    import hashlib
-
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -207,9 +215,9 @@ def with_patience(url: str, work: Callable[[], Result], gone: Result | None = No
             ) from None
         except (NotImplementedError, ImportError) as error:
             raise UserError(f"{url} cannot be opened ({_words(error)})") from error
-        except (
-            Exception
-        ) as error:  # aiohttp's, botocore's, asyncio's and the system's errors share no ancestor
+        except (AttributeError, NameError, TypeError):
+            raise  # a mistake in a program, which trying again would only hide
+        except Exception as error:  # aiohttp's, botocore's, httpx's and the system's share no ancestor
             if pause is None:
                 raise UserError(
                     f"{url} cannot be read after {len(PAUSES) + 1} tries ({_words(error)}); check the connection, "
@@ -223,15 +231,22 @@ def with_patience(url: str, work: Callable[[], Result], gone: Result | None = No
 
 def _is_final(error: Exception) -> bool:
     """Whether trying again is of no use."""
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
+    status = _status(error)
+    if status is not None:
         return 400 <= status < 500 and status not in TRANSIENT
     return isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
 
 
+def _status(error: Exception) -> int | None:
+    """The answer of the server: aiohttp's ``status``, gcsfs's ``code``, httpx's ``response.status_code``."""
+    places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
+    found = (getattr(holder, name, None) for holder, name in places)
+    return next((status for status in found if isinstance(status, int)), None)
+
+
 def _words(error: Exception) -> str:
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
+    status = _status(error)
+    if status is not None:
         return f"status {status}"
     return " ".join(str(error).split())[:160] or type(error).__name__
 
@@ -254,8 +269,15 @@ def _system(url: str) -> tuple[Any, str]:
         raise UserError(f"DATA ({url}): {_words(error)}") from error
 
 
+def _reading(url: str) -> dict[str, Any]:
+    """Hugging Face's files read 5 MB ahead of what is asked for, unless told not to."""
+    return {"cache_type": "none"} if url.lower().startswith("hf:") else {}
+
+
 def _options(protocol: str) -> dict[str, Any]:
     """A connection that brings nothing for a minute is cut; by default it would hang for five."""
+    if protocol == "hf":
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     if protocol not in ("http", "https"):
         return {}
     import aiohttp

@@ -1,9 +1,9 @@
-"""What a URL names: shards, or a folder of images, each read over the network."""
+"""What a URL names: shards, parquet tables, or a folder of images, each read over the network."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -11,28 +11,29 @@ import numpy as np
 from freqmask.data.decode import open_bytes, read_suffixes
 from freqmask.data.folder import classes_of, nothing_to_read
 from freqmask.data.index import FolderIndex, index_listing
+from freqmask.data.patterns import names_of, split_pattern
 from freqmask.data.pictures import Picture
 from freqmask.data.prepare import MANIFEST
 from freqmask.data.remote import RemoteFiles
+from freqmask.data.remote_tables import RemoteTables
 from freqmask.data.shard_index import INDEX_NAME
-from freqmask.data.shards import (
-    PATTERN,
-    ShardFiles,
-    expand_braces,
-    open_shards,
-    split_pattern,
-    splits_in_shards,
-)
+from freqmask.data.shards import open_shards, splits_in_shards
 from freqmask.data.sources import Pages, Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note, split_of
+from freqmask.data.table_layout import files_by_split, tables_of_one
 from freqmask.errors import BadImage, UserError
+
+Listing = dict[str, int | None]
+HUB = "hf://"
+ON_HUB = (f"{HUB}datasets/", f"{HUB}buckets/")
 
 
 def open_remote(text: str, pages: Pages, split: str) -> Source:
     """The images that a URL names.
 
     Args:
-        text: of a folder, of a tar, of ``shards.index`` or ``prepare.json`` beside some, or a pattern.
+        text: of a folder, of a ``.tar`` or ``.parquet``, of ``shards.index`` or ``prepare.json`` beside shards, or a
+            pattern.
         pages: what the pages of a TIFF are.
         split: as for `freqmask.data.sources.open_source`.
 
@@ -41,66 +42,88 @@ def open_remote(text: str, pages: Pages, split: str) -> Source:
     """
     if pages == "images":
         raise UserError(f"pages (images) is for files on this machine; copy {text} here first")
+    if text.startswith(HUB) and not text.startswith(ON_HUB):
+        raise UserError(
+            f"DATA ({text}) is no data set; Hugging Face's are {HUB}datasets/NAME, read where they are, and hf:NAME, "
+            "fetched first"
+        )
+    if text.endswith(".parquet"):
+        files, names = _by_pattern(text)
+        return _open_tables(files, names, split, text)
     shards = _shards(text)
     if shards is not None:
         return open_shards(*shards, split, text)
-    return _open_folder(text, split)
+    files, listing = _listed(text)
+    tables = _tables(listing, text)
+    return _open_tables(files, tables, split, text) if tables else _open_folder(files, listing, split)
 
 
 def splits_behind(text: str) -> list[str]:
     """The names of the splits of what a URL names."""
+    if text.endswith(".parquet"):
+        return sorted(files_by_split(_by_pattern(text)[1]))
     shards = _shards(text)
     if shards is not None:
         return splits_in_shards(*shards, text)
-    return _split_folders(RemoteFiles(text).listing())
+    listing = RemoteFiles(text).listing()
+    tables = _tables(listing, text)
+    return sorted(files_by_split(tables)) if tables else _split_folders(listing)
 
 
-def _shards(text: str) -> tuple[ShardFiles, list[str] | None] | None:
-    """Where the shards lie and which of them are meant; None for a folder of images."""
+def _shards(text: str) -> tuple[RemoteFiles, list[str] | None] | None:
+    """Where the shards lie and which of them are meant; None where there are none."""
     name = PurePosixPath(urlsplit(text).path).name
     if name in (INDEX_NAME, MANIFEST):
-        return _as_files(text.rpartition("/")[0]), None
+        return RemoteFiles(text.rpartition("/")[0]), None
     if text.endswith(".tar"):
         return _by_pattern(text)
     files = RemoteFiles(text)
-    if files.index_file() is not None or files.names():
-        return cast(ShardFiles, files), None
-    return None
+    return (files, None) if files.index_file() is not None or files.names() else None
 
 
-def _as_files(root: str) -> ShardFiles:
-    return cast(ShardFiles, RemoteFiles(root))
-
-
-def _by_pattern(text: str) -> tuple[ShardFiles, list[str]]:
+def _by_pattern(text: str) -> tuple[RemoteFiles, list[str]]:
     scheme, _, rest = text.partition("://")
     root, pattern = split_pattern(rest)
     files = RemoteFiles(f"{scheme}://{root}")
-    names = [
-        name
-        for part in expand_braces(pattern)
-        for name in (files.matching(part) if PATTERN.search(part) else [part])
-    ]
+    names = names_of(pattern, files.matching)
     if not names:
         raise UserError(f"DATA ({text}): no file fits the pattern; quote it, and check its folder")
-    return cast(ShardFiles, files), names
+    return files, names
 
 
-def _open_folder(text: str, split: str) -> Source:
+def _listed(text: str) -> tuple[RemoteFiles, Listing]:
+    """All files below a URL, at least one."""
     files = RemoteFiles(text)
     listing = files.listing()
-    if not listing:
-        raise UserError(
-            f"DATA ({text}) is empty, not there, or cannot be listed; name shards by a pattern such as "
-            f"{text.rstrip('/')}/shards-{{000000..000009}}.tar, or serve the {INDEX_NAME} of freqmask prepare"
-        )
+    if listing:
+        return files, listing
+    raise UserError(
+        f"DATA ({text}) is empty, not there, or cannot be listed; name shards by a pattern such as "
+        f"{text.rstrip('/')}/shards-{{000000..000009}}.tar, or serve the {INDEX_NAME} of freqmask prepare"
+    )
+
+
+def _tables(listing: Listing, text: str) -> list[str]:
+    """The parquet files of a folder without images; else none."""
+    suffixes = {PurePosixPath(name).suffix.lower() for name in listing}
+    return [] if suffixes & read_suffixes() else tables_of_one(listing, text)
+
+
+def _open_tables(files: RemoteFiles, names: Sequence[str], split: str, text: str) -> Source:
+    by_split = files_by_split(names)
+    chosen = choose_split(by_split, split, text)
+    notes = [split_note(chosen, by_split)] if chosen and split == "auto" else []
+    return RemoteTables(files, list(names) if chosen is None else by_split[chosen], notes)
+
+
+def _open_folder(files: RemoteFiles, listing: Listing, split: str) -> Source:
     splits = _split_folders(listing)
-    chosen = choose_split(splits, split, text)
+    chosen = choose_split(splits, split, files.root)
     notes = [split_note(chosen, splits)] if chosen and split == "auto" else []
     return RemoteFolder(files, listing, chosen, notes)
 
 
-def _split_folders(listing: dict[str, int | None]) -> list[str]:
+def _split_folders(listing: Listing) -> list[str]:
     return sorted({name.split("/")[0] for name in listing if "/" in name and split_of(name.split("/")[0])})
 
 
@@ -114,9 +137,7 @@ class RemoteFolder(Source):
         notes: sentences for the summary.
     """
 
-    def __init__(
-        self, files: RemoteFiles, listing: dict[str, int | None], split: str | None, notes: list[str]
-    ) -> None:
+    def __init__(self, files: RemoteFiles, listing: Listing, split: str | None, notes: list[str]) -> None:
         self.files = files
         self.prefix = f"{split}/" if split else ""
         used = {

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Shaped
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 
 from freqmask.data.dataset import as_bad_image
+from freqmask.data.lanes import runs_of_images
 from freqmask.data.loader import make_loader
 from freqmask.data.pictures import Picture
 from freqmask.data.pixels import check_channels, convert_channels, is_empty, missing_pixels
@@ -72,7 +73,8 @@ def read_images(
     dtype = _first_type(source)
     decoding = _Decoding(source, tuple(geometries), limits.side, dtype, channels, convert)
     whole = _Block()
-    blocks: Any = make_loader(decoding, SequentialSampler(decoding), _AT_ONCE, workers, False, _together)
+    runs: Any = runs_of_images(len(source), source.blocks(), _AT_ONCE)
+    blocks: Any = make_loader(decoding, runs, 1, workers, False, _together)
     for block in blocks:
         if block.obstacle is not None:
             raise NotKeptError(block.obstacle)
@@ -145,9 +147,10 @@ class _Decoding(Dataset[_Decoded]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[_Decoded] | UserError:
+    def __getitems__(self, runs: Sequence[tuple[int, int]]) -> list[_Decoded] | UserError:
+        """The images of a run, which are those of a block where reading a part of one costs as much as all."""
         try:
-            return [self[index] for index in indices]
+            return [self[index] for first, after in runs for index in range(first, after)]
         except UserError as error:
             return error
 

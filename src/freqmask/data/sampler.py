@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from freqmask.data.lanes import Blocks, lane_order
 from freqmask.errors import UserError
-
-WINDOW_BLOCKS = 16  # blocks whose images a lane mixes: 64 MB that a worker keeps, about a thousand images
 
 Item = tuple[int, int, int]  # epoch, position in the epoch, index in the source
 
@@ -31,37 +30,6 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def lane_order(
-    blocks: np.ndarray, seed: int, epoch: int, batch_size_per_process: int, lanes: int
-) -> np.ndarray:
-    """The order of the images in one epoch where images that lie together are cheap to read together.
-
-    Blocks are mixed and put one behind the other, and that row is cut into as many pieces as there are lanes:
-    worker processes of all nodes together. Each lane takes its piece from its beginning to its end, images mixed
-    within windows of a few blocks. So every image comes once, all lanes have equally many batches however
-    uneven the shards are, and a block is read by one worker, or by the two between which it was cut.
-
-    Args:
-        blocks: (image,) number of the block that each image lies in, from 0.
-        seed: the run's seed.
-        epoch: number of the epoch, from 0.
-        batch_size_per_process: images of a batch; batches go to the lanes in turn.
-        lanes: processes times the workers of each.
-
-    Returns:
-        (image,) int64: a permutation.
-    """
-    generator = np.random.default_rng([seed % 2**64, epoch])
-    count = len(blocks)
-    lane = (epoch * count + np.arange(count)) // batch_size_per_process % lanes
-    turn = generator.permutation(int(blocks.max()) + 1)[blocks]
-    row = np.argsort(turn, kind="stable")
-    mixed = np.lexsort((generator.random(count), turn[row] // WINDOW_BLOCKS, np.sort(lane)))
-    order = np.empty(count, np.int64)
-    order[np.argsort(lane, kind="stable")] = row[mixed]
-    return order
-
-
 class TrainSampler(Sampler[Item]):
     """One stream of images over the whole training, for one of several processes.
 
@@ -79,7 +47,7 @@ class TrainSampler(Sampler[Item]):
         world_size: number of processes.
         start_step: the first step to deliver.
         total_steps: the number of steps of the whole training.
-        blocks: (image,) which images are cheap to read together; None where that does not matter.
+        blocks: which images are cheap to read together; None where that does not matter.
         workers: loader processes of each process, which matter where blocks do.
 
     Raises:
@@ -95,7 +63,7 @@ class TrainSampler(Sampler[Item]):
         world_size: int = 1,
         start_step: int = 0,
         total_steps: int = 1,
-        blocks: np.ndarray | None = None,
+        blocks: Blocks | None = None,
         workers: int = 0,
     ) -> None:
         if length < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,9 +133,9 @@ class ShardIndex:
         piece = self.arrays[column][ends[number] : ends[number + 1]]
         return piece.tobytes().decode("utf-8", "surrogateescape")
 
-    def splits(self) -> list[str]:
-        """The names of the splits there are."""
-        return sorted({split for _, _, split in self.shards if split})
+    def splits(self, names: Collection[str] | None = None) -> list[str]:
+        """The names of the splits there are: in some shards, or in all."""
+        return sorted({split for name, _, split in self.shards if split and (names is None or name in names)})
 
     def fingerprint(self) -> str:
         """A hash of the shards' names and of what lies where in them."""
@@ -189,9 +189,9 @@ def make_index(shards: Sequence[ShardRows], class_names: Sequence[str] | None = 
         for column, kind in NUMBERS.items()
     }
     arrays["starts"] = np.cumsum([0, *(len(shard.rows) for shard in shards)], dtype=np.int64)
-    arrays |= _texts("members", [row.member for row in rows])
+    arrays |= text_arrays("members", [row.member for row in rows])
     named = any(row.name is not None for row in rows)
-    arrays |= _texts("names", [row.name or row.member for row in rows] if named else [])
+    arrays |= text_arrays("names", [row.name or row.member for row in rows] if named else [])
     names = [(shard.name, shard.bytes, shard.split) for shard in shards]
     ignored = sum((Counter(shard.ignored) for shard in shards), Counter[str]())
     notes = [note for shard in shards for note in shard.notes]
@@ -227,7 +227,7 @@ def _numbered(texts: list[str | None], names: list[str]) -> list[int]:
     return [numbers.get(text, -1) for text in texts]
 
 
-def _texts(column: str, texts: list[str]) -> dict[str, np.ndarray]:
+def text_arrays(column: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Texts as one array of bytes and where each ends."""
     encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
     return {
@@ -257,7 +257,7 @@ def join_indexes(parts: Sequence[ShardIndex], class_names: list[str] | None = No
             [p.arrays[f"{c}_ends"] for p, c in zip(parts, own, strict=True)]
         )
     if not named:
-        arrays |= _texts("names", [])
+        arrays |= text_arrays("names", [])
     ignored = sum((Counter(part.ignored) for part in parts), Counter[str]())
     notes = [note for part in parts for note in part.notes]
     shards = [shard for part in parts for shard in part.shards]

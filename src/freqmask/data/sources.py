@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from freqmask.data.patterns import is_pattern, refuse_packed
 from freqmask.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from freqmask.data.lanes import Blocks
     from freqmask.data.pictures import Picture
 
 Pages = Literal["channels", "images"]
@@ -83,8 +85,8 @@ class Source(ABC):
         """What the image must never be separated from in a split (patient, scene), or None."""
         return None
 
-    def blocks(self) -> np.ndarray | None:
-        """(image,) which images lie so that reading them together is cheaper; None where it makes no difference."""
+    def blocks(self) -> Blocks | None:
+        """Which images lie so that reading them together is cheaper; None where it makes no difference."""
         return None
 
     def encoded(self, index: int) -> tuple[bytes, str] | None:
@@ -102,21 +104,6 @@ class Source(ABC):
         return identity_of(self.name(index).encode(errors="surrogateescape"))
 
 
-def _photos() -> Source:
-    from freqmask.data.builtin import BuiltinPhotos
-
-    return BuiltinPhotos()
-
-
-def _digits() -> Source:
-    from freqmask.data.builtin import BuiltinDigits
-
-    return BuiltinDigits()
-
-
-BUILTINS: dict[str, Callable[[], Source]] = {"photos": _photos, "digits": _digits}
-
-
 def open_source(
     data: str | Path | Source | Sequence[str | Path | Source],
     pages: Pages = "channels",
@@ -127,7 +114,8 @@ def open_source(
 
     Args:
         data: a folder of images or of shards, a ``.tar`` or a pattern of them (``shards-{000..009}.tar``),
-            each here or behind a URL (``s3://``, ``gs://``, ``https://``); a ``.npy``, ``.npz`` or ``.parquet``
+            ``.parquet`` tables alike, each here or behind a URL (``s3://``, ``gs://``, ``https://``,
+            ``hf://datasets/NAME``); a ``.npy`` or ``.npz``
             file; ``hf:NAME`` of a Hugging Face dataset or a saved copy of one; ``builtin:photos``,
             ``builtin:digits``; an import path ``package.module:name`` of a `Source` (or of something that
             returns one when called); a `Source`; or several of these.
@@ -164,15 +152,17 @@ def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
         return data
     text = str(data).removeprefix("file://")
     if text.startswith("builtin:"):
-        return _open_builtin(text)
+        from freqmask.data.builtin import open_builtin
+
+        return open_builtin(text)
     if text.startswith("hf:") and not REMOTE.match(text):
         from freqmask.data.huggingface import open_hugging_face
 
         return open_hugging_face(text, split)
     path = Path(text).expanduser()
-    if path.exists():
-        return _open_path(path, pages, split)
-    if _names_shards(text):
+    if not path.is_dir():
+        refuse_packed(text)
+    if path.exists() or _names_shards(text) or _names_tables(text):
         return _open_path(path, pages, split)
     if REMOTE.match(text):
         from freqmask.data.remote_sources import open_remote
@@ -181,15 +171,6 @@ def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
     if IMPORT_PATH.fullmatch(text):
         return import_source(text)
     raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
-
-
-def _open_builtin(text: str) -> Source:
-    name = text.removeprefix("builtin:")
-    if name not in BUILTINS:
-        raise UserError(
-            f"DATA ({text}) is no built-in set; {nearest(text, [f'builtin:{n}' for n in BUILTINS])}"
-        )
-    return BUILTINS[name]()
 
 
 def _open_path(path: Path, pages: Pages, split: str) -> Source:
@@ -216,9 +197,9 @@ def _open_path(path: Path, pages: Pages, split: str) -> Source:
 
         return open_array(path, split)
     if path.suffix.lower() == ".parquet":
-        from freqmask.data.tables import ParquetSource
+        from freqmask.data.tables import ParquetSource, open_pattern
 
-        return ParquetSource([path])
+        return open_pattern(str(path), split) if _names_tables(str(path)) else ParquetSource([path])
     raise UserError(
         f"DATA ({path}) must be a folder, a .tar, .npy, .npz or .parquet file; "
         f"for one image name its folder: {path.parent}"
@@ -229,9 +210,12 @@ def _names_shards(text: str) -> bool:
     """Whether a text is a tar or a pattern of some, on this machine."""
     if not text.lower().endswith(".tar") or REMOTE.match(text):
         return False
-    from freqmask.data.shards import is_pattern
-
     return is_pattern(text) or Path(text).expanduser().is_file()
+
+
+def _names_tables(text: str) -> bool:
+    """Whether a text is a pattern of parquet files of this machine."""
+    return text.lower().endswith(".parquet") and is_pattern(text) and not REMOTE.match(text)
 
 
 def _has_shards(path: Path) -> bool:
@@ -270,14 +254,15 @@ def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str
 
         return splits_of_dataset(data if str(data).startswith("hf:") else path)
     if _names_shards(str(path)) or (path.is_dir() and _has_shards(path)):
-        from freqmask.data.shards import local_shards, splits_in_shards
+        from freqmask.data.shard_files import local_shards
+        from freqmask.data.shards import splits_in_shards
 
         return splits_in_shards(*local_shards(str(path)), str(path))
     if path.is_dir():
         from freqmask.data.folder import split_folders, tables_in
-        from freqmask.data.tables import files_by_split
+        from freqmask.data.table_layout import files_by_split
 
-        tables = tables_in(path)
+        tables = [table.relative_to(path).as_posix() for table in tables_in(path)]
         return sorted(files_by_split(tables)) if tables else split_folders(path)
     if path.suffix.lower() in ARRAY_SUFFIXES and path.exists():
         from freqmask.data.arrays import splits_in_array

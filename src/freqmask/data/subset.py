@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from freqmask.data.cache import bytes_of
+from freqmask.data.lanes import Blocks
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Source, SourceSummary
 
@@ -39,9 +41,9 @@ class Subset(Source):
     def group(self, index: int) -> str | None:
         return self.source.group(int(self.indices[index]))
 
-    def blocks(self) -> np.ndarray | None:
+    def blocks(self) -> Blocks | None:
         blocks = self.source.blocks()
-        return None if blocks is None else blocks[self.indices]
+        return None if blocks is None else replace(blocks, numbers=blocks.numbers[self.indices])
 
     def encoded(self, index: int) -> tuple[bytes, str] | None:
         return self.source.encoded(int(self.indices[index]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,40 @@ import pyarrow.parquet as pq
 
 from freqmask.data.cache import cache_file, replacing
 from freqmask.data.decode import open_bytes, suffix_of
+from freqmask.data.patterns import names_of, split_pattern
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
-from freqmask.errors import BadImage, UserError, nearest
+from freqmask.data.table_layout import (
+    class_names,
+    files_by_split,
+    has_paths,
+    image_column,
+    label_column,
+    number_classes,
+)
+from freqmask.errors import BadImage, UserError
 
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
 # Beyond this the images are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
+
+
+def open_pattern(text: str, split: str) -> Source:
+    """The parquet files that a pattern names, such as ``tables/train-*.parquet``.
+
+    Raises:
+        UserError: no file fits it.
+    """
+    root, pattern = split_pattern(str(Path(text).expanduser()))
+    folder = Path(root or ".")
+    files = [folder / name for name in names_of(pattern, lambda part: _fitting(folder, part))]
+    if not files:
+        raise UserError(f"DATA ({text}): no file fits the pattern; quote it, and check its folder")
+    return open_tables(folder, files, split)
+
+
+def _fitting(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
 
 
 def open_tables(folder: Path, files: list[Path], split: str) -> Source:
@@ -33,18 +57,10 @@ def open_tables(folder: Path, files: list[Path], split: str) -> Source:
         files: ``train-00000-of-00002.parquet``, ``test.parquet`` ...
         split: ``auto``, ``all``, or how the names of files begin.
     """
-    by_split = files_by_split(files)
+    by_split = files_by_split(file.relative_to(folder).as_posix() for file in files)
     chosen = choose_split(by_split, split, str(folder))
     notes = [split_note(chosen, by_split)] if chosen and split == "auto" else []
-    return ParquetSource(files if chosen is None else by_split[chosen], notes)
-
-
-def files_by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Files by how their names begin: ``train-00000-of-00002.parquet`` under ``train``."""
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(re.split(r"[-_.]", file.name)[0], []).append(file)
-    return by_split
+    return ParquetSource(files if chosen is None else [folder / name for name in by_split[chosen]], notes)
 
 
 class ParquetSource(Source):
@@ -60,13 +76,12 @@ class ParquetSource(Source):
 
     def __init__(self, files: list[Path], notes: list[str] | None = None) -> None:
         self.files, self.notes = files, list(notes or [])
-        self._schema = _schema(files[0])
-        self.image_column = _image_column(self._schema, files[0])
-        self.label_column = _label_column(self._schema)
+        self._schema = _opened(files[0]).schema_arrow
+        self.image_column = image_column(self._schema, files[0])
+        self.label_column = label_column(self._schema)
         self._images: pa.ChunkedArray | None = None
         self._labels = self._read_labels()
-        rows = [pq.ParquetFile(file).metadata.num_rows for file in files]
-        self._count = sum(rows)
+        self._count = sum(_opened(file).metadata.num_rows for file in files)
         if self._count == 0:
             raise UserError(f"DATA ({files[0]}) holds no rows; check how it was written")
 
@@ -80,23 +95,10 @@ class ParquetSource(Source):
         """All labels (image,), -1 where missing, or None; sets the names of classes."""
         if self.label_column is None:
             return None
-        column = pa.chunked_array(
-            [
-                chunk
-                for file in self.files
-                for chunk in _read_table(file, [self.label_column])[self.label_column].chunks
-            ]
-        )
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            self.class_names = sorted(name for name in pc.unique(column).to_pylist() if name is not None)
-            numbers = pc.index_in(column, pa.array(self.class_names, column.type))
-        else:
-            numbers = column
-        labels = pc.fill_null(numbers.cast(pa.int64()), -1).to_numpy()
-        if self.class_names is None:
-            known = _class_names(self._schema, self.label_column)
-            self.class_names = known or [str(number) for number in range(int(labels.max(initial=0)) + 1)]
-        return np.array(labels)
+        column = self.label_column
+        values = [value for file in self.files for value in _read_table(file, [column])[column].to_pylist()]
+        labels, self.class_names = number_classes(values, class_names(self._schema, column))
+        return labels
 
     def _column(self) -> pa.ChunkedArray:
         """The column of images, read once a process."""
@@ -132,12 +134,8 @@ class ParquetSource(Source):
         return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.copy()
 
     def name(self, index: int) -> str:
-        path = self._path_column()[index].as_py() if self._has_paths() else None
+        path = self._path_column()[index].as_py() if has_paths(self._schema, self.image_column) else None
         return f"{index}:{path}" if path else str(index)
-
-    def _has_paths(self) -> bool:
-        kind = self._schema.field(self.image_column).type
-        return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
 
     def _path_column(self) -> pa.ChunkedArray:
         return pc.struct_field(self._column(), "path")
@@ -152,9 +150,10 @@ class ParquetSource(Source):
         return SourceSummary("parquet table", len(self), len(self), notes=list(self.notes))
 
 
-def _schema(file: Path) -> pa.Schema:
+def _opened(file: Path) -> pq.ParquetFile:
+    """A file, its footer read."""
     try:
-        return pq.ParquetFile(file).schema_arrow
+        return pq.ParquetFile(file)
     except PermissionError as error:
         raise UserError(f"DATA ({file}) may not be read: no permission; check its access rights") from error
     except (pa.ArrowException, OSError) as error:
@@ -171,7 +170,7 @@ def _read_table(file: Path, columns: list[str]) -> pa.Table:
 
 
 def _uncompressed_bytes(file: Path) -> int:
-    about = pq.ParquetFile(file).metadata
+    about = _opened(file).metadata
     return sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
 
 
@@ -180,53 +179,25 @@ def _mapped(file: Path, column: str) -> pa.Table:
     state = file.stat()
     cached = cache_file("table", str(file.absolute()), state.st_size, state.st_mtime_ns, column)
     if not cached.exists():
-        about = pq.ParquetFile(file)
-        schema = pa.schema([about.schema_arrow.field(column)])
-        with (
-            replacing(cached) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, schema) as writer,
-        ):
-            for batch in about.iter_batches(batch_size=256, columns=[column]):
-                writer.write_batch(batch)
+        try:
+            _lay_out(file, column, cached)
+        except pa.ArrowException as error:
+            raise UserError(f"DATA ({file}) is damaged; fetch it again") from error
+        except OSError as error:
+            raise UserError(
+                f"DATA ({file}) cannot be laid out in {cached.parent} ({error.strerror or error}); make room "
+                "there, or name another place by XDG_CACHE_HOME"
+            ) from error
     return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
 
 
-def _image_column(schema: pa.Schema, file: Path) -> str:
-    """The first column of encoded images: a struct with bytes, or plain bytes."""
-    for field in schema:
-        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            return field.name
-    for field in schema:
-        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-            return field.name
-    hint = nearest("image", schema.names) if schema.names else "it has no columns"
-    raise UserError(
-        f"DATA ({file}) must hold a column of encoded images (a struct of bytes and path, or bytes); {hint}"
-    )
-
-
-def _label_column(schema: pa.Schema) -> str | None:
-    """The column of classes: by its type in the metadata, else by its name."""
-    features = _features(schema)
-    named = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    plain = [name for name in LABEL_COLUMNS if name in schema.names and _is_class(schema.field(name).type)]
-    return next(iter([*named, *plain]), None)
-
-
-def _is_class(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What Hugging Face's metadata says of the columns, or nothing."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        return {}
-    return {name: about for name, about in features.items() if isinstance(about, dict)}
-
-
-def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    names = _features(schema).get(column, {}).get("names")
-    return [str(name) for name in names] if isinstance(names, list) else None
+def _lay_out(file: Path, column: str, cached: Path) -> None:
+    about = _opened(file)
+    schema = pa.schema([about.schema_arrow.field(column)])
+    with (
+        replacing(cached) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for batch in about.iter_batches(batch_size=256, columns=[column]):
+            writer.write_batch(batch)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from freqmask.data.lanes import some_images
 from freqmask.data.pixels import check_channels, convert_channels, fill_missing, is_empty, missing_pixels
 from freqmask.data.sources import Source
 from freqmask.errors import BadImage, UserError
 
 _GRID = 32  # a survey keeps 32x32 pixels of each image: a thousand images give a million per channel
+_SURVEY_BLOCKS = 16  # from that many row groups of tables behind a URL, which come whole: some 200 MB
 _SURVEY_PIXELS = 128  # and decodes no more than it must for those to be pixels of a usual view
 
 
@@ -169,8 +171,7 @@ def survey(
         UserError: an option is wrong, or not one of the images can be used.
     """
     given = value_range if isinstance(value_range, ValueRange) else ValueRange.parse(value_range)
-    chosen = np.random.default_rng(seed % 2**64).choice(len(source), min(count, len(source)), replace=False)
-    indices = sorted(int(index) for index in chosen)
+    indices = some_images(count, len(source), source.blocks(), seed, _SURVEY_BLOCKS)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders let go of the interpreter's lock
         looks = list(pool.map(lambda index: _look(source, index), indices))
     seen = [look for look in looks if isinstance(look, _Look)]
