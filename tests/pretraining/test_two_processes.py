@@ -59,4 +59,5 @@ def test_a_run_goes_on_with_other_processes_and_workers(tmp_path: Path) -> None:
 def test_two_processes_that_keep_images_equal_one(tmp_path: Path) -> None:
     one = losses(tmp_path / "one", "--images_from", "device")
     two = losses(tmp_path / "two", "--images_from", "device", "--devices", "2")
+    assert len(one) == 4
     assert one == pytest.approx(two, rel=2e-6)
