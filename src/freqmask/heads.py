@@ -33,6 +33,13 @@ class ReconstructionHead(nn.Sequential):
 
         A map that covers more than the image (whose sides the stride does not divide) is cut at the bottom
         and the right, where the backbone padded; one that covers less is stretched.
+
+        Args:
+            feature_map: (B, D, h, w).
+            size: (H, W) of the image in pixels; None is (h, w) times the stride.
+
+        Returns:
+            (B, C, H, W), normalised as the target of the loss is.
         """
         image = super().forward(feature_map)
         if size is None or image.shape[-2:] == size:

@@ -144,6 +144,9 @@ def load_backbone(
         image_size: side in pixels or (height, width); None is the size that it was trained for.
         weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
 
+    Returns:
+        timm's module on the CPU, its weights ready to be trained on; it takes normalised images (B, C, H, W).
+
     Raises:
         UserError: as for :func:`open_model`.
     """

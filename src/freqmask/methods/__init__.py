@@ -63,6 +63,9 @@ def build_method(name: str, **settings: Any) -> Method:
         name: as for :func:`find_method`.
         **settings: the options of its constructor.
 
+    Returns:
+        The method on the CPU, in training mode, freshly initialised.
+
     Raises:
         UserError: for an unknown name or option, or a value out of range.
     """

@@ -194,11 +194,11 @@ class FOLK(Method):
 
     @torch.no_grad()
     def teach(self, originals: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch outputs"]:
-        """The teacher's outputs for unfiltered views."""
+        """The teacher's outputs for unfiltered views in [0, 1]: cosines, before temperature and centre."""
         return self.teacher_head(self.distilled(self.teacher(self.normalise(originals))))
 
     def distilled(self, features: Features) -> Float[Tensor, "batch dim"]:
-        """The feature that student and teacher are compared in."""
+        """The feature that student and teacher are compared in: the class token, or the pooled map (``distil``)."""
         if self.distil == "pooled" or features.class_token is None:
             return features.pooled
         return features.class_token
@@ -212,7 +212,15 @@ class FOLK(Method):
         view_keys: Sequence[Tensor],
         teacher_logits: Tensor,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The reconstruction's health over all views, and ``collapse`` in nats (docs/methods.md, small pictures)."""
+        """The reconstruction's health over all views, and ``collapse`` in nats (docs/methods.md, small pictures).
+
+        Args:
+            predictions: of each view, (B, C, H, W), normalised.
+            targets: the unfiltered views, normalised.
+            filtered: what the student saw of each view.
+            view_keys: of each view, int64 (B,).
+            teacher_logits: the teacher's outputs for all views, (views * B, K).
+        """
         keep = torch.cat([view.keep for view in filtered])
         health = reconstruction_health(
             self.loss,

@@ -59,6 +59,10 @@ class Method(nn.Module):
         Args:
             images: (B, C, H, W) in [0, 1].
             keys: one a view, used as they are; None takes 0, 1, 2, ... so that pictures stay comparable.
+
+        Returns:
+            Images (B, C, H, W) ``input``, ``filtered``, ``prediction``, ``target`` and ``filled``, and ``keep``
+            (B, 1 or C, H, W // 2 + 1), 1 = the network saw this frequency.
         """
 
     def backbones(self) -> dict[str, Backbone]:
@@ -71,15 +75,32 @@ class Method(nn.Module):
             backbone.compile(**options)
 
     def before_optimizer_step(self, step: int, total_steps: int) -> None:
-        """Called with the gradients of step ``step`` (from 0), before they are clipped."""
+        """Called with the gradients of a step, before they are clipped; nothing unless a method says otherwise.
+
+        Args:
+            step: the optimiser step, from 0.
+            total_steps: of the whole training.
+        """
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Called after optimiser step ``step`` (from 0)."""
+        """Called after an optimiser step, for moving averages and schedules; nothing unless a method says otherwise.
+
+        Args:
+            step: the optimiser step that was made, from 0.
+            total_steps: of the whole training.
+        """
 
     def checked(
         self, views: Sequence[Tensor], keys: Int64[Tensor, " batch"] | None
     ) -> tuple[Sequence[Tensor], Int64[Tensor, " batch"]]:
         """The views and the keys, fresh ones where none are given.
+
+        Args:
+            views: what ``forward`` was given.
+            keys: one an image, or None.
+
+        Returns:
+            The same views, and int64 keys (B,) on their device.
 
         Raises:
             UserError: for another number of views.
