@@ -64,7 +64,7 @@ def _learning(run: Run) -> Iterator[Remark]:
         yield Remark(
             "warning",
             f"Nothing learnt yet: the loss is {value:.3f} of that of predicting nothing (1 = nothing learnt). "
-            "Try a higher --lr, more --steps, or a smaller --radius; --overfit 8 tells whether it can learn at all.",
+            "Try more --steps, a higher --lr, or --gamma 1.5; --overfit 8 tells whether it can learn at all.",
         )
 
 
