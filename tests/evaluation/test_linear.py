@@ -48,6 +48,27 @@ def test_heads_do_not_influence_each_other() -> None:
         assert torch.allclose(ours, alone.weights[inputs], atol=1e-4)
 
 
+def test_fewer_images_than_columns_end_at_the_same_heads_as_each_of_them_twice() -> None:
+    images, labels = digits()
+    few, twice = images[:50], images[:50].repeat(2, 1)  # of 64 columns: the latter go by their covariance
+    assert len(twice) <= linear.BATCH  # so every step sees all images, and twice as many are the same mean
+    heads = linear.sweep_of(["end/mean"], weighted=False, rates=(0.01, 1.0, 10.0))
+    ours = linear.Sweep({"end/mean": few}, labels[:50], 10, heads, epochs=1)
+    theirs = linear.Sweep({"end/mean": twice}, labels[:50].repeat(2), 10, heads, epochs=1)
+    other = {"end/mean": images[100:300]}
+    inputs = heads[0].inputs
+    rows = ours.columns[inputs].like([other["end/mean"]]).rows(torch.arange(200))
+    difference = rows @ (ours.weights[inputs] - theirs.weights[inputs])
+    assert difference.abs().max() < 1e-3 * (rows @ theirs.weights[inputs]).abs().max()
+    assert (ours.predict(other) == theirs.predict(other)).double().mean() > 0.99
+
+
+def test_a_few_images_of_many_pixels_are_a_matter_of_a_moment() -> None:
+    wide = torch.rand(40, 30_000, generator=torch.Generator().manual_seed(0))
+    directions, _ = linear.Columns.of([wide]).principal()  # a covariance of them would take 7 GB
+    assert directions.shape == (30_001, 40)  # 39 between 40 images, and that of the bias
+
+
 def test_the_sweep_crosses_rates_features_and_places() -> None:
     names = ["end/mean", "end/token", "block2/mean", "block2/token"]
     heads = linear.sweep_of(names, weighted=True, rates=(0.1, 1.0))

@@ -72,8 +72,13 @@ class Columns:
         """Other images, standardised as these."""
         return Columns(parts, self.mean, self.scale)
 
-    def principal(self) -> tuple[Float[Tensor, "columns columns"], Float[Tensor, " columns"]]:
-        """Directions in which the features vary independently (with that of the bias), and their variances."""
+    def principal(self) -> tuple[Float[Tensor, "columns direction"], Float[Tensor, " direction"]]:
+        """Directions in which the features vary independently (with that of the bias), and their variances.
+
+        Of more columns than images only the directions that the images span are given: no gradient leaves them.
+        """
+        if len(self.parts[0]) < len(self.mean):
+            return self._principal_of_few()
         count, width = len(self.parts[0]), len(self.mean) + 1
         covariance = torch.zeros(width, width, device=self.mean.device)
         for images in self.chunks():
@@ -85,7 +90,18 @@ class Columns:
         variances, directions = torch.linalg.eigh(covariance.double())
         return directions.float(), variances.float().clamp_min(0)
 
-    def along(self, directions: Float[Tensor, "columns columns"]) -> Float[Tensor, "image columns"]:
+    def _principal_of_few(self) -> tuple[Float[Tensor, "columns direction"], Float[Tensor, " direction"]]:
+        """From the products of the images with each other: 200 images of 25,600 pixels in 0.1 s, not in hours."""
+        count = len(self.parts[0])
+        rows = torch.cat([self.rows(images) for images in self.chunks()])[:, :-1]
+        variances, images = torch.linalg.eigh((rows @ rows.T).double() / count)
+        there = variances > 1e-7 * variances.max().clamp_min(1e-12)  # below it is float32's rounding
+        variances, images = variances[there].float(), images[:, there].float()
+        directions = torch.nn.functional.pad(rows.T @ images / (count * variances).sqrt(), (0, 1, 0, 1))
+        directions[-1, -1] = 1.0  # the bias
+        return directions, torch.nn.functional.pad(variances, (0, 1), value=1.0)
+
+    def along(self, directions: Float[Tensor, "columns direction"]) -> Float[Tensor, "image direction"]:
         """All images in the basis of the directions."""
         return torch.cat([self.rows(images) @ directions for images in self.chunks()])
 
@@ -131,6 +147,8 @@ class Sweep:
             for names in self.inputs
         }
         self.weights = self._train(labels, seed, epochs)
+        # the training images have served, and heads travel to other processes
+        self.columns = {names: columns.like([]) for names, columns in self.columns.items()}
 
     def predict(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Int64[Tensor, "head image"]:
         """The classes that each head takes images for."""
@@ -185,7 +203,7 @@ class Sweep:
         heads = [self.heads[number] for number in self.members[names]]
         directions, variances = self.columns[names].principal()
         rates = torch.tensor([head.rate for head in heads], device=labels.device)
-        paces = 1 / (variances[:, None] + 1 / rates)  # (columns, head)
+        paces = 1 / (variances[:, None] + 1 / rates)  # (direction, head)
         return _Group(
             self.columns[names].along(directions),
             directions,
@@ -207,10 +225,10 @@ class _Group:
     """Heads of one input while they are trained, in the basis of its principal directions.
 
     Args:
-        rows: the training images in that basis (image, columns).
-        directions: the basis.
-        paces: step of each weight (columns, head x class).
-        decays: weight decay of each weight (columns, head x class).
+        rows: the training images in that basis (image, direction).
+        directions: the basis (columns, direction).
+        paces: step of each weight (direction, head x class).
+        decays: weight decay of each weight (direction, head x class).
         importance: of the images of each class for each head (head, class).
     """
 
