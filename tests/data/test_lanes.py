@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from freqmask.data.joined import JoinedSource
-from freqmask.data.lanes import Blocks, lane_order
+from freqmask.data.lanes import Blocks, lane_order, runs_of_images, some_images
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.subset import Subset
 
@@ -82,6 +82,22 @@ def test_passes_and_seeds_differ_and_repeat():
         lane_order(TOGETHER, seed, epoch, 4, 2).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]
     assert orders[0] == orders[3] and orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_some_images_come_from_few_blocks_only_where_those_come_whole():
+    spread = some_images(50, COUNT, TOGETHER, 0, 3)
+    assert spread == sorted(set(spread)) and len(spread) == 50 and len(np.unique(BLOCKS[spread])) > 10
+    near = some_images(50, COUNT, Blocks(BLOCKS, whole=True), 0, 3)
+    assert len(np.unique(BLOCKS[near])) == 3 and near != some_images(
+        50, COUNT, Blocks(BLOCKS, whole=True), 1, 3
+    )
+
+
+def test_runs_hold_every_image_once_and_cut_no_block():
+    assert runs_of_images(5, None, 2) == [(0, 2), (2, 4), (4, 5)]
+    runs = runs_of_images(COUNT, TOGETHER, 2)
+    assert [k for first, after in runs for k in range(first, after)] == list(range(COUNT))
+    assert len(runs) == len(np.unique(BLOCKS))
 
 
 def test_a_restart_goes_on_where_it_was():

@@ -259,3 +259,12 @@ def test_the_manifest_names_settings_classes_and_shards(photos, tmp_path):
     manifest = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert manifest["settings"]["shard_size"] == 3 and manifest["class_names"] == ["class 0", "class 1"]
     assert [name for name, _, _ in manifest["shards"]][-1] == "val-000000.tar"
+
+
+def test_the_same_command_twice_at_once_is_a_sentence(photos, tmp_path):
+    def take_away(done):
+        for path in (tmp_path / "out" / ".parts").glob("*.index"):
+            path.unlink()  # as the other one does when it is through
+
+    with pytest.raises(UserError, match="started twice"):
+        prepared(photos, tmp_path / "out", report=take_away)

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -94,9 +95,14 @@ def test_a_pattern_works_without_an_index(server, shards, pattern):
 
 
 def test_a_listed_folder_of_images_is_the_folder(server, photos):
+    for name in (".hidden/1.png", "train/.hidden.png", "train/Thumbs.db"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"x")
     far = open_source(f"{server.url}/photos")
     same(far, open_source(photos))
     assert far.summary().kind == "folder on http"
+    whole, here = open_source(f"{server.url}/photos", split="all"), open_source(photos, split="all")
+    assert len(whole) == 30 and whole.summary().ignored == here.summary().ignored == {}
 
 
 @pytest.mark.parametrize("failures", [["cut"], [500, 503], ["cut", 500, "cut", 429]])
@@ -105,6 +111,28 @@ def test_a_cut_connection_is_tried_again(server, shards, failures):
     server.failures["shards/train-000000.tar"] = list(failures)
     assert far.encoded(0) == here.encoded(0)
     assert server.asked["shards/train-000000.tar"] == len(failures) + 1
+
+
+def test_a_mistake_in_a_program_is_neither_tried_again_nor_put_into_words():
+    tries = []
+
+    def mistaken():
+        tries.append(1)
+        raise TypeError("an argument too many")
+
+    with pytest.raises(TypeError, match="too many"):
+        remote.with_patience("https://x.y/z", mistaken)
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [{"status": 401}, {"code": 404}, {"response": SimpleNamespace(status_code=403)}]
+)
+def test_a_refusal_is_understood_however_a_library_tells_it(answer):
+    error = Exception("no")
+    vars(error).update(answer)
+    with pytest.raises(UserError, match=r"refused \(status 40[134]\)"):
+        remote.with_patience("hf://x.y/z", lambda: (_ for _ in ()).throw(error))
 
 
 def test_a_server_that_stays_away_is_named(server):

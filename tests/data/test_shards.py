@@ -4,12 +4,14 @@ import io
 import json
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from freqmask.data import shard_finding
+from freqmask.data.cache import cache_folder, read_arrays, write_arrays
 from freqmask.data.dataset import TrainDataset
 from freqmask.data.heldout import hold_out
 from freqmask.data.loader import make_loader
@@ -238,7 +240,7 @@ def test_an_index_beside_the_shards_decides(tmp_path, monkeypatch):
     assert reds(open_source(tmp_path / "s-1.tar")) == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("damage", ["gone", "other", "index"])
+@pytest.mark.parametrize("damage", ["gone", "other", "index", "older"])
 def test_an_index_that_does_not_fit_is_refused(tmp_path, damage):
     indexed(tmp_path)
     if damage == "gone":
@@ -247,6 +249,9 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, damage):
         pack(tmp_path / "s-1.tar", samples(range(50)))
     if damage == "index":
         (tmp_path / INDEX_NAME).write_bytes(b"x" * 100)
+    if damage == "older":
+        about, arrays = read_arrays(tmp_path / INDEX_NAME)
+        write_arrays(tmp_path / INDEX_NAME, about | {"version": 0}, arrays)
     with pytest.raises(UserError, match="fetch it"):
         open_source(tmp_path)
     if damage == "gone":
@@ -261,6 +266,26 @@ def test_a_shard_that_goes_away_makes_bad_images(tmp_path):
         source.open(0)
     with pytest.raises(BadImage, match="truncated"):
         source.open(5)
+
+
+def test_many_may_make_the_same_index_at_once(tmp_path):
+    for number in range(3):
+        pack(tmp_path / "shards" / f"s-{number}.tar", samples(range(9)))
+    with ThreadPoolExecutor(6) as pool:
+        sources = list(pool.map(open_source, [tmp_path / "shards"] * 6))
+    assert {source.fingerprint() for source in sources} == {open_source(tmp_path / "shards").fingerprint()}
+    assert [len(source) for source in sources] == [27] * 6
+    assert not list(cache_folder().glob("*.tmp"))
+
+
+def test_names_that_are_no_utf8_are_kept(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        info = tarfile.TarInfo("caf\xe9.png")
+        info.size = len(png(1))
+        tar.addfile(info, io.BytesIO(png(1)))
+    source = open_source(tmp_path)
+    assert source.name(0) == "s/caf\udce9.png" and reds(source) == [1]
+    assert source.identity(0) == open_source(tmp_path).identity(0)
 
 
 def test_pages_are_for_files(tmp_path):

@@ -105,3 +105,41 @@ def test_a_table_without_images_is_refused(tmp_path, content, words):
         pq.write_table(pa.table(content), path)
     with pytest.raises(UserError, match=words):
         open_source(path)
+
+
+def test_a_damaged_file_among_good_ones_is_named(tmp_path):
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"image": [png(1)]}), tmp_path / f"{name}.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 but no table")
+    with pytest.raises(UserError, match=r"b.parquet\) is truncated or no parquet file"):
+        open_source(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", 0)
+    source = open_source(write(tmp_path / "t.parquet"))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be laid out in .*XDG_CACHE_HOME"):
+        source.open(0)
+
+
+@pytest.mark.parametrize("labels", [[10**12, 7, 10**12], [-5, 0, 2], [3, None, 1]])
+def test_numbers_without_names_are_classes(tmp_path, labels):
+    table = pa.table({"image": [png(k) for k in range(3)], "label": pa.array(labels, pa.int64())})
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = open_source(tmp_path / "t.parquet")
+    found = [-1 if label is None else label for label in (source.label(k) for k in range(3))]
+    assert source.all_labels().tolist() == found
+    for label, number in zip(labels, found, strict=True):
+        assert (number == -1) if label is None or label < 0 else source.class_names[number] == str(label)
+    assert len(source.class_names) <= 4
+
+
+def test_train_and_test_are_told_by_the_names_of_files_wherever_they_lie(tmp_path):
+    write(tmp_path / "test" / "train-0.parquet", 3)
+    write(tmp_path / "test" / "test-0.parquet", 2)
+    assert splits_there(tmp_path / "test") == ["test", "train"] and len(open_source(tmp_path / "test")) == 3
+    assert len(open_source(str(tmp_path / "test" / "t*-0.parquet"), split="test")) == 2
+    with pytest.raises(UserError, match="no file fits"):
+        open_source(str(tmp_path / "none-*.parquet"))

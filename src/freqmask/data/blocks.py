@@ -60,16 +60,12 @@ class BlockReader:
         """
         block = int(self.numbers[image])
         with self._lock:
-            looked_at = block in self._kept
-            kept = self._kept.get(block)
-        if kept is None and not looked_at:
-            self._keep(block, None)
+            seen = block in self._kept
+            kept = self._kept.setdefault(block, None)
+        if not seen:
             return self.files.read(shard, start, stop)
-        if kept is None:
-            kept = self._fetch(block, shard)
-            self._keep(block, kept)
-        else:
-            self._keep(block, kept)
+        kept = kept or self._fetch(block, shard)
+        self._keep(block, kept)
         first, data = kept
         return data[start - first : stop - first]
 
@@ -80,7 +76,7 @@ class BlockReader:
         start = int(offsets[first])
         return start, self.files.read(shard, start, int(offsets[last - 1] + sizes[last - 1]))
 
-    def _keep(self, block: int, content: tuple[int, bytes] | None) -> None:
+    def _keep(self, block: int, content: tuple[int, bytes]) -> None:
         """Put a block in front; the one not used for longest goes."""
         with self._lock:
             self._kept[block] = content

@@ -189,7 +189,12 @@ def images_there(out: Path, parts: Parts, settings: Settings) -> int:
 
 def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedShard]) -> Outcome:
     """The index of all shards, the list of bad images, the manifest; then what was kept on the way goes."""
-    indexes = [load_index(_part_file(out, shard)) for shard in planned]
+    try:
+        indexes = [load_index(_part_file(out, shard)) for shard in planned]
+    except ValueError as error:
+        raise UserError(
+            f"out ({out}) was changed meanwhile, perhaps by the same command started twice; start it again, once"
+        ) from error
     skipped = [(str(name), str(why)) for index in indexes for name, why in index.extra["skipped"]]
     reductions = [float(one) for index in indexes for one in index.extra["reductions"]]
     index = join_indexes(indexes, parts.class_names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -169,6 +168,8 @@ def _open_one(data: str | Path | Source, pages: Pages, split: str) -> Source:
 
         return open_remote(text, pages, split)
     if IMPORT_PATH.fullmatch(text):
+        from freqmask.data.imported import import_source
+
         return import_source(text)
     raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
 
@@ -269,32 +270,6 @@ def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str
 
         return sorted(splits_in_array(path))
     return []
-
-
-def import_source(text: str) -> Source:
-    """The source that an import path names: an object, or a class or function that returns one.
-
-    Args:
-        text: ``package.module:name``.
-
-    Raises:
-        UserError: it cannot be imported, or is no `Source`.
-    """
-    module_name, _, name = text.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"DATA ({text}) is neither a folder nor importable ({error}); check its spelling or PYTHONPATH"
-        ) from error
-    if not hasattr(module, name):
-        hint = nearest(name, [known for known in vars(module) if not known.startswith("_")])
-        raise UserError(f"DATA ({text}): {module_name} has no {name}; {hint}")
-    found = getattr(module, name)
-    source = found() if not isinstance(found, Source) and callable(found) else found
-    if not isinstance(source, Source):
-        raise UserError(f"DATA ({text}) must be a freqmask.data.sources.Source, or return one when called")
-    return source
 
 
 def _nearest_sibling(path: Path) -> str:

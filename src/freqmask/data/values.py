@@ -93,9 +93,9 @@ class ValueRange:
             float32 in [0, 1], clamped; an 8-bit image with its full range stays uint8, 0 to 255, because the
             device divides it faster than a worker.
         """
-        low, high = self.limits(image.dtype)
-        if image.dtype == np.uint8 and (low, high) == (0.0, 255.0):
+        if image.dtype == np.uint8 and (self.low, self.high) in ((None, None), (0.0, 255.0)):
             return image
+        low, high = self.limits(image.dtype)
         scaled = (image.astype(np.float32) - np.float32(low)) / np.float32(high - low)
         return np.clip(scaled, 0, 1, out=scaled)
 

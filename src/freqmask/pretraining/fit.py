@@ -175,7 +175,7 @@ class Fit:
             world_size=self.processes,
             start_step=done * accumulate,
             total_steps=int(self.options["steps"]) * accumulate,
-            blocks=self.train.blocks(),
+            blocks=self.train.blocks() if self.kept is None else None,  # kept images are equally near
             workers=int(self.options["workers"]),
         )
         if self.kept is None:
