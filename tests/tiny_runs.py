@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from freqmask.interop.runs import method_of
@@ -76,3 +77,17 @@ def make_photographs(folder: Path) -> Path:
         Image.fromarray((255 * large[0].clamp(0, 1)).byte().permute(1, 2, 0).numpy()).save(path)
     (folder / "cats" / "9.png").write_bytes(b"no image at all")
     return folder
+
+
+def steps_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by every optimiser step from now on."""
+    from freqmask.training.monitor import Monitor
+
+    whole, steps = Monitor.on_train_batch_end, []
+
+    def noting(self: Any, trainer: Any, *rest: Any) -> None:
+        steps.append(trainer.global_step)
+        whole(self, trainer, *rest)
+
+    monkeypatch.setattr(Monitor, "on_train_batch_end", noting)
+    return steps

@@ -50,3 +50,6 @@ def test_a_folder_of_runs_with_a_table_of_results_is_a_folder_of_runs(
     (tmp_path / "out" / "results.csv").write_text("protocol,model\n")
     main(["runs", str(tmp_path / "out")])
     assert "mine-seed0" in capsys.readouterr().out
+    make_run(tmp_path / "other")
+    main(["runs", str(tmp_path)])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "other"]

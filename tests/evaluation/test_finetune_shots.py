@@ -89,3 +89,5 @@ def test_options_of_fine_tuning_are_refused_where_nothing_is() -> None:
         freqmask.evaluate.fewshot("pixels", data="builtin:digits", epochs=3)
     with pytest.raises(UserError, match="pixels"):
         freqmask.evaluate.fewshot("pixels", data="builtin:digits", tune="finetune")
+    with pytest.raises(UserError, match=r"strength \(2\.0\) is of frozen features; leave it out"):
+        freqmask.evaluate.fewshot("random:test_vit", data="builtin:digits", tune="finetune", strength=2.0)

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_runs import make_run
 
 from freqmask.data.folder import open_folder
+from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.errors import UserError
 from freqmask.evaluation.subjects import (
@@ -110,6 +111,22 @@ def test_models_from_outside_see_the_value_range_of_the_images(tmp_path: Path, f
     assert fresh.key()["value_range"] == survey(open_folder(dark)).value_range.describe() != "dtype"
     run = opened(str(make_run(tmp_path / "run").path), dark)
     assert run.key()["value_range"] == "dtype"  # its own
+
+
+def test_models_from_outside_are_made_for_images_of_many_bands(tmp_path: Path, folder: Path) -> None:
+    tiles = tmp_path / "tiles"
+    tiles.mkdir()
+    for number in range(3):
+        np.save(tiles / f"{number}.npy", np.random.default_rng(number).random((24, 24, 12), dtype=np.float32))
+    seen = survey(open_source(tiles))
+    subject = open_subject("random:resnet10t", seen, image_size=32)
+    assert isinstance(subject, ModelSubject)
+    assert subject.opened.input_size == (12, 32, 32)
+    assert subject.opened.mean == pytest.approx(tuple(seen.mean))
+    assert opened("random:resnet10t", folder, image_size=32).key()["input_size"][0] == 3
+    subject.begin(open_source(tiles), CPU)
+    images = as_float(subject.dataset(open_source(tiles))[(0, 0, 1)].views[0])[None]
+    assert subject.features(images, "end")["end/mean"].shape[0] == 1
 
 
 def test_gradients_reach_the_pixels(tmp_path: Path, folder: Path) -> None:

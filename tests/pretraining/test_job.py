@@ -16,9 +16,12 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import steps_made
 
 import freqmask
+from freqmask.data.sources import Source, open_source
 from freqmask.errors import UserError
+from freqmask.training.runs import RunFolder
 
 TINY: dict[str, Any] = {
     "image_size": 16,
@@ -126,6 +129,21 @@ def test_config_repeats_the_run_bit_for_bit(finished: Path, tmp_path: Path) -> N
     assert_identical(finished, again)
 
 
+def test_a_source_made_in_python_is_named_and_its_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = str(tmp_path / "run"), {**TINY, "checkpoint_every_steps": 2}
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(3, options, tmp_path / "run", open_source("builtin:digits"))
+    steps = steps_made(monkeypatch)
+    freqmask.pretrain(open_source("builtin:digits"), **options, out=out)
+    assert steps == [3, 4, 5, 6]
+    assert RunFolder(out).config()["data"] == ["freqmask.data.builtin:BuiltinDigits"]
+    told = capsys.readouterr().out
+    assert "object at" not in told
+    assert f"freqmask embed {out} DATA --neighbours" in told
+
+
 def test_a_finished_run_says_so_and_how_to_train_on(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,21 +196,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(again)]
 
 
-def steps_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by every optimiser step from now on."""
-    from freqmask.training.monitor import Monitor
-
-    whole, steps = Monitor.on_train_batch_end, []
-
-    def noting(self: Any, trainer: Any, *rest: Any) -> None:
-        steps.append(trainer.global_step)
-        whole(self, trainer, *rest)
-
-    monkeypatch.setattr(Monitor, "on_train_batch_end", noting)
-    return steps
-
-
-def train_until(step: int, options: dict[str, Any], out: Path) -> None:
+def train_until(step: int, options: dict[str, Any], out: Path, data: str | Source = "builtin:digits") -> None:
     """Break off after a step as a kill would: nothing is saved any more."""
     from freqmask.training.monitor import Monitor
 
@@ -205,7 +209,7 @@ def train_until(step: int, options: dict[str, Any], out: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Monitor, "on_train_batch_end", broken)
-        freqmask.pretrain("builtin:digits", **options, out=str(out))
+        freqmask.pretrain(data, **options, out=str(out))
 
 
 def test_other_settings_are_refused_each_named(tmp_path: Path) -> None:
@@ -290,6 +294,13 @@ def test_the_plan_says_how_images_are_cropped(
     told = capsys.readouterr().out
     assert words in told
     assert ("of the area" in told) == (crop == "resized")
+    assert "changes nothing" not in told
+
+
+def test_a_crop_scale_without_an_effect_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {**TINY, "crop": "native", "crop_scale": [0.1, 1.0], "dry_run": True}
+    freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
+    assert "crop_scale is for --crop resized and changes nothing here" in capsys.readouterr().out
 
 
 def test_dry_run_draws_the_plan_and_trains_nothing(

@@ -97,3 +97,25 @@ def test_other_processes_wait_until_a_run_is_begun_but_not_for_ever(
     monkeypatch.setattr("freqmask.training.runs.PATIENCE", -1.0)
     with pytest.raises(UserError, match="was not begun by process 0"):
         RunFolder(tmp_path / "never").begun()
+
+
+def test_what_failed_before_it_began_leaves_nothing_and_takes_nothing_away(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for run in (RunFolder(tmp_path / "a" / "b" / "run"), new_run("mfm", "vit", tmp_path / "runs")):
+        run.lock()
+        run.leave_nothing()
+        run.unlock()
+    other = RunFolder(tmp_path / "mine" / "run")
+    other.lock()
+    (tmp_path / "mine" / "run" / "notes.txt").write_text("mine")
+    other.leave_nothing()
+    other.unlock()
+    last = RunFolder(tmp_path / "mine")
+    last.lock()
+    last.leave_nothing()
+    last.unlock()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "mine",
+        "mine/run",
+        "mine/run/notes.txt",
+    ]

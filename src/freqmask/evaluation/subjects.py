@@ -24,6 +24,7 @@ from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, open_model
 from freqmask.training.runs import RunFolder
 
 PIXELS = "pixels"
+CONVERTIBLE = (1, 3, 4)  # channels of images that any model can be shown
 _PIXEL_SIDE = 32  # raw pixels of larger images would be more numbers than a head can use
 _BLOCKS = (1 / 2, 3 / 4)  # how deep inside the last block of a masked model serves its decoder
 _CALIBRATION_IMAGES = 256
@@ -186,7 +187,8 @@ def open_subject(
 
     Args:
         text: as for :func:`freqmask.interop.models.open_model`, or ``pixels``.
-        seen: what the images are like.
+        seen: what the images are like; ``timm:NAME`` and ``random:NAME`` are made for their channels where these
+            cannot become three.
         seed: of fresh weights.
         image_size: side in pixels; None is what the model was trained at.
         weights: ``teacher`` or ``student`` of a FOLK run; None elsewhere leaves it out.
@@ -206,7 +208,10 @@ def open_subject(
     foreign = text.startswith((PUBLIC, RANDOM))
     is_run = not foreign and RunFolder(text).exists()
     chosen = weights if is_run else None
-    opened = open_model(text, image_size=image_size, seed=seed, weights=chosen, wishes=wishes)
+    many = None if seen.channels in CONVERTIBLE else seen.channels
+    opened = open_model(text, image_size=image_size, channels=many, seed=seed, weights=chosen, wishes=wishes)
+    if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).is_dir():
+        opened.mean, opened.std = tuple(seen.mean), tuple(seen.std)  # ImageNet's are those of three colours
     if value_range is not None or (foreign and opened.value_range == "dtype"):
         opened.value_range = seen.value_range.describe()
     return ModelSubject(text, opened, crop)

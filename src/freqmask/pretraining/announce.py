@@ -98,7 +98,10 @@ def _seen_lines(
             "are empty, and predicting nothing there teaches nothing; try --image_size auto"
         )
     if options["overfit"] is None:
-        yield f"            {_crop_words(options)}{why('crop_scale') if options['crop'] == 'resized' else ''}"
+        unused = (
+            "" if "crop_scale" in reasons else " (crop_scale is for --crop resized and changes nothing here)"
+        )
+        yield f"            {_crop_words(options)}{why('crop_scale') if options['crop'] == 'resized' else unused}"
     patch = f", patch {options['patch_size']}{why('patch_size')}" if options["patch_size"] else ""
     yield f"backbone    {options['backbone']}{why('backbone')}{patch}"
     names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")

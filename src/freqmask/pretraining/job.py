@@ -319,8 +319,10 @@ def _judge_overfit(summary: Mapping[str, Any], count: int) -> None:
 
 
 def data_words(options: Mapping[str, Any]) -> str:
-    """DATA as it would be typed."""
-    return " ".join(shlex.quote(str(one)) for one in options["data"])
+    """DATA as it would be typed; what was made in Python cannot be."""
+    return " ".join(
+        shlex.quote(str(one)) if isinstance(one, (str, Path)) else "DATA" for one in options["data"]
+    )
 
 
 def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,14 +166,22 @@ def is_run(path: Path) -> bool:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run folders directly inside a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
+    """The run folders directly inside a folder, by name; a folder of runs with a table of results is none."""
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
+    return [path for path in found if _begun(path) or not any(map(is_run, _folders_in(path)))]
+
+
+def _begun(path: Path) -> bool:
+    return any((path / mark).is_file() for mark in _MARKS if mark != RESULTS)
+
+
+def _folders_in(path: Path) -> list[Path]:
+    return [inside for inside in path.iterdir() if inside.is_dir()]
 
 
 def run_folders(path: Path) -> list[Path]:
     """A run folder itself, or the runs inside a folder of runs (which may hold a table of results, too)."""
-    begun = any((path / mark).is_file() for mark in _MARKS if mark != RESULTS)
-    if begun or not path.is_dir():
+    if _begun(path) or not path.is_dir():
         return [path]
     return runs_in(path) or [path]
 

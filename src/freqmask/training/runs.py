@@ -33,6 +33,7 @@ class RunFolder:
         """Point at a folder, which need not exist yet."""
         self.path = Path(path)
         self._lock: int | None = None
+        self._made: list[Path] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -104,13 +105,23 @@ class RunFolder:
         """Write what the run ended with, which also marks it finished."""
         write_text(self.path / SUMMARY, json.dumps(dict(summary), indent=1) + "\n")
 
+    def make(self, exist_ok: bool = True) -> None:
+        """Make the folder, and remember what had to be made.
+
+        Raises:
+            FileExistsError: it is there and must not be.
+        """
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=exist_ok)
+        self._made += missing
+
     def lock(self) -> None:
         """Take the run for this process until it ends, however it ends.
 
         Raises:
             UserError: another process is training in this folder.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.make()
         if not self._try_lock():
             raise UserError(
                 f"run folder ({self.path}) is in use by another process; wait for it, or give another --out"
@@ -141,7 +152,7 @@ class RunFolder:
             self._lock = None
 
     def leave_nothing(self, *files: str) -> None:
-        """Remove the folder of what failed before it began; somebody else's files stay, and so does their folder.
+        """Remove what :meth:`make` made for a run that failed before it began; somebody else's files stay.
 
         Args:
             files: that may have been written beside the lock.
@@ -150,9 +161,9 @@ class RunFolder:
             return
         for name in (*files, LOCK):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
-            self.path.parent.rmdir()
+        with contextlib.suppress(OSError):  # a folder that is not empty, and those above it
+            for folder in self._made:
+                folder.rmdir()
 
 
 def _lock_descriptor(descriptor: int) -> bool:
@@ -178,10 +189,10 @@ def new_run(method: str, backbone: str, root: Path = RUNS) -> RunFolder:
     stem = re.sub(r"[^\w.-]+", "_", f"{method}-{backbone}")
     number = 1
     while True:
-        folder = root / f"{stem}-{number}"
+        run = RunFolder(root / f"{stem}-{number}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return RunFolder(folder)
+            run.make(exist_ok=False)
+            return run
         number += 1
 
 
@@ -204,8 +215,17 @@ def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder 
 
 
 def comparable(value: Any) -> Any:
-    """The value as JSON would give it back, so that what was stored and what is asked for can be compared."""
-    return json.loads(json.dumps(value, default=str))
+    """The value as JSON would give it back, so that what was stored and what is asked for can be compared.
+
+    An object of Python's, such as a source of images, becomes the import path of its class.
+    """
+    return json.loads(json.dumps(value, default=_word))
+
+
+def _word(value: Any) -> str:
+    kind = type(value)
+    has_words = any("__str__" in vars(one) or "__repr__" in vars(one) for one in kind.__mro__[:-1])
+    return str(value) if has_words else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def evaluate_shots(options: Mapping[str, Any]) -> list[Summary]:
         UserError: an option cannot be, or something cannot be opened.
     """
     shots = fewshot.parse_shots(list(options["shots"] or fewshot.SHOTS))
+    _check_frozen(options)
     tuned = _tuning_options(options)
     bout, models = open_bout(tuned, frozen_too=options["tune"] == "both")
     bout.setting.options = {name: value for name, value in options.items() if name not in ("model", "out")}
@@ -67,6 +68,16 @@ def evaluate_shots(options: Mapping[str, Any]) -> list[Summary]:
     for text in learning:
         results += _tuned(bout, text, shots, tuned)
     return [] if rank() > 0 else _tell(bout, results, shots)
+
+
+def _check_frozen(options: Mapping[str, Any]) -> None:
+    """Raises a UserError where an option of frozen features is given and none are measured."""
+    usual = {"strength": fewshot.INVERSE_STRENGTH, "feature": "mean", "precision": "32", "cache": True}
+    given = [name for name, value in usual.items() if options[name] != value]
+    if options["tune"] == "finetune" and given:
+        raise UserError(
+            f"{given[0]} ({options[given[0]]}) is of frozen features; leave it out, or give --tune both"
+        )
 
 
 def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
