@@ -57,7 +57,7 @@ def embed(
         batch_size: images at once on a device.
         workers: loader processes of each device.
         accelerator: auto, cpu, cuda or mps.
-        devices: how many; auto is all GPUs, else one.
+        devices: how many, a process each; auto is all GPUs, else one.
         precision: 32 or bf16; bf16 is faster and rounds to three digits.
         overwrite: replace a file that holds something else.
 
@@ -91,14 +91,13 @@ def embed(
     if pooled == "class_token" and not opened.backbone.has_class_token:
         raise UserError(f"feature (class_token): {opened.name} has none; try --feature mean")
     wanted = Wanted(pooled, patches, tuple(embedding.checked_blocks(blocks, opened)), crop, precision)
-    place = embedding.choose_place(batch_size, workers, accelerator)
-    processes = embedding.count_processes(devices, place)
+    place, places = embedding.choose_place(batch_size, workers, accelerator, devices)
     parts = plan_parts(opened, source, path, wanted)
     if embedding.is_there(path, parts.task):
         say(f"embeddings  {path} is there already, of the same images and weights")
     else:
         check_out(path, overwrite, folder=False)
-        written = embedding.compute(opened, source, path, wanted, place, processes)
+        written = embedding.compute(opened, source, path, wanted, place, places)
         embedding.tell(written, opened, len(source))
     if neighbours:
         from freqmask.commands.sheets import draw_neighbours

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from freqmask.console import say
 from freqmask.data.sources import Source
 from freqmask.errors import UserError
-from freqmask.interop.embed import Embedding, Place, Wanted, compute_parts, finish, plan_parts
+from freqmask.interop.embed import Embedding, Place, Wanted, finish, plan_parts, work_through
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.tables import task_of
 from freqmask.pretraining.resolve import pick_device
 from freqmask.pretraining.settings import check_accelerator
+from freqmask.training.devices import check_started_once, choose_devices
 from freqmask.training.plan import choose_workers
 from freqmask.training.progress import Progress
+from freqmask.training.replicas import DiedError, Replicas
 
 _SHOWN_SKIPPED = 3
 
@@ -49,88 +51,79 @@ def is_there(path: Path, task: dict[str, Any]) -> bool:
     return path.is_file() and task_of(path) == task
 
 
-def choose_place(batch_size: int | str, workers: int | str, accelerator: str) -> Place:
-    """Device, batch and workers, every auto resolved.
+def choose_place(
+    batch_size: int | str, workers: int | str, accelerator: str, devices: int | str
+) -> tuple[Place, list[torch.device]]:
+    """Batch and workers of a device, and the devices, every auto resolved.
 
     Raises:
         UserError: a device that is not here, or a number out of range.
     """
     check_accelerator(accelerator)
+    check_started_once("embed")
     device = pick_device(accelerator)
+    chosen = choose_devices(devices, device, accelerator)
     batch = (256 if device.type == "cuda" else 32) if batch_size == "auto" else batch_size
-    loaders = choose_workers(device.type == "cuda").value if workers == "auto" else workers
+    loaders = workers
+    if workers == "auto":
+        loaders = max(choose_workers(device.type == "cuda").value // len(chosen), 1)
     for name, value, least in (("batch_size", batch, 1), ("workers", loaders, 0)):
         if not isinstance(value, int) or value < least:
             raise UserError(f"{name} ({value}) must be a whole number of at least {least}, or auto")
-    return Place(device.type, 0, 1, int(batch), int(loaders))
-
-
-def count_processes(devices: int | str, place: Place) -> int:
-    """One process a device.
-
-    Raises:
-        UserError: there are not that many devices.
-    """
-    here = torch.cuda.device_count() if place.device == "cuda" else 1
-    if devices == "auto":
-        return here
-    if not isinstance(devices, int) or devices < 1 or (place.device == "cuda" and devices > here):
-        raise UserError(f"devices ({devices}) must be auto or from 1 to {here}")
-    return devices
+    return Place(batch_size=int(batch), workers=int(loaders)), chosen
 
 
 def compute(
-    opened: OpenedModel, source: Source, path: Path, wanted: Wanted, place: Place, processes: int
+    opened: OpenedModel,
+    source: Source,
+    path: Path,
+    wanted: Wanted,
+    place: Place,
+    devices: list[torch.device],
 ) -> Embedding:
-    """Compute the parts, here or in several processes, and join them."""
+    """Compute the parts, here or in a process a device, and join them."""
     parts = plan_parts(opened, source, path, wanted)
     there = parts.begin()
     if there:
         say(f"goes on     {there} of {parts.count} parts are there from before")
     todo = sum(len(parts.indices(number)) for number in parts.missing(0, 1))
-    began = time.monotonic()
-    if processes > 1 and todo:
-        _spawn(opened, source, path, wanted, place, processes)
-        computed = todo
-    else:
-        progress = Progress(todo, 0, {"rate": "{:.0f} images/s"}, unit="image")
-        progress.start()
-        try:
-            computed = compute_parts(
-                opened,
-                source,
-                parts,
-                wanted,
-                place,
-                lambda done: progress.update(done, {"rate": done / max(time.monotonic() - began, 1e-9)}),
-            )
-        finally:
-            progress.close()
-    return finish(opened, path, parts, wanted, computed)
-
-
-def _spawn(
-    opened: OpenedModel, source: Source, path: Path, wanted: Wanted, place: Place, processes: int
-) -> None:
-    """One process a device, each with every other part."""
-    opened.backbone.cpu()
-    arguments = (opened, source, path, wanted, place, processes)
+    began, done = time.monotonic(), 0
+    progress = Progress(todo, 0, {"rate": "{:.0f} images/s"}, unit="image")
+    progress.start()
     try:
-        spawn(_work, arguments, nprocs=processes, join=True)
-    except (ProcessExitedException, ProcessRaisedException) as error:
-        reason = str(error).strip().splitlines()[-1].removeprefix("freqmask.errors.UserError: ")
-        raise UserError(f"{reason}; the same command goes on from the parts that are whole") from error
+        for number in _work(opened, source, path, wanted, place, devices):
+            done += number
+            progress.update(done, {"rate": done / max(time.monotonic() - began, 1e-9)})
+    finally:
+        progress.close()
+    return finish(opened, path, parts, wanted, done)
 
 
 def _work(
-    rank: int, opened: OpenedModel, source: Source, path: Path, wanted: Wanted, place: Place, processes: int
-) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)  # the first process alone speaks
-    device = f"cuda:{rank}" if place.device == "cuda" else place.device
+    opened: OpenedModel,
+    source: Source,
+    path: Path,
+    wanted: Wanted,
+    place: Place,
+    devices: list[torch.device],
+) -> Iterator[int]:
+    """One process a device, each with every other part; yields how many images each batch had."""
+    parts, count = plan_parts(opened, source, path, wanted), len(devices)
+    ranks = [rank for rank in range(count) if parts.missing(rank, count)]
+    shares = [replace(place, rank=rank, world_size=count) for rank in ranks]
+    arguments = [(opened, source, path, wanted, share) for share in shares]
+    with closing(Replicas(devices)) as replicas:
+        try:
+            yield from replicas.run(_embed, arguments, [opened, source])
+        except DiedError as error:
+            raise UserError(f"{error}; the same command goes on from the parts that are whole") from error
+
+
+def _embed(
+    device: torch.device, opened: OpenedModel, source: Source, path: Path, wanted: Wanted, place: Place
+) -> Iterator[int]:
     parts = plan_parts(opened, source, path, wanted)
-    compute_parts(
-        opened, source, parts, wanted, replace(place, device=device, rank=rank, world_size=processes)
-    )
+    return work_through(opened, source, parts, wanted, replace(place, device=str(device)))
 
 
 def tell(embedding: Embedding, opened: OpenedModel, images: int) -> None:

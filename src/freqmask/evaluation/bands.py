@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +121,12 @@ def evaluate_bands(head: str, radii: Sequence[float] | None, setting: Setting) -
     for subject in subjects:
         bands_of(_size(subject), radii)  # a radius that does not fit shows before hours of work
     results = []
-    for subject in subjects:
-        for seed in setting.seeds:
-            if seed != setting.seeds[0]:
-                subject = _open(subject.text, head, data, seen, setting, seed)
-            results += _measure(begin(subject, data, setting.place), head, radii, seed)
+    with closing(setting.place):
+        for subject in subjects:
+            for seed in setting.seeds:
+                if seed != setting.seeds[0]:
+                    subject = _open(subject.text, head, data, seen, setting, seed)
+                results += _measure(begin(subject, data, setting.place), head, radii, seed)
     return _tell(setting, data, results, head)
 
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freqmask.data.loader import make_loader
-from freqmask.data.sampler import OrderedSampler
+from freqmask.data.sampler import ChosenSampler
+from freqmask.data.sources import Source
 from freqmask.evaluation.answers import Answers
 from freqmask.evaluation.attacks import Attack, size_of_change
 from freqmask.evaluation.corrupted import CorruptedSubject
 from freqmask.evaluation.corruptions import Corruption
-from freqmask.evaluation.features import FeatureTable, compute_features, not_finite
+from freqmask.evaluation.features import FeatureTable, compute_features, lasting, not_finite
 from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.protocol import Bench
 from freqmask.evaluation.results import Result
@@ -72,7 +73,7 @@ class Examination:
             self._attack(attack, one, answers)
             for one, answers in zip(self.bench.data.rounds, self.answers, strict=True)
         ]
-        predicted, losses, harder, change = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        predicted, losses, harder, change = (np.concatenate(parts) for parts in zip(*found, strict=True))
         facts = {
             "attack": attack.describe(),
             "loss": float(losses.mean()),
@@ -81,34 +82,17 @@ class Examination:
         }
         return Result(self.bench.subject, attack.name, self.seed, self.tested, predicted, self._facts(facts))
 
-    def _attack(self, attack: Attack, one: Round, answers: Answers) -> tuple[Tensor, ...]:
+    def _attack(self, attack: Attack, one: Round, answers: Answers) -> list[np.ndarray]:
         """Answers, losses before and after, and sizes of the changes, of a round's test images."""
-        subject, device = self.bench.subject, self.bench.place.device
-
-        def classify(images: Tensor) -> Tensor:
-            return answers.differentiable(subject.features(images, "end"))
-
-        found = []
-        for images, keys, labels in self._batches(one):
-            images, keys, labels = images.to(device), keys.to(device), labels.to(device)
-            harder = attack.run(classify, images, labels, keys)
-            with torch.no_grad():
-                before, after = classify(images).float(), classify(harder).float()
-            losses = (F.cross_entropy(logits, labels, reduction="none") for logits in (before, after))
-            change = size_of_change(harder - images, attack.norm)
-            found.append([part.cpu() for part in (after.argmax(dim=1), *losses, change)])
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-    def _batches(self, one: Round) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Test images in [0, 1], their keys and their classes."""
-        dataset = self.bench.subject.dataset(subset(self.bench.data, one.test))
-        size = min(self.bench.place.batch_size or _ATTACKED_AT_ONCE, len(one.test))
-        labels = torch.from_numpy(self.bench.data.labels[one.test])
-        done = 0
-        for batch in make_loader(dataset, OrderedSampler(len(one.test)), size, self.bench.place.workers):
-            images = as_float(batch["views"][0])
-            yield images, batch["keys"], labels[done : done + len(images)]
-            done += len(images)
+        bench, count = self.bench, len(one.test)
+        source, labels = subset(bench.data, one.test), torch.from_numpy(bench.data.labels[one.test])
+        size = min(bench.place.batch_size or _ATTACKED_AT_ONCE, count)
+        arguments = (attack, bench.subject, answers, source, labels, size, bench.place.workers)
+        kept = [*lasting(bench.subject, source), answers]
+        found = dict(bench.place.run(_attack_images, count, size, arguments, kept))
+        return [
+            np.concatenate(parts) for parts in zip(*(found[first] for first in sorted(found)), strict=True)
+        ]
 
     def _result(
         self, variant: str, values: dict[str, np.ndarray], facts: dict[str, Any] | None = None
@@ -131,6 +115,35 @@ class Examination:
         chosen = "; ".join(dict.fromkeys(answers.chosen for answers in self.answers if answers.chosen))
         learnt = " ".join(str(answers.learnt_from) for answers in self.answers)
         return {"head": self.head, "train_images": learnt, "chosen": chosen, **further}
+
+
+def _attack_images(
+    device: torch.device,
+    images: range,
+    attack: Attack,
+    subject: Subject,
+    answers: Answers,
+    source: Source,
+    labels: Tensor,
+    size: int,
+    workers: int,
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """A batch's first number; its answers, losses before and after, sizes of the changes; in whatever process."""
+
+    def classify(batch: Tensor) -> Tensor:
+        return answers.differentiable(subject.features(batch, "end"))
+
+    first = images.start
+    for batch in make_loader(subject.dataset(source), ChosenSampler(images), size, workers):
+        clean, keys = as_float(batch["views"][0].to(device)), batch["keys"].to(device)
+        truth = labels[first : first + len(clean)].to(device)
+        harder = attack.run(classify, clean, truth, keys)
+        with torch.no_grad():
+            before, after = classify(clean).float(), classify(harder).float()
+        losses = (F.cross_entropy(logits, truth, reduction="none") for logits in (before, after))
+        change = size_of_change(harder - clean, attack.norm)
+        yield first, [part.cpu().numpy() for part in (after.argmax(dim=1), *losses, change)]
+        first += len(clean)
 
 
 def answer_variant(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from freqmask.evaluation.results import (
     write_classes,
 )
 from freqmask.evaluation.subjects import Subject, check_models, open_subject
-from freqmask.training.plan import choose_workers
+from freqmask.training.devices import check_started_once, choose_devices
+from freqmask.training.plan import choose_workers, usable_cores
+from freqmask.training.replicas import Replicas
 
 _SHOWN_SKIPPED = 3
 
@@ -103,6 +106,35 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
     )
 
 
+def shared_setting_of(options: Mapping[str, Any]) -> Setting:
+    """The same for a command whose images are parted among the devices of its ``--devices``.
+
+    Raises:
+        UserError: there are not that many, or a launcher started the command several times.
+    """
+    check_started_once("evaluate")
+    setting = setting_of(options)
+    place = setting.place
+    devices = choose_devices(options["devices"], place.device, options["accelerator"])
+    if len(devices) > 1:
+        workers = place.workers
+        if options["workers"] == "auto":
+            workers = max(workers // len(devices), 1)
+        say(f"devices     {_in_words(devices)}")
+        setting.place = replace(place, device=devices[0], workers=workers, replicas=Replicas(devices))
+    return setting
+
+
+def _in_words(devices: Sequence[torch.device]) -> str:
+    count, threads, cores = len(devices), torch.get_num_threads(), usable_cores()
+    words = f"{count} x {devices[0].type}: each sees a part of the images; heads learn on one"
+    if devices[0].type == "cpu" and count * threads > cores:
+        words += (
+            f" ({threads} threads each for {cores} cores; OMP_NUM_THREADS={max(cores // count, 1)} is faster)"
+        )
+    return words
+
+
 def evaluate(protocol: Protocol, setting: Setting) -> list[Summary]:
     """Measure all models by a protocol, show one table, append to results.csv, draw the bars.
 
@@ -118,8 +150,9 @@ def evaluate(protocol: Protocol, setting: Setting) -> list[Summary]:
     """
     models, data, seen = prepare(setting)
     results: list[Result] = []
-    for text in models:
-        results += measure(text, protocol, data, seen, setting)
+    with closing(setting.place):
+        for text in models:
+            results += measure(text, protocol, data, seen, setting)
     return tell(protocol, setting, data, results)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,11 +112,12 @@ def evaluate_robustness(wanted: Wanted, setting: Setting) -> list[Summary]:
         UserError: something cannot be opened, or does not fit; nothing has been written then.
     """
     models, job = open_job(wanted, setting)
-    for text in models:
-        for seed in setting.seeds:
-            _examine(job, text, seed)
-            if wanted.head == "own":
-                break  # nothing depends on the seed
+    with closing(setting.place):
+        for text in models:
+            for seed in setting.seeds:
+                _examine(job, text, seed)
+                if wanted.head == "own":
+                    break  # nothing depends on the seed
     return tell(list(job.boards.values()), setting, wanted.head, _example(job, models[0]))
 
 

@@ -122,10 +122,21 @@ def compute_parts(
     Returns:
         Images computed.
     """
+    done = 0
+    for number in work_through(opened, source, parts, wanted, place):
+        done += number
+        report(done)
+    return done
+
+
+def work_through(
+    opened: OpenedModel, source: Source, parts: Parts, wanted: Wanted, place: Place
+) -> Iterator[int]:
+    """The same, batch by batch: yields how many images each had."""
     missing = parts.missing(place.rank, place.world_size)
     items = [(0, index, index) for number in missing for index in parts.indices(number)]
     if not items:
-        return 0
+        return
     opened.backbone.to(place.device)
     dataset = still_images(opened, source, wanted.crop)
     loader = make_loader(dataset, items, min(place.batch_size, len(items)), place.workers)  # type: ignore[arg-type]
@@ -135,8 +146,7 @@ def compute_parts(
         asked = [index for _, _, index in items[done : done + number]]
         done += number
         rows.add(asked, *features)
-        report(done)
-    return done
+        yield number
 
 
 def _features(

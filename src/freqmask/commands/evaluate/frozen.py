@@ -33,6 +33,7 @@ def knn(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     accelerator: str = "auto",
+    devices: int | str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -63,9 +64,10 @@ def knn(
         crop: center takes the largest centred square, whole the whole picture, distorted to a square.
         value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
         out: folder of results.csv and the picture; the default is the model's run folder, or this one.
-        batch_size: images at once.
-        workers: processes that read images.
+        batch_size: images at once on a device.
+        workers: processes that read images, of each device.
         accelerator: auto, cpu, cuda or mps.
+        devices: how many share the images, a process each; auto is all GPUs, else one. The numbers stay the same.
         precision: of the features: 32, or bf16, which is faster and rounds to three digits.
         cache: keep features, so that the next evaluation need not compute them again.
 
@@ -76,11 +78,11 @@ def knn(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    from freqmask.evaluation.job import evaluate, setting_of
+    from freqmask.evaluation.job import evaluate, shared_setting_of
     from freqmask.evaluation.knn import NEIGHBOURS
     from freqmask.evaluation.protocols import Knn
 
-    return reported(model, evaluate(Knn(k or NEIGHBOURS, temperature, feature), setting_of(options)))
+    return reported(model, evaluate(Knn(k or NEIGHBOURS, temperature, feature), shared_setting_of(options)))
 
 
 def linear(
@@ -106,6 +108,7 @@ def linear(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     accelerator: str = "auto",
+    devices: int | str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -137,9 +140,10 @@ def linear(
         crop: center takes the largest centred square, whole the whole picture, distorted to a square.
         value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
         out: folder of results.csv and the picture; the default is the model's run folder, or this one.
-        batch_size: images at once.
-        workers: processes that read images.
+        batch_size: images at once on a device.
+        workers: processes that read images, of each device.
         accelerator: auto, cpu, cuda or mps.
+        devices: how many share the images, a process each; auto is all GPUs, else one. The numbers stay the same.
         precision: of the features: 32, or bf16, which is faster and rounds to three digits.
         cache: keep features, so that the next evaluation need not compute them again.
 
@@ -150,11 +154,11 @@ def linear(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    from freqmask.evaluation.job import evaluate, setting_of
+    from freqmask.evaluation.job import evaluate, shared_setting_of
     from freqmask.evaluation.linear import LEARNING_RATES
     from freqmask.evaluation.protocols import Linear
 
-    return reported(model, evaluate(Linear(rates or LEARNING_RATES, epochs), setting_of(options)))
+    return reported(model, evaluate(Linear(rates or LEARNING_RATES, epochs), shared_setting_of(options)))
 
 
 def fewshot(
@@ -183,6 +187,7 @@ def fewshot(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     accelerator: str = "auto",
+    devices: int | str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -218,9 +223,11 @@ def fewshot(
         value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
         out: folder of results.csv, the picture and the runs of fine-tuning; the default is the model's run folder,
             or this one, and runs/finetune-... for the runs.
-        batch_size: images at once, of frozen features.
-        workers: processes that read images.
+        batch_size: images at once on a device, of frozen features.
+        workers: processes that read images, of each device.
         accelerator: auto, cpu, cuda or mps.
+        devices: how many share the images, a process each, or train together with --tune; auto is all GPUs, else
+            one. The numbers of frozen features stay the same.
         precision: of the features: 32, or bf16, which is faster and rounds to three digits.
         cache: keep features, so that the next evaluation need not compute them again.
 
@@ -242,10 +249,10 @@ def fewshot(
             f"epochs ({epochs:g}) are those of fine-tuning; leave them out, or give --tune finetune"
         )
     from freqmask.evaluation.fewshot import SHOTS
-    from freqmask.evaluation.job import evaluate, setting_of
+    from freqmask.evaluation.job import evaluate, shared_setting_of
     from freqmask.evaluation.protocols import Fewshot
 
-    return reported(model, evaluate(Fewshot(shots or SHOTS, feature, strength), setting_of(options)))
+    return reported(model, evaluate(Fewshot(shots or SHOTS, feature, strength), shared_setting_of(options)))
 
 
 def bands(
@@ -271,6 +278,7 @@ def bands(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     accelerator: str = "auto",
+    devices: int | str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -301,9 +309,10 @@ def bands(
         crop: center takes the largest centred square, whole the whole picture, distorted to a square.
         value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
         out: folder of results.csv and the picture; the default is the model's run folder, or this one.
-        batch_size: images at once.
-        workers: processes that read images.
+        batch_size: images at once on a device.
+        workers: processes that read images, of each device.
         accelerator: auto, cpu, cuda or mps.
+        devices: how many share the images, a process each; auto is all GPUs, else one. The numbers stay the same.
         precision: of the features: 32, or bf16, which is faster and rounds to three digits.
         cache: keep features, so that the next evaluation need not compute them again.
 
@@ -315,6 +324,6 @@ def bands(
     """
     options = locals()
     from freqmask.evaluation.bands import evaluate_bands
-    from freqmask.evaluation.job import setting_of
+    from freqmask.evaluation.job import shared_setting_of
 
-    return reported(model, evaluate_bands(head, radii, setting_of({**options, "seeds": seeds or [0]})))
+    return reported(model, evaluate_bands(head, radii, shared_setting_of({**options, "seeds": seeds or [0]})))

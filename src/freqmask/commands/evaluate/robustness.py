@@ -43,6 +43,7 @@ def robustness(
     batch_size: int | str = "auto",
     workers: int | str = "auto",
     accelerator: str = "auto",
+    devices: int | str = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -87,9 +88,10 @@ def robustness(
         crop: center takes the largest centred square, whole the whole picture, distorted to a square.
         value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is each model's own.
         out: folder of results.csv and the pictures; the default is the model's run folder, or this one.
-        batch_size: images at once.
-        workers: processes that read and corrupt images.
+        batch_size: images at once on a device.
+        workers: processes that read and corrupt images, of each device.
         accelerator: auto, cpu, cuda or mps.
+        devices: how many share the images, a process each; auto is all GPUs, else one. The numbers stay the same.
         precision: of the features: 32, or bf16, which is faster and rounds to three digits; attacks always use 32.
         cache: keep features, so that the next evaluation need not compute them again.
 
@@ -104,7 +106,7 @@ def robustness(
 
     from freqmask.evaluation.attacks import make_attacks
     from freqmask.evaluation.corruptions import check_severities, choose_corruptions
-    from freqmask.evaluation.job import setting_of
+    from freqmask.evaluation.job import shared_setting_of
     from freqmask.evaluation.robustness import Wanted, evaluate_robustness
 
     wanted = Wanted(
@@ -117,5 +119,5 @@ def robustness(
         frost=frost,
         test_images=test_images,
     )
-    setting = setting_of({**options, "data": data or [], "seeds": seeds or [0]})
+    setting = shared_setting_of({**options, "data": data or [], "seeds": seeds or [0]})
     return reported(model, evaluate_robustness(wanted, setting))

@@ -1,0 +1,294 @@
+"""The same work on several devices: a process each, fed from this one, whose answers come back here.
+
+The processes live until `Replicas.close`, so that what they need (weights, lists of images) is sent once.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+import types
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+import torch
+
+from freqmask.console import be_quiet
+from freqmask.errors import UserError
+from freqmask.training.parcels import Packer, Unpacker
+from freqmask.training.quiet import quiet_libraries
+
+Work = Callable[..., Iterable[Any]]
+
+_LOOK = 1.0  # seconds after which a process that says nothing is looked after
+_PATIENCE = 5.0  # seconds that a process has to leave by itself
+_TERMINATED = 143  # as a shell tells SIGTERM
+_SAID, _DONE, _FAILED = "said", "done", "failed"
+
+
+class DiedError(UserError):
+    """A process is gone, with what it was at."""
+
+
+@dataclass
+class _Member:
+    """One process.
+
+    Attributes:
+        process: it.
+        connection: to it.
+        device: that it works on.
+        held: numbers of the lasting objects that it has.
+    """
+
+    process: SpawnProcess
+    connection: Connection
+    device: torch.device
+    held: set[int] = field(default_factory=set)
+
+
+class Replicas:
+    """Processes that do the same work on different images, one a device.
+
+    Nothing is started before the first `run` that needs it. On one device the work is done in this process.
+
+    Args:
+        devices: of torch; the CPU may come several times.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.devices = tuple(devices)
+        self._members: list[_Member] = []
+        self._packer = Packer()
+        self._busy = False
+        self._ending = weakref.finalize(self, _end, self._members)  # at the latest when Python ends
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    def run(
+        self, work: Work, arguments: Sequence[tuple[Any, ...]], lasting: Sequence[object] = ()
+    ) -> Iterator[Any]:
+        """Call ``work(device, *arguments)`` in as many processes as there are arguments.
+
+        Args:
+            work: a function of a module, which returns an iterable of things that can be pickled.
+            arguments: of each process, at most one a device. Tensors that lie on an accelerator here arrive on
+                the process's own.
+            lasting: objects among the arguments, or within them, that the next call has again: they are sent
+                once, and must not change.
+
+        Yields:
+            What the work yields, as it comes.
+
+        Raises:
+            DiedError: a process is gone; all of them are ended then, as after the next.
+            UserError: a device ran out of memory, or something cannot be sent.
+        """
+        if len(arguments) == 1:
+            with _memory_in_words(self.devices[0]):
+                yield from work(self.devices[0], *arguments[0])
+            return
+        if self._busy:
+            self.close()  # of the last call somebody did not want to see the end
+        self._busy = True
+        try:
+            self._send(work, arguments, lasting)
+            yield from self._gather(len(arguments))
+            self._busy = False
+        finally:
+            if self._busy:
+                self.close()
+
+    def close(self) -> None:
+        """End the processes: at once where they are at work."""
+        _end(self._members, at_once=self._busy)
+        self._busy = False
+        self._packer = Packer()
+
+    def _send(self, work: Work, arguments: Sequence[tuple[Any, ...]], lasting: Sequence[object]) -> None:
+        numbers = self._packer.keep(lasting)
+        parcels = [self._packer.pack((work, one)) for one in arguments]
+        while len(self._members) < len(arguments):
+            self._members.append(_start(self.devices[len(self._members)]))
+        new = {
+            number
+            for member in self._members[: len(arguments)]
+            for number in numbers
+            if number not in member.held
+        }
+        packed = {number: self._packer.pack_lasting(number) for number in new}
+        for member, parcel in zip(self._members, parcels, strict=False):
+            lacking = {number: packed[number] for number in numbers if number not in member.held}
+            try:
+                member.connection.send_bytes(pickle.dumps((numbers, lacking, parcel)))
+            except (BrokenPipeError, ConnectionResetError) as error:
+                raise self._died(member) from error
+            member.held = set(numbers)
+
+    def _gather(self, count: int) -> Iterator[Any]:
+        working = {member.connection: member for member in self._members[:count]}
+        while working:
+            for connection in wait(list(working), timeout=_LOOK):
+                member = working[connection]  # type: ignore[index]
+                kind, said = self._receive(member)
+                if kind == _SAID:
+                    yield said
+                elif kind == _DONE:
+                    del working[member.connection]
+                else:
+                    raise self._failed(member, *said)
+            for member in working.values():
+                # its loader workers hold the line open for seconds after its death
+                if not member.process.is_alive() and not member.connection.poll():
+                    raise self._died(member)
+
+    def _receive(self, member: _Member) -> tuple[str, Any]:
+        try:
+            message: tuple[str, Any] = pickle.loads(member.connection.recv_bytes())
+        except (EOFError, ConnectionResetError) as error:
+            raise self._died(member) from error
+        return message
+
+    def _died(self, member: _Member) -> DiedError:
+        member.process.join(_PATIENCE)
+        code = member.process.exitcode or 0
+        how = (
+            f"was killed by signal {-code}, most often for want of memory"
+            if code < 0
+            else f"ended with code {code}"
+        )
+        return DiedError(
+            f"{self._name(member)} {how}; try fewer --devices, fewer --workers or a smaller --batch_size"
+        )
+
+    def _failed(self, member: _Member, error: Exception, text: str) -> Exception:
+        if not isinstance(error, UserError):
+            error.__cause__ = RuntimeError(f"in {self._name(member)}:\n{text}")
+        return error
+
+    def _name(self, member: _Member) -> str:
+        return f"process {self._members.index(member) + 1} of {len(self)} ({member.device})"
+
+
+def _start(device: torch.device) -> _Member:
+    here, there = Pipe()
+    threads = torch.get_num_threads()  # not fewer: their number shows in the last bits of convolutions
+    with _undisturbed(), _without_script():
+        process = SpawnContext().Process(target=_serve, args=(there, str(device), threads))
+        process.start()
+    there.close()  # ours, or we would not notice when the other end closes
+    return _Member(process, here, device)
+
+
+def _end(members: list[_Member], at_once: bool = True) -> None:
+    """End processes: those that wait for work leave when the line is closed."""
+    for member in members:
+        member.connection.close()
+        if at_once:
+            member.process.terminate()
+    until = time.monotonic() + _PATIENCE
+    for member in members:
+        member.process.join(max(until - time.monotonic(), 0))
+        if member.process.is_alive():
+            member.process.kill()
+            member.process.join()
+    members.clear()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; those born in here leave it to this one, from the first moment."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # started inside, Python before 3.12 would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """A process born in here does not run the user's script again, guarded by ``__main__`` or not."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+def _serve(connection: Connection, device_name: str, threads: int) -> None:
+    """What a process does: work that comes, until the line is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    be_quiet()
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    unpacker = Unpacker(device)
+    code = 0
+    with quiet_libraries():
+        try:
+            while True:
+                with closing(_answer(unpacker, connection.recv_bytes())) as messages:
+                    for message in messages:
+                        connection.send_bytes(message)
+        except SystemExit:
+            code = _TERMINATED
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            pass  # the process that started us has closed the line, or is gone
+    os._exit(code)  # taking torch apart takes seconds, and nothing is left to be done
+
+
+def _leave(*_: Any) -> None:
+    raise SystemExit  # an exception, so that loader workers are ended, too
+
+
+def _answer(unpacker: Unpacker, letter: bytes) -> Generator[bytes]:
+    try:
+        numbers, packed, parcel = pickle.loads(letter)
+        with _memory_in_words(unpacker.device):
+            unpacker.keep(numbers, packed)
+            work, arguments = unpacker.unpack(parcel)
+            for said in work(unpacker.device, *arguments):
+                yield pickle.dumps((_SAID, said), pickle.HIGHEST_PROTOCOL)
+        yield pickle.dumps((_DONE, None))
+    except Exception as error:
+        yield _failure(error)
+
+
+def _failure(error: Exception) -> bytes:
+    text = traceback.format_exc()
+    try:
+        message = pickle.dumps((_FAILED, (error, text)))
+        pickle.loads(message)
+    except Exception:  # exceptions with constructors of their own do not survive the journey
+        message = pickle.dumps((_FAILED, (RuntimeError(str(error)), text)))
+    return message
+
+
+@contextmanager
+def _memory_in_words(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(f"out of memory on {device}; try a smaller --batch_size") from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # the CPU's own way to say it
+            raise UserError(f"out of memory on {device}; try a smaller --batch_size") from error
+        raise

@@ -1,0 +1,216 @@
+"""Images parted among devices: the numbers of several processes are those of one, to the bit."""
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_runs import make_run
+
+import freqmask
+from freqmask.cli import main
+from freqmask.data.folder import open_folder
+from freqmask.data.values import survey
+from freqmask.errors import UserError
+from freqmask.evaluation import job, linear
+from freqmask.evaluation.answers import learn_answers
+from freqmask.evaluation.attacks import make_attacks
+from freqmask.evaluation.bands import Band
+from freqmask.evaluation.corrupted import CorruptedSubject
+from freqmask.evaluation.corruptions import Corruption, strengths_for
+from freqmask.evaluation.examination import Examination
+from freqmask.evaluation.features import Place, compute_features, part_images
+from freqmask.evaluation.job import begin
+from freqmask.evaluation.labelled import open_labelled
+from freqmask.evaluation.subjects import open_subject
+from freqmask.training.replicas import Replicas
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Replicas]:
+    with contextlib.closing(Replicas([CPU, CPU])) as replicas:
+        yield replicas
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_run(tmp_path_factory.mktemp("runs") / "vit").path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of noise, red and blue; the second test image cannot be read."""
+    folder = tmp_path_factory.mktemp("data")
+    for part, count in (("train", 6), ("test", 5)):
+        for number, name in enumerate(("blue", "red")):
+            (folder / part / name).mkdir(parents=True)
+            for image in range(count):
+                generator = np.random.default_rng([count, number, image])
+                pixels = generator.integers(60, 100, (32, 32, 3), dtype=np.uint8)
+                pixels[..., 2 - 2 * number] += 30
+                Image.fromarray(pixels).save(folder / part / name / f"{image}.png")
+    (folder / "test" / "blue" / "1.png").write_bytes(b"no image")
+    return folder
+
+
+@given(st.integers(1, 500), st.integers(1, 70), st.integers(1, 9))
+def test_parts_are_whole_batches_of_all_images_once(images: int, size: int, parts: int) -> None:
+    found = part_images(images, size, parts)
+    assert [image for part in found for image in part] == list(range(images))
+    assert all(part.start % size == 0 and len(part) for part in found)
+    assert len(found) == min(parts, -(-images // size))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_of_two_processes_are_those_of_one(
+    two: Replicas, run: str, data: Path, workers: int
+) -> None:
+    source = open_folder(data / "test")
+    subject = open_subject(run, survey(source))
+    subject.begin(source, CPU)
+    fog = CorruptedSubject(subject, Corruption("fog", 3, strengths_for(32)))
+    half = Band("low", 0, 8)
+    for model, what, change in ((subject, "blocks", None), (subject, "end", half.change), (fog, "end", None)):
+        tables = [
+            compute_features(
+                model,
+                source,
+                what,
+                Place(CPU, 2, workers, cache=False, replicas=replicas),
+                change,
+                quiet=True,
+            )
+            for replicas in (None, two)
+        ]
+        assert tables[0].values.keys() == tables[1].values.keys()
+        for name, values in tables[0].values.items():
+            assert np.array_equal(values, tables[1].values[name]), name
+        assert tables[0].read.tolist() == tables[1].read.tolist() == [True, False] + [True] * 8
+        assert tables[0].skipped == tables[1].skipped and tables[0].skipped[0][0].endswith("1.png")
+
+
+def test_attacked_answers_of_two_processes_are_those_of_one(
+    two: Replicas, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "LEAST_STEPS", 40)
+    opened = open_labelled(str(data))
+    results = []
+    for replicas in (None, two):
+        place = Place(CPU, 2, cache=False, replicas=replicas)
+        bench = begin(open_subject("random:resnet10t", survey(opened.source), image_size=32), opened, place)
+        answers = [learn_answers(bench, "linear", one, 0) for one in bench.data.rounds]
+        (pgd,) = make_attacks(["pgd"], "linf", "4/255", 2, "auto", True)
+        results.append(Examination(bench, answers, 0, "linear").attacked(pgd))
+    assert np.array_equal(results[0].predicted, results[1].predicted)
+    assert results[0].facts == results[1].facts  # losses and the largest change, to the bit
+    assert results[0].facts["adversarial_loss"] > results[0].facts["loss"]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_command_on_two_processes_says_and_writes_what_it_does_on_one(
+    two: Replicas,
+    run: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "knn", run, "--data", str(data), "--k", "3", "--batch_size", "2", "--cache", "false"]
+    words += ["--workers", "0", "--accelerator", "cpu"]
+    asked: list[int] = []
+    monkeypatch.setattr(job, "Replicas", lambda devices: asked.append(len(devices)) or two)  # they are there
+    said = []
+    for count in ("1", "2"):
+        main([*words, "--devices", count, "--out", count])
+        shown = capfd.readouterr()
+        assert shown.err == ""
+        ignored = ("rows", "look at", "features", "devices     2 x cpu: each sees a part")
+        said.append([line for line in shown.out.splitlines() if not line.startswith(ignored)])
+    assert asked == [2]
+    assert said[0] == said[1]
+    one, other = (rows(tmp_path / count / "results.csv") for count in ("1", "2"))
+    assert [row["accuracy"] for row in one] == [row["accuracy"] for row in other]
+
+
+def started(run: str, data: Path, folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A command on two processes, at the moment when both of them are importing."""
+    words = [run, "--data", str(data), "--batch_size", "2", "--workers", "1", "--accelerator", "cpu"]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "freqmask", "evaluate", "knn", *words, "--devices", "2"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    found: list[psutil.Process] = []
+    while len(found) < 2:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert command.wait(0.05) is None, command.communicate()
+        every = psutil.Process(command.pid).children()
+        found = [one for one in every if "spawn_main" in " ".join(one.cmdline())]
+        found = [one for one in found if one.memory_info().rss > 50e6]
+    return command, found
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_with_one_word(run: str, data: Path, tmp_path: Path) -> None:
+    command, processes = started(run, data, tmp_path)
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does: to all of them
+    assert command.communicate(timeout=60)[1] == "interrupted\n"
+    assert command.returncode == 130
+    assert not any(one.is_running() for one in processes)
+    assert not (tmp_path / "results.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_one_sentence_and_nothing_is_written(
+    run: str, data: Path, tmp_path: Path
+) -> None:
+    command, processes = started(run, data, tmp_path)
+    processes[1].kill()
+    complaint = command.communicate(timeout=60)[1]
+    assert command.returncode == 2
+    assert (
+        complaint.startswith("error: process 2 of 2 (cpu) was killed by signal 9")
+        and complaint.count("\n") == 1
+    )
+    assert not any(one.is_running() for one in processes)
+    assert not (tmp_path / "results.csv").exists()
+
+
+@pytest.mark.slow
+def test_processes_end_when_the_one_that_started_them_is_killed(run: str, data: Path, tmp_path: Path) -> None:
+    command, processes = started(run, data, tmp_path)
+    command.kill()
+    command.communicate()
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+
+
+def test_more_devices_than_there_are_is_one_sentence_before_any_work(
+    run: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("knn", "linear", "fewshot", "bands", "robustness"):
+        with pytest.raises(UserError, match=r"devices \(10000\) must be at most"):
+            getattr(freqmask.evaluate, name)(run, data=str(data), devices=10_000, accelerator="cpu")
+    assert list(tmp_path.iterdir()) == []
