@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -280,6 +282,14 @@ def test_a_bucket_holds_shards_and_folders(bucket, shards, photos):
     system.put(str(photos), f"{bucket}/photos", recursive=True)
     same(open_source(f"s3://{bucket}/shards"), open_source(shards))
     same(open_source(f"s3://{bucket}/photos"), open_source(photos))
+    tables = photos.parent / "tables"
+    tables.mkdir()
+    image = (photos / open_source(photos).name(0)).read_bytes()
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"image": [image] * 3, "label": [0, 1, 0]}), tables / f"{split}-0.parquet")
+    system.put(str(tables), f"{bucket}/tables", recursive=True)
+    same(open_source(f"s3://{bucket}/tables"), open_source(tables))
+    same(open_source(f"s3://{bucket}/tables/t*.parquet", split="test"), open_source(tables, split="test"))
     far = open_source(f"s3://{bucket}/shards")
     batches = list(make_loader(TrainDataset(far, [Geometry(8)]), OrderedSampler(len(far)), 8, workers=1))
     assert sum(len(batch["indices"]) for batch in batches) == len(far)

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from freqmask.data.loader import make_loader
 from freqmask.data.parts import AT_ONCE, Item, Parts, PlannedShard
-from freqmask.data.shard_index import INDEX_NAME, ShardIndex, ShardRows, join_indexes, load_index, make_index
+from freqmask.data.shard_index import INDEX_NAME, ShardIndex, ShardRows, load_index, make_index
+from freqmask.data.shard_joining import join_indexes
 from freqmask.data.shard_writer import Packed, write_shard
 from freqmask.errors import UserError
 from freqmask.training.files import replace_atomically

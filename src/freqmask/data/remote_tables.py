@@ -88,7 +88,7 @@ class RemoteTables(Source):
         count, largest = len(self.index.files), readable_bytes(int(self.index.group_bytes.max()))
         window = self._reader.window
         note = (
-            f"Tables are read over the network in row groups of up to {largest}, mixed within windows of {window}; "
+            f"Tables are read over the network in row groups of up to {largest}, the images of {window} of them mixed; "
             "the order depends on the number of processes and workers."
         )
         kind = f"{count:,} parquet table{'s' * (count > 1)} at {self.files.where}"

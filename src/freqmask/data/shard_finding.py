@@ -12,11 +12,10 @@ from freqmask.data.shard_index import (
     INDEX_NAME,
     VERSION,
     ShardIndex,
-    join_indexes,
     load_index,
     make_index,
-    with_folder_classes,
 )
+from freqmask.data.shard_joining import join_indexes, with_folder_classes
 from freqmask.data.tar_headers import read_headers
 from freqmask.errors import UserError
 

@@ -99,7 +99,8 @@ def index_tables(files: ShardFiles, names: Sequence[str]) -> TableIndex:
         read = read_arrays(cached)
         if read is not None:
             return TableIndex(*read, cached)
-        say(f"index       reading footers and labels of {len(names):,} tables of {files.where}, once")
+        plural = "s" * (len(names) > 1)
+        say(f"index       reading footers and labels of {len(names):,} table{plural} of {files.where}, once")
         about, arrays = _read(files, sizes)
     except FileNotFoundError as error:
         raise UserError(
