@@ -15,7 +15,8 @@ from freqmask.errors import UserError
 from freqmask.evaluation import linear
 from freqmask.evaluation.corruption_error import ALEXNET, applies, corruption_errors
 from freqmask.evaluation.corruptions import COMMON, SEVERITIES
-from freqmask.evaluation.examination import together
+from freqmask.evaluation.examination import Examination, together
+from freqmask.evaluation.results import Result, summarise
 from freqmask.evaluation.variants import find_variants
 from tests.evaluation.test_classifier import write_classifier
 
@@ -167,16 +168,44 @@ def test_folds_test_every_image_with_the_head_that_did_not_learn_it(data: str, t
     assert rows(tmp_path / "results.csv")[0]["test_images"] == "30"
 
 
-def test_fewer_test_images_are_taken_evenly(data: str, capsys: pytest.CaptureFixture[str]) -> None:
-    freqmask.evaluate.robustness(
-        "pixels", data=data, corruptions=["none"], attacks=["fgsm"], test_images=4, workers=0
+def test_folds_do_not_test_what_a_head_has_learnt_by_heart(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    noise = generator.integers(
+        0, 256, (40, 16, 16, 3), dtype=np.uint8
+    )  # 768 numbers an image: enough for a name
+    np.savez(tmp_path / "noise.npz", images=noise, labels=generator.permutation(40) % 2)
+    found = freqmask.evaluate.robustness(
+        "pixels", data=str(tmp_path / "noise.npz"), folds=4, corruptions=["none"], attacks=["fgsm"], workers=0
     )
+    assert found[0].variant == "clean"
+    assert 0.2 < found[0].accuracies[0] < 0.8  # of a head that had learnt them: 1
+
+
+def test_fewer_test_images_are_taken_evenly(
+    data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[np.ndarray] = []
+    whole = Examination.clean
+
+    def noting(self: Examination) -> Result:
+        result = whole(self)
+        tested.append(result.images)
+        return result
+
+    monkeypatch.setattr(Examination, "clean", noting)
+    for count in (10, 4):
+        freqmask.evaluate.robustness(
+            "pixels", data=data, corruptions=["none"], attacks=["fgsm"], test_images=count, workers=0
+        )
     assert "4 of 10 test images" in capsys.readouterr().out
+    every, some = tested
+    assert len(every) == 10
+    places = np.searchsorted(np.sort(every), np.sort(some))
+    assert places.tolist() == [0, 3, 6, 9]
 
 
 def test_the_mean_of_several_results_draws_whole_images(data: str) -> None:
     from freqmask.evaluation.job import Setting, prepare
-    from freqmask.evaluation.results import Result, summarise
     from freqmask.evaluation.subjects import PixelSubject
 
     _, opened, seen = prepare(Setting(models=["pixels"], data=[data]))
