@@ -1,8 +1,9 @@
 """Claim: a run that is killed at any moment and started again ends with the weights of one that was not.
 
 For MFM and FOLK, with 0 and with 2 loader workers: one run without interruption, then runs that are killed
-(SIGKILL, the whole process group) after a random share of that time and started again with the same command.
-Their exported backbones are compared bit by bit.
+(SIGKILL, the whole process group) up to two seconds after a checkpoint drawn at random was there, or their folder,
+and started again with the same command. Their exported backbones are compared bit by bit. A run that had come to
+its end when it was to be killed proves nothing and is drawn anew.
 
     python benchmarks/kills.py                # ten kills
     python benchmarks/kills.py --kills 40 --seed 1
@@ -27,9 +28,10 @@ import torch
 from safetensors.torch import load_file
 
 RESULTS = Path(__file__).parent / "results" / "kills.csv"
+STEPS, EVERY = 120, 7  # optimiser steps, and those between checkpoints
 WORDS = (
-    "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 120 --batch_size 16 --checkpoint_every_steps 7 "
-    "--preview_every_steps 50 --accelerator cpu"
+    f"pretrain builtin:digits --image_size 16 --patch_size 8 --steps {STEPS} --batch_size 16 "
+    f"--checkpoint_every_steps {EVERY} --preview_every_steps 50 --accelerator cpu"
 )
 MODEL = ["--model_args", "{depth: 2, embed_dim: 64, num_heads: 2}"]
 FOLK = ["--outputs", "64", "--hidden_size", "64", "--bottleneck_size", "32"]
@@ -41,16 +43,11 @@ def command(method: str, workers: int, out: Path) -> list[str]:
     return [sys.executable, "-m", "freqmask", *words]
 
 
-def finish(words: list[str]) -> float:
-    """Run to the end; the seconds it took."""
-    began = time.perf_counter()
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
-
-
-def kill(words: list[str], after: float) -> None:
-    """Start, and kill the whole group after some seconds, workers too."""
+def kill(words: list[str], out: Path, step: int, after: float) -> None:
+    """Start, and kill the whole group some seconds after the checkpoint of a step is there, workers too."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not reached(out, step):
+        time.sleep(0.01)
     try:
         process.wait(after)
     except subprocess.TimeoutExpired:
@@ -58,14 +55,19 @@ def kill(words: list[str], after: float) -> None:
         process.wait()
 
 
+def reached(run: Path, step: int) -> bool:
+    """Whether a run has begun (step 0), or has written the checkpoint of a step, or a later one."""
+    return run.is_dir() if step == 0 else last_step(run) >= step
+
+
 def identical(one: Path, other: Path) -> bool:
     first, second = (load_file(run / "backbone" / "model.safetensors") for run in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def last_step(run: Path) -> str:
-    saved = sorted((run / "checkpoints").glob("step-*.ckpt"))
-    return str(int(saved[-1].stem.split("-")[1])) if saved else "none"
+def last_step(run: Path) -> int:
+    steps = [int(path.stem.split("-")[1]) for path in (run / "checkpoints").glob("step-*.ckpt")]
+    return max(steps, default=0)
 
 
 def main() -> None:
@@ -77,28 +79,28 @@ def main() -> None:
     arguments = parser.parse_args()
     generator = random.Random(arguments.seed)
     kinds = [("mfm", 0), ("folk", 2), ("mfm", 2), ("folk", 0)]
-    whole: dict[tuple[str, int], tuple[Path, float]] = {}
+    whole: dict[tuple[str, int], Path] = {}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(arguments.kills):
-            method, workers = kind = kinds[number % len(kinds)]
+        while len(rows) < arguments.kills:
+            method, workers = kind = kinds[len(rows) % len(kinds)]
             if kind not in whole:
-                out = Path(folder) / f"{method}-{workers}"
-                whole[kind] = out, finish(command(method, workers, out))
-            reference, seconds = whole[kind]
-            out = Path(folder) / f"kill-{number}"
-            after = generator.uniform(0.3, 1.0) * seconds
-            kill(command(method, workers, out), after)
-            reached = "the end" if (out / "summary.json").exists() else last_step(out)
-            finish(command(method, workers, out))
-            same = identical(reference, out)
+                whole[kind] = Path(folder) / f"{method}-{workers}"
+                subprocess.run(command(method, workers, whole[kind]), check=True, stdout=subprocess.DEVNULL)
+            out = Path(tempfile.mkdtemp(dir=folder)) / "run"
+            step, after = EVERY * generator.randrange(STEPS // EVERY), generator.uniform(0, 2)
+            kill(command(method, workers, out), out, step, after)
+            if (out / "summary.json").exists():
+                continue
+            found = last_step(out)
+            subprocess.run(command(method, workers, out), check=True, stdout=subprocess.DEVNULL)
             row = {
                 "method": method,
                 "workers": workers,
-                "killed_after_s": round(after, 1),
-                "checkpoint": reached,
+                "seconds_after": round(after, 2),
+                "checkpoint": found,
             }
-            rows.append({**row, "identical": same})
+            rows.append({**row, "identical": identical(whole[kind], out)})
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     print(f"{sum(row['identical'] for row in rows)} of {len(rows)} runs ended bit-identical")
     facts = {"device": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
