@@ -12,9 +12,6 @@ package is known to differ from ImageNet-C, the record says so.
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,6 +22,7 @@ import numpy as np
 import torch
 from imagecorruptions import corrupt
 from PIL import Image
+from record import write_record
 
 from freqmask.data.sources import open_source
 from freqmask.data.views import Geometry, decode_windows
@@ -49,7 +47,12 @@ def main(data: str = "builtin:photos") -> None:
                 row |= {f"{what}_ours": f"{ours[number]:.4f}", f"{what}_theirs": f"{theirs[number]:.4f}"}
             rows.append(row | {"ratio": f"{ours[0] / theirs[0]:.3f}", "note": NOTES.get(name, "")})
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items() if value), flush=True)
-    write([{"data": Path(data).name, "images": len(images), **row} for row in rows])
+    write_record(
+        RESULTS,
+        [{"data": Path(data).name, "images": len(images), **row} for row in rows],
+        imagecorruptions=importlib.metadata.version("imagecorruptions"),
+        numpy=np.__version__,
+    )
 
 
 def photographs(data: str) -> list[np.ndarray]:
@@ -101,19 +104,6 @@ def statistics(image: np.ndarray, corrupted: np.ndarray) -> list[float]:
         np.sqrt((moved**2).mean()),
         np.log10(power[frequency > 0.25].mean() + 1e-9),
     ]
-
-
-def write(rows: list[dict[str, object]]) -> None:
-    about = {
-        "imagecorruptions": importlib.metadata.version("imagecorruptions"),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [*rows[0], *about])
-        table.writeheader()
-        table.writerows({**row, **about} for row in rows)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ its end when it was to be killed proves nothing and is drawn anew.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_record
 from safetensors.torch import load_file
 
 RESULTS = Path(__file__).parent / "results" / "kills.csv"
@@ -103,11 +102,7 @@ def main() -> None:
             rows.append({**row, "identical": identical(whole[kind], out)})
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     print(f"{sum(row['identical'] for row in rows)} of {len(rows)} runs ended bit-identical")
-    facts = {"device": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+    write_record(RESULTS, rows)
 
 
 if __name__ == "__main__":

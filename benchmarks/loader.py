@@ -20,9 +20,7 @@ ratios of the medians.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import platform
 import statistics
 import tempfile
 import time
@@ -35,6 +33,7 @@ import PIL
 import torch
 import torchvision
 from PIL import Image
+from record import write_record
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import (
     Compose,
@@ -145,15 +144,6 @@ def measure(folder: Path, shards: Path, runs: int, seconds: float) -> dict[str, 
     return row
 
 
-def processor() -> str:
-    """The processor's name."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    return next(
-        (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,14 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     be_quiet()  # the table is what this prints
-    versions = {
-        "device": processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
-    }
-    rows = [compare(folder, options.runs, options.seconds) | versions for folder in options.data]
+    rows = [compare(folder, options.runs, options.seconds) for folder in options.data]
     for row in rows:
         print(
             f"{row['data']:<20} plain {row['plain_images_per_s']:>7} ({row['plain_range']})   freqmask "
@@ -181,11 +164,7 @@ def main() -> None:
             f"{row['prepared_images_per_s']:>7} ({row['prepared_range']})   ratio {row['prepared_ratio']}   decoding "
             f"them alone {row['decoded_images_per_s']:>7} ({row['decoded_range']})   ratio {row['decoded_ratio']}"
         )
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_record(RESULTS, rows, torchvision=torchvision.__version__, pillow=PIL.__version__)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ filters are cached.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import write_record
 from torch import Tensor
 
 from freqmask.draws import fresh_keys
@@ -192,23 +191,7 @@ def main() -> None:
     device = torch.device(options.device)
     images = natural_images(options.batch, options.side, device)
     rows = filter_rows(images, options.repeats) + selection_rows(images, options.repeats)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    about = {
-        "shape": "x".join(map(str, images.shape)),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows([line | about for line in rows])
+    about = write_record(options.out, rows, device, shape="x".join(map(str, images.shape)))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for line in rows:
         print(f"{line['what']:<68}{line['milliseconds']:>10} ms {line['times_rfft2']:>8} x rfft2")

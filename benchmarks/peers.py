@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import multiprocessing
-import platform
 import resource
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ import torch
 from lightly.loss import DINOLoss
 from lightly.models import utils
 from lightly.models.modules import DINOProjectionHead, MAEDecoderTIMM, MaskedVisionTransformerTIMM
+from record import write_record
 from step import Row, Work, method_works, show, stepper, take_turns
 from torch import Tensor, nn
 
@@ -51,7 +50,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of lightly's own modules
     rows = table(arguments, torch.device(arguments.device))
     show(rows)
-    write(rows, arguments)
+    write_record(RESULTS, rows, arguments.device, timm=timm.__version__, lightly=lightly.__version__)
 
 
 def table(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -215,21 +214,6 @@ def alone(measure: Callable[[], int]) -> int:
     found: int = ours.recv()
     worker.join()
     return found
-
-
-def write(rows: list[Row], arguments: argparse.Namespace) -> None:
-    facts = {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "lightly": lightly.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
 
 
 if __name__ == "__main__":

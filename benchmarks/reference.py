@@ -10,8 +10,6 @@ radius.
 
 from __future__ import annotations
 
-import csv
-import platform
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
+from record import write_record
 
 from freqmask.filters import Com, LowPass
 from freqmask.losses import SpectrumLoss
@@ -77,22 +76,12 @@ def hard_edges_exact() -> bool:
 
 
 def main() -> None:
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "device": platform.processor() or "cpu"}
-    rows = [
-        compare(size) | {"hard_edges_exact_1_to_112_at_224": hard_edges_exact()} | versions for size in SIZES
-    ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    shown = [name for name in rows[0] if name not in versions]
-    print(" | ".join(shown))
+    rows = [compare(size) | {"hard_edges_exact_1_to_112_at_224": hard_edges_exact()} for size in SIZES]
+    write_record(RESULTS, rows, numpy=np.__version__)
+    print(" | ".join(rows[0]))
     for row in rows:
         print(
-            " | ".join(
-                f"{row[name]:.2e}" if isinstance(row[name], float) else str(row[name]) for name in shown
-            )
+            " | ".join(f"{row[name]:.2e}" if isinstance(row[name], float) else str(row[name]) for name in row)
         )
 
 

@@ -14,8 +14,6 @@ over rounds after one that warms up. Views are of 0.5 to 1 of the area, mirrored
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+from record import write_record
 from torch import nn
 
 from freqmask.data.loader import TrainDataset, make_loader
@@ -50,7 +49,7 @@ def main() -> None:
         keep_freed_memory()
     rows = [row for size in arguments.size for row in compare(size, arguments)]
     show(rows)
-    write(rows, arguments.device)
+    write_record(RESULTS, rows, arguments.device, timm=timm.__version__)
 
 
 def parse() -> argparse.Namespace:
@@ -190,23 +189,6 @@ def show(rows: list[dict[str, Any]]) -> None:
     print("  ".join(name.ljust(widths[name]) for name in rows[0]))
     for row in rows:
         print("  ".join(str(row[name]).ljust(widths[name]) for name in row))
-
-
-def write(rows: list[dict[str, Any]], device: str) -> None:
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    facts = {
-        "device": torch.cuda.get_device_name() if device != "cpu" else next(names, platform.processor()),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
 
 
 if __name__ == "__main__":

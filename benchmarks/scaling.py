@@ -14,9 +14,7 @@ bandwidth as given (default: measured here at the largest count) and overlap 0 o
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import socket
 import statistics
 import time
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
+from record import write_record
 from step import METHODS, Row, show
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -47,7 +46,15 @@ def main() -> None:
         one["efficiency"] = round(one["images_per_second"] / one["processes"] / alone["images_per_second"], 3)
     rows += [expected(count, rows, arguments) for count in EXPECTED]
     show(rows)
-    write(rows, arguments)
+    write_record(
+        RESULTS,
+        rows,
+        arguments.device,
+        method=arguments.method,
+        backbone=arguments.backbone,
+        batch_a_process=arguments.batch,
+        precision=arguments.precision,
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -178,22 +185,6 @@ def measured_bandwidth(row: Row) -> float:
     if count < 2 or seconds <= 0:
         raise SystemExit("no time of summing was measured; give --bandwidth in GB/s")
     return float(2 * (count - 1) / count * row["gradient_MB"] / 1e3 / seconds)
-
-
-def write(rows: list[Row], arguments: argparse.Namespace) -> None:
-    facts = {
-        "method": arguments.method,
-        "backbone": arguments.backbone,
-        "batch_a_process": arguments.batch,
-        "precision": arguments.precision,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ and its heads with gradient, two of the teacher and its head without. MFU is the
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from typing import Any
 
 import timm
 import torch
+from record import write_record
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +42,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     rows = [row for backbone in arguments.backbone for row in table(backbone, arguments, device)]
     show(rows)
-    write(rows, device)
+    write_record(RESULTS, rows, device, timm=timm.__version__)
 
 
 def parse() -> argparse.Namespace:
@@ -236,23 +235,6 @@ def show(rows: list[Row]) -> None:
     print("  ".join(name.ljust(widths[name]) for name in rows[0]))
     for row in rows:
         print("  ".join(str(row[name]).ljust(widths[name]) for name in row))
-
-
-def write(rows: list[Row], device: torch.device) -> None:
-    where = (
-        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    facts = {
-        "device": where,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ turns in one run.
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_record
 from step import Row, Work, show, take_turns
 from torch import Tensor, nn
 
@@ -42,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for backbone in arguments.backbone for row in table(backbone, arguments)]
     show(rows)
-    write(rows, arguments)
+    write_record(RESULTS, rows, arguments.device, precision_chosen=choose_precision(arguments.device).reason)
 
 
 def table(backbone: str, arguments: argparse.Namespace) -> list[Row]:
@@ -149,20 +148,6 @@ def finish(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) ->
     nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 3.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def write(rows: list[Row], arguments: argparse.Namespace) -> None:
-    facts = {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
-        "precision_chosen": choose_precision(arguments.device).reason,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
 
 
 if __name__ == "__main__":
