@@ -12,6 +12,7 @@ package is known to differ from ImageNet-C, the record says so.
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import warnings
 from collections.abc import Callable
