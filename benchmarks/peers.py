@@ -31,6 +31,8 @@ from record import write_record
 from step import Row, Work, method_works, show, stepper, take_turns
 from torch import Tensor, nn
 
+from freqmask.methods import build_method
+
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 OUTPUTS, HIDDEN, BOTTLENECK = 65_536, 2_048, 256  # DINO's, and FOLK's defaults
 
@@ -58,6 +60,7 @@ def table(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     makers: dict[str, Callable[[], Work]] = {
         "mfm": lambda: method_works("mfm", arguments.backbone, arguments, device)["step"],
         "mfm-com": lambda: method_works("mfm-com", arguments.backbone, arguments, device)["step"],
+        "mfm's network": lambda: network_step(arguments, device),
         "folk": lambda: method_works("folk", arguments.backbone, arguments, device)["step"],
         "simmim": lambda: masked_step(SimMIM(vit(arguments)), arguments, device),
         "mae": lambda: masked_step(MAE(vit(arguments)), arguments, device),
@@ -82,6 +85,21 @@ def table(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
         }
         for name, seconds in times.items()
     ]
+
+
+def network_step(arguments: argparse.Namespace, device: torch.device) -> Work:
+    """MFM's encoder and decoder with nothing of frequencies: no step of MFM can be faster."""
+    method: Any = build_method("mfm", backbone=arguments.backbone, image_size=arguments.size).to(device)
+    if arguments.compile:
+        method.compile_backbone()
+    images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
+    (backbone,) = method.backbones().values()
+
+    def loss() -> Tensor:
+        prediction = method.decoder(backbone(images).feature_map, images.shape[-2:])
+        return nn.functional.l1_loss(prediction, images)
+
+    return stepper(method, loss, arguments)
 
 
 def vit(arguments: argparse.Namespace) -> nn.Module:

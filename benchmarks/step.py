@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from freqmask.methods import build_method
 from freqmask.methods.masking import corrupt
+from freqmask.training.heap import keep_freed_memory
 from freqmask.training.recipe import Recipe, build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
@@ -40,6 +41,8 @@ Work = Callable[[], object]
 def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training does
     rows = [row for backbone in arguments.backbone for row in table(backbone, arguments, device)]
     show(rows)
     write_record(RESULTS, rows, device, timm=timm.__version__)
