@@ -22,7 +22,9 @@ ROWS = {
     "mfm-vit-small",
     "mfm-com-vit-base",
 }
-ON_ONE_CORE = {"mfm-32-small", "mfm-32-cnn", "mfm-com-32-cnn", "folk-32-small"}  # of docs/results.md
+ON_ONE_CORE = {  # of docs/results.md
+    f"{method}-32-{size}" for method in ("mfm", "mfm-com", "folk") for size in ("small", "cnn")
+}
 FIRST_LOOK = "photos"  # what `freqmask pretrain` runs without any argument; it names its own data
 
 
