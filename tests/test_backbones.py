@@ -122,6 +122,7 @@ def test_a_model_of_no_fixed_size_takes_other_sizes() -> None:
     ("name", "options", "message"),
     [
         ("resnet19", {}, r"backbone \(resnet19\).*did you mean 'resnet1"),
+        ("vit_tinny", {}, r"did you mean 'vit_tiny_patch"),
         ("zzzzzzzz", {}, r"backbone \(zzzzzzzz\) must be the name of a timm model"),
         ("resnet18", {"patch_size": 8}, r"patch_size \(8\) is no argument of backbone resnet18"),
         ("resnet18", {"model_args": {"depht": 3}}, r"model_args depht \(3\) is no argument"),

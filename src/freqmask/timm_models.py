@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import timm
@@ -72,10 +73,25 @@ def check_name(name: str) -> None:
     """Raises a UserError that names the nearest timm models, unless timm knows the name."""
     if ":" in name or timm.is_model(name.split(".")[0]):
         return
-    hint = nearest(name, timm.list_models())
+    raise UserError(f"backbone ({name}) must be the name of a timm model; {_similar(name)}")
+
+
+def _similar(name: str) -> str:
+    """A hint at the first model that begins most like the name: patch and size behind it are seldom typed."""
+    models = timm.list_models()
+    shared = {known: _shared(name, known) for known in models}
+    longest = max(shared.values())
+    alike = [known for known in models if shared[known] == longest or 2 * longest < len(name)]
+    begins = {known[: len(name)]: known for known in reversed(alike)}
+    hint = nearest(name, begins)
     if not hint.startswith("did you mean"):
-        hint = "timm.list_models() lists all of them"
-    raise UserError(f"backbone ({name}) must be the name of a timm model; {hint}")
+        return "timm.list_models() lists all of them"
+    return f"did you mean {begins[hint.split(chr(39))[1]]!r}?"
+
+
+def _shared(one: str, other: str) -> int:
+    """How many letters two names begin with together."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
 def strides(model: nn.Module) -> list[int]:

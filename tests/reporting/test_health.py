@@ -24,6 +24,10 @@ def test_learning_and_not_learning_are_told_apart() -> None:
     assert "warning: Nothing learnt yet" in said(loss_over_zero=curve(1.2, 1.0, 1.0, 1.0))
 
 
+def test_a_short_run_is_judged_by_its_end() -> None:
+    assert "the loss is 0.900 of" in said(loss_over_zero=curve(2.0, 1.7, 1.5, 1.3, 1.2, 1.1, 1.0, 0.9, 0.9))
+
+
 def test_a_collapsed_teacher_is_a_warning() -> None:
     assert "warning: The teacher has collapsed: 0.010 nats" in said(collapse=curve(0.5, 0.01, 0.01, 0.01))
     assert "good: No collapse" in said(collapse=curve(0.5, 2.0, 2.0))

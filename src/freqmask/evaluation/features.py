@@ -180,7 +180,7 @@ def _compute(
         table.skipped.append((name, reasons.get(name, "it cannot be read")))
     seconds = time.monotonic() - began
     if seconds > 1 and not quiet:
-        say(f"features    {subject.name}: {done:,} images in {seconds:.0f} s")
+        say(f"features    {subject.name} ({what}): {done:,} images in {seconds:.0f} s")
     return table
 
 

@@ -11,6 +11,7 @@ import torch
 from freqmask.data.sources import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.pretraining.resolve import Resolved
+from freqmask.reporting.health import EARLY
 from freqmask.training import plan
 from freqmask.training.runs import RunFolder
 
@@ -164,14 +165,26 @@ def _cost_lines(options: Mapping[str, Any], cost: plan.Cost) -> Iterator[str]:
 
 
 def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator[str]:
-    """What a person with few images should know before the hours go by."""
-    if images >= FEW_IMAGES or options["init"] or options["overfit"] or data.startswith("builtin:"):
+    """What a person with few steps or few images should know before the hours go by."""
+    if options["init"] or options["overfit"] or data.startswith("builtin:"):
         return
-    yield (
-        f"advice      {images:,} images are few: public weights are usually the better beginning, "
-        "and pre-training can go on from them:"
-    )
-    yield f"            freqmask pretrain {data} --method {options['method']} --init timm:vit_small_patch16_224"
+    if options["steps"] < EARLY:
+        yield (
+            f"advice      {options['steps']:,} steps are few: little shows before {EARLY:,}; "
+            "the same time holds more of them with a smaller"
+        )
+        yield "            --batch_size, --image_size or --backbone (freqmask recipes lists what suits one core)"
+    if images < FEW_IMAGES:
+        yield (
+            f"advice      {images:,} images are few: public weights are usually the better beginning, "
+            "and pre-training can go on from them:"
+        )
+        yield (
+            f"            freqmask pretrain {data} --method {options['method']} --init timm:vit_small_patch16_224"
+            "    (and your options for the images)"
+        )
+        if options["channels"] not in (1, 3):
+            yield "            they know three channels and are adapted: compare with a run from the beginning"
 
 
 def printable(name: str) -> str:

@@ -46,8 +46,8 @@ class Curve:
         return float(self.values[-1])
 
     def tail(self, rows: int = 20) -> float:
-        """The median of the last rows, which one odd batch does not move."""
-        return float(np.median(self.values[-rows:]))
+        """The median of the last rows, at most a quarter of all, which one odd batch does not move."""
+        return float(np.median(self.values[-min(rows, max(len(self.values) // 4, 1)) :]))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Progress:
             self._bar.update(step - self.done)
         elif step == self.total or step - self._spoken >= max(self.total // self.lines, 1):
             self._spoken = step
-            say(f"{self.unit} {step:,} of {self.total:,}: {text}")
+            say(f"{self.unit} {step:,} of {self.total:,}" + (f": {text}" if text else ""))
         self.done = step
 
     def note(self, text: str) -> None:
