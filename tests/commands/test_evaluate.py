@@ -62,6 +62,19 @@ def test_one_table_over_all_models_and_rows_that_repeat_them(
     assert [row["accuracy"] for row in again[-1:]] == [there[0]["accuracy"]]
 
 
+def test_a_seed_that_takes_long_is_told(
+    data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from freqmask.evaluation import job
+
+    words = ["evaluate", "knn", "pixels", "--data", data, "--k", "3", "--workers", "0"]
+    main(words)
+    assert "seed 0 in" not in capsys.readouterr().out
+    monkeypatch.setattr(job, "LONG", -1.0)
+    main(words)
+    assert "knn         pixels: seed 0 in 0 s" in capsys.readouterr().out
+
+
 def test_a_second_evaluation_takes_features_from_the_cache(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

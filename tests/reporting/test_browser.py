@@ -85,6 +85,10 @@ def test_the_slider_changes_the_picture_by_keyboard_in_all_runs(page: Any) -> No
     assert [shown.nth(number).get_attribute("data-step") for number in range(2)] == ["10", "20"]
 
 
+VALUES = """[...document.querySelector('#chart-loss .plot').data].flatMap(
+    trace => [...trace.y].filter((value, at) => trace.x[at] >= 5 && trace.x[at] <= 20))"""
+
+
 def steps_shown(page: Any, key: str) -> list[float]:
     shown: list[float] = page.evaluate(f"document.querySelector('#chart-{key} .plot').layout.xaxis.range")
     return shown
@@ -98,6 +102,11 @@ def test_the_fields_zoom_every_chart(page: Any) -> None:
     page.keyboard.press("Tab")
     page.wait_for_selector("html[data-drawn='3']")
     assert [steps_shown(page, key) for key in ("loss", "lr")] == [[5, 20], [5, 20]]
+    low, high = page.evaluate("document.querySelector('#chart-loss .plot').layout.yaxis.range")
+    values = page.evaluate(VALUES)
+    assert low < min(values) and max(values) < high < 1.2 * max(values) - 0.2 * min(
+        values
+    )  # the values shown fill it
     page.click("#reset")
     page.wait_for_selector("html[data-drawn='4']")
     assert steps_shown(page, "loss")[1] > 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from freqmask.training.plan import choose_workers, usable_cores
 from freqmask.training.replicas import Replicas
 
 _SHOWN_SKIPPED = 3
+LONG = 5.0  # seconds after which silence seems a standstill
 
 
 @dataclass
@@ -238,10 +240,13 @@ def one_seed(bench: Bench, protocol: Protocol, seed: int) -> list[Result]:
         trouble = f"the features of {broken:,} images are not finite; no result"
         say(f"warning: {bench.subject.name}: {trouble}")
         return [Result(bench.subject, protocol.headline, seed, tested, np.empty(0), trouble=trouble)]
+    began = time.monotonic()
     answers: dict[str, list[Outcome]] = {}
     for one in bench.data.rounds:
         for variant, outcome in protocol.run(bench, one, seed).items():
             answers.setdefault(variant, []).append(outcome)
+    if (seconds := time.monotonic() - began) > LONG:
+        say(f"{protocol.name:<11} {bench.subject.name}: seed {seed} in {seconds:.0f} s")
     return [
         Result(
             bench.subject, variant, seed, tested, np.concatenate([o.predicted for o in found]), facts(found)

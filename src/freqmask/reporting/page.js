@@ -97,7 +97,7 @@
       xaxis: bars
         ? { ...axis(), title: { text: chart.unit, standoff: 6 }, rangemode: "tozero" }
         : { ...axis(), title: { text: "step", standoff: 4 }, range: stepRange(), hoverformat: ",.0f" },
-      yaxis: bars ? { ...axis(), autorange: "reversed", dtick: 1 } : { ...axis(), type: logarithmic ? "log" : "linear", nticks: 6 },
+      yaxis: bars ? { ...axis(), autorange: "reversed", dtick: 1 } : { ...axis(), type: logarithmic ? "log" : "linear", nticks: 6, range: valueRange(chart, logarithmic) },
       dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
       shapes: chart.reference == null ? [] : [{
         type: "line", xref: "paper", x0: 0, x1: 1, y0: chart.reference, y1: chart.reference,
@@ -114,6 +114,18 @@
     const low = fromStep.value === "" ? 0 : Number(fromStep.value);
     const high = toStep.value === "" ? lastStep : Number(toStep.value);
     return low < high ? [low, high] : undefined;
+  };
+
+  // Plotly fits an axis to all values, whatever steps are shown: the first ones would flatten the rest.
+  const valueRange = (chart, logarithmic) => {
+    const steps = stepRange();
+    if (steps === undefined) { return undefined; }
+    const shown = chart.traces.flatMap((trace) => trace.y.filter((value, at) => trace.x[at] >= steps[0] && trace.x[at] <= steps[1]))
+      .map((value) => (logarithmic ? Math.log10(value) : value)).filter((value) => Number.isFinite(value));
+    if (shown.length === 0) { return undefined; }
+    const [low, high] = shown.reduce(([least, most], value) => [Math.min(least, value), Math.max(most, value)], [Infinity, -Infinity]);
+    const margin = 0.06 * (high - low) || 0.05 * Math.abs(high) || 1;
+    return [low - margin, high + margin];
   };
 
   const SETTINGS = {
