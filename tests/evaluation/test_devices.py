@@ -156,11 +156,13 @@ def started(run: str, data: Path, folder: Path) -> tuple[subprocess.Popen[str], 
     command = subprocess.Popen(
         [sys.executable, "-m", "freqmask", "evaluate", "knn", *words, "--devices", "2"],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell starts what goes on in its background deaf to Ctrl-C, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     found: list[psutil.Process] = []
     while len(found) < 2:
