@@ -29,6 +29,18 @@ def test_batch_size_is_bounded_by_memory_and_by_the_images() -> None:
     assert plan.choose_batch_size(cost, 300, 1, 10**10).value == 32
 
 
+def test_a_batch_is_smaller_where_the_time_would_hold_too_few_steps() -> None:
+    cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
+    long = 5_000 * 256 * 0.01  # seconds of 5,000 steps of 256 images
+    assert plan.choose_batch_size(cost, 10**4, 1, 10**10, long).value == 256
+    assert plan.choose_batch_size(cost, 10**4, 1, 10**10, long / 2).value == 128
+    few = plan.choose_batch_size(cost, 10**4, 1, 10**10, long / 100)
+    assert few.value == 64
+    assert "the time" in few.reason
+    assert plan.choose_batch_size(cost, 300, 1, 10**10, 1.0).value == 32  # small already
+    assert plan.choose_batch_size(cost, 10**4, 2, 10**10, long / 4).value == 128  # two devices share it
+
+
 def test_accumulation_is_the_least_that_fits() -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
     assert plan.choose_accumulation(cost, 64, 10**9).value == 1

@@ -154,7 +154,8 @@ def pretrain(
         steps: optimiser steps, instead of epochs.
         hours: time, instead of epochs; turned into steps once, by a measurement on this machine.
         batch_size: images per optimiser step over all devices and accumulation; auto is what memory holds and the
-            images fill eight times, at most 256 (a GPU: 1,024).
+            images fill eight times, at most 256 (a GPU: 1,024); less, down to 64, where hours would hold fewer than
+            5,000 steps.
         lr: peak learning rate; auto is 3e-4 x batch/512 as published, or 1e-3 x batch/256 for networks below
             8 million weights, which learn more with it; a quarter of that with init.
         min_lr: learning rate at the end; auto is 2.5e-6 x batch/512.

@@ -121,6 +121,8 @@ def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str], imag
         + (f" ({reasons['epochs']})" if "epochs" in reasons else "")
         + (f" ({reasons['steps']})" if "steps" in reasons else "")
     )
+    if "batch_size" in reasons:
+        yield f"            the batch is {reasons['batch_size']}"
     yield (
         f"            learning rate {options['lr']:.3g}"
         + (f" ({reasons['lr']})" if "lr" in reasons else "")

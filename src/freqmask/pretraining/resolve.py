@@ -184,7 +184,8 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     cost = resolved.cost = measure(resolved.method, options, device)
     memory = plan.usable_memory(device)
     processes = int(options["devices"]) * int(options["num_nodes"])
-    resolved.choose("batch_size", plan.choose_batch_size(cost, images, processes, memory))
+    seconds = None if options["hours"] is None else options["hours"] * 3600
+    resolved.choose("batch_size", plan.choose_batch_size(cost, images, processes, memory, seconds))
     batch = int(options["batch_size"])
     if batch % processes:
         raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")

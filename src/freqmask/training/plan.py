@@ -19,12 +19,13 @@ from freqmask.training.readable import readable_time as readable_time
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+ENOUGH_STEPS, SMALL_BATCH = 5_000, 64
 TARGET_STEPS = 10_000  # nothing can be judged before about 5,000 (docs/methods.md, small pictures)
 PUBLISHED_EPOCHS = 300
 MOST_EPOCHS = 1_600
 BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32
 BYTES_A_FROZEN_WEIGHT = 4
-ROUNDS, ROUNDS_SECONDS = 10, 1.0  # of measuring what a step costs: at most so many, and no more after so long
+ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so many, and no more after so long
 
 
 class Choice(NamedTuple):
@@ -80,14 +81,32 @@ def choose_patch_size(image_size: int, backbone: str) -> Choice | None:
     return Choice(patch, f"{image_size // patch}x{image_size // patch} patches of a {image_size}-pixel image")
 
 
-def choose_batch_size(cost: Cost, images: int, devices: int, memory: int) -> Choice:
-    """The largest power of two up to 256 (a GPU: 1,024) that memory holds and the data fills eight times."""
+def choose_batch_size(
+    cost: Cost, images: int, devices: int, memory: int, seconds: float | None = None
+) -> Choice:
+    """The largest power of two up to 256 (a GPU: 1,024) that memory holds and the data fills eight times.
+
+    Args:
+        cost: of an image.
+        images: to learn from.
+        devices: that share a batch.
+        memory: bytes that each may take.
+        seconds: that the training may take; where they hold fewer than 5,000 steps the batch is smaller, down to 64.
+    """
     fits = max(int((memory - cost.fixed_bytes) / max(cost.bytes_per_image, 1)), 1) * devices
     most = 1024 if torch.cuda.is_available() else 256
     wanted = max(min(most, images // 8), 8)
     value = 2 ** int(math.log2(max(min(fits, wanted), 1)))
     limit = "memory" if fits < wanted else ("the number of images" if wanted < most else "a usual batch")
-    return Choice(max(value, devices), f"bounded by {limit}")
+    value = max(value, devices)
+    while seconds is not None and value >= 2 * max(SMALL_BATCH, devices):
+        if seconds >= ENOUGH_STEPS * cost.seconds(1, value // devices):
+            break
+        value, limit = (
+            value // 2,
+            f"the time, so that it holds more steps: little shows before {ENOUGH_STEPS:,}",
+        )
+    return Choice(value, f"bounded by {limit}")
 
 
 def choose_accumulation(cost: Cost, batch_a_device: int, memory: int) -> Choice:
