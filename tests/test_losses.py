@@ -1,6 +1,7 @@
 """Losses: against the slow reference, over processes, at the edges."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -189,7 +190,8 @@ def _one_of_two_processes(rank, folder, share):
     together = DistillationLoss(4).double()
     together.update_center(logits[mine])
     torch.testing.assert_close(together.center, alone.center)
-    distributed.destroy_process_group()
+    distributed.barrier()
+    os._exit(0)  # gloo aborts now and then while it is taken apart ("terminate called without an active exception")
 
 
 def test_two_processes_with_uneven_batches_equal_one(tmp_path):
