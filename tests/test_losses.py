@@ -191,7 +191,9 @@ def _one_of_two_processes(rank, folder, share):
     together.update_center(logits[mine])
     torch.testing.assert_close(together.center, alone.center)
     distributed.barrier()
-    os._exit(0)  # gloo aborts now and then while it is taken apart ("terminate called without an active exception")
+    os._exit(
+        0
+    )  # gloo aborts now and then while it is taken apart ("terminate called without an active exception")
 
 
 def test_two_processes_with_uneven_batches_equal_one(tmp_path):
