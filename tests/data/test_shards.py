@@ -17,7 +17,7 @@ from freqmask.data.heldout import hold_out
 from freqmask.data.loader import make_loader
 from freqmask.data.patterns import expand_braces
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.shard_files import local_shards
+from freqmask.data.shard_files import local_files
 from freqmask.data.shard_finding import find_index
 from freqmask.data.shard_index import INDEX_NAME, Row, ShardRows, load_index, make_index
 from freqmask.data.sources import open_source, splits_there
@@ -152,7 +152,7 @@ def test_a_shard_of_val_that_is_named_is_read(tmp_path, prepared):
     pack(tmp_path / "train-0.tar", samples(range(3)))
     val = pack(tmp_path / "val-0.tar", samples(range(3, 5)))
     if prepared:
-        find_index(*local_shards(str(tmp_path)), "here").save(tmp_path / INDEX_NAME)
+        find_index(*local_files(str(tmp_path)), "here").save(tmp_path / INDEX_NAME)
     source = open_source(val)
     assert reds(source) == [3, 4] and not source.summary().notes
     assert splits_there(val) == ["val"]
@@ -214,7 +214,7 @@ def indexed(folder, count=4):
     sizes, shards = {}, []
     for shard in range(2):
         tar = pack(folder / f"s-{shard}.tar", samples(range(shard * count, (shard + 1) * count)))
-        index = find_index(*local_shards(str(tar)), str(tar))
+        index = find_index(*local_files(str(tar)), str(tar))
         rows = [
             Row(
                 index.text("members", k),

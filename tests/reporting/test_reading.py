@@ -88,6 +88,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_no_run_is_one_sentence(tmp_path: Path) -> None:
     make_run(tmp_path / "mfm-small")
+    (tmp_path / "mfm-smaal").mkdir()  # nearer, but no run: a dry run leaves its plan alone
     with pytest.raises(UserError, match="does not exist; did you mean 'mfm-small'"):
         read_runs([tmp_path / "mfm-smal"])
     with pytest.raises(UserError, match="must be a run folder, it is a file"):

@@ -124,14 +124,13 @@ class RemoteFiles:
         found: dict[str, Any] = with_patience(
             self.root, lambda: system.find(path, maxdepth=levels, detail=True), gone={}
         )
-        for full, about in found.items():
-            if full.startswith(base):
-                self._sizes[full.removeprefix(base)] = about.get("size")
-        return {
+        sizes: dict[str, int | None] = {
             full.removeprefix(base): about.get("size")
             for full, about in found.items()
             if full.startswith(base)
         }
+        self._sizes.update(sizes)
+        return sizes
 
     def index_file(self) -> Path | None:
         """The index beside the shards, fetched into the cache; None where there is none."""

@@ -1,4 +1,4 @@
-"""Where shards lie: the contract, and a folder of this machine (a URL: `freqmask.data.remote`)."""
+"""Where shards (and tables) lie: the contract, and a folder of this machine (a URL: `freqmask.data.remote`)."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class LocalFiles:
         return file if file.is_file() else None
 
 
-def local_shards(text: str) -> tuple[ShardFiles, list[str] | None]:
-    """The folder, and which of its shards a text names; None for all.
+def local_files(text: str) -> tuple[ShardFiles, list[str] | None]:
+    """The folder, and which of its shards or tables a text names; None for all.
 
     Raises:
         UserError: no file fits the pattern.

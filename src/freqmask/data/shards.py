@@ -11,7 +11,7 @@ from freqmask.data.blocks import BlockReader
 from freqmask.data.decode import open_bytes
 from freqmask.data.lanes import Blocks
 from freqmask.data.pictures import Picture
-from freqmask.data.shard_files import LocalFiles, ShardFiles, local_shards
+from freqmask.data.shard_files import LocalFiles, ShardFiles, local_files
 from freqmask.data.shard_finding import find_index
 from freqmask.data.shard_index import INDEX_NAME, ShardIndex
 from freqmask.data.sources import Source, SourceSummary
@@ -165,5 +165,5 @@ def open_local_shards(text: str, split: str) -> Source:
         text: a folder, a tar, or a pattern such as ``shards-{000000..000009}.tar`` or ``shards-*.tar``.
         split: as for `open_shards`.
     """
-    files, names = local_shards(text)
+    files, names = local_files(text)
     return open_shards(files, names, split, text)

@@ -255,10 +255,10 @@ def splits_there(data: str | Path, labels: str | Path | None = None) -> list[str
 
         return splits_of_dataset(data if str(data).startswith("hf:") else path)
     if _names_shards(str(path)) or (path.is_dir() and _has_shards(path)):
-        from freqmask.data.shard_files import local_shards
+        from freqmask.data.shard_files import local_files
         from freqmask.data.shards import splits_in_shards
 
-        return splits_in_shards(*local_shards(str(path)), str(path))
+        return splits_in_shards(*local_files(str(path)), str(path))
     if path.is_dir():
         from freqmask.data.folder import split_folders, tables_in
         from freqmask.data.table_layout import files_by_split

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from freqmask.data.cache import cache_file, replacing
 from freqmask.data.decode import open_bytes, suffix_of
-from freqmask.data.patterns import names_of, split_pattern
 from freqmask.data.pictures import Picture
+from freqmask.data.shard_files import local_files
 from freqmask.data.sources import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
 from freqmask.data.table_layout import (
@@ -37,16 +37,9 @@ def open_pattern(text: str, split: str) -> Source:
     Raises:
         UserError: no file fits it.
     """
-    root, pattern = split_pattern(str(Path(text).expanduser()))
-    folder = Path(root or ".")
-    files = [folder / name for name in names_of(pattern, lambda part: _fitting(folder, part))]
-    if not files:
-        raise UserError(f"DATA ({text}): no file fits the pattern; quote it, and check its folder")
-    return open_tables(folder, files, split)
-
-
-def _fitting(folder: Path, pattern: str) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+    files, names = local_files(text)
+    folder = Path(files.where)
+    return open_tables(folder, [folder / name for name in names or ()], split)
 
 
 def open_tables(folder: Path, files: list[Path], split: str) -> Source:

@@ -36,7 +36,6 @@ from freqmask.training.resuming import ExactResume
 from freqmask.training.runs import RunFolder
 from freqmask.training.saving import Saver, StopSignals
 from freqmask.training.skipping import Skipped
-from freqmask.training.tables import read_rows
 from freqmask.training.trainer import make_trainer
 
 SHOWN = {
@@ -50,7 +49,7 @@ SHOWN = {
     "held_out_loss_over_zero": "held out {:.3f}",
     "probe_knn": "k-NN {:.1%}",
     "probe_linear": "linear {:.1%}",
-    "rankme": "rank {:.1f}",
+    "rankme": "features of rank {:.1f}",
 }
 LOSSES = ["loss", "reconstruction", "distillation", "loss_over_zero", "collapse"]
 LOOKS = ["held_out_loss", "held_out_loss_over_zero", "probe_knn", "probe_linear", "rankme"]
@@ -223,9 +222,7 @@ class Fit:
         )
 
     def _skipped(self) -> Skipped:
-        return Skipped(
-            self.run_folder.path / "skipped.csv", len(self.train), self.options["max_skipped_share"]
-        )
+        return Skipped(self.run_folder.skipped, len(self.train), self.options["max_skipped_share"])
 
     def _saver(self, signals: StopSignals, monitor: Monitor) -> Saver:
         options = self.options
@@ -258,11 +255,9 @@ class Fit:
         return {
             "method": self.options["method"],
             "backbone": self.options["backbone"],
-            "steps": outcome.step,
+            **outcome.summary,
             **ends(self.run_folder, LOSSES),
             **ends(self.run_folder, LOOKS, firsts=False),
-            "images_per_second": outcome.images_per_second,
-            "skipped": len(read_rows(self.run_folder.path / "skipped.csv")),
         }
 
 

@@ -14,13 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from freqmask.errors import UserError, nearest
-from freqmask.training.runs import CONFIG, STATE, SUMMARY, RunFolder
+from freqmask.training.runs import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
 from freqmask.training.tables import read_rows
 
 Status = Literal["finished", "going on", "stopped"]
 
 PLAN = "plan.png"
-SKIPPED = "skipped.csv"
 RESULTS = "results.csv"
 _PREVIEW = re.compile(r"step-(\d+)\.png")
 _MARKS = (CONFIG, STATE, SUMMARY, "metrics.csv", RESULTS)  # a folder with none of these is no run
@@ -188,7 +187,7 @@ def run_folders(path: Path) -> list[Path]:
 
 def _no_run(path: Path) -> str:
     if not path.exists():
-        there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        there = [run.name for run in runs_in(path.parent)] if path.parent.is_dir() else []
         hint = f"; {nearest(path.name, there)}" if there and len(there) < 1000 else ""
         return f"run ({path}) does not exist{hint}"
     if not path.is_dir():

@@ -25,14 +25,12 @@ class Outcome:
     Attributes:
         step: optimiser steps made in all.
         stopped_by: the signal that stopped it, None at its proper end.
-        images_per_second: since this start.
-        summary: what goes into summary.json.
+        summary: what goes into summary.json: of every training steps, images/s since this start, images skipped.
     """
 
     step: int
     stopped_by: int | None
-    images_per_second: float
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any]
 
 
 @dataclass
@@ -83,7 +81,12 @@ class Start:
                 progress.close()
         step = int(trainer.global_step)
         rate = (step - self.done) * self.step_images / max(time.perf_counter() - began, 1e-9)
-        return Outcome(step, signals.received if step < self.total_steps else None, rate)
+        summary = {
+            "steps": step,
+            "images_per_second": rate,
+            "skipped": len(read_rows(self.run.skipped)),
+        }
+        return Outcome(step, signals.received if step < self.total_steps else None, summary)
 
 
 def ends(run: RunFolder, names: list[str], firsts: bool = True) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
 
 
-class Look(L.Callback):
+class Look(L.Callback, ABC):
     """Calls :meth:`look` every so many optimiser steps, and at the end.
 
     Args:
@@ -28,6 +29,6 @@ class Look(L.Callback):
         if step == trainer.max_steps or (self.every_steps and step % self.every_steps == 0):
             self.look(trainer, module, step)
 
+    @abstractmethod
     def look(self, trainer: L.Trainer, module: Any, step: int) -> None:
         """What is done; called by every process."""
-        raise NotImplementedError

@@ -21,6 +21,7 @@ CONFIG = "config.yaml"
 STATE = "run.json"
 SUMMARY = "summary.json"
 LOCK = "run.lock"
+SKIPPED = "skipped.csv"
 PATIENCE = (
     1800.0  # seconds that other processes wait for the first one to look at the data and to write its plan
 )
@@ -54,6 +55,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The table of metrics, a row a logged step."""
         return self.path / "metrics.csv"
+
+    @property
+    def skipped(self) -> Path:
+        """The table of images that could not be read, each with its reason."""
+        return self.path / SKIPPED
 
     def exists(self) -> bool:
         """Whether a run has been begun here."""

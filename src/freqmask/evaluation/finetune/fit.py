@@ -30,7 +30,6 @@ from freqmask.training.resuming import ExactResume
 from freqmask.training.runs import RunFolder
 from freqmask.training.saving import Saver, StopSignals
 from freqmask.training.skipping import Skipped
-from freqmask.training.tables import read_rows
 from freqmask.training.trainer import make_trainer
 
 SHOWN = {
@@ -88,13 +87,7 @@ class Fit:
             ),
             lambda trainer: self._loader(trainer, start.done),
         )
-        outcome.summary = {
-            "method": "finetune",
-            "steps": outcome.step,
-            **ends(self.run, ["loss", "held_out_accuracy"]),
-            "images_per_second": outcome.images_per_second,
-            "skipped": len(read_rows(self.run.path / "skipped.csv")),
-        }
+        outcome.summary |= {"method": "finetune", **ends(self.run, ["loss", "held_out_accuracy"])}
         return outcome
 
     def _callbacks(self, progress: Progress, signals: StopSignals) -> list[L.Callback]:
@@ -120,7 +113,7 @@ class Fit:
         )
 
     def _skipped(self) -> Skipped:
-        return Skipped(self.run.path / "skipped.csv", len(self.train), self.tuning.max_skipped_share)
+        return Skipped(self.run.skipped, len(self.train), self.tuning.max_skipped_share)
 
     def _looks(self, monitor: Monitor) -> list[L.Callback]:
         if self.held_out is None:

@@ -26,7 +26,6 @@ from freqmask.training.resuming import ExactResume
 from freqmask.training.runs import RunFolder
 from freqmask.training.saving import Saver, StopSignals
 from freqmask.training.skipping import Skipped
-from freqmask.training.tables import read_rows
 from freqmask.training.trainer import make_trainer
 
 NETWORK = "network.safetensors"
@@ -73,13 +72,7 @@ class Fit:
             ),
             lambda trainer: self._loader(trainer, start.done),
         )
-        outcome.summary = {
-            "method": "segment",
-            "steps": outcome.step,
-            **ends(self.run, ["loss"]),
-            "images_per_second": outcome.images_per_second,
-            "skipped": len(read_rows(self.run.path / "skipped.csv")),
-        }
+        outcome.summary |= {"method": "segment", **ends(self.run, ["loss"])}
         return outcome
 
     def _callbacks(self, progress: Progress, signals: StopSignals) -> list[L.Callback]:
@@ -87,7 +80,7 @@ class Fit:
         # rows of a step are written before its checkpoint: a restart from there will not make them again
         return [
             ExactResume(numbers.accumulate),
-            Skipped(self.run.path / "skipped.csv", len(self.images), numbers.max_skipped_share),
+            Skipped(self.run.skipped, len(self.images), numbers.max_skipped_share),
             monitor,
             self._saver(signals, monitor),
         ]
