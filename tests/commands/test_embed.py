@@ -68,3 +68,14 @@ def test_what_cannot_be_is_one_sentence(run, photographs, capsys, words, sentenc
         main(["embed", str(run), str(photographs), *words])
     assert left.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_similarities_have_digits_enough_to_differ() -> None:
+    from freqmask.commands.sheets import _similarity
+
+    assert [_similarity(score) for score in (-0.5, 0.984, 0.99912, 0.99949)] == [
+        "-0.50",
+        "0.98",
+        "0.9991",
+        "0.9995",
+    ]

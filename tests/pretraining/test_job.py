@@ -312,7 +312,16 @@ def test_dry_run_draws_the_plan_and_trains_nothing(
     names = {path.name for path in out.iterdir()}
     assert "plan.png" in names
     assert names <= {"plan.png", "run.lock"}
-    for words in ("images", "learning rate", "memory", "disk", "epochs", "plan drawn"):
+    for words in (
+        "images",
+        "hides some frequencies",
+        "low_pass_share",
+        "learning rate",
+        "memory",
+        "disk",
+        "epochs",
+        "plan drawn",
+    ):
         assert words in shown
     assert (freqmask.pretrain("builtin:digits", **TINY, out=str(out)) / "summary.json").is_file()
 

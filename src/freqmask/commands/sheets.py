@@ -71,7 +71,9 @@ def draw_neighbours(path: Path, opened: OpenedModel, source: Source, queries: in
             if index < 0:
                 continue
             colours, _ = palette.show(images[index])
-            heading = _short(source.name(index)) if column == 0 else f"{score:.2f}{_label(source, index)}"
+            heading = (
+                _short(source.name(index)) if column == 0 else f"{_similarity(score)}{_label(source, index)}"
+            )
             show_image(axes[row, column], colours, heading)
     return save_sheet(figure, path.with_suffix(".neighbours.png"))
 
@@ -111,6 +113,11 @@ def _draw_row(axes: Any, shown: dict[str, Tensor], facts: tuple[str, str], headi
     scale = spectrum_scale(spectrum_levels(target[None])[0])
     for column, key in enumerate(("target", "filtered", "prediction"), start=5):
         show_image(axes[column], spectrum_levels(shown[key][None])[0], headings[column], **scale)
+
+
+def _similarity(score: float) -> str:
+    """Two digits, four where nearly all are alike: a column of 1.00 tells nothing."""
+    return f"{score:.2f}" if score < 0.99 else f"{score:.4f}"
 
 
 def _short(name: str) -> str:

@@ -64,6 +64,7 @@ class FOLK(Method):
     """
 
     name = "folk"
+    about = "hides some frequencies; the network predicts them, and what a teacher says of the whole image"
     n_views = 2
     default_backbone = "student"
     current_teacher_temperature: Tensor

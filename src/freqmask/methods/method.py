@@ -22,12 +22,14 @@ class Method(nn.Module):
 
     Attributes:
         name: what the command line calls it.
+        about: what it does in a few words, for the plan of a run.
         n_views: views of an image that ``forward`` takes.
         default_backbone: the key of ``backbones()`` that is exported unless asked otherwise.
         settings: plain values from which ``build_method(name, **settings)`` makes it again.
     """
 
     name: ClassVar[str] = ""
+    about: ClassVar[str] = ""
     n_views: int = 1
     default_backbone: ClassVar[str] = "backbone"
     settings: dict[str, Any]

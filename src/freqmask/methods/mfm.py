@@ -58,6 +58,7 @@ class MFM(Method):
     """
 
     name = "mfm"
+    about = "hides some frequencies of an image; the network predicts them"
 
     def __init__(
         self,

@@ -105,6 +105,7 @@ class SuperResolution(Restoration):
     """
 
     name: ClassVar[str] = "sr"
+    about: ClassVar[str] = "makes an image smaller; the network predicts the large one"
 
     def __init__(
         self,
@@ -137,6 +138,7 @@ class Deblur(Restoration):
     """
 
     name: ClassVar[str] = "deblur"
+    about: ClassVar[str] = "blurs an image; the network predicts the sharp one"
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class Denoise(Restoration):
     """
 
     name: ClassVar[str] = "denoise"
+    about: ClassVar[str] = "adds noise to an image; the network predicts it without"
 
     def __init__(
         self,

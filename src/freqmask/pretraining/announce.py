@@ -10,6 +10,7 @@ import torch
 
 from freqmask.data.sources import SourceSummary
 from freqmask.data.values import Survey
+from freqmask.methods import find_method
 from freqmask.pretraining.resolve import Resolved
 from freqmask.reporting.health import EARLY
 from freqmask.training import plan
@@ -110,7 +111,10 @@ def _seen_lines(
     told += [
         f"{name} {reasons[name]}" for name in names if options.get(name) in (None, "auto") and name in reasons
     ]
-    yield f"method      {options['method']}" + (": " + ", ".join(told) if told else "")
+    about = find_method(options["method"]).about
+    yield f"method      {options['method']}" + (f": {about}" if about else "")
+    if told:
+        yield f"            {', '.join(told)}"
 
 
 def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str], images: int) -> Iterator[str]:
