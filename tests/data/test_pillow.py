@@ -1,15 +1,24 @@
 """Photographs: bit for bit what Pillow shows, faster."""
 
+import contextlib
 import io
+import os
+import re
 import struct
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from freqmask.data.decode import open_bytes
+import freqmask
+from freqmask.data.decode import open_bytes, open_file
 from freqmask.data.pillow import jpeg_reduction, shorten_jpeg
-from freqmask.errors import BadImage
+from freqmask.errors import BadImage, UserError
+from freqmask.evaluation.corruptions.frost import _photographs as check_frost_photographs
+from freqmask.evaluation.segmentation.masks import read_mask
+from freqmask.reporting import pictures
 
 GENERATOR = np.random.default_rng(0)
 
@@ -221,3 +230,52 @@ def test_whatever_is_damaged_there_is_an_image_or_a_reason(kind):
             assert bad.reason and "\n" not in bad.reason
         else:
             assert (pixels.shape[0], pixels.dtype) == (picture.channels, picture.dtype)
+
+
+def postscript():
+    """A photograph's name does not make this harmless: Pillow would hand it to Ghostscript."""
+    return encoded(smooth(20, 30), "EPS")
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A program named gs that leaves a trace where it is started."""
+    trace = tmp_path / "started"
+    for name in ("gs", "gswin64c", "gswin32c"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\ntouch {trace}\nexit 1\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for once
+    with (
+        contextlib.suppress(OSError, subprocess.CalledProcessError),
+        Image.open(io.BytesIO(postscript())) as image,
+    ):
+        image.load()
+    assert trace.exists()  # Pillow alone starts it
+    trace.unlink()
+    return trace
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif", "x.npy", "x.bmp", "x.heic"])
+def test_no_image_under_any_name_starts_a_program(name, tmp_path, ghostscript):
+    path = tmp_path / name
+    path.write_bytes(postscript())
+    with pytest.raises(BadImage):
+        open_file(path).decode()
+    with pytest.raises(BadImage):
+        open_bytes(postscript()).decode()
+    assert pictures.embed(path) is None
+    with pytest.raises(BadImage):
+        read_mask(path)
+    if path.suffix in (".jpg", ".png"):
+        with pytest.raises(UserError, match="frost"):
+            check_frost_photographs(tmp_path)
+    assert not ghostscript.exists()
+
+
+def test_every_call_of_pillow_names_the_formats_that_it_may_open():
+    for path in Path(freqmask.__file__).parent.rglob("*.py"):
+        for call in re.findall(r"Image\.open\([^\n]*", path.read_text()):
+            assert "formats=" in call, f"{path.name}: {call}"

@@ -33,7 +33,7 @@ def _photograph(name: str) -> Image.Image:
     """One decoded photograph; all eight take 13 MB in each process that reads them."""
     import skimage
 
-    with Image.open(Path(skimage.__file__).parent / "data" / name) as picture:
+    with Image.open(Path(skimage.__file__).parent / "data" / name, formats=["PNG", "JPEG"]) as picture:
         return picture.convert("RGB")
 
 

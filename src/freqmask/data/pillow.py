@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import struct
 import warnings
@@ -20,6 +21,10 @@ from freqmask.errors import BadImage
 GREY_MODES = ("1", "L", "LA", "La")
 TRANSPARENT_MODES = ("LA", "La", "RGBA", "RGBa", "PA")
 SAMPLE_TYPES = {"I": "float32", "F": "float32"}
+# Never all that Pillow knows: of an EPS, whatever its file is called, Pillow has Ghostscript run the program in it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000")
+# Not in every Pillow from 11 on.
+AVIF = ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()
 END_OF_JPEG = b"\xff\xd9"
 # MCUs are 8, 16 or (rarely) 32 rows high, and smooth chroma upsampling looks one row further down.
 JPEG_ROW_MULTIPLE = 32
@@ -58,7 +63,9 @@ def _open(data: bytes) -> Image.Image:
     """Pillow's image, its header read."""
     try:
         with _quiet():
-            return Image.open(io.BytesIO(data))
+            heif = ["HEIF"] if "HEIF" in Image.OPEN else []  # once pillow_heif has been registered
+            tiff = ["TIFF"] if data.startswith((b"II", b"MM")) else []
+            return Image.open(io.BytesIO(data), formats=[*FORMATS, *AVIF, *heif, *tiff])
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise BadImage(f"it claims more than {limit:.0f} million pixels (a decompression bomb?)") from error

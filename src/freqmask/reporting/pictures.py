@@ -39,7 +39,7 @@ class Picture:
 def embed(path: Path, step: int = 0, widest: int = WIDEST) -> Picture | None:
     """The picture as WebP in a data URI; None where the file is no image that can be read."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

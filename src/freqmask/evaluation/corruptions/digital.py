@@ -56,7 +56,7 @@ def jpeg_compression(image: Image, random: np.random.Generator, quality: float) 
 def _stored(pixels: np.ndarray, quality: int) -> np.ndarray:
     file = io.BytesIO()
     PillowImage.fromarray(pixels).save(file, "JPEG", quality=quality)
-    return np.asarray(PillowImage.open(file), np.float32) / 255
+    return np.asarray(PillowImage.open(file, formats=["JPEG"]), np.float32) / 255
 
 
 def pixelate(image: Image, random: np.random.Generator, share: float) -> Image:

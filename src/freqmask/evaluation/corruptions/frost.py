@@ -81,7 +81,7 @@ def _photographs(folder: Path) -> list[Picture]:
     found = []
     for file in _files(folder):
         try:
-            with PillowImage.open(file) as opened:
+            with PillowImage.open(file, formats=["PNG", "JPEG"]) as opened:
                 found.append(np.asarray(opened.convert("RGB"), np.float32) / 255)
         except OSError as error:
             raise UserError(f"frost ({file}) cannot be read as an image; take it away") from error

@@ -50,7 +50,7 @@ def _read(path: Path) -> np.ndarray:
         return np.asarray(tifffile.imread(path))
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
         return np.asarray(image)
 
 
