@@ -149,6 +149,33 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert not (tmp_path / "results.csv").exists()
 
 
+def test_a_folder_that_cannot_take_results_is_found_before_measuring(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from freqmask.evaluation import features
+
+    monkeypatch.setattr(features, "_compute", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "results.csv").mkdir(parents=True)
+    for out in ("file", "file/inside", "taken", "/proc/nowhere"):
+        with pytest.raises(UserError, match=rf"out \({out}\) (is a file|cannot be written to)"):
+            freqmask.evaluate.knn("pixels", data=data, k=[3], workers=0, out=out)
+
+
+def test_a_model_that_takes_all_images_for_one_class_is_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (44, 8, 8, 3), dtype=np.uint8)
+    arrays = {
+        "train_images": images[:24],
+        "train_labels": np.arange(24) % 12 // 11,
+        "test_images": images[24:],
+    }
+    np.savez(tmp_path / "rare.npz", **arrays, test_labels=np.arange(20) % 2)
+    freqmask.evaluate.knn("pixels", data=str(tmp_path / "rare.npz"), k=[20], workers=0)
+    assert "warning: pixels (k=20, seed 0) takes every image for '0'" in capsys.readouterr().out
+
+
 def test_help_of_the_group_names_its_protocols_without_torch() -> None:
     for words in (["evaluate", "--help"], ["evaluate", "linear", "--help"]):
         code = (

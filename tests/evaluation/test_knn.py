@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from freqmask.errors import UserError
-from freqmask.evaluation import knn
+from freqmask.evaluation import knn, linear
 
 
 def features(count: int, dim: int = 12) -> torch.Tensor:
@@ -41,3 +41,33 @@ def test_k_above_the_bank_is_refused_and_left_out() -> None:
         knn.predict(features(2), features(4), torch.zeros(4, dtype=torch.int64), 1, [5])
     assert knn.usable([10, 20, 100], 30) == [10, 20]
     assert knn.usable([10], 4) == [4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_answer_of_knn_nor_of_a_linear_head(dtype: torch.dtype) -> None:
+    bank, queries = (
+        features(150) + 5,
+        features(60) + 5,
+    )  # a common mean: similarities differ in the third digit
+    labels = torch.arange(150) % 4
+    heads = [linear.Head(("x",), 0.3)]
+
+    def answers() -> list[torch.Tensor]:
+        sweep = linear.Sweep({"x": bank}, labels, 4, heads, epochs=1)
+        judged, losses = sweep.judge({"x": queries}, labels[:60])
+        similarity, places = knn.nearest(queries, bank, 5)
+        found = [knn.predict(queries, bank, labels, 4, [20])[20], sweep.predict({"x": queries})]
+        return [
+            *found,
+            sweep.logits({"x": queries}),
+            torch.from_numpy(judged),
+            torch.tensor(losses),
+            similarity,
+            places,
+        ]
+
+    plain = answers()
+    with torch.autocast("cpu", dtype):
+        assert (queries @ bank.T).dtype == dtype
+        inside = answers()
+    assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))

@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from freqmask.evaluation.scores import bootstrap_interval, per_class, score
+from freqmask.evaluation.scores import bootstrap_interval, margins, one_class, per_class, score
 
 
 def test_scores_are_scikit_learn_s() -> None:
@@ -29,3 +29,24 @@ def test_the_interval_is_the_binomial_one_and_wider_for_groups() -> None:
     groups = [str(number // 10) for number in range(1000)]
     wide_low, wide_high = bootstrap_interval(correct, groups)
     assert wide_high - wide_low > 2.5 * (high - low)
+
+
+def test_five_thousand_classes_take_no_table_of_25_million() -> None:
+    import tracemalloc
+
+    generator = np.random.default_rng(0)
+    truth, predicted = generator.integers(0, 5000, 20_000), generator.integers(0, 5000, 20_000)
+    tracemalloc.start()
+    scores = score(truth, predicted, 5000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000  # the table would be 200 MB
+    assert np.isclose(scores.macro_f1, f1_score(truth, predicted, average="macro"))
+
+
+def test_a_prediction_of_one_class_is_noticed_where_there_are_others() -> None:
+    truth = np.arange(90) % 3
+    for predicted, expected in ((np.full(90, 1), 1), (truth, None), (np.where(truth == 2, 2, 1), None)):
+        _, there, said = margins(truth, predicted, 3)
+        assert one_class(said, there) == expected
+    assert one_class(np.array([9, 0]), np.array([9, 0])) is None  # all of them are of that class

@@ -20,6 +20,7 @@ from freqmask.evaluation.subjects import (
     check_models,
     open_subject,
     tell_apart,
+    what_differs,
 )
 from freqmask.interop.models import open_model
 
@@ -153,3 +154,23 @@ def test_models_of_the_same_name_are_called_by_what_was_typed(tmp_path: Path, fo
     alone = opened(texts[0], folder)
     tell_apart([alone, alone])
     assert alone.name == "run"
+
+
+def test_what_a_model_is_not_shown_is_told(tmp_path: Path, folder: Path) -> None:
+    seen = survey(open_folder(folder))  # 40 x 24 pixels
+    (cut,) = what_differs(opened("pixels", folder), seen)
+    assert cut.startswith("crop center cuts 40% of the area off images of 40x24 pixels")
+    assert what_differs(opened("pixels", folder, crop="whole"), seen) == []
+    native = str(make_run(tmp_path / "native", crop="native").path)
+    lines = what_differs(opened(native, folder, image_size=16, crop="whole"), seen)
+    assert "trained on windows of 16x16 pixels as they are (crop native)" in lines[0]
+    grey = tmp_path / "grey"
+    grey.mkdir()
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32), dtype=np.uint8)).save(
+            grey / f"{number}.png"
+        )
+    run = str(make_run(tmp_path / "run").path)
+    assert what_differs(opened(run, grey), survey(open_folder(grey))) == [
+        "images of 1 channel(s) are shown to run as 3"
+    ]

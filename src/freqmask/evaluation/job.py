@@ -24,13 +24,15 @@ from freqmask.evaluation.results import (
     Result,
     Summary,
     append_results,
+    check_writable,
     class_lines,
     draw_bars,
     summarise,
     table_lines,
+    warnings_of,
     write_classes,
 )
-from freqmask.evaluation.subjects import Subject, check_models, open_subject
+from freqmask.evaluation.subjects import Subject, check_models, open_subject, what_differs
 from freqmask.training.devices import check_started_once, choose_devices
 from freqmask.training.plan import choose_workers, usable_cores
 from freqmask.training.replicas import Replicas
@@ -171,12 +173,15 @@ def prepare(setting: Setting, check: bool = True) -> tuple[list[str], LabelledDa
     models = check_models(setting.models)
     if not setting.seeds or len(set(setting.seeds)) < len(setting.seeds):
         raise UserError(f"seeds ({list(setting.seeds)}) must be one or several different numbers; try 0 1 2")
-    if setting.out is not None and setting.out.exists() and not setting.out.is_dir():
-        raise UserError(f"out ({setting.out}) is a file; give the path of a folder")
+    if setting.out is not None:
+        check_writable([setting.out])
     data = open_labelled(setting.data, setting.labels, setting.parting, setting.pages)
     seen = survey(data.source)
+    differences: dict[str, None] = {}
     for text in models if check else []:
         subject = open_one(text, seen, setting, setting.seeds[0])
+        check_writable([setting.out or subject.results or Path()])
+        differences |= dict.fromkeys(what_differs(subject, seen))
         if subject.kind == "run" and subject.results is not None:
             say(seen_in_pretraining(subject.results, data.source, data.tested))
     learnt = len(np.unique(np.concatenate([one.train for one in data.rounds])))
@@ -184,7 +189,7 @@ def prepare(setting: Setting, check: bool = True) -> tuple[list[str], LabelledDa
         f"{data.name}: {learnt:,} images to learn from, {len(data.tested):,} to test, "
         f"{len(data.class_names)} classes ({data.split})"
     )
-    for note in data.notes:
+    for note in [*data.notes, *differences]:
         say(f"note: {note}")
     return models, data, seen
 
@@ -276,6 +281,8 @@ def tell(
     variant = protocol.headline
     lines = class_lines(results, data, variant)
     for line in ["", *lines] if lines else []:
+        say(line)
+    for line in warnings_of(results, data):
         say(line)
     tables = append_results(results, data, protocol.name, setting.options, setting.out)
     folder = setting.out or next((r.subject.results for r in results if r.subject.results), None) or Path()

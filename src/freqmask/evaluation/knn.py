@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,8 +17,27 @@ NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 _QUERIES = 1024  # at once: 1,024 x 1,000 classes of votes are 4 MB
 _BANK = 32_768  # images of the bank at once: 1,024 x 32,768 similarities are 134 MB
+Arguments, Answer = ParamSpec("Arguments"), TypeVar("Answer")
 
 
+def outside_autocast(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """A function whose matrix products keep the precision of its arguments wherever it is called.
+
+    A training's look stands inside bf16 autocast, where similarities have three digits: k-NN fell from 89.3 % to
+    58.7 % on the same features.
+    """
+
+    @functools.wraps(function)
+    def exact(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda", "mps"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return exact
+
+
+@outside_autocast
 def predict(
     queries: Float[Tensor, "query dim"],
     bank: Float[Tensor, "image dim"],
@@ -50,7 +72,7 @@ def predict(
         raise UserError(
             f"k ({min(neighbours)} to {most}) must be from 1 to the {len(bank):,} images of the bank"
         )
-    bank = torch.nn.functional.normalize(bank, dim=1)
+    queries, bank = queries.float(), torch.nn.functional.normalize(bank.float(), dim=1)
     found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     for part in queries.split(chunk[0]):
         similarity, places = nearest(torch.nn.functional.normalize(part, dim=1), bank, most, chunk[1])
@@ -62,6 +84,7 @@ def predict(
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 
+@outside_autocast
 def nearest(
     queries: Float[Tensor, "query dim"], bank: Float[Tensor, "image dim"], count: int, chunk: int = _BANK
 ) -> tuple[Float[Tensor, "query count"], Int64[Tensor, "query count"]]:

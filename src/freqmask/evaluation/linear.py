@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.data.splits import split_indices
+from freqmask.evaluation.knn import outside_autocast
 from freqmask.evaluation.scores import score
 
 LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
@@ -57,15 +58,15 @@ class Columns:
     @classmethod
     def of(cls, parts: list[Tensor]) -> Columns:
         """Learn mean and scale from these images."""
-        means = torch.cat([part.mean(dim=0) for part in parts])
-        deviations = torch.cat([part.std(dim=0, unbiased=False) for part in parts])
+        means = torch.cat([part.float().mean(dim=0) for part in parts])
+        deviations = torch.cat([part.float().std(dim=0, unbiased=False) for part in parts])
         # What does not vary tells nothing; rounding errors in it must not be blown up.
         floor = 1e-5 * deviations.max().clamp_min(1e-12)
         return cls(parts, means, torch.where(deviations > floor, 1 / deviations.clamp_min(1e-12), 0.0))
 
     def rows(self, images: Tensor) -> Float[Tensor, "batch columns"]:
         """The standardised input of some images, with a column of ones for the bias."""
-        raw = torch.cat([part[images] for part in self.parts], dim=1)
+        raw = torch.cat([part[images].float() for part in self.parts], dim=1)
         return torch.nn.functional.pad((raw - self.mean) * self.scale, (0, 1), value=1.0)
 
     def like(self, parts: list[Tensor]) -> Columns:
@@ -130,6 +131,7 @@ class Sweep:
         epochs: passes over the images; small sets get at least 1,000 steps.
     """
 
+    @outside_autocast
     def __init__(
         self,
         features: Mapping[str, Float[Tensor, "image dim"]],
@@ -150,6 +152,7 @@ class Sweep:
         # the training images have served, and heads travel to other processes
         self.columns = {names: columns.like([]) for names, columns in self.columns.items()}
 
+    @outside_autocast
     def predict(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Int64[Tensor, "head image"]:
         """The classes that each head takes images for."""
         some = next(iter(features.values()))
@@ -158,6 +161,7 @@ class Sweep:
             answers[members[:, None], images] = logits.argmax(dim=2).T
         return answers
 
+    @outside_autocast
     def logits(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Float[Tensor, "image class"]:
         """What the first head says, differentiable in the features."""
         names = self.heads[0].inputs
@@ -166,6 +170,7 @@ class Sweep:
         place = self.members[names].index(0)
         return (columns.rows(every) @ self.weights[names]).unflatten(1, (-1, self.classes))[:, place]
 
+    @outside_autocast
     def judge(
         self, features: Mapping[str, Float[Tensor, "image dim"]], labels: Int64[Tensor, " image"]
     ) -> tuple[Int64[np.ndarray, "head image"], list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 
 from freqmask import __version__
+from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
-from freqmask.evaluation.scores import Scores, bootstrap_interval, per_class, score
+from freqmask.evaluation.scores import Scores, bootstrap_interval, margins, one_class, per_class, score
 from freqmask.evaluation.subjects import Subject, tell_apart
 from freqmask.training.checkpoint import replace_atomically
 from freqmask.training.runs import now
@@ -179,6 +181,42 @@ def _recalls(results: Sequence[Result], data: LabelledData, variant: str) -> dic
             classes = per_class(data.labels[result.images], result.predicted, data.class_names)
             found.setdefault(result.subject.name, []).append([one.recall for one in classes])
     return {name: np.mean(recalls, axis=0) for name, recalls in found.items()}
+
+
+def warnings_of(results: Sequence[Result], data: LabelledData) -> list[str]:
+    """A sentence for every result that takes all images for one class: its accuracy says nothing of the model."""
+    lines = []
+    for result in results:
+        if not result.trouble:
+            _, there, said = margins(data.labels[result.images], result.predicted, len(data.class_names))
+            if (alone := one_class(said, there)) is not None:
+                lines.append(
+                    f"warning: {result.subject.name} ({result.variant}, seed {result.seed}) takes every image for "
+                    f"{data.class_names[alone]!r}: its accuracy is the share of that class, not what it has learned"
+                )
+    return lines
+
+
+def check_writable(folders: Iterable[Path]) -> None:
+    """Refuses a folder into which results cannot be written, before hours of measuring.
+
+    Raises:
+        UserError: one is a file, or may not be written.
+    """
+    for folder in dict.fromkeys(folders):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"out ({folder}) is a file; give the path of a folder")
+        parent = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+            if (folder / RESULTS).exists():
+                (folder / RESULTS).open("ab").close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(
+                f"out ({folder}) cannot be written to ({reason}); give another folder by --out"
+            ) from error
 
 
 def append_results(

@@ -20,6 +20,7 @@ from freqmask.data.values import Survey, ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.interop.embed import still_images
+from freqmask.interop.folders import run_options
 from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, open_model
 from freqmask.training.runs import RunFolder
 
@@ -28,6 +29,7 @@ CONVERTIBLE = (1, 3, 4)  # channels of images that any model can be shown
 _PIXEL_SIDE = 32  # raw pixels of larger images would be more numbers than a head can use
 _BLOCKS = (1 / 2, 3 / 4)  # how deep inside the last block of a masked model serves its decoder
 _CALIBRATION_IMAGES = 256
+NOTABLE = 0.05  # share of an image's area or side from which a difference is told
 
 
 class Subject(ABC):
@@ -121,6 +123,7 @@ class ModelSubject(Subject):
         self.opened, self.crop = opened, crop
         if opened.kind == "run" and opened.folder is not None:
             self.results = opened.folder.resolve().parent
+        self.trained_crop = str(run_options(text).get("crop", opened.facts.get("crop", "")))
         count = len(opened.module.feature_info)
         inside = {math.ceil(share * count) - 1 for share in _BLOCKS}
         self.blocks = sorted(inside - {opened.backbone.stage % count})
@@ -215,6 +218,36 @@ def open_subject(
     if value_range is not None or (foreign and opened.value_range == "dtype"):
         opened.value_range = seen.value_range.describe()
     return ModelSubject(text, opened, crop)
+
+
+def what_differs(subject: Subject, seen: Survey) -> list[str]:
+    """What of the images a model is not shown, and what it is shown otherwise than it was trained.
+
+    Args:
+        subject: the model.
+        seen: what the images are like.
+
+    Returns:
+        Sentences for the user.
+    """
+    channels, height, width = subject.key()["input_size"]
+    rows, columns = seen.median_size
+    lines = []
+    scale = min(rows / height, columns / width)  # of the largest centered window of the model's shape
+    cut = 1 - (height * scale) * (width * scale) / (rows * columns)
+    if getattr(subject, "crop", "") == "center" and cut > NOTABLE:
+        lines.append(
+            f"crop center cuts {cut:.0%} of the area off images of {columns}x{rows} pixels, at the edges; --crop whole "
+            "shows all of it, distorted to the window's shape"
+        )
+    if isinstance(subject, ModelSubject) and subject.trained_crop == "native" and scale > 1 + NOTABLE:
+        lines.append(
+            f"{subject.name} was trained on windows of {width}x{height} pixels as they are (crop native), and is shown "
+            f"images of {columns}x{rows} reduced to that size; cut DATA into tiles, or give a larger --image_size"
+        )
+    if channels != seen.channels and subject.kind != PIXELS:
+        lines.append(f"images of {seen.channels} channel(s) are shown to {subject.name} as {channels}")
+    return lines
 
 
 def check_models(models: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from freqmask.console import rank, say
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import seen_in_pretraining
+from freqmask.evaluation.results import check_writable
 from freqmask.evaluation.segmentation.data import SegmentationData, Wanted, open_segmentation
 from freqmask.evaluation.segmentation.network import decoder_class
 from freqmask.evaluation.segmentation.overlay import draw_overlays
@@ -31,6 +32,7 @@ from freqmask.evaluation.segmentation.tables import (
     draw,
     summarise,
     table_lines,
+    warnings_of,
     write_classes,
 )
 from freqmask.evaluation.subjects import check_models
@@ -107,8 +109,8 @@ def open_bout(options: Mapping[str, Any]) -> Bout:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds ({seeds}) must be different numbers; try 0 1 2")
     out = None if options["out"] is None else Path(options["out"])
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"out ({out}) is a file; give the path of a folder")
+    if out is not None:
+        check_writable([out])
     data = open_segmentation(_wanted(options))
     seen = survey(data.source)
     words = {name: options[name] for name in DECIDING if name in options}
@@ -225,6 +227,8 @@ def tell(bout: Bout, results: Sequence[SegmentationResult]) -> list[Segmentation
         say()
         for line in block:
             say(line)
+    for line in warnings_of(results, data):
+        say(line)
     options = {name: value for name, value in bout.options.items() if name not in ("model", "out", "dry_run")}
     tables = append_results(results, data, options, out)
     folder = out or next((r.subject.results for r in results if r.subject.results), None) or Path()

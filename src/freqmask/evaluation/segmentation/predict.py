@@ -18,7 +18,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.segmentation.fit import pairs
 from freqmask.evaluation.segmentation.labels import Labels
 from freqmask.evaluation.segmentation.network import UperNet
-from freqmask.evaluation.segmentation.scores import image_confusion, margins
+from freqmask.evaluation.segmentation.scores import image_margins
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.segmentation.windows import classes_at, segment_whole, segment_windows
 from freqmask.evaluation.subjects import as_float
@@ -126,7 +126,7 @@ def predict(predictor: Predictor, source: Source, labels: Labels, inference: str
             continue
         image, truth = batch["views"][0][0], batch["views"][1][0].numpy()
         predicted, good = predictor(image, truth.shape, inference)
-        counts.append(margins(image_confusion(truth, predicted, len(labels))))
+        counts.append(image_margins(truth, predicted, len(labels)))
         images.append(asked)
         finite = finite and good
     _tell_skipped(skipped)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
 
-from freqmask.evaluation.scores import RESAMPLES, confusion
+from freqmask.evaluation.scores import RESAMPLES, margins
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,12 @@ class SegmentedClass:
     precision: float
 
 
-def image_confusion(
+def image_margins(
     truth: Shaped[np.ndarray, "height width"], predicted: Shaped[np.ndarray, "height width"], classes: int
-) -> Int64[np.ndarray, "truth predicted"]:
-    """How many pixels of each class were taken for each; pixels whose truth is negative do not count."""
+) -> Int64[np.ndarray, "3 classes"]:
+    """Pixels of each class named right, there, and said; pixels whose truth is negative do not count."""
     counted = truth >= 0
-    return confusion(truth[counted].astype(np.int64), predicted[counted].astype(np.int64), classes)
-
-
-def margins(table: Int64[np.ndarray, "truth predicted"]) -> Int64[np.ndarray, "3 classes"]:
-    """Pixels of each class named right, there, and said: all that the mean IoU needs of an image."""
-    return np.stack([np.diag(table), table.sum(1), table.sum(0)])
+    return margins(truth[counted].astype(np.int64), predicted[counted].astype(np.int64), classes)
 
 
 def score(counts: Int64[np.ndarray, "3 classes"]) -> SegmentationScores:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from freqmask.evaluation.results import RESULTS, Bar, aligned, draw_bar_chart, row_of
+from freqmask.evaluation.scores import one_class
 from freqmask.evaluation.segmentation.data import SegmentationData
 from freqmask.evaluation.segmentation.predict import Answers
 from freqmask.evaluation.segmentation.scores import (
@@ -133,6 +134,19 @@ def table_lines(title: str, summaries: Sequence[SegmentationSummary]) -> list[st
 def _spread(values: Sequence[float]) -> str:
     mean = f"{100 * float(np.mean(values)):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * float(np.std(values, ddof=1)):.1f}"
+
+
+def warnings_of(results: Sequence[SegmentationResult], data: SegmentationData) -> list[str]:
+    """A sentence for every network that calls all pixels one class: its mean IoU is that of no segmentation."""
+    lines = []
+    for result in (one for one in results if not one.trouble):
+        _, there, said = result.counts
+        if (alone := one_class(said, there)) is not None:
+            lines.append(
+                f"warning: {result.subject.name} ({result.variant}, seed {result.seed}) calls every pixel "
+                f"{data.labels.names[alone]!r}: its mean IoU is that of no segmentation at all"
+            )
+    return lines
 
 
 def class_lines(summaries: Sequence[SegmentationSummary], variant: str) -> list[str]:
