@@ -13,7 +13,6 @@ import pytest
 from made_runs import make_run, result
 
 from freqmask.errors import UserError
-from freqmask.reporting import page as page_module
 from freqmask.reporting.page import refresh_report, write_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
@@ -32,12 +31,6 @@ class Elements(HTMLParser):
 
     def named(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.found if name == tag]
-
-
-@pytest.fixture(autouse=True)
-def small_charting_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five megabytes of script would only slow these tests; test_browser has the real one."""
-    monkeypatch.setattr(page_module, "_plotly", lambda: "/* charts */")
 
 
 def written(*args: Any, **options: Any) -> str:
@@ -120,10 +113,10 @@ def test_several_runs_are_overlaid_and_their_differences_listed(tmp_path: Path) 
 
 def test_no_images_means_none_and_a_refresh_keeps_to_it(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
-    assert "data:image/" not in written([folder], images=False)
+    assert "data:image/webp" not in written([folder], images=False)
     assert refresh_report(folder) == folder / "report.html"
-    assert "data:image/" not in (folder / "report.html").read_text(encoding="utf-8")
-    assert "data:image/" in written([folder])
+    assert "data:image/webp" not in (folder / "report.html").read_text(encoding="utf-8")
+    assert "data:image/webp" in written([folder])
 
 
 @pytest.mark.parametrize("gone", ["metrics.csv", "config.yaml", "run.json", "previews", "summary.json"])
@@ -161,11 +154,10 @@ def test_a_long_run_is_thinned_and_not_cut(tmp_path: Path) -> None:
     assert len(strong["x"]) == 100
 
 
-def test_without_the_charting_library_the_page_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page_module, "_plotly", lambda: "")
-    assert "plotly is not installed" in written([make_run(tmp_path / "a")])
+def test_the_page_carries_its_charting_library_and_stays_small(tmp_path: Path) -> None:
+    text = written([make_run(tmp_path / "a")])
+    assert "plotly.js (basic - minified)" in text
+    assert len(text) < 1_400_000
 
 
 def test_a_file_name_that_is_no_text_is_shown_escaped(tmp_path: Path) -> None:
