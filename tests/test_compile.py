@@ -67,6 +67,27 @@ def test_a_filter_draws_its_own_keys_when_compiled():
     assert compiled(torch.rand(2, 3, 8, 8)).images.shape == (2, 3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "text", ["fixed", "bandpass(low=1, high=4)", "com", "rings(edges=[1, 2, 4])", "energy"]
+)
+def test_a_filter_and_its_loss_are_one_graph_with_several_constants(text):
+    """Through the autograd compiler, which torch 2.14 refused while all constants had one name."""
+    filter, loss = build_filter(text), SpectrumLoss()
+
+    def step(images, prediction):
+        return loss(prediction, images, filter(images, KEYS).keep)
+
+    images, prediction = torch.rand(2, 4, 3, 12, 11)
+    values, gradients = [], []
+    for compute in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        mine = prediction.clone().requires_grad_()
+        values.append(compute(images, mine))
+        values[-1].backward()
+        gradients.append(mine.grad)
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_numbers_and_gradients_without_a_warning():
     """One graph of all that a step needs, because a compilation takes seconds."""

@@ -37,11 +37,16 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
     remembered = functools.lru_cache(maxsize=256)(function)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def held(*args: _P.args, **kwargs: _P.kwargs) -> tuple[_R]:
         # a mask first made under inference_mode could not be saved for a later backward pass
         with torch.inference_mode(False), torch.no_grad():
-            return remembered(*args, **kwargs)  # type: ignore[arg-type]
+            return (remembered(*args, **kwargs),)  # type: ignore[arg-type]
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # the tuple: torch 2.14 names every bare tensor of a constant function alike, after the function, and
+        # its compiler then refuses a graph that holds two of them
+        return held(*args, **kwargs)[0]
 
     return call
 

@@ -111,6 +111,26 @@ def test_compiled_backbones_give_the_same_loss_under_the_same_names() -> None:
     assert list(compiled.state_dict()) == list(method.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "aot_eager") for name in NAMES), pytest.param("mfm", "inductor", marks=pytest.mark.slow)],
+)
+def test_a_whole_method_compiles_into_one_graph(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    network = {**VIT, "model_args": {**VIT["model_args"], "depth": 1}}
+    method, twin = (tiny_method(name, network) for _ in range(2))
+    views = views_for(method)
+    parts = [
+        compute(views, KEYS, details=True)
+        for compute in (method, torch.compile(twin, fullgraph=True, backend=backend))
+    ]
+    for values in parts:
+        values["loss"].backward()
+    torch.testing.assert_close(parts[1], parts[0], equal_nan=True)
+    for eager, compiled in zip(method.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_backbone_is_one_of_the_backbones(name: str) -> None:
     method = tiny_method(name)
