@@ -54,6 +54,24 @@ COMMANDS = {
 }
 
 
+# What a shell asks is answered by `freqmask --complete WORDS`, so that it never falls behind the options.
+SHELLS = {
+    "bash": """_freqmask() {
+  local IFS=$'\\n'
+  COMPREPLY=($(compgen -W "$(freqmask --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)" -- "$2"))
+}
+complete -o default -F _freqmask freqmask""",
+    "zsh": """_freqmask() {
+  local -a found
+  found=("${(@f)$(freqmask --complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+  compadd -a found
+  _files
+}
+compdef _freqmask freqmask""",
+    "fish": """complete -c freqmask -a '(freqmask --complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'""",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with 0, 1 (an error of ours), 2 (an error of the user's) or 130 (interrupted)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -81,6 +99,10 @@ def run(words: Sequence[str]) -> Any:
     if words[0] in ("-V", "--version"):
         say(f"freqmask {__version__}")
         return None
+    if words[0] in ("--completion", "--complete"):
+        for line in completion(words[1:]) if words[0] == "--completion" else complete(words[1:]):
+            say(line)
+        return None
     name = words[0]
     if name not in COMMANDS:
         raise UserError(f"command ({name}) is unknown; {nearest(name, COMMANDS)}")
@@ -95,6 +117,40 @@ def run(words: Sequence[str]) -> Any:
             raise UserError(f"command ({name} {rest[0]}) is unknown; {nearest(rest[0], command.parts)}")
         path.append(rest.pop(0))
     return call(" ".join(["freqmask", *path]), load(*path), command.positional, rest)
+
+
+def completion(words: Sequence[str]) -> list[str]:
+    """The lines that switch completion on in a shell: ``eval "$(freqmask --completion bash)"``.
+
+    Raises:
+        UserError: another shell, or none.
+    """
+    shell = words[0] if words else ""
+    if shell not in SHELLS:
+        raise UserError(f"completion ({shell}) must be for one of {', '.join(SHELLS)}")
+    return [SHELLS[shell]]
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """What may stand in place of the last word: commands, options, or an option's values.
+
+    Args:
+        words: those typed after ``freqmask``; the last one may be empty.
+    """
+    name = words[0] if words else ""
+    if len(words) < 2:
+        return [*COMMANDS, "--help", "--version"]
+    if name not in COMMANDS:
+        return []
+    parts = COMMANDS[name].parts
+    if parts is not None and len(words) == 2:
+        return list(parts)
+    if parts is not None and words[1] not in parts:
+        return []
+    from freqmask.commands.parser import completions
+
+    path = words[: 1 if parts is None else 2]
+    return completions(load(*path), words[len(path) :])
 
 
 def load(name: str, part: str | None = None) -> Callable[..., Any]:

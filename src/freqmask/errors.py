@@ -10,6 +10,10 @@ class UserError(Exception):
     """A sentence for the user: what was given, the rule it breaks, the way out. The command line exits with 2."""
 
 
+class CallError(UserError, TypeError):
+    """An option is missing or unknown: a sentence for the command line, a TypeError for those who call from Python."""
+
+
 class BadImage(Exception):  # noqa: N818 - it names a thing, and no mistake of the user
     """An image that cannot be read. The run goes on without it and lists it with this reason."""
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 import freqmask
 from freqmask.cli import COMMANDS, load, main
+from freqmask.commands.given import declared, given_values
+from freqmask.commands.parser import read_words
 
 
 def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -100,7 +103,10 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
             "crop (round) must be one of 'resized', 'native', 'whole', 'center'",
         ),
         (["pretrain", "x", "--model_args", "7"], "model_args (7) must be a mapping such as '{depth: 4}'"),
-        (["pretrain", "--steps"], "argument --steps: expected one argument"),
+        (["pretrain", "--steps"], "--steps needs a value: a whole number"),
+        (["pretrain", "--steps", "--lr", "1"], "--steps needs a value: a whole number"),
+        (["evaluate", "knn"], "MODEL is missing: run folders"),
+        (["evaluate", "knn", "pixels"], "--data is missing: images with labels"),
         (
             ["pretrain", "--config", "mfm-23"],
             "config (mfm-23) is neither a file nor a shipped recipe; did you mean",
@@ -140,17 +146,56 @@ def test_what_is_typed_overrides_a_recipe_wherever_it_stands(
 
 
 def test_hyphens_lists_and_bare_flags_are_accepted() -> None:
-    from freqmask.commands.parser import _underscored, _with_whole_values
+    words = ["a", "--crop-scale", "0.5", "1", "--dry-run", "--com_fractions", "0.1", "b", "--flip=no"]
+    known = declared(freqmask.pretrain)
+    given = given_values(read_words(known, "data", words), known)
+    assert given == {
+        "data": ["a", "b"],
+        "crop_scale": [0.5, 1.0],
+        "dry_run": True,
+        "com_fractions": [0.1],
+        "flip": False,
+    }
 
-    words = ["a", "--crop-scale", "0.5", "1", "--dry-run", "--com_fractions", "0.1", "b"]
-    words = [_underscored(word) for word in words]
-    assert _with_whole_values(freqmask.pretrain, words) == [
-        "a",
-        "--crop_scale=[0.5,1]",
-        "--dry_run=true",
-        "--com_fractions=[0.1]",
-        "b",
-    ]
+
+def test_a_key_of_a_mapping_is_set_on_top_of_what_a_file_says(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model_args: {depth: 2, name: '4'}\n")
+    known = declared(freqmask.pretrain)
+    words = ["--model-args.num_heads", "2", "--config", str(tmp_path / "c.yaml"), "--model_args.depth=1"]
+    given = given_values(read_words(known, "data", words), known)
+    assert given == {"model_args": {"depth": 1, "name": "4", "num_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        (["ev"], ["evaluate", "pretrain"]),
+        (["evaluate", "k"], ["knn", "bands"]),
+        (["pretrain", "x", "--cro"], ["--crop", "--crop_scale", "--help"]),
+        (["pretrain", "--crop", ""], ["native", "whole"]),
+        (["evaluate", "knn", "--cache", ""], ["true", "false"]),
+        (["nothing", ""], []),
+    ],
+)
+def test_a_shell_is_told_what_a_word_may_become(
+    words: list[str], some: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = typed(capsys, "--complete", *words)
+    assert (code, err) == (0, "")
+    assert set(some) <= set(out.split())
+    assert bool(some) == bool(out.split())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_a_word(tmp_path: Path) -> None:
+    script = (
+        f'freqmask() {{ {sys.executable} -m freqmask "$@"; }}\n'
+        'eval "$(freqmask --completion bash)"\n'
+        "COMP_WORDS=(freqmask pretrain --cro); COMP_CWORD=2; _freqmask freqmask --cro pretrain\n"
+        'echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["--crop", "--crop_scale"], done.stderr
 
 
 def test_help_calls_only_what_must_be_given_required(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from freqmask.commands.parser import build_parser
+from freqmask.commands.given import declared, given_values
+from freqmask.commands.parser import read_words
 from freqmask.commands.pretrain import pretrain
 from freqmask.commands.recipes import recipes
 from freqmask.errors import UserError
@@ -60,11 +61,11 @@ def test_a_recipe_for_one_core_was_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_pretrain_takes_the_recipe_from_the_command_line(name: str) -> None:
-    parser = build_parser("freqmask pretrain", pretrain, "data")
-    given = parser.parse_args(["builtin:photos", "--config", str(read_recipe(name).path)]).as_dict()
+    known = declared(pretrain)
+    given = given_values(read_words(known, "data", ["builtin:photos", "--config", name]), known)
     options = {key: value for key, value in read_recipe(name).options().items() if key != "data"}
     assert {key: given[key] for key in options} == options
-    check_options({key: given.get(key) for key in inspect.signature(pretrain).parameters})
+    check_options({key: given.get(key, option.default) for key, option in known.items()})
 
 
 @pytest.mark.parametrize(

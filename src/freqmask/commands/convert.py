@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from freqmask.commands.given import command
 from freqmask.console import say
 
 
+@command
 def convert(
     file: str,
     *,

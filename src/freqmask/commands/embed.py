@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.options import Auto
 
 _QUERIES, _NEIGHBOURS = 8, 7
 
 
+@command
 def embed(
     model: str,
     data: list[str],
@@ -27,10 +30,10 @@ def embed(
     pages: Literal["channels", "images"] = "channels",
     split: str = "all",
     labels: str | None = None,
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
+    batch_size: int | Auto = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     precision: Literal["32", "bf16"] = "32",
     overwrite: bool = False,
 ) -> Path:

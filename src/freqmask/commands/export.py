@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
 
 
+@command
 def export(
     model: str,
     *,

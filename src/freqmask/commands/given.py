@@ -1,18 +1,29 @@
-"""Which options were given, as against left at their defaults: a restart and a config file need to know."""
+"""A command and its twin in Python are one function: words, YAML and Python's values come in by the same door."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from freqmask.errors import UserError, nearest
+from freqmask.errors import CallError, UserError, nearest
+from freqmask.options import (
+    REQUIRED,
+    Option,
+    exclusions,
+    options_of,
+    overridden,
+    parse_yaml,
+    read_options,
+)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+OPTIONS = "options"  # in the config.yaml of an evaluation that trains
 _given: ContextVar[dict[str, Any]] = ContextVar("given", default={})  # noqa: B039 - never changed in place
 
 
@@ -21,40 +32,108 @@ def given_options() -> dict[str, Any]:
     return dict(_given.get())
 
 
-def remember_given(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Note which options a command is called with, and let its ``config`` fill those that it is not.
+def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Let a function take texts as well as values, and options from a YAML file where it has a ``config``.
 
     Args:
-        command: a function with keyword options, one of them ``config``.
+        function: a command; its signature and docstring declare its options.
 
     Returns:
-        The same function; inside it :func:`given_options` tells.
+        The same function; inside it :func:`given_options` tells what was given.
     """
-    signature = inspect.signature(command)
+    signature = inspect.signature(function)
 
-    @functools.wraps(command)
+    @functools.wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        config = given.pop("config", None)
-        if config is not None:
-            given = {**_read_config(config, list(signature.parameters)), **given}
+        known = declared(function)
+        named = {**signature.bind_partial(*args).arguments, **kwargs}
+        given = given_values(named, known)
+        missing = [name for name, option in known.items() if option.default is REQUIRED and name not in given]
+        if missing:
+            option = known[missing[0]]
+            raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
         token = _given.set(given)
         try:
-            return command(**given)  # type: ignore[call-arg]
+            return function(**given)  # type: ignore[call-arg]
         finally:
             _given.reset(token)
 
     return call
 
 
-def _read_config(config: str | Path, known: list[str]) -> dict[str, Any]:
-    from freqmask.training.runs import read_yaml
+@functools.cache
+def declared(function: Callable[..., Any]) -> dict[str, Option]:
+    """The options of a command by name."""
+    return options_of(inspect.unwrap(function))
 
-    options = read_yaml(config_path(config))
+
+def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """What was given, each value by its option, those of ``config`` below those beside it.
+
+    Args:
+        named: name to text or value.
+        known: the options of the command.
+
+    Raises:
+        UserError: an option is unknown, is none of its kind, or excludes another.
+    """
+    typed = {name: value for name, value in named.items() if name != "config"}
+    if "config" in known and named.get("config") is not None:
+        below = read_config(named["config"], known)
+        typed = overridden(below, typed, known)
+    else:
+        typed = overridden({}, typed, known)
+    given = read_options(typed, known)
+    excluding = "; ".join(exclusions(given, known))
+    if excluding:
+        raise UserError(excluding)
+    return given
+
+
+def read_config(config: Any, known: Mapping[str, Option], below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The options of a YAML file as texts, on top of those of the file that its own ``config`` names.
+
+    Args:
+        config: a path or the name of a recipe, or several: later ones go before earlier ones.
+        known: the options that it may hold.
+        below: the files that led here.
+
+    Raises:
+        UserError: there is no such file, it is no YAML of options, or has one that is unknown.
+    """
+    if isinstance(config, (list, tuple)):
+        several = (read_config(one, known, below) for one in config)
+        return functools.reduce(lambda first, second: overridden(first, second, known), several)
+    path = config_path(config)
+    if path.resolve() in below:
+        raise UserError(f"config ({path}) leads back to itself; take one of the config: lines out")
+    options, written_by = _read_texts(path)
     for name in options:
         if name not in known:
-            raise UserError(f"config ({config}) has an unknown option {name!r}; {nearest(str(name), known)}")
-    return options
+            hint = f"it is of freqmask {written_by}" if written_by else nearest(str(name), known)
+            raise UserError(f"config ({path}) has an unknown option {name!r}; {hint}")
+    base = options.pop("config", None)
+    if base in (None, "", "null"):
+        return options
+    beside = path.parent / str(base)
+    inner = read_config(beside if beside.is_file() else base, known, (*below, path.resolve()))
+    return overridden(inner, options, known)
+
+
+def _read_texts(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The file's options, and the command that wrote them if it says so.
+
+    Scalars stay texts, but within mappings, which no type describes.
+    """
+    from freqmask.training.runs import read_yaml
+
+    whole = read_yaml(path)  # also its errors as sentences
+    text = path.read_text(encoding="utf-8")
+    texts, values = parse_yaml(text, texts=True), parse_yaml(text)
+    if isinstance(whole.get(OPTIONS), dict):  # of an evaluation that trains: its numbers stand beside
+        texts, values = texts[OPTIONS], values[OPTIONS]
+    options = {name: values[name] if isinstance(values[name], dict) else word for name, word in texts.items()}
+    return options, whole.get("command")
 
 
 def config_path(config: str | Path) -> Path:

@@ -7,6 +7,7 @@ import re
 import sys
 from importlib import metadata
 
+from freqmask.commands.given import command
 from freqmask.console import say
 
 _LIBRARIES = (
@@ -14,7 +15,6 @@ _LIBRARIES = (
     "torchvision",
     "timm",
     "lightning",
-    "jsonargparse",
     "numpy",
     "pillow",
     "tifffile",
@@ -23,6 +23,7 @@ _LIBRARIES = (
 _FOR_DEVELOPERS = ("dev", "docs", "bench")
 
 
+@command
 def info() -> dict[str, str]:
     """Prints versions, devices, extras and folders: what a bug report should hold.
 

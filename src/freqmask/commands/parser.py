@@ -1,48 +1,29 @@
-"""From words on a command line to a call of the command's function, by its signature."""
+"""From words on a command line to a call of the command's function; its help, and what completes a word."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import itertools
-import json
 import re
+import textwrap
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import jsonargparse
-
-from freqmask.commands.given import config_path
+from freqmask.commands.given import declared, given_values
+from freqmask.console import say
 from freqmask.errors import UserError, nearest
+from freqmask.options import REQUIRED, Option
 
 Positional = str | tuple[str, ...] | None
 
-_BOOLEANS = ("true", "false", "yes", "no", "null")
-
-
-_KINDS = {
-    r"list\[float\]|list\[int\]": "numbers such as 0.5 1",
-    r"list\[str\]": "words",
-    r"dict": "a mapping such as '{depth: 4}'",
-    r"\bint\b(?!\])": "a whole number",
-    r"\bfloat\b(?!\])": "a number",
-    r"\bbool\b": "true or false",
-    r"\bstr\b(?!\])(?!, Any)": "a word such as auto",
-}
-
-
-class Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    kinds: Mapping[str, str] = {}
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Turn the library's complaint into one sentence."""
-        raise UserError(_sentence(message, self.kinds)) from ex
+_HELP = ("-h", "--help")
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "null")
+_INDENT, _WIDTH = 28, 100  # of the help
 
 
 def call(program: str, function: Callable[..., Any], positional: Positional, words: Sequence[str]) -> Any:
-    """Parse ``words`` by the function's signature and call it.
+    """Read ``words`` by the function's declaration and call it.
 
     Args:
         program: the name that help shows.
@@ -53,23 +34,15 @@ def call(program: str, function: Callable[..., Any], positional: Positional, wor
     Raises:
         UserError: an unknown option or a value of the wrong kind.
     """
-    parser = build_parser(program, function, positional)
-    words = [_underscored(word) for word in words]
-    _check_names(function, words)
-    words = _with_config_first(_with_whole_values(function, words))
-    try:
-        given = parser.parse_args(words, defaults=False)
-    except SystemExit as leaving:
-        if leaving.code in (0, None):  # --help and --print_config have printed what was asked for
-            return None
-        raise
-    options = {
-        name: value for name, value in given.as_dict().items() if name not in ("config", "print_config")
-    }
-    for name in in_order(positional):
-        if options.get(name) in (None, []):
-            options.pop(name, None)
-    return function(**options)
+    if any(word in _HELP for word in words):
+        say(help_text(program, function, positional))
+        return None
+    known = declared(function)
+    given = read_words(known, positional, words)
+    if given.pop("print_config", None) is not None:
+        _print_config(given_values(given, known), known)
+        return None
+    return function(**given)
 
 
 def in_order(positional: Positional) -> tuple[str, ...]:
@@ -79,106 +52,62 @@ def in_order(positional: Positional) -> tuple[str, ...]:
     return (positional,) if isinstance(positional, str) else tuple(positional)
 
 
-def build_parser(program: str, function: Callable[..., Any], positional: Positional) -> Parser:
-    """The parser that a command's signature and docstring describe."""
-    parameters = inspect.signature(function).parameters
-    parser = Parser(
-        prog=program,
-        usage=_usage(program, function, positional),
-        formatter_class=HelpFormatter,
-        description=_description(function),
-        default_env=False,
-        add_help=True,
-    )
-    parser.kinds = _kinds(function)
-    for name in in_order(positional):
-        many = "list" in str(parameters[name].annotation)
-        required = parameters[name].default is inspect.Parameter.empty
-        count = ("+" if required else "*") if many else (None if required else "?")
-        default = {} if required else {"default": parameters[name].default}
-        argument = parser.add_argument(
-            name, nargs=count, metavar=name.upper(), help=_argument_help(function, name), **default
-        )
-        argument.required = required  # or the help says so of every one
-    if "config" in parameters:
-        parser.add_argument("--config", action="config", help=_argument_help(function, "config"))
-    skipped: set[str | int] = {name for name in (*in_order(positional), "config") if name in parameters}
-    parser.add_function_arguments(function, skip=skipped, fail_untyped=True)
-    return parser
+def read_words(known: Mapping[str, Option], positional: Positional, words: Sequence[str]) -> dict[str, Any]:
+    """Name to text, or to several texts; what they mean is the options' to say.
 
+    Args:
+        known: the options of the command.
+        positional: as for :func:`call`.
+        words: as typed.
 
-class HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    """Options first, then what they mean, at a width that a terminal shows whole."""
-
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        """Leave room for the longest option."""
-        super().__init__(prog, max_help_position=28, width=100, **kwargs)
-
-
-def _kinds(function: Callable[..., Any]) -> dict[str, str]:
-    parameters = inspect.signature(function).parameters
-    return {name: str(parameter.annotation) for name, parameter in parameters.items()}
-
-
-def _usage(program: str, function: Callable[..., Any], positional: Positional) -> str:
-    parameters = inspect.signature(function).parameters
-    words = [program]
-    for name in in_order(positional):
-        word = name.upper() + (" ..." if "list" in str(parameters[name].annotation) else "")
-        required = parameters[name].default is inspect.Parameter.empty
-        words.append(word if required else f"[{word}]")
-    return " ".join([*words, "[OPTIONS]"])
-
-
-def _description(function: Callable[..., Any]) -> str:
-    text = inspect.getdoc(function) or ""
-    return re.split(r"\n\n(?:Args|Returns|Raises):", text)[0]
-
-
-def _argument_help(function: Callable[..., Any], name: str) -> str:
-    text = inspect.getdoc(function) or ""
-    found = re.search(rf"^    {name}: (.*?)(?=^    \w+: |^\w|\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    return " ".join(found.group(1).split()).replace("%", "%%") if found else argparse.SUPPRESS
-
-
-def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _check_names(function: Callable[..., Any], words: Sequence[str]) -> None:
-    known = {*inspect.signature(function).parameters, "help", "print_config"}
-    for word in words:
-        if not word.startswith("--") or word == "--":
-            continue
-        name = word[2:].partition("=")[0]
-        if name.split(".")[0] not in known:  # --model_args.depth 4 reaches into a dictionary
-            raise UserError(f"option (--{name}) is unknown; {nearest(name, sorted(known))}")
-
-
-def _with_whole_values(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
-    """``--dry_run`` alone means true; ``--crop_scale 0.5 1`` means a list."""
-    kinds = _kinds(function)
-    whole: list[str] = []
+    Raises:
+        UserError: an option is unknown or lacks its value, or a word is more than the command takes.
+    """
+    given: dict[str, Any] = {}
+    loose: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        whole.append(word)
-        kind = kinds.get(word[2:], "") if word.startswith("--") else ""
-        if kind.startswith("bool") and (not rest or rest[0].lower() not in _BOOLEANS):
-            whole[-1] = f"{word}=true"
-        elif "list[float]" in kind or "list[int]" in kind:
-            numbers = list(itertools.takewhile(_is_number, rest))
-            if numbers:
-                whole[-1] = f"{word}=[{','.join(numbers)}]"
-                rest = rest[len(numbers) :]
-        elif "list[str]" in kind and rest and not rest[0].startswith("["):
-            texts = list(itertools.takewhile(lambda text: not text.startswith("--"), rest))
-            whole[-1] = f"{word}={json.dumps(texts)}"
-            rest = rest[len(texts) :]
-    return whole
+        if word == "--":
+            loose, rest = loose + rest, []
+        elif not word.startswith("--"):
+            loose.append(word)
+        else:
+            name, equals, text = word[2:].partition("=")
+            name = name.replace("-", "_")
+            option = _known(name, known)
+            value = text if equals else _values(name, option, rest)
+            given[name] = [*given.get(name, []), value] if name == "config" else value
+    return {**given, **_placed(loose, known, in_order(positional))}
+
+
+def _known(name: str, known: Mapping[str, Option]) -> Option:
+    base = name.split(".")[0]  # --model_args.depth 4 reaches into a mapping
+    if base == "print_config" and "config" in known:
+        return Option(base, bool)
+    if base not in known:
+        raise UserError(f"option (--{name}) is unknown; {nearest(name, sorted({*known, 'help'}))}")
+    return known[base]
+
+
+def _values(name: str, option: Option, rest: list[str]) -> str | list[str]:
+    """Takes the value of an option, or its values, from the words after it."""
+    if option.of_kind(bool) and (not rest or rest[0].lower() not in _BOOLEANS):
+        return "true"
+    taken: list[str] = []
+    if option.many and rest and not rest[0].startswith("["):
+        fits = _is_number if option.of_kind(int, float) else _is_value
+        taken = list(itertools.takewhile(fits, rest))
+        del rest[: len(taken)]
+    if taken:
+        return taken
+    if not rest or not _is_value(rest[0]):
+        raise UserError(f"--{name} needs a value: {option.rule()}")
+    return rest.pop(0)
+
+
+def _is_value(word: str) -> bool:
+    return not word.startswith("--")
 
 
 def _is_number(word: str) -> bool:
@@ -189,46 +118,97 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _with_config_first(words: Sequence[str]) -> list[str]:
-    """``--config mfm-vit-base`` means the recipe's file, and what is typed before it counts as what is typed after."""
-    configs: list[str] = []
-    others: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--config" and rest:
-            configs += [word, str(config_path(rest.pop(0)))]
-        elif word.startswith("--config="):
-            configs.append("--config=" + str(config_path(word.partition("=")[2])))
-        else:
-            others.append(word)
-    return [*configs, *others]
+def _placed(loose: list[str], known: Mapping[str, Option], names: Sequence[str]) -> dict[str, Any]:
+    """The words without an option's name, given to the arguments that take such."""
+    placed: dict[str, Any] = {}
+    for name in names:
+        if loose:
+            placed[name], loose = (loose, []) if known[name].many else (loose[0], loose[1:])
+    if loose:
+        raise UserError(f"{loose[0]!r} is more than this command takes; options begin with --")
+    return placed
 
 
-def _sentence(message: str, kinds: Mapping[str, str]) -> str:
-    """The library's complaint without its inner names: option, value, what it must be."""
-    key = re.search(r"[Pp]arser key \"?'?([\w.]+)", message)
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
-    if key and value and key.group(1).split(".")[0] in kinds:
-        name = key.group(1)
-        return f"{name} ({value.group(1).strip()}) must be {_rule(kinds[name.split('.')[0]])}"
-    unknown = re.search(r"Option '([\w.]+)' is not accepted", message)
-    if unknown:
-        return f"option ({unknown.group(1)}) in the config is unknown; {nearest(unknown.group(1), kinds)}"
-    unplaced = re.search(r"nrecognized arguments: (.*)", message)
-    if unplaced:
-        return f"{unplaced.group(1)!r} is more than this command takes; options begin with --"
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+def _print_config(given: Mapping[str, Any], known: Mapping[str, Option]) -> None:
+    import yaml
+
+    every = {name: given.get(name, option.default) for name, option in known.items() if name != "config"}
+    say(
+        yaml.safe_dump(
+            {name: value for name, value in every.items() if value is not REQUIRED}, sort_keys=False
+        )
+    )
 
 
-def _rule(kind: str) -> str:
-    """An annotation in words.
+def help_text(program: str, function: Callable[..., Any], positional: Positional) -> str:
+    """What ``--help`` prints: usage, what the command does, every option."""
+    known = declared(function)
+    places = in_order(positional)
+    usage = [program]
+    for name in places:
+        word = name.upper() + (" ..." if known[name].many else "")
+        usage.append(word if known[name].default is REQUIRED else f"[{word}]")
+    description = re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(function) or "")[0]
+    lines = [f"usage: {' '.join(usage)} [OPTIONS]", "", description, ""]
+    for name in places:
+        lines += _entry(name.upper(), known[name])
+    groups = dict.fromkeys(option.group for name, option in known.items() if name not in places)
+    for group in groups:
+        lines += ["", f"{group}:" if group else "options:"]
+        for name, option in known.items():
+            if name not in places and option.group == group:
+                lines += _entry(f"--{name} {_metavar(option)}", option)
+    lines += _entry("--help", Option("help", bool, None, "show this"))
+    if "config" in known:
+        lines += _entry("--print_config", Option("print_config", bool, None, "print the options and stop"))
+    return "\n".join(lines)
 
-    >>> _rule("int | str")
-    'a whole number or a word such as auto'
+
+def _entry(title: str, option: Option) -> list[str]:
+    """An option's name, and beside or below it what it means."""
+    plain = option.default
+    shown = "required" if plain is REQUIRED else None if plain is None else f"default: {_as_typed(plain)}"
+    text = option.help + (f" ({shown})" if shown else "")
+    wrapped = textwrap.wrap(text, _WIDTH - _INDENT, break_on_hyphens=False)
+    start = f"  {title}"
+    if len(start) < _INDENT - 1 and wrapped:
+        return [start.ljust(_INDENT) + wrapped[0], *(" " * _INDENT + line for line in wrapped[1:])]
+    return [start, *(" " * _INDENT + line for line in wrapped)]
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _metavar(option: Option) -> str:
+    """What stands for an option's value in the help: ``X|auto``."""
+    return "|".join(word for kind in option.kinds if (word := _short(kind)))
+
+
+def _short(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return f"{_short(typing.get_args(kind)[0])} ..."
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "MAPPING"}
+    return names.get(typing.get_origin(kind) or kind, "")
+
+
+def completions(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
+    """What may stand where the last of these words is being typed: options, or the values of the one before it.
+
+    Args:
+        function: the command.
+        words: those after the command's name.
     """
-    literal = re.search(r"Literal\[(.*?)\]", kind)
-    if literal:
-        return "one of " + literal.group(1)
-    words = [text for pattern, text in _KINDS.items() if re.search(pattern, kind)]
-    return " or ".join(words) or kind
+    known = declared(function)
+    before = words[-2] if len(words) > 1 else ""
+    option = known.get(before[2:].replace("-", "_")) if before.startswith("--") else None
+    if option is not None:
+        values = [
+            str(word) for kind in option.kinds for word in typing.get_args(kind) if isinstance(word, str)
+        ]
+        return values or (list(_BOOLEANS[:2]) if option.of_kind(bool) else [])
+    return [f"--{name}" for name in (*known, "help")]

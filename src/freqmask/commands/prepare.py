@@ -7,24 +7,27 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.options import Auto
 
 LEAST_SIDE = 32
 _SHOWN_SKIPPED = 3
 _WAYS_OUT = "give another --out, or delete it"
 
 
+@command
 def prepare(
     data: list[str],
     *,
     out: str,
-    resize: int | str = 448,
-    shard_size: int | str = "auto",
+    resize: int | Literal["none"] = 448,
+    shard_size: int | Auto = "auto",
     split: str = "all",
     labels: str | None = None,
     pages: Literal["channels", "images"] = "channels",
-    workers: int | str = "auto",
+    workers: int | Auto = "auto",
 ) -> Path:
     """Packs images into tar shards that every command reads fast, from a disk or over a network.
 

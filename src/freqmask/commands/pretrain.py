@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from freqmask.commands.given import given_options, remember_given
+from freqmask.commands.given import command, given_options
+from freqmask.options import Auto, Rivals, Seed
 
 
-@remember_given
+@command
 def pretrain(
-    data: str | Path | list[str] | None = None,
+    data: list[Any] | None = None,
     *,
-    method: str = "mfm",
+    method: str | Any = "mfm",
     backbone: str = "auto",
     out: str | None = None,
     config: str | None = None,
     init: str | None = None,
     # images
-    image_size: int | str = "auto",
-    channels: int | str = "auto",
+    image_size: int | list[int] | str = "auto",
+    channels: int | Auto = "auto",
+    convert_channels: bool | Auto = "auto",
     value_range: str = "auto",
-    mean: str | list[float] = "auto",
-    std: str | list[float] = "auto",
+    mean: list[float] | Auto = "auto",
+    std: list[float] | Auto = "auto",
     pages: Literal["channels", "images"] = "channels",
     split: str = "auto",
     max_skipped_share: float = 0.1,
     # views
     crop: Literal["resized", "native", "whole", "center"] = "resized",
-    crop_scale: str | list[float] = "auto",
+    crop_scale: list[float] | Auto = "auto",
     flip: bool = True,
     vertical_flip: bool = False,
     quarter_turns: bool = False,
@@ -37,27 +39,27 @@ def pretrain(
     blur: list[float] | None = None,
     solarise: list[float] | None = None,
     # how long and how fast
-    epochs: float | None = None,
-    steps: int | None = None,
-    hours: float | None = None,
-    batch_size: int | str = "auto",
-    lr: float | str = "auto",
-    min_lr: float | str = "auto",
-    warmup_epochs: float | str = "auto",
+    epochs: Annotated[float | None, Rivals("length")] = None,
+    steps: Annotated[int | None, Rivals("length")] = None,
+    hours: Annotated[float | None, Rivals("length")] = None,
+    batch_size: int | Auto = "auto",
+    lr: float | Auto = "auto",
+    min_lr: float | Auto = "auto",
+    warmup_epochs: float | Auto = "auto",
     weight_decay: float = 0.05,
     weight_decay_end: float | None = None,
     betas: list[float] | None = None,
     clip_grad: float | None = 3.0,
     # backbone
-    patch_size: int | str = "auto",
+    patch_size: int | Auto = "auto",
     stage: int | None = None,
     model_args: dict[str, Any] | None = None,
     initialisation: str | None = None,
     gradient_checkpointing: bool | None = None,
     # what is hidden
-    filter: str | None = None,
-    radius: float | str | None = None,
-    low_pass_share: float | str | None = None,
+    filter: str | Any | None = None,
+    radius: float | Auto | None = None,
+    low_pass_share: float | Auto | None = None,
     com_fractions: list[float] | None = None,
     com_share: float | None = None,
     magnitude: Literal["luma", "mean", "each"] | None = None,
@@ -71,7 +73,7 @@ def pretrain(
     focal: float | None = None,
     # FOLK
     views: Literal["two", "one"] | None = None,
-    outputs: int | str | None = None,
+    outputs: int | Auto | None = None,
     hidden_size: int | None = None,
     bottleneck_size: int | None = None,
     student_temperature: float | None = None,
@@ -85,28 +87,28 @@ def pretrain(
     freeze_last_layer_epochs: float | None = None,
     distil: Literal["auto", "class_token", "pooled"] | None = None,
     # restoration
-    factor: float | str | None = None,
-    sigma: float | str | None = None,
-    kernel_sizes: list[int] | str | None = None,
+    factor: float | Auto | None = None,
+    sigma: float | Auto | None = None,
+    kernel_sizes: list[int] | Auto | None = None,
     # machine
-    seed: int = 0,
-    workers: int | str = "auto",
+    seed: Seed = 0,
+    workers: int | Auto = "auto",
     images_from: Literal["auto", "device", "loader"] = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     num_nodes: int = 1,
     strategy: str = "auto",
     precision: str = "auto",
     compile: bool = False,
-    accumulate: int | str = "auto",
+    accumulate: int | Auto = "auto",
     # records
-    checkpoint_every_steps: int | str = "auto",
+    checkpoint_every_steps: int | Auto = "auto",
     checkpoint_every_minutes: float = 10.0,
     keep_checkpoints: int = 2,
-    preview_every_steps: int | str = "auto",
-    log_every_steps: int | str = "auto",
+    preview_every_steps: int | Auto = "auto",
+    log_every_steps: int | Auto = "auto",
     probe_data: list[str] | None = None,
-    probe_every_epochs: float | str = "auto",
+    probe_every_epochs: float | Auto = "auto",
     logger: Literal["tensorboard", "wandb"] | None = None,
     dry_run: bool = False,
     overfit: int | None = None,
@@ -131,6 +133,8 @@ def pretrain(
         init: weights to start from: timm:NAME (its public weights), a run folder, or an exported folder.
         image_size: side in pixels that the network sees, or HEIGHTxWIDTH; auto goes by the median image.
         channels: channels that the network sees; auto is the commonest count among the images.
+        convert_channels: turn images of another channel count into channels, else skip them; auto turns them
+            where channels is given.
         value_range: auto, dtype, or LOW,HIGH: what becomes 0 and 1. auto is the full range for 8 bits,
             else the 0.1 and 99.9 percentiles of 1,000 images.
         mean: means that normalise the channels; auto is ImageNet's for 8-bit colour, else measured.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.recipes import Recipe, read_recipe, recipe_names
 
 
+@command
 def recipes(name: str | None = None, *, copy: str | None = None) -> list[str] | str | Path:
     """Lists the shipped recipes, shows one, or copies one for you to change.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
 
 _MOST_IMAGES = 8
 
 
+@command
 def reconstruct(
     model: str,
     image: list[str],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from freqmask.commands.given import command
 from freqmask.console import say
 
 
+@command
 def runs(folder: str = "runs") -> list[str]:
     """Lists runs: state, method, steps, time, loss, best probe.
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.options import Seed
 
 _MOST_IMAGES = 4  # side by side; more would be too small to see
 
 
+@command
 def spectra(
     image: list[str],
     *,
     out: str = "spectra.png",
     image_size: int | None = None,
     filters: list[str] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Path:
     """Draws what every filter keeps of an image and what it removes, and prints the shares of energy.
 

@@ -15,9 +15,12 @@ from freqmask.console import rank, say
 from freqmask.errors import UserError
 from freqmask.training.checkpoint import newest_usable
 from freqmask.training.plan import Choice, Cost
-from freqmask.training.runs import RunFolder
+from freqmask.training.runs import RunFolder, comparable
 
 AUTO = "auto"
+# Options that say nothing of how a training is repeated, or that --config of the repeating command has not.
+_NOT_REPEATED = ("model", "seeds", "out", "dry_run", "config", "tune", "strength", "feature", "cache")
+_AS_ASKED = ("image_size", "train_size")  # an option is a side, a resolved number a height and a width
 
 
 @dataclass
@@ -87,6 +90,25 @@ def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
     if other:
         told = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)
         raise UserError(f"run {run.path} was begun with other settings: {told}; give another --out")
+
+
+def to_repeat(
+    command: str, model: str, seed: int, asked: Mapping[str, Any], numbers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``config.yaml`` holds so that ``freqmask COMMAND --config`` repeats this one training.
+
+    Args:
+        command: such as ``evaluate finetune``.
+        model: MODEL as typed.
+        seed: of the training.
+        asked: the options of the command.
+        numbers: name to value of those that were resolved.
+    """
+    options = {name: value for name, value in asked.items() if name not in _NOT_REPEATED}
+    options |= {name: numbers[name] for name in options if name in numbers and name not in _AS_ASKED}
+    options |= {"epochs": None}  # the steps say it
+    given = {name: value for name, value in comparable(options).items() if value is not None}
+    return {"command": command, "options": {"model": [model], "seeds": [seed], **given}}
 
 
 def where_to_go_on(run: RunFolder) -> Path | None:

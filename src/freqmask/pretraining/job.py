@@ -46,7 +46,7 @@ from freqmask.training.failures import told_in_words
 from freqmask.training.fitting import Outcome, leave
 from freqmask.training.plan import usable_cores
 from freqmask.training.quiet import quiet_libraries
-from freqmask.training.runs import RunFolder, comparable, new_run, now
+from freqmask.training.runs import RunFolder, comparable, heading, new_run, now
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
 PASS_RATIO = 0.8  # --overfit: the loss must fall below this share of where it began
@@ -147,7 +147,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
             "given": without_out(given),
             "data": images.source.fingerprint(),
             "images": len(images.train),
-            "convert_channels": options["channels"] != "auto",
+            "convert_channels": resolved.options["convert_channels"],
             "freqmask": __version__,
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
@@ -159,7 +159,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
             say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
             return run.path
         kept = _kept(resolved.options, images, state, by_hand=given.get("images_from") == "device")
-        run.begin(_recorded(resolved.options), state, _heading())
+        run.begin(_recorded(resolved.options), state, heading("pretrain"))
         os.environ[CHOSEN_BY_RANK_0] = str(run.path)
         return _train(run, resolved.options, images, state, kept, None)
     except BaseException:
@@ -331,10 +331,3 @@ def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     )
     # null is the default of every option but this one, where it means something
     return {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
-
-
-def _heading() -> str:
-    return (
-        f"freqmask {__version__}, {now()}; every auto is resolved.\n"
-        "Repeat it: freqmask pretrain --config THIS_FILE --out NEW_FOLDER"
-    )

@@ -88,6 +88,9 @@ def _resolve_images(resolved: Resolved, source: Source) -> None:
     options = resolved.options
     seen = survey(source, options["value_range"], options["channels"], options["seed"])
     resolved.survey = seen
+    resolved.choose(
+        "convert_channels", plan.Choice(options["channels"] != "auto", "whether channels is given")
+    )
     resolved.choose("channels", plan.Choice(seen.channels, "the commonest count"))
     options["value_range"] = seen.value_range.describe()
     resolved.choose("image_size", plan.choose_image_size(min(seen.median_size)))

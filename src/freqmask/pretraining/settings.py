@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from freqmask.errors import UserError, nearest
@@ -89,7 +89,7 @@ def _ranges(options: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in (*POSITIVE, *NOT_NEGATIVE, *AT_LEAST_ONE):
         value = options.get(name)
-        if value in (None, "auto") or (name == "image_size" and isinstance(value, str) and "x" in value):
+        if value in (None, "auto") or (name == "image_size" and not isinstance(value, (int, float))):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             problems.append(f"{name} ({value}) must be a number{_or_auto(name)}")
@@ -161,13 +161,13 @@ def _choices(options: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def parse_image_size(value: int | str) -> int | tuple[int, int]:
-    """224 or ``"96x160"`` (height x width).
+def parse_image_size(value: int | str | Sequence[int]) -> int | tuple[int, int]:
+    """224, ``"96x160"`` (height x width), or both as a ``config.yaml`` has them.
 
     Raises:
         UserError: it is neither.
     """
-    text = str(value).lower()
+    text = str(value).lower() if isinstance(value, (int, str)) else "x".join(map(str, value))
     try:
         sides = [int(side) for side in text.split("x")]
     except ValueError as error:

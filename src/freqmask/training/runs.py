@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from freqmask import __version__
 from freqmask.errors import UserError
 from freqmask.training.files import replace_atomically
 
@@ -270,6 +271,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON ({error}); the run folder is damaged") from error
     return content
+
+
+def heading(command: str) -> str:
+    """The first lines of a ``config.yaml``: who wrote it, and the command that repeats the run."""
+    return (
+        f"freqmask {__version__}, {now()}; every auto is resolved.\n"
+        f"Repeat it: freqmask {command} --config THIS_FILE --out NEW_FOLDER"
+    )
 
 
 def now() -> str:

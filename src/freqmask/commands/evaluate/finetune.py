@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from freqmask.commands.evaluate.reported import listed, reported
+from freqmask.commands.given import command
+from freqmask.options import Auto, Rivals, Seed, Seeds
 
 __all__ = ["finetune"]
 
 
+@command
 def finetune(
     model: list[str],
     *,
@@ -18,53 +21,54 @@ def finetune(
     test_split: str = "auto",
     test_share: float = 0.2,
     folds: int | None = None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     duplicates: Literal["refuse", "together"] = "refuse",
     pages: Literal["channels", "images"] = "channels",
     shots: str | None = None,
     # how it is trained
     recipe: Literal["auto", "vit", "a3", "a2"] = "auto",
-    epochs: float | None = None,
-    steps: int | None = None,
-    batch_size: int | str = "auto",
-    lr: float | str = "auto",
-    min_lr: float | str = "auto",
-    warmup_epochs: float | str = "auto",
-    weight_decay: float | str = "auto",
-    layer_decay: float | str = "auto",
-    drop_path: float | str = "auto",
-    mixup: float | str = "auto",
-    cutmix: float | str = "auto",
-    smoothing: float | str = "auto",
+    epochs: Annotated[float | None, Rivals("length")] = None,
+    steps: Annotated[int | None, Rivals("length")] = None,
+    batch_size: int | Auto = "auto",
+    lr: float | Auto = "auto",
+    min_lr: float | Auto = "auto",
+    warmup_epochs: float | Auto = "auto",
+    weight_decay: float | Auto = "auto",
+    layer_decay: float | Auto = "auto",
+    drop_path: float | Auto = "auto",
+    mixup: float | Auto = "auto",
+    cutmix: float | Auto = "auto",
+    smoothing: float | Auto = "auto",
     augment: str = "auto",
-    erasing: float | str = "auto",
+    erasing: float | Auto = "auto",
     crop_scale: list[float] | None = None,
     flip: bool = True,
-    train_size: int | str = "auto",
+    train_size: int | Auto = "auto",
     ema: float | None = None,
-    held_out: float | str = "auto",
+    held_out: float | Auto = "auto",
     # how it is judged
     crop: Literal["center", "whole"] = "center",
-    crop_share: float | str = "auto",
-    seeds: list[int] | None = None,
+    crop_share: float | Auto = "auto",
+    seeds: Seeds = None,
     weights: str | None = None,
     image_size: int | None = None,
     value_range: str | None = None,
     out: str | None = None,
     # machine and records
-    workers: int | str = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     strategy: str = "auto",
     precision: str = "auto",
-    accumulate: int | str = "auto",
+    accumulate: int | Auto = "auto",
     max_skipped_share: float = 0.1,
-    validate_every_epochs: float | str = "auto",
-    log_every_steps: int | str = "auto",
-    checkpoint_every_steps: int | str = "auto",
+    validate_every_epochs: float | Auto = "auto",
+    log_every_steps: int | Auto = "auto",
+    checkpoint_every_steps: int | Auto = "auto",
     checkpoint_every_minutes: float = 10.0,
     keep_checkpoints: int = 2,
     dry_run: bool = False,
+    config: str | None = None,
 ) -> list[Any]:
     """Measures backbones after fine-tuning: all weights learn, with the published recipe.
 
@@ -133,6 +137,7 @@ def finetune(
         checkpoint_every_minutes: whichever comes first.
         keep_checkpoints: how many stay on the disk.
         dry_run: print the plans and stop.
+        config: a YAML file of these options, such as a run's config.yaml, which repeats that run.
 
     Returns:
         One `freqmask.evaluation.results.Summary` a model: the numbers of the table.
@@ -140,7 +145,7 @@ def finetune(
     Raises:
         UserError: a model or the data cannot be opened, the labels do not fit, or an option cannot be.
     """
-    options = locals()
+    options = {name: value for name, value in locals().items() if name != "config"}
     from freqmask.evaluation.finetune.job import evaluate_finetune
 
     return reported(model, evaluate_finetune(listed(options)))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from freqmask.commands.evaluate.reported import listed, reported
+from freqmask.commands.given import command
+from freqmask.options import Auto, Seed, Seeds
 
 __all__ = ["bands", "fewshot", "knn", "linear"]
 
 
+@command
 def knn(
     model: list[str],
     *,
@@ -18,22 +21,22 @@ def knn(
     test_split: str = "auto",
     test_share: float = 0.2,
     folds: int | None = None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     duplicates: Literal["refuse", "together"] = "refuse",
     pages: Literal["channels", "images"] = "channels",
     k: list[int] | None = None,
     temperature: float = 0.07,
     feature: Literal["mean", "class_token"] = "mean",
-    seeds: list[int] | None = None,
+    seeds: Seeds = None,
     weights: str | None = None,
     image_size: int | None = None,
     crop: Literal["center", "whole"] = "center",
     value_range: str | None = None,
     out: str | None = None,
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
+    batch_size: int | Auto = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -85,6 +88,7 @@ def knn(
     return reported(model, evaluate(Knn(k or NEIGHBOURS, temperature, feature), shared_setting_of(options)))
 
 
+@command
 def linear(
     model: list[str],
     *,
@@ -94,21 +98,21 @@ def linear(
     test_split: str = "auto",
     test_share: float = 0.2,
     folds: int | None = None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     duplicates: Literal["refuse", "together"] = "refuse",
     pages: Literal["channels", "images"] = "channels",
     rates: list[float] | None = None,
     epochs: float = 50,
-    seeds: list[int] | None = None,
+    seeds: Seeds = None,
     weights: str | None = None,
     image_size: int | None = None,
     crop: Literal["center", "whole"] = "center",
     value_range: str | None = None,
     out: str | None = None,
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
+    batch_size: int | Auto = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -161,6 +165,7 @@ def linear(
     return reported(model, evaluate(Linear(rates or LEARNING_RATES, epochs), shared_setting_of(options)))
 
 
+@command
 def fewshot(
     model: list[str],
     *,
@@ -170,7 +175,7 @@ def fewshot(
     test_split: str = "auto",
     test_share: float = 0.2,
     folds: int | None = None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     duplicates: Literal["refuse", "together"] = "refuse",
     pages: Literal["channels", "images"] = "channels",
     shots: list[str] | None = None,
@@ -178,16 +183,16 @@ def fewshot(
     epochs: float | None = None,
     strength: float = 1.0,
     feature: Literal["mean", "class_token"] = "mean",
-    seeds: list[int] | None = None,
+    seeds: Seeds = None,
     weights: str | None = None,
     image_size: int | None = None,
     crop: Literal["center", "whole"] = "center",
     value_range: str | None = None,
     out: str | None = None,
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
+    batch_size: int | Auto = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:
@@ -255,6 +260,7 @@ def fewshot(
     return reported(model, evaluate(Fewshot(shots or SHOTS, feature, strength), shared_setting_of(options)))
 
 
+@command
 def bands(
     model: list[str],
     *,
@@ -264,21 +270,21 @@ def bands(
     test_split: str = "auto",
     test_share: float = 0.2,
     folds: int | None = None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     duplicates: Literal["refuse", "together"] = "refuse",
     pages: Literal["channels", "images"] = "channels",
     head: Literal["linear", "knn", "own"] = "linear",
     radii: list[float] | None = None,
-    seeds: list[int] | None = None,
+    seeds: Seeds = None,
     weights: str | None = None,
     image_size: int | None = None,
     crop: Literal["center", "whole"] = "center",
     value_range: str | None = None,
     out: str | None = None,
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
+    batch_size: int | Auto = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from freqmask.commands.evaluate.reported import reported
+from freqmask.commands.given import command
+from freqmask.options import Auto, Seed, Seeds
 
 __all__ = ["robustness"]
 
 
+@command
 def robustness(
     model: list[str],
     *,
@@ -18,7 +21,7 @@ def robustness(
     test_split: str = "auto",
     test_share: float = 0.2,
     folds: int | None = None,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     duplicates: Literal["refuse", "together"] = "refuse",
     pages: Literal["channels", "images"] = "channels",
     head: Literal["linear", "own"] = "linear",
@@ -28,22 +31,22 @@ def robustness(
     frost: str | None = None,
     attacks: list[str] | None = None,
     norm: Literal["linf", "l2"] = "linf",
-    epsilon: str | float = "auto",
+    epsilon: float | str = "auto",
     steps: int = 10,
-    step_size: str | float = "auto",
+    step_size: float | str = "auto",
     random_start: bool = True,
     folder: list[str] | None = None,
     test_images: int | None = None,
-    seeds: list[int] | None = None,
+    seeds: Seeds = None,
     weights: str | None = None,
     image_size: int | None = None,
     crop: Literal["center", "whole"] = "center",
     value_range: str | None = None,
     out: str | None = None,
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
+    batch_size: int | Auto = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     precision: Literal["32", "bf16"] = "32",
     cache: bool = True,
 ) -> list[Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from freqmask.commands.evaluate.reported import reported
+from freqmask.commands.given import command
+from freqmask.options import Auto, Rivals, Seed, Seeds
 
 __all__ = ["segment"]
 
 
+@command
 def segment(
     model: list[str],
     *,
@@ -21,40 +24,41 @@ def segment(
     train_split: str = "auto",
     test_split: str = "auto",
     test_share: float = 0.2,
-    split_seed: int = 0,
+    split_seed: Seed = 0,
     pages: Literal["channels", "images"] = "channels",
     # how it is trained
     image_size: int | None = None,
-    crop: int | str = "auto",
+    crop: int | Auto = "auto",
     scale: list[float] | None = None,
     flip: bool = True,
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int | str = "auto",
-    lr: float | str = "auto",
-    warmup_steps: int | str = "auto",
-    weight_decay: float | str = "auto",
-    layer_decay: float | str = "auto",
-    drop_path: float | str = "auto",
-    decoder_channels: int | str = "auto",
+    steps: Annotated[int | None, Rivals("length")] = None,
+    epochs: Annotated[float | None, Rivals("length")] = None,
+    batch_size: int | Auto = "auto",
+    lr: float | Auto = "auto",
+    warmup_steps: int | Auto = "auto",
+    weight_decay: float | Auto = "auto",
+    layer_decay: float | Auto = "auto",
+    drop_path: float | Auto = "auto",
+    decoder_channels: int | Auto = "auto",
     # how it is judged
     inference: list[str] | None = None,
-    stride: int | str = "auto",
+    stride: int | Auto = "auto",
     overlays: int = 6,
-    seeds: list[int] | None = None,
+    seeds: Seeds = None,
     weights: str | None = None,
     value_range: str | None = None,
     out: str | None = None,
     # machine and records
-    workers: int | str = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
-    devices: int | str = "auto",
+    devices: int | Auto = "auto",
     precision: str = "auto",
-    accumulate: int | str = "auto",
+    accumulate: int | Auto = "auto",
     max_skipped_share: float = 0.1,
     checkpoint_every_minutes: float = 10.0,
     keep_checkpoints: int = 2,
     dry_run: bool = False,
+    config: str | None = None,
 ) -> list[Any]:
     """Measures backbones by semantic segmentation: UperNet on top, all weights learn, mean IoU on test images.
 
@@ -114,6 +118,7 @@ def segment(
         checkpoint_every_minutes: besides twenty times a training; whichever comes first.
         keep_checkpoints: how many stay on the disk while it trains; afterwards the network stays alone.
         dry_run: print the plans and stop.
+        config: a YAML file of these options, such as a run's config.yaml, which repeats that run.
 
     Returns:
         One `freqmask.evaluation.segmentation.tables.SegmentationSummary` a model: the numbers of the table.
@@ -121,7 +126,7 @@ def segment(
     Raises:
         UserError: a model or the data cannot be opened, masks do not fit their images, or an option cannot be.
     """
-    options = locals()
+    options = {name: value for name, value in locals().items() if name != "config"}
     from freqmask.evaluation.segmentation.job import evaluate_segmentation
 
     return reported(model, evaluate_segmentation(options))

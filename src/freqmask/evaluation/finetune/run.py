@@ -25,14 +25,15 @@ from freqmask.evaluation.finetune.resolve import held_out_share, resolve
 from freqmask.evaluation.finetune.settings import DECIDING
 from freqmask.evaluation.labelled import LabelledData, subset
 from freqmask.evaluation.subjects import ModelSubject
-from freqmask.evaluation.trainings import check_same, where_to_go_on
+from freqmask.evaluation.trainings import check_same, to_repeat, where_to_go_on
 from freqmask.training.failures import told_in_words
 from freqmask.training.fitting import leave
 from freqmask.training.progress import LINES_A_RUN
 from freqmask.training.quiet import quiet_libraries
-from freqmask.training.runs import RunFolder, comparable, now
+from freqmask.training.runs import RunFolder, comparable, heading, now
 
 _LINES_BRIEFLY = 4  # without a terminal a series of runs would be all progress
+COMMAND = "evaluate finetune"
 MACHINE = (
     *("accelerator", "devices", "strategy", "workers", "checkpoint_every_steps", "checkpoint_every_minutes"),
     *("keep_checkpoints", "max_skipped_share"),
@@ -141,6 +142,7 @@ def _begin(run: RunFolder, task: Task) -> tuple[Tuning, None, Any]:
         "split": task.asked["train_split"],
         "backbone": str(opened.module.pretrained_cfg["architecture"]),
         **asdict(tuning),
+        **to_repeat(COMMAND, task.subject.text, task.seed, task.asked, asdict(tuning)),
     }
     state = {
         "deciding": task.deciding,
@@ -150,7 +152,7 @@ def _begin(run: RunFolder, task: Task) -> tuple[Tuning, None, Any]:
         "torch": str(torch.__version__),
         "began": now(),
     }
-    run.begin(config, state, f"freqmask {__version__}, {now()}; a fine-tuning, every auto resolved.")
+    run.begin(config, state, heading(COMMAND))
     return tuning, None, network.model
 
 

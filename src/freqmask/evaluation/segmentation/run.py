@@ -24,12 +24,14 @@ from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.resolve import DROP_PATH, choose_crop, drops_paths, resolve
 from freqmask.evaluation.segmentation.settings import DECIDING, MACHINE, Training, training_of
 from freqmask.evaluation.subjects import ModelSubject, open_subject
-from freqmask.evaluation.trainings import AUTO, check_same, where_to_go_on
+from freqmask.evaluation.trainings import AUTO, check_same, to_repeat, where_to_go_on
 from freqmask.training.failures import told_in_words
 from freqmask.training.fitting import leave
 from freqmask.training.quiet import quiet_libraries
 from freqmask.training.readable import readable_time
-from freqmask.training.runs import RunFolder, comparable, now
+from freqmask.training.runs import RunFolder, comparable, heading, now
+
+COMMAND = "evaluate segment"
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def _begin(run: RunFolder, task: Task, subject: ModelSubject, network: UperNet, 
         "classes": {int(value): name for value, name in zip(labels.values, labels.names, strict=True)},
         "ignore_label": list(labels.ignored),
         **comparable(asdict(training)),
+        **to_repeat(COMMAND, task.text, task.seed, task.asked, asdict(training)),
     }
     state = {
         "deciding": task.deciding(subject),
@@ -187,7 +190,7 @@ def _begin(run: RunFolder, task: Task, subject: ModelSubject, network: UperNet, 
         "torch": str(torch.__version__),
         "began": now(),
     }
-    run.begin(config, state, f"freqmask {__version__}, {now()}; a segmentation, every auto resolved.")
+    run.begin(config, state, heading(COMMAND))
     return training
 
 

@@ -1,0 +1,429 @@
+"""An option: its type, default, range and help, declared once; and values of it from wherever they come.
+
+A word of the command line, a scalar in a YAML file and a value given in Python are read by the same declaration
+(:func:`read_options`), so that they become the same value or the same sentence. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal
+
+from freqmask.errors import CallError, UserError, nearest
+
+Auto = Literal["auto"]
+REQUIRED = inspect.Parameter.empty
+
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+_NULL = ("null", "~", "")
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+MOST_SEED = 2**63 - 1  # what torch, numpy and our 64-bit keys all take
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number must keep to; a list's numbers each.
+
+    Attributes:
+        least: at least this.
+        above: more than this.
+        most: at most this.
+        below: less than this.
+        length: how many values a list holds.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    length: int | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value keeps to it; what is no number does."""
+        if isinstance(value, (list, tuple)):
+            return (self.length is None or len(value) == self.length) and all(map(self.holds, value))
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return True
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """The rule in words.
+
+        >>> str(Range(least=0, below=1)), str(Range(length=2))
+        ('from 0 to below 1', '2 numbers')
+        """
+        count = "" if self.length is None else f"{self.length} numbers "
+        if self.below == MOST_SEED + 1:
+            return "from 0 to below 2^63"
+        if self.least is not None and (self.most is not None or self.below is not None):
+            end = f"{self.most:g}" if self.most is not None else f"below {self.below:g}"
+            return f"{count}from {self.least:g} to {end}"
+        named = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        bounds = " and ".join(f"{word} {bound:g}" for word, bound in named.items() if bound is not None)
+        return f"{count}{bounds}".strip()
+
+
+Seed = Annotated[int, Range(least=0, below=MOST_SEED + 1)]
+Seeds = Annotated[list[int] | None, Range(least=0, below=MOST_SEED + 1)]
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Names a group of options that exclude each other: ``Annotated[int | None, Rivals("length")]``."""
+
+    group: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command or a method.
+
+    Attributes:
+        name: with underscores, everywhere.
+        kind: its type.
+        default: ``REQUIRED`` where it has none.
+        help: what it does, in a few words.
+        range: what its numbers must keep to.
+        rivals: the name of a group of options that exclude each other.
+        group: the heading in ``--help``.
+        positional: whether its values are typed without its name.
+    """
+
+    name: str
+    kind: Any
+    default: Any = REQUIRED
+    help: str = ""
+    range: Range = field(default_factory=Range)
+    rivals: str | None = None
+    group: str = ""
+    positional: bool = False
+
+    @property
+    def title(self) -> str:
+        """What it is called on a command line."""
+        return self.name.upper() if self.positional else f"--{self.name}"
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that it may have, the most particular first."""
+        union = typing.get_origin(self.kind) in (typing.Union, types.UnionType)
+        return tuple(sorted(typing.get_args(self.kind) if union else (self.kind,), key=_particular))
+
+    def of_kind(self, *kinds: Any) -> bool:
+        """Whether one of its types is one of these, or a list of one of these."""
+        return any(kind in kinds or _element(kind) in kinds for kind in self.kinds)
+
+    @property
+    def many(self) -> bool:
+        """Whether it takes several values."""
+        return any(typing.get_origin(kind) is list for kind in self.kinds)
+
+    def read(self, value: Any) -> Any:
+        """A value of this option.
+
+        Args:
+            value: a text, as a command line or a YAML file has it, or a value of Python's.
+
+        Raises:
+            UserError: it is none, with what it must be.
+        """
+        for kind in self.kinds:
+            try:
+                found = _READERS[_sort(kind)](value, kind, self)
+            except (ValueError, TypeError, OverflowError):
+                continue
+            if not self.range.holds(found):
+                break
+            return found
+        raise UserError(f"{self.name} ({_shown(value)}) must be {self.rule()}")
+
+    def rule(self) -> str:
+        """What a value must be, in words.
+
+        >>> Option("lr", float | Auto, "auto", range=Range(above=0)).rule()
+        'a number above 0, or auto'
+        """
+        bounds = f" {self.range}" if str(self.range) else ""
+        words = []
+        for kind in self.kinds:
+            if kind is type(None):
+                continue
+            word = _words(kind)
+            if bounds and _sort(kind) in (int, float, list):
+                word = str(self.range) if self.range.length else word + bounds
+            words.append(word)
+        if type(None) in self.kinds and self.default is not None:
+            words.append("null")
+        return ", or ".join(dict.fromkeys(words))
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, Option]:
+    """The options that a function's signature and docstring declare.
+
+    Args:
+        function: keyword arguments with annotations and defaults, each with a line under ``Args:``.
+
+    Returns:
+        Name to option, in order.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    helps = _argument_helps(inspect.getdoc(function) or "")
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, *extras = typing.get_args(hints[name]) if _is_annotated(hints[name]) else (hints[name],)
+        limits = next((extra for extra in extras if isinstance(extra, Range)), Range())
+        group = next((extra.group for extra in extras if isinstance(extra, Rivals)), None)
+        loose = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        found[name] = Option(
+            name, kind, parameter.default, helps.get(name, ""), limits, group, positional=loose
+        )
+    return found
+
+
+def _is_annotated(hint: Any) -> bool:
+    return typing.get_origin(hint) is Annotated
+
+
+def _argument_helps(docstring: str) -> dict[str, str]:
+    """Name to text of the ``Args:`` section."""
+    _, _, tail = docstring.partition("Args:\n")
+    section = re.split(r"^\S", tail, maxsplit=1, flags=re.MULTILINE)[0]
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Values by the declaration of their options; all problems in one message.
+
+    Args:
+        values: name to text or value.
+        known: the options.
+
+    Raises:
+        UserError: a name is unknown or a value is none of its option.
+    """
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        told = (f"option (--{name}) is unknown; {nearest(str(name), known)}" for name in unknown)
+        raise CallError("; ".join(told))
+    problems, found = [], {}
+    for name, value in values.items():
+        try:
+            found[name] = known[name].read(value)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return found
+
+
+def rivals(name: str, known: Mapping[str, Option]) -> set[str]:
+    """The options that exclude an option."""
+    group = known[name].rivals if name in known else None
+    return {other for other, option in known.items() if group and option.rivals == group} - {name}
+
+
+def overridden(
+    below: Mapping[str, Any], above: Mapping[str, Any], known: Mapping[str, Option]
+) -> dict[str, Any]:
+    """Options of a file with those that were typed: these replace the same names, and their rivals.
+
+    Args:
+        below: name to value of the file.
+        above: name to value as typed; ``NAME.KEY`` sets one key of a mapping.
+        known: all options.
+    """
+    gone = set().union(*(rivals(name, known) for name, value in above.items() if value is not None))
+    merged = {name: value for name, value in below.items() if name not in gone}
+    for name, value in above.items():
+        whole, dot, key = name.partition(".")
+        if dot and whole in known:
+            before = merged.get(whole) or {}
+            merged[whole] = {
+                **(parse_yaml(before) if isinstance(before, str) else before),
+                key: parse_yaml(value),
+            }
+        else:
+            merged[name] = value
+    return merged
+
+
+def exclusions(values: Mapping[str, Any], known: Mapping[str, Option]) -> Iterator[str]:
+    """A sentence for each pair of options that were both given and exclude each other."""
+    groups: dict[str, list[str]] = {}
+    for name, option in known.items():
+        if option.rivals and values.get(name) is not None:
+            groups.setdefault(option.rivals, []).append(name)
+    for names in groups.values():
+        if len(names) > 1:
+            yield f"--{' and --'.join(names)} exclude each other; give one of them"
+
+
+def parse_yaml(text: Any, texts: bool = False) -> Any:
+    """YAML whose numbers may be written 1e-3.
+
+    Args:
+        text: of a file or a word; what is no text passes.
+        texts: leave scalars as they are written, so that an option's type decides what they mean.
+    """
+    import yaml
+
+    if not isinstance(text, str):
+        return text
+    if texts:
+        return yaml.load(text, yaml.BaseLoader)
+
+    class Loader(yaml.SafeLoader):
+        """Safe, without dates, and 1e-3 is a number."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    exponent = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    return yaml.load(text, Loader)
+
+
+def _particular(kind: Any) -> int:
+    order = (type(None), bool, int, float, Literal, list, dict, str)
+    return order.index(_sort(kind)) if _sort(kind) in order else len(order)
+
+
+def _sort(kind: Any) -> Any:
+    """The reader's key of a type."""
+    sort = typing.get_origin(kind) or kind
+    return sort if sort in _READERS else Any
+
+
+def _element(kind: Any) -> Any:
+    return (typing.get_args(kind) or (Any,))[0] if typing.get_origin(kind) is list else None
+
+
+def _read_null(value: Any, kind: Any, option: Option) -> None:
+    words = _NULL if str in option.kinds else (*_NULL, "none")
+    if value is not None and not (isinstance(value, str) and value.strip().lower() in words):
+        raise ValueError
+
+
+def _read_bool(value: Any, kind: Any, option: Option) -> bool:
+    if isinstance(value, str) and value.lower() in (*_TRUE, *_FALSE):
+        return value.lower() in _TRUE
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise ValueError
+
+
+def _read_float(value: Any, kind: Any, option: Option) -> float:
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        raise ValueError
+    if isinstance(value, bool) or not isinstance(value, (str, Real)) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _read_int(value: Any, kind: Any, option: Option) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d[\d_]*\s*", value):
+        return int(value)
+    number = _read_float(value, kind, option)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _read_literal(value: Any, kind: Any, option: Option) -> Any:
+    choices = {str(choice): choice for choice in typing.get_args(kind)}
+    if isinstance(value, bool) or str(value) not in choices:
+        raise ValueError
+    return choices[str(value)]
+
+
+def _read_list(value: Any, kind: Any, option: Option) -> list[Any]:
+    element = _element(kind)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_yaml(value, texts=True)
+    if isinstance(value, (str, bytes, os.PathLike, Mapping)) or not isinstance(value, Iterable):
+        if value is None or (isinstance(value, str) and value.lower() in _NULL):
+            raise ValueError
+        value = [value]
+    return [_READERS[_sort(element)](one, element, option) for one in value]
+
+
+def _read_dict(value: Any, kind: Any, option: Option) -> dict[Any, Any]:
+    found = parse_yaml(value)
+    if not isinstance(found, Mapping):
+        raise ValueError
+    return dict(found)
+
+
+def _read_text(value: Any, kind: Any, option: Option) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, os.PathLike, Integral, Real)):
+        raise ValueError
+    return str(value)
+
+
+def _read_anything(value: Any, kind: Any, option: Option) -> Any:
+    if value is None:
+        raise ValueError
+    return value
+
+
+_READERS: dict[Any, Callable[[Any, Any, Option], Any]] = {
+    type(None): _read_null,
+    bool: _read_bool,
+    int: _read_int,
+    float: _read_float,
+    Literal: _read_literal,
+    list: _read_list,
+    dict: _read_dict,
+    str: _read_text,
+    Any: _read_anything,
+}
+
+
+def _words(kind: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        return str(choices[0]) if len(choices) == 1 else "one of " + ", ".join(map(repr, choices))
+    if typing.get_origin(kind) is list:
+        return "numbers such as 0.5 1" if _element(kind) in (int, float) else "words"
+    named = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a word",
+        dict: "a mapping such as '{depth: 4}'",
+    }
+    return named.get(typing.get_origin(kind) or kind, "an object")
+
+
+def _shown(value: Any) -> str:
+    """A value as it was written, cut where it is long.
+
+    >>> _shown(None), _shown([0.5, 1])
+    ('null', '0.5 1')
+    """
+    text = (
+        "null"
+        if value is None
+        else " ".join(map(str, value))
+        if isinstance(value, (list, tuple))
+        else str(value)
+    )
+    return text if len(text) <= 60 else text[:57] + "..."

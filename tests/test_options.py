@@ -1,0 +1,207 @@
+"""An option's value is the same, or the same sentence, from the command line, from YAML and from Python."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import freqmask
+from freqmask.commands.given import declared, given_values
+from freqmask.commands.parser import read_words
+from freqmask.errors import UserError
+from freqmask.options import Auto, Option, Range
+
+KNOWN = declared(freqmask.pretrain)
+
+
+def outcome(named: dict[str, Any]) -> Any:
+    """What is given, or the sentence."""
+    try:
+        return given_values(named, KNOWN)
+    except UserError as error:
+        return str(error)
+
+
+def ways(name: str, text: str, folder: Path) -> list[Any]:
+    """The same option typed, in a file, and as a text in Python."""
+    (folder / "c.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
+    from_file = outcome({"config": folder / "c.yaml"})
+    return [outcome(read_words(KNOWN, "data", [f"--{name}={text}"])), from_file, outcome({name: text})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("lr", "1e-3", 0.001),
+        ("lr", "1.0e-3", 0.001),
+        ("lr", ".5", 0.5),
+        ("lr", "auto", "auto"),
+        ("epochs", "1e3", 1000.0),
+        ("steps", "1e3", 1000),
+        ("steps", "1_000", 1000),
+        ("steps", "010", 10),  # YAML 1.1 says 8, a person 10
+        ("seed", "9223372036854775807", 2**63 - 1),
+        ("out", "2024-01-01", "2024-01-01"),
+        ("out", "001", "001"),
+        ("out", "1.10", "1.10"),
+        ("out", "no", "no"),
+        ("out", "null", None),
+        ("clip_grad", "null", None),
+        ("clip_grad", "None", None),
+        ("flip", "false", False),
+        ("flip", "off", False),
+        ("flip", "Yes", True),
+        ("image_size", "96", 96),
+        ("image_size", "96x160", "96x160"),
+        ("crop_scale", "[0.2, 1]", [0.2, 1.0]),
+        (
+            "model_args",
+            "{depth: 4, rate: 1e-3, day: 2024-01-01}",
+            {"depth": 4, "rate": 1e-3, "day": "2024-01-01"},
+        ),
+        ("data", "plain", ["plain"]),
+        ("probe_data", "[a, 1]", ["a", "1"]),
+    ],
+)
+def test_a_value_is_the_same_however_it_is_given(name: str, text: str, value: Any, tmp_path: Path) -> None:
+    assert ways(name, text, tmp_path) == [{name: value}] * 3
+    assert type(ways(name, text, tmp_path)[0][name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("lr", "fast", "lr (fast) must be a number, or auto"),
+        ("lr", "nan", "lr (nan) must be a number, or auto"),
+        ("lr", ".nan", "lr (.nan) must be a number, or auto"),
+        ("lr", "inf", "lr (inf) must be a number, or auto"),
+        ("lr", ".inf", "lr (.inf) must be a number, or auto"),
+        ("lr", "1e999", "lr (1e999) must be a number, or auto"),
+        ("epochs", "1:30", "epochs (1:30) must be a number"),
+        ("seed", "null", "seed (null) must be a whole number from 0 to below 2^63"),
+        ("seed", "-1", "seed (-1) must be a whole number from 0 to below 2^63"),
+        ("seed", "1.5", "seed (1.5) must be a whole number from 0 to below 2^63"),
+        (
+            "seed",
+            "9223372036854775808",
+            "seed (9223372036854775808) must be a whole number from 0 to below 2^63",
+        ),
+        ("seed", "true", "seed (true) must be a whole number from 0 to below 2^63"),
+        ("flip", "maybe", "flip (maybe) must be true or false"),
+        ("flip", "1", "flip (1) must be true or false"),
+        ("crop", "round", "crop (round) must be one of 'resized', 'native', 'whole', 'center'"),
+        ("crop_scale", "[0.2, big]", "crop_scale ([0.2, big]) must be auto, or numbers such as 0.5 1"),
+        ("model_args", "7", "model_args (7) must be a mapping such as '{depth: 4}'"),
+        ("clip_grad", "much", "clip_grad (much) must be a number, or null"),
+    ],
+)
+def test_a_mistake_is_the_same_sentence_however_it_is_made(
+    name: str, text: str, sentence: str, tmp_path: Path
+) -> None:
+    typed, from_file, from_python = ways(name, text, tmp_path)
+    assert (typed, from_python) == (sentence, sentence)
+    assert from_file.replace("0.2 big", "[0.2, big]") == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("lr", np.float32(0.5), 0.5),
+        ("lr", 1, 1.0),
+        ("steps", np.int64(3), 3),
+        ("steps", 3.0, 3),
+        ("flip", np.bool_(False), False),
+        ("out", Path("a") / "b", str(Path("a") / "b")),
+        ("crop_scale", (0.5, 1), [0.5, 1.0]),
+        ("crop_scale", np.array([0.5, 1]), [0.5, 1.0]),
+    ],
+)
+def test_values_of_python_are_read_as_what_they_mean(name: str, value: Any, read: Any) -> None:
+    found = outcome({name: value})
+    assert found == {name: read}
+    assert type(found[name]) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", True),
+        ("lr", float("nan")),
+        ("flip", 1),
+        ("out", True),
+        ("out", date(2024, 1, 1)),
+        ("seed", None),
+    ],
+)
+def test_values_of_python_that_cannot_be_are_sentences(name: str, value: Any) -> None:
+    assert str(outcome({name: value})).startswith(f"{name} (")
+
+
+def test_objects_pass_where_an_option_takes_them() -> None:
+    source, method = object(), type("Mine", (), {})
+    assert outcome({"data": [source], "method": method}) == {"data": [source], "method": method}
+
+
+def test_a_quoted_boolean_mirrors_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("flip: 'false'\n")
+    assert outcome({"config": str(tmp_path / "c.yaml")}) == {"flip": False}
+
+
+def test_all_problems_come_in_one_message() -> None:
+    told = outcome({"lr": "nan", "steps": "abc", "seed": 3})
+    assert all(word in told for word in ("lr (nan)", "steps (abc)"))
+
+
+def test_an_unknown_option_of_the_twin_is_a_type_error_and_a_sentence() -> None:
+    with pytest.raises(TypeError, match=r"option \(--stepz\) is unknown; did you mean 'steps'\?") as caught:
+        freqmask.pretrain("x", stepz=3)  # type: ignore[call-arg]
+    assert isinstance(caught.value, UserError)
+
+
+def test_an_option_replaces_its_rivals_in_a_file_and_only_there(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("steps: 100\nlr: 0.5\n")
+    assert outcome({"config": tmp_path / "c.yaml", "hours": "0.1"}) == {"lr": 0.5, "hours": 0.1}
+    assert outcome({"config": tmp_path / "c.yaml", "hours": None}) == {"lr": 0.5, "steps": 100, "hours": None}
+    assert outcome({"steps": 1, "hours": 1}) == "--steps and --hours exclude each other; give one of them"
+
+
+def test_a_config_may_stand_on_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("config: mfm-32\nlr: 1e-3\nsteps: 5\n")
+    (tmp_path / "top.yaml").write_text("config: base.yaml\nepochs: 2\n")
+    found = outcome({"config": tmp_path / "top.yaml"})
+    assert (found["lr"], found["epochs"], found["image_size"]) == (0.001, 2.0, 32)
+    assert "steps" not in found
+    (tmp_path / "base.yaml").write_text("config: top.yaml\n")
+    assert "leads back to itself" in outcome({"config": tmp_path / "top.yaml"})
+
+
+def test_several_configs_stand_on_each_other_in_their_order(tmp_path: Path) -> None:
+    for name, rate in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"lr: {rate}\n{(name == 'a' and 'steps: 3') or ''}\n")
+    words = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    assert outcome(read_words(KNOWN, "data", words)) == {"lr": 2.0, "steps": 3}
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a", "lr: [", "\xff"])
+def test_a_file_that_holds_no_options_is_a_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(text.encode("latin-1"))
+    assert str(outcome({"config": tmp_path / "c.yaml"})).startswith("config (")
+
+
+def test_every_default_is_a_value_of_its_option() -> None:
+    for name, option in KNOWN.items():
+        assert option.read(option.default) == option.default, name
+    assert yaml.safe_dump({name: option.default for name, option in KNOWN.items()})
+
+
+def test_a_range_is_kept_by_every_number_of_a_list() -> None:
+    share = Option("share", list[float] | Auto, "auto", range=Range(least=0, most=1, length=2))
+    assert share.read("[0, 1]") == [0.0, 1.0]
+    for wrong in ([0.5], [0.5, 2], ["a", "b"]):
+        with pytest.raises(UserError, match=r"share .* must be auto, or 2 numbers from 0 to 1"):
+            share.read(wrong)
