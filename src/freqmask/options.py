@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -270,6 +271,39 @@ def exclusions(values: Mapping[str, Any], known: Mapping[str, Option]) -> Iterat
     for names in groups.values():
         if len(names) > 1:
             yield f"--{' and --'.join(names)} exclude each other; give one of them"
+
+
+def command_words(values: Mapping[str, Any], first: str) -> str:
+    """Options as they would be typed; what was made in Python is its name in capitals.
+
+    Args:
+        values: name to value.
+        first: the argument that takes no option name.
+
+    >>> command_words({"lr": 0.5, "data": ["my photos"], "model_args": {"depth": 4}}, first="data")
+    "'my photos' --lr 0.5 --model_args '{depth: 4}'"
+    """
+    words = _value_words(first, values.get(first) or [])
+    for name, value in values.items():
+        if name != first:
+            words += [f"--{name}", *_value_words(name, value)]
+    return " ".join(words)
+
+
+def _value_words(name: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        import yaml
+
+        return [shlex.quote(yaml.safe_dump(dict(value), default_flow_style=True, width=10_000).strip())]
+    if isinstance(value, (list, tuple)):
+        return [word for one in value for word in _value_words(name, one)]
+    if value is None or isinstance(value, bool):
+        return ["null" if value is None else str(value).lower()]
+    if isinstance(value, float):
+        return [f"{value:.12g}"]
+    if not isinstance(value, (str, os.PathLike, int)):
+        return [name.upper()]
+    return [shlex.quote(str(value))]
 
 
 def parse_yaml(text: Any, texts: bool = False) -> Any:

@@ -71,7 +71,13 @@ def create_model(
 
 def check_name(name: str) -> None:
     """Raises a UserError that names the nearest timm models, unless timm knows the name."""
-    if ":" in name or timm.is_model(name.split(".")[0]):
+    prefix, colon, bare = name.partition(":")
+    if colon and prefix not in ("local-dir", "hf-hub"):
+        raise UserError(
+            f"backbone ({name}) must be a name as timm has it; did you mean {bare!r}? "
+            f"{prefix}: goes before the name in --init and where a MODEL is asked for"
+        )
+    if colon or timm.is_model(name.split(".")[0]):
         return
     raise UserError(f"backbone ({name}) must be the name of a timm model; {_similar(name)}")
 

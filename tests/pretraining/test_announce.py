@@ -6,13 +6,38 @@ from typing import Any
 
 import pytest
 
-from freqmask.pretraining.announce import advice_lines
+from freqmask.pretraining.announce import advice_lines, length_lines
+from freqmask.pretraining.resolve import Resolved
+from freqmask.training.plan import Cost
 
 ENOUGH: dict[str, Any] = {"init": None, "overfit": None, "steps": 10_000, "channels": 3, "method": "mfm"}
 
 
 def advised(images: int = 100_000, data: str = "photos", **options: Any) -> str:
     return " ".join(advice_lines({**ENOUGH, **options}, images, data))
+
+
+def told_of_length(takes: float, **given: Any) -> str:
+    options = {"steps": 100, "batch_size": 8, "devices": 1, "num_nodes": 1}
+    cost = Cost(takes * 3600 / 800, 1, 1)
+    resolved = Resolved(options, {"epochs": "the published 300 epochs"}, cost=cost)
+    return " ".join(length_lines(resolved, {"data": ["my photos"], **given}))
+
+
+def test_who_named_no_length_is_told_what_an_hour_takes() -> None:
+    assert told_of_length(12.5, method="folk") == (
+        "length      you named none, so it is the published 300 epochs, about 12.5 hours here; an hour of it: "
+        "freqmask pretrain 'my photos' --method folk --hours 1"
+    )
+
+
+@pytest.mark.parametrize("given", [{"epochs": 3.0}, {"steps": 9}, {"hours": 12.0}, {"overfit": 8}])
+def test_who_named_a_length_is_told_nothing_of_it(given: dict[str, Any]) -> None:
+    assert told_of_length(12.5, **given) == ""
+
+
+def test_a_training_below_an_hour_needs_no_word_on_its_length() -> None:
+    assert told_of_length(0.9) == ""
 
 
 def test_enough_steps_and_images_need_no_advice() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,6 +44,14 @@ def initial_backbone(init: str, model_args: Mapping[str, Any] | None) -> tuple[s
     arguments |= dict(model_args or {})
     arguments.pop("patch_size", None)
     return str(config["architecture"]), arguments or None
+
+
+def check_init(init: str) -> None:
+    """Raises a UserError where ``--init`` names nothing; no network is asked."""
+    if init.startswith(PUBLIC):
+        check_name(init.removeprefix(PUBLIC))
+    else:
+        _folder(init)
 
 
 def load_initial(method: Any, init: str) -> list[str]:
@@ -127,8 +136,19 @@ def _folder(init: str) -> Path:
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     raise UserError(
-        f"init ({init}) must be timm:NAME, a run folder, or an exported folder; there is no backbone in it"
+        f"init ({init}) must be timm:NAME, a run folder, or an exported folder; {_what_is_wrong(init)}"
     )
+
+
+def _what_is_wrong(init: str) -> str:
+    """Why there is nothing of that name: the likely slips."""
+    prefix, colon, bare = init.partition(":")
+    name = bare.removeprefix("timm/") if colon else init
+    if prefix == "random":
+        return "leave it out to begin with random weights"
+    if timm.is_model(name.split(".")[0]):
+        return f"public weights are timm:{name}"
+    return "there is no backbone in it" if Path(init).is_dir() else "there is no such folder"
 
 
 def _config(init: str) -> dict[str, Any]:

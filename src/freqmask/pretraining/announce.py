@@ -11,6 +11,7 @@ import torch
 from freqmask.data.sources import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.methods import find_method
+from freqmask.options import command_words
 from freqmask.pretraining.resolve import Resolved
 from freqmask.reporting.health import EARLY
 from freqmask.training import plan
@@ -18,6 +19,7 @@ from freqmask.training.runs import RunFolder
 
 FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (docs/methods.md)
 PREVIEW_BYTES = 500_000
+LONG_SECONDS = 3600  # above it somebody who named no length is told how to name one
 
 
 def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out: int) -> Iterator[str]:
@@ -29,30 +31,54 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
         images: trained on.
         held_out: kept apart.
     """
-    options = resolved.options
-    yield from _data_lines(summary, resolved.survey, images, held_out)
-    yield from _seen_lines(options, resolved.reasons, resolved.survey)
-    yield from _training_lines(options, resolved.reasons, images)
-    if resolved.cost is not None:
-        yield from _cost_lines(options, resolved.cost)
-
-
-def _data_lines(summary: SourceSummary, survey: Survey | None, images: int, held_out: int) -> Iterator[str]:
+    options, reasons = resolved.options, resolved.reasons
+    # What matters stands first: the images, what is trained, for how long.
     yield (
         f"images      {summary.found:,} found ({summary.kind}), {images:,} to train on, {held_out:,} held out "
         f"to measure the loss on"
     )
+    patch = f", patch {options['patch_size']}{_why(reasons, 'patch_size')}" if options["patch_size"] else ""
+    yield f"backbone    {options['backbone']}{_why(reasons, 'backbone')}{patch}"
+    about = find_method(options["method"]).about
+    yield f"method      {options['method']}" + (f": {about}" if about else "")
+    epochs = options["steps"] * options["batch_size"] / images
+    took = f", about {plan.readable_time(seconds_of(resolved))}" if resolved.cost is not None else ""
+    yield (
+        f"training    {options['steps']:,} steps of {options['batch_size']} images = {epochs:,.1f} epochs"
+        f"{_why(reasons, 'epochs')}{_why(reasons, 'steps')}{took}"
+    )
+    yield ""
+    yield from _data_lines(summary, resolved.survey)
+    yield from _seen_lines(options, reasons, resolved.survey)
+    yield from _training_lines(options, reasons)
+    if resolved.cost is not None:
+        yield from _cost_lines(options, resolved.cost)
+
+
+def seconds_of(resolved: Resolved) -> float:
+    """How long the training takes where loading keeps up."""
+    options = resolved.options
+    assert resolved.cost is not None
+    processes = options["devices"] * options["num_nodes"]
+    return resolved.cost.seconds(options["steps"], options["batch_size"] // processes)
+
+
+def _why(reasons: Mapping[str, str], name: str) -> str:
+    return f" ({reasons[name]})" if name in reasons else ""
+
+
+def _data_lines(summary: SourceSummary, survey: Survey | None) -> Iterator[str]:
     for suffix, count in sorted(summary.ignored.items()):
-        yield f"            {count:,} {suffix} not read{_extra(suffix)}"
+        yield f"files       {count:,} {suffix} not read{_extra(suffix)}"
     for note in summary.notes:
-        yield f"            {note}"
+        yield f"data        {note}"
     if survey is None:
         return
     low, high, middle = (
         "x".join(str(side) for side in size)
         for size in (survey.min_size, survey.max_size, survey.median_size)
     )
-    yield f"            sizes {low} to {high}, median {middle}"
+    yield f"sizes       {low} to {high}, median {middle}"
     yield f"            {_counts(survey.dtypes)}; channels {_counts(survey.channel_counts)}"
     for note in survey.notes:
         yield f"            {note}"
@@ -86,7 +112,7 @@ def _seen_lines(
     options: Mapping[str, Any], reasons: Mapping[str, str], survey: Survey | None
 ) -> Iterator[str]:
     def why(name: str) -> str:
-        return f" ({reasons[name]})" if name in reasons else ""
+        return _why(reasons, name)
 
     size = options["image_size"]
     shown = f"{size}x{size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
@@ -104,31 +130,20 @@ def _seen_lines(
             "" if "crop_scale" in reasons else " (crop_scale is for --crop resized and changes nothing here)"
         )
         yield f"            {_crop_words(options)}{why('crop_scale') if options['crop'] == 'resized' else unused}"
-    patch = f", patch {options['patch_size']}{why('patch_size')}" if options["patch_size"] else ""
-    yield f"backbone    {options['backbone']}{why('backbone')}{patch}"
     names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
     told = [f"{name} {options[name]}{why(name)}" for name in names if options.get(name) not in (None, "auto")]
     told += [
         f"{name} {reasons[name]}" for name in names if options.get(name) in (None, "auto") and name in reasons
     ]
-    about = find_method(options["method"]).about
-    yield f"method      {options['method']}" + (f": {about}" if about else "")
     if told:
-        yield f"            {', '.join(told)}"
+        yield f"{options['method']:11} {', '.join(told)}"
 
 
-def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str], images: int) -> Iterator[str]:
-    batch, steps = options["batch_size"], options["steps"]
-    epochs = steps * batch / images
-    yield (
-        f"training    {steps:,} steps of {batch} images = {epochs:,.1f} epochs"
-        + (f" ({reasons['epochs']})" if "epochs" in reasons else "")
-        + (f" ({reasons['steps']})" if "steps" in reasons else "")
-    )
+def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str]) -> Iterator[str]:
     if "batch_size" in reasons:
-        yield f"            the batch is {reasons['batch_size']}"
+        yield f"batch       {reasons['batch_size']}"
     yield (
-        f"            learning rate {options['lr']:.3g}"
+        f"optimizer   learning rate {options['lr']:.3g}"
         + (f" ({reasons['lr']})" if "lr" in reasons else "")
         + f", warm-up {options['warmup_epochs']:g} epochs, then cosine to {options['min_lr']:.2g}; "
         + f"weight decay {options['weight_decay']:g}"
@@ -153,14 +168,13 @@ def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str], imag
 
 def _cost_lines(options: Mapping[str, Any], cost: plan.Cost) -> Iterator[str]:
     part = options["batch_size"] // options["devices"] // options["num_nodes"] // options["accumulate"]
-    seconds = cost.seconds(options["steps"], part * options["accumulate"])
     memory = cost.peak_bytes(part)
     checkpoint = cost.fixed_bytes * 3 // 4  # no gradients on the disk
     previews = options["steps"] // options["preview_every_steps"] if options["preview_every_steps"] else 1
     disk = checkpoint * (options["keep_checkpoints"] + 0.4) + previews * PREVIEW_BYTES
     yield (
-        f"cost        about {plan.readable_time(seconds)} (measured, where loading keeps up), "
-        f"{plan.readable_bytes(memory)} of memory, {plan.readable_bytes(disk)} of disk"
+        f"cost        the time above (measured, where loading keeps up), {plan.readable_bytes(memory)} of memory, "
+        f"{plan.readable_bytes(disk)} of disk"
     )
     free = plan.usable_memory(torch.device("cuda" if options["accelerator"] == "cuda" else "cpu"))
     if memory > free:
@@ -191,6 +205,23 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
         )
         if options["channels"] not in (1, 3):
             yield "            they know three channels and are adapted: compare with a run from the beginning"
+
+
+def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:
+    """The last word of a plan that takes hours though nobody named a length: why, and the command for an hour.
+
+    Args:
+        resolved: the training.
+        given: the options as they were typed.
+    """
+    named = any(given.get(name) is not None for name in ("epochs", "steps", "hours", "overfit"))
+    if named or resolved.cost is None or seconds_of(resolved) <= LONG_SECONDS:
+        return
+    words = command_words({**given, "hours": 1.0}, first="data")
+    yield (
+        f"length      you named none, so it is {resolved.reasons['epochs']}, about "
+        f"{plan.readable_time(seconds_of(resolved))} here; an hour of it: freqmask pretrain {words}"
+    )
 
 
 def printable(name: str) -> str:

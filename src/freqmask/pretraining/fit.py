@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from freqmask import __version__
-from freqmask.console import say
+from freqmask.console import rank, say
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.resident import ResidentImages
 from freqmask.data.resident_batches import ResidentBatches
@@ -289,6 +290,17 @@ def _logger(name: str | None, run: RunFolder) -> Logger | bool:
             return TensorBoardLogger(run.path, name="tensorboard", version="")
         from lightning.pytorch.loggers import WandbLogger
 
-        return WandbLogger(name=run.path.name, save_dir=run.path, project="freqmask")
+        return WandbLogger(
+            name=run.path.name, save_dir=run.path, project="freqmask", id=_wandb_id(run), resume="allow"
+        )
     except ModuleNotFoundError as error:
         raise UserError(f"logger ({name}) is not installed; pip install 'freqmask[log]'") from error
+
+
+def _wandb_id(run: RunFolder) -> str:
+    """The id of the run at W&B, drawn once and kept in the state: a run that goes on, goes on there, too."""
+    state = run.state()
+    if "wandb" not in state and rank() == 0:
+        state["wandb"] = secrets.token_hex(4)
+        run.write_state(state)
+    return str(state.get("wandb", ""))

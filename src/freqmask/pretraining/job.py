@@ -24,6 +24,7 @@ from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
+from freqmask.options import command_words
 from freqmask.pretraining import announce
 from freqmask.pretraining.fit import Fit
 from freqmask.pretraining.heldout import first_batch
@@ -122,8 +123,8 @@ def _with_data(options: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str
     if data is not None and not isinstance(data, (list, tuple)):
         options["data"] = [data]
     if not options["data"] and not (given.get("out") and RunFolder(given["out"]).exists()):
-        words = " ".join(f"--{name} {value}" for name, value in given.items())
-        raise UserError(f"DATA is missing; try freqmask pretrain builtin:photos {words}")
+        words = command_words({**given, "data": ["builtin:photos"]}, first="data")
+        raise UserError(f"DATA is missing; try freqmask pretrain {words}")
     if options["data"]:
         given["data"] = options["data"] = [
             str(one) if isinstance(one, Path) else one for one in options["data"]
@@ -142,7 +143,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
     )
     run.lock()
     try:
-        _tell_plan(resolved, images, run)
+        _tell_plan(resolved, images, run, given)
         state = {
             "given": without_out(given),
             "data": images.source.fingerprint(),
@@ -217,13 +218,15 @@ def part(options: Mapping[str, Any]) -> Images:
     return Images(source, Subset(source, train_indices), held_out_images, probed)
 
 
-def _tell_plan(resolved: Resolved, images: Images, run: RunFolder) -> None:
+def _tell_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
     held_out = len(images.held_out) if images.held_out is not None else 0
     for line in announce.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
         say(line)
     for line in announce.advice_lines(resolved.options, len(images.train), data_words(resolved.options)):
         say(line)
     say(f"run         {run.path}")
+    for line in announce.length_lines(resolved, given):
+        say(line)
 
 
 def _draw_plan(run: RunFolder, resolved: Resolved, images: Images, convert: bool) -> None:

@@ -60,6 +60,10 @@ def check_options(options: Mapping[str, Any]) -> None:
     problems = [*_ranges(options), *_lengths(options), *_exclusions(options), *_choices(options)]
     try:
         problems += _unused(options)
+        if options["init"] is not None:
+            from freqmask.interop.weights import check_init
+
+            check_init(options["init"])
     except UserError as error:
         problems.append(str(error))
     if problems:
