@@ -206,3 +206,164 @@ def test_names_go_to_beit_and_back():
     changed = [name for name in state if not torch.equal(back[name], state[name])]
     assert changed == ["blocks.0.attn.qkv.bias", "blocks.1.attn.qkv.bias"]
     assert back[changed[0]][64:128].abs().max() == 0
+
+
+def timm_vit(**changes):
+    """A ViT with timm's own names."""
+    return tiny_vit(**changes).state_dict()
+
+
+def assert_converts(state, content, path, **options):
+    torch.save(content, path)
+    converted = convert_file(path, **options)
+    assert set(state) == set(converted.model.state_dict())
+    for name, tensor in converted.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    return converted
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+HEAD = {"head.mlp.0.weight": torch.ones(8, 64), "head.last_layer.weight_g": torch.ones(3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda s: {"teacher": {**prefixed("backbone.", s), **HEAD}}, "not taken: head.last_layer.weight_g"),
+        (
+            lambda s: {
+                "student": {**prefixed("module.backbone.", s), **prefixed("module.", HEAD)},
+                "teacher": {**prefixed("backbone.", s), **HEAD},
+            },
+            "taken: teacher.backbone; --key takes others: student.module.backbone",
+        ),
+        (
+            lambda s: {"state_dict": {**prefixed("_orig_mod.module.", s)}, "optimizer": {0: torch.ones(1)}},
+            "not taken",
+        ),
+        (
+            lambda s: {
+                "state_dict": {
+                    **prefixed("momentum_backbone.", s),
+                    **prefixed("backbone.", s),
+                    "x.w": torch.ones(1),
+                },
+                "pytorch-lightning_version": "2.1",
+            },
+            "taken: state_dict.backbone; --key takes others: state_dict.momentum_backbone",
+        ),
+        (
+            lambda s: {
+                "model": {
+                    **s,
+                    "mask_token": torch.zeros(1, 1, 64),
+                    "decoder_embed.weight": torch.zeros(8, 64),
+                    "decoder_pos_embed": torch.zeros(1, 17, 8),
+                    "decoder_blocks.0.norm1.weight": torch.zeros(8),
+                }
+            },
+            "decoder_embed.weight (8, 64)",
+        ),
+    ],
+    ids=["DINO teacher", "DINO both", "compiled DDP", "solo-learn", "MAE with its decoder"],
+)
+def test_prefixes_of_other_projects_come_off_by_what_fits_best(tmp_path, wrap, said):
+    state = timm_vit()
+    converted = assert_converts(state, wrap(state), tmp_path / "x.pth")
+    assert any(said in note for note in converted.notes), converted.notes
+
+
+def test_a_key_takes_other_weights_of_the_file(tmp_path):
+    model, average = timm_vit(), {name: tensor + 1 for name, tensor in timm_vit().items()}
+    content = {
+        "state_dict": prefixed("module.", model),
+        "state_dict_ema": prefixed("module.", average),
+        "epoch": 3,
+    }
+    assert_converts(model, content, tmp_path / "x.pth")
+    assert_converts(average, content, tmp_path / "x.pth", key="state_dict_ema")
+    assert_converts(average, content, tmp_path / "x.pth", key="state_dict_ema.module")
+    with pytest.raises(
+        UserError, match=r"key \(ema\) is not in .*; it has state_dict.module, state_dict_ema.module"
+    ):
+        convert_file(tmp_path / "x.pth", key="ema")
+
+
+def test_a_named_backbone_is_found_behind_prefixes(tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model("test_convnext", num_classes=0).state_dict()
+    content = {"state_dict": {**prefixed("student.backbone.", state), **prefixed("student.", HEAD)}}
+    assert_converts(state, content, tmp_path / "x.ckpt", backbone="test_convnext")
+
+
+@pytest.mark.parametrize("place", ["timm", "dinov2"])
+def test_registers_and_places_without_a_class_token(tmp_path, place):
+    torch.manual_seed(0)
+    options = {"img_size": 40, "embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 8, "num_classes": 0}
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", **options).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    state = dict(model.state_dict())
+    if place == "dinov2":  # Meta's own names: timm's reader of them is the reference
+        first = torch.randn(1, 1, 64)
+        theirs = {**state, "register_tokens": state["reg_token"], "mask_token": torch.zeros(1, 64)}
+        theirs |= {"cls_token": state["cls_token"] - first}
+        theirs |= {"pos_embed": torch.cat([first, state["pos_embed"]], dim=1)}
+        del theirs["reg_token"]
+        reference = timm.models.vision_transformer.checkpoint_filter_fn(dict(theirs), model)
+        model.load_state_dict(reference)
+        state = theirs
+    torch.save(state, tmp_path / "x.pth")
+    converted = convert_file(tmp_path / "x.pth")
+    images = torch.rand(2, 3, 40, 40)
+    expected = model.forward_features(images)
+    torch.testing.assert_close(converted.model.forward_features(images), expected, atol=1e-5, rtol=0)
+
+
+def test_weights_that_hold_nan_are_refused_by_name(tmp_path):
+    state = timm_vit()
+    state["blocks.1.attn.qkv.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.weight holds NaN"):
+        convert_file(tmp_path / "x.pth")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_file_is_called_that(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"TorchScript program.*state_dict"):
+        convert_file(tmp_path / "x.pt")
+
+
+def test_a_list_of_what_does_not_fit_ends(tmp_path):
+    torch.save(timm_vit(depth=4), tmp_path / "x.pth")
+    with pytest.raises(UserError) as caught:
+        convert_file(tmp_path / "x.pth", backbone="resnet18")
+    assert len(str(caught.value).splitlines()) == 10
+    assert "more" in str(caught.value).splitlines()[-1]
+
+
+def test_a_converted_vit_starts_a_training_of_another_size_as_timms_own_weights_would(tmp_path):
+    """The documented way of machines without network: positions and patches are resampled, by timm's functions."""
+    from freqmask.commands.convert import convert
+    from freqmask.interop.weights import initial_backbone, load_initial
+    from freqmask.methods import MFM
+
+    model = tiny_vit(img_size=48)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    folder = str(convert(str(tmp_path / "x.pth"), out=str(tmp_path / "converted")))
+    name, arguments, patch = initial_backbone(folder, None)
+    assert patch == 8
+    for size, side in ((32, 8), (32, 4), (48, 8)):
+        method = MFM(name, size, model_args=arguments, patch_size=side)
+        notes = load_initial(method, folder)
+        reference = timm.create_model(
+            f"local-dir:{folder}", pretrained=True, img_size=size, patch_size=side, num_classes=0
+        )
+        own = method.backbone.timm_model.state_dict()
+        for key, tensor in reference.state_dict().items():
+            torch.testing.assert_close(own[key], tensor, atol=1e-5, rtol=1e-5)
+        assert (len(notes) > 1) == (size != 48 or side != 8)

@@ -13,8 +13,7 @@ import torch
 
 from freqmask.errors import UserError
 from freqmask.interop.convert import read_weights
-from freqmask.interop.inert_pickle import Inert, tensors_in
-from freqmask.interop.torch_file import read_torch_file
+from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
 
 
 class Bomb:

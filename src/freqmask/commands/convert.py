@@ -17,6 +17,7 @@ def convert(
     backbone: str | None = None,
     image_size: int | None = None,
     model_args: dict[str, Any] | None = None,
+    key: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Makes an exported folder of a checkpoint: MFM's released ones, BEiT's, or state dicts with timm's names.
@@ -31,20 +32,21 @@ def convert(
         backbone: timm's name of the architecture, where the file does not tell (ViT, BEiT and ResNet do).
         image_size: side in pixels to interpolate a ViT's positions to; the default is the file's own.
         model_args: timm's arguments that the file cannot tell, such as '{num_heads: 8}'.
+        key: which weights, where the file holds several, such as state_dict_ema or teacher.backbone.
         overwrite: replace what is at out.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the file is broken, refused or does not fit; every tensor that does not is named.
+        UserError: the file is broken, refused or does not fit; tensors that do not are named.
     """
     from freqmask.interop.convert import convert_file
     from freqmask.interop.outputs import check_out, new_folder
     from freqmask.interop.timm_folder import write_timm_folder
 
     path = check_out(out, overwrite, folder=True)
-    converted = convert_file(file, backbone, image_size, model_args)
+    converted = convert_file(file, backbone, image_size, model_args, key)
     with new_folder(path) as scratch:
         write_timm_folder(
             converted.model,

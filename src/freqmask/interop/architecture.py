@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 from torch import Tensor
 
 from freqmask.errors import UserError
@@ -38,7 +39,8 @@ def architecture_of(
     if "layer1.0.conv1.weight" in state and backbone is None:
         name, arguments = _resnet(state)
         return name, {**arguments, **model_args}, []
-    if "cls_token" in state and "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
+    is_vit = backbone is None or _module_of(backbone) in ("vision_transformer", "beit", "deit")
+    if is_vit and "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
         name, arguments, notes = _vit(state, backbone, model_args)
         return name, {**arguments, **model_args}, notes
     named = backbone
@@ -51,10 +53,15 @@ def architecture_of(
     return named, {"num_classes": _classes(state), **model_args}, []
 
 
+def _module_of(backbone: str) -> str:
+    check_name(backbone)
+    return str(timm.model_entrypoint(backbone.split(".")[0]).__module__).split(".")[-1]
+
+
 def _vit(
     state: Mapping[str, Tensor], backbone: str | None, given: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any], list[str]]:
-    dim = state["cls_token"].shape[-1]
+    dim = state["patch_embed.proj.weight"].shape[0]
     _, channels, patch, _ = state["patch_embed.proj.weight"].shape
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * dim
     is_beit = any("relative_position_bias_table" in name for name in state)
@@ -89,15 +96,44 @@ def _vit(
         }
     elif "fc_norm.weight" in state:
         arguments |= {"global_pool": "avg", "fc_norm": True}
+    if family == "vit":
+        arguments |= _vit_extras(state)
     note = f"attention heads: {heads} (width / 64; the file does not tell: --model_args '{{num_heads: N}}')"
     return name, arguments, [] if "num_heads" in given else [note]
+
+
+def _vit_extras(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a ViT may have or lack beside BEiT's and MFM's."""
+    extras: dict[str, Any] = {}
+    if "cls_token" not in state:
+        extras |= {"class_token": False, "global_pool": "avg"}
+    if "reg_token" in state:
+        extras["reg_tokens"] = state["reg_token"].shape[1]
+    if "pos_embed" in state and _places_before(state) == 0 and _prefix_tokens(state) > 0:
+        extras["no_embed_class"] = True
+    if "blocks.0.ls1.gamma" in state:
+        extras["init_values"] = 1e-5  # the values themselves are in the file
+    if not any(name in state for name in ("blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias")):
+        extras["qkv_bias"] = False
+    return extras
+
+
+def _prefix_tokens(state: Mapping[str, Tensor]) -> int:
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    return int("cls_token" in state) + registers
+
+
+def _places_before(state: Mapping[str, Tensor]) -> int:
+    """Places of ``pos_embed`` before those of the grid: all tokens', the class token's, or none."""
+    places, tokens = state["pos_embed"].shape[1], _prefix_tokens(state)
+    return next((n for n in (tokens, 1, 0) if math.isqrt(places - n) ** 2 == places - n > 0), min(tokens, 1))
 
 
 def _vit_image_size(state: Mapping[str, Tensor], patch: int, given: Mapping[str, Any]) -> Any:
     if "img_size" in given:
         return given["img_size"]
     if "pos_embed" in state:
-        cells = state["pos_embed"].shape[1] - 1
+        cells = state["pos_embed"].shape[1] - _places_before(state)
     else:
         table = next((state[name] for name in state if name.endswith("relative_position_bias_table")), None)
         # a table of a window n x n has (2n - 1)^2 + 3 rows, the three for the class token
@@ -109,6 +145,18 @@ def _vit_image_size(state: Mapping[str, Tensor], patch: int, given: Mapping[str,
             "'{img_size: [HEIGHT, WIDTH]}'"
         )
     return [side * patch, side * patch]
+
+
+def as_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's tensors with DINOv2's registers as timm has them: no place of the class token in ``pos_embed``."""
+    if "register_tokens" not in state:
+        return dict(state)
+    renamed = {**state, "reg_token": state["register_tokens"]}
+    del renamed["register_tokens"]
+    if _places_before(renamed) == 1:
+        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
+        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
+    return renamed
 
 
 def _resnet(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,33 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.errors import UserError
-from freqmask.interop.architecture import architecture_of
+from freqmask.interop.architecture import architecture_of, as_timm_names
 from freqmask.interop.folders import IMAGENET_MEAN, IMAGENET_STD, fitted
-from freqmask.interop.inert_pickle import Inert, StoredTensor, tensors_in
 from freqmask.interop.mfm_layout import DECODER, ENCODER, differences, from_beit_names
-from freqmask.interop.torch_file import read_torch_file
+from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
-_WRAPPERS = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "backbone.",
-)  # what DDP, compilation and others put before names
-# tasks' own tensors, without which the backbone is the same
-_PASSED_OVER = re.compile(r"(mask_token|lm_head\..*|.*relative_position_index|fc\..*|head\..*|norm\..*)")
+_COPIES = ("momentum", "ema", "teacher", "target", "encoder_k", "key_")  # of a method's online network
+_STATES = (
+    "optim",
+    "sched",
+    "scaler",
+    "callbacks",
+    "loops",
+    "amp",
+)  # how a training goes on, not what it gave
+_DEEPEST = 5  # parts of a prefix, such as student.module.backbone.0.
+# one of these pairs is in every ViT, BEiT and ResNet
+_SIGNATURES = (
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
+    ("conv1.weight", "layer1.0.conv1.weight"),
+)
+# tensors of tasks and of pre-training, without which the backbone is the same
+_LEFT_OUT = re.compile(
+    r"mask_token|decoder.*|lm_head\..*|.*relative_position_index|queue.*|norm\..*"
+    r"|(fc|heads?|classifier|projector|projection\w*|predict\w*|contrast\w*)\..*"
+)
+_LISTED = 8  # names in a sentence
 
 
 @dataclass
@@ -81,6 +94,7 @@ def convert_file(
     backbone: str | None = None,
     image_size: int | None = None,
     model_args: Mapping[str, Any] | None = None,
+    key: str | None = None,
 ) -> Converted:
     """A checkpoint as a timm model; nothing in the file is run.
 
@@ -89,11 +103,12 @@ def convert_file(
         backbone: the timm architecture; None tells it from names and shapes (ViT, BEiT, ResNet).
         image_size: side in pixels; positions are interpolated to it. None is the file's own.
         model_args: timm's arguments that the file cannot tell, such as ``{"num_heads": 8}``.
+        key: which weights, where the file holds several, such as ``"state_dict_ema"`` or ``"teacher.backbone"``.
 
     Raises:
-        UserError: the file is broken or refused, or does not fit; every tensor that does not is named.
+        UserError: the file is broken or refused, or does not fit; tensors that do not are named.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, key, backbone)
     known = backbone or weights.architecture
     name, arguments, notes = architecture_of(weights.encoder, known, dict(model_args or {}))
     is_beit = name.startswith("beit")
@@ -116,33 +131,39 @@ def convert_file(
     return Converted(model, name, size, mean, std, weights.decoder, [*weights.notes, said, *notes], facts)
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, key: str | None = None, backbone: str | None = None) -> Weights:
     """The weights in a file, and what of the file is left out.
+
+    Args:
+        path: the file.
+        key: of the weights, where there are several.
+        backbone: the timm model whose names are looked for; None looks for those of a ViT, BEiT or ResNet.
 
     Raises:
         UserError: it cannot be read, or holds no weights.
     """
     content, foreign = _read(Path(path))
-    container, held = _weights_in(content, path)
-    rest = {name: value for name, value in content.items() if name != container} if container else {}
-    unused = sorted(str(name) for name in rest if name not in ("epoch", "arch", "architecture"))
-    notes = []
-    if foreign:
-        names = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
-        notes.append(f"pickled objects of {names} were left out; nothing in the file was run")
-    if unused:
-        notes.append(f"not taken: {', '.join(unused)}")
+    architecture = content.get("arch", content.get("architecture"))
+    if not (isinstance(architecture, str) and timm.is_model(architecture)):
+        architecture = None
+    found = _choose(content, path, key, backbone or architecture)
+    if found.prefix.startswith("method.") and "pytorch-lightning_version" in content:
+        raise UserError(f"file ({path}) is a training state of freqmask; name its run folder instead")
+    notes = (
+        [f"pickled objects of {_some(foreign)} were left out; nothing in the file was run"] if foreign else []
+    )
+    if found.container:
+        rest = [str(name) for name in content if str(name) != found.container.split(".")[0]]
+        unused = sorted(name for name in rest if name not in ("epoch", "arch", "architecture"))
+        notes += [f"not taken: {_some(unused)}"] if unused else []
+    notes += found.notes
     try:
-        tensors = tensors_in(held)
+        weights = _sorted(found, notes)
     except UserError as error:
         raise UserError(f"file ({path}) was refused: {error}") from error
-    weights = _sorted(tensors)
-    weights.notes = notes + weights.notes
-    epoch, architecture = rest.get("epoch"), rest.get("arch", rest.get("architecture"))
-    weights.epoch = epoch if isinstance(epoch, int) else None
-    weights.architecture = (
-        architecture if isinstance(architecture, str) and timm.is_model(architecture) else None
-    )
+    epoch = content.get("epoch")
+    weights.epoch = epoch if isinstance(epoch, int) and found.container else None
+    weights.architecture = architecture
     return weights
 
 
@@ -163,50 +184,142 @@ def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
     return read.content, read.foreign
 
 
-def _weights_in(content: Mapping[Any, Any], path: str | Path) -> tuple[str | None, dict[str, Any]]:
-    """The state dict in a file, and under which name it stands."""
-    if "pytorch-lightning_version" in content:
-        raise UserError(
-            f"file ({path}) is a training state; if freqmask wrote it, name its run folder instead"
-        )
-    for name in _CONTAINERS:
-        held = content.get(name)
-        if isinstance(held, Inert):
-            raise UserError(
-                f"file ({path}) was refused: its weights ({name}) are a pickled {held.origin or 'object'}; save "
-                "model.state_dict() instead"
+@dataclass
+class _Found:
+    """A backbone's weights in a file: the dictionary, where it stands, and how its names begin."""
+
+    state: dict[str, Any]
+    container: str
+    prefix: str
+    fit: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return ".".join(filter(None, [self.container, self.prefix.removesuffix(".")]))
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Best first: by fit, known containers, no moving average or other copy, the shortest prefix."""
+        first = self.container.split(".")[0]
+        place = _CONTAINERS.index(first) if first in _CONTAINERS else len(_CONTAINERS)
+        is_copy = any(word in self.prefix for word in _COPIES)
+        return -self.fit, place, is_copy, len(self.prefix), self.key
+
+
+def _choose(content: Mapping[Any, Any], path: str | Path, key: str | None, known: str | None) -> _Found:
+    """The weights that are meant: those asked for, else those whose names fit best."""
+    containers = list(_containers(content))
+    if not containers:
+        raise _no_weights(content, path)
+    names = set(_model(known, {}).state_dict()) if known is not None and timm.is_model(known) else None
+    candidates = sorted(
+        (one for state, container in containers for one in _prefixed(state, container, names)),
+        key=lambda one: one.order,
+    )
+    if key is not None:
+        asked = [one for one in candidates if one.key == key or one.key.startswith(f"{key}.")]
+        asked += [_Found(state, container, "", 0) for state, container in containers if container == key]
+        if not asked:
+            keys = [one.key for one in candidates] + [container for _, container in containers]
+            there = (
+                _some([name for name in dict.fromkeys(keys) if name]) or "one set of weights, without a key"
             )
-        if isinstance(held, dict) and held:
-            return name, held
-    if content and all(isinstance(value, StoredTensor | Tensor | Inert) for value in content.values()):
-        return None, dict(content)
-    raise UserError(
+            raise UserError(f"key ({key}) is not in {path}; it has {there}")
+        return asked[0]
+    if not candidates:  # of a family that we do not know
+        return min(
+            (_Found(state, name, _shared_prefix(state), len(state)) for state, name in containers),
+            key=lambda one: one.order,
+        )
+    best, others = candidates[0], [one.key for one in candidates[1:] if 2 * one.fit >= candidates[0].fit]
+    if others:
+        best.notes.append(
+            f"taken: {best.key or 'the weights without a key'}; --key takes others: {_some(others)}"
+        )
+    return best
+
+
+def _containers(content: Mapping[Any, Any], at: str = "") -> Iterator[tuple[dict[str, Any], str]]:
+    """Every dictionary of tensors in a file, and under which keys it stands."""
+    if any(isinstance(value, Tensor) for value in content.values()):
+        weights = {n: v for n, v in content.items() if isinstance(n, str)}
+        if len(weights) == len(content):
+            yield weights, at
+        return
+    for name, value in content.items():
+        is_state = isinstance(name, str) and not name.lower().startswith(_STATES)
+        if is_state and isinstance(value, dict) and at.count(".") < 2:
+            yield from _containers(value, f"{at}.{name}" if at else name)
+
+
+def _prefixed(state: Mapping[str, Any], container: str, names: set[str] | None) -> Iterator[_Found]:
+    """The prefixes behind which a backbone stands, with how many of its names do."""
+    anchors = names if names is not None else {first for first, _ in _SIGNATURES}
+    fits: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for depth in range(min(len(parts), _DEEPEST + 1)):
+            if ".".join(parts[depth:]) in anchors:
+                fits["".join(f"{part}." for part in parts[:depth])] += 1
+    for prefix, fit in fits.items():
+        if names is None:
+            if not any(all(prefix + name in state for name in pair) for pair in _SIGNATURES):
+                continue
+            fit = sum(name.startswith(prefix) for name in state)
+        elif 2 * fit < max(fits.values()):
+            continue  # a name or two by chance
+        yield _Found(dict(state), container, prefix, fit)
+
+
+def _shared_prefix(state: Mapping[str, Any]) -> str:
+    """What every name begins with, in whole parts."""
+    prefix = ""
+    for part in next(iter(state)).split(".")[:-1]:
+        if not all(name.startswith(f"{prefix}{part}.") for name in state):
+            break
+        prefix += f"{part}."
+    return prefix
+
+
+def _no_weights(content: Mapping[Any, Any], path: str | Path) -> UserError:
+    for name in _CONTAINERS:
+        if isinstance(content.get(name), Inert):
+            return UserError(
+                f"file ({path}) was refused: its weights ({name}) are a pickled "
+                f"{content[name].origin or 'object'}; save model.state_dict() instead"
+            )
+    return UserError(
         f"file ({path}) holds no weights under {', '.join(_CONTAINERS[:4])}; it has "
-        f"{', '.join(sorted(map(str, content))[:8]) or 'nothing'}"
+        f"{_some(sorted(map(str, content))) or 'nothing'}"
     )
 
 
-def _sorted(tensors: Mapping[str, Tensor]) -> Weights:
-    """Encoder and decoder apart, prefixes taken off."""
-    names = dict(tensors)
-    while (
-        prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in names)), None)
-    ) is not None:
-        names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
-    encoder = {n.removeprefix(ENCODER): t for n, t in names.items() if n.startswith(ENCODER)}
-    if not encoder:
-        return Weights(names)
-    decoder = {n.removeprefix(DECODER): t for n, t in names.items() if n.startswith(DECODER)}
-    others = sorted(n for n in names if not n.startswith((ENCODER, DECODER)))
-    notes = [f"not taken: {', '.join(others[:8])}"] if others else []
-    if set(decoder) != {"0.weight", "0.bias"}:
-        notes += (
-            [f"the decoder ({', '.join(sorted(decoder)[:4])}) is not MFM's and was left out"]
-            if decoder
-            else []
-        )
+def _sorted(found: _Found, notes: list[str]) -> Weights:
+    """Encoder and decoder apart, the prefix taken off."""
+    prefix = found.prefix
+    above = prefix.removesuffix(ENCODER) if prefix.endswith(ENCODER) else None
+    decoder = {} if above is None else _behind(found.state, above + DECODER)
+    others = [name for name in found.state if not name.startswith(prefix)]
+    if set(decoder) == {"0.weight", "0.bias"}:
+        others = [name for name in others if not name.startswith(f"{above}{DECODER}")]
+    elif decoder:
+        notes = [*notes, f"the decoder ({_some(sorted(decoder))}) is not MFM's and was left out"]
         decoder = {}
-    return Weights(encoder, decoder, notes)
+    if others:
+        notes = [*notes, f"not taken: {_some(sorted(others))}"]
+    encoder = as_timm_names(tensors_in(_behind(found.state, prefix)))
+    return Weights(encoder, tensors_in(decoder), notes)
+
+
+def _behind(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many there are beside them."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _model(name: str, arguments: Mapping[str, Any]) -> Any:
@@ -223,16 +336,15 @@ def _load(model: nn.Module, state: dict[str, Tensor], name: str, guessed: bool) 
     expected = {key: tuple(tensor.shape) for key, tensor in own.items()}
     unwanted = sorted(set(state) - set(expected))
     problems = differences({key: value for key, value in state.items() if key in expected}, expected)
-    strange = [key for key in unwanted if not _PASSED_OVER.fullmatch(key)]
+    strange = [key for key in unwanted if not _LEFT_OUT.fullmatch(key)]
     problems += [f"{key} {tuple(state[key].shape)} has no place" for key in strange]
     if problems:
         hint = "name the architecture with --backbone" if guessed else "is it of another architecture?"
-        raise UserError(f"the file does not fit {name}, {hint}\n  " + "\n  ".join(problems))
+        more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        raise UserError("\n  ".join([f"the file does not fit {name}, {hint}", *problems[:_LISTED], *more]))
     model.load_state_dict({key: state[key].to(own[key].dtype) for key in own})
-    if not unwanted:
-        return []
-    listed = ", ".join(f"{key} {tuple(state[key].shape)}" for key in unwanted)
-    return [f"not part of {name} and left out: {listed}"]
+    listed = _some([f"{key} {tuple(state[key].shape)}" for key in unwanted])
+    return [f"not part of {name} and left out: {listed}"] if unwanted else []
 
 
 def _image_size(model: Any) -> tuple[int, int]:

@@ -1,30 +1,59 @@
-"""Reading files of ``torch.save`` without running anything that they hold.
+"""Files of ``torch.save``, read by ``torch.load`` with an unpickler of our own that looks no name up.
 
-Tensors are read from the file only when they are asked for, so that the optimiser's state of a released
-checkpoint costs nothing.
+A pickle is a program: it names functions and has them called. Here a name is either on a short list (the functions
+that rebuild tensors) or becomes an :class:`Inert` stub that takes whatever it is given and does nothing. torch's own
+``weights_only=True`` refuses a file for one foreign object beside the weights, which nearly all released
+checkpoints hold (a yacs node, a numpy number, the arguments of a command).
 """
 
 from __future__ import annotations
 
-import io
-import os
 import pickle
-import struct
 import tarfile
 import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from freqmask.errors import UserError
-from freqmask.interop.inert_pickle import Inert, InertUnpickler, Storage
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of files written before PyTorch 1.6
-_LEGACY_PROTOCOL = 1001
-_LARGEST_PICKLE = 256 * 2**20  # bytes; that of a ViT-B with its optimiser has a tenth of a megabyte
+_LARGEST_PICKLE = 256 * 2**20  # bytes; that of a ViT-B with its optimizer has a tenth of a megabyte
 _MOST_ENTRIES = 1_000_000
+
+
+class Inert:
+    """What stands where a file names a class or a function that is not ours: it swallows everything."""
+
+    origin = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        """Whatever the file wants it made from."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is kept."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        """Calling it does nothing."""
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept."""
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        """Nothing is kept."""
+
+    def append(self, value: Any) -> None:
+        """Nothing is kept."""
+
+    extend = append
+    add = append
 
 
 @dataclass
@@ -32,8 +61,7 @@ class TorchFile:
     """What a file holds.
 
     Attributes:
-        content: plain containers, numbers and texts; tensors as :class:`StoredTensor`, foreign objects as
-            :class:`Inert`.
+        content: plain containers, numbers, texts and tensors; foreign objects as :class:`Inert`.
         foreign: ``module.name`` of every class and function that the file names and we did not touch.
     """
 
@@ -44,8 +72,10 @@ class TorchFile:
 def read_torch_file(path: str | Path) -> TorchFile:
     """Read a file of ``torch.save``, of today's zip form or that of before PyTorch 1.6.
 
+    Tensors of the zip form are mapped: the optimizer's state beside the weights costs nothing.
+
     Args:
-        path: the file; it must not change until the last of its tensors is read.
+        path: the file; it must not change while its tensors are in use.
 
     Raises:
         UserError: it is cut short, no such file, holds a program (TorchScript), or declares more than it has.
@@ -55,128 +85,179 @@ def read_torch_file(path: str | Path) -> TorchFile:
         raise UserError(f"file ({path}) does not exist")
     try:
         with path.open("rb") as file:
-            start = file.read(4)
-        if start[:4] == b"PK\x03\x04" or zipfile.is_zipfile(path):
-            return _read_zip(path)
-        if tarfile.is_tarfile(path):
+            is_zip = file.read(4) == b"PK\x03\x04"
+        if is_zip:
+            sizes = _check_zip(path)
+        elif tarfile.is_tarfile(path):
             raise UserError("it is of the tar form of PyTorch before 0.2, which is not read; save it again")
-        return _read_legacy(path)
+        else:
+            sizes = None
+        unpickler = type(
+            "Unpickler", (_Unpickler,), {"foreign": {}, "sizes": sizes, "left": path.stat().st_size}
+        )
+        module = SimpleNamespace(Unpickler=unpickler, load=_loader(unpickler), __name__="freqmask")
+        content = torch.load(
+            str(path), map_location="cpu", pickle_module=module, weights_only=False, mmap=is_zip
+        )
+        return TorchFile(content, list(unpickler.foreign))
     except UserError as error:
         raise UserError(f"file ({path}) was refused: {error}") from error
     except zipfile.BadZipFile as error:
         raise UserError(f"file ({path}) cannot be read, it is cut short or damaged ({error})") from error
-    except (
-        pickle.UnpicklingError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RecursionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        struct.error,
-    ) as error:
+    except Exception as error:  # a damaged pickle makes torch raise nearly anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
             f"file ({path}) cannot be read, it is no torch file or cut short ({reason})"
         ) from error
 
 
-def _read_zip(path: Path) -> TorchFile:
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        _check_entries(entries, path.stat().st_size)
-        names = {entry.filename: entry for entry in entries}
-        pickles = [name for name in names if name.endswith("data.pkl") and name.count("/") <= 1]
-        if len(pickles) != 1:
-            raise UserError("it is a zip file, but none of torch.save")
-        root = pickles[0].removesuffix("data.pkl")
-        if f"{root}constants.pkl" in names or any(name.startswith(f"{root}code/") for name in names):
-            raise UserError("it is a TorchScript program; save the state dict of the model instead")
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise UserError("it was written on a big-endian machine; save it again on another")
-        known: dict[str, Storage] = {}
+def tensors_in(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, copied out of the file.
 
-        def storage(pid: tuple[Any, ...]) -> Storage:
-            dtype, key, count = pid[1], str(pid[2]), pid[4]
-            name = f"{root}data/{key}"
-            if name not in names or names[name].file_size != count * dtype.itemsize:
+    Raises:
+        UserError: something among them is no tensor, is larger than what is stored of it, or holds NaN.
+    """
+    read: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if isinstance(value, Inert):
+            raise UserError(f"the weights hold a foreign object ({name}: {value.origin}), which is refused")
+        if not isinstance(value, Tensor):
+            raise UserError(f"the weights hold a {type(value).__name__} ({name}) where a tensor belongs")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"the file is damaged: {name} in it is larger than what is stored of it")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(
+                f"{name} holds NaN or infinity, so that every feature would; take an earlier checkpoint"
+            )
+        read[str(name)] = value.detach().clone()
+    return read
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler (its memo is a dictionary: no index in a file makes it allocate) without names."""
+
+    foreign: ClassVar[dict[str, type[Inert]]]
+    sizes: ClassVar[dict[str, int] | None]  # bytes of every storage in a zip
+    left: ClassVar[int]  # bytes that storages of the older form may still declare
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        dtype = getattr(torch, name, None) if module == "torch" and name.isidentifier() else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        full = f"{module}.{name}"
+        return self.foreign.setdefault(full, type("Inert", (Inert,), {"origin": full}))
+
+    # torch.load sets its own reader of storages on the instance; what it is asked for is checked first
+    @property
+    def persistent_load(self) -> Callable[[Any], Any]:  # type: ignore[override]
+        return self._load_storage
+
+    @persistent_load.setter
+    def persistent_load(self, load: Callable[[Any], Any]) -> None:
+        self._load = load
+
+    def _load_storage(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
+            dtype = getattr(pid[1], "dtype", None)
+            if isinstance(dtype, torch.dtype):
+                self._check_size(str(pid[2]), pid[4], dtype)
+                return self._load(pid)
+        if isinstance(pid, tuple) and len(pid) > 1 and isinstance(pid[1], type) and issubclass(pid[1], Inert):
+            return pid[1]  # the old form wraps a module's class in one, to keep its source code with it
+        return self.foreign.setdefault("a persistent object", Inert)()
+
+    def _check_size(self, key: str, count: Any, dtype: torch.dtype) -> None:
+        size = count * dtype.itemsize if isinstance(count, int) and count >= 0 else -1
+        if self.sizes is not None:
+            if self.sizes.get(key) != size:
                 raise pickle.UnpicklingError(
                     f"the numbers of storage {key[:20]} are missing or of another size"
                 )
-            return known.setdefault(key, Storage(dtype, count, lambda: _read_entry(path, name)))
+            return
+        seen = self.__dict__.setdefault("_seen", set())
+        if key not in seen:
+            seen.add(key)
+            type(self).left -= size
+        if size < 0 or type(self).left < 0:
+            raise pickle.UnpicklingError(f"storage {key[:20]} declares more than the file has")
 
-        unpickler = InertUnpickler(io.BytesIO(archive.read(pickles[0])), storage)
-        return TorchFile(unpickler.load(), list(unpickler.foreign))
+    def refuse_allocation(self) -> None:
+        # of all opcodes this one alone takes memory by a number in the file, before reading anything
+        raise pickle.UnpicklingError("it holds a byte array, which no checkpoint does")
+
+    def get_extension(self, code: int) -> None:
+        # extension codes name things in this process's registry
+        raise pickle.UnpicklingError("it uses extension codes, which no checkpoint does")
+
+    dispatch[pickle.BYTEARRAY8[0]] = refuse_allocation
 
 
-def _read_entry(path: Path, name: str) -> bytes:
+def _loader(unpickler: type[_Unpickler]) -> Callable[..., Any]:
+    """The ``load`` of a pickle module; the older form begins with a note on the machine that wrote it."""
+
+    def load(file: Any, **options: Any) -> Any:
+        read = unpickler(file, **options).load()
+        if isinstance(read, dict) and read.get("little_endian") is False:
+            raise UserError("it was written on a big-endian machine; save it again on another")
+        return read
+
+    return load
+
+
+def _bytes(text: Any, *_: Any) -> bytes:
+    """In place of ``_codecs.encode``, by which pickles of protocol 2 write bytes."""
+    return text.encode("latin1") if isinstance(text, str) else b""
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{
+        ("torch._utils", name): getattr(torch._utils, name)
+        for name in ("_rebuild_tensor", "_rebuild_tensor_v2")
+    },
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _bytes,
+}
+
+
+def _check_zip(path: Path) -> dict[str, int]:
+    """Bytes of every storage, after the checks that torch's reader does not make.
+
+    A zip bomb declares more than the file has: by compressing, or by entries that share their bytes. Names are
+    compared without case, as torch's reader finds them.
+    """
     with zipfile.ZipFile(path) as archive:
-        return archive.read(name)
-
-
-def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
-    """A zip bomb declares more than the file has: by compressing, or by entries that share their bytes."""
+        entries = archive.infolist()
     if len(entries) > _MOST_ENTRIES:
         raise UserError(f"it declares {len(entries):,} entries, which no checkpoint has")
+    names = [entry.filename.lower().replace("\\", "/") for entry in entries]
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        raise UserError(
+            "it is a TorchScript program (torch.jit.save); save the state dict of the model, "
+            "torch.save(model.state_dict(), FILE), instead"
+        )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(
             "its entries are compressed, which torch.save never does; it could unpack to any size"
         )
-    declared = sum(entry.file_size for entry in entries)
+    declared, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if declared > size:
         raise UserError(f"it declares {declared:,} bytes but has {size:,}")
-    for entry in entries:
-        parts = entry.filename.replace("\\", "/").split("/")
-        if ".." in parts or entry.filename.startswith(("/", "\\")):
+    for entry, name in zip(entries, names, strict=True):
+        if ".." in name.split("/") or name.startswith("/"):
             raise UserError(f"one of its entries is named {entry.filename[:60]!r}, outside of the file")
-        if entry.filename.endswith(".pkl") and entry.file_size > _LARGEST_PICKLE:
+        if name.endswith(".pkl") and entry.file_size > _LARGEST_PICKLE:
             raise UserError(f"its description alone has {entry.file_size:,} bytes, which no checkpoint has")
-
-
-def _read_legacy(path: Path) -> TorchFile:
-    """Magic, protocol, system, the object, the storages' keys, then each storage: a count and its numbers."""
-    size = path.stat().st_size
-    positions: dict[str, tuple[int, int]] = {}  # key -> position of its numbers, how many
-    known: dict[str, Storage] = {}
-
-    def storage(pid: tuple[Any, ...]) -> Storage:
-        dtype, key, count = pid[1], str(pid[2]), pid[4]
-        if not isinstance(count, int) or not 0 <= count * dtype.itemsize <= size:
-            raise pickle.UnpicklingError(f"storage {key[:20]} declares more than the file has")
-        if len(pid) > 5 and pid[5] is not None:
-            raise pickle.UnpicklingError("it shares storages in a way that is not read; save it again")
-        return known.setdefault(
-            key, Storage(dtype, count, lambda: _read_numbers(path, positions[key], dtype))
-        )
-
-    with path.open("rb") as file:
-        foreign: dict[str, type[Inert]] = {}
-
-        def load() -> Any:
-            unpickler = InertUnpickler(file, storage)
-            unpickler.foreign = foreign
-            return unpickler.load()
-
-        if file.peek(1)[:1] != b"\x80" or load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
-            raise pickle.UnpicklingError("it does not begin as a torch file does")
-        if not load().get("little_endian", True):
-            raise UserError("it was written on a big-endian machine; save it again on another")
-        content, keys = load(), load()
-        for key in keys:
-            (count,) = struct.unpack("<q", file.read(8))
-            stored = known[str(key)]
-            positions[str(key)] = (file.tell(), count)
-            if count != stored.count or file.tell() + count * stored.dtype.itemsize > size:
-                raise pickle.UnpicklingError("the numbers at its end are missing")
-            file.seek(count * stored.dtype.itemsize, os.SEEK_CUR)
-    return TorchFile(content, list(foreign))
-
-
-def _read_numbers(path: Path, place: tuple[int, int], dtype: torch.dtype) -> bytes:
-    with path.open("rb") as file:
-        file.seek(place[0])
-        return file.read(place[1] * dtype.itemsize)
+    if len(set(names)) < len(names):
+        raise UserError("two of its entries have one name")
+    if sum(name.endswith("data.pkl") and name.count("/") == 1 for name in names) != 1:
+        raise UserError("it is a zip file, but none of torch.save")
+    return {
+        name.split("/data/", 1)[1]: entry.file_size
+        for entry, name in zip(entries, names, strict=True)
+        if "/data/" in name
+    }

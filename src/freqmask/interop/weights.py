@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from freqmask.training.checkpoint import LAST, load_safely
 PUBLIC = "timm:"
 
 
-def initial_backbone(init: str, model_args: Mapping[str, Any] | None) -> tuple[str, dict[str, Any] | None]:
+def initial_backbone(
+    init: str, model_args: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any] | None, int | None]:
     """The architecture behind ``--init``, for when no backbone is named.
 
     Args:
@@ -29,7 +32,7 @@ def initial_backbone(init: str, model_args: Mapping[str, Any] | None) -> tuple[s
         model_args: those that were given; they go first.
 
     Returns:
-        The timm name and its arguments.
+        The timm name, its arguments, and the side of its patches where it is not the name's own.
 
     Raises:
         UserError: there is nothing of that name.
@@ -37,13 +40,13 @@ def initial_backbone(init: str, model_args: Mapping[str, Any] | None) -> tuple[s
     if init.startswith(PUBLIC):
         name = init.removeprefix(PUBLIC)
         check_name(name)
-        return name, dict(model_args) if model_args else None
+        return name, dict(model_args) if model_args else None, None
     config = _config(init)
     ours = {"img_size", "in_chans", "num_classes", "global_pool", "fc_norm", "use_fc_norm"}
     arguments = {name: value for name, value in config.get("model_args", {}).items() if name not in ours}
     arguments |= dict(model_args or {})
-    arguments.pop("patch_size", None)
-    return str(config["architecture"]), arguments or None
+    patch = arguments.pop("patch_size", None)
+    return str(config["architecture"]), arguments or None, patch if isinstance(patch, int) else None
 
 
 def check_init(init: str) -> None:
@@ -73,9 +76,10 @@ def load_initial(method: Any, init: str) -> list[str]:
     if not init.startswith(PUBLIC) and whole.is_file() and _load_method(method, whole):
         return [f"the whole method of {init}"]
     weights = _public(init, method) if init.startswith(PUBLIC) else _exported(init)
+    notes: list[str] = []
     for backbone in method.backbones().values():
-        _load_backbone(backbone.timm_model, weights, init)
-    return [f"the backbone of {init}; the heads begin anew"]
+        notes = _load_backbone(backbone.timm_model, weights, init)
+    return [f"the backbone of {init}; the heads begin anew", *notes]
 
 
 def _load_method(method: nn.Module, checkpoint: Path) -> bool:
@@ -116,8 +120,9 @@ def _exported(init: str) -> dict[str, Tensor]:
         raise UserError(f"init ({init}): {folder / WEIGHTS} cannot be read: {error}") from error
 
 
-def _load_backbone(model: nn.Module, weights: Mapping[str, Tensor], init: str) -> None:
+def _load_backbone(model: nn.Module, given: Mapping[str, Tensor], init: str) -> list[str]:
     own = model.state_dict()
+    weights, notes = resampled(given, model)
     missing = sorted(set(own) - set(weights))
     differing = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
@@ -129,6 +134,42 @@ def _load_backbone(model: nn.Module, weights: Mapping[str, Tensor], init: str) -
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"init ({init}) does not fit the backbone: {', '.join(problems[:3])}{more}")
     model.load_state_dict({name: weights[name] for name in own})
+    return notes
+
+
+def resampled(weights: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """A ViT's weights for another image or patch size, as timm resamples its own public ones.
+
+    Args:
+        weights: of a square grid; the others pass as they are.
+        model: the timm module that they are for.
+
+    Returns:
+        The weights, and a sentence for each tensor that was resampled.
+    """
+    from timm.layers import resample_abs_pos_embed, resample_patch_embed
+
+    changed, notes, own = dict(weights), [], model.state_dict()
+    old, new = weights.get("patch_embed.proj.weight"), own.get("patch_embed.proj.weight")
+    is_patch = old is not None and new is not None and old.dim() == 4 and old.shape[:2] == new.shape[:2]
+    if is_patch and old.shape != new.shape:
+        changed["patch_embed.proj.weight"] = resample_patch_embed(old, list(new.shape[2:]))
+        notes.append(f"patches were resampled from {old.shape[-1]} to {new.shape[-1]} pixels")
+    old, new = weights.get("pos_embed"), own.get("pos_embed")
+    is_grid = hasattr(getattr(model, "patch_embed", None), "grid_size") and hasattr(
+        model, "num_prefix_tokens"
+    )
+    if old is not None and new is not None and is_grid and old.dim() == 3 and old.shape != new.shape:
+        before = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        cells = old.shape[1] - before
+        if old.shape[2] == new.shape[2] and cells > 0 and math.isqrt(cells) ** 2 == cells:
+            changed["pos_embed"] = resample_abs_pos_embed(
+                old, list(model.patch_embed.grid_size), num_prefix_tokens=before
+            )
+            rows, columns = model.patch_embed.grid_size
+            side = math.isqrt(cells)
+            notes.append(f"positions were resampled from {side}x{side} to {rows}x{columns} patches")
+    return changed, notes
 
 
 def _folder(init: str) -> Path:

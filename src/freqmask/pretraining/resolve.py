@@ -145,9 +145,10 @@ def _resolve_method(resolved: Resolved, images: int) -> None:
     if options["backbone"] == "auto" and options["init"]:
         from freqmask.interop.weights import initial_backbone
 
-        options["backbone"], options["model_args"] = initial_backbone(options["init"], options["model_args"])
+        found = initial_backbone(options["init"], options["model_args"])
+        options["backbone"], options["model_args"], patch = found
         resolved.reasons["backbone"] = "that of --init"
-        options["patch_size"] = None if options["patch_size"] == "auto" else options["patch_size"]
+        options["patch_size"] = patch if options["patch_size"] == "auto" else options["patch_size"]
     resolved.choose("backbone", plan.choose_backbone(side, device.type == "cuda"))
     resolved.choose("patch_size", plan.choose_patch_size(side, options["backbone"]))
     if options["patch_size"] == "auto":
