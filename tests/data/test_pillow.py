@@ -13,8 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 import freqmask
-from freqmask.data.decode import open_bytes, open_file
-from freqmask.data.pillow import jpeg_reduction, shorten_jpeg
+from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, shorten_jpeg
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.corruptions.frost import _photographs as check_frost_photographs
 from freqmask.evaluation.segmentation.masks import read_mask

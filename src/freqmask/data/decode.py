@@ -1,18 +1,38 @@
-"""From a file, or the bytes of one, to a picture; and what an error of the file system means in words."""
+"""From a file, or the bytes of one, to a picture; all formats but TIFF, whose reader is :mod:`freqmask.data.tiff`."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import io
+import re
+import struct
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
+from jaxtyping import Shaped
+from PIL import Image, UnidentifiedImageError
 
-from freqmask.data.pictures import ArrayPicture, Picture
-from freqmask.data.pillow import open_pillow
+from freqmask.data.pictures import (
+    EXIF_TAG,
+    UPRIGHT,
+    ArrayPicture,
+    Box,
+    Orientation,
+    Picture,
+    as_kept_type,
+    check_box,
+    check_size,
+    orientation_of,
+    refuse_all_nan,
+)
+from freqmask.data.pixels import Color
 from freqmask.data.sources import Pages
-from freqmask.data.tiff import count_tiff_images, open_tiff
+from freqmask.data.tiff import TIFF_BEGINNINGS, count_tiff_images, open_tiff
 from freqmask.errors import BadImage
 
 PILLOW_SUFFIXES = (
@@ -23,10 +43,22 @@ TIFF_SUFFIXES = (".tif", ".tiff")
 ARRAY_SUFFIXES = (".npy",)
 HEIF_SUFFIXES = (".heic", ".heif")
 ARRAY_BEGINNING = b"\x93NUMPY"
+PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 HEIF_MARK = b"ftyp"  # AVIF bears it, too, which Pillow reads by itself
-TIFF_BEGINNINGS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+CODESTREAM = b"\xff\x4f\xff\x51"  # JPEG 2000 begins with it, or holds it in a box of JP2
+END_OF_JPEG = b"\xff\xd9"
 EXTRAS = {".heic": "freqmask[data]", ".heif": "freqmask[data]"}
 """Suffix -> what to install to have it read."""
+
+# Never all that Pillow knows: of an EPS, whatever its file is called, Pillow has Ghostscript run the program in it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000")
+# Not in every Pillow from 11 on.
+AVIF = ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()
+GRAY_MODES = ("1", "L", "LA", "La", "F")
+# MCUs are 8, 16 or (rarely) 32 rows high, and smooth chroma upsampling looks one row further down.
+JPEG_ROW_MULTIPLE = 32
+# What libjpeg reads through imagecodecs and Pillow's own copy does not: lossless and arithmetic coding.
+RARE_CODERS = (0xC3, 0xC9, 0xCA)
 
 
 def read_suffixes() -> frozenset[str]:
@@ -48,18 +80,22 @@ def open_file(path: Path, pages: Pages = "channels", page: int = 0) -> Picture:
     """
     suffix = path.suffix.lower()
     try:
-        if suffix in ARRAY_SUFFIXES:
-            return _open_array(path)
+        if suffix in ARRAY_SUFFIXES:  # mapped, so that a crop reads only its rows
+            _refuse_empty(path.stat().st_size)
+            return ArrayPicture(_load_array(path))
         if suffix in TIFF_SUFFIXES:
             _refuse_empty(path.stat().st_size)
-            return open_tiff(path, pages, page)
-        return open_bytes(path.read_bytes(), pages, page)
+            return open_tiff(path, pages, page) or PillowPicture(path.read_bytes())
     except OSError as error:
         raise BadImage(_in_words(error, path)) from error
+    return open_bytes(read_file(path), pages, page)
 
 
 def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture:
     """The image in the bytes of a file, its format told from its beginning.
+
+    Transparent pixels are laid over white, as a viewer shows them: what lies beneath them is often garbage.
+    Palettes, CMYK, YCbCr and Lab become RGB; 16 bits stay 16. Of an animation the first frame is taken.
 
     Args:
         data: the whole file.
@@ -67,18 +103,26 @@ def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture
         page: which one, with ``images``.
 
     Raises:
-        BadImage: no image.
+        BadImage: no image, cut off in its header, of absurd size, or of a kind that nothing here reads rightly.
     """
     _refuse_empty(len(data))
     if data.startswith(TIFF_BEGINNINGS):
-        return open_tiff(data, pages, page)
+        return open_tiff(data, pages, page) or PillowPicture(data)
     if data.startswith(ARRAY_BEGINNING):
         return ArrayPicture(_load_array(io.BytesIO(data)))
+    if data.startswith(PNG_BEGINNING):
+        return PngPicture(data)
+    if re.match(rb"P[2356]\s", data) and (deep := _read_netpbm(data)) is not None:
+        return ArrayPicture(deep, axis=2)
+    if data.startswith(CODESTREAM) or data[4:8] == b"jP  ":
+        components, bits = _jpeg2000_components(data)
+        if components > 3 or bits > 8:
+            return Jpeg2000Picture(data)
     if data[4:8] == HEIF_MARK and importlib.util.find_spec("pillow_heif"):
         import pillow_heif  # type: ignore[import-not-found, unused-ignore]
 
         pillow_heif.register_heif_opener()
-    return open_pillow(data)
+    return PillowPicture(data)
 
 
 def read_file(path: Path) -> bytes:
@@ -113,10 +157,307 @@ def count_images(path: Path, pages: Pages) -> int:
     return count_tiff_images(path) if pages == "images" and path.suffix.lower() in TIFF_SUFFIXES else 1
 
 
-def _open_array(path: Path) -> Picture:
-    """An image from a ``.npy`` file, mapped so that a crop reads only its rows."""
-    _refuse_empty(path.stat().st_size)
-    return ArrayPicture(_load_array(path))
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """No warnings of Pillow's: of odd metadata, which costs nothing, and of more than 89 million pixels.
+
+    A panorama may have those; from twice as many on Pillow refuses.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _open(data: bytes) -> Image.Image:
+    """Pillow's image, its header read."""
+    try:
+        with quiet_pillow():
+            heif = ["HEIF"] if "HEIF" in Image.OPEN else []  # once pillow_heif has been registered
+            tiff = ["TIFF"] if data.startswith(TIFF_BEGINNINGS) else []
+            return Image.open(io.BytesIO(data), formats=[*FORMATS, *AVIF, *heif, *tiff])
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise BadImage(f"it claims more than {limit:.0f} million pixels (a decompression bomb?)") from error
+    except UnidentifiedImageError as error:
+        frame = frame_header(data)
+        if frame is not None and data[frame + 4] != 8:
+            raise BadImage(
+                f"it is a JPEG of {data[frame + 4]} bits a sample, which is not read; store it as PNG or TIFF"
+            ) from error
+        raise BadImage("its content is not an image of any known format") from error
+    except Exception as error:
+        # A damaged header leads Pillow's parsers to raise SyntaxError, struct.error, ValueError ...
+        raise BadImage(f"its header is damaged ({_brief(error)})") from error
+
+
+def _brief(error: Exception) -> str:
+    """A one-line reason of bounded length."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _exif_orientation(image: Image.Image) -> Orientation:
+    """How the image is to be turned; a damaged EXIF block counts as upright."""
+    try:
+        with quiet_pillow():
+            return orientation_of(image.getexif().get(EXIF_TAG))
+    except Exception:  # the parser of EXIF raises many kinds, and the pixels are good without it
+        return UPRIGHT
+
+
+class CodedPicture(Picture):
+    """An image that is decoded from its stored frame, then turned as its EXIF says.
+
+    Args:
+        data: the file's bytes.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._orientation = UPRIGHT
+
+    def decode(
+        self, box: Box | None = None, at_least: tuple[int, int] | None = None
+    ) -> Shaped[np.ndarray, "channel height width"]:
+        stored = self._orientation.stored_box(check_box(box, self.size), self.size)
+        wanted = self._orientation.shown_size(at_least) if at_least else None
+        try:
+            with quiet_pillow():
+                pixels = self._decode_stored(stored, wanted)
+        except BadImage:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and "truncated" in str(error).lower():
+                raise BadImage("it is truncated: the file ends before the image does") from error
+            raise BadImage(f"it is truncated or damaged ({_brief(error)})") from error
+        return self._orientation.show(pixels.transpose(2, 0, 1))
+
+    def _decode_stored(self, box: Box, at_least: tuple[int, int] | None) -> np.ndarray:
+        """The box of the stored pixels, (height, width, channel)."""
+        raise NotImplementedError
+
+
+class PillowPicture(CodedPicture):
+    """An image in a format of Pillow's, 8 bits a sample; JPEG faster than Pillow alone, and PFM's floats."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        image = _open(data)
+        self._stored_size = (image.height, image.width)
+        self._mode = image.mode
+        # Pillow turns TIFFs itself
+        self._orientation = UPRIGHT if image.format == "TIFF" else _exif_orientation(image)
+        self.size = self._orientation.shown_size(self._stored_size)
+        self.channels = 1 if image.mode in GRAY_MODES else 3
+        self.dtype = "float32" if image.mode == "F" else "uint8"
+        self._jpeg = image.format in ("JPEG", "MPO")
+        self._plain_jpeg = self._jpeg and image.mode in ("L", "RGB") and data.endswith(END_OF_JPEG)
+        if image.mode.startswith("I"):
+            raise BadImage(f"its samples are of a kind ({image.mode}) that is only read from PNG and TIFF")
+        check_size(self.size, self.channels)
+
+    def _decode_stored(self, box: Box, at_least: tuple[int, int] | None) -> np.ndarray:
+        if not self._jpeg:
+            return self._by_pillow(box, 1)
+        factor = jpeg_reduction(box, at_least)
+        if self._plain_jpeg and factor == 1:
+            data = shorten_jpeg(self._data, box[0] + box[2], self._stored_size[0])
+            # Pillow's bits in 0.7 of its time; what it stumbles over is left to Pillow to explain.
+            with contextlib.suppress(imagecodecs.Jpeg8Error):
+                return _part(imagecodecs.jpeg8_decode(data), box)
+        frame = frame_header(self._data)
+        if frame is not None and self._data[frame + 1] in RARE_CODERS:
+            return self._by_imagecodecs(box, factor)
+        return self._by_pillow(box, factor)
+
+    def _by_pillow(self, box: Box, factor: int) -> np.ndarray:
+        image = _open(self._data)
+        if factor > 1:
+            image.draft(image.mode, (self._stored_size[1] // factor, self._stored_size[0] // factor))
+            box = box[0] // factor, box[1] // factor, max(1, box[2] // factor), max(1, box[3] // factor)
+        image.load()
+        top, left, height, width = box
+        part = image.crop((left, top, left + width, top + height))
+        clear = image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info
+        wanted = "F" if image.mode == "F" else ("L" if self.channels == 1 else "RGB") + "A" * clear
+        part = part if part.mode == wanted else part.convert(wanted)
+        pixels = as_kept_type(np.array(part)).reshape(height, width, -1)
+        if clear:
+            pixels = _flattened(pixels)
+        if (height, width) == self._stored_size:
+            refuse_all_nan(pixels)
+        return pixels
+
+    def _by_imagecodecs(self, box: Box, factor: int) -> np.ndarray:
+        """A JPEG whose coder Pillow lacks: whole, then averaged where it may be smaller."""
+        if END_OF_JPEG not in self._data:  # libjpeg would fill what is missing with gray
+            raise BadImage("it is truncated: the file ends before the image does")
+        if self._mode not in ("L", "RGB"):
+            raise BadImage("it is a CMYK JPEG with arithmetic or lossless coding, which is not read")
+        part = _part(imagecodecs.jpeg8_decode(self._data), box)
+        height, width = (max(1, side // factor) for side in part.shape[:2])
+        if factor == 1 or min(part.shape[:2]) < factor:
+            return part
+        blocks = part[: height * factor, : width * factor].reshape(height, factor, width, factor, -1)
+        return np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
+
+
+def _flattened(pixels: np.ndarray) -> np.ndarray:
+    """Gray or RGB with alpha (height, width, 2 or 4) over white."""
+    color = Color(
+        "rgb" if pixels.shape[2] == 4 else "gray",
+        pixels.shape[2],
+        np.iinfo(pixels.dtype).max,
+        alpha="straight",
+    )
+    return np.ascontiguousarray(color.apply(pixels.transpose(2, 0, 1)).transpose(1, 2, 0))
+
+
+def _part(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """The box of pixels (height, width[, channel]), copied so that the rest can be freed."""
+    top, left, height, width = box
+    part = pixels[top : top + height, left : left + width]
+    return np.ascontiguousarray(part).reshape(height, width, -1)
+
+
+def jpeg_reduction(box: Box, at_least: tuple[int, int] | None) -> int:
+    """By how much (1, 2, 4 or 8) a JPEG may be decoded smaller so that the box keeps ``at_least`` pixels.
+
+    >>> jpeg_reduction((0, 0, 1000, 2000), (448, 448)), jpeg_reduction((0, 0, 447, 447), (448, 448))
+    (2, 1)
+    """
+    if at_least is None:
+        return 1
+    return next((f for f in (8, 4, 2) if box[2] // f >= at_least[0] and box[3] // f >= at_least[1]), 1)
+
+
+def shorten_jpeg(data: bytes, rows: int, height: int) -> bytes:
+    """A baseline JPEG whose header claims fewer rows, so that decoders stop early.
+
+    Every row above the cut comes out as before: the cut lies one MCU row below what is wanted. A native
+    224-pixel window of a 12-megapixel photograph costs half as much on average. Progressive files hold every
+    row in every scan and are left alone.
+
+    Args:
+        data: a complete JPEG file.
+        rows: rows that are needed, from the top.
+        height: rows of the image.
+    """
+    kept = (rows // JPEG_ROW_MULTIPLE + 2) * JPEG_ROW_MULTIPLE
+    position = frame_header(data)
+    if kept > 0.9 * height or position is None or data[position + 1] not in (0xC0, 0xC1):
+        return data
+    return data[: position + 5] + struct.pack(">H", kept) + data[position + 7 :]
+
+
+def frame_header(data: bytes) -> int | None:
+    """Where the frame header of a JPEG (one of the markers SOF0 to SOF15) begins, or None."""
+    position = 2
+    while data[:2] == b"\xff\xd8" and position + 9 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return position
+        if marker in (0xDA, 0xFF):  # picture data already; padding, which is rare
+            return None
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return None
+
+
+class PngPicture(CodedPicture):
+    """A PNG of any depth: palettes, key colors and few bits are expanded by libpng, in half of Pillow's time."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        image = _open(data)  # for its checks
+        # EXIF may stand behind the pixels, and to look there Pillow decodes them all
+        marks = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+        if any(mark in data for mark in marks):
+            self._orientation = _exif_orientation(image)
+        self.size = self._orientation.shown_size((image.height, image.width))
+        self.channels = 1 if data[25] in (0, 4) else 3
+        self.dtype = "uint16" if data[24] == 16 else "uint8"
+        check_size(self.size, self.channels)
+
+    def _decode_stored(self, box: Box, at_least: tuple[int, int] | None) -> np.ndarray:
+        pixels = _part(imagecodecs.png_decode(self._data), box)
+        return _flattened(pixels) if pixels.shape[2] in (2, 4) else pixels
+
+
+def _read_netpbm(data: bytes) -> np.ndarray | None:
+    """A PGM or PPM of more than 8 bits, its values as stored; None for others, which Pillow reads."""
+    header = re.match(rb"P([2356])" + rb"(?:\s|#[^\n]*\n)+(\d+)" * 3, data)
+    if header is None or int(header[4]) <= 255:
+        return None
+    width, height, top = (int(header[k]) for k in (2, 3, 4))
+    channels = 1 if header[1] in b"25" else 3
+    check_size((height, width), channels)
+    if top > 65535:
+        raise BadImage(f"it claims {top} as its largest value; a PGM or PPM has 65535 at most")
+    count = height * width * channels
+    body = data[header.end() :]
+    samples: np.ndarray
+    if header[1] in b"23":
+        words = re.sub(rb"#[^\n]*", b"", body).split(maxsplit=count)[:count]
+        samples = np.array([int(word) for word in words if word.isdigit()], np.int64)
+    else:
+        samples = np.frombuffer(body[1 : 1 + 2 * count], ">u2") if len(body) > 2 * count else np.empty(0)
+    if len(samples) < count:
+        raise BadImage("it is truncated: the file ends before the image does")
+    if samples.max() > top:
+        raise BadImage(f"it holds values above {top}, which its header calls the largest")
+    return samples.astype(np.uint16).reshape(height, width, channels)
+
+
+def _jpeg2000_components(data: bytes) -> tuple[int, int]:
+    """How many components a JPEG 2000 has, and of how many bits the deepest of them is; 0 where it is cut off."""
+    start = data.find(CODESTREAM)
+    if start < 0 or len(data) < start + 43:
+        return 0, 0
+    (count,) = struct.unpack_from(">H", data, start + 40)
+    depths = data[start + 42 : start + 42 + 3 * count : 3]
+    return count, max(((depth & 0x7F) + 1 for depth in depths), default=0)
+
+
+class Jpeg2000Picture(CodedPicture):
+    """A JPEG 2000 of more than 8 bits, which Pillow cuts or stretches, or of more than three components."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        start = data.find(CODESTREAM)
+        width, height, left, top = struct.unpack_from(">4I", data, start + 8)
+        count, bits = _jpeg2000_components(data)
+        layout = [data[start + 42 + 3 * k : start + 45 + 3 * k] for k in range(count)]
+        boxes = data[:start]
+        self.size = (height - top, width - left)
+        self.dtype = "uint8" if bits <= 8 else "uint16"
+        definition = boxes.find(b"cdef")
+        clear = definition >= 0 and _declares_alpha(boxes[definition + 4 :])
+        space = boxes.find(b"colr\x01")
+        kind = struct.unpack_from(">I", boxes, space + 7)[0] if 0 <= space <= len(boxes) - 11 else None
+        if bits > 16 or len(set(layout)) > 1 or layout[0][0] & 0x80 or layout[0][1:] != b"\x01\x01":
+            raise BadImage(
+                "its components are signed, of more than 16 bits or unlike each other, which is not read"
+            )
+        if kind in (12, 18) or b"pclr" in boxes:
+            raise BadImage(
+                "it is a JPEG 2000 in CMYK, YCC or of a palette with more than 8 bits, which is not read"
+            )
+        colors = count - clear
+        model = {1: "gray", 3: "rgb"}.get(colors, "bands")
+        alpha = "none" if not clear else ("straight" if model != "bands" else "mask")
+        self._color = Color(model, count, 2**bits - 1, alpha=alpha, stretch=bits < 8)
+        self.channels = self._color.channels
+        check_size(self.size, self.channels)
+
+    def _decode_stored(self, box: Box, at_least: tuple[int, int] | None) -> np.ndarray:
+        pixels = _part(imagecodecs.jpeg2k_decode(self._data), box)
+        return np.ascontiguousarray(self._color.apply(pixels.transpose(2, 0, 1)).transpose(1, 2, 0))
+
+
+def _declares_alpha(box: bytes) -> bool:
+    """Whether the channel definitions of a JP2 (after the box's name) call the last component opacity."""
+    (count,) = struct.unpack_from(">H", box)
+    kinds = [struct.unpack_from(">3H", box, 2 + 6 * k) for k in range(min(count, (len(box) - 2) // 6))]
+    return any(kind in (1, 2) for _, kind, _ in kinds)
 
 
 def _load_array(source: Path | io.BytesIO) -> np.ndarray:
@@ -128,9 +469,7 @@ def _load_array(source: Path | io.BytesIO) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # numpy parses the header as Python, and hands on whatever that raises
-        raise BadImage(
-            f"it is truncated or no plain numpy array ({' '.join(str(error).split())[:120]})"
-        ) from error
+        raise BadImage(f"it is truncated or no plain numpy array ({_brief(error)})") from error
     return array
 
 

@@ -14,6 +14,8 @@ Box = tuple[int, int, int, int]
 """(top, left, height, width) in full-resolution pixels, after EXIF rotation."""
 
 KEPT_TYPES = ("uint8", "uint16", "int16", "float32")
+# The limit on samples of one image: 30,000×10,000 RGB, or 8,600×8,600 with 12 bands.
+MOST_SAMPLES = 900_000_000
 
 
 class Picture(ABC):
@@ -69,6 +71,14 @@ def check_box(box: Box | None, size: tuple[int, int]) -> Box:
     return box
 
 
+def check_size(size: tuple[int, int], channels: int) -> None:
+    """Refuse an image without pixels, or with more samples than a file in earnest has."""
+    if 0 in (*size, channels):
+        raise BadImage("it is zero pixels high or wide")
+    if channels * size[0] * size[1] > MOST_SAMPLES:
+        raise BadImage(f"it claims more than {MOST_SAMPLES // 10**6} million samples (a decompression bomb?)")
+
+
 def kept_type(dtype: np.dtype) -> str:
     """The sample type that an image of the given numpy type is handed on in.
 
@@ -118,9 +128,11 @@ class ArrayPicture(Picture):
 
     Args:
         array: the pixels, any numeric type; a memory-mapped one is read box by box.
+        axis: which of three axes counts channels, 0 or 2; None: the shorter one.
     """
 
     array: np.ndarray
+    axis: int | None = None
 
     def __post_init__(self) -> None:
         if self.array.ndim not in (2, 3) or 0 in self.array.shape:
@@ -134,13 +146,76 @@ class ArrayPicture(Picture):
         """The array as a (channel, height, width) view."""
         if self.array.ndim == 2:
             return self.array[None]
-        return self.array if channel_axis(self.array.shape) == 0 else self.array.transpose(2, 0, 1)
+        axis = channel_axis(self.array.shape) if self.axis is None else self.axis
+        return self.array if axis == 0 else self.array.transpose(2, 0, 1)
 
     def decode(
         self, box: Box | None = None, at_least: tuple[int, int] | None = None
     ) -> Shaped[np.ndarray, "channel height width"]:
         top, left, height, width = check_box(box, self.size)
-        refuse_all_nan(self.array)
         part = as_kept_type(self._planes()[:, top : top + height, left : left + width])
+        if (height, width) == self.size:  # of a window alone nothing follows, and the rest need not be read
+            refuse_all_nan(part)
         # A fresh array: a view would keep the file mapped, and torch warns of read-only memory.
         return np.array(part, order="K")
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How the stored pixels are shown: first transposed, then mirrored in the frame that is shown.
+
+    Attributes:
+        transposed: True where rows and columns change places.
+        upside_down: True where rows run from below.
+        mirrored: True where columns run from the right.
+    """
+
+    transposed: bool = False
+    upside_down: bool = False
+    mirrored: bool = False
+
+    def shown_size(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) as shown, of (height, width) as stored; the other way round too."""
+        return (stored[1], stored[0]) if self.transposed else stored
+
+    def stored_box(self, box: Box, shown_size: tuple[int, int]) -> Box:
+        """The box among the stored pixels that is shown as ``box`` in an image of ``shown_size``."""
+        top, left, height, width = box
+        if self.upside_down:
+            top = shown_size[0] - top - height
+        if self.mirrored:
+            left = shown_size[1] - left - width
+        return (left, top, width, height) if self.transposed else (top, left, height, width)
+
+    def show(self, pixels: np.ndarray) -> np.ndarray:
+        """Stored pixels (channel, height, width) as they are shown."""
+        if self.transposed:
+            pixels = pixels.transpose(0, 2, 1)
+        if self.upside_down:
+            pixels = pixels[:, ::-1]
+        if self.mirrored:
+            pixels = pixels[:, :, ::-1]
+        if not (self.upside_down or self.mirrored):
+            return pixels
+        # torch refuses negative strides and resamples fastest what lies channels-last
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0)).transpose(2, 0, 1)
+
+
+UPRIGHT = Orientation()
+ORIENTATIONS = {
+    1: UPRIGHT,
+    2: Orientation(mirrored=True),
+    3: Orientation(upside_down=True, mirrored=True),
+    4: Orientation(upside_down=True),
+    5: Orientation(transposed=True),
+    6: Orientation(transposed=True, mirrored=True),
+    7: Orientation(transposed=True, upside_down=True, mirrored=True),
+    8: Orientation(transposed=True, upside_down=True),
+}
+"""By the number in EXIF tag 274; anything else counts as upright."""
+EXIF_TAG = 274
+
+
+def orientation_of(number: object) -> Orientation:
+    """The orientation that an EXIF value names; upright for a missing or invalid one."""
+    return ORIENTATIONS.get(number, UPRIGHT) if isinstance(number, int) else UPRIGHT

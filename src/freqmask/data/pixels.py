@@ -1,14 +1,93 @@
-"""One image on its way to a tensor: channels as asked, missing values filled, empty images refused."""
+"""One image on its way to a tensor: its colors, channels as asked, missing values filled, empty images refused."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Shaped
 
+from freqmask.data.pictures import kept_type
 from freqmask.errors import BadImage
 
 MOSTLY_MISSING = 0.9  # an image with less than a tenth of its pixels measured teaches how gaps are filled
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as in the filters
+
+
+@dataclass(frozen=True)
+class Color:
+    """What the samples of a pixel mean in a file; one step makes gray, RGB or bands of them, for every format.
+
+    Attributes:
+        model: ``gray``, ``rgb``, ``cmyk``, ``palette`` or ``bands``.
+        samples: samples of a pixel, alpha and all.
+        top: the largest value of a sample, which is white; None where the type has none (signed numbers).
+        negative: True where 0 is white (MINISWHITE).
+        alpha: ``none``; ``straight``, to be laid over white; ``premultiplied``, where colors have been
+            multiplied by it already; ``mask``, which marks where bands were measured and is left out.
+        palette: 8-bit colors by number (3, count).
+        stretch: True for samples of fewer than 8 bits, which become 0 to 255 as in a viewer.
+    """
+
+    model: str
+    samples: int
+    top: float | None = None
+    negative: bool = False
+    alpha: str = "none"
+    palette: Shaped[np.ndarray, "3 count"] | None = None
+    stretch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top is None and (self.negative or self.model == "cmyk" or self.alpha not in ("none", "mask")):
+            raise BadImage("its samples are signed, so that white or full alpha has no number")
+        if self.alpha == "premultiplied" and (self.negative or self.model == "cmyk"):
+            raise BadImage("it multiplies inks by alpha, which no reader agrees on; store it as RGB")
+
+    @property
+    def channels(self) -> int:
+        """The channels of `apply`'s result."""
+        if self.model == "bands":
+            return self.samples - (self.alpha == "mask")
+        return 1 if self.model == "gray" else 3
+
+    def dtype(self, stored: np.dtype) -> str:
+        """The sample type of `apply`'s result, as it is handed on."""
+        return "uint8" if self.stretch or self.palette is not None else kept_type(stored)
+
+    def nodata(self, value: float | None) -> float | None:
+        """What becomes of the value that stands for "not measured"."""
+        if value is None or self.model in ("cmyk", "palette"):
+            return None
+        value = (self.top or 0) - value if self.negative else value
+        return value * 255 / (self.top or 255) if self.stretch else value
+
+    def apply(
+        self, samples: Shaped[np.ndarray, "sample height width"]
+    ) -> Shaped[np.ndarray, "channel height width"]:
+        """Samples as stored to gray, RGB or bands; of the same type, except that palettes and few bits give 8."""
+        if self.model == "bands":
+            return samples[: self.channels]
+        colors, alpha = (samples, None) if self.alpha == "none" else (samples[:-1], samples[-1:])
+        if self.palette is not None:
+            colors = self.palette[:, colors[0].astype(np.intp)]
+        elif colors.dtype.kind == "b":
+            colors = colors.astype(np.uint8)
+        if self.negative and self.top is not None:
+            colors = (np.array(self.top, colors.dtype) - colors).astype(colors.dtype)
+        if self.stretch:
+            colors = np.rint(colors * (255 / (self.top or 1))).astype(np.uint8)
+        white = 255.0 if self.stretch or self.palette is not None else float(self.top or 0)
+        if self.model == "cmyk":
+            inks, light = colors[:3].astype(np.float64), white - colors[3:].astype(np.float64)
+            colors = np.rint(light - np.rint(inks * light / white)).astype(samples.dtype)
+        if alpha is None or (alpha == self.top).all():
+            return colors
+        opacity = np.clip(alpha.astype(np.float64) / float(self.top or 1), 0, 1)
+        lit = colors.astype(np.float64)
+        mixed = (lit if self.alpha == "premultiplied" else lit * opacity) + white * (1 - opacity)
+        if colors.dtype.kind == "f":
+            return mixed.astype(colors.dtype)
+        return np.rint(np.minimum(mixed, white)).astype(colors.dtype)
 
 
 def check_channels(found: int, wanted: int, convert: bool = True) -> None:

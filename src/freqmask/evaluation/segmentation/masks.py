@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Shaped
+from PIL import Image
 
+from freqmask.data.decode import quiet_pillow
+from freqmask.data.pictures import EXIF_TAG, Orientation, orientation_of
+from freqmask.data.tiff import open_tifffile, turn_of
 from freqmask.errors import BadImage
 
 # Lossless ones only: JPEG and its like invent labels along every edge.
@@ -40,18 +44,22 @@ def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
 
 
 def _read(path: Path) -> np.ndarray:
+    """The numbers in a file, turned as it says that it is shown, because its image is turned so, too."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
         array: np.ndarray = np.load(path, allow_pickle=False)
         return array
     if suffix in (".tif", ".tiff"):
-        import tifffile
+        with open_tifffile(path) as tiff:
+            return _shown(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
+    # Labels are numbers as stored, so that neither palettes nor key colors are looked at
+    with quiet_pillow(), Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
+        return _shown(np.asarray(image), orientation_of(image.getexif().get(EXIF_TAG)))
 
-        return np.asarray(tifffile.imread(path))
-    from PIL import Image
 
-    with Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
-        return np.asarray(image)
+def _shown(array: np.ndarray, orientation: Orientation) -> np.ndarray:
+    planes = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return array if array.ndim not in (2, 3) else np.moveaxis(orientation.show(planes), 0, -1)
 
 
 def _single_plane(found: np.ndarray) -> Shaped[np.ndarray, "height width"]:
