@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -185,7 +186,9 @@ class Backbone(nn.Module):
         model = self.timm_model
         offered = inspect.signature(model.forward_intermediates).parameters
         self._how: dict[str, Any] = {"stop_early": True} if "stop_early" in offered else {}
-        self.has_class_token = "return_prefix_tokens" in offered and model.cls_token is not None
+        holder = model if hasattr(model, "cls_token") else getattr(model, "embeds", None)  # NaFlexViT's
+        has_token = getattr(holder, "cls_token", None) is not None
+        self.has_class_token = "return_prefix_tokens" in offered and has_token
         if self.has_class_token:
             self._how["return_prefix_tokens"] = True
         self._ends_in_map = model.forward_features(image).dim() == 4
@@ -226,17 +229,36 @@ def recalibrate_batch_norm(
         return
     momenta = [norm.momentum for norm in norms]
     count = 0
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     with evaluating(backbone):  # dropout off
         try:
-            for count, images in enumerate(batches, start=1):
+            for count, images in enumerate(_without_lone_images(batches), start=1):
                 if count == 1:
                     _start_cumulative_mean(norms)
                 backbone(images)
+        except ValueError:
+            if len(images) > 1:
+                raise
+            for norm, state in zip(norms, before, strict=True):  # a single image and a map of 1x1: no variance
+                norm.load_state_dict(state)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
     if count == 0:
         raise UserError("batches (none) must hold at least one batch of images to recalibrate batch norm")
+
+
+def _without_lone_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches, one that holds a single image joined to its neighbor: batch norm needs two values a channel."""
+    held: Tensor | None = None
+    for images in batches:
+        if held is not None and 1 in (len(held), len(images)):
+            images = torch.cat([held, images])
+        elif held is not None:
+            yield held
+        held = images
+    if held is not None:
+        yield held
 
 
 @contextmanager

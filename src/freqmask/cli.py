@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from freqmask import __version__
 from freqmask.console import say
-from freqmask.errors import UserError, nearest
+from freqmask.errors import UserError, describe_os_error, name_of, nearest
 
 
 class Command(NamedTuple):
@@ -85,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None  # the reader of our output, such as `head`, has left
+    except OSError as error:
+        if os.environ.get("FREQMASK_DEBUG"):
+            raise
+        # read-only places, full disks, limits: nearly always the machine's, and never mended by a traceback
+        named = f"{name_of(error)}: " if name_of(error) else ""
+        sys.stderr.write(f"error: {named}{describe_os_error(error)} (FREQMASK_DEBUG=1 shows where)\n")
+        raise SystemExit(2) from None
 
 
 def run(words: Sequence[str]) -> Any:

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+_WAYS_OUT = {
+    errno.ENOSPC: "free some room",
+    errno.EDQUOT: "free some room, or raise the quota",
+    errno.EFBIG: "raise the limit (ulimit -f), or name another file system",
+    errno.EROFS: "name another place",
+    errno.EACCES: "name another place",
+    errno.EPERM: "name another place",
+    errno.ENOTDIR: "name another place",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "name another place",
+    errno.EMFILE: "raise the limit (ulimit -n 4096), or try --workers 0",
+    errno.ENFILE: "close other programs, or try --workers 0",
+}
 
 
 class UserError(Exception):
@@ -23,6 +39,21 @@ class BadImage(Exception):  # noqa: N818 - it names a thing, and no mistake of t
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[str]]:
         return type(self), (self.reason,)  # survives the trip from a loader worker
+
+
+def describe_os_error(error: OSError) -> str:
+    """What an operating system refused, in words with the way out.
+
+    >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device"))
+    'No space left on device; free some room'
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}; {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else reason
+
+
+def name_of(error: OSError) -> str:
+    """The file that an operating system's error is about, empty where it does not tell."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -54,12 +54,14 @@ def prepare(
     from freqmask.data.parts import open_parts
     from freqmask.data.prepare import clear_leftovers, prepare_shards, read_manifest
     from freqmask.interop.outputs import check_out
+    from freqmask.training.files import check_writable
 
     side = _side(resize)
     path = Path(out).expanduser()
     begun = read_manifest(path)
     if begun is None and not path.exists():
         check_out(out, overwrite=False, folder=True)
+    check_writable(path, folder=True)
     processes = _processes(workers)
     parts, notes = open_parts([data] if isinstance(data, str) else data, pages, split, labels)
     _say_images(parts, notes)

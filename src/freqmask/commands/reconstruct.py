@@ -7,6 +7,7 @@ from pathlib import Path
 from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.options import Seed
 
 _MOST_IMAGES = 8
 
@@ -18,7 +19,7 @@ def reconstruct(
     *,
     filter: str | None = None,
     out: str = "reconstruction.png",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Path:
     """Draws what a model fills in, and prints how well: the PSNR of every band of frequencies.
 
@@ -40,12 +41,14 @@ def reconstruct(
     """
     from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
     from freqmask.interop.reconstruct import open_method, psnr_by_band, read_image
+    from freqmask.training.files import check_writable
 
     files = [image] if isinstance(image, str) else list(image)
     if not 1 <= len(files) <= _MOST_IMAGES:
         raise UserError(f"image ({len(files)} files) must be 1 to {_MOST_IMAGES} files; name fewer")
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"out ({out}) must be a .png file; try --out {Path(out).with_suffix('.png')}")
+    check_writable(out)
     method, opened = open_method(model, filter)
     images = {file: read_image(file, opened) for file in files}
     pictures = [

@@ -48,6 +48,7 @@ def spectra(
     from freqmask.filters import build_filter
     from freqmask.pretraining.filter_sheet import apply_filter, draw_filters, filter_table
     from freqmask.pretraining.squares import read_squares
+    from freqmask.training.files import check_writable
 
     if isinstance(image, str):
         image = [image]
@@ -57,6 +58,7 @@ def spectra(
         raise UserError(f"image_size ({image_size}) must be at least 8 pixels; try --image_size 224")
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"out ({out}) must be a .png file; try --out {Path(out).with_suffix('.png')}")
+    check_writable(out)
     squares = read_squares(image, image_size)
     size = next(iter(squares.values())).shape[-1]
     built = {text: build_filter(text, size) for text in filters or default_filters(size)}

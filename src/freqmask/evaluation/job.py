@@ -24,7 +24,7 @@ from freqmask.evaluation.results import (
     Result,
     Summary,
     append_results,
-    check_writable,
+    check_results,
     class_lines,
     draw_bars,
     summarise,
@@ -174,13 +174,13 @@ def prepare(setting: Setting, check: bool = True) -> tuple[list[str], LabelledDa
     if not setting.seeds or len(set(setting.seeds)) < len(setting.seeds):
         raise UserError(f"seeds ({list(setting.seeds)}) must be one or several different numbers; try 0 1 2")
     if setting.out is not None:
-        check_writable([setting.out])
+        check_results(setting.out)
     data = open_labelled(setting.data, setting.labels, setting.parting, setting.pages)
     seen = survey(data.source)
     differences: dict[str, None] = {}
     for text in models if check else []:
         subject = open_one(text, seen, setting, setting.seeds[0])
-        check_writable([setting.out or subject.results or Path()])
+        check_results(setting.out or subject.results or Path())
         differences |= dict.fromkeys(what_differs(subject, seen))
         if subject.kind == "run" and subject.results is not None:
             say(seen_in_pretraining(subject.results, data.source, data.tested))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 
 from freqmask import __version__
-from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.scores import Scores, bootstrap_interval, margins, one_class, per_class, score
 from freqmask.evaluation.subjects import Subject, tell_apart
 from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import check_writable
 from freqmask.training.runs import now
 from freqmask.training.tables import append_row
 
@@ -197,26 +196,10 @@ def warnings_of(results: Sequence[Result], data: LabelledData) -> list[str]:
     return lines
 
 
-def check_writable(folders: Iterable[Path]) -> None:
-    """Refuses a folder into which results cannot be written, before hours of measuring.
-
-    Raises:
-        UserError: one is a file, or may not be written.
-    """
-    for folder in dict.fromkeys(folders):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"out ({folder}) is a file; give the path of a folder")
-        parent = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-        try:
-            with tempfile.TemporaryFile(dir=parent):
-                pass
-            if (folder / RESULTS).exists():
-                (folder / RESULTS).open("ab").close()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(
-                f"out ({folder}) cannot be written to ({reason}); give another folder by --out"
-            ) from error
+def check_results(folder: Path) -> None:
+    """Raises a UserError for a folder whose table cannot be written; asked before hours of measuring."""
+    check_writable(folder, folder=True)
+    check_writable(folder / RESULTS, "results")
 
 
 def append_results(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from freqmask.errors import UserError
+from freqmask.training.files import check_writable
 
 
 def check_out(out: str | Path, overwrite: bool, *, folder: bool) -> Path:
@@ -28,9 +29,7 @@ def check_out(out: str | Path, overwrite: bool, *, folder: bool) -> Path:
         raise UserError(f"out ({out}) is a {'file' if folder else 'folder'}; give another --out")
     if path.exists() and not overwrite and (not folder or any(path.iterdir())):
         raise UserError(f"out ({out}) exists already; give another --out, or --overwrite")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"out ({out}) cannot be written: {existing} is no folder that you may write to")
+    check_writable(path, folder=folder)
     return path
 
 

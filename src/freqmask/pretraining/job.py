@@ -44,10 +44,11 @@ from freqmask.pretraining.resume import (
 from freqmask.pretraining.settings import check_accelerator, check_options
 from freqmask.reporting.page import refresh_report
 from freqmask.training.failures import told_in_words
+from freqmask.training.files import check_writable
 from freqmask.training.fitting import Outcome, leave
 from freqmask.training.plan import usable_cores
 from freqmask.training.quiet import quiet_libraries
-from freqmask.training.runs import RunFolder, comparable, heading, new_run, now
+from freqmask.training.runs import RUNS, RunFolder, comparable, heading, new_run, now
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
 PASS_RATIO = 0.8  # --overfit: the loss must fall below this share of where it began
@@ -134,6 +135,7 @@ def _with_data(options: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str
 
 def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
     """A new run: resolve, tell the plan, draw it, train."""
+    check_writable(options["out"] or RUNS, folder=True)
     images = part(options)
     resolved = resolve(options, images.source, len(images.train))
     run = (

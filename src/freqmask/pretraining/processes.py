@@ -9,18 +9,12 @@ from typing import Any
 from freqmask.console import rank
 from freqmask.errors import UserError
 from freqmask.pretraining.resume import CHOSEN_BY_RANK_0
-
-WORLD = ("WORLD_SIZE", "SLURM_NTASKS")
+from freqmask.training.devices import launched_processes
 
 
 def started_from_outside() -> int:
     """How many processes a launcher started, 1 without one. Those that Lightning starts itself don't count."""
-    if os.environ.get(CHOSEN_BY_RANK_0):
-        return 1
-    for name in WORLD:
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 1
+    return 1 if os.environ.get(CHOSEN_BY_RANK_0) else launched_processes()
 
 
 def check_processes(options: Mapping[str, Any]) -> None:

@@ -10,8 +10,15 @@ from freqmask.console import rank
 from freqmask.errors import UserError
 from freqmask.training.plan import usable_cores
 
-# How many processes a launcher started: torchrun, srun. SLURM_NTASKS will not do: a batch script has it, too.
-_STARTED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+# How many processes a launcher started: torchrun, srun. SLURM_NTASKS will not do: batch scripts and the shells of
+# salloc have it, too, without having been started so many times.
+_LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def launched_processes() -> int:
+    """How many processes a launcher (torchrun, srun) started; 1 without one."""
+    counts = (os.environ.get(name, "") for name in _LAUNCHED)
+    return next((int(count) for count in counts if count.isdigit()), 1)
 
 
 def choose_devices(devices: int | str, first: torch.device, accelerator: str) -> list[torch.device]:
@@ -57,8 +64,7 @@ def check_started_once(command: str) -> None:
     Args:
         command: its name.
     """
-    told = [int(os.environ[name]) for name in _STARTED if os.environ.get(name, "").isdigit()]
-    started = max([rank() + 1, *told])
+    started = max(rank() + 1, launched_processes())
     if started > 1:
         raise UserError(
             f"{command} was started {started} times (torchrun, srun) and starts its processes itself; start it "

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from freqmask.data.loader import worker_failure
 from freqmask.errors import UserError
+from freqmask.training.files import WriteError
 from freqmask.training.runs import RunFolder
 
 
@@ -34,9 +36,15 @@ def told_in_words(run: RunFolder, options: Mapping[str, Any]) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise UserError(_not_finite(error, run, options)) from error
+    except WriteError as error:
+        raise UserError(f"{error}; {_last_good(run)}; with room made, the same command goes on") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(out_of_memory(options)) from error
+    except MisconfigurationException as error:  # devices or nodes that do not fit a launcher or a machine
+        raise UserError(" ".join(str(error).split())) from error
     except RuntimeError as error:
+        if "--ntasks" in str(error):  # Lightning's rule for srun
+            raise UserError(f"SLURM: {' '.join(str(error).split())}") from error
         if "can't allocate memory" in str(error):  # the CPU's own way to say it
             raise UserError(out_of_memory(options)) from error
         failure = worker_failure(error)
@@ -46,13 +54,16 @@ def told_in_words(run: RunFolder, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _not_finite(error: NotFiniteError, run: RunFolder, options: Mapping[str, Any]) -> str:
-    kept = sorted(run.checkpoints.glob("step-*.ckpt"))
-    good = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
     return (
         f"{error} (learning rate {options['lr']:.3g}, precision {options['precision']}, "
-        f"batch {options['batch_size']}); {good}; try --lr {options['lr'] / 2:.2g} "
+        f"batch {options['batch_size']}); {_last_good(run)}; try --lr {options['lr'] / 2:.2g} "
         "or --precision 32-true with another --out"
     )
+
+
+def _last_good(run: RunFolder) -> str:
+    kept = sorted(run.checkpoints.glob("step-*.ckpt"))
+    return f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
 
 
 def out_of_memory(options: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from freqmask import __version__
 from freqmask.errors import UserError
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import check_writable, replace_atomically
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
@@ -128,6 +128,7 @@ class RunFolder:
         Raises:
             UserError: another process is training in this folder.
         """
+        check_writable(self.path, folder=True)
         self.make()
         if not self._try_lock():
             raise UserError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import replace_atomically, writing
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -21,9 +21,9 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     header = _header(path)
     missing = [name for name in row if name not in header]
     if missing:
-        _widen(path, [*header, *missing])
         header = [*header, *missing]
-    with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        _rewrite(path, header, read_rows(path))
+    with writing(path), path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerow([_cell(row.get(name, "")) for name in header])
 
 
@@ -50,10 +50,6 @@ def _header(path: Path) -> list[str]:
         return []
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return next(csv.reader(file), [])
-
-
-def _widen(path: Path, header: Sequence[str]) -> None:
-    _rewrite(path, header, read_rows(path))
 
 
 def _rewrite(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 
 from freqmask.training.checkpoint import AtomicCheckpointIO
+from freqmask.training.devices import launched_processes
 from freqmask.training.heap import keep_freed_memory
 from freqmask.training.runs import RunFolder
 
@@ -48,7 +51,7 @@ def make_trainer(
         accumulate_grad_batches=options["accumulate"],
         callbacks=list(callbacks),
         logger=logger,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *_environment()],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -59,3 +62,8 @@ def make_trainer(
         sync_batchnorm=sync_batchnorm,
         default_root_dir=run.path,
     )
+
+
+def _environment() -> list[ClusterEnvironment]:
+    """Lightning takes the mere presence of SLURM's variables for having been started by srun; a shell has them, too."""
+    return [LightningEnvironment()] if launched_processes() == 1 and "SLURM_NTASKS" in os.environ else []

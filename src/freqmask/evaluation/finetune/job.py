@@ -22,6 +22,7 @@ from freqmask.evaluation.protocol import Heading
 from freqmask.evaluation.results import Result, Summary
 from freqmask.evaluation.subjects import PIXELS, ModelSubject
 from freqmask.evaluation.trainings import digest, run_names
+from freqmask.training.files import check_writable
 from freqmask.training.runs import RUNS, RunFolder
 
 ALL = "all labels"
@@ -105,6 +106,7 @@ def open_bout(options: Mapping[str, Any], frozen_too: bool = False) -> tuple[Bou
     models, data, seen = prepare(setting)
     words = {name: options[name] for name in (*DECIDING, "tune") if name in options}
     root = setting.out or RUNS / f"finetune-{digest(words, data.source.fingerprint(), data.split)}"
+    check_writable(root, folder=True)
     return Bout(setting, options, data, seen, root, run_names(models)), models
 
 

@@ -15,7 +15,7 @@ from freqmask.console import rank, say
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import seen_in_pretraining
-from freqmask.evaluation.results import check_writable
+from freqmask.evaluation.results import check_results
 from freqmask.evaluation.segmentation.data import SegmentationData, Wanted, open_segmentation
 from freqmask.evaluation.segmentation.network import decoder_class
 from freqmask.evaluation.segmentation.overlay import draw_overlays
@@ -38,6 +38,7 @@ from freqmask.evaluation.segmentation.tables import (
 from freqmask.evaluation.subjects import check_models
 from freqmask.evaluation.trainings import AUTO, digest, run_names
 from freqmask.interop.models import stage_features
+from freqmask.training.files import check_writable
 from freqmask.training.quiet import quiet_libraries
 from freqmask.training.runs import RUNS
 
@@ -109,8 +110,9 @@ def open_bout(options: Mapping[str, Any]) -> Bout:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds ({seeds}) must be different numbers; try 0 1 2")
     out = None if options["out"] is None else Path(options["out"])
+    check_writable(out or RUNS, folder=True)
     if out is not None:
-        check_writable([out])
+        check_results(out)
     data = open_segmentation(_wanted(options))
     seen = survey(data.source)
     words = {name: options[name] for name in DECIDING if name in options}
