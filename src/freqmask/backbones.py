@@ -116,7 +116,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Features:
         """Feature map (B, D, h, w), its mean (B, D) and the class token (B, D) or None."""
-        feature_map, class_token = self._read(self._padded(images))
+        weights = next(self.timm_model.parameters())
+        feature_map, class_token = self._read(
+            self._padded(images).to(weights.dtype)
+        )  # bf16-true: no autocast casts
         return Features(feature_map, feature_map.mean(dim=(2, 3)), class_token)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
@@ -239,7 +242,9 @@ def recalibrate_batch_norm(
         except ValueError:
             if len(images) > 1:
                 raise
-            for norm, state in zip(norms, before, strict=True):  # a single image and a map of 1x1: no variance
+            for norm, state in zip(
+                norms, before, strict=True
+            ):  # a single image and a map of 1x1: no variance
                 norm.load_state_dict(state)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -158,7 +158,9 @@ def test_a_folder_that_cannot_take_results_is_found_before_measuring(
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "results.csv").mkdir(parents=True)
     for out in ("file", "file/inside", "taken", "/proc/nowhere"):
-        with pytest.raises(UserError, match=rf"(out|results) \({out}.*\) (is a file|is a folder|cannot be written)"):
+        with pytest.raises(
+            UserError, match=rf"(out|results) \({out}.*\) (is a file|is a folder|cannot be written)"
+        ):
             freqmask.evaluate.knn("pixels", data=data, k=[3], workers=0, out=out)
 
 

@@ -1,5 +1,6 @@
 """A probe beside a training: numbers in the metrics, and not a bit of the training moved."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ def test_a_probe_writes_numbers_and_leaves_the_weights_alone(
     states = [load_safely(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (probed, plain)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     rows = [row for row in read_rows(probed / "metrics.csv") if row["probe_knn"]]
-    assert [row["step"] for row in rows] == ["2", "4"]
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
     assert all(0 < float(row["probe_linear"]) <= 1 < float(row["rankme"]) for row in rows)
+    assert float(rows[0]["pixels_knn"]) > 0.8, "raw pixels of digits are told apart well"
+    summary = json.loads((probed / "summary.json").read_text())
+    assert summary["first_probe_knn"] == pytest.approx(float(rows[0]["probe_knn"]))
+    assert summary["probe_knn"] == pytest.approx(float(rows[-1]["probe_knn"]))
     assert "probe_knn" not in read_rows(plain / "metrics.csv")[0]
+
+
+def test_a_probe_is_float32_under_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights before the first step are the same, so are their numbers; a look under autocast gave others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = {**TINY, "steps": 1, "probe_data": ["builtin:digits"]}
+    found = []
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
+        run = freqmask.pretrain(
+            ["builtin:digits"], out=str(tmp_path / precision), **{**options, "precision": precision}
+        )
+        found.append(read_rows(run / "metrics.csv")[0])
+    assert found[0]["probe_knn"] == found[1]["probe_knn"]
+    for name in ("probe_knn", "probe_linear", "rankme"):
+        assert float(found[1][name]) == pytest.approx(float(found[0][name]), rel=1e-6)
+        assert float(found[2][name]) == pytest.approx(float(found[0][name]), rel=0.05)  # its weights are bf16

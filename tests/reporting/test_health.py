@@ -20,7 +20,7 @@ def said(**curves: Curve) -> str:
 
 
 def test_learning_and_not_learning_are_told_apart() -> None:
-    assert "good: It learns" in said(loss_over_zero=curve(1.0, 0.7, 0.6, 0.6))
+    assert "note: It learns its task" in said(loss_over_zero=curve(1.0, 0.7, 0.6, 0.6))
     assert "warning: Nothing learnt yet" in said(loss_over_zero=curve(1.2, 1.0, 1.0, 1.0))
 
 
@@ -46,3 +46,41 @@ def test_bands_not_learnt_and_a_slow_loader_are_noted() -> None:
     )
     assert "frequencies of 4 to 9 cycles" in text
     assert "waits for images 60% of its time" in text
+
+
+def probes(images: int, pixels: float, *accuracies: float) -> str:
+    measured = Curve(np.arange(float(len(accuracies))), np.array(accuracies))
+    curves = {
+        "probe_knn": measured,
+        "probe_linear": measured,
+        **{name: Curve(np.zeros(1), np.array([pixels])) for name in ("pixels_knn", "pixels_linear")},
+    }
+    run = Run(Path("a"), "a", "finished", state={"probe_images": images}, curves=curves)
+    return " ".join(f"{remark.kind}: {remark.text}" for remark in remarks(run))
+
+
+def test_features_are_judged_beside_those_of_the_beginning_and_raw_pixels() -> None:
+    assert "warning: Its features are worse" in probes(2000, 0.95, 0.93, 0.9, 0.89)
+    assert "warning: Its features are no better" in probes(2000, 0.5, 0.93, 0.9, 0.931)
+    assert "good: Its features are better" in probes(2000, 0.40, 0.39, 0.46)
+    assert "not yet better than raw pixels" in probes(2000, 0.60, 0.39, 0.46)
+    few = probes(40, 0.3, 0.3, 0.9)
+    assert "too few images" in few and "good" not in few.replace("good: Finished", "")
+
+
+def test_without_labels_a_fallen_rank_is_a_warning() -> None:
+    assert "warning: Effective rank" in said(rankme=Curve(np.array([0.0, 9.0]), np.array([9.0, 4.0])))
+    assert "note: Effective rank" in said(rankme=Curve(np.array([0.0, 9.0]), np.array([4.0, 9.0])))
+    assert "Effective rank" not in said(rankme=Curve(np.array([5.0, 9.0]), np.array([4.0, 9.0])))
+
+
+def test_a_held_out_loss_of_few_images_says_nothing() -> None:
+    run = Run(
+        Path("a"),
+        "a",
+        "finished",
+        state={"held_out_images": 4},
+        curves={"held_out_loss": curve(1.0, 0.8, 0.9, 1.0)},
+    )
+    text = " ".join(f"{remark.kind}: {remark.text}" for remark in remarks(run))
+    assert "of 4 images, too few" in text and "risen" not in text

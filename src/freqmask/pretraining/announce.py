@@ -13,7 +13,8 @@ from freqmask.data.values import Survey
 from freqmask.methods import find_method
 from freqmask.options import command_words
 from freqmask.pretraining.resolve import Resolved
-from freqmask.reporting.health import EARLY
+from freqmask.reporting.health import EARLY, features_remarks
+from freqmask.reporting.reading import read_run
 from freqmask.training import plan
 from freqmask.training.runs import RunFolder
 
@@ -249,6 +250,8 @@ def summary_lines(
         yield f"            collapse number {summary['collapse']:.2f} nat (healthy is above 0.1)"
     if "held_out_loss_over_zero" in summary:
         yield f"            on held-out images: {summary['held_out_loss_over_zero']:.3f}"
+    for remark in features_remarks(read_run(run.path)):
+        yield f"{'warning ' if remark.kind == 'warning' else 'features'}    {remark.text}"
     if preview is not None:
         yield f"look at     {preview}"
         yield f"            {run.path / 'plan.png'}"

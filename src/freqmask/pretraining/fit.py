@@ -26,7 +26,7 @@ from freqmask.evaluation.labelled import LabelledData
 from freqmask.pretraining.exporting import BackboneExport
 from freqmask.pretraining.heldout import HeldOut, calibration
 from freqmask.pretraining.module import PretrainingModule
-from freqmask.pretraining.probe import Probe, steps_between
+from freqmask.pretraining.probe import ENOUGH_RANKED, Probe, steps_between
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe, pick_device
 from freqmask.pretraining.sharding import SHARDED, sharding_strategy
 from freqmask.training.fitting import Outcome, Start, ends
@@ -53,7 +53,12 @@ SHOWN = {
     "rankme": "features of rank {:.1f}",
 }
 LOSSES = ["loss", "reconstruction", "distillation", "loss_over_zero", "collapse"]
-LOOKS = ["held_out_loss", "held_out_loss_over_zero", "probe_knn", "probe_linear", "rankme"]
+LOOKS = ["held_out_loss", "held_out_loss_over_zero"]
+FEATURES = [
+    "probe_knn",
+    "probe_linear",
+    "rankme",
+]  # the first of each is of the weights that the run began with
 
 
 class Fit:
@@ -213,10 +218,13 @@ class Fit:
         )
 
     def _probe(self, monitor: Monitor) -> Probe:
+        ranked = (
+            self.held_out if self.held_out is not None and len(self.held_out) >= ENOUGH_RANKED else self.train
+        )
         return Probe(
             monitor,
             steps_between(self.options, len(self.train)),
-            self._still(self.held_out, 1) if self.held_out is not None else None,
+            self._still(ranked, 1),
             self._still(self.probed.source, 1) if self.probed is not None else None,
             self.probed,
             min(self.part, 64),
@@ -246,6 +254,7 @@ class Fit:
                         "run": self.run_folder.path.name,
                         "method": options["method"],
                         "value_range": options["value_range"],
+                        "crop": options["crop"],
                         "data": self.state["data"],
                     },
                 },
@@ -259,6 +268,8 @@ class Fit:
             **outcome.summary,
             **ends(self.run_folder, LOSSES),
             **ends(self.run_folder, LOOKS, firsts=False),
+            **ends(self.run_folder, FEATURES),
+            **ends(self.run_folder, ["pixels_knn", "pixels_linear"], firsts=False),
         }
 
 

@@ -150,6 +150,8 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
             "given": without_out(given),
             "data": images.source.fingerprint(),
             "images": len(images.train),
+            "held_out_images": 0 if images.held_out is None else len(images.held_out),
+            "probe_images": 0 if images.probed is None else len(images.probed.rounds[0].test),
             "convert_channels": resolved.options["convert_channels"],
             "freqmask": __version__,
             "torch": str(torch.__version__),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from freqmask.methods import build_method
 from freqmask.pretraining.placing import choose_place
 from freqmask.pretraining.settings import accepted_by, method_settings, parse_image_size
 from freqmask.training import plan
+from freqmask.training.failures import check_single_image
 from freqmask.training.recipe import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, Recipe, scaled_lr
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -198,6 +199,8 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
         raise UserError(
             f"accumulate ({options['accumulate']}) must divide the {batch // processes} images of a device's batch"
         )
+    if batch // processes // int(options["accumulate"]) == 1:
+        check_single_image(make_trial(resolved.method, options, device)[1], str(options["backbone"]))
     _resolve_steps(resolved, images, cost)
     _resolve_learning_rates(resolved, images)
 
@@ -256,6 +259,15 @@ def _resolve_records(resolved: Resolved) -> None:
 
 def measure(method: nn.Module, options: Mapping[str, Any], device: torch.device) -> plan.Cost:
     """Time and memory of an image, measured on a copy so that the method stays as it was."""
+    trial, loss = make_trial(method, options, device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return plan.measure_cost(trial, loss, device)
+
+
+def make_trial(
+    method: nn.Module, options: Mapping[str, Any], device: torch.device
+) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    """A copy of the method, and its loss for a number of random images."""
     trial: Any = copy.deepcopy(method).to(device)
     size = options["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -271,8 +283,7 @@ def measure(method: nn.Module, options: Mapping[str, Any], device: torch.device)
             result: Tensor = trial(views, keys)["loss"]
         return result
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return plan.measure_cost(trial, loss, device)
+    return trial, loss
 
 
 def make_geometries(options: Mapping[str, Any], views: int) -> list[Geometry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -14,6 +15,12 @@ FLAT = 0.99  # loss over that of predicting nothing
 COLLAPSED = 0.1  # nats (docs/methods.md, small pictures)
 WAITING = 0.2  # share of the time
 EARLY = 5_000  # steps before which nothing can be judged (docs/methods.md, small pictures)
+ENOUGH = 100  # images below which a share of them says nothing: its standard error is up to 5 %
+NOTABLE = 2.0  # standard errors
+INSTEAD = (
+    "Train longer (--hours), begin with public weights (--init timm:NAME), or compare another --method, before "
+    "you use them."
+)
 OVERFITTING = 1.03  # last held-out loss over its lowest
 
 
@@ -29,6 +36,7 @@ def remarks(run: Run) -> list[Remark]:
     return [
         *_state(run),
         *_learning(run),
+        *features_remarks(run),
         *_bands(run),
         *_held_out(run),
         *_collapse(run),
@@ -59,13 +67,85 @@ def _learning(run: Run) -> Iterator[Remark]:
         return
     value = curve.tail()
     if value < FLAT:
-        yield Remark("good", f"It learns: the loss is {value:.3f} of that of predicting nothing.")
+        yield Remark(
+            "note",
+            f"It learns its task: the loss is {value:.3f} of that of predicting nothing. Whether its features are "
+            "any good, only the probe tells.",
+        )
     else:
         yield Remark(
             "warning",
             f"Nothing learnt yet: the loss is {value:.3f} of that of predicting nothing (1 = nothing learnt). "
             "Try more --steps, a higher --lr, or --gamma 1.5; --overfit 8 tells whether it can learn at all.",
         )
+
+
+def features_remarks(run: Run) -> Iterator[Remark]:
+    """Whether the features are better than those that the run began with; nothing where row 0 is missing.
+
+    A difference counts beyond two standard errors of the labelled images, one of RankMe beyond a tenth.
+    """
+    before, now, pixels = (
+        {name: _at(run, f"{place}_{name}", start) for name in ("knn", "linear")}
+        for place, start in (("probe", True), ("probe", False), ("pixels", True))
+    )
+    if any(value is None for value in (*before.values(), *now.values())):
+        yield from _rank(run)
+        return
+    images = int(run.state.get("probe_images") or 0)
+    told = "; ".join(
+        f"{word} {now[name]:.1%}, before {before[name]:.1%}, raw pixels {_percent(pixels[name])}"
+        for name, word in (("knn", "k-NN"), ("linear", "linear"))
+    )
+    told += f" ({images:,} images)" if images else ""
+    if images < ENOUGH:
+        yield Remark(
+            "note", f"{told}: too few images to judge by; --probe_data wants {ENOUGH} or more to test."
+        )
+        return
+    gains = {name: (now[name] - before[name]) / _error(before[name], images) for name in now}  # type: ignore[operator, arg-type]
+    if min(gains.values()) < -NOTABLE and max(gains.values()) < NOTABLE:
+        yield Remark("warning", f"Its features are worse than those it began with: {told}. {INSTEAD}")
+    elif max(gains.values()) < NOTABLE:
+        yield Remark("warning", f"Its features are no better than those it began with: {told}. {INSTEAD}")
+    elif all(pixels[name] is None or now[name] > pixels[name] for name in now):  # type: ignore[operator]
+        yield Remark(
+            "good", f"Its features are better than those it began with, and than raw pixels: {told}."
+        )
+    else:
+        yield Remark(
+            "note", f"Better than what it began with, and not yet better than raw pixels: {told}. {INSTEAD}"
+        )
+
+
+def _rank(run: Run) -> Iterator[Remark]:
+    before, now = _at(run, "rankme", True), _at(run, "rankme", False)
+    if before is None or now is None:
+        return
+    told = f"Effective rank of the features (RankMe): {now:.1f}, before the first step {before:.1f}"
+    if now < 0.9 * before:
+        yield Remark("warning", f"{told}: it has fallen, the images look more alike to the model. {INSTEAD}")
+    else:
+        yield Remark(
+            "note", f"{told}. Only labels tell what they are good for: --probe_data FOLDER_OF_CLASSES."
+        )
+
+
+def _at(run: Run, name: str, start: bool) -> float | None:
+    """A curve's value at step 0, or its last one where it began there."""
+    curve = run.curves.get(name)
+    if curve is None or curve.steps[0] != 0:
+        return None
+    return float(curve.values[0]) if start else curve.last
+
+
+def _error(share: float, images: int) -> float:
+    """Standard error of a share of right answers; at 0 and 1 that of one wrong answer."""
+    return max(math.sqrt(share * (1 - share) / images), 1 / images)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _bands(run: Run) -> Iterator[Remark]:
@@ -85,6 +165,10 @@ def _bands(run: Run) -> Iterator[Remark]:
 def _held_out(run: Run) -> Iterator[Remark]:
     curve = run.curves.get("held_out_loss_over_zero") or run.curves.get("held_out_loss")
     if curve is None or len(curve.values) < 4:
+        return
+    images = run.state.get("held_out_images")
+    if isinstance(images, int) and images < ENOUGH:
+        yield Remark("note", f"The held-out loss is of {images} images, too few to say anything.")
         return
     lowest = float(curve.values.min())
     if lowest > 0 and curve.last > OVERFITTING * lowest:

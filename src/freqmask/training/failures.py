@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,32 @@ from freqmask.data.loader import worker_failure
 from freqmask.errors import UserError
 from freqmask.training.files import WriteError
 from freqmask.training.runs import RunFolder
+
+_LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
+
+
+def check_single_image(loss: Callable[[int], Any], backbone: str) -> None:
+    """Raises a UserError where a single image at once leaves batch norm one value a channel: a map of 1x1.
+
+    Args:
+        loss: of a number of images, in train mode.
+        backbone: its name.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            loss(1)
+    except ValueError as error:
+        if _LONE_VALUE not in str(error):
+            raise
+        raise lone_image(backbone) from error
+
+
+def lone_image(backbone: str) -> UserError:
+    """The sentence for one image at once where batch norm needs two."""
+    return UserError(
+        f"batch_size, devices and accumulate leave one image at once, and {backbone} ends in a map of 1x1, of which "
+        "batch norm needs two; try a larger --batch_size, a smaller --accumulate, or a larger --image_size"
+    )
 
 
 class NotFiniteError(UserError):
@@ -42,6 +68,10 @@ def told_in_words(run: RunFolder, options: Mapping[str, Any]) -> Iterator[None]:
         raise UserError(out_of_memory(options)) from error
     except MisconfigurationException as error:  # devices or nodes that do not fit a launcher or a machine
         raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        if _LONE_VALUE not in str(error):
+            raise
+        raise lone_image(str(options.get("backbone", "the backbone"))) from error
     except RuntimeError as error:
         if "--ntasks" in str(error):  # Lightning's rule for srun
             raise UserError(f"SLURM: {' '.join(str(error).split())}") from error

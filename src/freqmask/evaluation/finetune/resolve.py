@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
@@ -29,6 +29,7 @@ from freqmask.evaluation.finetune.recipes import (
 from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.interop.models import OpenedModel
 from freqmask.training import plan
+from freqmask.training.failures import check_single_image
 from freqmask.training.plan import Choice
 
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
@@ -200,6 +201,8 @@ def _length(numbers: Resolving, network: Network, published: Published, images: 
         raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")
     numbers.take("accumulate", plan.choose_accumulation(cost, batch // processes, memory))
     part, rest = divmod(batch // processes, int(values["accumulate"]))
+    if part == 1 and not rest:
+        check_single_image(make_trial(network, values, classes, device)[1], str(numbers.opened.name))
     if rest or (part % 2 and (values["mixup"] or values["cutmix"])):
         raise UserError(
             f"batch_size ({batch}) must give every device and part the same even number of images, because pictures "
@@ -264,6 +267,15 @@ def _records(numbers: Resolving, images: int) -> None:
 
 def measure(network: Network, values: Mapping[str, Any], classes: int, device: torch.device) -> plan.Cost:
     """Time and memory of an image, measured on a copy so that the classifier stays as it was."""
+    trial, loss = make_trial(network, values, classes, device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return plan.measure_cost(trial, loss, device)
+
+
+def make_trial(
+    network: Network, values: Mapping[str, Any], classes: int, device: torch.device
+) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    """A copy of the classifier, and its loss for a number of random images."""
     trial = copy.deepcopy(network.model).to(device).train()
     precision = torch.bfloat16 if "bf16" in str(values["precision"]) else torch.float16
     mixer = Mixer(classes, 0.0, 0.0, 0.0, 0.0)
@@ -274,5 +286,4 @@ def measure(network: Network, values: Mapping[str, Any], classes: int, device: t
         with torch.autocast(device.type, precision, enabled="mixed" in str(values["precision"])):
             return -(trial(pictures).log_softmax(dim=-1) * targets).sum()
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return plan.measure_cost(trial, loss, device)
+    return trial, loss
