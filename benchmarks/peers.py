@@ -27,8 +27,8 @@ import torch
 from lightly.loss import DINOLoss
 from lightly.models import utils
 from lightly.models.modules import DINOProjectionHead, MAEDecoderTIMM, MaskedVisionTransformerTIMM
-from record import write_record
-from step import Row, Work, method_works, show, stepper, take_turns
+from record import show, write_record
+from step import Row, Work, compile_parts, method_works, stepper, take_turns, timm_arguments
 from torch import Tensor, nn
 
 from freqmask.methods import build_method
@@ -57,15 +57,7 @@ def main() -> None:
 
 def table(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     """One row a method; the last columns set it beside each rival."""
-    makers: dict[str, Callable[[], Work]] = {
-        "mfm": lambda: method_works("mfm", arguments.backbone, arguments, device)["step"],
-        "mfm-com": lambda: method_works("mfm-com", arguments.backbone, arguments, device)["step"],
-        "mfm's network": lambda: network_step(arguments, device),
-        "folk": lambda: method_works("folk", arguments.backbone, arguments, device)["step"],
-        "simmim": lambda: masked_step(SimMIM(vit(arguments)), arguments, device),
-        "mae": lambda: masked_step(MAE(vit(arguments)), arguments, device),
-        "dino": lambda: dino_step(arguments, device),
-    }
+    makers = all_makers(arguments, device)
     memory = {name: peak_megabytes(make, device) for name, make in makers.items()}
     works = {name: make() for name, make in makers.items()}
     times = take_turns(works, arguments.rounds, device)
@@ -87,11 +79,41 @@ def table(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     ]
 
 
+def in_turns(
+    arguments: argparse.Namespace, device: torch.device, failed: Callable[[str, str], None]
+) -> dict[str, float]:
+    """Seconds of a step of each method; one that fails is told, and left out."""
+    works: dict[str, Work] = {}
+    for name, make in all_makers(arguments, device).items():
+        try:
+            work = make()
+            take_turns({name: work}, 0, device)
+            works[name] = work
+        except Exception as error:
+            failed(name, (str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+    return take_turns(works, arguments.rounds, device, arguments.repeats)
+
+
+def all_makers(arguments: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Work]]:
+    """How each method's step is put together."""
+    return {
+        "mfm": lambda: method_works("mfm", arguments.backbone, arguments, device)["step"],
+        "mfm-com": lambda: method_works("mfm-com", arguments.backbone, arguments, device)["step"],
+        "mfm's network": lambda: network_step(arguments, device),
+        "folk": lambda: method_works("folk", arguments.backbone, arguments, device)["step"],
+        "simmim": lambda: masked_step(SimMIM(vit(arguments)), arguments, device),
+        "mae": lambda: masked_step(MAE(vit(arguments)), arguments, device),
+        "dino": lambda: dino_step(arguments, device),
+    }
+
+
 def network_step(arguments: argparse.Namespace, device: torch.device) -> Work:
     """MFM's encoder and decoder with nothing of frequencies: no step of MFM can be faster."""
-    method: Any = build_method("mfm", backbone=arguments.backbone, image_size=arguments.size).to(device)
-    if arguments.compile:
-        method.compile_backbone()
+    more = getattr(arguments, "model", {})
+    method: Any = build_method("mfm", backbone=arguments.backbone, image_size=arguments.size, **more).to(
+        device
+    )
+    compile_parts(method.backbone.timm_model, arguments)
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
     (backbone,) = method.backbones().values()
 
@@ -103,7 +125,8 @@ def network_step(arguments: argparse.Namespace, device: torch.device) -> Work:
 
 
 def vit(arguments: argparse.Namespace) -> nn.Module:
-    model: nn.Module = timm.create_model(arguments.backbone, num_classes=0, img_size=arguments.size)
+    more = timm_arguments(arguments.backbone, arguments)
+    model: nn.Module = timm.create_model(arguments.backbone, num_classes=0, **more)
     return model
 
 
@@ -154,8 +177,7 @@ class MAE(nn.Module):
 
 def masked_step(model: Any, arguments: argparse.Namespace, device: torch.device) -> Work:
     model = model.to(device).train()
-    if arguments.compile:
-        model.backbone.compile()
+    compile_parts(model.backbone.vit, arguments)
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
     return stepper(model, lambda: model(images), arguments)
 
@@ -163,16 +185,16 @@ def masked_step(model: Any, arguments: argparse.Namespace, device: torch.device)
 class DINO(nn.Module):
     """lightly's DINO with two global views and no small ones."""
 
-    def __init__(self, backbone: nn.Module, width: int) -> None:
+    def __init__(self, backbone: nn.Module, width: int, outputs: int) -> None:
         super().__init__()
-        sizes = (width, HIDDEN, BOTTLENECK, OUTPUTS)
+        sizes = (width, HIDDEN, BOTTLENECK, outputs)
         self.student = backbone
         self.student_head = DINOProjectionHead(*sizes, freeze_last_layer=1)
         self.teacher = copy.deepcopy(backbone)
         self.teacher_head = DINOProjectionHead(*sizes)
         utils.deactivate_requires_grad(self.teacher)
         utils.deactivate_requires_grad(self.teacher_head)
-        self.loss = DINOLoss(output_dim=OUTPUTS)
+        self.loss = DINOLoss(output_dim=outputs)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
@@ -188,10 +210,9 @@ class DINO(nn.Module):
 
 def dino_step(arguments: argparse.Namespace, device: torch.device) -> Work:
     backbone: Any = vit(arguments)
-    model = DINO(backbone, backbone.num_features).to(device).train()
-    if arguments.compile:
-        model.student.compile()
-        model.teacher.compile()
+    model = DINO(backbone, backbone.num_features, getattr(arguments, "outputs", OUTPUTS)).to(device).train()
+    for part in (model.student, model.teacher):
+        compile_parts(part, arguments)
     shape = (arguments.batch, 3, arguments.size, arguments.size)
     views = [torch.randn(shape, device=device) for _ in range(2)]
     train = stepper(model, lambda: model(views), arguments)

@@ -23,10 +23,11 @@ from typing import Any
 
 import timm
 import torch
-from record import write_record
+from record import show, write_record
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from freqmask.filters import build_filter
 from freqmask.methods import build_method
 from freqmask.methods.masking import corrupt
 from freqmask.training.heap import keep_freed_memory
@@ -110,14 +111,26 @@ def autocast(arguments: argparse.Namespace) -> torch.autocast:
     return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.precision == "bf16")
 
 
-def stepper(module: nn.Module, loss: Callable[[], Tensor], arguments: argparse.Namespace) -> Work:
+def compile_parts(model: nn.Module, arguments: argparse.Namespace) -> None:
+    """The blocks of a ViT one by one, else (or with ``compile="whole"``) all as one graph, as a training does."""
+    if not arguments.compile:
+        return
+    blocks = getattr(model, "blocks", None)
+    parts = [model] if blocks is None or arguments.compile == "whole" else list(blocks)
+    for part in parts:
+        part.compile(backend=getattr(arguments, "backend", "inductor"))
+
+
+def stepper(
+    module: nn.Module, loss: Callable[..., Tensor], arguments: argparse.Namespace
+) -> Callable[..., None]:
     recipe = Recipe(lr=1e-4, min_lr=0.0, warmup_lr=0.0, warmup_steps=0, total_steps=1)
     optimizer = build_optimizer(module, recipe)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
-    def step() -> None:
+    def step(*batch: Any) -> None:
         with autocast(arguments):
-            value = loss()
+            value = loss(*batch)
         value.backward()
         nn.utils.clip_grad_norm_(trained, 3.0)
         optimizer.step()
@@ -127,35 +140,55 @@ def stepper(module: nn.Module, loss: Callable[[], Tensor], arguments: argparse.N
 
 
 def supervised(backbone: str, arguments: argparse.Namespace, device: torch.device) -> Work:
-    sizes = {"img_size": arguments.size} if "vit" in backbone else {}
-    model = timm.create_model(backbone, num_classes=1000, **sizes).to(device).train()
-    if arguments.compile:
-        model.compile()
+    model = (
+        timm.create_model(backbone, num_classes=1000, **timm_arguments(backbone, arguments))
+        .to(device)
+        .train()
+    )
+    compile_parts(model, arguments)
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
     labels = torch.randint(1000, (arguments.batch,), device=device)
     return stepper(model, lambda: nn.functional.cross_entropy(model(images), labels), arguments)
 
 
+def timm_arguments(backbone: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the bare network is built with beside its name."""
+    more = dict(getattr(arguments, "model", {}))
+    return {
+        **more.pop("model_args", {}),
+        **more,
+        **({"img_size": arguments.size} if "vit" in backbone else {}),
+    }
+
+
 def method_works(
-    name: str, backbone: str, arguments: argparse.Namespace, device: torch.device
-) -> dict[str, Work]:
-    """The method's whole step, its masks and loss alone, and for FOLK its passes alone."""
+    name: str, backbone: str, arguments: argparse.Namespace, device: torch.device, fed: bool = False
+) -> dict[str, Any]:
+    """The method's whole step, its masks and loss alone, for FOLK its passes alone; the step on given views, if fed."""
     kind, filter_name = METHODS[name]
-    method: Any = build_method(kind, backbone=backbone, image_size=arguments.size, filter=filter_name).to(
-        device
-    )
-    if arguments.compile:
-        method.compile_backbone()
+    method: Any = build_method(
+        kind,
+        backbone=backbone,
+        image_size=arguments.size,
+        filter=filter_name,
+        **getattr(arguments, "model", {}),
+    ).to(device)
+    if method.backbones().popitem()[1].is_cnn:
+        method.to(memory_format=torch.channels_last)  # as a training does
+    for part in method.backbones().values():
+        compile_parts(part.timm_model, arguments)
     shape = (arguments.batch, 3, arguments.size, arguments.size)
     views = [torch.rand(shape, device=device) for _ in range(method.n_views)]
     keys = torch.arange(arguments.batch, device=device)
-    whole = stepper(method, lambda: method(views, keys)["loss"], arguments)
+    train = stepper(method, lambda *batch: method(*batch)["loss"], arguments)
 
-    def step() -> None:
-        whole()
+    def stepped(*batch: Any) -> None:
+        train(*batch)
         method.after_step(0, 1000)
 
-    works: dict[str, Work] = {"step": step, "mask": mask_work(method, views, keys)}
+    works: dict[str, Any] = {"step": lambda: stepped(views, keys), "mask": mask_work(method, views, keys)}
+    if fed:
+        works["stepped"] = stepped
     if name == "folk":
         works["passes"] = passes_work(method, views, arguments)
     return works
@@ -206,38 +239,41 @@ def matmul(arguments: argparse.Namespace, device: torch.device) -> Work:
 
 
 def forward_flops(backbone: str, arguments: argparse.Namespace, device: torch.device) -> float:
-    sizes = {"img_size": arguments.size} if "vit" in backbone else {}
-    model = timm.create_model(backbone, num_classes=0, **sizes).to(device).eval()
-    images = torch.randn(1, 3, arguments.size, arguments.size, device=device)
+    model = timm.create_model(backbone, num_classes=0, **timm_arguments(backbone, arguments)).eval()
+    images = torch.randn(1, 3, arguments.size, arguments.size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     return float(counter.get_total_flops()) * arguments.batch
 
 
-def take_turns(works: dict[str, Work], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, after one round that warms up."""
+def filter_work(name: str, arguments: argparse.Namespace, device: torch.device) -> Work:
+    """The filter alone: transform, mask, transform back, clamp."""
+    filter = build_filter(name, arguments.size).to(device)
+    images = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device)
+    keys = torch.arange(arguments.batch, device=device)
+    return lambda: corrupt(filter, images, keys, clamp=True)
+
+
+def take_turns(
+    works: dict[str, Work], rounds: int, device: torch.device, repeats: int = 1
+) -> dict[str, float]:
+    """Median seconds of each, after one round that warms up; so many repeats follow each other without a wait."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
             synchronise(device)
             start = time.perf_counter()
-            work()
+            for _ in range(repeats if number else 1):
+                work()
             synchronise(device)
             if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(values) for name, values in times.items() if values}
 
 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def show(rows: list[Row]) -> None:
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
-    print("  ".join(name.ljust(widths[name]) for name in rows[0]))
-    for row in rows:
-        print("  ".join(str(row[name]).ljust(widths[name]) for name in row))
 
 
 if __name__ == "__main__":

@@ -249,6 +249,7 @@ def test_the_device_is_not_waited_for(photographs_of_all_sizes: Any) -> None:
     assert [tuple(view.shape) for view in views] == [(4, 3, 16, 16), (4, 3, 21, 12)]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_cuts_the_same_views_without_waiting(photographs_of_all_sizes: Any) -> None:
     pair = Pair(photographs_of_all_sizes)

@@ -90,6 +90,7 @@ def test_the_count_finds_a_wait() -> None:
     assert len(waits.found) == 2
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:

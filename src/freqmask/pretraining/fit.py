@@ -288,6 +288,8 @@ def compile_failure(backbone: Any, options: Mapping[str, Any]) -> str | None:
         trial(images).feature_map.sum().backward()
     except Exception as error:  # a missing compiler, an operator it does not know: anything may come
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    finally:
+        torch._dynamo.reset()  # else the training's batch, another size, would be compiled for any size: slower
     return None
 
 
