@@ -1,5 +1,6 @@
 """The index of a folder: complete, compact, cached, and refreshed when a folder changes."""
 
+import multiprocessing
 import os
 import pickle
 
@@ -24,9 +25,9 @@ def reads(monkeypatch):
     paths = []
     read = index_module._read_folder
 
-    def counting(path, modified, suffixes):
+    def counting(path, *rest):
         paths.append(os.fsdecode(path))
-        return read(path, modified, suffixes)
+        return read(path, *rest)
 
     monkeypatch.setattr(index_module, "_read_folder", counting)
     return paths
@@ -201,3 +202,40 @@ def test_an_index_takes_about_thirty_bytes_a_file(tmp_path):
     index_folder(tmp_path, SUFFIXES)
     (file,) = cache_folder().glob("index-*")
     assert file.stat().st_size < 40 * 900
+
+
+def test_an_index_replaced_by_another_process_travels_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "SENT_WHOLE_BYTES", 0)
+    plant(tmp_path, "1.jpg", "2.jpg")
+    index = index_folder(tmp_path, SUFFIXES)
+    plant(tmp_path, "3.jpg")
+    index_folder(tmp_path, SUFFIXES)  # as a second command does meanwhile
+    assert listed(pickle.loads(pickle.dumps(index))) == ["1.jpg", "2.jpg"]
+
+
+def index_again(root, barrier):
+    barrier.wait()
+    for _ in range(20):
+        assert len(index_folder(root, SUFFIXES)) >= 50
+
+
+def test_processes_that_write_one_cache_at_once_all_succeed(tmp_path):
+    plant(tmp_path, *(f"a/{number:03d}.jpg" for number in range(50)))
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    workers = [context.Process(target=index_again, args=(tmp_path, barrier)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert read_arrays(next(cache_folder().glob("index-*"))) is not None
+
+
+@pytest.mark.parametrize("content", [{}, {"folders": ["", "x"], "tree": [], "own": [], "unreadable": []}])
+def test_a_cache_with_something_else_in_it_is_rebuilt(tmp_path, content):
+    plant(tmp_path, "1.jpg")
+    index_folder(tmp_path, SUFFIXES)
+    (file,) = cache_folder().glob("index-*")
+    write_arrays(file, content, {"starts": np.zeros(2, np.int64)})
+    assert listed(index_folder(tmp_path, SUFFIXES)) == ["1.jpg"]

@@ -210,15 +210,17 @@ def test_the_length_is_that_of_the_whole_training(dataset: TrainDataset) -> None
     assert len(loader) == 6
 
 
-def test_grey_and_colour_mix_where_asked_and_are_skipped_where_not(
-    memory_source: Any, photographs: Any
+@pytest.mark.parametrize("convert", [True, False])
+def test_grey_and_color_mix_and_four_bands_only_where_asked(
+    memory_source: Any, photographs: Any, convert: bool
 ) -> None:
-    source = memory_source(photographs(2) + photographs(1, channels=1))
-    converted = TrainDataset(source, TWO_VIEWS, channels=3)[(0, 0, 2)]
-    assert converted.skipped == []
-    assert torch.equal(converted.views[0][0], converted.views[0][2])
-    skipped = TrainDataset(source, TWO_VIEWS, channels=3, convert_channels=False)[(0, 0, 2)]
-    assert skipped.skipped[0] == ("image-2", "it has 1 channels, the other images have 3")
+    source = memory_source(photographs(2) + photographs(1, channels=1) + photographs(1, channels=4))
+    dataset = TrainDataset(source, TWO_VIEWS, channels=3, convert_channels=convert)
+    grey = dataset[(0, 0, 2)]
+    assert grey.skipped == []
+    assert torch.equal(grey.views[0][0], grey.views[0][2])
+    skipped = [] if convert else [("image-3", "it has 4 channels, the other images have 3")]
+    assert dataset[(0, 0, 3)].skipped == skipped
 
 
 def test_sixteen_bits_arrive_as_floats_in_the_given_range(memory_source: Any) -> None:

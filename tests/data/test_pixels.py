@@ -35,7 +35,7 @@ def test_grey_is_repeated_and_a_fourth_channel_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "convert"), [(12, 3, True), (3, 12, True), (2, 1, True), (1, 3, False)]
+    ("found", "wanted", "convert"), [(12, 3, True), (3, 12, True), (2, 1, True), (4, 3, False), (4, 1, False)]
 )
 def test_other_channels_are_refused_with_both_counts(found: int, wanted: int, convert: bool) -> None:
     with pytest.raises(BadImage, match=rf"{found} channels.*{wanted}"):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import tarfile
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from freqmask.data.views import Geometry
 from freqmask.errors import BadImage, UserError
 
 pytest.importorskip("aiohttp", reason="https:// needs aiohttp (freqmask[data])")
-from web_server import serving
+from web_server import Handler, serving
 
 # aiohttp closes what a forked or ended process left open when it is collected
 pytestmark = pytest.mark.filterwarnings("ignore:Unclosed", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -174,6 +175,61 @@ def test_a_server_without_ranges_is_told(server):
     server.failures["shards/train-000000.tar"] = ["whole"]
     with pytest.raises(UserError, match="ignores byte ranges"):
         far.open(0)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x", "x-*.parquet", "a-{0..2}.tar"])
+def test_a_refused_connection_is_no_missing_file(tmp_path, name):
+    with serving(tmp_path) as server:
+        pass  # nobody listens at its port from here on
+    with pytest.raises(UserError, match="the connection was refused"):
+        open_source(f"{server.url}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(500, "after 5 tries .status 500"), (403, "refused .status 403")]
+)
+def test_an_answer_of_the_server_is_no_missing_file(tmp_path, status, words):
+    (tmp_path / "x.parquet").write_bytes(b"x")
+    with serving(tmp_path, Refusing) as server:
+        server.status = status
+        with pytest.raises(UserError, match=words):
+            open_source(f"{server.url}/x.parquet")
+
+
+class Refusing(Handler):
+    """Answers everything with one status."""
+
+    def do_GET(self):
+        self.send_error(self.server.status)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+
+def test_a_length_that_is_not_true_is_a_sentence(tmp_path):
+    pq.write_table(pa.table({"image": [b"x" * 999] * 9}), tmp_path / "x.parquet")
+    with serving(tmp_path, Lying) as server, pytest.raises(UserError, match="bytes came"):
+        open_source(f"{server.url}/x.parquet")
+
+
+class Lying(Handler):
+    """Calls every file longer than it is."""
+
+    def do_HEAD(self):
+        size = os.path.getsize(self.translate_path(self.path))  # noqa: PTH202
+        self.send_response(200)
+        self.send_header("Content-Length", str(size + 500))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(TimeoutError(), "nothing came for"), (socket.gaierror(-2, "?"), "no host of that name")],
+)
+def test_what_hangs_and_what_is_unknown_is_named(error, words):
+    with pytest.raises(UserError, match=words):
+        remote.with_patience("https://x.y/z", lambda: (_ for _ in ()).throw(error))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "shards/none-{0..3}.tar", "shards/none-*.tar"])

@@ -166,7 +166,8 @@ def test_a_missing_table_is_refused(folder):
 def test_the_splits_there_are_can_be_asked_for(folder):
     assert splits_there(folder) == [] == splits_there("builtin:digits")
     for name in ("val", "train"):
-        folder.parent.joinpath("data", name).mkdir(parents=True)
+        (folder.parent / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 6)).save(folder.parent / "data" / name / "1.png")
     assert splits_there(folder.parent / "data") == ["train", "val"]
     np.savez(folder.parent / "x.npz", test_images=np.zeros((2, 8, 8)), train_images=np.zeros((2, 8, 8)))
     assert splits_there(folder.parent / "x.npz") == ["test", "train"]

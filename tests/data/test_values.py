@@ -91,14 +91,16 @@ def test_nodata_counts_neither_for_the_range_nor_for_the_mean(memory_source: Any
     assert found.mean[0] == pytest.approx(0.5, abs=0.05)
 
 
-def test_auto_takes_the_commonest_channels_and_says_how_many_are_skipped(
+def test_auto_makes_grey_and_color_into_the_commonest_and_skips_other_bands(
     memory_source: Any, photographs: Any
 ) -> None:
     images = photographs(5) + photographs(2, channels=1)
-    found = survey(memory_source(images))
+    found = survey(memory_source([*images, *photographs(1, channels=4)]))
     assert found.channels == 3
-    assert [name for name, _ in found.bad] == ["image-5", "image-6"]
-    assert "2 of 7" in found.notes[0]
+    assert [name for name, _ in found.bad] == ["image-7"]
+    assert "2 grey images become colour, 1 of another count are skipped" in found.notes[0]
+    grey = survey(memory_source([*photographs(1), *photographs(3, channels=1)]))
+    assert (grey.channels, grey.bad) == (1, []) and "1 colour images become grey" in grey.notes[0]
     asked = survey(memory_source(images), channels=1)
     assert (asked.channels, asked.bad, len(asked.mean)) == (1, [], 1)
 

@@ -99,3 +99,40 @@ def test_labels_that_cannot_be_used_are_one_sentence(tmp_path: Path, lines: list
     (tmp_path / "labels.csv").write_text("path,label,split\n" + "\n".join(lines) + "\n")
     with pytest.raises(UserError, match=sentence):
         open_labelled(tmp_path / "flat", tmp_path / "labels.csv", parting(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("parts", "tested"),
+    [(("test",), "test/"), (("train", "test"), "test/"), (("val",), "val/"), (("",), "")],
+    ids=["test", "train and test", "val", "no splits"],
+)
+def test_where_nothing_is_learnt_everything_but_train_is_tested(
+    tmp_path: Path, parts: tuple[str, ...], tested: str
+) -> None:
+    for part in parts:
+        write_classes(tmp_path / "data" / part, 1)
+    data = open_labelled(tmp_path / "data", parting=parting(tmp_path, learn=False))
+    assert [data.source.name(int(index)) for index in data.tested] == [
+        f"{tested}cat/0.png",
+        f"{tested}dog/0.png",
+    ]
+    assert len(data.rounds[0].train) == 0 and data.class_names == ["cat", "dog"]
+    assert not (tmp_path / "splits").exists()
+
+
+def test_a_test_part_without_class_folders_is_named(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data" / "train")
+    write_images(tmp_path / "data" / "val", 4)
+    with pytest.raises(
+        UserError, match="the images of val have no labels: its images lie in the folder itself"
+    ):
+        open_labelled(tmp_path / "data")
+
+
+def test_images_beside_class_folders_are_named(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data")
+    (tmp_path / "data" / "loose.png").write_bytes((tmp_path / "data" / "cat" / "1.png").read_bytes())
+    with pytest.raises(
+        UserError, match=r"no labels: 1 images \(first 'loose.png'\) lie beside the class folders"
+    ):
+        open_labelled(tmp_path / "data", parting=parting(tmp_path))

@@ -108,6 +108,19 @@ def test_a_model_with_its_own_head_needs_no_training_images(
     assert (row["classes"], row["test_images"], row["head"]) == ("2", "6", "own")
 
 
+@pytest.mark.parametrize("protocol", ["robustness", "bands"])
+@pytest.mark.parametrize("part", ["test", "."])
+def test_a_classifier_needs_one_test_image_a_class(tmp_path: Path, protocol: str, part: str) -> None:
+    write_classifier(tmp_path / "model", ["cat", "dog"])
+    write_classes(tmp_path / "few" / part, ("cat", "dog"), 200)
+    for path in sorted((tmp_path / "few" / part).rglob("*.png"))[1::3]:
+        path.unlink()
+    options = {"corruptions": ["fog"], "severities": [1]} if protocol == "robustness" else {"radii": [4]}
+    getattr(freqmask.evaluate, protocol)("model", head="own", data="few", workers=0, **options)
+    assert {row["test_images"] for row in rows(tmp_path / "results.csv")} == {"4"}
+    assert not (tmp_path / "runs").exists()
+
+
 def test_imagenet_c_trees_are_read_and_their_mean_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,8 +133,8 @@ def pretrain(
         init: weights to start from: timm:NAME (its public weights), a run folder, or an exported folder.
         image_size: side in pixels that the network sees, or HEIGHTxWIDTH; auto goes by the median image.
         channels: channels that the network sees; auto is the commonest count among the images.
-        convert_channels: turn images of another channel count into channels, else skip them; auto turns them
-            where channels is given.
+        convert_channels: grey and color always become each other; true also drops the fourth of four bands, false
+            skips such images; auto drops it where channels is given.
         value_range: auto, dtype, or LOW,HIGH: what becomes 0 and 1. auto is the full range for 8 bits,
             else the 0.1 and 99.9 percentiles of 1,000 images.
         mean: means that normalise the channels; auto is ImageNet's for 8-bit colour, else measured.

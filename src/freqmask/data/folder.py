@@ -1,21 +1,182 @@
-"""A folder of images, flat or nested, with or without a folder for each class."""
+"""A folder of images as people have them: flat or nested, with classes, splits, masks, and whatever else lies there."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.decode import EXTRAS, count_images, open_file, read_file, read_suffixes
-from freqmask.data.index import FolderIndex, index_folder
+from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder
 from freqmask.data.patterns import unpacker_of
 from freqmask.data.pictures import Picture
 from freqmask.data.sources import Pages, Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note, split_of
 from freqmask.errors import UserError
+
+IMAGE_WORDS = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit", "rgb", "photos", "pictures")
+MASK_WORDS = (
+    "segmentationclass", "segmentationobject", "segmentations", "segmentation", "annotations", "annotation", "annot",
+    "labelmaps", "labels", "label", "masks", "mask", "groundtruth", "gtfine", "gtcoarse", "gts", "gt", "trimaps",
+    "trimap", "mattes", "segs", "seg",
+)  # fmt: skip
+_SIBLINGS = 8
+_LOOKED_AT = 3  # files of a folder that may hold masks
+
+
+@dataclass
+class Layout:
+    """How a folder is laid out.
+
+    Attributes:
+        index: the images, masks passed over.
+        base: the folder on the way to all of them below which classes or splits begin; empty for the root.
+        splits: names of the folders below the base that are splits.
+        certain: False where those may as well be classes, such as ``test`` beside ``apple``.
+        notes: sentences for the user.
+    """
+
+    index: FolderIndex
+    base: bytes = b""
+    splits: list[str] = field(default_factory=list)
+    certain: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def part(self, split: str) -> str:
+        """The relative path of a split."""
+        return os.fsdecode(_joined(self.base, os.fsencode(split)))
+
+
+def lay_out(index: FolderIndex, is_mask: Callable[[bytes], bool] | None = None) -> Layout:
+    """How the images of a folder are laid out.
+
+    Args:
+        index: its files.
+        is_mask: whether a file looks like a mask; None where files cannot be looked at.
+    """
+    masks = _mask_folders(index, is_mask)
+    kept = [
+        number
+        for number, folder in enumerate(index.folders)
+        if not any(folder == mask or folder.startswith(mask + b"/") for mask in masks)
+    ]
+    notes = [
+        f"{os.fsdecode(mask)} holds masks of {os.fsdecode(images)} and is passed over."
+        for mask, images in masks.items()
+    ]
+    if len(kept) < len(index.folders):
+        index = index.select(kept)
+    if index.masks:
+        notes.append(f"{index.masks:,} masks beside their images (such as a_mask.png) are passed over.")
+    base, splits, certain = _find_splits(index)
+    return Layout(index, base, splits, certain, notes)
+
+
+def _find_splits(index: FolderIndex) -> tuple[bytes, list[str], bool]:
+    """Where classes or splits begin, the splits there, and whether they can be nothing else."""
+    children, base = _children(index), b""
+    while True:
+        names = children.get(base, [])
+        loose = bool(_files_in(index, base))
+        kinds = {os.fsdecode(name): split_of(os.fsdecode(name)) for name in names}
+        splits = sorted(name for name, kind in kinds.items() if kind)
+        if splits:
+            found = {kinds[name] for name in splits}
+            certain = len(splits) == len(names) or ("train" in found and len(found) > 1)
+            return base, splits, certain
+        if len(names) != 1 or loose:
+            return base, [], False
+        base = _joined(base, names[0])
+
+
+def _children(index: FolderIndex) -> dict[bytes, list[bytes]]:
+    """Relative path of each folder -> the names of those in it."""
+    found: dict[bytes, list[bytes]] = {}
+    for folder in index.folders:
+        if folder:
+            parent, _, name = folder.rpartition(b"/")
+            found.setdefault(parent, []).append(name)
+    return found
+
+
+def _files_in(index: FolderIndex, folder: bytes) -> int:
+    """How many images lie directly in a folder."""
+    number = index.folders.index(folder)
+    return int(index.starts[number + 1] - index.starts[number])
+
+
+def _joined(*parts: bytes) -> bytes:
+    return b"/".join(part for part in parts if part)
+
+
+def _mask_folders(index: FolderIndex, is_mask: Callable[[bytes], bool] | None) -> dict[bytes, bytes]:
+    """Folder of masks -> the folder beside it that holds their images."""
+    found = {}
+    for parent, names in _children(index).items():
+        for name in names:
+            word = _mask_word(name)
+            if word is None:
+                continue
+            siblings = [other for other in names if other != name and _mask_word(other) is None]
+            named = [other for other in siblings if _belongs(name, word, other)]
+            # Among very many folders a mask is a class like the others (ImageNet has three of them).
+            for other in named or (siblings if len(siblings) <= _SIBLINGS else []):
+                pair = _joined(parent, name), _joined(parent, other)
+                if other in named or _looks_like_masks(index, *pair, is_mask):
+                    found[pair[0]] = pair[1]
+                    break
+    return found
+
+
+def _plain(name: bytes) -> str:
+    return "".join(letter for letter in os.fsdecode(name).lower() if letter.isalnum())
+
+
+def _mask_word(name: bytes) -> str | None:
+    """The word for masks that a folder's name begins or ends with."""
+    plain = _plain(name)
+    return next((word for word in MASK_WORDS if plain.startswith(word) or plain.endswith(word)), None)
+
+
+def _belongs(mask: bytes, word: str, images: bytes) -> bool:
+    """Whether names alone say so: masks/images, train_masks/train, labelsTr/imagesTr."""
+    rest, plain = _without(_plain(mask), word), _plain(images)
+    if rest and rest == plain:
+        return split_of(os.fsdecode(images)) is not None
+    return any(
+        (plain.startswith(image) or plain.endswith(image)) and _without(plain, image) == rest
+        for image in IMAGE_WORDS
+    )
+
+
+def _without(plain: str, word: str) -> str:
+    return plain.removeprefix(word) if plain.startswith(word) else plain.removesuffix(word)
+
+
+def _looks_like_masks(
+    index: FolderIndex, masks: bytes, images: bytes, is_mask: Callable[[bytes], bool] | None
+) -> bool:
+    """Whether a folder's files have the names of those beside it, and few colours where those have many."""
+    wanted, there = dict(_stems_below(index, masks)), dict(_stems_below(index, images))
+    partners = [stem for stem in wanted if stem in there]
+    if is_mask is None or len(partners) < 0.9 * len(wanted):
+        return False
+    some = partners[:_LOOKED_AT]
+    return all(is_mask(wanted[stem]) and not is_mask(there[stem]) for stem in some)
+
+
+def _stems_below(index: FolderIndex, folder: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(path relative to the folder without suffix and without what marks a mask, path) of each file below."""
+    for number, path in enumerate(index.folders):
+        if path == folder or path.startswith(folder + b"/"):
+            for name in index.names_in(number):
+                stem = name.rpartition(b".")[0]
+                marked = MASK_FILE.fullmatch(stem)
+                yield _joined(path[len(folder) + 1 :], marked[1] if marked else stem), _joined(path, name)
 
 
 def open_folder(path: Path, pages: Pages = "channels", split: str = "auto") -> Source:
@@ -24,7 +185,7 @@ def open_folder(path: Path, pages: Pages = "channels", split: str = "auto") -> S
     Args:
         path: the folder.
         pages: what the pages of a TIFF are.
-        split: ``auto``, ``all``, or the name of a folder directly below.
+        split: ``auto``, ``all``, or the name of a folder of a split.
 
     Raises:
         UserError: it holds nothing that can be read, or no such split.
@@ -34,48 +195,74 @@ def open_folder(path: Path, pages: Pages = "channels", split: str = "auto") -> S
         from freqmask.data.tables import open_tables
 
         return open_tables(path, tables, split)
-    splits = split_folders(path)
-    chosen = choose_split(splits, split, str(path))
-    notes = [split_note(chosen, splits)] if chosen and split == "auto" else []
-    return FolderSource(path, pages, chosen, notes)
+    layout = local_layout(path)
+    chosen = choose_folder(layout, split, str(path))
+    notes = [split_note(chosen, layout.splits)] if chosen and split == "auto" else []
+    return FolderSource(path, pages, layout.part(chosen) if chosen else None, notes, layout)
+
+
+def choose_folder(layout: Layout, split: str, where: str) -> str | None:
+    """The folder of the split that is asked for; one that may be a class is taken only by its name."""
+    names = layout.splits if layout.certain or split not in ("auto", "all") else []
+    return choose_split(names, split, where)
+
+
+def local_layout(path: Path) -> Layout:
+    """The layout of a folder of this machine."""
+    return lay_out(
+        index_folder(path, read_suffixes()), lambda relative: has_few_colors(path / os.fsdecode(relative))
+    )
 
 
 def tables_in(path: Path) -> list[Path]:
     """The parquet files of a folder without images, directly in it or in its ``data``; else none."""
     tables = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-    return tables if tables and len(index_folder(path, read_suffixes())) == 0 else []
+    if not tables or len(index_folder(path, read_suffixes())):
+        return []
+    own = index_folder(path, frozenset({".parquet"})).own
+    kept = [table for table in tables if table.relative_to(path).as_posix() not in own]
+    return kept or tables
 
 
 def split_folders(path: Path) -> list[str]:
-    """Folders directly below whose names are those of splits."""
+    """The folders below that are splits and nothing else."""
     try:
-        return sorted(entry.name for entry in path.iterdir() if split_of(entry.name) and entry.is_dir())
-    except PermissionError:
-        return []  # the index says so in a sentence
+        layout = local_layout(path)
+    except UserError:
+        return []  # opening it says so in a sentence
+    return layout.splits if layout.certain else []
 
 
 class FolderSource(Source):
     """The images below a folder.
 
-    The first level of folders are classes, where there are several and no image lies beside them.
+    Where several folders lie beside each other below the one that holds everything, and no image beside them,
+    those are classes.
 
     Args:
         root: the folder.
         pages: what the pages of a TIFF are.
-        split: the folder directly below that is used, or None for all.
+        split: the folder below that is used, as a relative path, or None for all.
         notes: sentences for the summary.
+        layout: of the root; None reads all of its images.
     """
 
     def __init__(
-        self, root: Path, pages: Pages = "channels", split: str | None = None, notes: Sequence[str] = ()
+        self,
+        root: Path,
+        pages: Pages = "channels",
+        split: str | None = None,
+        notes: Sequence[str] = (),
+        layout: Layout | None = None,
     ) -> None:
         self.root, self.pages = root, pages
         self.prefix = f"{split}/" if split else ""
-        self.index: FolderIndex = index_folder(root / (split or ""), read_suffixes())
-        self.notes = [*notes, *_index_notes(self.index)]
+        layout = layout or Layout(index_folder(root, read_suffixes()))
+        self.index = below(layout.index, split or "")
+        self.notes = [*notes, *layout.notes, *_index_notes(self.index)]
         if len(self.index) == 0:
             raise UserError(nothing_to_read(root / (split or ""), self.index))
-        self.class_names, self._class_of_folder = classes_of(self.index)
+        self.class_names, self._class_of_folder, self.why_unlabelled = classes_of(self.index)
         # (files + 1,) number of the first image of each file; None where every file is one image
         self._first_images = _first_images(self.index) if pages == "images" else None
 
@@ -111,13 +298,10 @@ class FolderSource(Source):
         return f"{name}#{page}" if pages > 1 else name
 
     def label(self, index: int) -> int | None:
-        if self.class_names is None:
-            return None
-        return int(self._class_of_folder[self.index.folder_of(self._file_and_page(index)[0])])
+        number = int(self._class_of_folder[self.index.folder_of(self._file_and_page(index)[0])])
+        return None if number < 0 else number
 
     def all_labels(self) -> np.ndarray:
-        if self.class_names is None:
-            return np.full(len(self), -1, np.int64)
         per_file = np.repeat(self._class_of_folder, np.diff(self.index.starts))
         return per_file if self._first_images is None else np.repeat(per_file, np.diff(self._first_images))
 
@@ -128,20 +312,67 @@ class FolderSource(Source):
         return SourceSummary("folder", len(self), len(self), dict(self.index.ignored), list(self.notes))
 
 
-def classes_of(index: FolderIndex) -> tuple[list[str] | None, np.ndarray]:
-    """Names of the classes, or None, and the class of each folder (folder,), -1 where it has no images."""
-    used = np.diff(index.starts) > 0
-    levels = [folder.split(b"/") for folder in index.folders]
-    # Where all of train/, val/ and test/ are asked for, classes lie one level further down.
-    below_splits = all(split_of(os.fsdecode(level[0])) for level, k in zip(levels, used, strict=True) if k)
-    depth = int(below_splits)
-    per_folder = [level[depth] if len(level) > depth else b"" for level in levels]
-    names = sorted({name for name, k in zip(per_folder, used, strict=True) if k})
-    if len(names) < 2 or b"" in names:
-        return None, np.full(len(levels), -1, np.int64)
+def below(index: FolderIndex, folder: str) -> FolderIndex:
+    """The images below a folder of an index, whose paths are then relative to it."""
+    if not folder:
+        return index
+    name = os.fsencode(folder)
+    chosen = [k for k, path in enumerate(index.folders) if path == name or path.startswith(name + b"/")]
+    return index.select(chosen, name)
+
+
+def classes_of(index: FolderIndex) -> tuple[list[str] | None, np.ndarray, str]:
+    """Names of the classes, or None; the class of each folder (folder,), -1 without; why there are none."""
+    base, splits, certain = _find_splits(index)
+    tops = [_joined(base, os.fsencode(split)) for split in splits] if certain else [base]
+    # Where all of train/, val/ and test/ are asked for, classes lie further down, in each of them at its own depth.
+    parts = [_class_folders(index, top) for top in tops]
+    names = sorted({name for part, _ in parts for name in part.values()})
+    reason = next((reason for _, reason in parts if reason), "")
+    none = np.full(len(index.folders), -1, np.int64)
+    if len(names) < 2:
+        return None, none, reason
     numbers = {name: number for number, name in enumerate(names)}
-    classes = [numbers[name] if k else -1 for name, k in zip(per_folder, used, strict=True)]
-    return [os.fsdecode(name) for name in names], np.array(classes, np.int64)
+    for part, _ in parts:
+        for folder, name in part.items():
+            none[folder] = numbers[name]
+    return [os.fsdecode(name) for name in names], none, reason
+
+
+def _class_folders(index: FolderIndex, top: bytes) -> tuple[dict[int, bytes], str]:
+    """Number of a folder with images -> its class; or none, and why."""
+    base = _joined(top, _find_base(index, top))
+    depth = base.count(b"/") + 1 if base else 0
+    used = {
+        number: folder.split(b"/")
+        for number, folder in enumerate(index.folders)
+        if index.starts[number + 1] > index.starts[number]
+        and (not base or (folder + b"/").startswith(base + b"/"))
+    }
+    where = os.fsdecode(base) or "the folder itself"
+    classes = {
+        number: levels[depth] for number, levels in used.items() if len(levels) > depth and levels[depth]
+    }
+    loose = [number for number in used if number not in classes]
+    if not classes:
+        return {}, f"its images lie in {where}, and not in a folder a class"
+    if loose:
+        names = index.names_in(loose[0])
+        first = os.fsdecode(_joined(index.folders[loose[0]], names[0]))
+        beside = ", ".join(os.fsdecode(name) for name in sorted(set(classes.values()))[:3])
+        return (
+            {},
+            f"{len(names):,} images (first {first!r}) lie beside the class folders ({beside}); move them into one",
+        )
+    return classes, ""
+
+
+def _find_base(index: FolderIndex, top: bytes) -> bytes:
+    """The folders between a split and where its classes begin."""
+    children, base = _children(index), top
+    while len(children.get(base, [])) == 1 and not _files_in(index, base):
+        base = _joined(base, children[base][0])
+    return base[len(top) + 1 :] if top else base
 
 
 def _first_images(index: FolderIndex) -> np.ndarray:
@@ -163,6 +394,9 @@ def _index_notes(index: FolderIndex) -> list[str]:
         for suffix, extra in EXTRAS.items()
         if suffix in index.ignored
     ]
+    if index.own:
+        some = ", ".join([*index.own[:3], *(["..."] if len(index.own) > 3 else [])])
+        notes.append(f"What freqmask wrote here itself is passed over ({some}).")
     if index.unreadable:
         some = ", ".join(index.unreadable[:3])
         notes.append(f"{len(index.unreadable):,} folders may not be opened and are left out ({some}).")
@@ -171,6 +405,8 @@ def _index_notes(index: FolderIndex) -> list[str]:
 
 def nothing_to_read(path: Path | str, index: FolderIndex) -> str:
     """Why a folder without images is refused."""
+    if index.own and not index.ignored:
+        return f"DATA ({path}) holds nothing but what freqmask wrote itself; name a folder with images"
     if not index.ignored:
         return f"DATA ({path}) holds no images; name a folder with JPEG, PNG, TIFF or .npy files"
     counts = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in index.ignored.items())

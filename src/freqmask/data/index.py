@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from freqmask.artifacts import MARKER, is_own_folder, is_part_of_run, marked
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.errors import UserError
 
-VERSION = 1
+VERSION = 2
 # A folder changed within this time before it was read may change again without a new time stamp.
 SETTLED_NANOSECONDS = 2_000_000_000
 # Above this the index travels to loader workers as the name of its cache file, which they map and share.
 SENT_WHOLE_BYTES = 8_000_000
-JUNK = (b"thumbs.db", b"desktop.ini")
+# What systems, archives and photo managers leave; thumbnails in them would be images twice.
+JUNK = frozenset({
+    b"thumbs.db", b"ehthumbs.db", b"desktop.ini", b"picasa.ini", b"icon\r", b"@eadir", b"#recycle", b"@recycle",
+    b"@recently-snapshot", b"__macosx", b"lost+found", b"$recycle.bin", b"system volume information", b"__pycache__",
+})  # fmt: skip
+# What tools put behind the name of an image's mask; CamVid's own masks end in _L.
+MASK_FILE = re.compile(
+    rb"(?s)(.+)(?:[_-](?i:masks?|labels?|labelids|seg|segmentation|gt|groundtruth|trimap|matte|annotation)|_L)"
+)
+
+COLORS_OF_MASKS = 64  # at most; a photograph of 64 x 64 pixels has hundreds
+PHOTOGRAPHS = frozenset({".jpg", ".jpeg"})
 
 
 @dataclass
@@ -37,35 +50,61 @@ class _Folder:
     children: list[bytes] = field(default_factory=list)
     links: list[bytes] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
+    own: list[bytes] = field(default_factory=list)
+    masks: int = 0
     unreadable: bool = False
 
 
 class FolderIndex:
-    """The image files below a folder, about 30 bytes a file.
+    """The image files below a folder, or in some of its folders; about 30 bytes a file.
 
     Attributes:
         root: the folder.
-        folders: relative paths of the folders, sorted; ``b""`` is the root itself.
+        folders: relative paths of the folders that lead to images, sorted; ``b""`` is the root itself.
         starts: (folders + 1,) number of the first file of each folder.
         ignored: suffix -> number of files that are not read.
+        masks: number of files that are masks of others beside them, which are passed over.
+        own: relative paths of what freqmask wrote there itself, which is passed over.
         unreadable: relative paths of folders that may not be opened.
         fingerprint: hash of all relative paths and sizes.
         cached_in: the file that holds the same arrays, or None.
     """
 
-    def __init__(self, root: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.root = root
-        self.folders = [os.fsencode(folder) for folder in about["folders"]]
-        self.ignored: dict[str, int] = about["ignored"]
+    def __init__(
+        self,
+        root: Path,
+        about: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        chosen: np.ndarray | None = None,
+        below: bytes = b"",
+        cached_in: Path | None = None,
+    ) -> None:
+        self.root, self.cached_in, self._stamp = root, cached_in, _stamp_of(cached_in)
+        self._about, self._arrays, self._below = about, arrays, below
+        every = [os.fsencode(folder) for folder in about["folders"]]
+        counts = np.diff(arrays["starts"])
+        # Empty folders come and go (a run makes some) and say nothing about the images.
+        self._chosen = _leading_to_files(every, counts) if chosen is None else chosen
+        cut = len(below) + 1 if below else 0
+        self.folders = [every[number][cut:] for number in self._chosen]
+        self.starts = np.cumsum([0, *counts[self._chosen]], dtype=np.int64)
+        entries = about["tree"] if chosen is None else [about["tree"][number] for number in self._chosen]
+        ignored: Counter[str] = Counter()
+        for entry in entries:
+            ignored.update(entry["ignored"])
+        self.ignored = dict(ignored.most_common())
+        self.masks = sum(entry["masks"] for entry in entries)
+        self.own: list[str] = about["own"]
         self.unreadable: list[str] = about["unreadable"]
-        self.fingerprint: str = about["fingerprint"]
-        self.cached_in: Path | None = None
-        self._about, self._arrays = about, arrays
-        self.starts, self._names = arrays["starts"], arrays["names"]
-        self._offsets, self._sizes = arrays["offsets"], arrays["sizes"]
+        self.fingerprint = self._hash()
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return int(self.starts[-1])
+
+    def _place(self, number: int) -> int:
+        """Where a file of this index stands in the arrays, which may hold more."""
+        folder = self.folder_of(number)
+        return int(self._arrays["starts"][self._chosen[folder]] + number - self.starts[folder])
 
     def folder_of(self, number: int) -> int:
         """The number of the folder that holds a file."""
@@ -73,7 +112,8 @@ class FolderIndex:
 
     def relative(self, number: int) -> str:
         """The path of a file relative to the root, with ``/`` on every platform."""
-        name = self._names[self._offsets[number] : self._offsets[number + 1]].tobytes()
+        place, offsets = self._place(number), self._arrays["offsets"]
+        name = self._arrays["names"][offsets[place] : offsets[place + 1]].tobytes()
         folder = self.folders[self.folder_of(number)]
         return os.fsdecode(folder + b"/" + name if folder else name)
 
@@ -81,28 +121,87 @@ class FolderIndex:
         """The path of a file."""
         return self.root / self.relative(number)
 
+    def names_in(self, folder: int) -> list[bytes]:
+        """The names of the files of a folder, by its number."""
+        offsets = self._arrays["offsets"]
+        first = self._arrays["starts"][self._chosen[folder]]
+        count = self.starts[folder + 1] - self.starts[folder]
+        return [
+            self._arrays["names"][offsets[k] : offsets[k + 1]].tobytes() for k in range(first, first + count)
+        ]
+
+    def select(self, folders: Iterable[int], below: bytes = b"") -> FolderIndex:
+        """Some folders of this index, sharing its arrays.
+
+        Args:
+            folders: their numbers, increasing.
+            below: the relative path of a folder that holds all of them and becomes the root.
+        """
+        chosen = self._chosen[np.asarray(list(folders), np.int64)]
+        root = self.root / os.fsdecode(below) if below else self.root
+        joined = b"/".join(part for part in (self._below, below) if part)
+        return FolderIndex(root, self._about, self._arrays, chosen, joined, self.cached_in)
+
+    def _hash(self) -> str:
+        """A hash of all relative paths and sizes."""
+        arrays = self._arrays
+        places = np.concatenate([
+            np.zeros(0, np.int64),
+            *(np.arange(*arrays["starts"][k : k + 2]) for k in self._chosen),
+        ])  # fmt: skip
+        ends, starts = arrays["offsets"][1:][places], arrays["offsets"][:-1][places]
+        digest = hashlib.blake2b(b"\0".join(self.folders), digest_size=8)
+        digest.update(bytes_of(self.starts))
+        digest.update(bytes_of(np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])))
+        for k in self._chosen:
+            first, last = arrays["offsets"][arrays["starts"][k : k + 2]]
+            digest.update(bytes_of(arrays["names"][first:last]))
+        digest.update(bytes_of(arrays["sizes"][places]))
+        return digest.hexdigest()
+
     def __reduce__(self) -> tuple[Callable[..., FolderIndex], tuple[Any, ...]]:
-        if self.cached_in is not None and sum(a.nbytes for a in self._arrays.values()) > SENT_WHOLE_BYTES:
-            return _reopen, (self.root, self.cached_in, self.fingerprint)
-        return _rebuild, (self.root, self._about, {k: np.array(a) for k, a in self._arrays.items()})
+        view = (self._chosen, self._below)
+        large = sum(a.nbytes for a in self._arrays.values()) > SENT_WHOLE_BYTES
+        # Another process may have written a newer index under the name; ours is still mapped here.
+        if self.cached_in is not None and large and _stamp_of(self.cached_in) == self._stamp:
+            return _reopen, (self.root, self.cached_in, self.fingerprint, *view)
+        arrays = {name: np.array(array) for name, array in self._arrays.items()}
+        return FolderIndex, (self.root, self._about, arrays, *view)
 
 
-def _rebuild(root: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> FolderIndex:
-    return FolderIndex(root, about, arrays)
+def _stamp_of(file: Path | None) -> tuple[int, int] | None:
+    """What tells a file from one that has taken its name."""
+    try:
+        state = None if file is None else file.stat()
+    except OSError:
+        return None
+    return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
-def _reopen(root: Path, cached_in: Path, fingerprint: str) -> FolderIndex:
+def _leading_to_files(folders: list[bytes], counts: np.ndarray) -> np.ndarray:
+    """Numbers of the folders with files in them or further below, and of the root."""
+    lead = {b""}
+    for folder, count in zip(folders, counts, strict=True):
+        while count and folder not in lead:
+            lead.add(folder)
+            folder = folder.rpartition(b"/")[0]
+    return np.array([number for number, folder in enumerate(folders) if folder in lead], np.int64)
+
+
+def _reopen(root: Path, cached_in: Path, fingerprint: str, chosen: np.ndarray, below: bytes) -> FolderIndex:
     """The index in a loader worker: the same memory as in the process that started it."""
     cached = read_arrays(cached_in, verify=False)
-    if cached is None or cached[0]["fingerprint"] != fingerprint:
+    index = None if cached is None else FolderIndex(root, *cached, chosen, below, cached_in)
+    if index is None or index.fingerprint != fingerprint:
         raise UserError(f"the index of {root} ({cached_in}) was replaced while workers started; start again")
-    return FolderIndex(root, *cached)
+    return index
 
 
 def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -> FolderIndex:
     """The index of a folder, from the cache as far as folders have kept their time of change.
 
-    A file that is rewritten in place under its name is not noticed, since its folder does not change.
+    A file that is rewritten in place under its name is not noticed, since its folder does not change. What
+    freqmask wrote itself is passed over, unless the folder holds nothing else.
 
     Args:
         root: the folder.
@@ -115,16 +214,19 @@ def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -
     root = root.absolute()
     file = cache_file("index", VERSION, str(root), sorted(suffixes))
     cached = read_arrays(file) if use_cache else None
-    known = _known_folders(cached) if cached else {}
+    try:
+        known = _known_folders(cached) if cached else {}
+    except (KeyError, ValueError, TypeError, IndexError):
+        known, cached = {}, None  # a file of the right form with something else in it
     found, changed = _walk(root, suffixes, known)
     if cached and not changed and found.keys() == known.keys():
-        index = FolderIndex(root, *cached)
-        index.cached_in = file
-        return index
-    about, arrays = _assemble(found)
-    index = FolderIndex(root, about, arrays)
-    if use_cache and write_arrays(file, about, arrays):
-        index.cached_in = file
+        index = FolderIndex(root, *cached, cached_in=file)
+    else:
+        about, arrays = _assemble(found)
+        written = use_cache and write_arrays(file, about, arrays)
+        index = FolderIndex(root, about, arrays, cached_in=file if written else None)
+    if len(index) == 0 and any(folder.own for folder in found.values()):
+        return FolderIndex(root, *_assemble(_walk(root, suffixes, {}, own_too=True)[0]))
     return index
 
 
@@ -136,25 +238,26 @@ def index_listing(root: str, files: Mapping[str, int | None], suffixes: frozense
         files: path with ``/`` -> bytes, None where unknown.
         suffixes: of the files to list, in lower case with their dot.
     """
-    found: dict[bytes, _Folder] = {}
-    members: dict[bytes, list[tuple[bytes, int]]] = {}
+    members: dict[bytes, dict[bytes, int]] = {b"": {}}
     for path, size in files.items():
         parent, _, name = os.fsencode(path).rpartition(b"/")
-        if name.lower() in JUNK or any(part.startswith(".") for part in path.split("/")):
-            continue  # as in a folder here
-        folder = found.setdefault(parent, _Folder(0, settled=False))
-        suffix = os.fsdecode(_suffix(name))
-        if suffix in suffixes:
-            members.setdefault(parent, []).append((name, min(size or 0, 2**32 - 1)))
-        else:
-            folder.ignored[suffix] = folder.ignored.get(suffix, 0) + 1
-    for parent, folder in found.items():
-        _fill(folder, members.get(parent, []))
-    return FolderIndex(Path(root), *_assemble(found or {b"": _Folder(0, settled=False)}))
+        members.setdefault(parent, {})[name] = min(size or 0, 2**32 - 1)
+    runs = {parent for parent, names in members.items() if parent and is_own_folder(names)}
+    found = {b"": _Folder(0, settled=False)}
+    for parent, names in members.items():
+        parts = parent.split(b"/") if parent else []
+        above = {b"/".join(parts[: k + 1]) for k in range(len(parts))}
+        if above & runs:
+            found[b""].own += [parent] if parent in runs else []
+        elif not any(_is_junk(part) for part in parts):
+            for one in above:
+                found.setdefault(one, _Folder(0, settled=False))
+            _fill(found.setdefault(parent, _Folder(0, settled=False)), names, suffixes)
+    return FolderIndex(Path(root), *_assemble(found))
 
 
 def _walk(
-    root: Path, suffixes: frozenset[str], known: dict[bytes, _Folder]
+    root: Path, suffixes: frozenset[str], known: dict[bytes, _Folder], own_too: bool = False
 ) -> tuple[dict[bytes, _Folder], bool]:
     """Every folder below the root by its relative path, and True where one had to be read anew.
 
@@ -179,7 +282,7 @@ def _walk(
         seen.add(identity)
         folder = known.get(relative)
         if folder is None or not folder.settled or folder.modified != state.st_mtime_ns:
-            folder, changed = _read_folder(path, state.st_mtime_ns, suffixes), True
+            folder, changed = _read_folder(path, state.st_mtime_ns, suffixes, not relative, own_too), True
         if folder.unreadable and not relative:
             raise UserError(f"DATA ({root}) may not be opened: no permission; check its access rights")
         found[relative] = folder
@@ -189,40 +292,104 @@ def _walk(
     return found, changed
 
 
-def _read_folder(path: bytes, modified: int, suffixes: frozenset[str]) -> _Folder:
+def _read_folder(
+    path: bytes, modified: int, suffixes: frozenset[str], is_root: bool = False, own_too: bool = False
+) -> _Folder:
     """One folder as it is now."""
     folder = _Folder(modified, settled=time.time_ns() - modified > SETTLED_NANOSECONDS)
-    ignored: Counter[str] = Counter()
-    files: list[tuple[bytes, int]] = []
-    wanted = {os.fsencode(suffix) for suffix in suffixes}
+    files: dict[bytes, int] = {}
+    names: list[bytes] = []
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.startswith(b".") or entry.name.lower() in JUNK:
+                names.append(entry.name)
+                if _is_junk(entry.name):
                     continue
                 if _is_folder(entry):
                     (folder.links if entry.is_symlink() else folder.children).append(entry.name)
-                elif not (entry.is_symlink() or entry.is_file()):
-                    continue  # a pipe or socket, which to open may wait for ever
-                elif (suffix := _suffix(entry.name)) in wanted:
-                    files.append((entry.name, _size(entry)))
-                else:
-                    ignored[os.fsdecode(suffix)] += 1
+                elif entry.is_symlink() or entry.is_file():  # to open a pipe or a socket may wait for ever
+                    files[entry.name] = _size(entry)
+        own = marked(_content(path + b"/" + MARKER.encode())) if MARKER.encode() in names else set()
     except OSError:
-        folder.unreadable = True
-    folder.children.sort()
+        folder.unreadable, own = True, set()
+    if is_own_folder(names):
+        if not is_root:
+            return _Folder(folder.modified, folder.settled, own=[b""])
+        own |= {name for name in names if is_part_of_run(name)}
+    for name in () if own_too else own & {*files, *folder.children}:
+        folder.own.append(name)
+        files.pop(name, None)
+    folder.children = sorted(name for name in folder.children if name not in folder.own)
     folder.links.sort()
-    _fill(folder, files)
-    folder.ignored = dict(ignored)
+    masks = _masks_of_photographs(path, files) if suffixes & PHOTOGRAPHS else set()
+    _fill(folder, {name: size for name, size in files.items() if name not in masks}, suffixes)
+    folder.masks += len(masks)
     return folder
 
 
-def _fill(folder: _Folder, files: list[tuple[bytes, int]]) -> None:
-    """Gives a folder its files, (name, bytes) each, in the order of the names."""
-    files.sort()
-    folder.names = b"".join(name for name, _ in files)
-    folder.lengths = np.fromiter((len(name) for name, _ in files), np.int64, len(files))
-    folder.sizes = np.fromiter((size for _, size in files), np.uint32, len(files))
+def _content(path: bytes) -> bytes:
+    with open(path, "rb") as file:  # noqa: PTH123  bytes, which pathlib does not take
+        return file.read()
+
+
+def _fill(folder: _Folder, sizes: Mapping[bytes, int], suffixes: Collection[str]) -> None:
+    """Gives a folder its files, name -> bytes, those to list in the order of their names, and counts the others."""
+    wanted = {os.fsencode(suffix) for suffix in suffixes}
+    ignored: Counter[str] = Counter()
+    files = []
+    for name in sizes:
+        if _suffix(name) in wanted:
+            files.append(name)
+        elif not _is_junk(name):
+            ignored[os.fsdecode(_suffix(name))] += 1
+    masks = mask_files(files)
+    files = sorted(name for name in files if name not in masks and not _is_junk(name))
+    folder.masks = len(masks)
+    folder.names = b"".join(files)
+    folder.lengths = np.fromiter(map(len, files), np.int64, len(files))
+    folder.sizes = np.fromiter((sizes[name] for name in files), np.uint32, len(files))
+    folder.ignored = dict(ignored)
+
+
+def mask_files(names: Collection[bytes]) -> set[bytes]:
+    """Which files of a folder are masks of others in it: ``a_mask.png`` beside ``a.jpg``."""
+    stems = {_stem(name) for name in names}
+    return {name for name in names if (found := MASK_FILE.fullmatch(_stem(name))) and found[1] in stems}
+
+
+def _masks_of_photographs(path: bytes, names: Collection[bytes]) -> set[bytes]:
+    """PNG files of the names of JPEG files beside them, with as few colors as masks have."""
+    by_stem = {_stem(name): name for name in names if os.fsdecode(_suffix(name)) in PHOTOGRAPHS}
+    masks = {_stem(name): name for name in names if _suffix(name) == b".png"}
+    both = sorted(by_stem.keys() & masks.keys())
+    if len(both) < max(1, 0.9 * len(masks)):
+        return set()
+    for stem in both[:3]:
+        mask, photograph = (Path(os.fsdecode(path + b"/" + files[stem])) for files in (masks, by_stem))
+        if not has_few_colors(mask) or has_few_colors(photograph):
+            return set()
+    return {masks[stem] for stem in both}
+
+
+def has_few_colors(path: Path) -> bool:
+    """Whether an image has as few different colors as a mask; False where it cannot be read."""
+    from freqmask.data.decode import open_file
+
+    try:
+        image = open_file(path).decode()
+    except Exception:  # decoders raise anything on broken files
+        return False
+    rows, columns = (max(1, side // 64) for side in image.shape[1:])
+    sample = image[:, ::rows, ::columns].reshape(len(image), -1)
+    return len(np.unique(sample, axis=1).T) <= COLORS_OF_MASKS
+
+
+def _stem(name: bytes) -> bytes:
+    return name.rpartition(b".")[0] or name
+
+
+def _is_junk(name: bytes) -> bool:
+    return name.startswith(b".") or name.lower() in JUNK
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -260,30 +427,24 @@ def _assemble(found: dict[bytes, _Folder]) -> tuple[dict[str, Any], dict[str, np
         "modified": np.array([folder.modified for folder in folders], np.int64),
         "settled": np.array([folder.settled for folder in folders], np.bool_),
     }
-    ignored: Counter[str] = Counter()
-    for folder in folders:
-        ignored.update(folder.ignored)
+    own = [b"/".join(part for part in (path, name) if part) for path in paths for name in found[path].own]
     about = {
         "folders": [os.fsdecode(path) for path in paths],
         "tree": [_tree_entry(folder) for folder in folders],
-        "ignored": dict(ignored.most_common()),
+        "own": [os.fsdecode(path) for path in sorted(own)],
         "unreadable": [os.fsdecode(path) for path in paths if found[path].unreadable],
-        "fingerprint": _fingerprint(paths, arrays),
     }
     return about, arrays
 
 
-def _tree_entry(folder: _Folder) -> list[Any]:
-    names = [[os.fsdecode(child) for child in children] for children in (folder.children, folder.links)]
-    return [*names, folder.ignored, folder.unreadable]
-
-
-def _fingerprint(paths: list[bytes], arrays: dict[str, np.ndarray]) -> str:
-    """A hash of all relative paths and sizes."""
-    digest = hashlib.blake2b(b"\0".join(paths), digest_size=8)
-    for name in ("starts", "offsets", "names", "sizes"):
-        digest.update(bytes_of(arrays[name]))
-    return digest.hexdigest()
+def _tree_entry(folder: _Folder) -> dict[str, Any]:
+    names = {"children": folder.children, "links": folder.links, "own": folder.own}
+    as_text = {kind: [os.fsdecode(name) for name in group] for kind, group in names.items()}
+    return as_text | {
+        "ignored": folder.ignored,
+        "masks": folder.masks,
+        "unreadable": folder.unreadable,
+    }
 
 
 def _known_folders(cached: tuple[dict[str, Any], dict[str, np.ndarray]]) -> dict[bytes, _Folder]:
@@ -299,9 +460,11 @@ def _known_folders(cached: tuple[dict[str, Any], dict[str, np.ndarray]]) -> dict
             names=arrays["names"][offsets[first] : offsets[last]].tobytes(),
             lengths=np.diff(offsets[first : last + 1]),
             sizes=arrays["sizes"][first:last],
-            children=[os.fsencode(child) for child in entry[0]],
-            links=[os.fsencode(child) for child in entry[1]],
-            ignored=entry[2],
-            unreadable=entry[3],
+            children=[os.fsencode(child) for child in entry["children"]],
+            links=[os.fsencode(child) for child in entry["links"]],
+            own=[os.fsencode(name) for name in entry["own"]],
+            ignored=entry["ignored"],
+            masks=entry["masks"],
+            unreadable=entry["unreadable"],
         )
     return known

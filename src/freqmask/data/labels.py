@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from freqmask.data.subset import Subset
 from freqmask.errors import UserError, nearest
 
 COLUMNS = ("path", "label", "split", "group")
+_FOREIGN = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,26 @@ def read_labels(file: Path) -> list[Row]:
     """The lines of a table of labels.
 
     Args:
-        file: CSV in UTF-8 with a header; commas, semicolons or tabs.
+        file: CSV with a header; commas, semicolons or tabs; in UTF-8, UTF-16 or Windows-1252.
 
     Raises:
         UserError: it cannot be read, or lacks a column.
     """
     try:
-        text = file.read_text("utf-8-sig", errors="surrogateescape")
+        text = decode_table(file.read_bytes())
     except OSError as error:
         raise UserError(f"labels ({file}) cannot be read ({error.strerror}); check the path") from error
-    lines = text.split("\n", 1)
-    delimiter = max(",;\t", key=lines[0].count)
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
+    first, _, rest = text.partition("\n")
+    told = re.fullmatch(r"sep=(.)\r?", first)  # Excel's way to name the delimiter
+    delimiter = told[1] if told else max(",;\t", key=first.count)
+    reader = csv.DictReader(io.StringIO(rest if told else text, newline=""), delimiter=delimiter)
+    try:
+        return _rows(reader, file)
+    except csv.Error as error:
+        raise UserError(f"labels ({file}) is no CSV table ({error}); check its quotes") from error
+
+
+def _rows(reader: csv.DictReader[str], file: Path) -> list[Row]:
     columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
     missing = [name for name in COLUMNS[:2] if name not in columns]
     if missing:
@@ -51,13 +64,42 @@ def read_labels(file: Path) -> list[Row]:
         )
 
     def cell(record: dict[str, str], name: str) -> str | None:
-        return (record.get(columns.get(name, "")) or "").strip() or None
+        return as_text((record.get(columns.get(name, "")) or "").strip()) or None
 
     return [
-        Row(record[columns["path"]], cell(record, "label"), cell(record, "split"), cell(record, "group"))
+        Row(
+            record[columns["path"]].strip(),
+            cell(record, "label"),
+            cell(record, "split"),
+            cell(record, "group"),
+        )
         for record in reader
         if record[columns["path"]]
     ]
+
+
+def decode_table(data: bytes) -> str:
+    """The text of a table in the encoding that its bytes speak for; bytes that are no UTF-8 become surrogates."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return data.decode("utf-32", errors="replace")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    beginning = data[:200]
+    if beginning.count(0) > len(beginning) // 4:  # in UTF-16 every other byte of plain letters is 0
+        order = "utf-16-le" if beginning[1::2].count(0) > beginning[::2].count(0) else "utf-16-be"
+        return data.decode(order, errors="replace")
+    return data.decode("utf-8-sig", errors="surrogateescape")
+
+
+def as_text(cell: str) -> str:
+    """A cell whose bytes are no UTF-8 as Windows-1252 has it, which most of such tables are written in."""
+    if not _FOREIGN.search(cell):
+        return cell
+    data = cell.encode("utf-8", errors="surrogateescape")
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 class LabelledSource(Subset):
@@ -79,6 +121,8 @@ class LabelledSource(Subset):
         self.notes = [split_note(chosen, splits)] if chosen and split == "auto" else []
         rows = rows if chosen is None else [row for row in rows if row.split == chosen]
         super().__init__(source, _find(source, rows, file))
+        if _FOREIGN.search(decode_table(file.read_bytes())):
+            self.notes.append(f"{file.name} is not in UTF-8; it is read as Windows-1252.")
         unlisted = len(source) - len(self)
         if unlisted and chosen is None:
             self.notes.append(f"{unlisted:,} images that {file.name} does not list are left out.")
@@ -115,6 +159,8 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
         raise UserError(f"labels ({file}) lists no images; it needs a line for each below its header")
     numbers = {source.name(index): index for index in range(len(source))}
     paths = [_as_name(row.path, source) for row in rows]
+    if any(path not in numbers for path in paths):
+        paths = _otherwise_spelt(paths, numbers)
     missing = [path for path in paths if path not in numbers]
     if missing:
         close = nearest(missing[0], list(numbers)[:10_000])
@@ -130,6 +176,16 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
         twice = next(path for k, path in enumerate(paths) if path in paths[:k])
         raise UserError(f"labels ({file}) names {twice!r} twice; one line an image")
     return np.array([numbers[path] for path in paths], np.int64)
+
+
+def _otherwise_spelt(paths: list[str], numbers: dict[str, int]) -> list[str]:
+    """Names as DATA has them, where a table writes ü as one character and the disc as two, or in another encoding."""
+    composed = {unicodedata.normalize("NFC", name): name for name in numbers}
+    found = []
+    for path in paths:
+        candidates = (path, composed.get(unicodedata.normalize("NFC", as_text(path)), path))
+        found.append(next((name for name in candidates if name in numbers), path))
+    return found
 
 
 def _as_name(path: str, source: Source) -> str:

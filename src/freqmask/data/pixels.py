@@ -96,12 +96,13 @@ def check_channels(found: int, wanted: int, convert: bool = True) -> None:
     Args:
         found: the image's channels.
         wanted: the channels of the run.
-        convert: False refuses every image that has not just the wanted ones.
+        convert: False makes only grey and colour into each other, and refuses four bands of which nobody said
+            that the fourth is not to be used.
 
     Raises:
         BadImage: with the counts and the rule.
     """
-    if found == wanted:
+    if found == wanted or {found, wanted} == {1, 3}:
         return
     if not convert:
         raise BadImage(f"it has {found} channels, the other images have {wanted}")

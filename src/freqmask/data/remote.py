@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import io
 import logging
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from freqmask.errors import UserError
 Result = TypeVar("Result")
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
-SECONDS_WITHOUT_A_BYTE = 60
+SECONDS_WITHOUT_A_BYTE = 30
 HEADER_BYTES = 65_536  # asked for at once while headers are read; the next header often lies in it
 EXTRAS = {
     "s3": "s3fs",
@@ -121,9 +123,14 @@ class RemoteFiles:
         """
         system, path = _system(self.root)
         base = path.rstrip("/") + "/"
-        found: dict[str, Any] = with_patience(
-            self.root, lambda: system.find(path, maxdepth=levels, detail=True), gone={}
-        )
+
+        def find() -> dict[str, Any]:
+            found: dict[str, Any] = system.find(path, maxdepth=levels, detail=True)
+            if not found:
+                system.info(path)  # fsspec passes over a server that does not answer; this tells
+            return found
+
+        found = with_patience(self.root, find, gone={})
         sizes: dict[str, int | None] = {
             full.removeprefix(base): about.get("size")
             for full, about in found.items()
@@ -202,10 +209,14 @@ def with_patience(url: str, work: Callable[[], Result], gone: Result | None = No
     for pause in (*PAUSES, None):
         try:
             return work()
-        except FileNotFoundError:
-            if gone is not None:
+        except FileNotFoundError as error:
+            hidden = _hidden_in(error)
+            if hidden is not None:
+                _wait_or_tell(url, hidden, pause)
+            elif gone is not None:
                 return gone
-            raise FileNotFoundError(2, "not there", url) from None
+            else:
+                raise FileNotFoundError(2, "not there", url) from None
         except UserError:
             raise
         except _NoRangesError:
@@ -217,18 +228,33 @@ def with_patience(url: str, work: Callable[[], Result], gone: Result | None = No
         except (AttributeError, NameError, TypeError):
             raise  # a mistake in a program, which trying again would only hide
         except Exception as error:  # aiohttp's, botocore's, httpx's and the system's share no ancestor
-            if pause is None:
-                raise UserError(
-                    f"{url} cannot be read after {len(PAUSES) + 1} tries ({_words(error)}); check the connection, "
-                    "then the same command goes on"
-                ) from error
-            if _is_final(error):
-                raise UserError(f"{url} is refused ({_words(error)}); check address and rights") from error
-            time.sleep(pause)
+            _wait_or_tell(url, error, pause)
     raise AssertionError("the last try returns or raises")
 
 
-def _is_final(error: Exception) -> bool:
+def _hidden_in(error: FileNotFoundError) -> BaseException | None:
+    """What fsspec's HTTP calls "not found" although the server said something else, or nothing at all."""
+    cause = error.__cause__
+    if cause is None or isinstance(cause, FileNotFoundError):
+        return None
+    status = _status(cause)
+    of_connection = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return cause if (status not in (404, 410) if status is not None else of_connection) else None
+
+
+def _wait_or_tell(url: str, error: BaseException, pause: float | None) -> None:
+    """Waits before the next try, or says why there is none."""
+    if _is_final(error):
+        raise UserError(f"{url} is refused ({_words(error)}); check address and rights") from error
+    if pause is None:
+        raise UserError(
+            f"{url} cannot be read after {len(PAUSES) + 1} tries ({_words(error)}); check the connection, "
+            "then the same command goes on"
+        ) from error
+    time.sleep(pause)
+
+
+def _is_final(error: BaseException) -> bool:
     """Whether trying again is of no use."""
     status = _status(error)
     if status is not None:
@@ -236,17 +262,25 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The answer of the server: aiohttp's ``status``, gcsfs's ``code``, httpx's ``response.status_code``."""
     places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
     found = (getattr(holder, name, None) for holder, name in places)
     return next((status for status in found if isinstance(status, int)), None)
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     status = _status(error)
     if status is not None:
         return f"status {status}"
+    chain = [error, *(one for one in (error.__cause__, error.__context__) if one is not None)]
+    numbers = {getattr(one, "errno", None) for one in chain}
+    if errno.ECONNREFUSED in numbers or any(isinstance(one, ConnectionRefusedError) for one in chain):
+        return "the connection was refused: nothing listens there"
+    if any(isinstance(one, socket.gaierror) for one in chain):
+        return "no host of that name was found"
+    if isinstance(error, TimeoutError):
+        return f"nothing came for {SECONDS_WITHOUT_A_BYTE} seconds"
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
@@ -274,7 +308,7 @@ def _reading(url: str) -> dict[str, Any]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """A connection that brings nothing for a minute is cut; by default it would hang for five."""
+    """A connection that brings nothing for half a minute is cut; by default it would hang for five."""
     if protocol == "hf":
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     if protocol not in ("http", "https"):

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from freqmask.data.decode import open_bytes, read_suffixes
-from freqmask.data.folder import classes_of, nothing_to_read
+from freqmask.data.folder import Layout, below, choose_folder, classes_of, lay_out, nothing_to_read
 from freqmask.data.index import FolderIndex, index_listing
 from freqmask.data.patterns import names_of, split_pattern
 from freqmask.data.pictures import Picture
@@ -19,7 +19,7 @@ from freqmask.data.remote_tables import RemoteTables
 from freqmask.data.shard_index import INDEX_NAME
 from freqmask.data.shards import open_shards, splits_in_shards
 from freqmask.data.sources import Pages, Source, SourceSummary
-from freqmask.data.splits import choose_split, split_note, split_of
+from freqmask.data.splits import choose_split, split_note
 from freqmask.data.table_layout import files_by_split, tables_of_one
 from freqmask.errors import BadImage, UserError
 
@@ -65,9 +65,13 @@ def splits_behind(text: str) -> list[str]:
     shards = _shards(text)
     if shards is not None:
         return splits_in_shards(*shards, text)
-    listing = RemoteFiles(text).listing()
+    files = RemoteFiles(text)
+    listing = files.listing()
     tables = _tables(listing, text)
-    return sorted(files_by_split(tables)) if tables else _split_folders(listing)
+    if tables:
+        return sorted(files_by_split(tables))
+    layout = _layout(files, listing)
+    return layout.splits if layout.certain else []
 
 
 def _shards(text: str) -> tuple[RemoteFiles, list[str] | None] | None:
@@ -117,14 +121,14 @@ def _open_tables(files: RemoteFiles, names: Sequence[str], split: str, text: str
 
 
 def _open_folder(files: RemoteFiles, listing: Listing, split: str) -> Source:
-    splits = _split_folders(listing)
-    chosen = choose_split(splits, split, files.root)
-    notes = [split_note(chosen, splits)] if chosen and split == "auto" else []
-    return RemoteFolder(files, listing, chosen, notes)
+    layout = _layout(files, listing)
+    chosen = choose_folder(layout, split, files.root)
+    notes = [split_note(chosen, layout.splits)] if chosen and split == "auto" else []
+    return RemoteFolder(files, layout, layout.part(chosen) if chosen else None, notes)
 
 
-def _split_folders(listing: Listing) -> list[str]:
-    return sorted({name.split("/")[0] for name in listing if "/" in name and split_of(name.split("/")[0])})
+def _layout(files: RemoteFiles, listing: Listing) -> Layout:
+    return lay_out(index_listing(files.root, listing, read_suffixes()))
 
 
 class RemoteFolder(Source):
@@ -132,25 +136,21 @@ class RemoteFolder(Source):
 
     Args:
         files: where they lie.
-        listing: path -> bytes of each file there.
-        split: the folder directly below that is used, or None for all.
+        layout: of what lies there.
+        split: the folder below that is used, as a relative path, or None for all.
         notes: sentences for the summary.
     """
 
-    def __init__(self, files: RemoteFiles, listing: Listing, split: str | None, notes: list[str]) -> None:
+    def __init__(self, files: RemoteFiles, layout: Layout, split: str | None, notes: list[str]) -> None:
         self.files = files
         self.prefix = f"{split}/" if split else ""
-        used = {
-            name.removeprefix(self.prefix): size
-            for name, size in listing.items()
-            if name.startswith(self.prefix)
-        }
-        self.index: FolderIndex = index_listing(files.root, used, read_suffixes())
+        self.index: FolderIndex = below(layout.index, split or "")
         if len(self.index) == 0:
             raise UserError(nothing_to_read(files.root, self.index))
-        self.class_names, self._class_of_folder = classes_of(self.index)
+        self.class_names, self._class_of_folder, self.why_unlabelled = classes_of(self.index)
         self.notes = [
             *notes,
+            *layout.notes,
             "Each image is a request of its own; freqmask prepare makes shards, which are read in pieces of 4 MB.",
         ]
 
@@ -175,11 +175,10 @@ class RemoteFolder(Source):
         return self.prefix + self.index.relative(index)
 
     def label(self, index: int) -> int | None:
-        return None if self.class_names is None else int(self._class_of_folder[self.index.folder_of(index)])
+        number = int(self._class_of_folder[self.index.folder_of(index)])
+        return None if number < 0 else number
 
     def all_labels(self) -> np.ndarray:
-        if self.class_names is None:
-            return np.full(len(self), -1, np.int64)
         return np.repeat(self._class_of_folder, np.diff(self.index.starts))
 
     def fingerprint(self) -> str:

@@ -62,7 +62,8 @@ def _index_beside(files: ShardFiles, names: Sequence[str] | None, where: str) ->
         index = load_index(file)
     except ValueError as error:
         raise UserError(
-            f"DATA ({where}): {error}; delete it to have it made anew, or fetch it again"
+            f"DATA ({where}): its {INDEX_NAME} is damaged, or was written by another version; write it again, or "
+            "delete it to have it made anew"
         ) from error
     sizes = {name: size for name, size, _ in index.shards}
     if names is not None and not set(names) <= set(sizes):

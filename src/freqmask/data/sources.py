@@ -48,9 +48,11 @@ class Source(ABC):
 
     Attributes:
         class_names: names of the labels 0, 1, ..., or None where there are no classes.
+        why_unlabelled: in half a sentence, why a folder has no classes; empty where there is nothing to say.
     """
 
     class_names: list[str] | None = None
+    why_unlabelled: str = ""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,11 +15,25 @@ ALIASES = {
     "test": ("test", "testing"),
 }
 """What the three usual splits are called."""
+_FILLERS = frozenset({
+    "set", "sets", "data", "dataset", "images", "image", "imgs", "img", "pictures", "photos", "folder", "split", "seg",
+    "files",
+})  # fmt: skip
 
 
 def split_of(name: str) -> str | None:
-    """``train``, ``val`` or ``test`` for one of their usual names in any case, else None."""
-    return next((split for split, names in ALIASES.items() if name.lower() in names), None)
+    """``train``, ``val`` or ``test`` for one of their usual names in any case, else None.
+
+    >>> split_of("training_set"), split_of("TestImages"), split_of("val2017"), split_of("train_station")
+    ('train', 'test', 'val', None)
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    words = [word for word in re.split(r"[\W_]+|(?<=[a-z])(?=(?:19|20)\d\d$)", spaced.lower()) if word]
+    words = [re.sub(r"(?<=^train)set$|(?<=^test)set$|(?<=^val)set$", "", word) for word in words]
+    kept = [word for word in words if word not in _FILLERS and not re.fullmatch(r"(19|20)\d\d", word)]
+    if len(kept) != 1:
+        return None
+    return next((split for split, names in ALIASES.items() if kept[0] in names), None)
 
 
 def choose_split(names: Iterable[str], split: str, where: str) -> str | None:

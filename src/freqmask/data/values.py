@@ -237,9 +237,14 @@ def _choose_channels(channels: int | str, seen: Sequence[_Look]) -> tuple[int, s
     others = sum(number for channel, number in counts if channel != wanted)
     if not others:
         return wanted, f"Channels: {wanted}, as all images looked at."
-    return wanted, (
-        f"Channels: {wanted}, the commonest count; {others} of {len(seen)} images looked at have another and "
-        f"are skipped (--channels {wanted} converts grey and colour into each other)."
+    converted = sum(number for channel, number in counts if {channel, wanted} == {1, 3})
+    kind = "colour images become grey" if wanted == 1 else "grey images become colour"
+    parts = [f"{converted} {kind}"] * bool(converted) + [
+        f"{others - converted} of another count are skipped"
+    ] * (others > converted)
+    return (
+        wanted,
+        f"Channels: {wanted}, the commonest count of {len(seen)} images looked at; {', '.join(parts)}.",
     )
 
 

@@ -165,7 +165,8 @@ def prepare(setting: Setting, check: bool = True) -> tuple[list[str], LabelledDa
 
     Args:
         setting: what, on what, where.
-        check: whether each MODEL is opened as a backbone.
+        check: whether each MODEL is opened as a backbone that something is learnt on; a classifier with its own
+            head needs no training images.
 
     Raises:
         UserError: whatever is wrong with models, data or seeds.
@@ -175,7 +176,8 @@ def prepare(setting: Setting, check: bool = True) -> tuple[list[str], LabelledDa
         raise UserError(f"seeds ({list(setting.seeds)}) must be one or several different numbers; try 0 1 2")
     if setting.out is not None:
         check_results(setting.out)
-    data = open_labelled(setting.data, setting.labels, setting.parting, setting.pages)
+    parting = replace(setting.parting, learn=check)
+    data = open_labelled(setting.data, setting.labels, parting, setting.pages)
     seen = survey(data.source)
     differences: dict[str, None] = {}
     for text in models if check else []:

@@ -86,6 +86,8 @@ class Parting:
         seed: of a split of ours; another one than those of the heads.
         duplicates: what to do where a split of ours has identical images: refuse, or keep them together.
         folder: where splits of ours are kept.
+        learn: False where nothing is learnt from DATA (a classifier's own head): every image that is not in a
+            training split is then tested.
     """
 
     train_split: str = "auto"
@@ -95,6 +97,7 @@ class Parting:
     seed: int = 0
     duplicates: Literal["refuse", "together"] = "refuse"
     folder: Path = Path("runs") / "splits"
+    learn: bool = True
 
 
 def open_labelled(
@@ -123,6 +126,8 @@ def open_labelled(
     several = isinstance(data, (list, tuple))
     splits = [] if several else splits_there(data, labels)  # type: ignore[arg-type]
     named = data if isinstance(data, Source) or several else str(data)
+    if not parting.learn:
+        return _test_only(named, labels, splits, parting, pages)
     own = _own_splits(splits, parting, str(data)) if parting.folds is None else None
     if own is not None:
         opened = _use_splits(named, labels, own, pages)
@@ -163,10 +168,32 @@ def _own_splits(splits: list[str], parting: Parting, where: str) -> tuple[str, s
     return str(chosen[0]), str(chosen[1])
 
 
+def _test_only(
+    data: object, labels: str | Path | None, splits: list[str], parting: Parting, pages: Pages
+) -> LabelledData:
+    """All images of the test split, else of those that are no training split, else of DATA."""
+    split, where = parting.test_split, str(data)
+    if split == "auto":
+        kinds = {split_of(name): name for name in reversed(splits)}
+        split = kinds.get("test") or kinds.get("val") or "all"
+    source = open_source(data, pages, split, labels)  # type: ignore[arg-type]
+    rounds = [Round(np.arange(0), np.arange(len(source)))]
+    opened = _labelled(source, rounds, where, "all tested" if split == "all" else split, [])
+    if len(opened.tested) == 0:
+        raise UserError(f"DATA ({where}): no image of {split} has a label; it must be {DATA_WITH_LABELS}")
+    return opened
+
+
 def _use_splits(
     data: object, labels: str | Path | None, names: tuple[str, str], pages: Pages
 ) -> LabelledData:
     parts = [open_source(data, pages, split, labels) for split in names]  # type: ignore[arg-type]
+    for name, part in zip(names, parts, strict=True):
+        if part.class_names is None and part.why_unlabelled:
+            raise UserError(
+                f"DATA ({data}): the images of {name} have no labels: {part.why_unlabelled}; or name their labels by "
+                "--labels FILE.csv"
+            )
     source = JoinedSource(parts)
     first = len(parts[0])
     rounds = [Round(np.arange(first), np.arange(first, len(source)))]
@@ -178,7 +205,8 @@ def _labelled(source: Source, rounds: list[Round], name: str, split: str, notes:
     numbers = source.all_labels()
     unknown = np.flatnonzero(numbers < 0)
     if len(unknown) == len(source) or source.class_names is None:
-        raise UserError(f"DATA ({name}) has no labels; it must be {DATA_WITH_LABELS}")
+        why = f": {source.why_unlabelled}" if source.why_unlabelled else ""
+        raise UserError(f"DATA ({name}) has no labels{why}; it must be {DATA_WITH_LABELS}")
     if len(unknown):
         notes = [*notes, f"{len(unknown):,} images without a label are left out."]
         rounds = [Round(_minus(one.train, unknown), _minus(one.test, unknown)) for one in rounds]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from freqmask.artifacts import mark
 from freqmask.errors import UserError, describe_os_error
 
 _PLENTY = 2**28  # bytes; with as much room a write fails for a quota or a limit on file sizes
@@ -35,6 +36,7 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        mark(path)
         try:
             write(temporary)
             with temporary.open("rb") as written:
