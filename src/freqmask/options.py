@@ -141,6 +141,8 @@ class Option:
         Raises:
             UserError: it is none, with what it must be.
         """
+        if isinstance(value, (list, tuple)) and len(value) == 1 and {int, float} & set(self.kinds):
+            (value,) = value  # one word of a command line that takes several is the number itself
         for kind in self.kinds:
             try:
                 found = _READERS[_sort(kind)](value, kind, self)
