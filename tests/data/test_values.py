@@ -31,7 +31,7 @@ def test_values_outside_a_range_are_clamped() -> None:
     np.testing.assert_allclose(scaled, [[[0, 0.5, 1]]])
 
 
-@pytest.mark.parametrize("text", ["dtype", "0,4095", "-1.5,2.25"])
+@pytest.mark.parametrize("text", ["dtype", "0,4095", "-1.5,2.25", "uint8:0,255/float32:-1.5,2"])
 def test_a_range_describes_itself_as_it_is_typed(text: str) -> None:
     parsed = ValueRange.parse(text)
     assert parsed is not None
@@ -44,7 +44,9 @@ def test_two_numbers_and_auto_are_read() -> None:
     assert ValueRange.parse("auto") is None
 
 
-@pytest.mark.parametrize("text", ["automatic", "1", "5,5", "7,3", "1,2,3", "0,nan", "0,inf"])
+@pytest.mark.parametrize(
+    "text", ["automatic", "1", "5,5", "7,3", "1,2,3", "0,nan", "0,inf", "uint8:5,5", "uint8:1", "word:0,1"]
+)
 def test_what_is_no_range_is_refused_with_the_way_out(text: str) -> None:
     with pytest.raises(UserError, match="value_range"):
         ValueRange.parse(text)
@@ -69,9 +71,47 @@ def test_twelve_bits_in_sixteen_are_found_by_their_percentiles(memory_source: An
     assert found.high == pytest.approx(4091, abs=4)
 
 
-def test_eight_bits_among_others_keep_the_range_of_their_type(memory_source: Any, photographs: Any) -> None:
-    images = [*photographs(3), *(image.astype(np.uint16) for image in photographs(3))]
-    assert survey(memory_source(images)).value_range == ValueRange()
+@pytest.mark.parametrize(
+    ("dtype", "factor", "high"),
+    [
+        ("uint16", 1, 255),
+        ("uint16", 16, 4095),
+        ("uint16", 257, 65535),
+        ("float32", 1, 255),
+        ("float32", 1 / 255, 1),
+    ],
+)
+def test_mixed_sample_types_get_a_range_each(
+    memory_source: Any, photographs: Any, dtype: str, factor: float, high: float
+) -> None:
+    """An 8-bit image and the same one in another type and scale come out alike, never white or black."""
+    images = [*photographs(6), *((image.astype(float) * factor).astype(dtype) for image in photographs(6))]
+    seen = survey(memory_source(images))
+    assert seen.value_range.limits(np.dtype("uint8")) == (0, 255)
+    assert seen.value_range.limits(np.dtype(dtype)) == (0, high)
+    assert "sample types" in seen.notes[1] and len(seen.notes) == 2
+    photograph = photographs(1)[0].astype(float)
+    other = seen.value_range.apply((photograph * factor).astype(dtype))
+    np.testing.assert_allclose(other, photograph / 255, atol=0.005)
+    assert ValueRange.parse(seen.value_range.describe()) == seen.value_range
+    np.testing.assert_allclose(seen.mean, 0.5, atol=0.03)
+
+
+def test_one_quantity_in_two_types_keeps_one_scale(memory_source: Any) -> None:
+    heights = [np.random.default_rng(k).integers(-20, 3000, (1, 30, 30)) for k in range(6)]
+    images = [height.astype(("int16", "float32")[k % 2]) for k, height in enumerate(heights)]
+    found = survey(memory_source(images)).value_range
+    assert found.by_type == () and found.low == pytest.approx(-17, abs=5)
+
+
+def test_images_that_a_range_makes_black_are_pointed_out(memory_source: Any) -> None:
+    """Twelve bits among sixteen in one type, as cameras of two makes write them."""
+    generator = np.random.default_rng(0)
+    dark = [(generator.random((1, 20, 20)) * 3000).astype(np.uint16) for _ in range(8)]
+    full = [(generator.random((1, 20, 20)) * 65000).astype(np.uint16) for _ in range(8)]
+    notes = survey(memory_source([*dark, *full])).notes
+    assert "8 of 16 images are nearly black" in notes[2] and "--value_range" in notes[2]
+    assert len(survey(memory_source(full)).notes) == 2
 
 
 def test_missing_values_count_neither_for_the_range_nor_for_the_mean(memory_source: Any) -> None:

@@ -18,6 +18,7 @@ from freqmask.errors import BadImage, UserError
 
 _GRID = 32  # a survey keeps 32x32 pixels of each image: a thousand images give a million per channel
 _SURVEY_BLOCKS = 16  # from that many row groups of tables behind a URL, which come whole: some 200 MB
+_LOST = 0.05  # an image is nearly black or white below or above this share of the range, and so many of them matter
 _SURVEY_PIXELS = 128  # and decodes no more than it must for those to be pixels of a usual view
 
 
@@ -28,6 +29,7 @@ class ValueRange:
     Args:
         low: the value that becomes 0; None: the smallest that the image's own type can hold (0 for floats).
         high: the value that becomes 1; None: the largest that the type can hold (1 for floats).
+        by_type: (sample type, low, high) for folders that mix sample types; other types as without it.
 
     Raises:
         UserError: ``low`` is not below ``high``, or only one of them is given.
@@ -35,6 +37,7 @@ class ValueRange:
 
     low: float | None = None
     high: float | None = None
+    by_type: tuple[tuple[str, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
@@ -51,7 +54,7 @@ class ValueRange:
         """Read the option ``--value_range``.
 
         Args:
-            text: ``auto``, ``dtype``, ``LOW,HIGH`` or two numbers.
+            text: ``auto``, ``dtype``, ``LOW,HIGH``, ``TYPE:LOW,HIGH/TYPE:LOW,HIGH`` or two numbers.
 
         Returns:
             The range; None for ``auto``, which a survey resolves.
@@ -64,19 +67,33 @@ class ValueRange:
         if text == "dtype":
             return cls()
         try:
-            low, high = (float(end) for end in (text.split(",") if isinstance(text, str) else text))
+            if isinstance(text, str) and ":" in text:
+                parts = [part.partition(":")[::2] for part in text.split("/")]
+                ranges = [(np.dtype(name).name, cls._ends(ends)) for name, ends in parts]
+                return cls(by_type=tuple((name, *ends) for name, ends in ranges))
+            return cls(*cls._ends(text))
         except (TypeError, ValueError):
             raise UserError(f"value_range ({text}) must be auto, dtype or LOW,HIGH such as 0,4095") from None
-        return cls(low, high)
+
+    @classmethod
+    def _ends(cls, text: str | Sequence[float]) -> tuple[float, float]:
+        low, high = (float(end) for end in (text.split(",") if isinstance(text, str) else text))
+        cls(low, high)  # for its checks
+        return low, high
 
     def describe(self) -> str:
         """The text that :meth:`parse` reads back."""
+        if self.by_type:
+            return "/".join(f"{name}:{low:.9g},{high:.9g}" for name, low, high in self.by_type)
         return "dtype" if self.low is None else f"{self.low:.9g},{self.high:.9g}"
 
     def limits(self, dtype: np.dtype) -> tuple[float, float]:
         """The values that become 0 and 1 in an image of that type."""
         if self.low is not None and self.high is not None:
             return self.low, self.high
+        for name, low, high in self.by_type:
+            if dtype.name == name:
+                return low, high
         if dtype.kind == "f":
             return 0.0, 1.0
         return float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
@@ -93,9 +110,9 @@ class ValueRange:
             float32 in [0, 1], clamped; an 8-bit image with its full range stays uint8, 0 to 255, because the
             device divides it faster than a worker.
         """
-        if image.dtype == np.uint8 and (self.low, self.high) in ((None, None), (0.0, 255.0)):
-            return image
         low, high = self.limits(image.dtype)
+        if image.dtype == np.uint8 and (low, high) == (0.0, 255.0):
+            return image
         scaled = (image.astype(np.float32) - np.float32(low)) / np.float32(high - low)
         return np.clip(scaled, 0, 1, out=scaled)
 
@@ -159,7 +176,8 @@ def survey(
     Args:
         source: the images.
         value_range: ``auto``: the full range of the type where images have 8 bits, else from the 0.1 to the
-            99.9 percentile of all values seen; ``dtype``: the full range of the type; ``LOW,HIGH``; a range.
+            99.9 percentile of all values seen; where types are mixed, for each its own; ``dtype``: the full
+            range of the type; ``LOW,HIGH``; a range.
         channels: ``auto``: the commonest count; or a number.
         seed: which images are looked at.
         count: how many at most.
@@ -194,7 +212,7 @@ def survey(
         )
     resolved, why_range = (given, "as asked") if given else _choose_range(usable)
     return _summarise(
-        len(indices), seen, usable, wanted, resolved, bad, [why, _range_note(resolved, why_range)]
+        len(indices), seen, usable, wanted, resolved, bad, [why, *_range_notes(resolved, why_range, usable)]
     )
 
 
@@ -250,22 +268,66 @@ def _choose_channels(channels: int | str, seen: Sequence[_Look]) -> tuple[int, s
 
 def _choose_range(looks: Sequence[_Look]) -> tuple[ValueRange, str]:
     """What ``auto`` means for these images, and why."""
-    kinds = {look.dtype for look in looks}
-    if kinds == {"uint8"}:
+    values = {kind: np.concatenate([look.pixels.ravel() for look in looks if look.dtype == kind]) for kind in
+              sorted({look.dtype for look in looks})}  # fmt: skip
+    if set(values) == {"uint8"}:
         return ValueRange(), "8 bits a value"
-    if "uint8" in kinds:
-        return ValueRange(), "8-bit images among others, each by its own type"
-    values = np.concatenate([look.pixels.ravel() for look in looks])
+    ends = {kind: _percentiles(seen) for kind, seen in values.items()}
+    span = max(high for _, high in ends.values()) - min(low for low, _ in ends.values())
+    # The same quantity in several types, such as heights in int16 and float32, keeps one scale.
+    alike = "uint8" not in ends and all(high - low >= span / 4 for low, high in ends.values())
+    if len(values) == 1 or alike:
+        ends_of_all = _percentiles(np.concatenate(list(values.values())))
+        return ValueRange(*ends_of_all), f"the 0.1 and 99.9 percentiles of {len(looks)} images"
+    ranges = tuple((kind, *_range_of_type(kind, *found)) for kind, found in ends.items())
+    chosen = ValueRange(by_type=ranges)
+    if all(chosen.limits(np.dtype(kind)) == ValueRange().limits(np.dtype(kind)) for kind in values):
+        chosen = ValueRange()
+    return chosen, f"{len(values)} sample types, each by its own values"
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The 0.1 and 99.9 percentiles, or the ends where these are one."""
     low, high = (float(end) for end in np.nanpercentile(values, [0.1, 99.9]))
-    if not low < high:
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    return ValueRange(low, high), f"the 0.1 and 99.9 percentiles of {len(looks)} images"
+    return (low, high) if low < high else (float(np.nanmin(values)), float(np.nanmax(values)))
 
 
-def _range_note(value_range: ValueRange, why: str) -> str:
-    if value_range.low is None:
-        return f"Value range: the full range of the sample type ({why})."
-    return f"Value range: {value_range.low:g} to {value_range.high:g} becomes 0 to 1 ({why})."
+def _range_of_type(kind: str, low: float, high: float) -> tuple[float, float]:
+    """The range of one type among others: 0 to the number of bits that the values fill, else their own ends.
+
+    >>> _range_of_type("uint16", 592, 3440), _range_of_type("float32", 37, 215), _range_of_type("float32", -3, 9)
+    ((0.0, 4095.0), (0.0, 255.0), (-3, 9))
+    """
+    if kind == "uint8":
+        return 0.0, 255.0
+    scales = [float(2**bits - 1) for bits in (8, 10, 12, 14, 16)]
+    full = next((scale for scale in ([1.0, *scales] if kind == "float32" else scales) if high <= scale), None)
+    if low < 0 or full is None or (kind == "float32" and high < full / 8):
+        return (low, high) if low < high else (low, low + 1)
+    return 0.0, full
+
+
+def _range_notes(value_range: ValueRange, why: str, looks: Sequence[_Look]) -> list[str]:
+    """What becomes 0 and 1, and a warning where some images would come out all but black or white."""
+    named = [f"{name} {low:g} to {high:g}" for name, low, high in value_range.by_type]
+    if named:
+        notes = [f"Value range: {', '.join(named)} becomes 0 to 1 ({why})."]
+    elif value_range.low is None:
+        notes = [f"Value range: the full range of the sample type ({why})."]
+    else:
+        notes = [f"Value range: {value_range.low:g} to {value_range.high:g} becomes 0 to 1 ({why})."]
+    units = [_unit_values(look, len(look.pixels), value_range) for look in looks]
+    for word, lost in (
+        ("black", [float(np.percentile(unit, 99)) < _LOST for unit in units]),
+        ("white", [float(np.percentile(unit, 1)) > 1 - _LOST for unit in units]),
+    ):
+        if sum(lost) > _LOST * len(looks):
+            odd = looks[lost.index(True)].pixels
+            notes.append(
+                f"{sum(lost)} of {len(looks)} images are nearly {word} in this range; the first holds "
+                f"{np.nanmin(odd):g} to {np.nanmax(odd):g}. Give a --value_range that fits all, or part them by folder."
+            )
+    return notes
 
 
 def _summarise(

@@ -66,6 +66,8 @@ def _data(run: Run) -> list[Fact]:
 
 
 def _value_range(value: Any) -> str:
+    if isinstance(value, str) and ":" in value:  # several sample types, each with its own
+        return value.replace(":", " ").replace(",", " to ").replace("/", ", ")
     return "full range of the sample type" if value == "dtype" else text_of(value)
 
 
