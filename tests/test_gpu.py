@@ -155,9 +155,9 @@ def test_compiled_backbones_give_the_same_loss_and_gradient(name: str) -> None:
 
 
 def trained(folder: Path, **options: Any) -> Path:
-    return Path(
-        freqmask.pretrain("builtin:digits", out=str(folder), **{**RUN, "accelerator": GPU, **options})
-    )
+    given = {**RUN, "accelerator": GPU, **options}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Path(freqmask.pretrain("builtin:digits", out=str(folder), **given))
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -192,7 +192,6 @@ def cut_at_step_4(run: Path, copy: Path) -> Path:
     ids=["loader", "folk, resident", "bf16, drop path", "cnn"],
 )
 def test_a_run_that_was_cut_goes_on_with_the_same_loss(options: dict[str, Any], tmp_path: Path) -> None:
-    options = {name: value for name, value in options.items() if value is not None}
     whole = trained(tmp_path / "whole", **options)
     copy = cut_at_step_4(whole, tmp_path / "cut")
     again = losses(trained(copy, **options))
@@ -271,5 +270,5 @@ def test_a_run_of_the_gpu_is_evaluated_embedded_and_looked_at(tmp_path: Path) ->
     run = trained(tmp_path / "run", probe_data=["builtin:digits"])
     freqmask.evaluate.knn([str(run)], data="builtin:digits", out=str(tmp_path / "knn"))
     freqmask.embed(str(run), "builtin:digits", out=str(tmp_path / "features.npy"))
-    freqmask.reconstruct(str(run), "builtin:photos", out=str(tmp_path / "reconstructed"))
+    freqmask.reconstruct(str(run), "builtin:photos", out=str(tmp_path / "reconstructed.png"))
     assert read_rows(tmp_path / "knn" / "results.csv") and list((run / "previews").glob("*.png"))
