@@ -26,10 +26,10 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from freqmask.data.splits import split_indices
 from freqmask.data.values import survey
 from freqmask.evaluation import knn, linear
-from freqmask.evaluation.features import Place
-from freqmask.evaluation.job import begin
+from freqmask.evaluation.eval_model import open_eval_model
+from freqmask.evaluation.features import ComputeConfig
 from freqmask.evaluation.labelled import open_labelled
-from freqmask.evaluation.subjects import open_subject
+from freqmask.evaluation.protocol import prepare_context
 
 RESULTS = Path(__file__).parent / "results" / "frozen_reference.csv"
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -38,8 +38,8 @@ TIE = 1e-6
 
 def main(model: str = "random:vit_tiny_patch16_224", data: str = "builtin:digits", size: str = "32") -> None:
     labelled = open_labelled(data)
-    subject = open_subject(model, survey(labelled.source), image_size=int(size))
-    bench = begin(subject, labelled, Place())
+    subject = open_eval_model(model, survey(labelled.source), image_size=int(size))
+    bench = prepare_context(subject, labelled, ComputeConfig())
     one, values = bench.data.rounds[0], bench.end("mean")
     train, test = values[one.train], values[one.test]
     answers, truth = labelled.labels[one.train], labelled.labels[one.test]

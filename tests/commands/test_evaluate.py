@@ -48,7 +48,7 @@ def test_one_table_over_all_models_and_rows_that_repeat_them(
         ["evaluate", "knn", "pixels", f"random:{run}", str(run), "--data", data, "--k", "3", "--workers", "0"]
     )
     shown = capsys.readouterr().out
-    assert "24 images to learn from, 12 to test, 2 classes" in shown
+    assert "24 training images, 12 test images, 2 classes" in shown
     assert all(f"\n{name} " in shown for name in ("pixels", f"random:{run}", "mine"))
     assert "±" in shown  # of the random weights
     here, there = rows(tmp_path / "results.csv"), rows(run / "results.csv")
@@ -65,12 +65,12 @@ def test_one_table_over_all_models_and_rows_that_repeat_them(
 def test_a_seed_that_takes_long_is_told(
     data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from freqmask.evaluation import job
+    from freqmask.evaluation import protocol
 
     words = ["evaluate", "knn", "pixels", "--data", data, "--k", "3", "--workers", "0"]
     main(words)
     assert "seed 0 in" not in capsys.readouterr().out
-    monkeypatch.setattr(job, "LONG", -1.0)
+    monkeypatch.setattr(protocol, "LONG", -1.0)
     main(words)
     assert "knn         pixels: seed 0 in 0 s" in capsys.readouterr().out
 
@@ -125,7 +125,7 @@ def test_features_that_are_not_finite_are_reported_not_averaged(data: str, tmp_p
         {"format": "pt"},
     )
     (summary,) = freqmask.evaluate.knn(str(run.path), data=data, k=[3], workers=0)
-    assert "not finite" in summary.trouble
+    assert "not finite" in summary.error
     assert rows(run.path / "results.csv")[0]["accuracy"] == ""
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from freqmask.evaluation.corruptions.frost import _photographs as check_frost_photographs
 from PIL import EpsImagePlugin, Image, ImageOps
 
 import freqmask
 from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, shorten_jpeg
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.corruptions.frost import _photographs as check_frost_photographs
 from freqmask.evaluation.segmentation.masks import read_mask
 from freqmask.reporting import pictures
 

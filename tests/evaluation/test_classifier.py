@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from freqmask.errors import UserError
-from freqmask.evaluation.classifier import LOGITS, ClassifierSubject
+from freqmask.evaluation.eval_model import LOGITS, ClassifierModel
 
 ARGUMENTS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 1}
 
@@ -33,7 +33,7 @@ def write_classifier(folder: Path, names: list[str] | None) -> Any:
 
 def test_outputs_are_put_in_the_order_of_data(tmp_path: Path) -> None:
     model = write_classifier(tmp_path / "model", ["wolf", "cat", "dog"])
-    subject = ClassifierSubject(str(tmp_path / "model"), ["cat", "dog"])
+    subject = ClassifierModel(str(tmp_path / "model"), ["cat", "dog"])
     images = torch.rand(2, 3, 16, 16)
     expected = model((images - 0.5) / 0.2)[:, [1, 2]]
     assert torch.allclose(subject.features(images, "end")[LOGITS], expected, atol=1e-5)
@@ -42,8 +42,8 @@ def test_outputs_are_put_in_the_order_of_data(tmp_path: Path) -> None:
 def test_classes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_classifier(tmp_path / "named", ["wolf", "cat", "dog"])
     with pytest.raises(UserError, match="'cow' not among the model's"):
-        ClassifierSubject(str(tmp_path / "named"), ["cat", "cow"])
+        ClassifierModel(str(tmp_path / "named"), ["cat", "cow"])
     write_classifier(tmp_path / "plain", None)
-    assert ClassifierSubject(str(tmp_path / "plain"), ["a", "b", "c"]).columns.tolist() == [0, 1, 2]
+    assert ClassifierModel(str(tmp_path / "plain"), ["a", "b", "c"]).columns.tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="classifies 3 classes and DATA has 2"):
-        ClassifierSubject(str(tmp_path / "plain"), ["a", "b"])
+        ClassifierModel(str(tmp_path / "plain"), ["a", "b"])

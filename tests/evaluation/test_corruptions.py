@@ -16,24 +16,19 @@ from freqmask.data.arrays import open_array
 from freqmask.data.dataset import TrainDataset
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
-from freqmask.evaluation.corrupted import CorruptedDataset
+from freqmask.evaluation import corruption_functions as functions
+from freqmask.evaluation import weather
 from freqmask.evaluation.corruptions import (
     COMMON,
     CORRUPTIONS,
     EXTRA,
     PUBLISHED,
     Corruption,
-    blur,
     check_severities,
     choose_corruptions,
-    digital,
-    edges,
-    frost,
-    noise,
     strengths_for,
-    weather,
 )
-from freqmask.evaluation.corruptions.plasma import plasma
+from freqmask.evaluation.robustness import CorruptedDataset
 
 
 def photograph(side: int) -> torch.Tensor:
@@ -137,10 +132,10 @@ def test_severity_five_is_farther_from_the_image_than_severity_one(side: int) ->
 
 def test_noise_has_the_stated_size() -> None:
     grey = np.full((200, 200, 3), 0.5, np.float32)
-    assert noise.gaussian_noise(grey, random(), 0.1).std() == pytest.approx(0.1, rel=0.02)
-    assert noise.shot_noise(grey, random(), 50).var() == pytest.approx(0.5 / 50, rel=0.03)
-    assert noise.speckle_noise(grey, random(), 0.2).std() == pytest.approx(0.1, rel=0.02)
-    struck = noise.impulse_noise(grey, random(), 0.1)
+    assert functions.gaussian_noise(grey, random(), 0.1).std() == pytest.approx(0.1, rel=0.02)
+    assert functions.shot_noise(grey, random(), 50).var() == pytest.approx(0.5 / 50, rel=0.03)
+    assert functions.speckle_noise(grey, random(), 0.2).std() == pytest.approx(0.1, rel=0.02)
+    struck = functions.impulse_noise(grey, random(), 0.1)
     assert [float((struck == value).mean()) for value in (0, 1)] == pytest.approx([0.05, 0.05], rel=0.06)
 
 
@@ -151,11 +146,11 @@ def test_brightness_and_saturation_are_those_of_hsv() -> None:
     for added in (0.1, 0.5):
         hsv = rgb2hsv(image)
         hsv[..., 2] = np.clip(hsv[..., 2] + added, 0, 1)
-        assert np.allclose(digital.brightness(image, random(), added), hsv2rgb(hsv), atol=1e-5)
+        assert np.allclose(functions.brightness(image, random(), added), hsv2rgb(hsv), atol=1e-5)
     for factor, added in ((0.1, 0), (5, 0.1), (20, 0.2)):
         hsv = rgb2hsv(image)
         hsv[..., 1] = np.clip(hsv[..., 1] * factor + added, 0, 1)
-        assert np.allclose(digital.saturate(image, random(), factor, added), hsv2rgb(hsv), atol=1e-4)
+        assert np.allclose(functions.saturate(image, random(), factor, added), hsv2rgb(hsv), atol=1e-4)
 
 
 def test_zoom_is_scipy_s() -> None:
@@ -165,45 +160,47 @@ def test_zoom_is_scipy_s() -> None:
         top = (40 - size) // 2
         whole = zoom(image[top : top + size, top : top + size], (factor, factor, 1), order=1)
         trim = (len(whole) - 40) // 2
-        assert np.allclose(blur.enlarged(image, factor), whole[trim : trim + 40, trim : trim + 40], atol=1e-5)
+        assert np.allclose(
+            functions.enlarged(image, factor), whole[trim : trim + 40, trim : trim + 40], atol=1e-5
+        )
 
 
 def test_wide_gaussians_are_scipy_s() -> None:
     plane = random().uniform(-1, 1, (30, 41))
     for deviation in (0.7, 6.0, 33.0):
         expected = gaussian_filter(plane, deviation, mode="reflect", truncate=3)
-        assert np.allclose(digital.smoothed(plane, deviation), expected, atol=1e-12)
+        assert np.allclose(functions.smoothed(plane, deviation), expected, atol=1e-12)
 
 
 def test_a_disc_out_of_focus_is_round_and_flat() -> None:
-    kernel = blur.disc(6, 0.5)
+    kernel = functions.disc(6, 0.5)
     assert kernel.sum() == pytest.approx(1)
     assert np.allclose(kernel, kernel.T) and np.allclose(kernel, kernel[::-1])
     assert (kernel > 0.5 * kernel.max()).sum() == pytest.approx(math.pi * 36, rel=0.05)
     flat = np.full((30, 30, 3), 0.3, np.float32)
-    assert np.allclose(blur.defocus_blur(flat, random(), 6, 0.5), flat, atol=1e-6)
+    assert np.allclose(functions.defocus_blur(flat, random(), 6, 0.5), flat, atol=1e-6)
 
 
 def test_motion_draws_a_point_out_to_one_side() -> None:
     point = np.zeros((41, 41, 1), np.float32)
     point[20, 20] = 1
-    streak = blur.streaked(point, 10, 5, 0)[..., 0]
+    streak = functions.streaked(point, 10, 5, 0)[..., 0]
     assert streak.sum() == pytest.approx(1, abs=1e-5)
     assert streak[20, :20].sum() > 0.8 and streak[20, 21:].sum() == 0 and streak[:20].sum() == 0
-    falling = blur.streaked(point, 10, 5, -90)[..., 0]
+    falling = functions.streaked(point, 10, 5, -90)[..., 0]
     assert falling[21:, 20].sum() > 0.8  # snow falls down
 
 
 def test_glass_takes_pixels_from_near_by_and_copies_them() -> None:
     places = np.stack(np.mgrid[:20, :20], axis=2).astype(np.float32)
-    moved = blur.glass_blur(places, random(), 0, 2, 1)
+    moved = functions.glass_blur(places, random(), 0, 2, 1)
     assert np.array_equal(moved[:2], places[:2])  # the border stays, as published
     farthest = np.abs(moved - places)
     assert farthest.max() >= 2 and len(np.unique(moved.reshape(-1, 2), axis=0)) < 400
 
 
 def test_plasma_is_smoother_where_displacements_decay_faster() -> None:
-    rough, smooth = (plasma(64, decay, random(3)) for decay in (1.4, 3.0))
+    rough, smooth = (weather.plasma(64, decay, random(3)) for decay in (1.4, 3.0))
     for surface in (rough, smooth):
         assert surface.shape == (64, 64) and surface.min() >= 0 and surface.max() <= 1
     assert np.abs(np.diff(rough)).mean() > 1.5 * np.abs(np.diff(smooth)).mean()
@@ -212,10 +209,10 @@ def test_plasma_is_smoother_where_displacements_decay_faster() -> None:
 def test_an_edge_of_a_step_is_one_pixel_wide_and_lies_on_its_dark_side() -> None:
     step = np.zeros((12, 12), np.uint8)
     step[:, 6:] = 200
-    found = edges.find_edges(step, 50, 150)
+    found = weather.find_edges(step, 50, 150)
     assert found[:, 5].all() and found.sum() == 12
     step[:, 6:] = 10
-    assert not edges.find_edges(step, 50, 150).any()
+    assert not weather.find_edges(step, 50, 150).any()
 
 
 def test_jpeg_is_pillow_s_and_pixels_are_boxes() -> None:
@@ -224,23 +221,23 @@ def test_jpeg_is_pillow_s_and_pixels_are_boxes() -> None:
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=40)
     assert np.array_equal(stored.permute(1, 2, 0).numpy(), np.asarray(Image.open(file)))
-    halved = digital.pixelate(unit(32), random(), 0.5)
+    halved = functions.pixelate(unit(32), random(), 0.5)
     assert np.allclose(halved[::2, ::2], halved[1::2, 1::2])
 
 
 def test_drawn_frost_is_the_same_everywhere_and_bluish() -> None:
-    panes = frost.frost_pictures(None, 1.0, 224)
+    panes = weather.frost_pictures(None, 1.0, 224)
     assert len(panes) == 5 and all(min(pane.shape[:2]) >= 224 for pane in panes)
     for pane in panes:
         red, _, blue = pane.mean(axis=(0, 1))
         assert blue > red and 0.04 < pane.std() < 0.25
-    frost._drawn_panes.cache_clear()
-    assert np.array_equal(frost._drawn_panes()[0], panes[0])
+    weather._drawn_panes.cache_clear()
+    assert np.array_equal(weather._drawn_panes()[0], panes[0])
 
 
 def test_frost_photographs_are_used_and_their_absence_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be a folder of photographs"):
-        frost.check_frost(str(tmp_path))
+        weather.check_frost(str(tmp_path))
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "ice.png")
     frosted = Corruption("frost", 5, strengths_for(32), str(tmp_path))(torch.zeros(3, 32, 32), 0)
     assert frosted[0].min() == pytest.approx(0.45) and frosted[1:].max() == 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,17 +24,16 @@ from freqmask.cli import main
 from freqmask.data.folder import open_folder
 from freqmask.data.values import survey
 from freqmask.errors import UserError
-from freqmask.evaluation import job, linear
-from freqmask.evaluation.answers import learn_answers
+from freqmask.evaluation import features, linear
 from freqmask.evaluation.attacks import make_attacks
 from freqmask.evaluation.bands import Band
-from freqmask.evaluation.corrupted import CorruptedSubject
 from freqmask.evaluation.corruptions import Corruption, strengths_for
-from freqmask.evaluation.examination import Examination
-from freqmask.evaluation.features import Place, compute_features, part_images
-from freqmask.evaluation.job import begin
+from freqmask.evaluation.eval_model import open_eval_model
+from freqmask.evaluation.features import ComputeConfig, compute_features, part_images
 from freqmask.evaluation.labelled import open_labelled
-from freqmask.evaluation.subjects import open_subject
+from freqmask.evaluation.linear import fit_head
+from freqmask.evaluation.protocol import prepare_context
+from freqmask.evaluation.robustness import CorruptedModel, Robustness, RobustnessEval
 from freqmask.training.replicas import Replicas
 
 CPU = torch.device("cpu")
@@ -79,9 +79,9 @@ def test_features_of_two_processes_are_those_of_one(
     two: Replicas, run: str, data: Path, workers: int
 ) -> None:
     source = open_folder(data / "test")
-    subject = open_subject(run, survey(source))
-    subject.begin(source, CPU)
-    fog = CorruptedSubject(subject, Corruption("fog", 3, strengths_for(32)))
+    subject = open_eval_model(run, survey(source))
+    subject.prepare(source, CPU)
+    fog = CorruptedModel(subject, Corruption("fog", 3, strengths_for(32)))
     half = Band("low", 0, 8)
     for model, what, change in ((subject, "blocks", None), (subject, "end", half.change), (fog, "end", None)):
         tables = [
@@ -89,7 +89,7 @@ def test_features_of_two_processes_are_those_of_one(
                 model,
                 source,
                 what,
-                Place(CPU, 2, workers, cache=False, replicas=replicas),
+                ComputeConfig(CPU, 2, workers, cache=False, replicas=replicas),
                 change,
                 quiet=True,
             )
@@ -107,16 +107,19 @@ def test_attacked_answers_of_two_processes_are_those_of_one(
 ) -> None:
     monkeypatch.setattr(linear, "LEAST_STEPS", 40)
     opened = open_labelled(str(data))
+    experiment: Any = None
     results = []
     for replicas in (None, two):
-        place = Place(CPU, 2, cache=False, replicas=replicas)
-        bench = begin(open_subject("random:resnet10t", survey(opened.source), image_size=32), opened, place)
-        answers = [learn_answers(bench, "linear", one, 0) for one in bench.data.rounds]
+        place = ComputeConfig(CPU, 2, cache=False, replicas=replicas)
+        context = prepare_context(
+            open_eval_model("random:resnet10t", survey(opened.source), image_size=32), opened, place
+        )
+        heads = [fit_head(context, "linear", one, 0) for one in context.data.rounds]
         (pgd,) = make_attacks(["pgd"], "linf", "4/255", 2, "auto", True)
-        results.append(Examination(bench, answers, 0, "linear").attacked(pgd))
+        results.append(RobustnessEval(Robustness(), experiment, context, heads).attacked(pgd))
     assert np.array_equal(results[0].predicted, results[1].predicted)
-    assert results[0].facts == results[1].facts  # losses and the largest change, to the bit
-    assert results[0].facts["adversarial_loss"] > results[0].facts["loss"]
+    assert results[0].metadata == results[1].metadata  # losses and the largest change, to the bit
+    assert results[0].metadata["adversarial_loss"] > results[0].metadata["loss"]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -136,13 +139,15 @@ def test_a_command_on_two_processes_says_and_writes_what_it_does_on_one(
     words = ["evaluate", "knn", run, "--data", str(data), "--k", "3", "--batch_size", "2", "--cache", "false"]
     words += ["--workers", "0", "--accelerator", "cpu"]
     asked: list[int] = []
-    monkeypatch.setattr(job, "Replicas", lambda devices: asked.append(len(devices)) or two)  # they are there
+    monkeypatch.setattr(
+        features, "Replicas", lambda devices: asked.append(len(devices)) or two
+    )  # they are there
     said = []
     for count in ("1", "2"):
         main([*words, "--devices", count, "--out", count])
         shown = capfd.readouterr()
         assert shown.err == ""
-        ignored = ("rows", "look at", "features", "devices     2 x cpu: each sees a part")
+        ignored = ("rows", "figures", "features", "devices     2 x cpu: each sees a part")
         said.append([line for line in shown.out.splitlines() if not line.startswith(ignored)])
     assert asked == [2]
     assert said[0] == said[1]

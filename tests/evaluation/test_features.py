@@ -15,10 +15,10 @@ from freqmask.data.cache import cache_folder
 from freqmask.data.folder import open_folder
 from freqmask.data.values import survey
 from freqmask.evaluation import features
-from freqmask.evaluation.corrupted import CorruptedSubject
 from freqmask.evaluation.corruptions import Corruption, strengths_for
-from freqmask.evaluation.features import FeatureTable, Place, compute_features, not_finite, prune
-from freqmask.evaluation.subjects import Subject, open_subject
+from freqmask.evaluation.eval_model import EvalModel, open_eval_model
+from freqmask.evaluation.features import ComputeConfig, FeatureTable, compute_features, not_finite, prune
+from freqmask.evaluation.robustness import CorruptedModel
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +34,10 @@ def write(folder: Path, count: int = 5) -> Path:
     return folder
 
 
-def begun(text: str, folder: Path, **options: Any) -> Subject:
+def begun(text: str, folder: Path, **options: Any) -> EvalModel:
     source = open_folder(folder)
-    subject = open_subject(text, survey(source), **options)
-    subject.begin(source, torch.device("cpu"))
+    subject = open_eval_model(text, survey(source), **options)
+    subject.prepare(source, torch.device("cpu"))
     return subject
 
 
@@ -46,7 +46,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     compute = features._compute
 
-    def noting(subject: Subject, *rest: Any) -> FeatureTable:
+    def noting(subject: EvalModel, *rest: Any) -> FeatureTable:
         made.append(subject.name)
         return compute(subject, *rest)
 
@@ -57,7 +57,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_cache_gives_back_what_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, run, made = write(tmp_path / "some"), str(make_run(tmp_path / "run").path), computed(monkeypatch)
     (folder / "9.png").write_bytes(b"no image")
-    tables = [compute_features(begun(run, folder), open_folder(folder), "end", Place()) for _ in range(2)]
+    tables = [
+        compute_features(begun(run, folder), open_folder(folder), "end", ComputeConfig()) for _ in range(2)
+    ]
     assert made == ["run"]
     assert tables[0].values.keys() == tables[1].values.keys()
     for name, values in tables[0].values.items():
@@ -73,9 +75,9 @@ def test_changed_weights_preprocessing_and_data_are_noticed(
     folder, run = write(tmp_path / "some"), make_run(tmp_path / "run")
     made = computed(monkeypatch)
 
-    def look(what: str = "end", place: Place | None = None, **options: Any) -> int:
+    def look(what: str = "end", place: ComputeConfig | None = None, **options: Any) -> int:
         subject = begun(str(run.path), folder, **options)
-        compute_features(subject, open_folder(folder), what, place or Place())
+        compute_features(subject, open_folder(folder), what, place or ComputeConfig())
         return len(made)
 
     assert look() == 1
@@ -83,8 +85,8 @@ def test_changed_weights_preprocessing_and_data_are_noticed(
     assert look(value_range="0,100") == 3
     assert look(image_size=16) == 4
     assert look("blocks") == 5
-    assert look(place=Place(bf16=True)) == 6
-    assert look(place=Place(batch_size=2)) == 6  # nothing that the features depend on
+    assert look(place=ComputeConfig(bf16=True)) == 6
+    assert look(place=ComputeConfig(batch_size=2)) == 6  # nothing that the features depend on
     file = run.backbone / "model.safetensors"
     weights = load_file(file)
     weights[min(weights)] = weights[min(weights)] + 1e-3
@@ -94,7 +96,7 @@ def test_changed_weights_preprocessing_and_data_are_noticed(
     assert look() == 8
     write(folder, 6)
     assert look() == 9
-    assert look(place=Place(cache=False)) == look(place=Place(cache=False)) - 1 == 10
+    assert look(place=ComputeConfig(cache=False)) == look(place=ComputeConfig(cache=False)) - 1 == 10
 
 
 def test_changed_images_and_corruptions_have_features_of_their_own(
@@ -102,12 +104,15 @@ def test_changed_images_and_corruptions_have_features_of_their_own(
 ) -> None:
     folder = write(tmp_path / "some")
     source, subject, made = open_folder(folder), begun("pixels", folder), computed(monkeypatch)
-    plain = compute_features(subject, source, "end", Place())
-    darker = compute_features(subject, source, "end", Place(), lambda images: images / 2, "half")
+    plain = compute_features(subject, source, "end", ComputeConfig())
+    darker = compute_features(subject, source, "end", ComputeConfig(), lambda images: images / 2, "half")
     assert not np.array_equal(plain.values["end/mean"], darker.values["end/mean"])
     found = [
         compute_features(
-            CorruptedSubject(subject, Corruption(name, severity, strengths_for(32))), source, "end", Place()
+            CorruptedModel(subject, Corruption(name, severity, strengths_for(32))),
+            source,
+            "end",
+            ComputeConfig(),
         ).values["end/mean"]
         for name, severity in (("fog", 1), ("fog", 2), ("snow", 1), ("fog", 1))
     ]
@@ -119,9 +124,12 @@ def test_changed_images_and_corruptions_have_features_of_their_own(
 def test_features_do_not_depend_on_batches_or_workers(tmp_path: Path) -> None:
     folder = write(tmp_path / "some")
     subject = begun(str(make_run(tmp_path / "run").path), folder)
-    corrupted = CorruptedSubject(subject, Corruption("spatter", 4, strengths_for(32)))
+    corrupted = CorruptedModel(subject, Corruption("spatter", 4, strengths_for(32)))
     for model in (subject, corrupted):
-        places = [Place(cache=False, batch_size=5), Place(cache=False, batch_size=2, workers=1)]
+        places = [
+            ComputeConfig(cache=False, batch_size=5),
+            ComputeConfig(cache=False, batch_size=2, workers=1),
+        ]
         one, other = (compute_features(model, open_folder(folder), "end", place) for place in places)
         for name, values in one.values.items():
             assert np.allclose(values, other.values[name], atol=1e-5)

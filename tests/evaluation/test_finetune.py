@@ -20,7 +20,7 @@ from freqmask.data.loader import make_loader
 from freqmask.data.sampler import OrderedSampler
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.classifier import LOGITS, ClassifierSubject
+from freqmask.evaluation.eval_model import LOGITS, ClassifierModel
 from freqmask.evaluation.finetune.augment import AugmentedGeometry, Mixer
 from freqmask.evaluation.finetune.module import FinetuneModule, layer_groups
 from freqmask.evaluation.finetune.network import make_classifier
@@ -221,7 +221,7 @@ def test_the_classifier_s_folder_is_one_that_timm_loads(tuned: Path) -> None:
         :, None, None
     ]
     for folder in (tuned, tuned / "classifier"):
-        subject = ClassifierSubject(str(folder), ["1", "0"])
+        subject = ClassifierModel(str(folder), ["1", "0"])
         assert torch.allclose(
             subject.features(images, "end")[LOGITS], model(normalised)[:, [1, 0]], atol=1e-6
         )

@@ -9,9 +9,9 @@ from tiny_runs import make_run
 
 import freqmask
 from freqmask.errors import UserError
-from freqmask.evaluation.finetune.shots import SETTINGS, summarised
+from freqmask.evaluation.finetune.shots import SETTINGS, summarize_settings
 from freqmask.evaluation.labelled import LabelledData, Round
-from freqmask.evaluation.results import Result
+from freqmask.evaluation.results import ClassificationResult
 from freqmask.training.runs import RunFolder
 from freqmask.training.tables import read_rows
 
@@ -22,22 +22,21 @@ class Named:
     text = name = "m"
 
 
-def made(settings: dict[str, list[list[int]]]) -> tuple[list[Result], LabelledData]:
+def made(settings: dict[str, list[list[int]]]) -> list[ClassificationResult]:
     labels = np.array([0, 1, 0, 1])
     data: Any = LabelledData(None, labels, None, ["a", "b"], [Round(labels, labels)], "d", "s")  # type: ignore[arg-type]
     subject: Any = Named()
-    results = [
-        Result(subject, f"1 a class, {name}", seed, np.arange(4), np.array(said))
+    return [
+        ClassificationResult(subject, data, f"1 a class, {name}", seed, np.arange(4), np.array(said))
         for name, answers in settings.items()
         for seed, said in enumerate(answers)
     ]
-    return results, data
 
 
 def test_the_average_is_over_settings_and_the_best_is_the_best_on_average() -> None:
     right, half, wrong = [0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 1, 0]
-    results, data = made({"a": [right, wrong], "b": [right, half], "c": [half, half]})
-    found = {one.variant: one.accuracies for one in summarised(results, data, "1 a class")}
+    results = made({"a": [right, wrong], "b": [right, half], "c": [half, half]})
+    found = {one.variant: one.accuracies for one in summarize_settings(results, "1 a class")}
     assert found["average"] == pytest.approx([(1 + 1 + 0.5) / 3, (0 + 0.5 + 0.5) / 3])
     assert found["best"] == found["b"] == [1.0, 0.5]
 

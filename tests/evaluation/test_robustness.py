@@ -13,11 +13,11 @@ import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.evaluation import linear
-from freqmask.evaluation.corruption_error import ALEXNET, applies, corruption_errors
 from freqmask.evaluation.corruptions import COMMON, SEVERITIES
-from freqmask.evaluation.examination import Examination, together
-from freqmask.evaluation.results import Result, summarise
-from freqmask.evaluation.variants import find_variants
+from freqmask.evaluation.results import ClassificationResult, summarize
+from freqmask.evaluation.robustness import RobustnessEval, together
+from freqmask.evaluation.robustness_folders import find_folders
+from freqmask.evaluation.robustness_results import ALEXNET, corruption_errors, mce_applies
 from tests.evaluation.test_classifier import write_classifier
 
 
@@ -149,7 +149,7 @@ def test_imagenet_c_trees_are_read_and_their_mean_taken(
     both = [float(found[name]["accuracy"]) for name in ("fog 1", "fog 3")]
     assert float(found["corrupted"]["accuracy"]) == pytest.approx(np.mean(both))
     with pytest.raises(UserError, match="has no fog/2"):
-        find_variants(Path("c"), ["fog"], [1, 2])
+        find_folders(Path("c"), ["fog"], [1, 2])
 
 
 def write_colours(folder: Path, channels: dict[str, int]) -> None:
@@ -198,14 +198,14 @@ def test_fewer_test_images_are_taken_evenly(
     data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tested: list[np.ndarray] = []
-    whole = Examination.clean
+    whole = RobustnessEval.clean
 
-    def noting(self: Examination) -> Result:
+    def noting(self: RobustnessEval) -> ClassificationResult:
         result = whole(self)
         tested.append(result.images)
         return result
 
-    monkeypatch.setattr(Examination, "clean", noting)
+    monkeypatch.setattr(RobustnessEval, "clean", noting)
     for count in (10, 4):
         freqmask.evaluate.robustness(
             "pixels", data=data, corruptions=["none"], attacks=["fgsm"], test_images=count, workers=0
@@ -218,15 +218,19 @@ def test_fewer_test_images_are_taken_evenly(
 
 
 def test_the_mean_of_several_results_draws_whole_images(data: str) -> None:
-    from freqmask.evaluation.job import Setting, prepare
-    from freqmask.evaluation.subjects import PixelSubject
+    from freqmask.evaluation.eval_model import PixelModel
+    from freqmask.evaluation.protocol import EvalConfig, open_experiment
 
-    _, opened, seen = prepare(Setting(models=["pixels"], data=[data]))
+    experiment = open_experiment(EvalConfig(models=["pixels"], data=[data]))
+    opened, model = experiment.data, PixelModel(experiment.seen)
     tested = opened.tested
     half = np.where(np.arange(10) < 5, opened.labels[tested], 1 - opened.labels[tested])
-    results = [Result(PixelSubject(seen), f"fog {s}", 0, tested, half, {"severity": s}) for s in (1, 2, 3)]
-    (one,) = summarise(results[:1], opened)
-    (three,) = summarise([together(results)], opened)
+    results = [
+        ClassificationResult(model, opened, f"fog {s}", 0, tested, half, metadata={"severity": s})
+        for s in (1, 2, 3)
+    ]
+    (one,) = summarize(results[:1])
+    (three,) = summarize([together(results)])
     assert three.accuracies == one.accuracies == [0.5]
     assert three.interval == pytest.approx(one.interval, abs=0.02)  # three times the same image tells no more
 
@@ -246,11 +250,11 @@ def test_mce_is_for_the_thousand_classes_at_224_alone() -> None:
 
     names = sorted(ImageNetInfo("imagenet-1k").label_names())
     measured = {(name, severity): 0.5 for name in COMMON for severity in SEVERITIES}
-    assert applies(names, 224, measured)
-    assert not applies(names[:200], 224, measured)
-    assert not applies([str(n) for n in range(1000)], 224, measured)
-    assert not applies(names, 192, measured)
-    assert not applies(names, 224, dict.fromkeys(list(measured)[1:], 0.5))
+    assert mce_applies(names, 224, measured)
+    assert not mce_applies(names[:200], 224, measured)
+    assert not mce_applies([str(n) for n in range(1000)], 224, measured)
+    assert not mce_applies(names, 192, measured)
+    assert not mce_applies(names, 224, dict.fromkeys(list(measured)[1:], 0.5))
 
 
 def test_attacks_reach_through_backbone_and_head(data: str) -> None:
@@ -300,12 +304,12 @@ def test_data_is_asked_for_where_a_head_is_learnt() -> None:
 def test_features_that_are_not_finite_give_a_row_without_a_number(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from freqmask.evaluation.subjects import PixelSubject
+    from freqmask.evaluation.eval_model import PixelModel
 
-    broken = PixelSubject.features
+    broken = PixelModel.features
     monkeypatch.setattr(
-        PixelSubject, "features", lambda *a: {name: torch.log(-1 - f.abs()) for name, f in broken(*a).items()}
+        PixelModel, "features", lambda *a: {name: torch.log(-1 - f.abs()) for name, f in broken(*a).items()}
     )
     (summary,) = freqmask.evaluate.robustness("pixels", data=data, workers=0, cache=False)
-    assert "not finite" in summary.trouble
+    assert "not finite" in summary.error
     assert [row["accuracy"] for row in rows(tmp_path / "results.csv")] == [""]

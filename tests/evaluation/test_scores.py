@@ -3,7 +3,15 @@
 import numpy as np
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from freqmask.evaluation.scores import bootstrap_interval, margins, one_class, per_class, score
+from freqmask.evaluation.scores import (
+    accuracy_of,
+    accuracy_units,
+    bootstrap_interval,
+    margins,
+    one_class,
+    per_class,
+    score,
+)
 
 
 def test_scores_are_scikit_learn_s() -> None:
@@ -23,11 +31,11 @@ def test_a_class_that_was_never_there_has_no_recall() -> None:
 
 def test_the_interval_is_the_binomial_one_and_wider_for_groups() -> None:
     correct = np.repeat(np.arange(100) % 10 < 8, 10).astype(float)  # 100 groups of 10 that agree
-    low, high = bootstrap_interval(correct)
+    low, high = bootstrap_interval(accuracy_units(correct), accuracy_of)
     error = 1.96 * np.sqrt(0.8 * 0.2 / 1000)
     assert np.allclose([low, high], [0.8 - error, 0.8 + error], atol=0.006)
     groups = [str(number // 10) for number in range(1000)]
-    wide_low, wide_high = bootstrap_interval(correct, groups)
+    wide_low, wide_high = bootstrap_interval(accuracy_units(correct, groups), accuracy_of)
     assert wide_high - wide_low > 2.5 * (high - low)
 
 

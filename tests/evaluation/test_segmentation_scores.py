@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from freqmask.evaluation.segmentation.scores import (
+from freqmask.evaluation.scores import (
     bootstrap_interval,
     image_margins,
-    per_class,
-    score,
+    mean_iou,
+    segmentation_score,
+    segmented_classes,
 )
 from freqmask.evaluation.segmentation.windows import classes_at, places, segment_whole, segment_windows
 
@@ -41,10 +42,10 @@ def test_mean_iou_is_that_of_a_slow_loop_over_all_pixels_of_all_images() -> None
     truths, answers = maps()
     counts = np.stack([image_margins(t, a, 4) for t, a in zip(truths, answers, strict=True)])
     ious = slow_ious(truths, answers, 4)
-    found = score(counts.sum(0))
+    found = segmentation_score(counts.sum(0))
     assert np.isnan(ious[3])
     assert found.mean_iou == pytest.approx(np.nanmean(ious))
-    assert [one.iou for one in per_class(counts.sum(0), "abcd")] == pytest.approx(ious, nan_ok=True)
+    assert [one.iou for one in segmented_classes(counts.sum(0), "abcd")] == pytest.approx(ious, nan_ok=True)
     counted = np.concatenate([t.ravel() for t in truths]) >= 0
     right = np.concatenate([(t == a).ravel() for t, a in zip(truths, answers, strict=True)])[counted]
     assert found.pixel_accuracy == pytest.approx(right.mean())
@@ -61,9 +62,9 @@ def test_pixels_that_do_not_count_change_no_score() -> None:
 def test_the_interval_holds_the_score_and_vanishes_where_images_are_alike() -> None:
     truths, answers = maps(12)
     counts = np.stack([image_margins(t, a, 4) for t, a in zip(truths, answers, strict=True)])
-    low, high = bootstrap_interval([counts])
-    assert low < score(counts.sum(0)).mean_iou < high
-    low, high = bootstrap_interval([np.repeat(counts[:1], 5, axis=0)])
+    low, high = bootstrap_interval(counts, mean_iou)
+    assert low < segmentation_score(counts.sum(0)).mean_iou < high
+    low, high = bootstrap_interval(np.repeat(counts[:1], 5, axis=0), mean_iou)
     assert low == pytest.approx(high)
 
 

@@ -61,7 +61,7 @@ def test_it_learns_two_colours_in_a_few_steps_and_tells(
     assert (summary.variant, whole.variant) == ("windows", "whole")
     assert summary.scores.mean_iou > 0.8
     shown = capsys.readouterr().out
-    assert "8 images to learn from, 3 to test, 2 classes (train / test)" in shown
+    assert "8 training images, 3 test images, 2 classes (train / test)" in shown
     assert "60 steps of 4 samples" in shown
     first = rows(tmp_path / "out" / "results.csv")[0]
     assert float(first["mean_iou"]) == pytest.approx(summary.scores.mean_iou, rel=1e-5)

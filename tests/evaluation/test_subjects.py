@@ -13,13 +13,13 @@ from freqmask.data.folder import open_folder
 from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.errors import UserError
-from freqmask.evaluation.subjects import (
-    ModelSubject,
-    Subject,
+from freqmask.evaluation.eval_model import (
+    BackboneModel,
+    EvalModel,
     as_float,
     check_models,
-    open_subject,
-    tell_apart,
+    disambiguate,
+    open_eval_model,
     what_differs,
 )
 from freqmask.interop.models import open_model
@@ -41,11 +41,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "some"
 
 
-def opened(text: str, folder: Path, **options: Any) -> Subject:
-    return open_subject(text, survey(open_folder(folder)), **options)
+def opened(text: str, folder: Path, **options: Any) -> EvalModel:
+    return open_eval_model(text, survey(open_folder(folder)), **options)
 
 
-def view(subject: Subject, folder: Path) -> torch.Tensor:
+def view(subject: EvalModel, folder: Path) -> torch.Tensor:
     return as_float(subject.dataset(open_folder(folder))[(0, 0, 1)].views[0])[None]
 
 
@@ -64,7 +64,7 @@ def test_pixels_are_the_middle_square_normalised(folder: Path) -> None:
 def test_a_run_gives_the_features_of_its_backbone_and_of_blocks_inside(tmp_path: Path, folder: Path) -> None:
     run = str(make_run(tmp_path / "run", model_args={"depth": 4, "embed_dim": 64, "num_heads": 1}).path)
     subject = opened(run, folder)
-    assert isinstance(subject, ModelSubject)
+    assert isinstance(subject, BackboneModel)
     assert (subject.kind, subject.name, subject.results) == ("run", "run", tmp_path / "run")
     images = view(subject, folder)
     assert images.shape == (1, 3, 32, 32)
@@ -94,10 +94,10 @@ def test_keys_tell_models_and_preprocessing_apart_and_nothing_else(tmp_path: Pat
 
 def test_fresh_batch_norm_gets_the_statistics_of_the_images(folder: Path) -> None:
     subject = opened("random:resnet10t", folder, image_size=32)
-    assert isinstance(subject, ModelSubject)
+    assert isinstance(subject, BackboneModel)
     norm = subject.opened.module.bn1
     before, key = norm.running_mean.clone(), subject.key()["weights"]
-    subject.begin(open_folder(folder), CPU)
+    subject.prepare(open_folder(folder), CPU)
     assert not torch.equal(norm.running_mean, before)
     assert subject.key()["weights"] != key  # features depend on the statistics, too
 
@@ -120,12 +120,12 @@ def test_models_from_outside_are_made_for_images_of_many_bands(tmp_path: Path, f
     for number in range(3):
         np.save(tiles / f"{number}.npy", np.random.default_rng(number).random((24, 24, 12), dtype=np.float32))
     seen = survey(open_source(tiles))
-    subject = open_subject("random:resnet10t", seen, image_size=32)
-    assert isinstance(subject, ModelSubject)
+    subject = open_eval_model("random:resnet10t", seen, image_size=32)
+    assert isinstance(subject, BackboneModel)
     assert subject.opened.input_size == (12, 32, 32)
     assert subject.opened.mean == pytest.approx(tuple(seen.mean))
     assert opened("random:resnet10t", folder, image_size=32).key()["input_size"][0] == 3
-    subject.begin(open_source(tiles), CPU)
+    subject.prepare(open_source(tiles), CPU)
     images = as_float(subject.dataset(open_source(tiles))[(0, 0, 1)].views[0])[None]
     assert subject.features(images, "end")["end/mean"].shape[0] == 1
 
@@ -149,10 +149,10 @@ def test_models_are_listed_once_and_one_is_needed(folder: Path) -> None:
 def test_models_of_the_same_name_are_called_by_what_was_typed(tmp_path: Path, folder: Path) -> None:
     texts = [str(make_run(tmp_path / where / "run").path) for where in ("a", "b")]
     subjects = [opened(text, folder) for text in (*texts, "pixels", texts[0])]
-    tell_apart(subjects)
+    disambiguate(subjects)
     assert [subject.name for subject in subjects] == [*texts, "pixels", texts[0]]
     alone = opened(texts[0], folder)
-    tell_apart([alone, alone])
+    disambiguate([alone, alone])
     assert alone.name == "run"
 
 

@@ -5,36 +5,39 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.console import say
-from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation import knn
-from freqmask.evaluation.answers import learn_answers, on_device
-from freqmask.evaluation.classifier import ClassifierSubject
-from freqmask.evaluation.features import not_finite
-from freqmask.evaluation.job import Setting, begin, open_one, prepare
-from freqmask.evaluation.labelled import LabelledData, Round
-from freqmask.evaluation.protocol import Bench
-from freqmask.evaluation.results import Result, Summary, aligned, append_results, shortened, summarise
-from freqmask.evaluation.subjects import Subject
+from freqmask.evaluation.eval_model import ClassifierModel, EvalModel
+from freqmask.evaluation.labelled import Round
+from freqmask.evaluation.linear import fit_head
+from freqmask.evaluation.protocol import EvalConfig, EvalContext, Protocol, finish_report, say_blocks
+from freqmask.evaluation.results import (
+    Result,
+    ResultTable,
+    Summary,
+    aligned,
+    plain_texts,
+    save_figure,
+    shortened,
+)
 from freqmask.filters import BandPass, HighPass, LowPass
 from freqmask.filters.filter import Filter
-from freqmask.training.checkpoint import replace_atomically
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the highest frequency along an axis
 HEADS = ("linear", "knn", "own")
 KINDS = {"low": "low-pass: below", "high": "high-pass: from", "band": "band-pass: around"}
 _NEIGHBOURS = 20
 
-Answer = Callable[[dict[str, np.ndarray]], Int64[np.ndarray, " image"]]
+Predictor = Callable[[dict[str, np.ndarray]], Int64[np.ndarray, " image"]]
+Curves = dict[str, list[tuple[float, Summary]]]  # kind -> (cycles per pixel, summary), by frequency
 
 
 @dataclass(frozen=True)
@@ -102,151 +105,121 @@ def bands_of(size: tuple[int, int], radii: Sequence[float] | None = None) -> lis
     return [Band("whole", 0, side), *low, *(Band("high", edge, side) for edge in edges), *inner]
 
 
-def evaluate_bands(head: str, radii: Sequence[float] | None, setting: Setting) -> list[Summary]:
-    """Measure all models on filtered test images; table, rows, and ``bands.png``.
+class Bands(Protocol):
+    """Heads trained on whole images, tested on filtered ones.
 
     Args:
-        head: ``linear`` or ``knn``, learnt from whole images; ``own``, the model's own classifier.
+        head: ``linear`` or ``knn``, trained on whole images; ``own``, the model's own classifier.
         radii: in bins; None for the usual ones.
-        setting: what, on what, where.
-
-    Returns:
-        One summary a model and band.
-
-    Raises:
-        UserError: something cannot be opened, or a radius does not fit.
     """
-    models, data, seen = prepare(setting, check=head != "own")
-    subjects = [_open(text, head, data, seen, setting, setting.seeds[0]) for text in models]
-    for subject in subjects:
-        bands_of(_size(subject), radii)  # a radius that does not fit shows before hours of work
-    results = []
-    with closing(setting.place):
-        for subject in subjects:
-            for seed in setting.seeds:
-                if seed != setting.seeds[0]:
-                    subject = _open(subject.text, head, data, seen, setting, seed)
-                results += _measure(begin(subject, data, setting.place), head, radii, seed)
-    return _tell(setting, data, results, head)
+
+    name, headline = "bands", "whole"
+
+    def __init__(self, head: str = "linear", radii: Sequence[float] | None = None) -> None:
+        self.head, self.radii = head, radii
+        self.title = f"accuracy on filtered test images, {head} head"
+        self.opens_models = head != "own"
+
+    def open(self, config: EvalConfig) -> Any:
+        """As for every protocol; the radii must fit the size that each model is shown."""
+        experiment = super().open(config)
+        for text in experiment.models:
+            bands_of(self.open_model(experiment, text, config.seeds[0]).input_size[1:], self.radii)
+        return experiment
+
+    def open_model(self, experiment: Any, text: str, seed: int) -> EvalModel:
+        """A backbone, or a classifier."""
+        if self.head == "own":
+            return ClassifierModel(text, experiment.data.class_names, experiment.config.crop)
+        return super().open_model(experiment, text, seed)
+
+    def evaluate(self, context: EvalContext, seed: int) -> list[Result]:
+        """One row a band; the head of each round predicts its own test images."""
+        if error := context.table("end").error:
+            return [context.failed("whole", seed, error)]
+        heads = [self._fit(context, one, seed) for one in context.data.rounds]
+        size, tested = context.model.input_size[1:], context.data.tested
+        results: list[Result] = []
+        for band in bands_of(size, self.radii):
+            if band.kind == "whole":
+                values = {name: rows[tested] for name, rows in context.table("end").values.items()}
+            else:
+                name = f"{band.filter().describe()} around the mean"
+                values = context.changed(tested, band.change, name).values
+            parts = zip(heads, context.by_round(values), strict=True)
+            predicted = np.concatenate([head(part) for head, part in parts])
+            metadata = {"head": self.head, "radius": band.place, "cycles_per_pixel": band.place / min(size)}
+            results.append(context.result(band.name, seed, predicted, **metadata))
+        return results
+
+    def _fit(self, context: EvalContext, one: Round, seed: int) -> Predictor:
+        """What turns features into classes, trained on whole images."""
+        if self.head != "knn":
+            head = fit_head(context, self.head, one, seed)
+            return lambda values: head.table_logits(context, values).argmax(dim=1).cpu().numpy()
+        bank, labels = context.tensor(context.end("mean"), one.train), context.labels(one.train)
+        k = min(_NEIGHBOURS, len(one.train))
+        return lambda values: (
+            knn.predict(context.tensor(values["end/mean"]), bank, labels, context.classes, [k])[k]
+            .cpu()
+            .numpy()
+        )
+
+    def report(self, experiment: Any, results: Sequence[Result]) -> list[Summary]:
+        """A table a kind of filter, the rows, curves."""
+        table = ResultTable(self.name, self.title, self.headline, results)
+        say_blocks([self.title, *band_lines(table)], table.warnings())
+        figure = table.folder(experiment.config.out) / "bands.png"
+        draw_curves(figure, table)
+        finish_report([table], experiment.config, [figure])
+        return table.summaries
 
 
-def _open(text: str, head: str, data: LabelledData, seen: Survey, setting: Setting, seed: int) -> Subject:
-    if head == "own":
-        return ClassifierSubject(text, data.class_names, setting.crop)
-    return open_one(text, seen, setting, seed)
-
-
-def _size(subject: Subject) -> tuple[int, int]:
-    _, height, width = subject.key()["input_size"]
-    return height, width
-
-
-def _measure(bench: Bench, head: str, radii: Sequence[float] | None, seed: int) -> list[Result]:
-    """One result a band; the head of each round answers for its own test images."""
-    tested = bench.data.tested
-    size = _size(bench.subject)
-    trouble = ""
-    whole = bench.table("end").values
-    if any(not_finite(values) for values in whole.values()):
-        trouble = "features are not finite; no result"
-        return [Result(bench.subject, "whole", seed, tested, np.empty(0), trouble=trouble)]
-    answers = [_head(bench, head, one, seed) for one in bench.data.rounds]
-    parts = np.split(np.arange(len(tested)), np.cumsum([len(one.test) for one in bench.data.rounds])[:-1])
-    results = []
-    for band in bands_of(size, radii):
-        values = _values(bench, tested, band)
-        said = [
-            answer({name: rows[part] for name, rows in values.items()})
-            for answer, part in zip(answers, parts, strict=True)
-        ]
-        facts = {"head": head, "radius": band.place, "cycles_per_pixel": band.place / min(size)}
-        results.append(Result(bench.subject, band.name, seed, tested, np.concatenate(said), facts))
-    return results
-
-
-def _values(bench: Bench, tested: np.ndarray, band: Band) -> dict[str, np.ndarray]:
-    if band.kind == "whole":
-        return {name: values[tested] for name, values in bench.table("end").values.items()}
-    return bench.changed(tested, band.change, f"{band.filter().describe()} around the mean").values
-
-
-def _head(bench: Bench, head: str, one: Round, seed: int) -> Answer:
-    """What turns features into classes, learnt from whole training images."""
-    if head != "knn":
-        answers = learn_answers(bench, head, one, seed)
-        return lambda values: answers.logits(bench.place, values).argmax(dim=1).cpu().numpy()
-    bank, labels = bench.tensor(bench.table("end").values["end/mean"], one.train), bench.labels(one.train)
-    k = min(_NEIGHBOURS, len(one.train))
-    return lambda values: (
-        knn.predict(on_device(bench.place, values["end/mean"]), bank, labels, bench.classes, [k])[k]
-        .cpu()
-        .numpy()
-    )
-
-
-def _tell(setting: Setting, data: LabelledData, results: list[Result], head: str) -> list[Summary]:
-    summaries = summarise(results, data)
-    for line in ["", f"accuracy on filtered test images, {head} head", *table_lines(results, summaries)]:
-        say(line)
-    tables = append_results(results, data, "bands", setting.options, setting.out)
-    folder = setting.out or next((r.subject.results for r in results if r.subject.results), None) or Path()
-    draw_curves(folder / "bands.png", results, summaries, data)
-    say()
-    say(f"rows        {', '.join(map(str, tables))}")
-    say(f"look at     {folder / 'bands.png'}")
-    return summaries
-
-
-def table_lines(results: Sequence[Result], summaries: Sequence[Summary]) -> list[str]:
+def band_lines(table: ResultTable) -> list[str]:
     """A block a kind of filter: models down, radii across, accuracy in per cent."""
-    points = _points(results, summaries)
-    lines: list[str] = []
+    models, lines = _curves(table), list[str]()
     for kind, words in KINDS.items():
-        rows: list[list[str]] = []
-        for name, curves in points.items():
-            whole = curves["whole"][0][1] if "whole" in curves else float("nan")
-            curve = curves.get(kind, [])
-            if not rows:
-                rows.append([f"{words} (cycles per pixel)", *(f"{x:.3f}" for x, *_ in curve), "whole image"])
-            rows.append([name, *(f"{100 * y:.1f}" for _, y, *_ in curve), f"{100 * whole:.1f}"])
+        places = next((curves[kind] for curves in models.values() if kind in curves), [])
+        rows = [[f"{words} (cycles per pixel)", *(f"{place:.3f}" for place, _ in places), "whole image"]]
+        for name, curves in models.items():
+            whole = curves["whole"][0][1]
+            if whole.error:
+                rows.append([name, whole.error])
+            else:
+                rows.append([name, *(one.percent() for _, one in curves.get(kind, [])), whole.percent()])
         lines += [*aligned(rows), ""]
     return lines[:-1]
 
 
-def _points(
-    results: Sequence[Result], summaries: Sequence[Summary]
-) -> dict[str, dict[str, list[tuple[float, float, float, float]]]]:
-    """Model -> kind -> (cycles per pixel, accuracy, lower end, upper end), by frequency."""
-    where = {(r.subject.name, r.variant): float(r.facts.get("cycles_per_pixel", 0.0)) for r in results}
-    points: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
-    for one in summaries:
+def _curves(table: ResultTable) -> dict[str, Curves]:
+    """Model -> kind -> curve."""
+    place = {
+        (one.model.name, one.variant): float(one.metadata.get("cycles_per_pixel", 0.0))
+        for one in table.results
+    }
+    models: dict[str, Curves] = {}
+    for one in table.summaries:
         kind = one.variant.split(" ")[0]
-        accuracy = float(np.mean(one.accuracies)) if one.accuracies else float("nan")
-        point = (where[one.name, one.variant], accuracy, *one.interval)
-        points.setdefault(one.name, {}).setdefault(kind, []).append(point)
-    return points
+        models.setdefault(one.name, {}).setdefault(kind, []).append((place[one.name, one.variant], one))
+    return models
 
 
-def draw_curves(
-    path: Path, results: Sequence[Result], summaries: Sequence[Summary], data: LabelledData
-) -> None:
-    """Three panels, a curve a model with its 95 % interval; the dotted line is the whole image, the grey one chance."""
+def draw_curves(path: Path, table: ResultTable) -> None:
+    """Three panels, a curve a model with its 95 % interval; the dotted line is the whole image, the gray one chance."""
     from matplotlib.figure import Figure
 
-    points = _points(results, summaries)
     figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (kind, words) in zip(axes, KINDS.items(), strict=True):
-        for number, (name, curves) in enumerate(points.items()):
-            x, y, low, high = np.array(curves.get(kind, [(np.nan,) * 4])).T
+        for number, (name, curves) in enumerate(_curves(table).items()):
+            points = [(x, one.mean, *one.interval) for x, one in curves.get(kind, [])] or [(np.nan,) * 4]
+            x, y, low, high = np.array(points).T
             axis.plot(x, 100 * y, "o-", ms=3, color=f"C{number}", label=shortened(name))
             axis.fill_between(x, 100 * low, 100 * high, color=f"C{number}", alpha=0.2, lw=0)
-            if "whole" in curves:
-                axis.axhline(100 * curves["whole"][0][1], color=f"C{number}", ls=":", lw=1)
-        axis.axhline(100 / len(data.class_names), color="0.7", lw=1)
+            axis.axhline(100 * curves["whole"][0][1].mean, color=f"C{number}", ls=":", lw=1)
+        axis.axhline(100 / len(table.results[0].class_names), color="0.7", lw=1)
         axis.set_xlabel(f"{words}, cycles per pixel", fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy in %")
-    for text in axes[0].legend(fontsize=7, frameon=False).get_texts():
-        text.set_parse_math(False)
-    replace_atomically(path, lambda unfinished: figure.savefig(unfinished, format="png"))
+    plain_texts(axes[0].legend(fontsize=7, frameon=False))
+    save_figure(figure, path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,10 @@ from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler
 from freqmask.data.sources import Source
 from freqmask.data.subset import Subset
-from freqmask.evaluation.subjects import Subject, as_float
+from freqmask.errors import UserError
+from freqmask.evaluation.eval_model import EvalModel, as_float
+from freqmask.training.devices import check_started_once, choose_devices
+from freqmask.training.plan import choose_workers, usable_cores
 from freqmask.training.progress import Progress
 from freqmask.training.replicas import Replicas, Work
 
@@ -29,7 +32,7 @@ _READ = "read"  # the array beside the features that tells which images could be
 
 
 @dataclass(frozen=True)
-class Place:
+class ComputeConfig:
     """Where features are computed.
 
     Attributes:
@@ -47,6 +50,36 @@ class Place:
     bf16: bool = False
     cache: bool = True
     replicas: Replicas | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], parted: bool = False) -> ComputeConfig:
+        """Where to compute, by the options of a command.
+
+        Args:
+            options: accelerator, batch_size, workers, precision and cache; devices where ``parted``.
+            parted: whether images are parted among the devices of ``--devices``.
+
+        Raises:
+            UserError: there is no such device, or a number is out of its range.
+        """
+        device = pick_device(options["accelerator"])
+        batch, workers = options["batch_size"], options["workers"]
+        loaders = choose_workers(device.type == "cuda").value if workers == "auto" else workers
+        batch = None if batch == "auto" else batch
+        for name, value, least in (("batch_size", batch, 1), ("workers", loaders, 0)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UserError(f"{name} ({value}) must be a whole number of at least {least}, or auto")
+        compute = cls(device, batch, int(loaders), options["precision"] == "bf16", options["cache"])
+        if not parted:
+            return compute
+        check_started_once("evaluate")
+        devices = choose_devices(options["devices"], device, options["accelerator"])
+        if len(devices) == 1:
+            return compute
+        if workers == "auto":
+            loaders = max(int(loaders) // len(devices), 1)
+        say(f"devices     {_describe_devices(devices)}")
+        return replace(compute, device=devices[0], workers=int(loaders), replicas=Replicas(devices))
 
     def run(
         self, work: Work, images: int, size: int, arguments: tuple[Any, ...], lasting: Sequence[object]
@@ -70,6 +103,31 @@ class Place:
         """End the processes of the other devices, if there are any."""
         if self.replicas is not None:
             self.replicas.close()
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """The device of an accelerator's name; ``auto`` is CUDA, then Apple's, then the CPU.
+
+    Raises:
+        UserError: it is not here.
+    """
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = "cuda" if accelerator == "gpu" else accelerator
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))
+    if not here.get(name):
+        raise UserError(f"accelerator ({accelerator}) is not here; try --accelerator cpu")
+    return torch.device(name)
+
+
+def _describe_devices(devices: Sequence[torch.device]) -> str:
+    count, threads, cores = len(devices), torch.get_num_threads(), usable_cores()
+    words = f"{count} x {devices[0].type}: each sees a part of the images; heads are trained on one"
+    if devices[0].type == "cpu" and count * threads > cores:
+        words += (
+            f" ({threads} threads each for {cores} cores; OMP_NUM_THREADS={max(cores // count, 1)} is faster)"
+        )
+    return words
 
 
 def part_images(images: int, size: int, parts: int) -> list[range]:
@@ -100,15 +158,21 @@ class FeatureTable:
     read: np.ndarray
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def error(self) -> str:
+        """What is wrong with the numbers; empty where nothing is. Such features are reported, never averaged."""
+        broken = max((not_finite(values) for values in self.values.values()), default=0)
+        return f"the features of {broken:,} images are not finite; no result" if broken else ""
+
 
 ImageChange = Callable[[Tensor], Tensor]
 
 
 def compute_features(
-    subject: Subject,
+    model: EvalModel,
     source: Source,
     what: str,
-    place: Place,
+    compute: ComputeConfig,
     change: ImageChange | None = None,
     change_name: str = "",
     quiet: bool = False,
@@ -116,10 +180,10 @@ def compute_features(
     """The features of every image, from the cache where they are there.
 
     Args:
-        subject: the model, begun on the place's device.
+        model: the model, prepared on the device of ``compute``.
         source: the images.
         what: ``end`` or ``blocks``.
-        place: where to compute.
+        compute: where.
         change: done to images in [0, 1] before the model sees them, such as a filter.
         change_name: tells changes apart in the cache.
         quiet: say nothing of how long it took.
@@ -128,22 +192,22 @@ def compute_features(
         The table.
     """
     key = {
-        **subject.key(),
+        **model.key(),
         "what": what,
         "data": source.fingerprint(),
         "images": len(source),
-        "bf16": place.bf16,
+        "bf16": compute.bf16,
         "change": change_name,
         "layout": _LAYOUT,
     }
     file = cache_file("features", key)
-    cached = read_arrays(file, verify=False) if place.cache else None
+    cached = read_arrays(file, verify=False) if compute.cache else None
     if cached is not None:
         about, arrays = cached
         values = {name: array for name, array in arrays.items() if name != _READ}
         return FeatureTable(values, arrays[_READ].astype(bool), [(n, r) for n, r in about["skipped"]])
-    table = _compute(subject, source, what, place, change, quiet)
-    if place.cache:
+    table = _compute(model, source, what, compute, change, quiet)
+    if compute.cache:
         write_arrays(
             file, {"key": key, "skipped": table.skipped}, {**table.values, _READ: table.read.astype(np.uint8)}
         )
@@ -152,7 +216,12 @@ def compute_features(
 
 
 def _compute(
-    subject: Subject, source: Source, what: str, place: Place, change: ImageChange | None, quiet: bool
+    model: EvalModel,
+    source: Source,
+    what: str,
+    compute: ComputeConfig,
+    change: ImageChange | None,
+    quiet: bool,
 ) -> FeatureTable:
     began = time.monotonic()
     table = FeatureTable({}, np.zeros(len(source), bool))
@@ -161,16 +230,16 @@ def _compute(
     if progress is not None:
         progress.start()
     done = 0
-    size = _batch_size(subject, source, place)
-    arguments = (subject, source, what, size, place.workers, place.bf16, change)
-    for seen in place.run(_see, len(source), size, arguments, lasting(subject, source)):
-        reasons.update(seen.skipped)
-        for name, values in seen.features.items():
+    size = _batch_size(model, source, compute)
+    arguments = (model, source, what, size, compute.workers, compute.bf16, change)
+    for batch in compute.run(_batches, len(source), size, arguments, shared_objects(model, source)):
+        reasons.update(batch.skipped)
+        for name, values in batch.features.items():
             if name not in table.values:
                 table.values[name] = np.zeros((len(source), values.shape[1]), np.float32)
-            table.values[name][seen.asked[seen.found]] = values[seen.found]
-        table.read[seen.asked[seen.found]] = True
-        done += len(seen.asked)
+            table.values[name][batch.asked[batch.found]] = values[batch.found]
+        table.read[batch.asked[batch.found]] = True
+        done += len(batch.asked)
         if progress is not None:
             progress.update(done, {})
     if progress is not None:
@@ -180,26 +249,26 @@ def _compute(
         table.skipped.append((name, reasons.get(name, "it cannot be read")))
     seconds = time.monotonic() - began
     if seconds > 1 and not quiet:
-        say(f"features    {subject.name} ({what}): {done:,} images in {seconds:.0f} s")
+        say(f"features    {model.name} ({what}): {done:,} images in {seconds:.0f} s")
     return table
 
 
-def lasting(subject: Subject, source: Source) -> list[object]:
-    """The heavy objects that one look after the other shares: weights, and the whole list of images."""
+def shared_objects(model: EvalModel, source: Source) -> list[object]:
+    """The heavy objects that every call needs, which are sent once: weights, and the whole list of images."""
     while isinstance(source, Subset):
         source = source.source
-    return [getattr(subject, "subject", subject), source]  # of a `CorruptedSubject` the model within
+    return [getattr(model, "clean", model), source]  # of a `CorruptedModel` the model within
 
 
-def _batch_size(subject: Subject, source: Source, place: Place) -> int:
-    height, width = subject.dataset(source).geometries[0].size
-    size = place.batch_size or (256 if place.device.type == "cuda" or height * width <= 128**2 else 32)
+def _batch_size(model: EvalModel, source: Source, compute: ComputeConfig) -> int:
+    height, width = model.input_size[1:]
+    size = compute.batch_size or (256 if compute.device.type == "cuda" or height * width <= 128**2 else 32)
     return min(size, len(source))
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A batch after a look.
+class _Batch:
+    """The features of a batch.
 
     Attributes:
         asked: (image,) numbers of the images asked for.
@@ -214,32 +283,32 @@ class _Seen:
     skipped: list[tuple[str, str]]
 
 
-def _see(
+def _batches(
     device: torch.device,
     images: range,
-    subject: Subject,
+    model: EvalModel,
     source: Source,
     what: str,
     size: int,
     workers: int,
     bf16: bool,
     change: ImageChange | None,
-) -> Iterator[_Seen]:
+) -> Iterator[_Batch]:
     """The features of some images, batch by batch; in whatever process."""
-    dataset = subject.dataset(source)
+    dataset = model.dataset(source)
     first = images.start
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, bf16):
         for batch in make_loader(dataset, ChosenSampler(images), size, workers):
             views = as_float(batch["views"][0].to(device, non_blocking=True))
-            features = subject.features(views if change is None else change(views), what)
+            features = model.features(views if change is None else change(views), what)
             asked = np.arange(first, first + len(views))
             first += len(views)
             values = {name: tensor.float().cpu().numpy() for name, tensor in features.items()}
-            yield _Seen(asked, batch["indices"].numpy() == asked, values, batch["skipped"])
+            yield _Batch(asked, batch["indices"].numpy() == asked, values, batch["skipped"])
 
 
 def not_finite(values: np.ndarray) -> int:
-    """How many rows hold a number that is not finite; such features are reported, never averaged."""
+    """How many rows hold a number that is not finite."""
     return int((~np.isfinite(values).all(axis=1)).sum())
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from freqmask.errors import UserError
+from freqmask.evaluation.labelled import Round
+from freqmask.evaluation.protocol import EvalContext, Prediction, Protocol
 
 SHOTS = ("1", "5", "10", "1%", "10%")
 INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
 
 
-def parse_shots(shots: list[str]) -> list[str]:
+def parse_shots(shots: Sequence[str]) -> list[str]:
     """``5`` (images a class) or ``10%`` (of the training images), checked.
 
     Raises:
@@ -29,17 +32,17 @@ def parse_shots(shots: list[str]) -> list[str]:
     return list(dict.fromkeys(shots))
 
 
-def words_of(shot: str) -> str:
+def shot_name(shot: str) -> str:
     """A number of labels as tables say it.
 
-    >>> words_of("5"), words_of("10%")
+    >>> shot_name("5"), shot_name("10%")
     ('5 a class', '10%')
     """
     return shot if shot.endswith("%") else f"{shot} a class"
 
 
 def draw(labels: Int64[np.ndarray, " image"], shot: str, seed: int) -> Int64[np.ndarray, " drawn"]:
-    """Which images are learnt from: it depends on labels, shot and seed alone, so all models get the same.
+    """Which images are trained on: it depends on labels, shot and seed alone, so all models get the same.
 
     Args:
         labels: classes of the training images.
@@ -89,3 +92,34 @@ def logistic_regression(
         model.fit((train - mean) * scale, labels)
     predicted: np.ndarray = model.predict((test - mean) * scale)
     return predicted.astype(np.int64)
+
+
+class Fewshot(Protocol):
+    """Logistic regression on few labels.
+
+    Args:
+        shots: images a class, or shares in per cent.
+        feature: ``mean`` or ``class_token``.
+        strength: scikit-learn's C.
+    """
+
+    name, title = "fewshot", "few labels, logistic regression on frozen features"
+
+    def __init__(
+        self, shots: Sequence[str] | None = None, feature: str = "mean", strength: float = INVERSE_STRENGTH
+    ) -> None:
+        self.shots = parse_shots(shots or SHOTS)
+        self.feature, self.strength = feature, strength
+        self.headline = shot_name("10" if "10" in self.shots else self.shots[-1])
+
+    def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
+        """One prediction a number of labels; the draw is the same for every model."""
+        values, labels = context.end(self.feature), context.data.labels
+        predictions = {}
+        for shot in self.shots:
+            drawn = one.train[draw(labels[one.train], shot, seed)]
+            predicted = logistic_regression(
+                values[drawn], labels[drawn], values[one.test], values[one.train], self.strength
+            )
+            predictions[shot_name(shot)] = Prediction(predicted, n_train=len(drawn))
+        return predictions

@@ -12,7 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.data.splits import split_indices
+from freqmask.evaluation.eval_model import LOGITS
 from freqmask.evaluation.knn import outside_autocast
+from freqmask.evaluation.labelled import Round
+from freqmask.evaluation.protocol import EvalContext, Prediction, Protocol
 from freqmask.evaluation.scores import score
 
 LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
@@ -96,8 +99,8 @@ class Columns:
         count = len(self.parts[0])
         rows = torch.cat([self.rows(images) for images in self.chunks()])[:, :-1]
         variances, images = torch.linalg.eigh((rows @ rows.T).double() / count)
-        there = variances > 1e-7 * variances.max().clamp_min(1e-12)  # below it is float32's rounding
-        variances, images = variances[there].float(), images[:, there].float()
+        kept = variances > 1e-7 * variances.max().clamp_min(1e-12)  # below it is float32's rounding
+        variances, images = variances[kept].float(), images[:, kept].float()
         directions = torch.nn.functional.pad(rows.T @ images / (count * variances).sqrt(), (0, 1, 0, 1))
         directions[-1, -1] = 1.0  # the bias
         return directions, torch.nn.functional.pad(variances, (0, 1), value=1.0)
@@ -154,16 +157,16 @@ class Sweep:
 
     @outside_autocast
     def predict(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Int64[Tensor, "head image"]:
-        """The classes that each head takes images for."""
+        """The class that each head predicts for each image."""
         some = next(iter(features.values()))
-        answers = torch.empty(len(self.heads), len(some), dtype=torch.int64, device=some.device)
-        for members, images, logits in self._answers(features):
-            answers[members[:, None], images] = logits.argmax(dim=2).T
-        return answers
+        predicted = torch.empty(len(self.heads), len(some), dtype=torch.int64, device=some.device)
+        for members, images, logits in self._logits(features):
+            predicted[members[:, None], images] = logits.argmax(dim=2).T
+        return predicted
 
     @outside_autocast
     def logits(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Float[Tensor, "image class"]:
-        """What the first head says, differentiable in the features."""
+        """Those of the first head, differentiable in the features."""
         names = self.heads[0].inputs
         columns = self.columns[names].like([features[name] for name in names])
         every = torch.arange(len(features[names[0]]), device=columns.mean.device)
@@ -176,15 +179,15 @@ class Sweep:
     ) -> tuple[Int64[np.ndarray, "head image"], list[float]]:
         """The classes of each head, and its mean cross-entropy in nats."""
         losses = torch.zeros(len(self.heads), device=labels.device)
-        for members, images, logits in self._answers(features):
+        for members, images, logits in self._logits(features):
             truth = labels[images][:, None, None].expand(-1, len(members), 1)
             losses[members] -= logits.log_softmax(dim=2).gather(2, truth).sum(dim=(0, 2)) / len(labels)
         return self.predict(features).cpu().numpy(), losses.tolist()
 
-    def _answers(
+    def _logits(
         self, features: Mapping[str, Float[Tensor, "image dim"]]
     ) -> Iterator[tuple[Tensor, Tensor, Float[Tensor, "batch head class"]]]:
-        """Numbers of heads and of images, and what those heads say of them, chunk by chunk."""
+        """Numbers of heads and of images, and the logits of those heads, chunk by chunk."""
         for names in self.inputs:
             columns = self.columns[names].like([features[name] for name in names])
             members = torch.tensor(self.members[names], device=columns.mean.device)
@@ -201,7 +204,7 @@ class Sweep:
             pace = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in groups.values():
                 group.step(images.to(labels.device), labels, pace)
-        return {names: group.directions @ group.weights for names, group in groups.items()}
+        return {names: group.directions @ group.weights.flatten(1) for names, group in groups.items()}
 
     def _group(self, names: tuple[str, ...], labels: Tensor) -> _Group:
         """The heads of one input, at zero."""
@@ -212,17 +215,17 @@ class Sweep:
         return _Group(
             self.columns[names].along(directions),
             directions,
-            paces.repeat_interleave(self.classes, dim=1),
+            paces[:, :, None],
             # the bias is free; after sorting its direction is the one that ends in 1
-            ((1 - directions[-1:].T.square()) * DECAY / rates).repeat_interleave(self.classes, dim=1),
+            ((1 - directions[-1:].T.square()) * DECAY / rates)[:, :, None],
             self._importance(labels, heads),
         )
 
     def _importance(self, labels: Tensor, heads: Sequence[Head]) -> Float[Tensor, "head class"]:
         """How much an image of each class counts for each head; 1 on average."""
         counts = torch.bincount(labels, minlength=self.classes).clamp_min(1)
-        there = int((torch.bincount(labels, minlength=self.classes) > 0).sum())
-        balancing = len(labels) / (there * counts)
+        present = int((torch.bincount(labels, minlength=self.classes) > 0).sum())
+        balancing = len(labels) / (present * counts)
         return torch.stack([balancing if head.weighted else torch.ones_like(balancing) for head in heads])
 
 
@@ -232,8 +235,8 @@ class _Group:
     Args:
         rows: the training images in that basis (image, direction).
         directions: the basis (columns, direction).
-        paces: step of each weight (direction, head x class).
-        decays: weight decay of each weight (direction, head x class).
+        paces: step of each weight (direction, head, 1).
+        decays: weight decay of each weight (direction, head, 1).
         importance: of the images of each class for each head (head, class).
     """
 
@@ -242,17 +245,19 @@ class _Group:
     ) -> None:
         self.rows, self.directions, self.importance = rows, directions, importance
         self.paces, self.decays = paces, decays
-        self.weights = torch.zeros_like(paces)
-        self._speeds = torch.zeros_like(paces)
+        self.weights = torch.zeros(*paces.shape[:2], importance.shape[1], device=rows.device)
+        self._speeds = torch.zeros_like(self.weights)
 
     def step(self, images: Tensor, labels: Tensor, pace: float) -> None:
         """One step of all heads on some images; ``pace`` is the schedule's, 1 to 0."""
-        rows, answers = self.rows[images], labels[images]
-        logits = (rows @ self.weights).view(len(rows), *self.importance.shape)
+        rows, truth = self.rows[images], labels[images]
+        logits = (rows @ self.weights.flatten(1)).view(len(rows), *self.importance.shape)
         error = logits.softmax(dim=2)
-        error[torch.arange(len(rows), device=rows.device), :, answers] -= 1  # d loss / d logits
-        error *= self.importance[:, answers].T[:, :, None] / len(rows)
-        self._speeds.mul_(MOMENTUM).add_(rows.T @ error.flatten(1)).addcmul_(self.decays, self.weights)
+        error[torch.arange(len(rows), device=rows.device), :, truth] -= 1  # d loss / d logits
+        error *= self.importance[:, truth].T[:, :, None] / len(rows)
+        self._speeds.mul_(MOMENTUM).add_((rows.T @ error.flatten(1)).view_as(self.weights)).addcmul_(
+            self.decays, self.weights
+        )
         self.weights -= pace * self.paces * self._speeds
 
 
@@ -317,20 +322,20 @@ def choose_and_fit(
     if weighted is None:
         weighted = bool(counts.max() > IMBALANCED * counts[counts > 0].min())
     share = held_out_share(len(labels))
-    learnt, held = (
+    fitted, held = (
         torch.from_numpy(part).to(labels.device)
         for part in split_indices(labels.cpu().numpy(), groups, (1 - share, share), seed)
     )
     heads = sweep_of(list(features), weighted, rates)
-    sweep = Sweep(_rows(features, learnt), labels[learnt], classes, heads, seed, epochs)
-    answers, losses = sweep.judge(_rows(features, held), labels[held])
+    sweep = Sweep(_rows(features, fitted), labels[fitted], classes, heads, seed, epochs)
+    predicted, losses = sweep.judge(_rows(features, held), labels[held])
     truth = labels[held].cpu().numpy()
     chosen = {}
     for name, kind in (("plain", False), ("class weights", True)):
         if kind and not weighted:
             continue
         among = [number for number, head in enumerate(heads) if head.weighted == kind]
-        best = max(among, key=lambda number: _merit(truth, answers[number], losses[number], classes, kind))
+        best = max(among, key=lambda number: _merit(truth, predicted[number], losses[number], classes, kind))
         chosen[name] = (heads[best], Sweep(features, labels, classes, [heads[best]], seed, epochs))
     return chosen
 
@@ -352,3 +357,89 @@ def _merit(
         return -1.0, -math.inf
     scores = score(truth, predicted, classes)
     return (scores.balanced_accuracy if balanced else scores.accuracy), -loss
+
+
+@dataclass(frozen=True)
+class ClassifierHead:
+    """What turns the features of a model into logits.
+
+    Attributes:
+        sweep: the chosen linear head alone; None where the features are logits already.
+        chosen: which head was chosen on held-out training images.
+        n_train: training images.
+    """
+
+    sweep: Sweep | None = None
+    chosen: str = ""
+    n_train: int = 0
+
+    def logits(self, features: Mapping[str, Tensor]) -> Float[Tensor, "batch class"]:
+        """Of features (batch, dim) by name, differentiable in them."""
+        if self.sweep is None:
+            return features[LOGITS]
+        return self.sweep.logits({name: values.float() for name, values in features.items()})
+
+    def table_logits(
+        self, context: EvalContext, values: Mapping[str, np.ndarray]
+    ) -> Float[Tensor, "image class"]:
+        """Of features as they lie in a table (image, dim), on the context's device."""
+        with torch.no_grad():
+            return self.logits({name: context.tensor(rows) for name, rows in values.items()})
+
+
+def fit_head(context: EvalContext, head: str, one: Round, seed: int) -> ClassifierHead:
+    """The classifier of a model.
+
+    Args:
+        context: the model and its images.
+        head: ``own``, or ``linear``: trained on the last features of whole images.
+        one: whose training images.
+        seed: of the head.
+    """
+    if head == "own":
+        return ClassifierHead()
+    features = {
+        name: context.tensor(values, one.train) for name, values in context.table("end").values.items()
+    }
+    chosen, sweep = choose_and_fit(
+        features,
+        context.labels(one.train),
+        context.classes,
+        groups=context.groups(one.train),
+        seed=seed,
+        weighted=False,
+    )["plain"]
+    return ClassifierHead(sweep, chosen.describe(), len(one.train))
+
+
+class Linear(Protocol):
+    """The sweep of softmax heads.
+
+    Args:
+        rates: peak learning rates of the sweep.
+        epochs: passes over the training images.
+    """
+
+    name, headline, blocks = "linear", "plain", True
+    title = "linear probe, chosen on held-out training images"
+
+    def __init__(self, rates: Sequence[float] | None = None, epochs: float = EPOCHS) -> None:
+        self.rates, self.epochs = list(rates or LEARNING_RATES), epochs
+
+    def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
+        """The plain head and, where classes differ in size, the one with class weights."""
+        inside = context.inside()
+        chosen = choose_and_fit(
+            {name: context.tensor(values, one.train) for name, values in inside.items()},
+            context.labels(one.train),
+            context.classes,
+            groups=context.groups(one.train),
+            seed=seed,
+            rates=self.rates,
+            epochs=self.epochs,
+        )
+        test = {name: context.tensor(values, one.test) for name, values in inside.items()}
+        return {
+            variant: Prediction(sweep.predict(test)[0].cpu().numpy(), head.describe(), len(one.train))
+            for variant, (head, sweep) in chosen.items()
+        }

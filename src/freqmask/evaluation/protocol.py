@@ -1,39 +1,152 @@
-"""What a protocol is given and what it gives back."""
+"""The contract of every way to judge a model, and how one is carried out: open, measure every model, report."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+import time
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from freqmask.evaluation.features import FeatureTable, ImageChange, Place, compute_features
-from freqmask.evaluation.labelled import LabelledData, Round, subset
-from freqmask.evaluation.subjects import Subject
+from freqmask.console import rank, say
+from freqmask.data.values import Survey, survey
+from freqmask.errors import UserError
+from freqmask.evaluation.duplicates import seen_in_pretraining
+from freqmask.evaluation.eval_model import EvalModel, check_models, open_eval_model, what_differs
+from freqmask.evaluation.features import ComputeConfig, FeatureTable, ImageChange, compute_features
+from freqmask.evaluation.labelled import LabelledData, Parting, Round, open_labelled, subset
+from freqmask.evaluation.results import ClassificationResult, Result, ResultTable, Summary, check_results
+
+_SHOWN_SKIPPED = 3
+LONG = 5.0  # seconds after which silence seems a standstill
 
 
 @dataclass
-class Bench:
+class EvalConfig:
+    """What all protocols share, as the commands' options give it.
+
+    Attributes:
+        models: MODEL as typed.
+        data: DATA.
+        labels: a CSV table, or None.
+        parting: how the images are split.
+        pages: what the pages of a TIFF are.
+        seeds: of heads, draws and fresh weights.
+        image_size: side in pixels; None is each model's own.
+        weights: teacher or student of FOLK runs.
+        value_range: what becomes [0, 1]; None is each model's own.
+        crop: center or whole.
+        compute: where to compute.
+        out: folder of the results, or None.
+        options: those of the command, to repeat it.
+    """
+
+    models: list[str]
+    data: Any
+    labels: str | None = None
+    parting: Parting = field(default_factory=Parting)
+    pages: Any = "channels"
+    seeds: Sequence[int] = (0,)
+    image_size: int | None = None
+    weights: str | None = None
+    value_range: str | None = None
+    crop: str = "center"
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    out: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, options: Mapping[str, Any], seeds: Sequence[int] = (0, 1, 2), parted: bool = True
+    ) -> EvalConfig:
+        """The options that all commands share.
+
+        Args:
+            options: of the command.
+            seeds: where none are given.
+            parted: whether images are parted among the devices of ``--devices``.
+        """
+        data, out = options["data"], options["out"]
+        return cls(
+            models=check_models(options["model"]),
+            data=list(data) if isinstance(data, (list, tuple)) else [data],
+            labels=options["labels"],
+            parting=Parting(
+                options["train_split"],
+                options["test_split"],
+                options["test_share"],
+                options["folds"],
+                options["split_seed"],
+                options["duplicates"],
+            ),
+            pages=options["pages"],
+            seeds=options["seeds"] or seeds,
+            image_size=options["image_size"],
+            weights=options["weights"],
+            value_range=options["value_range"],
+            crop=options["crop"],
+            compute=ComputeConfig.of(options, parted),
+            out=None if out is None else Path(out),
+            options=options,
+        )
+
+
+@dataclass
+class Experiment:
+    """Everything opened, before the first model is measured.
+
+    Attributes:
+        config: what is asked.
+        models: MODEL, each once.
+        data: images, labels, splits.
+        seen: what the images are like.
+    """
+
+    config: EvalConfig
+    models: list[str]
+    data: LabelledData
+    seen: Survey
+
+    def open_model(self, text: str, seed: int) -> EvalModel:
+        """One MODEL as the config wants it."""
+        config = self.config
+        return open_eval_model(
+            text,
+            self.seen,
+            seed=seed,
+            image_size=config.image_size,
+            weights=config.weights,
+            value_range=config.value_range,
+            crop=config.crop,
+        )
+
+
+@dataclass
+class EvalContext:
     """A model and the images it is measured on; features are computed when they are first asked for.
 
     Attributes:
-        subject: the model.
-        data: images, labels, parts.
-        place: where features are computed.
+        model: on the device of ``compute``.
+        data: images, labels, splits.
+        compute: where features are computed.
     """
 
-    subject: Subject
+    model: EvalModel
     data: LabelledData
-    place: Place
+    compute: ComputeConfig
     _tables: dict[str, FeatureTable] = field(default_factory=dict)
 
     def table(self, what: str) -> FeatureTable:
         """Features of all images: of the ``end``, or of the ``blocks`` inside."""
         if what not in self._tables:
-            self._tables[what] = compute_features(self.subject, self.data.source, what, self.place)
+            self._tables[what] = compute_features(self.model, self.data.source, what, self.compute)
         return self._tables[what]
 
     def end(self, feature: str) -> np.ndarray:
@@ -45,22 +158,21 @@ class Bench:
 
     def inside(self) -> dict[str, np.ndarray]:
         """All features by name, of the end and of the blocks inside."""
-        found = dict(self.table("end").values)
-        if getattr(self.subject, "blocks", None):
-            found |= self.table("blocks").values
-        return found
+        blocks = self.table("blocks").values if self.model.blocks else {}
+        return {**self.table("end").values, **blocks}
 
     def changed(self, images: np.ndarray, change: ImageChange, name: str) -> FeatureTable:
         """The last features of some images after something was done to them."""
-        return compute_features(self.subject, subset(self.data, images), "end", self.place, change, name)
+        return compute_features(self.model, subset(self.data, images), "end", self.compute, change, name)
 
-    def tensor(self, values: np.ndarray, images: np.ndarray) -> Tensor:
-        """The features of some images on the device."""
-        return torch.from_numpy(np.ascontiguousarray(values[images])).to(self.place.device)
+    def tensor(self, values: np.ndarray, images: np.ndarray | None = None) -> Tensor:
+        """Rows of an array, or all of it, on the device."""
+        rows = values if images is None else values[images]
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.compute.device)
 
     def labels(self, images: np.ndarray) -> Tensor:
         """The classes of some images on the device."""
-        return torch.from_numpy(self.data.labels[images]).to(self.place.device)
+        return self.tensor(self.data.labels, images)
 
     @property
     def classes(self) -> int:
@@ -71,55 +183,232 @@ class Bench:
         """The groups of some images."""
         return None if self.data.groups is None else [self.data.groups[int(index)] for index in images]
 
+    def by_round(self, values: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Features of the tested images, cut into those of each round."""
+        ends = np.cumsum([len(one.test) for one in self.data.rounds])[:-1]
+        parts = np.split(np.arange(len(self.data.tested)), ends)
+        return [{name: rows[part] for name, rows in values.items()} for part in parts]
+
+    def result(self, variant: str, seed: int, predicted: np.ndarray, **metadata: Any) -> ClassificationResult:
+        """Predictions of all tested images as a row."""
+        return ClassificationResult(
+            self.model, self.data, variant, seed, self.data.tested, predicted, metadata=metadata
+        )
+
+    def failed(self, variant: str, seed: int, error: str) -> ClassificationResult:
+        """A row without a number, and why."""
+        say(f"warning: {self.model.name}: {error}")
+        return ClassificationResult(self.model, self.data, variant, seed, self.data.tested, error=error)
+
 
 @dataclass
-class Outcome:
-    """One answer to a round.
+class Prediction:
+    """The predictions of one head for the test images of a round.
 
     Attributes:
         predicted: (test,) class of each test image.
         chosen: what was chosen on a held-out part of the training images.
-        learnt_from: images that the head learnt from.
+        n_train: training images of the head.
     """
 
     predicted: Int64[np.ndarray, " test"]
     chosen: str = ""
-    learnt_from: int = 0
-
-
-@dataclass(frozen=True)
-class Heading:
-    """What tables and pictures say of a way to judge.
-
-    Attributes:
-        name: of the command.
-        title: above its table.
-        headline: the variant whose interval and further scores the table shows.
-    """
-
-    name: str
-    title: str
-    headline: str
+    n_train: int = 0
 
 
 class Protocol(ABC):
-    """A way to judge frozen features.
+    """A way to judge models: its fields are its own options, `evaluate` its rows.
+
+    A protocol on frozen features gives `predict`, once a round; another one its own `evaluate`.
 
     Attributes:
         name: of the command.
         title: above its table.
-        seeded: whether its result depends on the seed, the model being the same.
         headline: the variant whose interval and further scores the table shows.
-        inside: whether it reads the blocks inside, too.
+        seeded: whether its result depends on the seed, the model being the same.
+        blocks: whether it reads the blocks inside, too.
+        opens_models: whether each MODEL is opened as a backbone before any work.
+        figure: file name of its figures, without the suffix.
     """
 
-    inside = False
-
-    name: str
+    name: ClassVar[str]
     title: str
-    seeded: bool
     headline: str
+    seeded: bool = True
+    blocks: bool = False
+    opens_models: bool = True
 
-    @abstractmethod
-    def run(self, bench: Bench, one: Round, seed: int) -> dict[str, Outcome]:
-        """Learn from the round's training images and answer for its test images, once a variant."""
+    def config(self, options: Mapping[str, Any]) -> EvalConfig:
+        """What the protocol shares with every other, by the options of its command."""
+        return EvalConfig.of(options)
+
+    def open(self, config: EvalConfig) -> Any:
+        """Open and check everything once, so that a mistake shows before hours of work.
+
+        Raises:
+            UserError: whatever is wrong with models, data, seeds or the protocol's own options.
+        """
+        return open_experiment(config, self.opens_models)
+
+    def contexts(self, experiment: Any, text: str) -> Any:
+        """(context, seed) of each measurement of a model; seeds that nothing depends on are left out."""
+        context = None
+        for seed in experiment.config.seeds:
+            if context is None or context.model.kind == "random":
+                context = prepare_context(
+                    self.open_model(experiment, text, seed), experiment.data, experiment.config.compute
+                )
+            yield context, seed
+            if not self.seeded and context.model.kind != "random":
+                return
+
+    def open_model(self, experiment: Any, text: str, seed: int) -> EvalModel:
+        """One MODEL."""
+        model: EvalModel = experiment.open_model(text, seed)
+        return model
+
+    def evaluate(self, context: Any, seed: int) -> list[Result]:
+        """The rows of one model and seed: one a variant, put together from all rounds."""
+        tables = [
+            context.table(what)
+            for what in ("end", *(["blocks"] if self.blocks and context.model.blocks else []))
+        ]
+        if error := next((table.error for table in tables if table.error), ""):
+            return [context.failed(self.headline, seed, error)]
+        began = time.monotonic()
+        found: dict[str, list[Prediction]] = {}
+        for one in context.data.rounds:
+            for variant, prediction in self.predict(context, one, seed).items():
+                found.setdefault(variant, []).append(prediction)
+        if (seconds := time.monotonic() - began) > LONG:
+            say(f"{self.name:<11} {context.model.name}: seed {seed} in {seconds:.0f} s")
+        return [
+            context.result(
+                variant, seed, np.concatenate([one.predicted for one in parts]), **metadata_of(parts)
+            )
+            for variant, parts in found.items()
+            if len(parts) == len(context.data.rounds)
+        ]
+
+    def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
+        """Train on the round's training images and predict its test images, once a variant."""
+        raise NotImplementedError
+
+    def report(self, experiment: Any, results: Sequence[Result]) -> list[Summary]:
+        """The table, the rows, the figures."""
+        table = ResultTable(self.name, self.title, self.headline, results)
+        lines = table.class_lines()
+        say_blocks(table.lines(), lines, table.warnings())
+        folder = table.folder(experiment.config.out)
+        figures = [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"]
+        table.draw_bars(figures[0])
+        table.write_classes(figures[1], self.headline)
+        finish_report([table], experiment.config, figures)
+        return table.summaries
+
+
+def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary]:
+    """Measure all models by a protocol, show one table, append to results.csv, draw figures.
+
+    Args:
+        protocol: how.
+        options: of the command: what, on what, where.
+
+    Returns:
+        One summary a model and variant; none after a dry run, and none from processes that only help to train.
+
+    Raises:
+        UserError: a model or the data cannot be opened; nothing has been written then.
+    """
+    config = protocol.config(options)
+    experiment = protocol.open(config)
+    results: list[Result] = []
+    with closing(config.compute):
+        for text in experiment.models:
+            for context, seed in protocol.contexts(experiment, text):
+                results += protocol.evaluate(context, seed)
+    return protocol.report(experiment, results) if results and rank() == 0 else []
+
+
+def open_experiment(config: EvalConfig, opens_models: bool = True) -> Experiment:
+    """Models, data and the folder of the results, each tried once.
+
+    Args:
+        config: what, on what, where.
+        opens_models: whether each MODEL is opened as a backbone.
+
+    Raises:
+        UserError: whatever is wrong with them.
+    """
+    models = check_models(config.models)
+    check_seeds_differ(config.seeds)
+    if config.out is not None:
+        check_results(config.out)
+    parting = replace(config.parting, learn=opens_models)  # a classifier of its own needs no training images
+    data = open_labelled(config.data, config.labels, parting, config.pages)
+    experiment = Experiment(config, models, data, survey(data.source))
+    differences: dict[str, None] = {}
+    for text in models if opens_models else []:
+        model = experiment.open_model(text, config.seeds[0])
+        check_results(config.out or model.results or Path())
+        differences |= dict.fromkeys(what_differs(model, experiment.seen))
+        if model.kind == "run" and model.results is not None:
+            say(seen_in_pretraining(model.results, data.source, data.tested))
+    n_train = len(np.unique(np.concatenate([one.train for one in data.rounds])))
+    say(
+        f"{data.name}: {n_train:,} training images, {len(data.tested):,} test images, "
+        f"{len(data.class_names)} classes ({data.split})"
+    )
+    for note in [*data.notes, *differences]:
+        say(f"note: {note}")
+    return experiment
+
+
+def check_seeds_differ(seeds: Sequence[int]) -> None:
+    """Refuses no seed, and one that comes twice."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds ({list(seeds)}) must be one or several different numbers; try 0 1 2")
+
+
+def prepare_context(model: EvalModel, data: LabelledData, compute: ComputeConfig) -> EvalContext:
+    """A model on its device, the images that it cannot read taken out."""
+    model.prepare(
+        subset(data, data.rounds[0].train if len(data.rounds[0].train) else data.tested), compute.device
+    )
+    context = EvalContext(model, data, compute)
+    table = context.table("end")
+    say_skipped(table.skipped)
+    context.data = data.without(set(np.flatnonzero(~table.read).tolist()))
+    return context
+
+
+def say_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    """Which images are left out; the first of them with the reason."""
+    for name, reason in skipped[:_SHOWN_SKIPPED]:
+        say(f"left out    {name}: {reason}")
+    if len(skipped) > _SHOWN_SKIPPED:
+        say(f"left out    ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
+
+
+def metadata_of(predictions: Sequence[Any]) -> dict[str, Any]:
+    """Cells on how predictions (or heads) of all rounds came about."""
+    chosen = list(dict.fromkeys(one.chosen for one in predictions if one.chosen))
+    return {
+        "train_images": " ".join(str(one.n_train) for one in predictions),
+        "chosen": "; ".join(chosen),
+    }
+
+
+def say_blocks(*blocks: Sequence[str]) -> None:
+    """Blocks of lines with an empty one before each."""
+    for block in blocks:
+        for line in ["", *block] if block else []:
+            say(line)
+
+
+def finish_report(tables: Sequence[ResultTable], config: EvalConfig, figures: Sequence[Path]) -> None:
+    """Append the rows and say where everything is."""
+    files = dict.fromkeys(file for table in tables for file in table.append_rows(config.options, config.out))
+    say()
+    say(f"rows        {', '.join(map(str, files))}")
+    say(f"figures     {', '.join(map(str, figures))}")

@@ -1,52 +1,163 @@
-"""What an evaluation leaves behind: a table on the screen, rows in results.csv, a bar picture, a table of classes."""
+"""What an evaluation leaves behind: a table on the screen, rows in results.csv, a bar chart, a table of classes."""
 
 from __future__ import annotations
 
+import csv
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from freqmask import __version__
-from freqmask.evaluation.labelled import LabelledData
-from freqmask.evaluation.scores import Scores, bootstrap_interval, margins, one_class, per_class, score
-from freqmask.evaluation.subjects import Subject, tell_apart
+from freqmask.evaluation.eval_model import EvalModel, disambiguate
+from freqmask.evaluation.scores import (
+    accuracy_of,
+    accuracy_units,
+    bootstrap_interval,
+    margins,
+    mean_iou,
+    one_class,
+    per_class,
+    score,
+    segmentation_score,
+    segmented_classes,
+)
 from freqmask.training.checkpoint import replace_atomically
 from freqmask.training.files import check_writable
 from freqmask.training.runs import now
 from freqmask.training.tables import append_row
 
 RESULTS = "results.csv"
-_MOST_BARS = 5  # variants side by side in the picture
-_CLASSES_SHOWN = 20
+_MOST_BARS = 5  # variants side by side in the chart
+_CLASSES_SHOWN = 40
 
 
 @dataclass
-class Result:
-    """What one model answered under one seed and variant.
+class Result(ABC):
+    """What one model predicted under one seed and variant; a row of results.csv.
 
     Attributes:
-        subject: the model.
+        model: that predicted.
+        data: the images: their name, split, source and classes.
         variant: of the protocol, such as ``k=20``.
         seed: of the heads and of fresh weights.
-        images: (answered,) numbers of the images answered for; several times where the answers of several
-            versions of an image count as one result.
-        predicted: their classes; empty where there is no result.
-        facts: further cells of the row: what was chosen, how many images were learnt from.
-        trouble: why there is no result; empty where there is one.
+        images: numbers of the images that were predicted, as often as each was.
+        metadata: further cells of the row: what was chosen, how many training images.
+        error: why there is no number; empty where there is one.
+        group: which of the tables of a protocol it stands in.
     """
 
-    subject: Subject
+    model: EvalModel
+    data: Any
     variant: str
     seed: int
     images: np.ndarray
-    predicted: np.ndarray
-    facts: dict[str, Any] = field(default_factory=dict)
-    trouble: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    error: str = field(default="", kw_only=True)
+    group: str = field(default="", kw_only=True)
+
+    METRIC: ClassVar[str] = "accuracy"  # the one of the table; of it is the interval
+    OTHERS: ClassVar[dict[str, str]] = {"balanced_accuracy": "balanced", "macro_f1": "macro-F1"}
+    CLASS_METRIC: ClassVar[str] = "recall"
+
+    @abstractmethod
+    def scores(self) -> Any:
+        """A dataclass of scores in [0, 1], `METRIC` first."""
+
+    @abstractmethod
+    def classes(self) -> list[Any]:
+        """A dataclass of scores of each class, ``name`` first."""
+
+    @abstractmethod
+    def margins(self) -> np.ndarray:
+        """(3, class): how many are predicted rightly, there are, are predicted."""
+
+    @classmethod
+    @abstractmethod
+    def interval(cls, results: Sequence[Any]) -> tuple[float, float]:
+        """95 % of the mean of `METRIC` over several seeds."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of the data."""
+        names: Sequence[str] = self.data.class_names
+        return names
+
+
+@dataclass
+class ClassificationResult(Result):
+    """A class for each image.
+
+    Attributes:
+        predicted: (prediction,) of ``images``; empty where there is no result.
+    """
+
+    predicted: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def truth(self) -> np.ndarray:
+        """(prediction,) the classes that are right."""
+        labels: np.ndarray = self.data.labels[self.images]
+        return labels
+
+    def scores(self) -> Any:
+        return score(self.truth, self.predicted, len(self.class_names))
+
+    def classes(self) -> list[Any]:
+        return list(per_class(self.truth, self.predicted, self.class_names))
+
+    def margins(self) -> np.ndarray:
+        return margins(self.truth, self.predicted, len(self.class_names))
+
+    @classmethod
+    def interval(cls, results: Sequence[ClassificationResult]) -> tuple[float, float]:
+        first = results[0]
+        correct = np.mean([result.predicted == result.truth for result in results], axis=0)
+        groups: Sequence[object] | None = None
+        if first.data.groups is not None:
+            groups = [first.data.groups[int(index)] or f"image {index}" for index in first.images]
+        elif len(np.unique(first.images)) < len(first.images):  # an image in several versions is drawn whole
+            groups = first.images.tolist()
+        return bootstrap_interval(accuracy_units(correct, groups), accuracy_of)
+
+
+@dataclass
+class SegmentationResult(Result):
+    """A class for each pixel of each image.
+
+    Attributes:
+        counts: (image, 3, class) the margins of each image.
+    """
+
+    counts: np.ndarray = field(default_factory=lambda: np.empty((0, 3, 0)))
+
+    METRIC = "mean_iou"
+    OTHERS: ClassVar[dict[str, str]] = {
+        "pixel_accuracy": "pixel accuracy",
+        "mean_accuracy": "mean accuracy",
+    }
+    CLASS_METRIC = "iou"
+
+    def scores(self) -> Any:
+        return segmentation_score(self.margins())
+
+    def classes(self) -> list[Any]:
+        return list(segmented_classes(self.margins(), self.class_names, self.data.labels.values))
+
+    def margins(self) -> np.ndarray:
+        total: np.ndarray = self.counts.sum(axis=0)
+        return total
+
+    @classmethod
+    def interval(cls, results: Sequence[SegmentationResult]) -> tuple[float, float]:
+        counts = np.stack([result.counts for result in results], axis=1)  # (image, seed, 3, class)
+        return bootstrap_interval(counts, lambda sums: float(mean_iou(sums).mean()))
 
 
 @dataclass
@@ -56,90 +167,221 @@ class Summary:
     Attributes:
         name: of the model.
         variant: of the protocol.
-        accuracies: by seed.
+        values: accuracy, or mean IoU, by seed.
         interval: 95 % over test images, or over groups.
-        scores: means over seeds.
-        trouble: why there is no number.
+        scores: all scores, means over seeds; None where there is no number.
+        classes: name of a class -> recall, or IoU, mean over seeds.
+        error: why there is no number.
     """
 
     name: str
     variant: str
-    accuracies: list[float]
-    interval: tuple[float, float]
-    scores: Scores
-    trouble: str = ""
+    values: list[float] = field(default_factory=list)
+    interval: tuple[float, float] = (float("nan"), float("nan"))
+    scores: Any = None
+    classes: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def accuracies(self) -> list[float]:
+        """The values of a classification."""
+        return self.values
+
+    @property
+    def mean_ious(self) -> list[float]:
+        """The values of a segmentation."""
+        return self.values
+
+    @property
+    def mean(self) -> float:
+        """Over seeds; nan where there is no number."""
+        return float(np.mean(self.values)) if self.values else float("nan")
+
+    def percent(self) -> str:
+        """In per cent, with the deviation over seeds where there are several; - where there is no number."""
+        if not self.values:
+            return "-"
+        spread = f" ± {100 * float(np.std(self.values, ddof=1)):.1f}" if len(self.values) > 1 else ""
+        return f"{100 * self.mean:.1f}{spread}"
 
 
-def summarise(results: Sequence[Result], data: LabelledData) -> list[Summary]:
+def summarize(results: Sequence[Result]) -> list[Summary]:
     """One summary a model and variant, in the order in which they came; no two models have the same name then."""
-    tell_apart([result.subject for result in results])
+    disambiguate([result.model for result in results])
     families: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        families.setdefault((result.subject.text, result.variant), []).append(result)
-    return [_summary(family, data) for family in families.values()]
+        families.setdefault((result.model.text, result.variant), []).append(result)
+    return [_summary(family) for family in families.values()]
 
 
-def _summary(family: Sequence[Result], data: LabelledData) -> Summary:
+def _summary(family: Sequence[Result]) -> Summary:
     first = family[0]
-    if first.trouble:
-        nothing = float("nan")
-        return Summary(
-            first.subject.name, first.variant, [], (nothing,) * 2, Scores(*(nothing,) * 3), first.trouble
-        )
-    each = [score_of(result, data) for result in family]
-    correct = np.mean([result.predicted == data.labels[result.images] for result in family], axis=0)
-    means = Scores(*(float(np.mean([getattr(one, name) for one in each])) for name in vars(each[0])))
+    error = next((result.error for result in family if result.error), "")
+    if error:
+        return Summary(first.model.name, first.variant, error=error)
+    each = [result.scores() for result in family]
+    scores = replace(
+        each[0], **{name: float(np.mean([vars(one)[name] for one in each])) for name in vars(each[0])}
+    )
+    values = [[vars(one)[first.CLASS_METRIC] for one in result.classes()] for result in family]
     return Summary(
-        first.subject.name,
+        first.model.name,
         first.variant,
-        [one.accuracy for one in each],
-        bootstrap_interval(correct, _units(first.images, data)),
-        means,
+        [float(vars(one)[first.METRIC]) for one in each],
+        type(first).interval(family),
+        scores,
+        dict(zip(first.class_names, np.mean(values, axis=0).tolist(), strict=True)),
     )
 
 
-def _units(images: np.ndarray, data: LabelledData) -> list[str | None] | None:
-    """What an interval draws whole: the groups of DATA, and every image that was answered for several times."""
-    if data.groups is not None:
-        return [data.groups[int(index)] or f"image {index}" for index in images]
-    if len(np.unique(images)) == len(images):
-        return None
-    return [str(index) for index in images.tolist()]
+@dataclass
+class ResultTable:
+    """The results of one protocol over models, variants and seeds.
+
+    Attributes:
+        protocol: the command's name.
+        title: above the table.
+        headline: the variant whose interval and further scores the table shows.
+        results: in the order of the rows.
+    """
+
+    protocol: str
+    title: str
+    headline: str
+    results: Sequence[Result]
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """Over seeds."""
+        return summarize(self.results)
+
+    def models(self) -> dict[str, dict[str, Summary]]:
+        """Model -> variant -> summary."""
+        found: dict[str, dict[str, Summary]] = {}
+        for one in self.summaries:
+            found.setdefault(one.name, {})[one.variant] = one
+        return found
+
+    def lines(self) -> list[str]:
+        """One table over all models: a column a variant, then more on the headline variant. In per cent."""
+        variants = list(dict.fromkeys(one.variant for one in self.summaries if not one.error))
+        headline = self.headline if self.headline in variants else (variants[0] if variants else "")
+        kind = type(self.results[0])
+        rows = [["model", *variants, "95 % interval", *kind.OTHERS.values()]]
+        for name, found in self.models().items():
+            main = found.get(headline)
+            cells = [found[variant].percent() if variant in found else "-" for variant in variants]
+            if main is None or main.error:
+                error = next((one.error for one in found.values() if one.error), "no result")
+                some = any(cell != "-" for cell in cells)
+                rows.append([name, *cells, "-", *["-"] * len(kind.OTHERS)] if some else [name, error])
+                continue
+            others = [f"{100 * getattr(main.scores, score):.1f}" for score in kind.OTHERS]
+            rows.append([name, *cells, interval_text(main), *others])
+        metric = kind.METRIC.replace("_", " ").replace("iou", "IoU")
+        others = " and ".join(kind.OTHERS.values())
+        note = f"({metric} in %; interval, {others} are those of {headline})"
+        return [self.title, *aligned(rows), *([note] if headline else [])]
+
+    def class_lines(self) -> list[str]:
+        """Recall (IoU) of each class by model, in per cent, where there are few enough classes to read."""
+        shown = [one for one in self.summaries if one.variant == self.headline and not one.error]
+        if not shown or len(shown[0].classes) > _CLASSES_SHOWN:
+            return []
+        metric = self.results[0].CLASS_METRIC.replace("iou", "IoU")
+        rows = [[f"{metric} in %", *(one.name for one in shown)]]
+        for name in shown[0].classes:
+            values = [one.classes.get(name, float("nan")) for one in shown]
+            rows.append([name, *("-" if np.isnan(value) else f"{100 * value:.1f}" for value in values)])
+        return aligned(rows)
+
+    def warnings(self) -> list[str]:
+        """A sentence for every result that takes everything for one class: its number says nothing of the model."""
+        lines = []
+        for result in (one for one in self.results if not one.error):
+            _, there, said = result.margins()
+            if (alone := one_class(said, there)) is not None:
+                what = "pixel" if isinstance(result, SegmentationResult) else "image"
+                lines.append(
+                    f"warning: {result.model.name} ({result.variant}, seed {result.seed}) takes every {what} for "
+                    f"{result.class_names[alone]!r}: its {result.METRIC.replace('_', ' ')} follows from how common "
+                    "that class is, not from what was learned"
+                )
+        return lines
+
+    def append_rows(self, options: Mapping[str, Any], out: Path | None) -> list[Path]:
+        """Append a row a result to ``out/results.csv``, else to that of the model's run, else to ./results.csv.
+
+        Args:
+            options: those that were given, to repeat the rows.
+            out: a folder, or None.
+
+        Returns:
+            The files written to.
+        """
+        written: dict[Path, None] = {}
+        for result in self.results:
+            folder = out or result.model.results or Path()
+            folder.mkdir(parents=True, exist_ok=True)
+            append_row(folder / RESULTS, row_of(result, self.protocol, options))
+            written[folder / RESULTS] = None
+        return list(written)
+
+    def write_classes(self, path: Path, variant: str | None = None) -> None:
+        """A CSV of the scores of every class, model and seed, of one variant or (None) of all."""
+        rows = [
+            {
+                "model": result.model.name,
+                "variant": result.variant,
+                "seed": result.seed,
+                **{_CLASS_COLUMNS.get(name, name): _four_digits(value) for name, value in vars(one).items()},
+            }
+            for result in self.results
+            if variant in (None, result.variant) and not result.error
+            for one in result.classes()
+        ]
+
+        def write(unfinished: Path) -> None:
+            with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                table = csv.DictWriter(file, list(rows[0]) if rows else ["model", "variant", "seed", "class"])
+                table.writeheader()
+                table.writerows(rows)
+
+        replace_atomically(path, write)
+
+    def draw_bars(self, path: Path) -> None:
+        """Bars by model, side by side for the variants, with their intervals; nothing where there are none."""
+        measured = [one for one in self.summaries if not one.error]
+        if measured:
+            metric = self.results[0].METRIC.replace("_", " ").replace("iou", "IoU")
+            title = f"{self.title}\n{self.results[0].data.name}"
+            draw_bar_chart(path, title, f"{metric} in %", measured)
+
+    def folder(self, out: Path | None) -> Path:
+        """Where figures go: ``out``, else the first run that was measured, else here."""
+        return out or next((one.model.results for one in self.results if one.model.results), None) or Path()
 
 
-def score_of(result: Result, data: LabelledData) -> Scores:
-    """The scores of one result."""
-    return score(data.labels[result.images], result.predicted, len(data.class_names))
+_CLASS_COLUMNS = {"name": "class"}
 
 
-def table_lines(title: str, headline: str, summaries: Sequence[Summary]) -> list[str]:
-    """One table over all models: a column a variant, then more on the headline variant. In per cent."""
-    variants = list(dict.fromkeys(summary.variant for summary in summaries if not summary.trouble))
-    names = list(dict.fromkeys(summary.name for summary in summaries))
-    found = {(summary.name, summary.variant): summary for summary in summaries}
-    headline = headline if headline in variants else (variants[0] if variants else "")
-    header = ["model", *variants, "95 % interval", "balanced", "macro-F1"]
-    rows = [header]
-    for name in names:
-        main = found.get((name, headline))
-        cells = [percent(found.get((name, variant))) for variant in variants]
-        if main is None or main.trouble:
-            trouble = next((one.trouble for one in summaries if one.name == name and one.trouble), "")
-            some = [*cells, "-", "-", "-"] if any(cell != "-" for cell in cells) else ["no result"]
-            rows.append([name, *([trouble] if trouble else some)])
-            continue
-        interval = f"{100 * main.interval[0]:.1f} to {100 * main.interval[1]:.1f}"
-        scores = [f"{100 * main.scores.balanced_accuracy:.1f}", f"{100 * main.scores.macro_f1:.1f}"]
-        rows.append([name, *cells, interval, *scores])
-    note = f"(accuracy in %; interval, balanced accuracy and macro-F1 are those of {headline})"
-    return [title, *aligned(rows), *([note] if headline else [])]
+def _four_digits(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if np.isnan(value) else f"{value:.4f}"
+
+
+def interval_text(summary: Summary) -> str:
+    """The interval in per cent."""
+    low, high = summary.interval
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells under each other: the first column to the left, numbers to the right."""
+    """Cells under each other: the first column to the left, numbers to the right; short rows (errors) stick out."""
     whole = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
-    widths[0] = max(widths[0], *(len(row[0]) for row in rows))
+    widths[0] = max(len(row[0]) for row in rows)
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -148,52 +390,51 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def percent(summary: Summary | None) -> str:
-    """Accuracy in per cent, with its deviation over seeds where there are several; - where there is none."""
-    if summary is None or summary.trouble:
-        return "-"
-    mean = 100 * float(np.mean(summary.accuracies))
-    if len(summary.accuracies) == 1:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {100 * float(np.std(summary.accuracies, ddof=1)):.1f}"
+def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of results.csv: when, who, how good, on what, and all that repeats it.
+
+    Args:
+        result: whose row.
+        protocol: the command's name.
+        options: those that were given.
+    """
+    scores: dict[str, Any] = {result.METRIC: "", "error": result.error}
+    if not result.error:
+        low, high = type(result).interval([result])
+        scores = {**vars(result.scores()), f"{result.METRIC}_low": low, f"{result.METRIC}_high": high}
+    return {
+        "time": now(),
+        "protocol": protocol,
+        "model": result.model.name,
+        "variant": result.variant,
+        "seed": result.seed,
+        **scores,
+        "data": result.data.name,
+        "split": result.data.split,
+        "classes": len(result.class_names),
+        "test_images": len(np.unique(result.images)),
+        **result.metadata,
+        **{f"model_{name}": _cell(value) for name, value in result.model.key().items()},
+        "data_fingerprint": result.data.source.fingerprint(),
+        "command": command_of(protocol, result.model.text, options),
+        "freqmask": __version__,
+        "torch": str(torch.__version__),
+    }
 
 
-def class_lines(results: Sequence[Result], data: LabelledData, variant: str) -> list[str]:
-    """Recall of each class by model, in per cent, where there are few enough classes to read."""
-    if len(data.class_names) > _CLASSES_SHOWN:
-        return []
-    columns = _recalls(results, data, variant)
-    if not columns:
-        return []
-    header = ["recall in %", *columns]
-    rows = [
-        [name, *(f"{100 * recalls[number]:.1f}" for recalls in columns.values())]
-        for number, name in enumerate(data.class_names)
-    ]
-    return aligned([header, *rows])
+def _cell(value: Any) -> Any:
+    return " ".join(f"{one:g}" for one in value) if isinstance(value, list) else value
 
 
-def _recalls(results: Sequence[Result], data: LabelledData, variant: str) -> dict[str, np.ndarray]:
-    found: dict[str, list[list[float]]] = {}
-    for result in results:
-        if result.variant == variant and not result.trouble:
-            classes = per_class(data.labels[result.images], result.predicted, data.class_names)
-            found.setdefault(result.subject.name, []).append([one.recall for one in classes])
-    return {name: np.mean(recalls, axis=0) for name, recalls in found.items()}
-
-
-def warnings_of(results: Sequence[Result], data: LabelledData) -> list[str]:
-    """A sentence for every result that takes all images for one class: its accuracy says nothing of the model."""
-    lines = []
-    for result in results:
-        if not result.trouble:
-            _, there, said = margins(data.labels[result.images], result.predicted, len(data.class_names))
-            if (alone := one_class(said, there)) is not None:
-                lines.append(
-                    f"warning: {result.subject.name} ({result.variant}, seed {result.seed}) takes every image for "
-                    f"{data.class_names[alone]!r}: its accuracy is the share of that class, not what it has learned"
-                )
-    return lines
+def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:
+    """The command that measures this model again."""
+    words = ["freqmask", "evaluate", protocol, model]
+    for name, value in options.items():
+        if value is None or name in ("model", "out", "dry_run"):
+            continue
+        several = value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{name}", *(str(one).lower() if isinstance(one, bool) else str(one) for one in several)]
+    return shlex.join(words)
 
 
 def check_results(folder: Path) -> None:
@@ -202,125 +443,8 @@ def check_results(folder: Path) -> None:
     check_writable(folder / RESULTS, "results")
 
 
-def append_results(
-    results: Iterable[Result], data: LabelledData, protocol: str, options: Mapping[str, Any], out: Path | None
-) -> list[Path]:
-    """Append a row a result, to ``out/results.csv``, else to that of the model's run, else to ./results.csv.
-
-    Args:
-        results: what was measured.
-        data: on what.
-        protocol: the command's name.
-        options: those that were given, to repeat the row.
-        out: a folder, or None.
-
-    Returns:
-        The tables written to.
-    """
-    written: dict[Path, None] = {}
-    for result in results:
-        folder = out or result.subject.results or Path()
-        folder.mkdir(parents=True, exist_ok=True)
-        append_row(folder / RESULTS, _row(result, data, protocol, options))
-        written[folder / RESULTS] = None
-    return list(written)
-
-
-def _row(result: Result, data: LabelledData, protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any]
-    if result.trouble:
-        found = {"accuracy": "", "trouble": result.trouble}
-    else:
-        scores = score_of(result, data)
-        right = (result.predicted == data.labels[result.images]).astype(float)
-        low, high = bootstrap_interval(right, _units(result.images, data))
-        found = {**vars(scores), "accuracy_low": low, "accuracy_high": high}
-    about = {
-        "data": data.name,
-        "split": data.split,
-        "classes": len(data.class_names),
-        "test_images": len(np.unique(result.images)),
-        **result.facts,
-    }
-    who = (result.subject, result.variant, result.seed)
-    return row_of(protocol, who, found, about, data.source.fingerprint(), options)
-
-
-def row_of(
-    protocol: str,
-    who: tuple[Subject, str, int],
-    scores: Mapping[str, Any],
-    about: Mapping[str, Any],
-    fingerprint: str,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """A row of results.csv: when, who, how good, on what, and all that repeats it.
-
-    Args:
-        protocol: the command's name.
-        who: model, variant and seed.
-        scores: name to value.
-        about: the data and the training.
-        fingerprint: of the images.
-        options: those that were given.
-    """
-    subject, variant, seed = who
-    return {
-        "time": now(),
-        "protocol": protocol,
-        "model": subject.name,
-        "variant": variant,
-        "seed": seed,
-        **scores,
-        **about,
-        **{f"model_{name}": _plain(value) for name, value in subject.key().items()},
-        "data_fingerprint": fingerprint,
-        "command": command_of(protocol, subject.text, options),
-        "freqmask": __version__,
-        "torch": str(torch.__version__),
-    }
-
-
-def _plain(value: Any) -> Any:
-    return " ".join(f"{one:g}" for one in value) if isinstance(value, list) else value
-
-
-def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:
-    """The command that measures this model again."""
-    words = ["freqmask", "evaluate", protocol, model]
-    for name, value in options.items():
-        if value is None or name in ("model", "out"):
-            continue
-        many = isinstance(value, (list, tuple))
-        words += [f"--{name}", *(_word(one) for one in (value if many else [value]))]
-    return shlex.join(words)
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def write_classes(path: Path, results: Sequence[Result], data: LabelledData, variant: str | None) -> None:
-    """A CSV of precision, recall and F1 of every class, model and seed, of one variant or (None) of all."""
-    import csv
-
-    def write(unfinished: Path) -> None:
-        with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.writer(file)
-            table.writerow(["model", "variant", "seed", "class", "images", "precision", "recall", "f1"])
-            for result in results:
-                if variant not in (None, result.variant) or result.trouble:
-                    continue
-                for one in per_class(data.labels[result.images], result.predicted, data.class_names):
-                    numbers = [f"{value:.4f}" for value in (one.precision, one.recall, one.f1)]
-                    about = [result.subject.name, result.variant, result.seed]
-                    table.writerow([*about, one.name, one.images, *numbers])
-
-    replace_atomically(path, write)
-
-
 def shortened(name: str, most: int = 24) -> str:
-    """A name for a picture: of a long path its end, or the picture would be all labels.
+    """A name for a figure: of a long path its end, or the figure would be all labels.
 
     >>> shortened("runs/a-very-long-folder/of-runs/mfm-1", 12)
     '...uns/mfm-1'
@@ -328,50 +452,28 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else "..." + name[3 - most :]
 
 
-class Bar(NamedTuple):
-    """A number of the picture, in [0, 1]."""
-
-    name: str
-    variant: str
-    value: float
-    interval: tuple[float, float]
+def save_figure(figure: Any, path: Path) -> None:
+    """A PNG, replaced whole."""
+    replace_atomically(path, lambda unfinished: figure.savefig(unfinished, format="png"))
 
 
-def draw_bars(path: Path, title: str, summaries: Sequence[Summary]) -> None:
-    """Bars of accuracy by model, side by side for the variants, with their intervals."""
-    measured = [one for one in summaries if not one.trouble]
-    bars = [Bar(one.name, one.variant, float(np.mean(one.accuracies)), one.interval) for one in measured]
-    draw_bar_chart(path, title, "accuracy", bars)
+def plain_texts(legend: Any) -> None:
+    """Names of files in a legend are no formulas."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
-def draw_bar_chart(path: Path, title: str, score: str, bars: Sequence[Bar]) -> None:
-    """Bars of a score by model, side by side for the variants, with their intervals; nothing where there are none."""
+def draw_bar_chart(path: Path, title: str, label: str, summaries: Sequence[Summary]) -> None:
+    """Bars by model, side by side for the variants, with their intervals."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(bar.name for bar in bars))
-    variants = list(dict.fromkeys(bar.variant for bar in bars))[:_MOST_BARS]
-    if not names:
-        return
+    names = list(dict.fromkeys(one.name for one in summaries))
+    variants = list(dict.fromkeys(one.variant for one in summaries))[:_MOST_BARS]
     figure = Figure(figsize=(max(4.0, 1.6 + 1.3 * len(names)), 3.6), dpi=120, layout="constrained")
     axis = figure.add_subplot()
-    width = 0.8 / len(variants)
-    for place, variant in enumerate(variants):
-        for number, name in enumerate(names):
-            found = [bar for bar in bars if (bar.name, bar.variant) == (name, variant)]
-            if found:
-                mean = 100 * found[0].value
-                low, high = (100 * end for end in found[0].interval)
-                axis.bar(
-                    number + (place - (len(variants) - 1) / 2) * width,
-                    mean,
-                    width * 0.92,
-                    yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
-                    color=f"C{place}",
-                    ecolor="0.3",
-                    label=variant if number == 0 else None,
-                )
+    draw_bars(axis, names, variants, summaries)
     axis.set_xticks(range(len(names)), map(shortened, names), rotation=20, ha="right", parse_math=False)
-    axis.set_ylabel(f"{score} in %")
+    axis.set_ylabel(label)
     axis.set_title(
         "\n".join(shortened(line, 60) for line in title.splitlines()), fontsize=9, parse_math=False
     )
@@ -379,6 +481,24 @@ def draw_bar_chart(path: Path, title: str, score: str, bars: Sequence[Bar]) -> N
         axis.legend(
             fontsize=8, frameon=False, ncols=len(variants), loc="upper left", bbox_to_anchor=(0, -0.25)
         )
+    save_figure(figure, path)
+
+
+def draw_bars(axis: Any, groups: Sequence[str], bars: Sequence[str], summaries: Sequence[Summary]) -> None:
+    """A group of bars a model, a bar a variant, onto an axis; in per cent with their intervals."""
+    width = 0.8 / len(bars)
+    for one in summaries:
+        if one.variant in bars and one.values:
+            place = bars.index(one.variant)
+            mean, (low, high) = 100 * one.mean, (100 * end for end in one.interval)
+            axis.bar(
+                groups.index(one.name) + (place - (len(bars) - 1) / 2) * width,
+                mean,
+                width * 0.92,
+                yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
+                color=f"C{place}",
+                ecolor="0.3",
+                label=one.variant if one.name == groups[0] else None,
+            )
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    replace_atomically(path, lambda unfinished: figure.savefig(unfinished, format="png"))

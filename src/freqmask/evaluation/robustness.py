@@ -1,48 +1,98 @@
-"""How well a classifier does on images that were made harder: the story of ``freqmask evaluate robustness``."""
+"""How well a classifier does on images that were made harder: corrupted, attacked, or collected by others."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from freqmask.console import say
-from freqmask.data.values import Survey
+from freqmask.data.dataset import Sample, TrainDataset
+from freqmask.data.loader import make_loader
+from freqmask.data.sampler import ChosenSampler, Item
+from freqmask.data.sources import Source
+from freqmask.draws import sample_key
 from freqmask.errors import UserError
-from freqmask.evaluation.answers import Answers, learn_answers
-from freqmask.evaluation.attacks import Attack
-from freqmask.evaluation.classifier import ClassifierSubject
+from freqmask.evaluation.attacks import Attack, size_of_change
 from freqmask.evaluation.corruptions import COMMON, SEVERITIES, Corruption, strengths_for
-from freqmask.evaluation.corruptions.frost import check_frost
-from freqmask.evaluation.examination import (
+from freqmask.evaluation.eval_model import ClassifierModel, EvalModel, as_float, check_models
+from freqmask.evaluation.features import FeatureTable, compute_features, shared_objects
+from freqmask.evaluation.labelled import LabelledData, Round, subset
+from freqmask.evaluation.linear import ClassifierHead, fit_head
+from freqmask.evaluation.protocol import (
+    EvalConfig,
+    EvalContext,
+    Experiment,
+    Protocol,
+    finish_report,
+    metadata_of,
+    open_experiment,
+    say_blocks,
+)
+from freqmask.evaluation.results import ClassificationResult, Result, Summary
+from freqmask.evaluation.robustness_folders import (
+    TestFolder,
+    all_tested,
+    check_tree,
+    find_folders,
+    open_folder,
+)
+from freqmask.evaluation.robustness_results import (
     CLEAN,
     CORRUPTED,
-    Examination,
-    answer_variant,
-    is_broken,
-    together,
+    DATA,
+    TREE,
+    corruption_lines,
+    draw_curves,
+    draw_sheet,
+    main_lines,
+    tables_of,
 )
-from freqmask.evaluation.job import Setting, begin, open_one, prepare
-from freqmask.evaluation.labelled import LabelledData, Round, subset
-from freqmask.evaluation.protocol import Bench
-from freqmask.evaluation.results import Result, Summary, score_of
-from freqmask.evaluation.robustness_board import Board
-from freqmask.evaluation.robustness_report import tell
-from freqmask.evaluation.subjects import Subject, check_models
-from freqmask.evaluation.variants import Variant, find_variants, open_variant
+from freqmask.evaluation.weather import check_frost
+
+_ATTACKED_AT_ONCE = 64  # images; gradients need several times the memory of features
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is done to the images, and what classifies them.
+@dataclass
+class RobustnessExperiment(Experiment):
+    """Everything opened, before the first model is measured.
 
     Attributes:
-        head: ``linear``, learnt from DATA, or ``own``, the model's own classifier.
+        folders: test sets of others with their images; where DATA is missing ``data`` is the first of them.
+        has_data: whether DATA is measured.
+        classifiers: models with a classifier of their own, by model and classes.
+    """
+
+    folders: list[tuple[TestFolder, LabelledData]] = field(default_factory=list)
+    has_data: bool = True
+    classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel] = field(default_factory=dict)
+
+    @property
+    def reads_corruptions(self) -> bool:
+        """Whether corrupted images are read from a folder rather than made."""
+        return any(folder.corruption for folder, _ in self.folders)
+
+    def classifier(self, text: str, data: LabelledData) -> ClassifierModel:
+        """A model with its own classifier, predicting the classes of some images."""
+        key = (text, tuple(data.class_names))
+        if key not in self.classifiers:
+            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.crop)
+        return self.classifiers[key]
+
+
+class Robustness(Protocol):
+    """Accuracy on corrupted, attacked and other people's images.
+
+    Args:
+        head: ``linear``, trained on DATA, or ``own``, the model's own classifier.
         corruptions: names.
         severities: 1 to 5.
         attacks: with their budgets.
@@ -52,245 +102,378 @@ class Wanted:
         test_images: at most so many of DATA's test images; None takes all.
     """
 
-    head: str = "linear"
-    corruptions: Sequence[str] = COMMON
-    severities: Sequence[int] = SEVERITIES
-    attacks: Sequence[Attack] = ()
-    folders: Sequence[Path] = ()
-    constants: str = "auto"
-    frost: str | None = None
-    test_images: int | None = None
+    name, headline = "robustness", CLEAN
+
+    def __init__(
+        self,
+        head: str = "linear",
+        corruptions: Sequence[str] = COMMON,
+        severities: Sequence[int] = SEVERITIES,
+        attacks: Sequence[Attack] = (),
+        folders: Sequence[Path] = (),
+        constants: str = "auto",
+        frost: str | None = None,
+        test_images: int | None = None,
+    ) -> None:
+        self.head, self.corruptions, self.severities = head, corruptions, severities
+        self.attacks, self.folders, self.constants = attacks, folders, constants
+        self.frost, self.test_images = frost, test_images
+        self.title = f"robustness, {head} head; accuracy in %"
+        self.seeded = self.opens_models = head != "own"
+
+    def open(self, config: EvalConfig) -> RobustnessExperiment:
+        """Open models, DATA (may be missing where nothing is trained) and folders."""
+        if self.test_images is not None and self.test_images < 1:
+            raise UserError(f"test_images ({self.test_images}) must be at least 1, or left out for all")
+        check_frost(self.frost)
+        strengths_for(224, self.constants)
+        experiment = RobustnessExperiment(config, check_models(config.models), None, None)  # type: ignore[arg-type]
+        if config.data and config.data != [None]:
+            opened = open_experiment(config, self.opens_models)
+            experiment.data, experiment.seen = self._thinned(opened.data), opened.seen
+        elif self.head != "own" or not self.folders:
+            raise UserError("data is missing; --data DATA, or --head own with --folder alone")
+        else:
+            experiment.has_data = False
+        known = experiment.data.class_names if self.head != "own" else None
+        experiment.folders = [
+            (folder, open_folder(folder, known))
+            for path in self.folders
+            for folder in find_folders(path, self.corruptions, self.severities)
+        ]
+        check_tree(experiment.folders)
+        if known is not None and experiment.folders and len(experiment.data.rounds) > 1:
+            raise UserError("folder needs one head and --folds makes several; leave one of them out")
+        if not experiment.has_data:
+            experiment.data = experiment.folders[0][1]
+        for text in experiment.models:
+            self.open_model(experiment, text, config.seeds[0])
+        return experiment
+
+    def _thinned(self, data: LabelledData) -> LabelledData:
+        """With fewer test images where asked for, and without training images where nothing is trained."""
+        rounds, every = data.rounds, len(data.tested)
+        if self.test_images is not None and self.test_images < every:
+            share = self.test_images / every
+            counts = [max(1, round(share * len(one.test))) for one in rounds]
+            rounds = [
+                Round(one.train, _spread(one.test, count)) for one, count in zip(rounds, counts, strict=True)
+            ]
+            say(f"note: {sum(counts):,} of {every:,} test images, evenly taken.")
+        data = dataclasses.replace(data, rounds=rounds)
+        if self.head != "own":
+            return data
+        images = data.tested
+        return all_tested(
+            dataclasses.replace(
+                data,
+                source=subset(data, images),
+                labels=data.labels[images],
+                groups=None if data.groups is None else [data.groups[int(image)] for image in images],
+            )
+        )
+
+    def open_model(self, experiment: RobustnessExperiment, text: str, seed: int) -> EvalModel:
+        """A backbone, or a classifier."""
+        if self.head == "own":
+            return experiment.classifier(text, experiment.data)
+        return super().open_model(experiment, text, seed)
+
+    def contexts(self, experiment: RobustnessExperiment, text: str) -> Iterator[tuple[RobustnessEval, int]]:
+        """A model with what it is asked; its heads are trained seed by seed."""
+        for context, seed in super().contexts(experiment, text):
+            yield RobustnessEval(self, experiment, context), seed
+
+    def evaluate(self, context: RobustnessEval, seed: int) -> list[Result]:
+        """All rows of one model under one seed."""
+        return context.measure(seed)
+
+    def report(self, experiment: RobustnessExperiment, results: Sequence[Result]) -> list[Summary]:
+        """The tables, the rows, curves and a sheet of what was done to the images."""
+        tables = tables_of(results, self.title)
+        warnings = [line for table in tables.values() for line in table.warnings()]
+        say_blocks([self.title, *main_lines(tables)], *map(corruption_lines, tables.values()), warnings)
+        folder = next(iter(tables.values())).folder(experiment.config.out)
+        figures = [folder / "robustness.png"]
+        draw_curves(figures[0], tables)
+        if experiment.has_data and self.corruptions and not experiment.reads_corruptions:
+            figures.append(folder / "corruptions.png")
+            model = self.open_model(experiment, experiment.models[0], experiment.config.seeds[0])
+            names = (self.corruptions, self.severities, self.constants, self.frost)
+            draw_sheet(figures[-1], model, experiment.data, *names)
+        finish_report(list(tables.values()), experiment.config, figures)
+        return [summary for table in tables.values() for summary in table.summaries]
 
 
 @dataclass
-class Job:
-    """Everything opened, before the first model is measured.
+class RobustnessEval:
+    """One model, the images, and everything that is asked of it.
 
     Attributes:
-        wanted: what is asked.
-        setting: on what, where.
-        data: DATA; None where only folders are tested.
-        seen: what DATA's images are like.
-        variants: test sets of the folders with their images.
-        read: whether corruptions are read from a folder rather than made.
-        boards: results on DATA, and on each tree and test set, in the order of the tables.
-        own: subjects with an own classifier, by model and classes.
+        protocol: what is asked.
+        experiment: what was opened.
+        context: the model, prepared, and the images of DATA.
+        heads: what classifies, one a round.
+        seed: of the heads.
     """
 
-    wanted: Wanted
-    setting: Setting
-    data: LabelledData | None
-    seen: Survey | None
-    variants: list[tuple[Variant, LabelledData]]
-    read: bool
-    boards: dict[str, Board] = field(default_factory=dict)
-    own: dict[tuple[str, tuple[str, ...]], ClassifierSubject] = field(default_factory=dict)
+    protocol: Robustness
+    experiment: RobustnessExperiment
+    context: EvalContext
+    heads: list[ClassifierHead] = field(default_factory=list)
+    seed: int = 0
 
-    def board(self, name: str, data: LabelledData) -> Board:
-        """The board of a name, new where there is none."""
-        return self.boards.setdefault(name, Board(name, data))
+    @property
+    def model(self) -> EvalModel:
+        """That is measured."""
+        return self.context.model
 
-    def classifier(self, text: str, data: LabelledData) -> ClassifierSubject:
-        """A model with its own classifier, answering with the classes of some images."""
-        key = (text, tuple(data.class_names))
-        if key not in self.own:
-            self.own[key] = ClassifierSubject(text, data.class_names, self.setting.crop)
-        return self.own[key]
+    @property
+    def side(self) -> int:
+        """The shorter one of the images that the model is shown."""
+        return min(self.model.input_size[1:])
 
+    def measure(self, seed: int) -> list[Result]:
+        """DATA clean, corrupted and attacked, then the folders."""
+        context, self.seed = self.context, seed
+        say(f"\n{self.model.name}, {self.side} pixels")
+        if error := context.table("end").error:
+            return [dataclasses.replace(context.failed(CLEAN, seed, error), group=DATA)]
+        self.heads = [fit_head(context, self.protocol.head, one, seed) for one in context.data.rounds]
+        results: list[Result] = []
+        if self.experiment.has_data:
+            clean = self.clean()
+            _say_accuracy(CLEAN, [clean])
+            reads = self.experiment.reads_corruptions
+            made = [] if reads or not self.protocol.corruptions else list(self._all_corrupted())
+            attacked = list(self._all_attacked())
+            results += [clean, *([together(made)] if made else []), *attacked, *made]
+        return [*results, *self._all_folders()]
 
-def evaluate_robustness(wanted: Wanted, setting: Setting) -> list[Summary]:
-    """Measure all models on corrupted, attacked and other people's images; tables, rows, pictures.
+    def clean(self) -> ClassificationResult:
+        """The images as they are."""
+        tested = self.context.data.tested
+        values = self.context.table("end").values
+        return self._result(CLEAN, {name: rows[tested] for name, rows in values.items()}, {})
 
-    Args:
-        wanted: what is done to the images.
-        setting: models, DATA (may be empty for models with their own classifier), where.
+    def corrupted(self, corruption: Corruption) -> ClassificationResult:
+        """Corrupted test images."""
+        model = CorruptedModel(self.model, corruption)
+        images = subset(self.context.data, self.context.data.tested)
+        table = compute_features(model, images, "end", self.context.compute, quiet=True)
+        metadata = {
+            "corruption": corruption.name,
+            "severity": corruption.severity,
+            "constants": corruption.strengths.describe(),
+            "frost": (corruption.frost or "drawn") if corruption.name == "frost" else "",
+        }
+        return self._result(f"{corruption.name} {corruption.severity}", table.values, metadata)
 
-    Returns:
-        One summary a model and variant.
+    def attacked(self, attack: Attack) -> ClassificationResult:
+        """Adversarial test images, made against this model and its heads."""
+        rounds = zip(self.context.data.rounds, self.heads, strict=True)
+        found = [self._attack(attack, one, head) for one, head in rounds]
+        predicted, losses, harder, change = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        metadata = {
+            "attack": attack.describe(),
+            "loss": float(losses.mean()),
+            "adversarial_loss": float(harder.mean()),
+            "largest_change": float(change.max()),
+        }
+        return self._row(attack.name, predicted, metadata)
 
-    Raises:
-        UserError: something cannot be opened, or does not fit; nothing has been written then.
-    """
-    models, job = open_job(wanted, setting)
-    with closing(setting.place):
-        for text in models:
-            for seed in setting.seeds:
-                _examine(job, text, seed)
-                if wanted.head == "own":
-                    break  # nothing depends on the seed
-    return tell(list(job.boards.values()), setting, wanted.head, _example(job, models[0]))
+    def _all_corrupted(self) -> Iterator[ClassificationResult]:
+        """A result a corruption and severity; a line for each corruption tells how far it is."""
+        strengths = strengths_for(self.side, self.protocol.constants)
+        say(f"constants   {strengths.describe()}")
+        for name in self.protocol.corruptions:
+            began, found = time.monotonic(), []
+            for severity in self.protocol.severities:
+                found.append(self.corrupted(Corruption(name, severity, strengths, self.protocol.frost)))
+                yield found[-1]
+            _say_accuracy(name, found, time.monotonic() - began)
 
+    def _all_attacked(self) -> Iterator[ClassificationResult]:
+        for attack in self.protocol.attacks:
+            began = time.monotonic()
+            result = self.attacked(attack)
+            _say_accuracy(attack.name, [result], time.monotonic() - began)
+            yield result
 
-def open_job(wanted: Wanted, setting: Setting) -> tuple[list[str], Job]:
-    """Open models, DATA and folders once, so that a mistake shows before hours of work.
+    def _attack(self, attack: Attack, one: Round, head: ClassifierHead) -> list[np.ndarray]:
+        """Predictions, losses before and after, and sizes of the changes, of a round's test images."""
+        compute, data, count = self.context.compute, self.context.data, len(one.test)
+        source, labels = subset(data, one.test), torch.from_numpy(data.labels[one.test])
+        size = min(compute.batch_size or _ATTACKED_AT_ONCE, count)
+        arguments = (attack, self.model, head, source, labels, size, compute.workers)
+        shared = [*shared_objects(self.model, source), head]
+        found = dict(compute.run(_attack_images, count, size, arguments, shared))
+        return [
+            np.concatenate(parts) for parts in zip(*(found[first] for first in sorted(found)), strict=True)
+        ]
 
-    Raises:
-        UserError: whatever is wrong with them.
-    """
-    if wanted.test_images is not None and wanted.test_images < 1:
-        raise UserError(f"test_images ({wanted.test_images}) must be at least 1, or left out for all")
-    check_frost(wanted.frost)
-    strengths_for(224, wanted.constants)
-    models, data, seen = check_models(setting.models), None, None
-    if setting.data:
-        models, data, seen = prepare(setting, check=wanted.head != "own")
-        data = _thinned(data, wanted)
-    elif wanted.head != "own" or not wanted.folders:
-        raise UserError("data is missing; --data DATA, or --head own with --folder alone")
-    known = data.class_names if data is not None and wanted.head != "own" else None
-    variants = [
-        (variant, open_variant(variant, known))
-        for folder in wanted.folders
-        for variant in find_variants(folder, wanted.corruptions, wanted.severities)
-    ]
-    _check_tree(variants)
-    if known is not None and variants and data is not None and len(data.rounds) > 1:
-        raise UserError("folder needs one head and --folds makes several; leave one of them out")
-    read = any(variant.corruption for variant, _ in variants)
-    job = Job(wanted, setting, data, seen, variants, read)
-    for text in models:
-        _open(job, text, setting.seeds[0])
-    return models, job
+    def _result(
+        self, variant: str, values: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+    ) -> ClassificationResult:
+        """Each round's head predicts its own images."""
+        parts = zip(self.heads, self.context.by_round(values), strict=True)
+        logits = [head.table_logits(self.context, part) for head, part in parts]
+        return self._row(variant, torch.cat([one.argmax(dim=1) for one in logits]).cpu().numpy(), metadata)
 
+    def _row(self, variant: str, predicted: np.ndarray, metadata: Mapping[str, Any]) -> ClassificationResult:
+        cells = {"head": self.protocol.head, **metadata_of(self.heads), **metadata}
+        return dataclasses.replace(self.context.result(variant, self.seed, predicted, **cells), group=DATA)
 
-def _check_tree(variants: Sequence[tuple[Variant, LabelledData]]) -> None:
-    """All folders of an ImageNet-C tree hold the same images, or their mean would be of nothing."""
-    trees = [(variant, data) for variant, data in variants if variant.corruption]
-    if len({variant.corruption for variant, _ in trees}) < len(trees):
-        raise UserError("folder names two ImageNet-C trees; measure one after the other")
-    for variant, data in trees[1:]:
-        if not np.array_equal(data.labels, trees[0][1].labels) or data.class_names != trees[0][1].class_names:
-            raise UserError(f"folder ({variant.folder}) must hold the same images as {trees[0][0].folder}")
+    def _all_folders(self) -> list[Result]:
+        """The natural test sets, then an ImageNet-C tree, its mean first."""
+        natural: list[Result] = []
+        tree: list[ClassificationResult] = []
+        for folder, data in self.experiment.folders:
+            result = self._folder(folder, data)
+            (tree if folder.corruption else natural).append(result)
+            if not result.error:
+                _say_accuracy(folder.name, [result])
+        mean = [together(tree)] if tree and not any(result.error for result in tree) else []
+        return [*natural, *mean, *tree]
 
-
-def _thinned(data: LabelledData, wanted: Wanted) -> LabelledData:
-    """With fewer test images where asked for, and without those to learn from where nothing is learnt."""
-    rounds = data.rounds
-    if wanted.test_images is not None and wanted.test_images < len(data.tested):
-        share = wanted.test_images / len(data.tested)
-        rounds = [Round(one.train, _spread(one.test, max(1, round(share * len(one.test))))) for one in rounds]
-        say(
-            f"note: {sum(len(one.test) for one in rounds):,} of {len(data.tested):,} test images, evenly taken."
+    def _folder(self, folder: TestFolder, data: LabelledData) -> ClassificationResult:
+        """A test set of others, among the classes that it has."""
+        context, model, columns = self.context, self.model, None
+        if self.protocol.head == "own":
+            model = self.experiment.classifier(self.model.text, data)
+            model.prepare(data.source, context.compute.device)
+        else:
+            columns = [context.data.class_names.index(name) for name in data.class_names]
+        table: FeatureTable = compute_features(model, data.source, "end", context.compute, quiet=True)
+        images = np.flatnonzero(table.read)
+        metadata: dict[str, Any] = {"head": self.protocol.head}
+        if folder.corruption:
+            metadata |= {"corruption": folder.corruption[0], "severity": folder.corruption[1]}
+        result = ClassificationResult(
+            model, data, folder.name, self.seed, images, metadata=metadata, error=table.error
         )
-    data = dataclasses.replace(data, rounds=rounds)
-    if wanted.head != "own":
-        return data
-    images = data.tested
-    every = np.arange(len(images))
+        result.group = TREE if folder.corruption else folder.name
+        if not table.error:
+            values = {name: rows[images] for name, rows in table.values.items()}
+            logits = self.heads[0].table_logits(context, values)
+            result.predicted = (logits if columns is None else logits[:, columns]).argmax(dim=1).cpu().numpy()
+            read = {"folder": data.name, "left_out": len(table.skipped), "chosen": self.heads[0].chosen}
+            result.metadata = {**read, **metadata}
+        return result
+
+
+def _attack_images(
+    device: torch.device,
+    images: range,
+    attack: Attack,
+    model: EvalModel,
+    head: ClassifierHead,
+    source: Source,
+    labels: Tensor,
+    size: int,
+    workers: int,
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """A batch's first number; its predictions, losses before and after, sizes of the changes; in whatever process."""
+
+    def classify(batch: Tensor) -> Tensor:
+        return head.logits(model.features(batch, "end"))
+
+    first = images.start
+    for batch in make_loader(model.dataset(source), ChosenSampler(images), size, workers):
+        clean, keys = as_float(batch["views"][0].to(device)), batch["keys"].to(device)
+        truth = labels[first : first + len(clean)].to(device)
+        harder = attack.run(classify, clean, truth, keys)
+        with torch.no_grad():
+            before, after = classify(clean).float(), classify(harder).float()
+        losses = (F.cross_entropy(logits, truth, reduction="none") for logits in (before, after))
+        change = size_of_change(harder - clean, attack.norm)
+        yield first, [part.cpu().numpy() for part in (after.argmax(dim=1), *losses, change)]
+        first += len(clean)
+
+
+def together(results: Sequence[ClassificationResult]) -> ClassificationResult:
+    """Several results on the same images as one: its accuracy is their mean, its interval draws whole images."""
+    first = results[0]
+    kept = ("head", "train_images", "chosen", "constants")
+    names = dict.fromkeys(str(result.metadata.get("corruption", "")) for result in results)
+    severities = sorted({int(result.metadata.get("severity", 0)) for result in results})
     return dataclasses.replace(
-        data,
-        source=subset(data, images),
-        labels=data.labels[images],
-        groups=None if data.groups is None else [data.groups[int(image)] for image in images],
-        rounds=[Round(every[:0], every)],
+        first,
+        variant=CORRUPTED,
+        images=np.concatenate([result.images for result in results]),
+        predicted=np.concatenate([result.predicted for result in results]),
+        metadata={
+            "constants": "",
+            **{name: value for name, value in first.metadata.items() if name in kept},
+            "corruption": " ".join(names),
+            "severity": " ".join(map(str, severities)),
+        },
     )
+
+
+def _say_accuracy(name: str, results: Sequence[ClassificationResult], seconds: float = 0) -> None:
+    numbers = " ".join(f"{100 * result.scores().accuracy:5.1f}" for result in results)
+    say(f"  {name:<18} {numbers}" + (f"   ({seconds:.0f} s)" if seconds > 1 else ""))
 
 
 def _spread(images: np.ndarray, most: int) -> np.ndarray:
     return images[np.linspace(0, len(images) - 1, most).round().astype(np.int64)]
 
 
-def _open(job: Job, text: str, seed: int) -> Subject:
-    if job.wanted.head == "own":
-        return job.classifier(text, job.data if job.data is not None else job.variants[0][1])
-    assert job.seen is not None  # DATA is there wherever a head is learnt
-    return open_one(text, job.seen, job.setting, seed)
+class CorruptedDataset(TrainDataset):
+    """A dataset whose images are corrupted in the loader's workers, after they are cut to the model's size.
 
+    The draws follow from the identity of the image alone: every model of one size sees the same images.
 
-def _side(subject: Subject) -> int:
-    _, height, width = subject.key()["input_size"]
-    return int(min(height, width))
+    Args:
+        dataset: of the clean images, one view each.
+        corruption: what is done to them.
+    """
 
-
-def _examine(job: Job, text: str, seed: int) -> None:
-    """Everything that is asked of one model under one seed."""
-    subject = _open(job, text, seed)
-    data = job.data if job.data is not None else job.variants[0][1]
-    bench = begin(subject, data, job.setting.place)
-    say(f"\n{subject.name}, {_side(subject)} pixels")
-    if is_broken(bench.table("end")):
-        trouble = "features are not finite; no result"
-        job.board("data", data).add(
-            data, Result(subject, CLEAN, seed, bench.data.tested, np.empty(0), trouble=trouble)
+    def __init__(self, dataset: TrainDataset, corruption: Corruption) -> None:
+        super().__init__(
+            dataset.source,
+            dataset.geometries,
+            dataset.value_range,
+            dataset.channels,
+            dataset.convert_channels,
+            dataset.seed,
         )
-        return
-    learnt = [learn_answers(bench, job.wanted.head, one, seed) for one in bench.data.rounds]
-    if job.data is not None:
-        _examine_data(job, Examination(bench, learnt, seed, job.wanted.head))
-    if job.variants:
-        _examine_variants(job, bench, learnt[0], text, seed)
+        self.corruption = corruption
+        corruption.warm(self.geometries[0].size)
+
+    def __getitem__(self, item: Item) -> Sample:
+        """The sample of an item, its view corrupted."""
+        sample = super().__getitem__(item)
+        key = sample_key(0, 0, self.source.identity(sample.index))
+        sample.views = [self.corruption(view, key) for view in sample.views]
+        return sample
 
 
-def _examine_data(job: Job, examination: Examination) -> None:
-    """DATA clean, corrupted and attacked."""
-    bench = examination.bench
-    board = job.board("data", bench.data)
-    clean = examination.clean()
-    _say_accuracy(CLEAN, [clean], bench.data)
-    made = [] if job.read or not job.wanted.corruptions else list(_corrupted(job, examination))
-    attacked = []
-    for attack in job.wanted.attacks:
-        began = time.monotonic()
-        attacked.append(examination.attacked(attack))
-        _say_accuracy(attack.name, attacked[-1:], bench.data, time.monotonic() - began)
-    board.side = max(board.side, _side(bench.subject))
-    for result in [clean, *([together(made)] if made else []), *attacked, *made]:
-        board.add(bench.data, result)
+class CorruptedModel(EvalModel):
+    """A prepared model that is shown corrupted images: what `compute_features` needs to measure, and cache, them.
 
+    Args:
+        clean: the model.
+        corruption: what is done to its images.
+    """
 
-def _corrupted(job: Job, examination: Examination) -> Iterator[Result]:
-    """A result a corruption and severity; a line for each corruption tells how far it is."""
-    strengths = strengths_for(_side(examination.bench.subject), job.wanted.constants)
-    say(f"constants   {strengths.describe()}")
-    for name in job.wanted.corruptions:
-        began, found = time.monotonic(), []
-        for severity in job.wanted.severities:
-            found.append(examination.corrupted(Corruption(name, severity, strengths, job.wanted.frost)))
-            yield found[-1]
-        _say_accuracy(name, found, examination.bench.data, time.monotonic() - began)
+    def __init__(self, clean: EvalModel, corruption: Corruption) -> None:
+        self.clean, self.corruption = clean, corruption
+        self.text, self.name, self.kind = clean.text, clean.name, clean.kind
+        self.input_size, self.results = clean.input_size, clean.results
 
+    def key(self) -> dict[str, Any]:
+        """The model's, and the corruption."""
+        return {**self.clean.key(), "corruption": self.corruption.describe()}
 
-def _say_accuracy(name: str, results: Sequence[Result], data: LabelledData, seconds: float = 0) -> None:
-    numbers = " ".join(f"{100 * score_of(result, data).accuracy:5.1f}" for result in results)
-    say(f"  {name:<18} {numbers}" + (f"   ({seconds:.0f} s)" if seconds > 1 else ""))
+    def identity(self) -> dict[str, Any]:
+        return self.clean.identity()
 
+    def dataset(self, source: Source) -> TrainDataset:
+        """The images as the model sees them, corrupted."""
+        return CorruptedDataset(self.clean.dataset(source), self.corruption)
 
-def _examine_variants(job: Job, bench: Bench, answers: Answers, text: str, seed: int) -> None:
-    """The test sets of the folders."""
-    read = []
-    for variant, data in job.variants:
-        subject, columns = bench.subject, None
-        if job.wanted.head == "own":
-            subject = job.classifier(text, data)
-            subject.begin(data.source, bench.place.device)
-        else:
-            columns = [bench.data.class_names.index(name) for name in data.class_names]
-        result = answer_variant(subject, answers, data, columns, variant.name, seed, bench)
-        result.facts["head"] = job.wanted.head
-        if variant.corruption:
-            result.facts |= {"corruption": variant.corruption[0], "severity": variant.corruption[1]}
-            read.append((result, data))
-        else:
-            job.board(variant.name, data).add(data, result)
-        if not result.trouble:
-            _say_accuracy(variant.name, [result], data)
-    if read:
-        _add_tree(job, read)
-
-
-def _add_tree(job: Job, read: Sequence[tuple[Result, LabelledData]]) -> None:
-    """The results of an ImageNet-C tree, their mean first."""
-    board = job.board("tree", read[0][1])
-    board.side = 224  # that of the files
-    board.is_read = True
-    if not any(result.trouble for result, _ in read):
-        board.add(read[0][1], together([result for result, _ in read], CORRUPTED))
-    for result, data in read:
-        board.add(data, result)
-
-
-def _example(job: Job, text: str) -> tuple[Subject, LabelledData, Wanted] | None:
-    """What the sheet of corrupted images shows."""
-    if job.data is None or job.read or not job.wanted.corruptions:
-        return None
-    return _open(job, text, job.setting.seeds[0]), job.data, job.wanted
+    def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
+        """The model's."""
+        return self.clean.features(images, what)

@@ -145,7 +145,8 @@ def finetune(
     Raises:
         UserError: a model or the data cannot be opened, the labels do not fit, or an option cannot be.
     """
-    options = {name: value for name, value in locals().items() if name != "config"}
-    from freqmask.evaluation.finetune.job import evaluate_finetune
+    options = listed({name: value for name, value in locals().items() if name != "config"})
+    from freqmask.evaluation.finetune.job import Finetune
+    from freqmask.evaluation.protocol import run_protocol
 
-    return reported(model, evaluate_finetune(listed(options)))
+    return reported(model, run_protocol(Finetune(options), options))

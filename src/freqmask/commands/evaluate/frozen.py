@@ -81,11 +81,10 @@ def knn(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    from freqmask.evaluation.job import evaluate, shared_setting_of
-    from freqmask.evaluation.knn import NEIGHBOURS
-    from freqmask.evaluation.protocols import Knn
+    from freqmask.evaluation.knn import Knn
+    from freqmask.evaluation.protocol import run_protocol
 
-    return reported(model, evaluate(Knn(k or NEIGHBOURS, temperature, feature), shared_setting_of(options)))
+    return reported(model, run_protocol(Knn(k, temperature, feature), options))
 
 
 @command
@@ -158,11 +157,10 @@ def linear(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    from freqmask.evaluation.job import evaluate, shared_setting_of
-    from freqmask.evaluation.linear import LEARNING_RATES
-    from freqmask.evaluation.protocols import Linear
+    from freqmask.evaluation.linear import Linear
+    from freqmask.evaluation.protocol import run_protocol
 
-    return reported(model, evaluate(Linear(rates or LEARNING_RATES, epochs), shared_setting_of(options)))
+    return reported(model, run_protocol(Linear(rates, epochs), options))
 
 
 @command
@@ -243,21 +241,22 @@ def fewshot(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    if tune != "frozen":
-        from freqmask.evaluation.finetune.shots import evaluate_shots
+    from freqmask.evaluation.protocol import run_protocol
 
-        return reported(model, evaluate_shots(listed(options)))
+    if tune != "frozen":
+        from freqmask.evaluation.finetune.shots import TunedFewshot
+
+        options = listed(options)
+        return reported(model, run_protocol(TunedFewshot(options), options))
     if epochs is not None:
         from freqmask.errors import UserError
 
         raise UserError(
             f"epochs ({epochs:g}) are those of fine-tuning; leave them out, or give --tune finetune"
         )
-    from freqmask.evaluation.fewshot import SHOTS
-    from freqmask.evaluation.job import evaluate, shared_setting_of
-    from freqmask.evaluation.protocols import Fewshot
+    from freqmask.evaluation.fewshot import Fewshot
 
-    return reported(model, evaluate(Fewshot(shots or SHOTS, feature, strength), shared_setting_of(options)))
+    return reported(model, run_protocol(Fewshot(shots, feature, strength), options))
 
 
 @command
@@ -329,7 +328,7 @@ def bands(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     options = locals()
-    from freqmask.evaluation.bands import evaluate_bands
-    from freqmask.evaluation.job import shared_setting_of
+    from freqmask.evaluation.bands import Bands
+    from freqmask.evaluation.protocol import run_protocol
 
-    return reported(model, evaluate_bands(head, radii, shared_setting_of({**options, "seeds": seeds or [0]})))
+    return reported(model, run_protocol(Bands(head, radii), {**options, "seeds": seeds or [0]}))

@@ -109,10 +109,10 @@ def robustness(
 
     from freqmask.evaluation.attacks import make_attacks
     from freqmask.evaluation.corruptions import check_severities, choose_corruptions
-    from freqmask.evaluation.job import shared_setting_of
-    from freqmask.evaluation.robustness import Wanted, evaluate_robustness
+    from freqmask.evaluation.protocol import run_protocol
+    from freqmask.evaluation.robustness import Robustness
 
-    wanted = Wanted(
+    protocol = Robustness(
         head=head,
         corruptions=choose_corruptions(corruptions or ["common"]),
         severities=check_severities(severities or [1, 2, 3, 4, 5]),
@@ -122,5 +122,4 @@ def robustness(
         frost=frost,
         test_images=test_images,
     )
-    setting = shared_setting_of({**options, "data": data or [], "seeds": seeds or [0]})
-    return reported(model, evaluate_robustness(wanted, setting))
+    return reported(model, run_protocol(protocol, {**options, "data": data or [], "seeds": seeds or [0]}))

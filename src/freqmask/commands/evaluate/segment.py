@@ -121,12 +121,13 @@ def segment(
         config: a YAML file of these options, such as a run's config.yaml, which repeats that run.
 
     Returns:
-        One `freqmask.evaluation.segmentation.tables.SegmentationSummary` a model: the numbers of the table.
+        One `freqmask.evaluation.results.Summary` a model: the numbers of the table.
 
     Raises:
         UserError: a model or the data cannot be opened, masks do not fit their images, or an option cannot be.
     """
     options = {name: value for name, value in locals().items() if name != "config"}
-    from freqmask.evaluation.segmentation.job import evaluate_segmentation
+    from freqmask.evaluation.protocol import run_protocol
+    from freqmask.evaluation.segmentation.job import Segment
 
-    return reported(model, evaluate_segmentation(options))
+    return reported(model, run_protocol(Segment(options), options))

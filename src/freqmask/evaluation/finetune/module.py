@@ -14,9 +14,9 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
 from freqmask.draws import sample_key
+from freqmask.evaluation.eval_model import as_float
 from freqmask.evaluation.finetune.augment import Mixer
 from freqmask.evaluation.finetune.recipes import Tuning
-from freqmask.evaluation.subjects import as_float
 from freqmask.training.ema import update_ema
 from freqmask.training.recipe import Recipe, Schedule
 from freqmask.training.scheduled import ScheduledModule

@@ -183,7 +183,7 @@ def _is_light(numbers: Resolving) -> bool:
 
 
 def _device(name: str) -> torch.device:
-    from freqmask.evaluation.job import pick_device
+    from freqmask.evaluation.features import pick_device
 
     return pick_device(name)
 

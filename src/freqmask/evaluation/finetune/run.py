@@ -17,6 +17,7 @@ from freqmask.console import rank, say
 from freqmask.data.splits import split_indices
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
+from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.evaluation.finetune.announce import say_briefly, say_end, say_plan
 from freqmask.evaluation.finetune.fit import Fit
 from freqmask.evaluation.finetune.network import make_classifier
@@ -24,7 +25,6 @@ from freqmask.evaluation.finetune.recipes import Tuning, tuning_of
 from freqmask.evaluation.finetune.resolve import held_out_share, resolve
 from freqmask.evaluation.finetune.settings import DECIDING
 from freqmask.evaluation.labelled import LabelledData, subset
-from freqmask.evaluation.subjects import ModelSubject
 from freqmask.evaluation.trainings import check_same, to_repeat, where_to_go_on
 from freqmask.training.failures import told_in_words
 from freqmask.training.fitting import leave
@@ -55,7 +55,7 @@ class Task:
         briefly: whether the plan of such a run was shown already, with another seed or other labels.
     """
 
-    subject: ModelSubject
+    subject: BackboneModel
     data: LabelledData
     seen: Survey
     train: np.ndarray

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from freqmask.errors import UserError
+from freqmask.evaluation.eval_model import PIXELS
 from freqmask.evaluation.fewshot import parse_shots
 from freqmask.evaluation.finetune.augment import NO_AUGMENT
 from freqmask.evaluation.finetune.recipes import PUBLISHED
-from freqmask.evaluation.subjects import PIXELS
 from freqmask.evaluation.trainings import AUTO
 
 # The options that decide what a fine-tuning becomes; a run that goes on must have been asked for the same.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from freqmask.console import say
+from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.settings import Training
-from freqmask.evaluation.subjects import ModelSubject
 from freqmask.evaluation.trainings import Numbers
 from freqmask.training.readable import readable_bytes, readable_time
 
 
 def say_plan(
-    subject: ModelSubject, training: Training, numbers: Numbers, network: UperNet, images: int
+    subject: BackboneModel, training: Training, numbers: Numbers, network: UperNet, images: int
 ) -> None:
     """The plan of a new training.
 
@@ -30,7 +30,7 @@ def say_plan(
 
 
 def _lines(
-    subject: ModelSubject, training: Training, numbers: Numbers, network: UperNet, images: int
+    subject: BackboneModel, training: Training, numbers: Numbers, network: UperNet, images: int
 ) -> Iterator[str]:
     def why(option: str) -> str:
         reason = numbers.reasons.get(option)

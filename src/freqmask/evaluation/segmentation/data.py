@@ -28,7 +28,7 @@ LAYOUT_NAMES = ("auto", "plain", "ade20k")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SegmentationConfig:
     """Which images and masks, as the command's options give it.
 
     Attributes:
@@ -79,12 +79,17 @@ class SegmentationData:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def class_names(self) -> Sequence[str]:
+        """By class."""
+        return self.labels.names
+
+    @property
     def source(self) -> Source:
-        """All images, those to learn from first."""
+        """All images, the training images first."""
         return JoinedSource([self.train, self.test])
 
 
-def open_segmentation(wanted: Wanted) -> SegmentationData:
+def open_segmentation(wanted: SegmentationConfig) -> SegmentationData:
     """Find the images, pair them with their masks, look at all labels, part them.
 
     Raises:
@@ -105,7 +110,7 @@ def open_segmentation(wanted: Wanted) -> SegmentationData:
     return SegmentationData(_usable(train), _usable(test), labels, name, split, notes)
 
 
-def _parts(wanted: Wanted) -> tuple[list[Part], str, Path | None]:
+def _parts(wanted: SegmentationConfig) -> tuple[list[Part], str, Path | None]:
     """The parts, what the data is called, and the folder that may hold classes.txt."""
     if (wanted.images is None) != (wanted.masks is None):
         raise UserError("images and masks must be given together, or DATA with both in it by --data")
@@ -127,7 +132,7 @@ def _first_label(layout: str, parts: Sequence[Part]) -> int:
     return int(layout == "ade20k" or (layout == "auto" and is_ade20k(parts)))
 
 
-def _chosen(parts: Sequence[Part], wanted: Wanted, where: str) -> tuple[Part, Part]:
+def _chosen(parts: Sequence[Part], wanted: SegmentationConfig, where: str) -> tuple[Part, Part]:
     """The part to learn from and the one to judge on."""
     by_name = {part.name: part for part in parts}
     kinds = {split_of(name): name for name in reversed(list(by_name))}
@@ -171,7 +176,7 @@ def _unused(parts: Sequence[Part], *used: MaskSurvey) -> list[str]:
 
 
 def _part_ourselves(
-    part: Part, wanted: Wanted, name: str, named: dict[int, str] | None, ignored: tuple[int, ...]
+    part: Part, wanted: SegmentationConfig, name: str, named: dict[int, str] | None, ignored: tuple[int, ...]
 ) -> SegmentationData:
     """Hold a share of the images out; identical images stay on one side."""
     if not 0 < wanted.test_share < 1:
@@ -196,7 +201,7 @@ def _part_ourselves(
     return SegmentationData(train, test, labels, name, f"{words}, {file}", notes)
 
 
-def _split_file(source: PairSource, wanted: Wanted) -> Path:
+def _split_file(source: PairSource, wanted: SegmentationConfig) -> Path:
     """Where a split of ours is kept; its name says by what it was drawn."""
     key = f"{source.fingerprint()} {wanted.test_share} {wanted.split_seed}"
     digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freqmask.evaluation.eval_model import as_float
 from freqmask.evaluation.finetune.module import layer_groups
 from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
 from freqmask.evaluation.segmentation.settings import Training
-from freqmask.evaluation.subjects import as_float
 from freqmask.training.recipe import Recipe, Schedule, parameter_groups
 from freqmask.training.scheduled import ScheduledModule
 

@@ -15,31 +15,15 @@ from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.data.sources import Source
 from freqmask.errors import UserError
+from freqmask.evaluation.eval_model import as_float
+from freqmask.evaluation.protocol import say_skipped
+from freqmask.evaluation.scores import image_margins
 from freqmask.evaluation.segmentation.fit import pairs
 from freqmask.evaluation.segmentation.labels import Labels
 from freqmask.evaluation.segmentation.network import UperNet
-from freqmask.evaluation.segmentation.scores import image_margins
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.segmentation.windows import classes_at, segment_whole, segment_windows
-from freqmask.evaluation.subjects import as_float
 from freqmask.training.readable import readable_time
-
-_SHOWN_SKIPPED = 3
-
-
-@dataclass
-class Answers:
-    """What a network said of all test images.
-
-    Attributes:
-        counts: (image, 3, class) pixels named right, there, and said, of each image that could be read.
-        images: numbers of those images.
-        finite: whether all logits were finite.
-    """
-
-    counts: Int64[np.ndarray, "image 3 classes"]
-    images: Int64[np.ndarray, " image"]
-    finite: bool = True
 
 
 @dataclass
@@ -103,7 +87,9 @@ class Predictor:
 
 
 @torch.inference_mode()
-def predict(predictor: Predictor, source: Source, labels: Labels, inference: str, name: str) -> Answers:
+def predict(
+    predictor: Predictor, source: Source, labels: Labels, inference: str, name: str
+) -> tuple[Int64[np.ndarray, "image 3 classes"], Int64[np.ndarray, " image"], str]:
     """Segment every image and count.
 
     Args:
@@ -112,6 +98,9 @@ def predict(predictor: Predictor, source: Source, labels: Labels, inference: str
         labels: the classes.
         inference: ``windows`` or ``whole``.
         name: of the model, for the lines printed.
+
+    Returns:
+        The margins of each image that could be read, the numbers of those images, and what is wrong, if anything.
 
     Raises:
         UserError: not one image can be read.
@@ -129,20 +118,14 @@ def predict(predictor: Predictor, source: Source, labels: Labels, inference: str
         counts.append(image_margins(truth, predicted, len(labels)))
         images.append(asked)
         finite = finite and good
-    _tell_skipped(skipped)
+    say_skipped(list(skipped.items()))
     if not images:
         raise UserError("not one of the test images can be read; check DATA")
     say(
         f"tested      {name}: {len(images):,} images in {readable_time(time.monotonic() - began)} ({inference})"
     )
-    return Answers(np.stack(counts), np.array(images, np.int64), finite)
-
-
-def _tell_skipped(skipped: dict[str, str]) -> None:
-    for name, reason in list(skipped.items())[:_SHOWN_SKIPPED]:
-        say(f"left out    {name}: {reason}")
-    if len(skipped) > _SHOWN_SKIPPED:
-        say(f"left out    ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
+    error = "" if finite else "the logits are not finite; no result"
+    return np.stack(counts), np.array(images, np.int64), error
 
 
 @torch.inference_mode()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
+from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
 from freqmask.evaluation.segmentation.settings import Training, training_of
-from freqmask.evaluation.subjects import ModelSubject
 from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.training import plan
 from freqmask.training.plan import Choice
@@ -50,7 +50,7 @@ def choose_crop(asked: Any, seen: Survey, on_gpu: bool) -> Choice:
 
 
 def resolve(
-    asked: Mapping[str, Any], subject: ModelSubject, network: UperNet, crop: Choice, images: int, seed: int
+    asked: Mapping[str, Any], subject: BackboneModel, network: UperNet, crop: Choice, images: int, seed: int
 ) -> tuple[Training, Numbers]:
     """All numbers of a training.
 
@@ -81,7 +81,7 @@ def resolve(
 
 
 def _machine(numbers: Numbers) -> None:
-    from freqmask.evaluation.job import pick_device
+    from freqmask.evaluation.features import pick_device
 
     asked, values = numbers.asked, numbers.values
     device = pick_device(asked["accelerator"])
@@ -120,7 +120,7 @@ def _length(numbers: Numbers, network: UperNet, images: int) -> None:
     values["warmup_steps"] = min(values["warmup_steps"], values["steps"] - 1)
 
 
-def _rates(numbers: Numbers, subject: ModelSubject, network: UperNet) -> None:
+def _rates(numbers: Numbers, subject: BackboneModel, network: UperNet) -> None:
     plain, fresh = network.pyramid.is_plain, subject.kind == "random"
     rate = scaled_lr(LR if plain else LR_OTHERS, int(numbers.values["batch_size"]), BATCH)
     numbers.take("lr", Choice(rate, f"{LR if plain else LR_OTHERS:g} x batch/{BATCH}"))

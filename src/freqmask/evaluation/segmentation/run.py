@@ -17,13 +17,13 @@ from freqmask import __version__
 from freqmask.console import rank, say
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
+from freqmask.evaluation.eval_model import BackboneModel, open_eval_model
 from freqmask.evaluation.segmentation.announce import say_plan
 from freqmask.evaluation.segmentation.data import SegmentationData
 from freqmask.evaluation.segmentation.fit import NETWORK, Fit
 from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.resolve import DROP_PATH, choose_crop, drops_paths, resolve
 from freqmask.evaluation.segmentation.settings import DECIDING, MACHINE, Training, training_of
-from freqmask.evaluation.subjects import ModelSubject, open_subject
 from freqmask.evaluation.trainings import AUTO, check_same, to_repeat, where_to_go_on
 from freqmask.training.failures import told_in_words
 from freqmask.training.fitting import leave
@@ -54,11 +54,11 @@ class Task:
     folder: Path
     asked: Mapping[str, Any]
 
-    def open(self, side: int) -> ModelSubject:
+    def open(self, side: int) -> BackboneModel:
         """The model for samples of a size, with drop path; one that takes any size stays able to."""
         drop_path = self.asked["drop_path"]
         rate = DROP_PATH if drop_path in (None, AUTO) else float(drop_path)
-        subject = open_subject(
+        subject = open_eval_model(
             self.text,
             self.seen,
             seed=self.seed,
@@ -67,13 +67,13 @@ class Task:
             value_range=self.asked["value_range"],
             wishes={"drop_path_rate": rate, "dynamic_img_size": True},
         )
-        assert isinstance(subject, ModelSubject)  # pixels were refused
+        assert isinstance(subject, BackboneModel)  # pixels were refused
         deep = len(subject.opened.module.feature_info) > 1  # the first block of all never drops
         if rate and deep and drop_path not in (None, AUTO) and not drops_paths(subject.opened.module):
             raise UserError(f"drop_path ({drop_path}) must be left out: {self.text} does not take it")
         return subject
 
-    def deciding(self, subject: ModelSubject) -> dict[str, Any]:
+    def deciding(self, subject: BackboneModel) -> dict[str, Any]:
         """Plain values on which the network depends."""
         values = {name: self.asked[name] for name in DECIDING if name in self.asked}
         data, labels = self.data, self.data.labels
@@ -102,7 +102,7 @@ class Trained:
         run: its folder.
     """
 
-    subject: ModelSubject
+    subject: BackboneModel
     network: UperNet
     training: Training
     run: RunFolder
@@ -145,7 +145,7 @@ def train(task: Task) -> Trained | None:
     return Trained(subject, network, training, run)
 
 
-def _network(subject: ModelSubject, task: Task) -> UperNet:
+def _network(subject: BackboneModel, task: Task) -> UperNet:
     """The decoder's fresh weights follow from the seed, whatever was drawn before."""
     channels = task.asked["decoder_channels"]
     with torch.random.fork_rng(devices=[]):
@@ -154,7 +154,7 @@ def _network(subject: ModelSubject, task: Task) -> UperNet:
         return UperNet(subject.opened, len(task.data.labels), wanted)
 
 
-def _finished(run: RunFolder, subject: ModelSubject, network: UperNet) -> Trained:
+def _finished(run: RunFolder, subject: BackboneModel, network: UperNet) -> Trained:
     if not (run.path / NETWORK).is_file():
         raise UserError(f"run ({run.path}) is finished and its {NETWORK} is gone; delete it to train again")
     say(f"run {run.path} is finished; its network is taken")
@@ -162,7 +162,7 @@ def _finished(run: RunFolder, subject: ModelSubject, network: UperNet) -> Traine
     return Trained(subject, network, training_of(run.config()), run)
 
 
-def _begin(run: RunFolder, task: Task, subject: ModelSubject, network: UperNet, crop: Any) -> Training:
+def _begin(run: RunFolder, task: Task, subject: BackboneModel, network: UperNet, crop: Any) -> Training:
     """Every number resolved, told, and written."""
     training, numbers = resolve(task.asked, subject, network, crop, len(task.data.train), task.seed)
     say_plan(subject, training, numbers, network, len(task.data.train))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from freqmask.errors import UserError
-from freqmask.evaluation.subjects import PIXELS
+from freqmask.evaluation.eval_model import PIXELS
 from freqmask.evaluation.trainings import AUTO
 
 INFERENCES = ("windows", "whole")

@@ -1,0 +1,286 @@
+"""Noise, blur and what editing and storing do: common corruptions of images, one function each.
+
+All take an image (height, width, channel) float32 in [0, 1], a generator that belongs to the image and the numbers of
+their severity (`corruption_constants`), and return the same, not yet clipped.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from functools import lru_cache
+
+import numpy as np
+import scipy.fft
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image as PillowImage
+from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.signal import fftconvolve
+
+Image = Float[np.ndarray, "height width channel"]
+
+_SMOOTH_RADIUS = 8  # discs up to this radius have an edge of 3 pixels, larger ones of 5
+
+
+def gaussian_noise(image: Image, random: np.random.Generator, deviation: float) -> Image:
+    """Normal noise of a standard deviation in image units: a sensor in the dark."""
+    return image + deviation * random.standard_normal(image.shape, np.float32)
+
+
+def shot_noise(image: Image, random: np.random.Generator, photons: float) -> Image:
+    """Poisson noise; white is so many photons."""
+    return (random.poisson(image * photons) / photons).astype(np.float32)
+
+
+def impulse_noise(image: Image, random: np.random.Generator, share: float) -> Image:
+    """A share of the values, each channel on its own, becomes 0 or 1 with equal chance."""
+    struck = random.random(image.shape, np.float32) <= share
+    white = random.random(image.shape, np.float32) <= 0.5
+    return np.where(struck, white.astype(np.float32), image)
+
+
+def speckle_noise(image: Image, random: np.random.Generator, deviation: float) -> Image:
+    """Normal noise in proportion to the value."""
+    return image * (1 + deviation * random.standard_normal(image.shape, np.float32))
+
+
+def gaussian_blur(image: Image, random: np.random.Generator, deviation: float) -> Image:
+    """A Gaussian of a standard deviation in pixels, cut at four of them; the border is repeated."""
+    if deviation <= 0:
+        return image
+    return gaussian_filter(image, (deviation, deviation, 0), mode="nearest", truncate=4.0)
+
+
+def defocus_blur(image: Image, random: np.random.Generator, radius: float, edge: float) -> Image:
+    """The disc of a lens out of focus; the border is reflected.
+
+    Args:
+        image: in [0, 1].
+        random: not used.
+        radius: of the disc in pixels.
+        edge: standard deviation in pixels of the Gaussian that smooths its edge.
+    """
+    kernel = disc(radius, edge)
+    margin = len(kernel) // 2
+    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="reflect")
+    return fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1)).astype(np.float32)
+
+
+def disc(radius: float, edge: float) -> np.ndarray:
+    """The kernel of `defocus_blur`, (side, side), odd, of sum 1."""
+    reach = 1 if radius <= _SMOOTH_RADIUS else 2
+    places = np.arange(-math.floor(radius) - reach, math.floor(radius) + reach + 1)
+    hard = (places[:, None] ** 2 + places**2 <= radius**2).astype(np.float32)
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(edge, 1e-3)) ** 2)
+    smooth = fftconvolve(hard, np.outer(taps, taps), mode="same")
+    return np.clip(smooth, 0, None) / np.clip(smooth, 0, None).sum()
+
+
+def glass_blur(
+    image: Image, random: np.random.Generator, deviation: float, farthest: float, passes: float
+) -> Image:
+    """Frosted glass: a slight blur, pixels replaced by neighbours, the blur again.
+
+    The paper speaks of pixels that are shuffled; the program meant to swap them and copies one over the other,
+    because both sides of its assignment are views of one array. The published images are copies, so are ours.
+
+    Args:
+        image: in [0, 1].
+        random: the image's.
+        deviation: of the blur in pixels.
+        farthest: how far away in rows and columns a pixel may be taken from, in pixels.
+        passes: how often this is done to the whole image.
+    """
+    height, width, channels = image.shape
+    blurred = gaussian_blur(image, random, deviation)
+    order = list(range(height * width))
+    reach = max(1, round(farthest))
+    for _ in range(int(passes)):
+        _copy(order, (height, width), reach, random)
+    return gaussian_blur(blurred.reshape(-1, channels)[order].reshape(image.shape), random, deviation)
+
+
+def _copy(order: list[int], size: tuple[int, int], reach: int, random: np.random.Generator) -> None:
+    """Replace every pixel but those at the border, last first, by one at most ``reach`` away, in place.
+
+    One after the other, because copies are copied again; lists are faster here than arrays.
+    """
+    height, width = size
+    rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
+    here = (rows[:, None] * width + columns).ravel()
+    down, right = random.integers(-reach, reach, (2, len(here)))
+    for one, other in zip(here.tolist(), (here + down * width + right).tolist(), strict=True):
+        order[one] = order[other]
+
+
+def motion_blur(image: Image, random: np.random.Generator, radius: float, deviation: float) -> Image:
+    """A movement to one side, within 45 degrees of the horizontal; parameters as of `streaked`."""
+    return streaked(image, radius, deviation, random.uniform(-45, 45))
+
+
+def streaked(image: Image, radius: float, deviation: float, angle: float) -> Image:
+    """The image drawn out to one side, by half a Gaussian, as ImageMagick's motion blur does.
+
+    Args:
+        image: any channels.
+        radius: of the streak in pixels; it has 2 radius + 1 taps.
+        deviation: of the Gaussian in pixels.
+        angle: in degrees.
+    """
+    taps = 2 * math.ceil(radius) + 1
+    weights = np.exp(-0.5 * (np.arange(taps) / deviation) ** 2)
+    weights = (weights / weights.sum()).astype(np.float32)
+    steps = np.arange(taps)
+    rows = np.ceil(steps * math.sin(math.radians(angle)) - 0.5).astype(int)
+    columns = np.ceil(steps * math.cos(math.radians(angle)) - 0.5).astype(int)
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((taps, taps), (taps, taps), (0, 0)), mode="edge")
+    out = np.zeros_like(image)
+    for weight, row, column in zip(weights, rows + taps, columns + taps, strict=True):
+        out += weight * padded[row : row + height, column : column + width]
+    return out
+
+
+def zoom_blur(image: Image, random: np.random.Generator, *factors: float) -> Image:
+    """A zoom during the exposure: the mean of the image (twice) and of its enlargements by the factors."""
+    total = image.copy()
+    for factor in factors:
+        total += enlarged(image, factor)
+    return total / (len(factors) + 1)
+
+
+def enlarged(image: Image, factor: float) -> Image:
+    """The middle of the image, bilinearly enlarged to its whole size.
+
+    Args:
+        image: any channels.
+        factor: at least 1.
+    """
+    height, width = image.shape[:2]
+    rows, columns = math.ceil(height / factor), math.ceil(width / factor)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    middle = np.ascontiguousarray(image[top : top + rows, left : left + columns].transpose(2, 0, 1))
+    size = (max(round(rows * factor), height), max(round(columns * factor), width))
+    large = F.interpolate(torch.from_numpy(middle)[None], size=size, mode="bilinear", align_corners=True)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return large[:, top : top + height, left : left + width].numpy().transpose(1, 2, 0)
+
+
+def contrast(image: Image, random: np.random.Generator, factor: float) -> Image:
+    """Distances from the mean of each channel, multiplied."""
+    means = image.mean(axis=(0, 1), keepdims=True)
+    return (image - means) * factor + means
+
+
+def brightness(image: Image, random: np.random.Generator, added: float) -> Image:
+    """More of the value of HSV (the largest channel); hue and saturation stay."""
+    value = image.max(axis=2, keepdims=True)
+    brighter = np.clip(value + added, 0, 1)
+    return np.where(value > 0, image * (brighter / np.maximum(value, 1e-8)), brighter)
+
+
+def saturate(image: Image, random: np.random.Generator, factor: float, added: float) -> Image:
+    """The saturation of HSV, multiplied and raised.
+
+    Gray pixels of color images turn slightly red where it is raised: their hue counts as 0, as in the
+    published images. Images of one channel have no saturation and stay.
+    """
+    if image.shape[2] == 1:
+        return image
+    value, least = image.max(axis=2, keepdims=True), image.min(axis=2, keepdims=True)
+    saturation = (value - least) / np.maximum(value, 1e-8)
+    wanted = np.clip(saturation * factor + added, 0, 1)
+    color = value - (value - image) * (wanted / np.maximum(saturation, 1e-8))
+    if image.shape[2] != 3:
+        return np.where(saturation > 0, color, image)
+    red = np.concatenate([value, value * (1 - wanted), value * (1 - wanted)], axis=2)
+    return np.where(saturation > 0, color, red)
+
+
+def jpeg_compression(image: Image, random: np.random.Generator, quality: float) -> Image:
+    """Stored as JPEG; other than three channels each on its own."""
+    pixels = np.clip(image * 255, 0, 255).round().astype(np.uint8)
+    if pixels.shape[2] == 3:
+        return _stored(pixels, int(quality))
+    planes = [_stored(np.ascontiguousarray(plane), int(quality)) for plane in pixels.transpose(2, 0, 1)]
+    return np.stack(planes, axis=2)
+
+
+def _stored(pixels: np.ndarray, quality: int) -> np.ndarray:
+    file = io.BytesIO()
+    PillowImage.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return np.asarray(PillowImage.open(file, formats=["JPEG"]), np.float32) / 255
+
+
+def pixelate(image: Image, random: np.random.Generator, share: float) -> Image:
+    """Reduced to a share of its side and enlarged again, both by averaging over boxes."""
+    height, width = image.shape[:2]
+    small = (max(1, int(width * share)), max(1, int(height * share)))
+    planes = []
+    for plane in image.transpose(2, 0, 1):
+        reduced = PillowImage.fromarray(np.ascontiguousarray(plane)).resize(small, PillowImage.Resampling.BOX)
+        planes.append(np.asarray(reduced.resize((width, height), PillowImage.Resampling.BOX)))
+    return np.stack(planes, axis=2)
+
+
+def elastic_transform(
+    image: Image, random: np.random.Generator, size: float, smoothness: float, corners: float
+) -> Image:
+    """A random affine map, then every pixel shifted by a smooth random field.
+
+    Args:
+        image: in [0, 1].
+        random: the image's.
+        size: of the shifts in pixels, before they are smoothed; 0 for none.
+        smoothness: standard deviation in pixels of the Gaussian that smooths them.
+        corners: how far each of three points of the image may go, in pixels.
+    """
+    height, width = image.shape[:2]
+    image = _sampled(image, _affine_places(height, width, random, corners), "mirror")
+    if size == 0:
+        return image
+    noise = random.uniform(-1, 1, (2, height, width))
+    shifts = size * np.stack([smoothed(noise[0], smoothness), smoothed(noise[1], smoothness)])
+    return _sampled(image, np.mgrid[:height, :width] + shifts, "reflect")
+
+
+def _affine_places(height: int, width: int, random: np.random.Generator, corners: float) -> np.ndarray:
+    """(2, height, width): row and column in the original of each pixel after a random affine map.
+
+    Three corners of a square in the middle, of a third of the side on either hand, go each somewhere else.
+    """
+    centre, reach = np.array([height, width]) // 2, min(height, width) // 3
+    before = centre + reach * np.array([[1, 1], [-1, 1], [-1, -1]])
+    after = before + random.uniform(-corners, corners, (3, 2))
+    back = np.linalg.solve(np.column_stack([after, np.ones(3)]), before)  # (row, column, 1) -> row, column
+    rows, columns = np.mgrid[:height, :width]
+    return np.einsum("khw,kp->phw", np.stack([rows, columns, np.ones_like(rows)]), back)
+
+
+def _sampled(image: Image, places: np.ndarray, mode: str) -> Image:
+    """The image at other places, bilinearly; the border mirrored, its pixels repeated or not."""
+    planes = [map_coordinates(plane, places, order=1, mode=mode) for plane in image.transpose(2, 0, 1)]
+    return np.stack(planes, axis=2)
+
+
+def smoothed(plane: np.ndarray, deviation: float) -> np.ndarray:
+    """A Gaussian cut at three standard deviations, border mirrored: as a product of cosine transforms.
+
+    The widths here are as large as the image, where sums over a thousand taps would take a second.
+    """
+    rows, columns = (_transfer(length, deviation) for length in plane.shape)
+    spectrum = scipy.fft.dctn(plane, norm="ortho") * rows[:, None] * columns
+    return scipy.fft.idctn(spectrum, norm="ortho")
+
+
+@lru_cache(maxsize=32)
+def _transfer(length: int, deviation: float) -> np.ndarray:
+    """What the Gaussian leaves of each cosine of a line of ``length`` pixels."""
+    if deviation <= 0:
+        return np.ones(length)
+    reach = int(3 * deviation + 0.5)
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
+    cosines = np.cos(np.pi / length * np.arange(length)[:, None] * np.arange(-reach, reach + 1))
+    return cosines @ (taps / taps.sum())

@@ -1,0 +1,387 @@
+"""What is measured: a backbone behind MODEL, a classifier, or the raw pixels that every backbone has to beat."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from freqmask.backbones import Features, recalibrate_batch_norm
+from freqmask.data.dataset import TrainDataset
+from freqmask.data.loader import make_loader
+from freqmask.data.sources import Source
+from freqmask.data.values import Survey, ValueRange
+from freqmask.data.views import Geometry
+from freqmask.errors import UserError
+from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config, run_options
+from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, hash_weights, open_model
+from freqmask.interop.public import check_public
+from freqmask.interop.timm_folder import OURS
+from freqmask.timm_models import check_name
+from freqmask.training.runs import RunFolder
+
+PIXELS = "pixels"
+LOGITS = "end/mean"  # the table's name of a classifier's logits, here one number a class of DATA
+CONVERTIBLE = (1, 3, 4)  # channels of images that any model can be shown
+NOTABLE = 0.05  # share of an image's area or side from which a difference is told
+_PIXEL_SIDE = 32  # raw pixels of larger images would be more numbers than a head can use
+_BLOCKS = (1 / 2, 3 / 4)  # how deep inside the last block of a masked model serves its decoder
+_CALIBRATION_IMAGES = 256
+
+
+class EvalModel(ABC):
+    """Something that turns images into features.
+
+    Attributes:
+        text: MODEL as it was typed.
+        name: what tables call it.
+        kind: run, folder, timm, random or pixels.
+        input_size: channels, height and width of what it is shown.
+        mean: of each channel in [0, 1], taken off before the model.
+        std: of each channel.
+        value_range: what becomes [0, 1].
+        crop: ``center`` (the largest centered window) or ``whole`` (the picture, distorted).
+        crop_share: of the side that the centered window keeps.
+        blocks: stages inside whose features can be had too.
+        results: the folder where its results go unless told otherwise; None where it has none.
+    """
+
+    text: str
+    name: str
+    kind: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    value_range: str
+    crop: str
+    crop_share: float = 1.0
+    blocks: Sequence[int] = ()
+    results: Path | None = None
+
+    def key(self) -> dict[str, Any]:
+        """Plain values on which the features depend, beside the images: weights and preprocessing."""
+        return {
+            **self.identity(),
+            "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "value_range": self.value_range,
+            "crop": self.crop,
+        }
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """The part of the key that tells weights apart."""
+
+    def dataset(self, source: Source) -> TrainDataset:
+        """The images as it is shown them, uint8 or in [0, 1]: one window each, neither random nor flipped."""
+        geometry = Geometry(
+            image_size=self.input_size[1:],
+            crop=self.crop,
+            horizontal_flip=0.0,
+            center_share=self.crop_share,
+        )
+        values = ValueRange.parse(self.value_range) or ValueRange()
+        return TrainDataset(source, [geometry], values, self.input_size[0], convert_channels=True)
+
+    def normalise(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
+        """Images in [0, 1] become what the model takes."""
+        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
+        return (images - mean[:, None, None]) / std[:, None, None]
+
+    @abstractmethod
+    def features(self, images: Float[Tensor, "batch channel height width"], what: str) -> dict[str, Tensor]:
+        """Features (B, D) by name.
+
+        Args:
+            images: in [0, 1], on its device.
+            what: ``end`` or ``blocks``.
+        """
+
+    def prepare(self, train: Source, device: torch.device) -> None:  # noqa: B027 - pixels are what they are
+        """Get ready on a device; ``train`` may be looked at, without labels."""
+
+
+class PixelModel(EvalModel):
+    """Raw pixels, made smaller where they are many.
+
+    Args:
+        seen: what the images are like.
+        side: of the reduced image in pixels.
+        crop: ``center`` or ``whole``.
+    """
+
+    def __init__(self, seen: Survey, side: int | None = None, crop: str = "center") -> None:
+        self.text = self.name = self.kind = PIXELS
+        side = side or min(_PIXEL_SIDE, *seen.median_size)
+        self.input_size, self.crop = (seen.channels, side, side), crop
+        self.mean, self.std = tuple(seen.mean), tuple(seen.std)
+        self.value_range = seen.value_range.describe()
+
+    def identity(self) -> dict[str, Any]:
+        return {"weights": PIXELS}
+
+    def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
+        """Every pixel, normalised by the channel."""
+        return {"end/mean": self.normalise(images).flatten(1)}
+
+
+class BackboneModel(EvalModel):
+    """A backbone.
+
+    Args:
+        text: MODEL as it was typed.
+        opened: the model.
+        crop: ``center`` or ``whole``.
+    """
+
+    def __init__(self, text: str, opened: OpenedModel, crop: str = "center") -> None:
+        self.text, self.name, self.kind = text, opened.name, opened.kind
+        self.opened, self.crop = opened, crop
+        self.input_size, self.mean, self.std = opened.input_size, opened.mean, opened.std
+        self.value_range = opened.value_range
+        if opened.kind == "run" and opened.folder is not None:
+            self.results = opened.folder.resolve().parent
+        self.trained_crop = str(run_options(text).get("crop", opened.facts.get("crop", "")))
+        count = len(opened.module.feature_info)
+        inside = {math.ceil(share * count) - 1 for share in _BLOCKS}
+        self.blocks = sorted(inside - {opened.backbone.stage % count})
+        self._hash: str | None = None
+
+    def prepare(self, train: Source, device: torch.device) -> None:
+        """Move to the device; fresh weights with batch norm get statistics of these images first."""
+        self.opened.backbone.to(device)
+        if self.kind == "random":
+            recalibrate_batch_norm(self.opened.backbone, self._calibration(train, device))
+            self._hash = None
+
+    def _calibration(self, train: Source, device: torch.device) -> Iterator[Tensor]:
+        images = self.dataset(train)
+        places = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
+        items: Any = [(0, place, place) for place in places]
+        for batch in make_loader(images, items, min(64, len(items)), workers=0, pin_memory=False):
+            yield self.normalise(as_float(batch["views"][0].to(device)))
+
+    def identity(self) -> dict[str, Any]:
+        if self._hash is None:
+            self._hash = self.opened.weights_hash
+        return {
+            "weights": self._hash,
+            "architecture": self.opened.backbone.name.split(":")[-1] if self.kind != "run" else "",
+            "stage": self.opened.backbone.stage,
+        }
+
+    def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
+        """The mean of the map and the class token: of the end, or of the blocks at 1/2 and 3/4."""
+        normalised = self.normalise(images)
+        if what == "end":
+            return _named("end", self.opened.backbone(normalised))
+        found: dict[str, Tensor] = {}
+        stages = self.opened.stages(normalised, self.blocks)
+        for number, stage in zip(self.blocks, stages, strict=True):
+            found |= _named(f"block{number + 1}", stage)
+        return found
+
+
+class ClassifierModel(EvalModel):
+    """A classifier whose logits are the features: those of DATA's classes, in DATA's order.
+
+    Args:
+        text: ``timm:NAME``, the run folder of a fine-tuning, or an exported folder with a classifier.
+        class_names: of DATA.
+        crop: ``center``, of which the model's own test share is kept, or ``whole``.
+
+    Raises:
+        UserError: it has no classifier, or its classes are not those of DATA.
+    """
+
+    def __init__(self, text: str, class_names: Sequence[str], crop: str = "center") -> None:
+        self.text, self.crop = text, crop
+        self.classifier, self.value_range = _open_classifier(text)
+        self.kind = "timm" if text.startswith(PUBLIC) else "folder"
+        path = Path(text).resolve()
+        folder = path.parent if path.name == CLASSIFIER else path
+        self.name = text if self.kind == "timm" else folder.name
+        config = self.classifier.pretrained_cfg
+        self.crop_share = float(config.get("crop_pct") or 1.0)
+        channels, height, width = (int(side) for side in config["input_size"])
+        self.input_size = (channels, height, width)
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.columns = torch.tensor(_columns(self.classifier, text, class_names))
+        self._hash = hash_weights(self.classifier)
+
+    def prepare(self, train: Source, device: torch.device) -> None:
+        """Move to the device."""
+        self.classifier.to(device)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "weights": self._hash,
+            "classifier": " ".join(str(int(number)) for number in self.columns),
+            "crop_share": self.crop_share,
+        }
+
+    def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
+        """Logits (B, classes of DATA)."""
+        logits = self.classifier(self.normalise(images))
+        return {LOGITS: logits[:, self.columns.to(logits.device)]}
+
+
+def _open_classifier(text: str) -> tuple[Any, str]:
+    """The timm model in evaluation mode, and the value range that became [0, 1] in its training."""
+    import timm
+
+    model: Any
+    value_range = "dtype"
+    if text == PIXELS or text.startswith(RANDOM):
+        raise UserError(f"model ({text}) has no classifier of its own; try --head linear")
+    if text.startswith(PUBLIC):
+        name = text.removeprefix(PUBLIC)
+        check_name(name)
+        check_public(name, f"model ({text})")
+        model = timm.create_model(name, pretrained=True)
+    else:
+        folder = find_backbone(text)
+        value_range = str(read_config(folder).get(OURS, {}).get("value_range", value_range))
+        model = timm.create_model(LOCAL + str(folder), pretrained=True)
+    if model.num_classes < 1:
+        raise UserError(f"model ({text}) has no classifier of its own; try --head linear")
+    return model.eval().requires_grad_(False), value_range
+
+
+def _columns(model: Any, text: str, class_names: Sequence[str]) -> list[int]:
+    """Which of the model's outputs stands for each class of DATA.
+
+    By name where the model tells names or is ImageNet's and DATA has WordNet numbers, else by order where
+    the counts agree.
+    """
+    names = [str(name) for name in model.pretrained_cfg.get("label_names") or ()]
+    if not names and model.num_classes == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        names = list(ImageNetInfo("imagenet-1k").label_names())
+    if set(class_names) <= set(names):
+        return [names.index(name) for name in class_names]
+    if not model.pretrained_cfg.get("label_names") and model.num_classes == len(class_names):
+        return list(range(model.num_classes))
+    missing = next((name for name in class_names if name not in names), class_names[0])
+    raise UserError(
+        f"model ({text}) classifies {model.num_classes} classes and DATA has {len(class_names)}, {missing!r} not "
+        "among the model's; name DATA's folders as the model's classes (ImageNet: n01440764 ...), or try --head linear"
+    )
+
+
+def open_eval_model(
+    text: str | Path,
+    seen: Survey,
+    *,
+    seed: int = 0,
+    image_size: int | None = None,
+    weights: str | None = None,
+    value_range: str | None = None,
+    crop: str = "center",
+    wishes: Mapping[str, Any] | None = None,
+) -> EvalModel:
+    """Open MODEL for an evaluation.
+
+    Args:
+        text: as for :func:`freqmask.interop.models.open_model`, or ``pixels``.
+        seen: what the images are like; ``timm:NAME`` and ``random:NAME`` are made for their channels where these
+            cannot become three.
+        seed: of fresh weights.
+        image_size: side in pixels; None is what the model was trained at.
+        weights: ``teacher`` or ``student`` of a FOLK run; None elsewhere leaves it out.
+        value_range: what becomes [0, 1]; None is the model's own, or for weights from outside that of
+            the images.
+        crop: ``center`` or ``whole``.
+        wishes: timm's arguments for a training, as for :func:`freqmask.interop.models.open_model`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    text = str(text)
+    if value_range is not None:
+        seen = Survey(**{**vars(seen), "value_range": ValueRange.parse(value_range) or seen.value_range})
+    if text == PIXELS:
+        return PixelModel(seen, image_size, crop)
+    foreign = text.startswith((PUBLIC, RANDOM))
+    is_run = not foreign and RunFolder(text).exists()
+    chosen = weights if is_run else None
+    many = None if seen.channels in CONVERTIBLE else seen.channels
+    opened = open_model(text, image_size=image_size, channels=many, seed=seed, weights=chosen, wishes=wishes)
+    if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).is_dir():
+        opened.mean, opened.std = tuple(seen.mean), tuple(seen.std)  # ImageNet's are those of three colors
+    if value_range is not None or (foreign and opened.value_range == "dtype"):
+        opened.value_range = seen.value_range.describe()
+    return BackboneModel(text, opened, crop)
+
+
+def what_differs(model: EvalModel, seen: Survey) -> list[str]:
+    """What of the images a model is not shown, and what it is shown otherwise than it was trained.
+
+    Args:
+        model: opened.
+        seen: what the images are like.
+
+    Returns:
+        Sentences for the user.
+    """
+    channels, height, width = model.input_size
+    rows, columns = seen.median_size
+    lines = []
+    scale = min(rows / height, columns / width)  # of the largest centered window of the model's shape
+    cut = 1 - (height * scale) * (width * scale) / (rows * columns)
+    if model.crop == "center" and cut > NOTABLE:
+        lines.append(
+            f"crop center cuts {cut:.0%} of the area off images of {columns}x{rows} pixels, at the edges; --crop whole "
+            "shows all of it, distorted to the window's shape"
+        )
+    if isinstance(model, BackboneModel) and model.trained_crop == "native" and scale > 1 + NOTABLE:
+        lines.append(
+            f"{model.name} was trained on windows of {width}x{height} pixels as they are (crop native), and is shown "
+            f"images of {columns}x{rows} reduced to that size; cut DATA into tiles, or give a larger --image_size"
+        )
+    if channels != seen.channels and model.kind != PIXELS:
+        lines.append(f"images of {seen.channels} channel(s) are shown to {model.name} as {channels}")
+    return lines
+
+
+def check_models(models: str | Path | Sequence[str | Path]) -> list[str]:
+    """MODEL as a list, without repetitions.
+
+    Raises:
+        UserError: there is none.
+    """
+    models = [models] if isinstance(models, (str, Path)) else models
+    if not models:
+        raise UserError("MODEL is missing; try pixels, random:vit_tiny_patch16_224 and a run folder together")
+    return list(dict.fromkeys(str(model) for model in models))
+
+
+def disambiguate(models: Iterable[EvalModel]) -> None:
+    """Models whose names are alike (``a/run`` and ``b/run``) are called by what was typed."""
+    models = list(models)
+    texts: dict[str, set[str]] = {}
+    for model in models:
+        texts.setdefault(model.name, set()).add(model.text)
+    for model in models:
+        if len(texts.get(model.name, ())) > 1:
+            model.name = model.text
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 becomes float32 in [0, 1] on the device it is on; floats pass."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def _named(place: str, features: Features) -> dict[str, Tensor]:
+    found = {f"{place}/mean": features.pooled}
+    if features.class_token is not None:
+        found[f"{place}/token"] = features.class_token
+    return found
