@@ -23,7 +23,7 @@ from freqmask.evaluation.protocol import (
     open_experiment,
     say_skipped,
 )
-from freqmask.evaluation.results import ClassificationResult, Result, check_writable
+from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import digest, run_names
 from freqmask.training.files import check_writable
 from freqmask.training.runs import RUNS, RunFolder
