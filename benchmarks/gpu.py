@@ -292,7 +292,7 @@ def small_step_alone(options: Any, claims: Claims) -> None:
 
 def rate(run: Path) -> float:
     """Images a second of the later two thirds of a run's rows."""
-    from freqmask.training.tables import read_rows
+    from freqmask.training.files import read_rows
 
     rows = [
         float(row["images_per_second"])

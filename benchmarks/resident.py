@@ -33,8 +33,8 @@ from freqmask.data.sources import Source, open_source
 from freqmask.data.views import Geometry
 from freqmask.methods import build_method
 from freqmask.pretraining.module import as_float
-from freqmask.training.heap import keep_freed_memory
-from freqmask.training.recipe import Recipe, build_optimizer
+from freqmask.training.loop import tune_malloc
+from freqmask.training.optim import OptimConfig, build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "resident.csv"
 ENOUGH = 2**40
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parse()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-        keep_freed_memory()
+        tune_malloc()
     rows = [row for size in arguments.size for row in compare(size, arguments)]
     show(rows)
     write_record(RESULTS, rows, arguments.device, timm=timm.__version__)
@@ -130,7 +130,7 @@ def make_step(size: int, arguments: argparse.Namespace) -> Step:
     more = {"model_args": shape, "patch_size": arguments.patch} if "vit" in arguments.backbone else {}
     method: Any = build_method("mfm", backbone=arguments.backbone, image_size=size, **more)
     method = method.to(arguments.device)
-    recipe = Recipe(lr=1e-4, min_lr=0.0, warmup_lr=0.0, warmup_steps=0, total_steps=1)
+    recipe = OptimConfig(lr=1e-4, min_lr=0.0, warmup_lr=0.0, warmup_steps=0, total_steps=1)
     optimizer = build_optimizer(method, recipe)
     half = torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.precision == "bf16")
 

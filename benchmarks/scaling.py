@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freqmask.methods import build_method
-from freqmask.training.recipe import Recipe, build_optimizer
+from freqmask.training.optim import OptimConfig, build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
 OVERLAP = {"cpu": 0.0, "cuda": 0.5}  # of the backward pass, during which gradients already travel
@@ -131,7 +131,7 @@ def stepper(
     method: Any = build_method(
         kind, backbone=arguments.backbone, image_size=arguments.size, filter=filter_name
     ).to(device)
-    optimizer = build_optimizer(method, Recipe(1e-4, 0.0, 0.0, 0, 1))
+    optimizer = build_optimizer(method, OptimConfig(1e-4, 0.0, 0.0, 0, 1))
     parallel = DistributedDataParallel(method, gradient_as_bucket_view=True)
     shape = (arguments.batch, 3, arguments.size, arguments.size)
     views = [torch.rand(shape, device=device) for _ in range(method.n_views)]

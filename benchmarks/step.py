@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from freqmask.filters import build_filter
 from freqmask.methods import build_method
 from freqmask.methods.masking import corrupt
-from freqmask.training.heap import keep_freed_memory
-from freqmask.training.recipe import Recipe, build_optimizer
+from freqmask.training.loop import tune_malloc
+from freqmask.training.optim import OptimConfig, build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 METHODS = {"mfm": ("mfm", "fixed"), "mfm-com": ("mfm", "com"), "folk": ("folk", "com")}
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
     if device.type == "cpu":
-        keep_freed_memory()  # as a training does
+        tune_malloc()  # as a training does
     rows = [row for backbone in arguments.backbone for row in table(backbone, arguments, device)]
     show(rows)
     write_record(RESULTS, rows, device, timm=timm.__version__)
@@ -124,7 +124,7 @@ def compile_parts(model: nn.Module, arguments: argparse.Namespace) -> None:
 def stepper(
     module: nn.Module, loss: Callable[..., Tensor], arguments: argparse.Namespace
 ) -> Callable[..., None]:
-    recipe = Recipe(lr=1e-4, min_lr=0.0, warmup_lr=0.0, warmup_steps=0, total_steps=1)
+    recipe = OptimConfig(lr=1e-4, min_lr=0.0, warmup_lr=0.0, warmup_steps=0, total_steps=1)
     optimizer = build_optimizer(module, recipe)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 

@@ -22,8 +22,8 @@ from step import Row, Work, show, take_turns
 from torch import Tensor, nn
 
 from freqmask.methods import build_method
-from freqmask.training.plan import choose_precision
-from freqmask.training.recipe import Recipe, build_optimizer
+from freqmask.training.auto import choose_precision
+from freqmask.training.optim import OptimConfig, build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "straightforward.csv"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,7 +74,7 @@ def ours(backbone: str, arguments: argparse.Namespace, device: torch.device, bf1
     method: Any = build_method("mfm", backbone=backbone, image_size=arguments.size).to(device).train()
     if method.backbone.is_cnn:
         method.to(memory_format=torch.channels_last)  # as a run does
-    optimizer = build_optimizer(method, Recipe(1e-4, 0.0, 0.0, 0, 1))
+    optimizer = build_optimizer(method, OptimConfig(1e-4, 0.0, 0.0, 0, 1))
     images = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device)
     keys = torch.arange(arguments.batch, device=device)
 

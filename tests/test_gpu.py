@@ -17,7 +17,7 @@ from freqmask.errors import UserError
 from freqmask.filters import build_filter
 from freqmask.methods import build_method
 from freqmask.pretraining.module import PretrainingModule
-from freqmask.training.tables import read_rows
+from freqmask.training.files import read_rows
 
 HAS_GPU = torch.cuda.is_available()
 PRETENDED = not HAS_GPU and "FREQMASK_PRETEND_GPU" in os.environ  # to try these tests where there is none

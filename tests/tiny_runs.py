@@ -10,7 +10,7 @@ import torch
 
 from freqmask.interop.runs import method_of
 from freqmask.interop.timm_folder import trained_feature, write_timm_folder
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 1}
 

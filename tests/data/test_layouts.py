@@ -14,7 +14,7 @@ from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import split_of
 from freqmask.errors import UserError
 from freqmask.training.files import replace_atomically
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)

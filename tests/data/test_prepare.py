@@ -18,7 +18,7 @@ from freqmask.data.reduction import empty_octave_share, spectrum_words
 from freqmask.data.shard_writer import member_key
 from freqmask.data.sources import open_source
 from freqmask.errors import BadImage, UserError
-from freqmask.training.tables import read_rows
+from freqmask.training.files import read_rows
 
 
 @pytest.fixture(autouse=True)

@@ -34,14 +34,14 @@ from freqmask.evaluation.labelled import open_labelled
 from freqmask.evaluation.linear import fit_head
 from freqmask.evaluation.protocol import prepare_context
 from freqmask.evaluation.robustness import CorruptedModel, Robustness, RobustnessEval
-from freqmask.training.replicas import Replicas
+from freqmask.training.worker_pool import WorkerPool
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Replicas]:
-    with contextlib.closing(Replicas([CPU, CPU])) as replicas:
+def two() -> Iterator[WorkerPool]:
+    with contextlib.closing(WorkerPool([CPU, CPU])) as replicas:
         yield replicas
 
 
@@ -76,7 +76,7 @@ def test_parts_are_whole_batches_of_all_images_once(images: int, size: int, part
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_features_of_two_processes_are_those_of_one(
-    two: Replicas, run: str, data: Path, workers: int
+    two: WorkerPool, run: str, data: Path, workers: int
 ) -> None:
     source = open_folder(data / "test")
     subject = open_eval_model(run, survey(source))
@@ -103,7 +103,7 @@ def test_features_of_two_processes_are_those_of_one(
 
 
 def test_attacked_answers_of_two_processes_are_those_of_one(
-    two: Replicas, data: Path, monkeypatch: pytest.MonkeyPatch
+    two: WorkerPool, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "LEAST_STEPS", 40)
     opened = open_labelled(str(data))
@@ -128,7 +128,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_command_on_two_processes_says_and_writes_what_it_does_on_one(
-    two: Replicas,
+    two: WorkerPool,
     run: str,
     data: Path,
     tmp_path: Path,
@@ -140,7 +140,7 @@ def test_a_command_on_two_processes_says_and_writes_what_it_does_on_one(
     words += ["--workers", "0", "--accelerator", "cpu"]
     asked: list[int] = []
     monkeypatch.setattr(
-        features, "Replicas", lambda devices: asked.append(len(devices)) or two
+        features, "WorkerPool", lambda devices: asked.append(len(devices)) or two
     )  # they are there
     said = []
     for count in ("1", "2"):

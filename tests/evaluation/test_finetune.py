@@ -26,7 +26,7 @@ from freqmask.evaluation.finetune.module import FinetuneModule, layer_groups
 from freqmask.evaluation.finetune.network import make_classifier
 from freqmask.evaluation.finetune.recipes import tuning_of
 from freqmask.interop.models import open_model
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 1}
 QUICK: dict[str, Any] = {

@@ -12,8 +12,8 @@ from freqmask.errors import UserError
 from freqmask.evaluation.finetune.shots import SETTINGS, summarize_settings
 from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.results import ClassificationResult
-from freqmask.training.runs import RunFolder
-from freqmask.training.tables import read_rows
+from freqmask.training.files import read_rows
+from freqmask.training.run_folder import RunFolder
 
 
 class Named:

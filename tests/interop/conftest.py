@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import make_photographs, make_run
 
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 
 from freqmask.pretraining.announce import advice_lines, length_lines
 from freqmask.pretraining.resolve import Resolved
-from freqmask.training.plan import Cost
+from freqmask.training.auto import Cost
 
 ENOUGH: dict[str, Any] = {"init": None, "overfit": None, "steps": 10_000, "channels": 3, "method": "mfm"}
 

@@ -21,7 +21,7 @@ from tiny_runs import steps_made
 import freqmask
 from freqmask.data.sources import Source, open_source
 from freqmask.errors import UserError
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 TINY: dict[str, Any] = {
     "image_size": 16,

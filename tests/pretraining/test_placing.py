@@ -18,7 +18,7 @@ from freqmask.errors import UserError
 from freqmask.pretraining import placing
 from freqmask.pretraining.placing import choose_place, largest_side
 from freqmask.training.monitor import Monitor
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 TINY: dict[str, Any] = {
     "image_size": 16,

@@ -9,7 +9,7 @@ import torch
 
 import freqmask
 from freqmask.training.checkpoint import load_safely
-from freqmask.training.tables import read_rows
+from freqmask.training.files import read_rows
 
 TINY: dict[str, Any] = {
     "image_size": 16,

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from freqmask.data.augment import DINO_VIEWS, PhotometricAugmentation
 from freqmask.methods import build_method
 from freqmask.pretraining.module import augmented
-from freqmask.training.recipe import Recipe, build_optimizer
+from freqmask.training.optim import OptimConfig, build_optimizer
 
 TINY = {"embed_dim": 32, "depth": 1, "num_heads": 1}
 HEADS = {"outputs": 16, "hidden_size": 16, "bottleneck_size": 8}
@@ -57,7 +57,7 @@ def stepper(options: dict[str, Any], device: str) -> Callable[[], None]:
         model_args=TINY,
         **options,
     ).to(device)
-    optimizer = build_optimizer(method, Recipe(1e-3, 0.0, 0.0, 0, 10))
+    optimizer = build_optimizer(method, OptimConfig(1e-3, 0.0, 0.0, 0, 10))
     augmentation: list[nn.Module] = [PhotometricAugmentation(DINO_VIEWS[n]) for n in range(method.n_views)]
     views = [torch.rand(4, 3, 32, 32, device=device) for _ in range(method.n_views)]
     keys = torch.arange(4, device=device)

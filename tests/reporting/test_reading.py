@@ -9,7 +9,7 @@ from made_runs import make_run
 
 from freqmask.errors import UserError
 from freqmask.reporting.reading import read_run, read_runs
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 
 def test_a_run_is_read_whole(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 STEPS = """
 import resource, sys, torch
-from freqmask.training.heap import keep_freed_memory
+from freqmask.training.loop import tune_malloc
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert tune_malloc()
 
 def step():
     kept = [torch.ones(300_000 + 1000 * number) for number in range(30)]  # 36 MB

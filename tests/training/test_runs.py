@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from freqmask.errors import UserError
-from freqmask.training.runs import RunFolder, new_run, newest_unfinished, read_yaml
+from freqmask.training.run_folder import RunFolder, new_run, newest_unfinished, read_yaml
 
 
 def begin(path: Path, **given: object) -> RunFolder:
@@ -43,7 +43,7 @@ def test_the_newest_unfinished_run_of_the_same_words_is_found(tmp_path: Path) ->
 def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", seed=1)
     code = (
-        "import sys; from freqmask.training.runs import RunFolder; run = RunFolder(sys.argv[1]); run.lock();"
+        "import sys; from freqmask.training.run_folder import RunFolder; run = RunFolder(sys.argv[1]); run.lock();"
         "print('locked', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -91,10 +91,10 @@ def test_other_processes_wait_until_a_run_is_begun_but_not_for_ever(
         if len(waits) == 3:
             begin(run.path)
 
-    monkeypatch.setattr("freqmask.training.runs.time.sleep", begin_later)
+    monkeypatch.setattr("freqmask.training.run_folder.time.sleep", begin_later)
     assert run.begun() is run
     assert len(waits) == 3
-    monkeypatch.setattr("freqmask.training.runs.PATIENCE", -1.0)
+    monkeypatch.setattr("freqmask.training.run_folder.PATIENCE", -1.0)
     with pytest.raises(UserError, match="was not begun by process 0"):
         RunFolder(tmp_path / "never").begun()
 

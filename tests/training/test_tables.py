@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from freqmask.training.tables import append_row, cut_back, read_rows
+from freqmask.training.files import append_row, cut_back, read_rows
 
 
 def test_a_new_column_leaves_empty_cells_above(tmp_path: Path) -> None:

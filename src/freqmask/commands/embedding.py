@@ -19,10 +19,9 @@ from freqmask.interop.models import OpenedModel
 from freqmask.interop.tables import task_of
 from freqmask.pretraining.resolve import pick_device
 from freqmask.pretraining.settings import check_accelerator
-from freqmask.training.devices import check_started_once, choose_devices
-from freqmask.training.plan import choose_workers
+from freqmask.training.auto import check_started_once, choose_devices, choose_workers
 from freqmask.training.progress import Progress
-from freqmask.training.replicas import DiedError, Replicas
+from freqmask.training.worker_pool import DiedError, WorkerPool
 
 _SHOWN_SKIPPED = 3
 
@@ -112,7 +111,7 @@ def _work(
     ranks = [rank for rank in range(count) if parts.missing(rank, count)]
     shares = [replace(place, rank=rank, world_size=count) for rank in ranks]
     arguments = [(opened, source, path, wanted, share) for share in shares]
-    with closing(Replicas(devices)) as replicas:
+    with closing(WorkerPool(devices)) as replicas:
         try:
             yield from replicas.run(_embed, arguments, [opened, source])
         except DiedError as error:

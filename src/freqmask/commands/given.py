@@ -125,7 +125,7 @@ def _read_texts(path: Path) -> tuple[dict[str, Any], str | None]:
 
     Scalars stay texts, but within mappings, which no type describes.
     """
-    from freqmask.training.runs import read_yaml
+    from freqmask.training.run_folder import read_yaml
 
     whole = read_yaml(path)  # also its errors as sentences
     text = path.read_text(encoding="utf-8")

@@ -63,7 +63,7 @@ def _devices() -> dict[str, str]:
 
 
 def _cores() -> str:
-    from freqmask.training.plan import usable_cores
+    from freqmask.training.auto import usable_cores
 
     usable, total = usable_cores(), os.cpu_count() or 1
     return f"{usable}" if usable == total else f"{usable} of {total}"

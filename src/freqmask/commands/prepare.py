@@ -89,7 +89,7 @@ def _side(resize: int | str) -> int | None:
 
 
 def _processes(workers: int | str) -> int:
-    from freqmask.training.plan import usable_cores
+    from freqmask.training.auto import usable_cores
 
     if workers == "auto":
         return usable_cores()
@@ -154,7 +154,7 @@ def _say_size(parts: Any, size: int, mean: float, out: Path) -> None:
     """How many shards, and whether the disk has room for them."""
     import shutil
 
-    from freqmask.training.readable import readable_bytes
+    from freqmask.console import readable_bytes
 
     count = len(parts.shards(size))
     needed = mean * parts.count
@@ -187,8 +187,8 @@ def _progress(parts: Any, settings: Any, out: Path) -> tuple[Any, Any]:
 
 
 def _tell(outcome: Any, parts: Any, settings: Any, path: Path) -> None:
+    from freqmask.console import readable_bytes
     from freqmask.data.reduction import spectrum_words
-    from freqmask.training.readable import readable_bytes
 
     shards = len(outcome.index.shards)
     say(

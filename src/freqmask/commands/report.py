@@ -56,7 +56,7 @@ def _table(run: list[str], out: str | None, form: str, results: list[str]) -> Pa
     from freqmask.reporting.reading import read_results, read_runs
     from freqmask.reporting.seeds import join_seeds
     from freqmask.reporting.tables import FORMS
-    from freqmask.training.runs import write_text
+    from freqmask.training.run_folder import write_text
 
     text = FORMS[form](join_seeds(read_runs(run), read_results(results)))
     if out is None:

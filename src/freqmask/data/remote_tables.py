@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from freqmask.console import readable_bytes
 from freqmask.data.decode import open_bytes, suffix_of
 from freqmask.data.lanes import WINDOW_BLOCKS, Blocks
 from freqmask.data.parquet_parts import parse_footer, read_columns
@@ -22,7 +23,6 @@ from freqmask.data.shard_files import ShardFiles
 from freqmask.data.sources import Source, SourceSummary
 from freqmask.data.table_index import TableIndex, index_tables
 from freqmask.errors import BadImage
-from freqmask.training.readable import readable_bytes
 
 KEPT_BYTES = 200_000_000  # of row groups that a process keeps; a larger one is kept alone
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch.utils.data import Dataset
 
+from freqmask.console import readable_bytes
 from freqmask.data.dataset import as_bad_image
 from freqmask.data.lanes import runs_of_images
 from freqmask.data.loader import make_loader
@@ -21,7 +22,6 @@ from freqmask.data.sources import Source
 from freqmask.data.views import Geometry
 from freqmask.data.windows import smallest_side
 from freqmask.errors import BadImage, UserError
-from freqmask.training.readable import readable_bytes
 
 _AT_ONCE = 64  # images that a worker hands over together: 5 MB at 160 pixels
 

@@ -12,7 +12,7 @@ from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.data.heldout import hold_out
 from freqmask.data.sources import Source, open_source
 from freqmask.errors import BadImage, UserError
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 _AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
 MOST_COMPARED = 200_000  # images of a pre-training; beyond it a look at all of them would take hours

@@ -24,7 +24,7 @@ from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, hash_weights, o
 from freqmask.interop.public import check_public
 from freqmask.interop.timm_folder import OURS
 from freqmask.timm_models import check_name
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 PIXELS = "pixels"
 LOGITS = "end/mean"  # the table's name of a classifier's logits, here one number a class of DATA

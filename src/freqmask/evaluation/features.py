@@ -21,10 +21,9 @@ from freqmask.data.sources import Source
 from freqmask.data.subset import Subset
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import EvalModel, as_float
-from freqmask.training.devices import check_started_once, choose_devices
-from freqmask.training.plan import choose_workers, usable_cores
+from freqmask.training.auto import check_started_once, choose_devices, choose_workers, usable_cores
 from freqmask.training.progress import Progress
-from freqmask.training.replicas import Replicas, Work
+from freqmask.training.worker_pool import Work, WorkerPool
 
 _LAYOUT = 1  # raised when the same key would mean other numbers
 MOST_CACHED = 20_000_000_000  # bytes of features kept; the oldest go first
@@ -49,7 +48,7 @@ class ComputeConfig:
     workers: int = 0
     bf16: bool = False
     cache: bool = True
-    replicas: Replicas | None = field(default=None, compare=False)
+    replicas: WorkerPool | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, options: Mapping[str, Any], parted: bool = False) -> ComputeConfig:
@@ -79,7 +78,7 @@ class ComputeConfig:
         if workers == "auto":
             loaders = max(int(loaders) // len(devices), 1)
         say(f"devices     {_describe_devices(devices)}")
-        return replace(compute, device=devices[0], workers=int(loaders), replicas=Replicas(devices))
+        return replace(compute, device=devices[0], workers=int(loaders), replicas=WorkerPool(devices))
 
     def run(
         self, work: Work, images: int, size: int, arguments: tuple[Any, ...], lasting: Sequence[object]
@@ -91,7 +90,7 @@ class ComputeConfig:
             images: how many.
             size: of a batch.
             arguments: further ones.
-            lasting: see :meth:`freqmask.training.replicas.Replicas.run`.
+            lasting: see :meth:`freqmask.training.worker_pool.WorkerPool.run`.
         """
         if self.replicas is None:
             yield from work(self.device, range(images), *arguments)

@@ -29,9 +29,8 @@ from freqmask.evaluation.scores import (
     segmented_classes,
 )
 from freqmask.training.checkpoint import replace_atomically
-from freqmask.training.files import check_writable
-from freqmask.training.runs import now
-from freqmask.training.tables import append_row
+from freqmask.training.files import append_row, check_writable
+from freqmask.training.run_folder import now
 
 RESULTS = "results.csv"
 _MOST_BARS = 5  # variants side by side in the chart

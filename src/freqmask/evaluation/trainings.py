@@ -13,9 +13,9 @@ from typing import Any
 
 from freqmask.console import rank, say
 from freqmask.errors import UserError
+from freqmask.training.auto import Choice, Cost
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.plan import Choice, Cost
-from freqmask.training.runs import RunFolder, comparable
+from freqmask.training.run_folder import RunFolder, comparable
 
 AUTO = "auto"
 # Options that say nothing of how a training is repeated, or that --config of the repeating command has not.

@@ -27,7 +27,7 @@ from freqmask.interop.outputs import check_out, new_folder
 from freqmask.interop.runs import run_state
 from freqmask.interop.timm_folder import DECODER, Pooled, write_timm_folder
 from freqmask.training.checkpoint import replace_atomically, save_atomically
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
 _LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from freqmask.errors import UserError, nearest
 from freqmask.interop.timm_folder import CONFIG, WEIGHTS
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
 LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked

@@ -16,7 +16,7 @@ from freqmask.errors import UserError
 from freqmask.interop.export import FORMATS
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.public import check_reachable
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # options of a run that name places on this machine, or say nothing of the backbone

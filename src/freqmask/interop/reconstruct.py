@@ -26,7 +26,7 @@ from freqmask.interop.runs import load_method
 from freqmask.methods import MFM
 from freqmask.methods.health import band_edges
 from freqmask.spectrum import inside, pair_weights, rfft2
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from freqmask.errors import UserError, nearest
 from freqmask.interop.timm_folder import CONFIG, WEIGHTS
 from freqmask.methods import Method, build_method, find_method
 from freqmask.training.checkpoint import LAST, load_safely
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 _METHOD = "method."  # how the names of a checkpoint begin, and how those of a backbone in it go on
 _MODULE = ".timm_model."

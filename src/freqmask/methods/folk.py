@@ -21,7 +21,7 @@ from freqmask.methods.health import reconstruction_health
 from freqmask.methods.masking import COM_FRACTIONS, Auto, corrupt, masking_filter, without_auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
 from freqmask.methods.normalisation import Normalisation
-from freqmask.training.ema import cosine_momentum, update_ema
+from freqmask.training.optim import cosine_momentum, update_ema
 
 # A step count is known to the trainer only; DINO's first epoch is about this share of its published runs.
 FROZEN_SHARE = 0.01

@@ -15,8 +15,8 @@ from freqmask.options import command_words
 from freqmask.pretraining.resolve import Resolved
 from freqmask.reporting.health import EARLY, features_remarks
 from freqmask.reporting.reading import read_run
-from freqmask.training import plan
-from freqmask.training.runs import RunFolder
+from freqmask.training import auto
+from freqmask.training.run_folder import RunFolder
 
 FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (docs/methods.md)
 PREVIEW_BYTES = 500_000
@@ -43,7 +43,7 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     about = find_method(options["method"]).about
     yield f"method      {options['method']}" + (f": {about}" if about else "")
     epochs = options["steps"] * options["batch_size"] / images
-    took = f", about {plan.readable_time(seconds_of(resolved))}" if resolved.cost is not None else ""
+    took = f", about {auto.readable_time(seconds_of(resolved))}" if resolved.cost is not None else ""
     yield (
         f"training    {options['steps']:,} steps of {options['batch_size']} images = {epochs:,.1f} epochs"
         f"{_why(reasons, 'epochs')}{_why(reasons, 'steps')}{took}"
@@ -167,20 +167,20 @@ def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str]) -> I
         yield f"loading     images are read anew at every step ({why})"
 
 
-def _cost_lines(options: Mapping[str, Any], cost: plan.Cost) -> Iterator[str]:
+def _cost_lines(options: Mapping[str, Any], cost: auto.Cost) -> Iterator[str]:
     part = options["batch_size"] // options["devices"] // options["num_nodes"] // options["accumulate"]
     memory = cost.peak_bytes(part)
     checkpoint = cost.fixed_bytes * 3 // 4  # no gradients on the disk
     previews = options["steps"] // options["preview_every_steps"] if options["preview_every_steps"] else 1
     disk = checkpoint * (options["keep_checkpoints"] + 0.4) + previews * PREVIEW_BYTES
     yield (
-        f"cost        the time above (measured, where loading keeps up), {plan.readable_bytes(memory)} of memory, "
-        f"{plan.readable_bytes(disk)} of disk"
+        f"cost        the time above (measured, where loading keeps up), {auto.readable_bytes(memory)} of memory, "
+        f"{auto.readable_bytes(disk)} of disk"
     )
-    free = plan.usable_memory(torch.device("cuda" if options["accelerator"] == "cuda" else "cpu"))
+    free = auto.usable_memory(torch.device("cuda" if options["accelerator"] == "cuda" else "cpu"))
     if memory > free:
         yield (
-            f"warning     that is more than the {plan.readable_bytes(free)} free here; the same batch in smaller "
+            f"warning     that is more than the {auto.readable_bytes(free)} free here; the same batch in smaller "
             f"parts: --accumulate {options['accumulate'] * 2}"
         )
 
@@ -221,7 +221,7 @@ def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:
     words = command_words({**given, "hours": 1.0}, first="data")
     yield (
         f"length      you named none, so it is {resolved.reasons['epochs']}, about "
-        f"{plan.readable_time(seconds_of(resolved))} here; an hour of it: freqmask pretrain {words}"
+        f"{auto.readable_time(seconds_of(resolved))} here; an hour of it: freqmask pretrain {words}"
     )
 
 
@@ -237,7 +237,7 @@ def summary_lines(
 ) -> Iterator[str]:
     """The end of a run: from where to where, how fast, where to look, what to type next."""
     yield ""
-    took, speed = plan.readable_time(summary["seconds"]), summary["images_per_second"]
+    took, speed = auto.readable_time(summary["seconds"]), summary["images_per_second"]
     yield f"done        {summary['steps']:,} steps in {took}, {speed:.0f} images/s"
     yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
     for name in ("reconstruction", "distillation"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from freqmask.backbones import recalibrate_batch_norm
 from freqmask.interop.timm_folder import trained_feature, write_timm_folder
 from freqmask.pretraining.sharding import whole_method
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 
 class BackboneExport:

@@ -29,15 +29,12 @@ from freqmask.pretraining.module import PretrainingModule
 from freqmask.pretraining.probe import ENOUGH_RANKED, Probe, steps_between
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe, pick_device
 from freqmask.pretraining.sharding import SHARDED, sharding_strategy
-from freqmask.training.fitting import Outcome, Start, ends
-from freqmask.training.monitor import Monitor
+from freqmask.training.checkpoint import ExactResume, Saver, StopSignals
+from freqmask.training.loop import Outcome, Start, ends, make_trainer
+from freqmask.training.monitor import Monitor, Skipped
+from freqmask.training.optim import OptimConfig
 from freqmask.training.progress import Progress
-from freqmask.training.recipe import Recipe
-from freqmask.training.resuming import ExactResume
-from freqmask.training.runs import RunFolder
-from freqmask.training.saving import Saver, StopSignals
-from freqmask.training.skipping import Skipped
-from freqmask.training.trainer import make_trainer
+from freqmask.training.run_folder import RunFolder
 
 SHOWN = {
     "images_per_second": "{:.0f} images/s",
@@ -119,7 +116,7 @@ class Fit:
         outcome.summary = self._summary(outcome)
         return outcome
 
-    def _callbacks(self, progress: Progress, recipe: Recipe, signals: StopSignals) -> list[L.Callback]:
+    def _callbacks(self, progress: Progress, recipe: OptimConfig, signals: StopSignals) -> list[L.Callback]:
         options = self.options
         monitor = Monitor(
             self.run_folder,
@@ -157,7 +154,7 @@ class Fit:
             else:
                 say(f"note: torch.compile cannot be used here ({reason}); going on without it")
 
-    def _trainer(self, recipe: Recipe, callbacks: list[L.Callback]) -> L.Trainer:
+    def _trainer(self, recipe: OptimConfig, callbacks: list[L.Callback]) -> L.Trainer:
         options = self.options
         sharded = options["strategy"] in SHARDED
         return make_trainer(

@@ -16,15 +16,14 @@ from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.pretraining.module import PretrainingModule, as_float
 from freqmask.pretraining.preview import draw_preview, filter_names
 from freqmask.pretraining.sharding import whole_method
-from freqmask.training.looking import Look
-from freqmask.training.monitor import Monitor
-from freqmask.training.runs import RunFolder
+from freqmask.training.monitor import Monitor, PeriodicCallback
+from freqmask.training.run_folder import RunFolder
 
 PREVIEW_IMAGES = 4
 CALIBRATION_IMAGES = 256
 
 
-class HeldOut(Look):
+class HeldOut(PeriodicCallback):
     """Every so often, and at the end: the loss on held-out images, and a preview.
 
     Args:

@@ -43,12 +43,11 @@ from freqmask.pretraining.resume import (
 )
 from freqmask.pretraining.settings import check_accelerator, check_options
 from freqmask.reporting.page import refresh_report
-from freqmask.training.failures import told_in_words
+from freqmask.training.auto import usable_cores
+from freqmask.training.failures import silence_third_party_loggers, translate_errors
 from freqmask.training.files import check_writable
-from freqmask.training.fitting import Outcome, leave
-from freqmask.training.plan import usable_cores
-from freqmask.training.quiet import quiet_libraries
-from freqmask.training.runs import RUNS, RunFolder, comparable, heading, new_run, now
+from freqmask.training.loop import Outcome, leave
+from freqmask.training.run_folder import RUNS, RunFolder, comparable, heading, new_run, now
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
 PASS_RATIO = 0.8  # --overfit: the loss must fall below this share of where it began
@@ -81,7 +80,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
     Returns:
         The run folder.
     """
-    with quiet_libraries():
+    with silence_third_party_loggers():
         return _run(*_with_data(_named(options), _named(given)))
 
 
@@ -287,7 +286,7 @@ def _train(
     began = time.time()
     convert = bool(state["convert_channels"])
     fit = Fit(run, options, images.train, images.held_out, method, convert, state, images.probed, kept)
-    with told_in_words(run, options):
+    with translate_errors(run, options):
         outcome = fit.run(checkpoint)
     if outcome.stopped_by is not None:
         refresh_report(run.path)

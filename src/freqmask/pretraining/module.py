@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from freqmask.draws import combine
 from freqmask.pretraining.sharding import shard
-from freqmask.training.recipe import Recipe, Schedule, build_optimizer
-from freqmask.training.scheduled import ScheduledModule
+from freqmask.training.loop import ScheduledModule
+from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
 
 
 class PretrainingModule(ScheduledModule):
@@ -25,7 +25,7 @@ class PretrainingModule(ScheduledModule):
     """
 
     def __init__(
-        self, method: nn.Module, recipe: Recipe, augmentation: list[nn.Module] | None = None
+        self, method: nn.Module, recipe: OptimConfig, augmentation: list[nn.Module] | None = None
     ) -> None:
         """Wire the parts; the optimiser is made when Lightning asks for it."""
         super().__init__()

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from freqmask.console import say
+from freqmask.console import readable_bytes, readable_time, say
 from freqmask.data.resident import ResidentImages
 from freqmask.data.resident_reading import Limits, NotKeptError, read_images
 from freqmask.data.sources import Source
 from freqmask.data.values import Survey
 from freqmask.data.views import OVERSAMPLING, Geometry
 from freqmask.errors import UserError
-from freqmask.training import plan
-from freqmask.training.readable import readable_bytes, readable_time
+from freqmask.training import auto
 
 SHARE_OF_MEMORY = 0.25  # of what is free, on the device and in the host, where images pass through twice
 LARGEST_SIDE = 160  # pixels; beyond, decoding a part costs less than keeping the whole
@@ -27,7 +26,7 @@ FEW_IMAGES = 1_000  # are decoded before worker processes have started
 SECONDS_OF_SILENCE = 10.0
 
 
-def choose_place(options: Mapping[str, Any], survey: Survey, images: int) -> plan.Choice:
+def choose_place(options: Mapping[str, Any], survey: Survey, images: int) -> auto.Choice:
     """Whether images stay on the device, with the reason.
 
     Args:
@@ -42,24 +41,24 @@ def choose_place(options: Mapping[str, Any], survey: Survey, images: int) -> pla
         UserError: they shall stay on the device and cannot.
     """
     if options["images_from"] == "loader":
-        return plan.Choice("loader", "as asked")
+        return auto.Choice("loader", "as asked")
     size = images * survey.mean_pixels * options["channels"] * _itemsize(survey)
     passes = options["steps"] * options["batch_size"] / images
     obstacle = _obstacle(survey, size, memory_limit(options))
     if options["images_from"] == "device":
         if obstacle is not None:
             raise UserError(f"images_from (device) cannot be: {obstacle}; try --images_from auto")
-        return plan.Choice("device", f"{readable_bytes(size)}, as asked")
+        return auto.Choice("device", f"{readable_bytes(size)}, as asked")
     against = obstacle or _no_gain(options, survey, passes)
     if against is not None:
-        return plan.Choice("loader", against)
-    return plan.Choice("device", f"{readable_bytes(size)} of small images, each seen {passes:,.0f} times")
+        return auto.Choice("loader", against)
+    return auto.Choice("device", f"{readable_bytes(size)} of small images, each seen {passes:,.0f} times")
 
 
 def memory_limit(options: Mapping[str, Any]) -> int:
     """Bytes that kept images may take in each process: a quarter of what is free on its device and in the host."""
-    host = plan.free_memory(torch.device("cpu")) // int(options["devices"])
-    own = plan.free_memory(torch.device("cuda")) if options["accelerator"] == "cuda" else host
+    host = auto.free_memory(torch.device("cpu")) // int(options["devices"])
+    own = auto.free_memory(torch.device("cuda")) if options["accelerator"] == "cuda" else host
     return int(SHARE_OF_MEMORY * min(own, host))
 
 
@@ -143,7 +142,7 @@ def _decoders(options: Mapping[str, Any], source: Source) -> int:
     """Processes that decode: all cores, which nothing else wants yet; none where there shall be no workers."""
     if not int(options["workers"]) or len(source) < FEW_IMAGES:
         return 0
-    return max(int(options["workers"]), plan.usable_cores() // int(options["devices"]))
+    return max(int(options["workers"]), auto.usable_cores() // int(options["devices"]))
 
 
 class _Reading:

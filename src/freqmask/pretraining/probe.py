@@ -20,8 +20,7 @@ from freqmask.evaluation.labelled import LabelledData
 from freqmask.pretraining.heldout import calibration, looking
 from freqmask.pretraining.module import PretrainingModule, as_float
 from freqmask.pretraining.sharding import whole_method
-from freqmask.training.looking import Look
-from freqmask.training.monitor import Monitor
+from freqmask.training.monitor import Monitor, PeriodicCallback
 
 PROBES_A_RUN = 10
 MOST_TRAIN, MOST_TEST, MOST_RANKED = 5000, 2000, 1000  # images of a look: enough for a trend, cheap enough
@@ -33,7 +32,7 @@ _RATE, _EPOCHS = 0.3, 10  # less regularisation than a sweep begins with: few la
 Encode = Callable[[Tensor], Tensor]
 
 
-class Probe(Look):
+class Probe(PeriodicCallback):
     """Before the first step, every so often, and at the end, measures the features and writes them into the metrics.
 
     All of it is float32, whatever the training's precision: under bf16 autocast similarities have three digits, and

@@ -9,7 +9,7 @@ from typing import Any
 from freqmask.console import rank
 from freqmask.errors import UserError
 from freqmask.pretraining.resume import CHOSEN_BY_RANK_0
-from freqmask.training.devices import launched_processes
+from freqmask.training.auto import launched_processes
 
 
 def started_from_outside() -> int:

@@ -19,9 +19,9 @@ from freqmask.errors import UserError
 from freqmask.methods import build_method
 from freqmask.pretraining.placing import choose_place
 from freqmask.pretraining.settings import accepted_by, method_settings, parse_image_size
-from freqmask.training import plan
+from freqmask.training import auto
 from freqmask.training.failures import check_single_image
-from freqmask.training.recipe import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, Recipe, scaled_lr
+from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
@@ -49,10 +49,10 @@ class Resolved:
     options: dict[str, Any]
     reasons: dict[str, str] = field(default_factory=dict)
     survey: Survey | None = None
-    cost: plan.Cost | None = None
+    cost: auto.Cost | None = None
     method: nn.Module | None = None
 
-    def choose(self, name: str, choice: plan.Choice | None) -> None:
+    def choose(self, name: str, choice: auto.Choice | None) -> None:
         """Put a choice where the option still says auto."""
         if choice is not None and self.options[name] in ("auto", None):
             self.options[name] = choice.value
@@ -90,23 +90,23 @@ def _resolve_images(resolved: Resolved, source: Source) -> None:
     seen = survey(source, options["value_range"], options["channels"], options["seed"])
     resolved.survey = seen
     resolved.choose(
-        "convert_channels", plan.Choice(options["channels"] != "auto", "whether channels is given")
+        "convert_channels", auto.Choice(options["channels"] != "auto", "whether channels is given")
     )
-    resolved.choose("channels", plan.Choice(seen.channels, "the commonest count"))
+    resolved.choose("channels", auto.Choice(seen.channels, "the commonest count"))
     options["value_range"] = seen.value_range.describe()
-    resolved.choose("image_size", plan.choose_image_size(min(seen.median_size)))
+    resolved.choose("image_size", auto.choose_image_size(min(seen.median_size)))
     options["image_size"] = parse_image_size(options["image_size"])
     photographs = options["channels"] == 3 and set(seen.dtypes) == {"uint8"}
     reason = "ImageNet's, as published" if photographs else "measured on these images"
-    resolved.choose("mean", plan.Choice(IMAGENET_MEAN if photographs else _rounded(seen.mean), reason))
-    resolved.choose("std", plan.Choice(IMAGENET_STD if photographs else _rounded(seen.std), reason))
+    resolved.choose("mean", auto.Choice(IMAGENET_MEAN if photographs else _rounded(seen.mean), reason))
+    resolved.choose("std", auto.Choice(IMAGENET_STD if photographs else _rounded(seen.std), reason))
     for name in ("mean", "std"):
         if len(options[name]) != options["channels"]:
             raise UserError(f"{name} must be {options['channels']} numbers, one a channel; try --{name} auto")
     small = shorter_side(options) < SMALL_IMAGE
     usual = 0.25 if options["method"] == "folk" else 0.2
     reason = "small images: smaller crops would empty the upper band" if small else "as published"
-    resolved.choose("crop_scale", plan.Choice([0.5 if small else usual, 1.0], reason))
+    resolved.choose("crop_scale", auto.Choice([0.5 if small else usual, 1.0], reason))
 
 
 def _rounded(values: list[float]) -> list[float]:
@@ -122,12 +122,12 @@ def shorter_side(options: Mapping[str, Any]) -> int:
 def _resolve_machine(resolved: Resolved) -> None:
     options = resolved.options
     device = pick_device(options["accelerator"])
-    resolved.choose("accelerator", plan.Choice(device.type, "the fastest device here"))
+    resolved.choose("accelerator", auto.Choice(device.type, "the fastest device here"))
     options["accelerator"] = device.type
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    resolved.choose("devices", plan.Choice(count, "all of them" if count > 1 else "one device here"))
-    resolved.choose("workers", plan.choose_workers(device.type == "cuda"))
-    resolved.choose("precision", plan.choose_precision(device.type))
+    resolved.choose("devices", auto.Choice(count, "all of them" if count > 1 else "one device here"))
+    resolved.choose("workers", auto.choose_workers(device.type == "cuda"))
+    resolved.choose("precision", auto.choose_precision(device.type))
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -150,8 +150,8 @@ def _resolve_method(resolved: Resolved, images: int) -> None:
         options["backbone"], options["model_args"], patch = found
         resolved.reasons["backbone"] = "that of --init"
         options["patch_size"] = patch if options["patch_size"] == "auto" else options["patch_size"]
-    resolved.choose("backbone", plan.choose_backbone(side, device.type == "cuda"))
-    resolved.choose("patch_size", plan.choose_patch_size(side, options["backbone"]))
+    resolved.choose("backbone", auto.choose_backbone(side, device.type == "cuda"))
+    resolved.choose("patch_size", auto.choose_patch_size(side, options["backbone"]))
     if options["patch_size"] == "auto":
         options["patch_size"] = None
     if "outputs" in accepted_by(options["method"]) and options["outputs"] in (None, "auto"):
@@ -187,14 +187,14 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     device = pick_device(options["accelerator"])
     assert resolved.method is not None
     cost = resolved.cost = measure(resolved.method, options, device)
-    memory = plan.usable_memory(device)
+    memory = auto.usable_memory(device)
     processes = int(options["devices"]) * int(options["num_nodes"])
     seconds = None if options["hours"] is None else options["hours"] * 3600
-    resolved.choose("batch_size", plan.choose_batch_size(cost, images, processes, memory, seconds))
+    resolved.choose("batch_size", auto.choose_batch_size(cost, images, processes, memory, seconds))
     batch = int(options["batch_size"])
     if batch % processes:
         raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")
-    resolved.choose("accumulate", plan.choose_accumulation(cost, batch // processes, memory))
+    resolved.choose("accumulate", auto.choose_accumulation(cost, batch // processes, memory))
     if (batch // processes) % int(options["accumulate"]):
         raise UserError(
             f"accumulate ({options['accumulate']}) must divide the {batch // processes} images of a device's batch"
@@ -205,7 +205,7 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     _resolve_learning_rates(resolved, images)
 
 
-def _resolve_steps(resolved: Resolved, images: int, cost: plan.Cost) -> None:
+def _resolve_steps(resolved: Resolved, images: int, cost: auto.Cost) -> None:
     options = resolved.options
     batch = int(options["batch_size"])
     if options["overfit"] and not any(options[name] for name in ("steps", "epochs", "hours")):
@@ -217,13 +217,13 @@ def _resolve_steps(resolved: Resolved, images: int, cost: plan.Cost) -> None:
         options["hours"] = None
     if options["steps"] is None:
         if options["epochs"] is None:
-            choice = plan.choose_epochs(images, batch)
+            choice = auto.choose_epochs(images, batch)
             options["epochs"] = choice.value
             resolved.reasons["epochs"] = choice.reason
         options["steps"] = max(math.ceil(options["epochs"] * images / batch), 1)
     options["epochs"] = None  # from here on steps say it, exactly
     epochs = options["steps"] * batch / images
-    resolved.choose("warmup_epochs", plan.choose_warmup_epochs(epochs))
+    resolved.choose("warmup_epochs", auto.choose_warmup_epochs(epochs))
 
 
 def _resolve_learning_rates(resolved: Resolved, images: int) -> None:
@@ -238,9 +238,9 @@ def _resolve_learning_rates(resolved: Resolved, images: int) -> None:
         rate, reason = scaled_lr(BASE_LR, batch), "3e-4 x batch/512, as published"
     if options["init"]:
         rate, reason = rate / 4, f"a quarter of {reason}, since the weights are learnt already"
-    resolved.choose("lr", plan.Choice(rate, reason))
+    resolved.choose("lr", auto.Choice(rate, reason))
     resolved.choose(
-        "min_lr", plan.Choice(min(scaled_lr(BASE_MIN_LR, batch), options["lr"]), "2.5e-6 x batch/512")
+        "min_lr", auto.Choice(min(scaled_lr(BASE_MIN_LR, batch), options["lr"]), "2.5e-6 x batch/512")
     )
 
 
@@ -250,18 +250,18 @@ def _resolve_records(resolved: Resolved) -> None:
     assert resolved.cost is not None
     a_step = resolved.cost.seconds(1, int(options["batch_size"]) // int(options["devices"]))
     row = max(1, min(round(SECONDS_A_ROW / max(a_step, 1e-6)), max(steps // 20, 1), 100))
-    resolved.choose("log_every_steps", plan.Choice(row, "about five seconds"))
+    resolved.choose("log_every_steps", auto.Choice(row, "about five seconds"))
     resolved.choose(
-        "checkpoint_every_steps", plan.Choice(max(steps // CHECKPOINTS_A_RUN, 1), "fifty times a run")
+        "checkpoint_every_steps", auto.Choice(max(steps // CHECKPOINTS_A_RUN, 1), "fifty times a run")
     )
-    resolved.choose("preview_every_steps", plan.Choice(max(steps // PREVIEWS_A_RUN, 1), "ten times a run"))
+    resolved.choose("preview_every_steps", auto.Choice(max(steps // PREVIEWS_A_RUN, 1), "ten times a run"))
 
 
-def measure(method: nn.Module, options: Mapping[str, Any], device: torch.device) -> plan.Cost:
+def measure(method: nn.Module, options: Mapping[str, Any], device: torch.device) -> auto.Cost:
     """Time and memory of an image, measured on a copy so that the method stays as it was."""
     trial, loss = make_trial(method, options, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return plan.measure_cost(trial, loss, device)
+        return auto.measure_cost(trial, loss, device)
 
 
 def make_trial(
@@ -330,14 +330,14 @@ def _photometry(options: Mapping[str, Any], view: int) -> PhotometricSettings:
     )
 
 
-def make_recipe(options: Mapping[str, Any], images: int) -> Recipe:
+def make_recipe(options: Mapping[str, Any], images: int) -> OptimConfig:
     """The recipe that resolved options describe."""
     batch, steps = int(options["batch_size"]), int(options["steps"])
     warmup = min(round(options["warmup_epochs"] * images / batch), max(steps - 1, 0))
     decay = float(options["weight_decay"])
     end = options["weight_decay_end"]
     lr = float(options["lr"])
-    return Recipe(
+    return OptimConfig(
         lr=lr,
         min_lr=float(options["min_lr"]),
         warmup_lr=min(scaled_lr(BASE_WARMUP_LR, batch), lr),

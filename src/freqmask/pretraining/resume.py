@@ -11,7 +11,7 @@ from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.pretraining.settings import parse_image_size
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.runs import LOCK, STATE, RunFolder, comparable, newest_unfinished
+from freqmask.training.run_folder import LOCK, STATE, RunFolder, comparable, newest_unfinished
 
 CHOSEN_BY_RANK_0 = "FREQMASK_RUN"  # in the environment of the processes that Lightning starts
 # These change what is read, shown or kept, and never what is learnt.

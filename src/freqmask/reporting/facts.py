@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from freqmask.console import readable_bytes, readable_time
 from freqmask.reporting.reading import Run
-from freqmask.training.readable import readable_bytes, readable_time
 
 # Options that change how a run is recorded or computed, not what it is.
 _INCIDENTAL = frozenset(

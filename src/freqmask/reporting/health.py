@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from freqmask.console import readable_time
 from freqmask.reporting.curves import wording
 from freqmask.reporting.reading import Curve, Run
-from freqmask.training.readable import readable_time
 
 FLAT = 0.99  # loss over that of predicting nothing
 COLLAPSED = 0.1  # nats (docs/methods.md, small pictures)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from freqmask.console import readable_time
 from freqmask.errors import UserError
 from freqmask.reporting.evaluations import measured
 from freqmask.reporting.facts import number
 from freqmask.reporting.reading import Run, is_run, read_run, run_folders
-from freqmask.training.readable import readable_time
 
 HEADER = ("run", "state", "method", "backbone", "steps", "time", "loss / zero", "best probe")
 _PROBES = ("linear", "knn")

@@ -25,7 +25,7 @@ from freqmask.reporting.health import remarks
 from freqmask.reporting.pictures import Picture, embed_previews, embed_within
 from freqmask.reporting.reading import Run, read_results, read_runs
 from freqmask.training.files import replace_atomically
-from freqmask.training.runs import now
+from freqmask.training.run_folder import now
 
 REPORT = "report.html"
 LIMIT = 4_300_000  # bytes of a page, 1.2 million of them the charting library

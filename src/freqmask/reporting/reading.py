@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from freqmask.errors import UserError, nearest
-from freqmask.training.runs import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
-from freqmask.training.tables import read_rows
+from freqmask.training.files import read_rows
+from freqmask.training.run_folder import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
 
 Status = Literal["finished", "going on", "stopped"]
 

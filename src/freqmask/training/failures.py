@@ -1,7 +1,10 @@
-"""What may go wrong in a training, as sentences with the way out."""
+"""What may go wrong in a training, as sentences with the way out; what other libraries do not say."""
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from freqmask.data.loader import worker_failure
 from freqmask.errors import UserError
 from freqmask.training.files import WriteError
-from freqmask.training.runs import RunFolder
+from freqmask.training.run_folder import RunFolder
 
 _LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
 
@@ -45,13 +48,12 @@ class NotFiniteError(UserError):
     """The loss became infinite or not a number at a step; the job adds what to do."""
 
     def __init__(self, step: int) -> None:
-        """Remember the step, counted from 0."""
         super().__init__(f"the loss is no longer finite at step {step + 1}")
         self.step = step
 
 
 @contextmanager
-def told_in_words(run: RunFolder, options: Mapping[str, Any]) -> Iterator[None]:
+def translate_errors(run: RunFolder, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn what a training dies of into a UserError; what is unknown passes as it is.
 
     Args:
@@ -109,3 +111,25 @@ def out_of_memory(options: Mapping[str, Any]) -> str:
         f"out of memory with {at_once} images at once; {peak}the same batch in smaller parts: "
         f"--batch_size {options['batch_size']} --accumulate {options['accumulate'] * 2}"
     )
+
+
+LOUD = ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "timm")
+
+
+@contextmanager
+def silence_third_party_loggers() -> Iterator[None]:
+    """Silence the libraries inside the block, unless FREQMASK_DEBUG is set, and put all back afterwards."""
+    if os.environ.get("FREQMASK_DEBUG"):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in LOUD]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

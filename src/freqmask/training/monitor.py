@@ -1,18 +1,47 @@
-"""What a run tells of itself while it goes on: metrics, progress, health."""
+"""What a run tells of itself while it goes on: metrics, health, skipped images; callbacks that come now and then."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from freqmask.errors import UserError
 from freqmask.training.failures import NotFiniteError
+from freqmask.training.files import append_row, read_rows
 from freqmask.training.progress import Progress
-from freqmask.training.runs import RunFolder
-from freqmask.training.tables import append_row
+from freqmask.training.run_folder import RunFolder
+
+
+class PeriodicCallback(L.Callback, ABC):
+    """Calls :meth:`look` every so many optimiser steps, and at the end.
+
+    Args:
+        every_steps: optimiser steps between two looks; 0 looks at the end only.
+    """
+
+    def __init__(self, every_steps: int) -> None:
+        self.every_steps = every_steps
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """PeriodicCallback, where it is time."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if step == trainer.max_steps or (self.every_steps and step % self.every_steps == 0):
+            self.look(trainer, module, step)
+
+    @abstractmethod
+    def look(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        """What is done; called by every process."""
+
 
 COLLAPSE_WARNING = 0.1  # nats, docs/methods.md, small pictures
 
@@ -41,7 +70,6 @@ class Monitor(L.Callback):
         images: int,
         warmup_steps: int,
     ) -> None:
-        """Start with empty sums."""
         self.run = run
         self.progress = progress
         self.log_every = log_every
@@ -141,7 +169,6 @@ class Monitor(L.Callback):
         self._parts, self._waited, self._row_began, self._steps_at_row = 0, 0.0, now, step
 
     def _means(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
-        """Means since the last row, over all processes; detailed parts are of the last step alone."""
         names = sorted(self._sums)
         values = torch.stack([self._sums[name].to(module.device) for name in names])
         values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
@@ -165,3 +192,34 @@ class Monitor(L.Callback):
 
 def _is_detail(name: str) -> bool:
     return name.startswith("loss_over_zero") or name == "collapse"
+
+
+class Skipped(L.Callback):
+    """Writes skipped.csv and watches its length.
+
+    Args:
+        path: the table.
+        images: images that are trained on.
+        max_share: share of them at which the run stops.
+    """
+
+    def __init__(self, path: Path, images: int, max_share: float) -> None:
+        self.path = path
+        self.images = images
+        self.max_share = max_share
+        self.known = {row["name"] for row in read_rows(path)}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """List what the loader passed over in this batch."""
+        for name, reason in batch["skipped"]:
+            if name not in self.known:
+                self.known.add(name)
+                if trainer.is_global_zero:
+                    append_row(self.path, {"name": name, "reason": reason})
+        if len(self.known) > self.max_share * self.images:
+            raise UserError(
+                f"{len(self.known):,} of {self.images:,} images cannot be read, more than max_skipped_share "
+                f"({self.max_share:g}); {self.path} lists them with reasons"
+            )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from freqmask.console import say
+from freqmask.console import readable_bytes, readable_time, say
 from freqmask.evaluation.finetune.augment import NO_AUGMENT
 from freqmask.evaluation.finetune.network import Network
 from freqmask.evaluation.finetune.recipes import PUBLISHED, Tuning
 from freqmask.evaluation.finetune.resolve import Resolving
-from freqmask.training.plan import Cost
-from freqmask.training.readable import readable_bytes, readable_time
-from freqmask.training.runs import RunFolder
+from freqmask.training.auto import Cost
+from freqmask.training.run_folder import RunFolder
 
 
 def say_plan(

@@ -23,14 +23,11 @@ from freqmask.evaluation.finetune.recipes import Tuning
 from freqmask.evaluation.finetune.watching import HeldOutAccuracy
 from freqmask.interop.folders import CLASSIFIER
 from freqmask.interop.timm_folder import write_timm_folder
-from freqmask.training.fitting import Outcome, Start, ends
-from freqmask.training.monitor import Monitor
+from freqmask.training.checkpoint import ExactResume, Saver, StopSignals
+from freqmask.training.loop import Outcome, Start, ends, make_trainer
+from freqmask.training.monitor import Monitor, Skipped
 from freqmask.training.progress import LINES_A_RUN, Progress
-from freqmask.training.resuming import ExactResume
-from freqmask.training.runs import RunFolder
-from freqmask.training.saving import Saver, StopSignals
-from freqmask.training.skipping import Skipped
-from freqmask.training.trainer import make_trainer
+from freqmask.training.run_folder import RunFolder
 
 SHOWN = {
     "images_per_second": "{:.0f} images/s",

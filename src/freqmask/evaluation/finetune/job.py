@@ -26,7 +26,7 @@ from freqmask.evaluation.protocol import (
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import digest, run_names
 from freqmask.training.files import check_writable
-from freqmask.training.runs import RUNS, RunFolder
+from freqmask.training.run_folder import RUNS, RunFolder
 
 ALL = "all labels"
 

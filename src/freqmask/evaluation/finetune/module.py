@@ -17,9 +17,8 @@ from freqmask.draws import sample_key
 from freqmask.evaluation.eval_model import as_float
 from freqmask.evaluation.finetune.augment import Mixer
 from freqmask.evaluation.finetune.recipes import Tuning
-from freqmask.training.ema import update_ema
-from freqmask.training.recipe import Recipe, Schedule
-from freqmask.training.scheduled import ScheduledModule
+from freqmask.training.loop import ScheduledModule
+from freqmask.training.optim import OptimConfig, Schedule, update_ema
 
 BETAS = (0.9, 0.999)
 _PRESENT = 0.2  # a class that is that much of a mixed picture counts as there, as timm's RSB trainings do
@@ -109,9 +108,9 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     )
 
 
-def recipe_of(tuning: Tuning) -> Recipe:
+def recipe_of(tuning: Tuning) -> OptimConfig:
     """The learning rate over the steps."""
-    return Recipe(
+    return OptimConfig(
         lr=tuning.lr,
         min_lr=tuning.min_lr,
         warmup_lr=tuning.warmup_lr,

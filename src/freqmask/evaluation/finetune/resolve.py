@@ -28,9 +28,9 @@ from freqmask.evaluation.finetune.recipes import (
 )
 from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.interop.models import OpenedModel
-from freqmask.training import plan
+from freqmask.training import auto
+from freqmask.training.auto import Choice
 from freqmask.training.failures import check_single_image
-from freqmask.training.plan import Choice
 
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
 VALIDATIONS, CHECKPOINTS, SECONDS_A_ROW = 20, 20, 5.0
@@ -172,14 +172,14 @@ def _machine(numbers: Resolving) -> None:
     values |= {"accelerator": device.type, "num_nodes": 1, "strategy": asked["strategy"]}
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     numbers.take("devices", Choice(count, "all of them" if count > 1 else "one device here"))
-    numbers.take("workers", plan.choose_workers(device.type == "cuda"))
+    numbers.take("workers", auto.choose_workers(device.type == "cuda"))
     if values["workers"] and asked["workers"] == AUTO and device.type == "cpu" and _is_light(numbers):
         values["workers"], numbers.reasons["workers"] = 0, "small pictures load faster than they travel"
-    numbers.take("precision", plan.choose_precision(device.type))
+    numbers.take("precision", auto.choose_precision(device.type))
 
 
 def _is_light(numbers: Resolving) -> bool:
-    return max(numbers.seen.median_size) <= SMALL_SIDE and plan.usable_cores() <= 4
+    return max(numbers.seen.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
 
 
 def _device(name: str) -> torch.device:
@@ -193,13 +193,13 @@ def _length(numbers: Resolving, network: Network, published: Published, images: 
     values, asked = numbers.values, numbers.asked
     device = torch.device(values["accelerator"])
     processes = int(values["devices"])
-    memory = plan.usable_memory(device)
+    memory = auto.usable_memory(device)
     cost = numbers.cost = measure(network, values, classes, device)
-    numbers.take("batch_size", plan.choose_batch_size(cost, images, processes, memory))
+    numbers.take("batch_size", auto.choose_batch_size(cost, images, processes, memory))
     batch = int(values["batch_size"])
     if batch % processes:
         raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")
-    numbers.take("accumulate", plan.choose_accumulation(cost, batch // processes, memory))
+    numbers.take("accumulate", auto.choose_accumulation(cost, batch // processes, memory))
     part, rest = divmod(batch // processes, int(values["accumulate"]))
     if part == 1 and not rest:
         check_single_image(make_trial(network, values, classes, device)[1], str(numbers.opened.name))
@@ -265,11 +265,11 @@ def _records(numbers: Resolving, images: int) -> None:
         values[name] = asked[name]
 
 
-def measure(network: Network, values: Mapping[str, Any], classes: int, device: torch.device) -> plan.Cost:
+def measure(network: Network, values: Mapping[str, Any], classes: int, device: torch.device) -> auto.Cost:
     """Time and memory of an image, measured on a copy so that the classifier stays as it was."""
     trial, loss = make_trial(network, values, classes, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return plan.measure_cost(trial, loss, device)
+        return auto.measure_cost(trial, loss, device)
 
 
 def make_trial(

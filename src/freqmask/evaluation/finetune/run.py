@@ -26,11 +26,10 @@ from freqmask.evaluation.finetune.resolve import held_out_share, resolve
 from freqmask.evaluation.finetune.settings import DECIDING
 from freqmask.evaluation.labelled import LabelledData, subset
 from freqmask.evaluation.trainings import check_same, to_repeat, where_to_go_on
-from freqmask.training.failures import told_in_words
-from freqmask.training.fitting import leave
+from freqmask.training.failures import silence_third_party_loggers, translate_errors
+from freqmask.training.loop import leave
 from freqmask.training.progress import LINES_A_RUN
-from freqmask.training.quiet import quiet_libraries
-from freqmask.training.runs import RunFolder, comparable, heading, now
+from freqmask.training.run_folder import RunFolder, comparable, heading, now
 
 _LINES_BRIEFLY = 4  # without a terminal a series of runs would be all progress
 COMMAND = "evaluate finetune"
@@ -94,7 +93,7 @@ def fine_tune(task: Task) -> RunFolder:
             say(f"run {run.path} is finished; its classifier is taken")
             return run
     with ExitStack() as stack:
-        stack.enter_context(quiet_libraries())
+        stack.enter_context(silence_third_party_loggers())
         if rank() == 0 and not task.asked["dry_run"]:
             run.lock()
             stack.callback(run.leave_nothing)
@@ -197,7 +196,7 @@ def _train(run: RunFolder, task: Task, tuning: Tuning, checkpoint: Path | None, 
         },
         _LINES_BRIEFLY if task.briefly else LINES_A_RUN,
     )
-    with told_in_words(run, asdict(tuning)):
+    with translate_errors(run, asdict(tuning)):
         outcome = fit.go(checkpoint)
     if outcome.stopped_by is not None:
         say(

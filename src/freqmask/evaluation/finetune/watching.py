@@ -13,11 +13,10 @@ from freqmask.backbones import evaluating
 from freqmask.data.dataset import TrainDataset
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import OrderedSampler
-from freqmask.training.looking import Look
-from freqmask.training.monitor import Monitor
+from freqmask.training.monitor import Monitor, PeriodicCallback
 
 
-class HeldOutAccuracy(Look):
+class HeldOutAccuracy(PeriodicCallback):
     """Every so often, and at the end: how many held-out images the classifier gets right.
 
     Args:

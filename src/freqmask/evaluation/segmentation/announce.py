@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from freqmask.console import say
+from freqmask.console import readable_bytes, readable_time, say
 from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.trainings import Numbers
-from freqmask.training.readable import readable_bytes, readable_time
 
 
 def say_plan(

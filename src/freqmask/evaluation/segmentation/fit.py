@@ -19,14 +19,11 @@ from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.segmentation.views import PairDataset, RandomCrop
 from freqmask.interop.timm_folder import write_tensors
-from freqmask.training.fitting import Outcome, Start, ends
-from freqmask.training.monitor import Monitor
+from freqmask.training.checkpoint import ExactResume, Saver, StopSignals
+from freqmask.training.loop import Outcome, Start, ends, make_trainer
+from freqmask.training.monitor import Monitor, Skipped
 from freqmask.training.progress import Progress
-from freqmask.training.resuming import ExactResume
-from freqmask.training.runs import RunFolder
-from freqmask.training.saving import Saver, StopSignals
-from freqmask.training.skipping import Skipped
-from freqmask.training.trainer import make_trainer
+from freqmask.training.run_folder import RunFolder
 
 NETWORK = "network.safetensors"
 SHOWN = {

@@ -34,9 +34,9 @@ from freqmask.evaluation.segmentation.run import Task, Trained, train
 from freqmask.evaluation.segmentation.settings import DECIDING, check_options
 from freqmask.evaluation.trainings import AUTO, digest, run_names
 from freqmask.interop.models import stage_features
+from freqmask.training.failures import silence_third_party_loggers
 from freqmask.training.files import check_writable
-from freqmask.training.quiet import quiet_libraries
-from freqmask.training.runs import RUNS
+from freqmask.training.run_folder import RUNS
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Segment(Protocol):
     def evaluate(self, context: tuple[SegmentationExperiment, Task], seed: int) -> list[Result]:
         """One training, tested in each of the ways asked for; nothing after a dry run or in a helping process."""
         experiment, task = context
-        with quiet_libraries():
+        with silence_third_party_loggers():
             trained = train(task)
         if trained is None or rank() > 0:
             return []

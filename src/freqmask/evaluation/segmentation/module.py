@@ -11,8 +11,8 @@ from freqmask.evaluation.eval_model import as_float
 from freqmask.evaluation.finetune.module import layer_groups
 from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
 from freqmask.evaluation.segmentation.settings import Training
-from freqmask.training.recipe import Recipe, Schedule, parameter_groups
-from freqmask.training.scheduled import ScheduledModule
+from freqmask.training.loop import ScheduledModule
+from freqmask.training.optim import OptimConfig, Schedule, parameter_groups
 
 BETAS = (0.9, 0.999)
 
@@ -62,9 +62,9 @@ def groups_of(network: UperNet, training: Training) -> list[dict[str, Any]]:
     return [*({**group, "lr_scale": decay * group["lr_scale"]} for group in old), *fresh]
 
 
-def recipe_of(training: Training) -> Recipe:
+def recipe_of(training: Training) -> OptimConfig:
     """Linear warm-up, then linear decay to nothing (poly of power 1)."""
-    return Recipe(
+    return OptimConfig(
         lr=training.lr,
         min_lr=0.0,
         warmup_lr=training.lr * 1e-6,

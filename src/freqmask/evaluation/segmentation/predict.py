@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int16, Int64, Shaped
 from torch import Tensor
 
-from freqmask.console import say
+from freqmask.console import readable_time, say
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.data.sources import Source
@@ -23,7 +23,6 @@ from freqmask.evaluation.segmentation.labels import Labels
 from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.segmentation.windows import classes_at, segment_whole, segment_windows
-from freqmask.training.readable import readable_time
 
 
 @dataclass

@@ -24,9 +24,9 @@ from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
 from freqmask.evaluation.segmentation.settings import Training, training_of
 from freqmask.evaluation.trainings import AUTO, Numbers
-from freqmask.training import plan
-from freqmask.training.plan import Choice
-from freqmask.training.recipe import scaled_lr
+from freqmask.training import auto
+from freqmask.training.auto import Choice
+from freqmask.training.optim import scaled_lr
 
 BATCH, STEPS, IMAGES, WARMUP = 16, 160_000, 20_210, 1_500
 LR, LR_OTHERS, WEIGHT_DECAY, LAYER_DECAY, DROP_PATH = 7e-4, 1e-4, 0.05, 0.65, 0.1
@@ -92,8 +92,8 @@ def _machine(numbers: Numbers) -> None:
         raise UserError(f"devices ({values['devices']}) must be 1 or more, or auto")
     if values["devices"] > 1:
         values["strategy"] = "ddp"
-    numbers.take("workers", plan.choose_workers(device.type == "cuda"))
-    numbers.take("precision", plan.choose_precision(device.type))
+    numbers.take("workers", auto.choose_workers(device.type == "cuda"))
+    numbers.take("precision", auto.choose_precision(device.type))
 
 
 def _length(numbers: Numbers, network: UperNet, images: int) -> None:
@@ -104,7 +104,7 @@ def _length(numbers: Numbers, network: UperNet, images: int) -> None:
     cost = numbers.cost = measure(network, values, device)
     if batch % devices:
         raise UserError(f"batch_size ({batch}) must be a multiple of the {devices} devices")
-    numbers.take("accumulate", plan.choose_accumulation(cost, batch // devices, plan.usable_memory(device)))
+    numbers.take("accumulate", auto.choose_accumulation(cost, batch // devices, auto.usable_memory(device)))
     part, rest = divmod(batch // devices, int(values["accumulate"]))
     if rest or part < 2:
         raise UserError(
@@ -152,7 +152,7 @@ def _records(numbers: Numbers) -> None:
         values[name] = asked[name]
 
 
-def measure(network: UperNet, values: Mapping[str, Any], device: torch.device) -> plan.Cost:
+def measure(network: UperNet, values: Mapping[str, Any], device: torch.device) -> auto.Cost:
     """Time and memory of a sample, measured on a copy so that the network stays as it was."""
     trial = copy.deepcopy(network).to(device).train()
     precision = torch.bfloat16 if "bf16" in str(values["precision"]) else torch.float16
@@ -165,4 +165,4 @@ def measure(network: UperNet, values: Mapping[str, Any], device: torch.device) -
             return segmentation_losses(trial(samples), masks)["loss"]
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return plan.measure_cost(trial, loss, device, images=2)
+        return auto.measure_cost(trial, loss, device, images=2)

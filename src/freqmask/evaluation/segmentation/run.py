@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from freqmask import __version__
-from freqmask.console import rank, say
+from freqmask.console import rank, readable_time, say
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel, open_eval_model
@@ -25,11 +25,9 @@ from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.resolve import DROP_PATH, choose_crop, drops_paths, resolve
 from freqmask.evaluation.segmentation.settings import DECIDING, MACHINE, Training, training_of
 from freqmask.evaluation.trainings import AUTO, check_same, to_repeat, where_to_go_on
-from freqmask.training.failures import told_in_words
-from freqmask.training.fitting import leave
-from freqmask.training.quiet import quiet_libraries
-from freqmask.training.readable import readable_time
-from freqmask.training.runs import RunFolder, comparable, heading, now
+from freqmask.training.failures import silence_third_party_loggers, translate_errors
+from freqmask.training.loop import leave
+from freqmask.training.run_folder import RunFolder, comparable, heading, now
 
 COMMAND = "evaluate segment"
 
@@ -128,7 +126,7 @@ def train(task: Task) -> Trained | None:
     network = _network(subject, task)
     subject.key()  # remembers the hash of the weights; later it would be that of what was learnt
     with ExitStack() as stack:
-        stack.enter_context(quiet_libraries())
+        stack.enter_context(silence_third_party_loggers())
         if rank() == 0 and not task.asked["dry_run"]:
             run.lock()
             stack.callback(run.leave_nothing)
@@ -204,7 +202,7 @@ def _go_on(run: RunFolder, task: Task) -> tuple[Training, Path | None]:
 
 def _fit(run: RunFolder, task: Task, training: Training, network: UperNet, checkpoint: Path | None) -> None:
     began = time.time()
-    with told_in_words(run, asdict(training)):
+    with translate_errors(run, asdict(training)):
         outcome = Fit(run, training, network, task.data.train, task.data.labels).go(checkpoint)
     if outcome.stopped_by is not None:
         say(

@@ -1,10 +1,9 @@
-"""The same work on several devices: a process each, fed from this one, whose answers come back here.
-
-The processes live until `Replicas.close`, so that what they need (weights, lists of images) is sent once.
-"""
+"""The same work on several devices: a process each, fed from this one, whose answers come back here."""
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import pickle
 import signal
@@ -13,7 +12,7 @@ import time
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -22,11 +21,126 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from freqmask.console import be_quiet
 from freqmask.errors import UserError
-from freqmask.training.parcels import Packer, Unpacker
-from freqmask.training.quiet import quiet_libraries
+from freqmask.training.failures import silence_third_party_loggers
+
+_LASTING, _TENSOR = "lasting", "tensor"
+
+
+class Packer:
+    """Writes objects for other processes and knows which of them need not be sent again."""
+
+    def __init__(self) -> None:
+        self._lasting: list[tuple[int, object]] = []
+        self._numbers = itertools.count()  # never used twice: a receiver may still hold what we have dropped
+
+    def keep(self, objects: Iterable[object]) -> list[int]:
+        """Name what is sent once, by object and not by value; what was kept before and is not named is dropped.
+
+        Args:
+            objects: they must not change while they are kept.
+
+        Returns:
+            The number of each.
+        """
+        known = {id(one): number for number, one in self._lasting}
+        self._lasting = [
+            (known[id(one)] if id(one) in known else next(self._numbers), one) for one in objects
+        ]
+        return [number for number, _ in self._lasting]
+
+    def pack_lasting(self, number: int) -> bytes:
+        """A kept object, whole.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        return _written(dict(self._lasting)[number], {})
+
+    def pack(self, thing: object) -> bytes:
+        """Any object; kept ones in it are named by their number.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        return _written(thing, {id(one): number for number, one in self._lasting})
+
+
+class Unpacker:
+    """Reads what a `Packer` wrote.
+
+    Args:
+        device: where tensors of an accelerator arrive; those of the CPU stay there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lasting: dict[int, object] = {}
+
+    def keep(self, numbers: Iterable[int], packed: Mapping[int, bytes]) -> None:
+        """Hold what lasts, and nothing else any more.
+
+        Args:
+            numbers: of all that lasts.
+            packed: those that are new.
+        """
+        held = self._lasting
+        self._lasting = {}  # first: two models need not fit into the memory of the device
+        self._lasting.update((number, held[number]) for number in numbers if number in held)
+        held.clear()
+        self._lasting.update((number, self.unpack(parcel)) for number, parcel in packed.items())
+
+    def unpack(self, parcel: bytes) -> Any:
+        """The object.
+
+        Raises:
+            UserError: it is defined where another process cannot find it.
+        """
+        try:
+            return _Reader(io.BytesIO(parcel), self.device, self._lasting).load()
+        except (AttributeError, ImportError) as error:
+            raise UserError(
+                f"another process cannot find what it needs ({error}); define it in a module of its own rather "
+                "than in the script, or try --devices 1"
+            ) from error
+
+
+class _Writer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, numbers: Mapping[int, int]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._numbers = numbers
+
+    def persistent_id(self, obj: Any) -> tuple[str, Any] | None:
+        if id(obj) in self._numbers:
+            return _LASTING, self._numbers[id(obj)]
+        if isinstance(obj, Tensor) and not isinstance(obj, nn.Parameter) and obj.device.type != "cpu":
+            return _TENSOR, obj.detach().cpu()  # a parameter is written as one, around its plain tensor
+        return None
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, device: torch.device, lasting: Mapping[int, object]) -> None:
+        super().__init__(file)
+        self._device, self._lasting = device, lasting
+
+    def persistent_load(self, pid: tuple[str, Any]) -> Any:
+        kind, value = pid
+        return self._lasting[value] if kind == _LASTING else value.to(self._device)
+
+
+def _written(thing: object, numbers: Mapping[int, int]) -> bytes:
+    file = io.BytesIO()
+    try:
+        _Writer(file, numbers).dump(thing)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"model or data cannot be sent to other processes ({error}); try --devices 1"
+        ) from error
+    return file.getvalue()
+
 
 Work = Callable[..., Iterable[Any]]
 
@@ -57,7 +171,7 @@ class _Member:
     held: set[int] = field(default_factory=set)
 
 
-class Replicas:
+class WorkerPool:
     """Processes that do the same work on different images, one a device.
 
     Nothing is started before the first `run` that needs it. On one device the work is done in this process.
@@ -192,7 +306,6 @@ def _start(device: torch.device) -> _Member:
 
 
 def _end(members: list[_Member], at_once: bool = True) -> None:
-    """End processes: those that wait for work leave when the line is closed."""
     for member in members:
         member.connection.close()
         if at_once:
@@ -208,7 +321,6 @@ def _end(members: list[_Member], at_once: bool = True) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal; those born in here leave it to this one, from the first moment."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -222,7 +334,6 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _without_script() -> Iterator[None]:
-    """A process born in here does not run the user's script again, guarded by ``__main__`` or not."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -232,7 +343,6 @@ def _without_script() -> Iterator[None]:
 
 
 def _serve(connection: Connection, device_name: str, threads: int) -> None:
-    """What a process does: work that comes, until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     be_quiet()
@@ -242,7 +352,7 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
         torch.cuda.set_device(device)
     unpacker = Unpacker(device)
     code = 0
-    with quiet_libraries():
+    with silence_third_party_loggers():
         try:
             while True:
                 with closing(_answer(unpacker, connection.recv_bytes())) as messages:

@@ -4,54 +4,54 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freqmask.training import plan
-from freqmask.training.plan import Cost
+from freqmask.training import auto
+from freqmask.training.auto import Cost
 
 
 @pytest.mark.parametrize(("median", "size"), [(20, 32), (33, 32), (128, 128), (375, 224), (3000, 224)])
 def test_image_size_is_what_the_median_image_fills(median: int, size: int) -> None:
-    assert plan.choose_image_size(median).value == size
+    assert auto.choose_image_size(median).value == size
 
 
 @pytest.mark.parametrize(("size", "patch"), [(32, 4), (64, 8), (96, 8), (128, 16), (16, 2)])
 def test_small_images_get_small_patches(size: int, patch: int) -> None:
-    choice = plan.choose_patch_size(size, "vit_tiny_patch16_224")
+    choice = auto.choose_patch_size(size, "vit_tiny_patch16_224")
     assert choice is not None
     assert choice.value == patch
-    assert plan.choose_patch_size(224, "vit_tiny_patch16_224") is None
-    assert plan.choose_patch_size(32, "resnet18") is None
+    assert auto.choose_patch_size(224, "vit_tiny_patch16_224") is None
+    assert auto.choose_patch_size(32, "resnet18") is None
 
 
 def test_batch_size_is_bounded_by_memory_and_by_the_images() -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=0)
-    assert plan.choose_batch_size(cost, 10**6, 1, 10**10).value >= 256
-    assert plan.choose_batch_size(cost, 10**6, 1, 20_000_000).value == 16
-    assert plan.choose_batch_size(cost, 300, 1, 10**10).value == 32
+    assert auto.choose_batch_size(cost, 10**6, 1, 10**10).value >= 256
+    assert auto.choose_batch_size(cost, 10**6, 1, 20_000_000).value == 16
+    assert auto.choose_batch_size(cost, 300, 1, 10**10).value == 32
 
 
 def test_a_batch_is_smaller_where_the_time_would_hold_too_few_steps() -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
     long = 5_000 * 256 * 0.01  # seconds of 5,000 steps of 256 images
-    assert plan.choose_batch_size(cost, 10**4, 1, 10**10, long).value == 256
-    assert plan.choose_batch_size(cost, 10**4, 1, 10**10, long / 2).value == 128
-    few = plan.choose_batch_size(cost, 10**4, 1, 10**10, long / 100)
+    assert auto.choose_batch_size(cost, 10**4, 1, 10**10, long).value == 256
+    assert auto.choose_batch_size(cost, 10**4, 1, 10**10, long / 2).value == 128
+    few = auto.choose_batch_size(cost, 10**4, 1, 10**10, long / 100)
     assert few.value == 64
     assert "the time" in few.reason
-    assert plan.choose_batch_size(cost, 300, 1, 10**10, 1.0).value == 32  # small already
-    assert plan.choose_batch_size(cost, 10**4, 2, 10**10, long / 4).value == 128  # two devices share it
+    assert auto.choose_batch_size(cost, 300, 1, 10**10, 1.0).value == 32  # small already
+    assert auto.choose_batch_size(cost, 10**4, 2, 10**10, long / 4).value == 128  # two devices share it
 
 
 def test_accumulation_is_the_least_that_fits() -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
-    assert plan.choose_accumulation(cost, 64, 10**9).value == 1
-    assert plan.choose_accumulation(cost, 64, 25_000_000).value == 4
-    assert plan.choose_accumulation(cost, 64, 1).value == 64
+    assert auto.choose_accumulation(cost, 64, 10**9).value == 1
+    assert auto.choose_accumulation(cost, 64, 25_000_000).value == 4
+    assert auto.choose_accumulation(cost, 64, 1).value == 64
 
 
 def test_epochs_are_the_published_ones_or_more_for_few_images() -> None:
-    assert plan.choose_epochs(1_281_167, 1024).value == 300
-    assert plan.choose_epochs(4_000, 128).value == 320
-    assert plan.choose_epochs(10, 8).value == 1600
+    assert auto.choose_epochs(1_281_167, 1024).value == 300
+    assert auto.choose_epochs(4_000, 128).value == 320
+    assert auto.choose_epochs(10, 8).value == 1600
 
 
 def test_cost_counts_what_the_backward_pass_keeps() -> None:
@@ -60,7 +60,7 @@ def test_cost_counts_what_the_backward_pass_keeps() -> None:
     def loss(images: int) -> Tensor:
         return layer(torch.rand(images, 1000)).tanh().sum()
 
-    cost = plan.measure_cost(layer, loss, torch.device("cpu"))
+    cost = auto.measure_cost(layer, loss, torch.device("cpu"))
     assert cost.bytes_per_image == 2 * 4 * 1000  # the input for the weight, the output for tanh
     assert cost.fixed_bytes == 16 * 10**6
     assert cost.seconds_per_image > 0
@@ -70,21 +70,21 @@ def test_cost_counts_what_the_backward_pass_keeps() -> None:
 def test_a_measurement_that_something_else_disturbs_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(2, 2)
     taken = iter([9.0, 0.4, 0.08, 0.2])
-    monkeypatch.setattr(plan, "_timed", lambda loss, images, device: next(taken))
-    slow = plan.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
+    monkeypatch.setattr(auto, "_timed", lambda loss, images, device: next(taken))
+    slow = auto.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
     assert slow.seconds_per_image == pytest.approx(0.4 / 4)  # two slow ones are enough
     taken = iter([0.4, 0.3, 0.08, 0.3, 9.0])
-    quick = plan.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
+    quick = auto.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
     assert quick.seconds_per_image == pytest.approx(0.08 / 4)
 
 
 def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "cpu_flags", lambda: {"avx2"})
-    assert plan.choose_precision("cpu").value == "32-true"
-    monkeypatch.setattr(plan, "cpu_flags", lambda: {"avx2", "amx_bf16"})
-    assert plan.choose_precision("cpu").value == "bf16-mixed"
+    monkeypatch.setattr(auto, "cpu_flags", lambda: {"avx2"})
+    assert auto.choose_precision("cpu").value == "32-true"
+    monkeypatch.setattr(auto, "cpu_flags", lambda: {"avx2", "amx_bf16"})
+    assert auto.choose_precision("cpu").value == "bf16-mixed"
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(20, "20 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours")])
 def test_durations_read_as_a_person_says_them(seconds: float, words: str) -> None:
-    assert plan.readable_time(seconds) == words
+    assert auto.readable_time(seconds) == words

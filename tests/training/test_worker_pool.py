@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from freqmask.errors import UserError
-from freqmask.training.devices import check_started_once, choose_devices
-from freqmask.training.parcels import Packer, Unpacker
-from freqmask.training.replicas import DiedError, Replicas
+from freqmask.training.auto import check_started_once, choose_devices
+from freqmask.training.worker_pool import DiedError, Packer, Unpacker, WorkerPool
 
 CPU = torch.device("cpu")
 
@@ -64,8 +63,8 @@ def die(device: torch.device, number: int) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Replicas]:
-    with contextlib.closing(Replicas([CPU, CPU])) as replicas:
+def two() -> Iterator[WorkerPool]:
+    with contextlib.closing(WorkerPool([CPU, CPU])) as replicas:
         yield replicas
 
 
@@ -73,7 +72,7 @@ def children() -> list[psutil.Process]:
     return [one for one in psutil.Process().children() if "multiprocessing.spawn" in " ".join(one.cmdline())]
 
 
-def test_two_processes_answer_and_live_on_and_heavy_things_are_sent_to_each_once(two: Replicas) -> None:
+def test_two_processes_answer_and_live_on_and_heavy_things_are_sent_to_each_once(two: WorkerPool) -> None:
     heavy, found = Heavy("weights"), []
     for _ in range(2):
         arguments = [(Around(heavy), number) for number in range(2)]
@@ -86,11 +85,11 @@ def test_two_processes_answer_and_live_on_and_heavy_things_are_sent_to_each_once
     assert {one[1] for one in two.run(tell, [(Around(other), 0), (Around(other), 1)], [other])} == {"others"}
 
 
-def test_work_for_one_is_done_here(two: Replicas) -> None:
+def test_work_for_one_is_done_here(two: WorkerPool) -> None:
     assert {process for process, *_ in two.run(tell, [(Around(Heavy("")), 0)])} == {os.getpid()}
 
 
-def test_nobody_waits_for_work_that_nobody_wants_any_more(two: Replicas) -> None:
+def test_nobody_waits_for_work_that_nobody_wants_any_more(two: WorkerPool) -> None:
     answers = two.run(die, [(0,), (0,)])
     assert next(answers) == 0
     two.close()
@@ -98,7 +97,7 @@ def test_nobody_waits_for_work_that_nobody_wants_any_more(two: Replicas) -> None
     answers.close()  # type: ignore[attr-defined]
 
 
-def test_errors_arrive_as_they_were_and_the_processes_end(two: Replicas) -> None:
+def test_errors_arrive_as_they_were_and_the_processes_end(two: WorkerPool) -> None:
     with pytest.raises(KeyError, match="lost") as caught:
         list(two.run(fail, [(KeyError("lost"),)] * 2))
     assert "in process" in str(caught.value.__cause__) and "in fail" in str(caught.value.__cause__)
@@ -107,7 +106,7 @@ def test_errors_arrive_as_they_were_and_the_processes_end(two: Replicas) -> None
         list(two.run(fail, [(torch.OutOfMemoryError("CUDA"),)]))
 
 
-def test_a_dead_process_is_a_sentence_and_takes_the_others_along(two: Replicas) -> None:
+def test_a_dead_process_is_a_sentence_and_takes_the_others_along(two: WorkerPool) -> None:
     said = []
     with pytest.raises(DiedError, match=r"^process 2 of 2 \(cpu\) was killed by signal 9, most often"):
         said.extend(two.run(die, [(0,), (1,)]))
@@ -122,7 +121,7 @@ def born(device: torch.device) -> list[tuple[int, bool]]:
     return [(torch.get_num_threads(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))]
 
 
-def test_each_process_has_the_threads_of_this_one_and_leaves_ctrl_c_to_it(two: Replicas) -> None:
+def test_each_process_has_the_threads_of_this_one_and_leaves_ctrl_c_to_it(two: WorkerPool) -> None:
     """With fewer threads, convolutions of small batches end in other bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -134,7 +133,7 @@ def test_each_process_has_the_threads_of_this_one_and_leaves_ctrl_c_to_it(two: R
 
 
 def test_what_a_script_defines_is_named_and_so_is_what_cannot_be_sent(
-    two: Replicas, monkeypatch: pytest.MonkeyPatch
+    two: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Own:
         pass

@@ -1,4 +1,4 @@
-"""The optimisation recipe: learning rate, schedule, parameter groups (docs/methods.md, MFM, "Recipe")."""
+"""How weights are moved: learning rate, schedule, parameter groups, a teacher's average (docs/methods.md, MFM)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.poly_lr import PolyLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 REFERENCE_BATCH = 512  # the papers state learning rates for this many images a step
@@ -21,7 +21,7 @@ NEVER_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "relative_
 
 
 @dataclass(frozen=True)
-class Recipe:
+class OptimConfig:
     """How the weights are moved.
 
     Attributes:
@@ -82,7 +82,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, recipe: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the module's parameter groups, fused where the device has a fused kernel."""
     groups = parameter_groups(module, recipe.weight_decay)
     fused = _can_fuse(parameter for group in groups for parameter in group["params"])
@@ -96,8 +96,7 @@ def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
 class Schedule:
     """Learning rate and weight decay as functions of the step; it has no state of its own to save."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
-        """Attach to the optimiser's groups; the groups' learning rates are set at each :meth:`apply`."""
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: OptimConfig) -> None:
         self.optimizer = optimizer
         self.recipe = recipe
         for group in optimizer.param_groups:
@@ -130,3 +129,29 @@ class Schedule:
         start, end = self.recipe.weight_decay, self.recipe.weight_decay_end
         share = min(step / max(self.recipe.total_steps, 1), 1.0)
         return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
+
+
+@torch.no_grad()
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Sets teacher = momentum teacher + (1 - momentum) student, for every parameter, in place.
+
+    Buffers are left alone: a teacher in train mode gathers batch statistics from what it sees itself.
+
+    Args:
+        teacher: of the student's shape.
+        student: any module.
+        momentum: how much of the teacher remains, in [0, 1].
+    """
+    followers: list[Tensor] = list(teacher.parameters())
+    leaders: list[Tensor] = list(student.parameters())
+    torch._foreach_lerp_(followers, leaders, 1.0 - momentum)  # one launch for all of them
+
+
+def cosine_momentum(start: float, step: int, total_steps: int) -> float:
+    """Momentum that rises from ``start`` at step 0 to 1 at ``total_steps`` along half a cosine.
+
+    >>> cosine_momentum(0.996, 0, 100), cosine_momentum(0.996, 100, 100)
+    (0.996, 1.0)
+    """
+    progress = min(step / max(total_steps, 1), 1.0)
+    return 1.0 - (1.0 - start) * (math.cos(math.pi * progress) + 1.0) / 2.0

@@ -32,7 +32,6 @@ class RunFolder:
     """One run on the disk. Reading is free; :meth:`lock` before writing."""
 
     def __init__(self, path: str | Path) -> None:
-        """Point at a folder, which need not exist yet."""
         self.path = Path(path)
         self._lock: int | None = None
         self._made: list[Path] = []

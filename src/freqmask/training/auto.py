@@ -1,4 +1,4 @@
-"""The values that `auto` stands for, each with its reason, and what a training will cost."""
+"""The values that `auto` stands for, each with its reason, what a training will cost, and on which devices it runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from freqmask.training.readable import readable_bytes as readable_bytes
-from freqmask.training.readable import readable_time as readable_time
+from freqmask.console import rank
+from freqmask.console import readable_bytes as readable_bytes
+from freqmask.console import readable_time as readable_time
+from freqmask.errors import UserError
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -237,3 +239,65 @@ def _timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# How many processes a launcher started: torchrun, srun. SLURM_NTASKS will not do: batch scripts and the shells of
+# salloc have it, too, without having been started so many times.
+_LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def launched_processes() -> int:
+    """How many processes a launcher (torchrun, srun) started; 1 without one."""
+    counts = (os.environ.get(name, "") for name in _LAUNCHED)
+    return next((int(count) for count in counts if count.isdigit()), 1)
+
+
+def choose_devices(devices: int | str, first: torch.device, accelerator: str) -> list[torch.device]:
+    """The devices of ``--devices``, one process each.
+
+    Args:
+        devices: how many; ``auto`` is all GPUs, else one.
+        first: what ``--accelerator`` stands for here.
+        accelerator: as it was typed: several processes on the CPU have to be asked for.
+
+    Raises:
+        UserError: there are not that many.
+    """
+    here = torch.cuda.device_count() if first.type == "cuda" else 1
+    count = here if devices == "auto" else devices
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"devices ({devices}) must be a whole number of at least 1, or auto")
+    if count == 1:
+        return [first]
+    if first.type == "cpu":
+        _check_cores(count, accelerator)
+        return [first] * count
+    if count > here:
+        raise UserError(
+            f"devices ({devices}) must be at most {here}, as many as {first.type} has here; try auto"
+        )
+    return [torch.device(first.type, number) for number in range(count)]
+
+
+def _check_cores(count: int, accelerator: str) -> None:
+    if accelerator != "cpu":
+        raise UserError(
+            f"devices ({count}) must be 1 or auto where no GPU is; --accelerator cpu starts {count} processes"
+        )
+    most = max(usable_cores(), 2)  # two can be tried anywhere
+    if count > most:
+        raise UserError(f"devices ({count}) must be at most {most} on this CPU, a process a core")
+
+
+def check_started_once(command: str) -> None:
+    """Raises a UserError where a launcher started this command several times: it starts its processes itself.
+
+    Args:
+        command: its name.
+    """
+    started = max(rank() + 1, launched_processes())
+    if started > 1:
+        raise UserError(
+            f"{command} was started {started} times (torchrun, srun) and starts its processes itself; start it "
+            f"once, with --devices {started}"
+        )

@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from freqmask.training.ema import update_ema
-from freqmask.training.recipe import Recipe, Schedule, build_optimizer, parameter_groups, scaled_lr
+from freqmask.training.optim import (
+    OptimConfig,
+    Schedule,
+    build_optimizer,
+    parameter_groups,
+    scaled_lr,
+    update_ema,
+)
 
 
 class Vit(nn.Module):
@@ -20,12 +26,12 @@ class Vit(nn.Module):
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
 
 
-def recipe(**changes: object) -> Recipe:
+def recipe(**changes: object) -> OptimConfig:
     values = {"lr": 1.2e-3, "min_lr": 1e-5, "warmup_lr": 1e-6, "warmup_steps": 20, "total_steps": 300}
-    return Recipe(**{**values, **changes})  # type: ignore[arg-type]
+    return OptimConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def rates(settings: Recipe) -> list[float]:
+def rates(settings: OptimConfig) -> list[float]:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2, 2))], lr=settings.lr)
     schedule = Schedule(optimizer, settings)
     found = []
@@ -89,7 +95,7 @@ def test_a_power_decays_as_a_polynomial_to_the_least_rate_and_layers_keep_their_
     layer = nn.Linear(2, 2)
     groups = [{"params": [layer.weight], "lr_scale": 0.5}, {"params": [layer.bias]}]
     optimizer = torch.optim.AdamW(groups, lr=1.0)
-    schedule = Schedule(optimizer, Recipe(1.0, 0.0, 0.0, warmup_steps=10, total_steps=100, power=1.0))
+    schedule = Schedule(optimizer, OptimConfig(1.0, 0.0, 0.0, warmup_steps=10, total_steps=100, power=1.0))
     rates = []
     for step in (0, 5, 25, 75, 99):
         schedule.apply(step)
