@@ -121,7 +121,11 @@ def step(options: Any, claims: Claims) -> None:
             with going_on(claims, f"{name}, FOLK"):
                 folk_steps(name, sizes(options, backbone, batch=128), claims, device)
             free()
-    if time.monotonic() < options.until - 60 or options.toy:
+    if time.monotonic() < options.until - 30 or options.toy:
+        with going_on(claims, "compiled masks"):
+            compiled_masks(sizes(options, "vit_base_patch16_224", batch=256), claims, device)
+        free()
+    if time.monotonic() < options.until - 50 or options.toy:
         with going_on(claims, "one graph"):
             one_graph(sizes(options, "vit_base_patch16_224", batch=256), claims, device)
 
@@ -184,11 +188,6 @@ def mfm_steps(name: str, given: Any, claims: Claims, ceiling: float, device: tor
     claims.add(f"{name}: MFM, Com over supervised", times["com step"] / times["supervised"])
     claims.add(f"{name}: most memory, batch {given.batch}", peak, "GB")
     profile(works["com step"], given, f"{name} MFM Com")
-    with going_on(claims, f"{name}, compiled masks"):
-        compiled = {"mask": torch.compile(com["mask"], backend=given.backend)}
-        take_turns(compiled, 0, device)
-        spent = take_turns(compiled, given.rounds, device, given.repeats)["mask"]
-        claims.add(f"{name}: com: mask and loss, compiled", 1000 * spent, "ms")
 
 
 def folk_steps(name: str, given: Any, claims: Claims, device: torch.device) -> None:
@@ -207,6 +206,20 @@ def folk_steps(name: str, given: Any, claims: Claims, device: torch.device) -> N
             f"{name}: FOLK: most memory, batch {given.batch}", torch.cuda.max_memory_allocated() / 1e9, "GB"
         )
     profile(works["step"], given, f"{name} FOLK")
+
+
+def compiled_masks(given: Any, claims: Claims, device: torch.device) -> None:
+    """Mask and loss where filter and loss are compiled, too."""
+    from step import method_works, take_turns
+
+    mask = method_works(
+        "mfm-com", given.backbone, argparse.Namespace(**{**vars(given), "compile": "masks"}), device
+    )["mask"]
+    began = time.monotonic()
+    take_turns({"mask": mask}, 0, device)
+    claims.add("com: time to compile mask and loss", time.monotonic() - began, "s")
+    times = take_turns({"mask": mask}, given.rounds, device, given.repeats)
+    claims.add("com: mask and loss alone, compiled", 1000 * times["mask"], "ms")
 
 
 def one_graph(given: Any, claims: Claims, device: torch.device) -> None:
@@ -237,11 +250,10 @@ def small(options: Any, claims: Claims) -> None:
     data = os.environ.get("CIFAR") or str(
         smooth_images(WORK / "small.npy", 512 if options.toy else 50_000, 32)
     )
-    batch, steps = (16, 4) if options.toy else (2048, 300)
+    batch, steps = (16, 4) if options.toy else (2048, 160)
     kinds = {
         "crops and flips": {},
         "crops, flips, colour jitter": {"colour_jitter": [0.4, 0.4, 0.2, 0.1, 0.8]},
-        "crops and flips, batch 1,024": {"batch_size": batch // 2},
     }
     for kind, more in list(kinds.items())[: 1 if options.toy else None]:
         with going_on(claims, kind):
@@ -258,6 +270,7 @@ def small(options: Any, claims: Claims) -> None:
                 "accelerator": options.device,
                 "log_every_steps": max(steps // 10, 1),
                 "preview_every_steps": 0,
+                "probe_every_epochs": 10000,
                 "checkpoint_every_steps": steps,
                 "workers": 0 if options.toy else 16,
                 "out": str(run),
@@ -327,13 +340,14 @@ def loader(options: Any, claims: Claims) -> None:
             dataset, TrainSampler(len(source), 0, given.batch, total_steps=10**6), given.batch, workers
         )
     )
-    rounds = 1 if options.toy else 24
+    rounds, ahead = (1, 1) if options.toy else (40, 3 * workers)
 
     def alone() -> None:
         for _ in range(rounds):
             next(batches)
 
-    alone()
+    for _ in range(ahead):  # what the workers have made ready meanwhile
+        next(batches)
     claims.add(f"loader alone, {workers} workers", given.batch * rounds / timed(alone, device), "images/s")
     train = method_works("mfm-com", given.backbone, given, device, fed=True)["stepped"]
     moved = (
@@ -346,6 +360,8 @@ def loader(options: Any, claims: Claims) -> None:
     one = next(moved)
     timed(lambda: [train(*one) for _ in range(3)], device)
     still = timed(lambda: [train(*one) for _ in range(rounds)], device)
+    for _ in range(ahead):
+        train(*next(moved))
     fed = timed(lambda: [train(*next(moved)) for _ in range(rounds)], device)
     claims.add("ViT-B/16 on one batch", given.batch * rounds / still, "images/s")
     claims.add("ViT-B/16 fed by the loader", given.batch * rounds / fed, "images/s")
@@ -467,7 +483,7 @@ def profile(work: Work, given: Any, title: str) -> None:
             work()
         if given.device == "cuda":
             torch.cuda.synchronize()
-    order = "self_cuda_time_total" if given.device == "cuda" else "self_cpu_time_total"
+    order = "self_device_time_total" if given.device == "cuda" else "self_cpu_time_total"
     table = found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=90)
     with (given.options.out / "profile.txt").open("a") as file:
         file.write(f"== {title}\n{table}\n")

@@ -145,6 +145,8 @@ def supervised(backbone: str, arguments: argparse.Namespace, device: torch.devic
         .to(device)
         .train()
     )
+    if "vit" not in backbone:
+        model.to(memory_format=torch.channels_last)
     compile_parts(model, arguments)
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
     labels = torch.randint(1000, (arguments.batch,), device=device)
@@ -177,6 +179,9 @@ def method_works(
         method.to(memory_format=torch.channels_last)  # as a training does
     for part in method.backbones().values():
         compile_parts(part.timm_model, arguments)
+    if arguments.compile == "masks":
+        for part in (method.filter, method.loss, method.normalise):
+            part.compile(backend=getattr(arguments, "backend", "inductor"))
     shape = (arguments.batch, 3, arguments.size, arguments.size)
     views = [torch.rand(shape, device=device) for _ in range(method.n_views)]
     keys = torch.arange(arguments.batch, device=device)
@@ -240,6 +245,9 @@ def matmul(arguments: argparse.Namespace, device: torch.device) -> Work:
 
 def forward_flops(backbone: str, arguments: argparse.Namespace, device: torch.device) -> float:
     model = timm.create_model(backbone, num_classes=0, **timm_arguments(backbone, arguments)).eval()
+    for part in model.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False  # the counter knows matrix products, not a CPU's fused attention
     images = torch.randn(1, 3, arguments.size, arguments.size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
