@@ -16,7 +16,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 import freqmask
 from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, shorten_jpeg
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.segmentation.masks import read_mask
+from freqmask.evaluation.segmentation.mask_files import read_mask
 from freqmask.reporting import pictures
 
 GENERATOR = np.random.default_rng(0)

@@ -18,15 +18,14 @@ from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation import corruption_functions as functions
 from freqmask.evaluation import weather
+from freqmask.evaluation.corruption_constants import PUBLISHED, strengths_for
 from freqmask.evaluation.corruptions import (
     COMMON,
     CORRUPTIONS,
     EXTRA,
-    PUBLISHED,
     Corruption,
     check_severities,
     choose_corruptions,
-    strengths_for,
 )
 from freqmask.evaluation.robustness import CorruptedDataset
 

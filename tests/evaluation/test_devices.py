@@ -27,7 +27,8 @@ from freqmask.errors import UserError
 from freqmask.evaluation import features, linear
 from freqmask.evaluation.attacks import make_attacks
 from freqmask.evaluation.bands import Band
-from freqmask.evaluation.corruptions import Corruption, strengths_for
+from freqmask.evaluation.corruption_constants import strengths_for
+from freqmask.evaluation.corruptions import Corruption
 from freqmask.evaluation.eval_model import open_eval_model
 from freqmask.evaluation.features import ComputeConfig, compute_features, part_images
 from freqmask.evaluation.labelled import open_labelled

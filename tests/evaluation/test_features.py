@@ -15,7 +15,8 @@ from freqmask.data.cache import cache_folder
 from freqmask.data.folder import open_folder
 from freqmask.data.values import survey
 from freqmask.evaluation import features
-from freqmask.evaluation.corruptions import Corruption, strengths_for
+from freqmask.evaluation.corruption_constants import strengths_for
+from freqmask.evaluation.corruptions import Corruption
 from freqmask.evaluation.eval_model import EvalModel, open_eval_model
 from freqmask.evaluation.features import ComputeConfig, FeatureTable, compute_features, not_finite, prune
 from freqmask.evaluation.robustness import CorruptedModel

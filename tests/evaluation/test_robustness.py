@@ -13,7 +13,8 @@ import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.evaluation import linear
-from freqmask.evaluation.corruptions import COMMON, SEVERITIES
+from freqmask.evaluation.corruption_constants import SEVERITIES
+from freqmask.evaluation.corruptions import COMMON
 from freqmask.evaluation.results import ClassificationResult, summarize
 from freqmask.evaluation.robustness import RobustnessEval, together
 from freqmask.evaluation.robustness_folders import find_folders

@@ -12,12 +12,15 @@ from evaluation.segmentation_images import blocks, make_data, make_pairs, write
 
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.segmentation.data import SegmentationConfig, open_segmentation
-from freqmask.evaluation.segmentation.labels import IGNORED, Labels, read_classes
-from freqmask.evaluation.segmentation.layout import Part
-from freqmask.evaluation.segmentation.masks import read_mask
-from freqmask.evaluation.segmentation.pairs import PairSource
-from freqmask.evaluation.segmentation.views import PairDataset, RandomCrop, nearest
+from freqmask.evaluation.segmentation.crops import PairDataset, RandomCrop, nearest
+from freqmask.evaluation.segmentation.mask_data import (
+    IGNORED,
+    Labels,
+    SegmentationConfig,
+    open_segmentation,
+    read_classes,
+)
+from freqmask.evaluation.segmentation.mask_files import PairSource, Part, read_mask
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from freqmask.evaluation.scores import (
     segmentation_score,
     segmented_classes,
 )
-from freqmask.evaluation.segmentation.windows import classes_at, places, segment_whole, segment_windows
+from freqmask.evaluation.segmentation.inference import classes_at, places, segment_whole, segment_windows
 
 
 def maps(count: int = 3, classes: int = 4) -> tuple[list[np.ndarray], list[np.ndarray]]:

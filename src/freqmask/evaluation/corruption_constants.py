@@ -7,11 +7,15 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from freqmask.errors import UserError, nearest
+
 Strength = tuple[float, ...]
 SEVERITIES = (1, 2, 3, 4, 5)
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,65 @@ class Published:
     table: Mapping[str, Sequence[Strength]]
 
 
+@dataclass(frozen=True)
+class Strengths:
+    """Constants for images of one size.
+
+    Attributes:
+        published: the data set whose constants they are.
+        stretch: what lengths in pixels are multiplied by.
+    """
+
+    published: str
+    stretch: float
+
+    def of(self, corruption: str, severity: int) -> Strength:
+        """What the function of a corruption takes.
+
+        Args:
+            corruption: its name.
+            severity: 1 to 5.
+        """
+        values = PUBLISHED[self.published].table[corruption][severity - 1]
+        lengths = LENGTHS.get(corruption, ())
+        return tuple(
+            value * self.stretch if number in lengths else value for number, value in enumerate(values)
+        )
+
+    def describe(self) -> str:
+        """For the user and the records."""
+        title = PUBLISHED[self.published].title
+        return f"{title}'s" if self.stretch == 1 else f"{title}'s, lengths x {self.stretch:.3g}"
+
+
+def strengths_for(side: int, published: str = AUTO) -> Strengths:
+    """The constants for images of a size.
+
+    Those of the data set whose images are nearest in size, as a ratio: up to 45 pixels CIFAR-10-C's, up to
+    119 Tiny-ImageNet-C's, above ImageNet-C's. Lengths in pixels (radii, widths, shifts) are scaled by the
+    side over that of the data set, which is our rule; amplitudes, shares and qualities stay. At 32, 64 and
+    224 pixels everything is as published.
+
+    Args:
+        side: the shorter one in pixels.
+        published: ``auto`` or a data set.
+
+    Raises:
+        UserError: there are no such constants.
+
+    >>> strengths_for(32).describe(), strengths_for(128).describe()
+    ("CIFAR-10-C's", "ImageNet-C's, lengths x 0.571")
+    """
+    if published == AUTO:
+        published = min(PUBLISHED, key=lambda name: abs(math.log(side / PUBLISHED[name].side)))
+    if published not in PUBLISHED:
+        raise UserError(
+            f"constants ({published}) must be auto or one of {', '.join(PUBLISHED)}; "
+            f"{nearest(published, [AUTO, *PUBLISHED])}"
+        )
+    return Strengths(published, side / PUBLISHED[published].side)
+
+
 # Which of the numbers are lengths in pixels, by their place.
 LENGTHS: dict[str, tuple[int, ...]] = {
     "gaussian_blur": (0,),
@@ -42,159 +105,101 @@ LENGTHS: dict[str, tuple[int, ...]] = {
 }
 
 
-def _each(*values: float) -> tuple[Strength, ...]:
-    return tuple((value,) for value in values)
+def _parse(cell: str) -> Strength:
+    """The numbers of one severity; 1.1:0.05 stands for 1, 1.05, 1.1."""
+    if ":" not in cell:
+        return tuple(float(number) for number in cell.split())
+    last, step = (float(number) for number in cell.split(":"))
+    return tuple(round(1 + step * number, 4) for number in range(round((last - 1) / step) + 1))
 
 
-def _zooms(*ranges: tuple[float, float]) -> tuple[Strength, ...]:
-    """(last factor, step) of each severity as the factors themselves, from 1 on."""
-    return tuple(
-        tuple(round(1 + step * number, 4) for number in range(round((last - 1) / step) + 1))
-        for last, step in ranges
-    )
+def _read(dataset: str) -> dict[str, tuple[Strength, ...]]:
+    lines = (line.split(maxsplit=2) for line in _TABLE.strip().splitlines() if not line.startswith("#"))
+    return {name: tuple(map(_parse, cells.split("|"))) for name, of, cells in lines if of == dataset}
 
 
-_IMAGENET_C: dict[str, tuple[Strength, ...]] = {
-    # standard deviation in [0, 1]
-    "gaussian_noise": _each(0.08, 0.12, 0.18, 0.26, 0.38),
-    # photons of a white pixel
-    "shot_noise": _each(60, 25, 12, 5, 3),
-    # share of the values that become 0 or 1
-    "impulse_noise": _each(0.03, 0.06, 0.09, 0.17, 0.27),
-    # standard deviation over the value
-    "speckle_noise": _each(0.15, 0.2, 0.35, 0.45, 0.6),
-    # standard deviation
-    "gaussian_blur": _each(1, 2, 3, 4, 6),
-    # radius of the disc, standard deviation of its edge
-    "defocus_blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
-    # standard deviation, farthest swap, passes
-    "glass_blur": ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-    # radius, standard deviation along the way
-    "motion_blur": ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-    # the factors that are averaged; a step more than meant in the first, as numpy's arange of the program gives
-    "zoom_blur": _zooms((1.11, 0.01), (1.15, 0.01), (1.20, 0.02), (1.24, 0.02), (1.30, 0.03)),
-    # mean and deviation of the layer, size of a flake, threshold, radius and deviation of the fall, share of the image
-    "snow": (
-        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-    ),
-    # share of the image, share of the frost, scale of the photograph
-    "frost": ((1, 0.4, 1), (0.8, 0.6, 1), (0.7, 0.7, 1), (0.65, 0.7, 1), (0.6, 0.75, 1)),
-    # density, by how much finer fog is fainter (see `plasma`)
-    "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-    # added to the value of HSV
-    "brightness": _each(0.1, 0.2, 0.3, 0.4, 0.5),
-    # what distances from the mean are multiplied by
-    "contrast": _each(0.4, 0.3, 0.2, 0.1, 0.05),
-    # size and smoothness of the displacement, shift of the corners; 244 is the authors' slip for 224
-    "elastic_transform": (
-        (488, 170.8, 24.4),
-        (488, 19.52, 48.8),
-        (12.2, 2.44, 4.88),
-        (17.08, 2.44, 4.88),
-        (29.28, 2.44, 4.88),
-    ),
-    # side of the reduced image over that of the image
-    "pixelate": _each(0.6, 0.5, 0.4, 0.3, 0.25),
-    # quality
-    "jpeg_compression": _each(25, 18, 15, 10, 7),
-    # mean, deviation and smoothness of the layer, threshold, strength of water or smoothness of mud, 1 for mud
-    "spatter": (
-        (0.65, 0.3, 4, 0.69, 0.6, 0),
-        (0.65, 0.3, 3, 0.68, 0.6, 0),
-        (0.65, 0.3, 2, 0.68, 0.5, 0),
-        (0.65, 0.3, 1, 0.65, 1.5, 1),
-        (0.67, 0.4, 1, 0.65, 1.5, 1),
-    ),
-    # factor and summand of the saturation of HSV
-    "saturate": ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
-}
+_TABLE = """
+# standard deviation in [0, 1]
+gaussian_noise    cifar-10-c      0.04 | 0.06 | 0.08 | 0.09 | 0.1
+gaussian_noise    tiny-imagenet-c 0.04 | 0.08 | 0.12 | 0.15 | 0.18
+gaussian_noise    imagenet-c      0.08 | 0.12 | 0.18 | 0.26 | 0.38
+# photons of a white pixel
+shot_noise        cifar-10-c      500 | 250 | 100 | 75 | 50
+shot_noise        tiny-imagenet-c 250 | 100 | 50 | 30 | 15
+shot_noise        imagenet-c      60 | 25 | 12 | 5 | 3
+# share of the values that become 0 or 1
+impulse_noise     cifar-10-c      0.01 | 0.02 | 0.03 | 0.05 | 0.07
+impulse_noise     tiny-imagenet-c 0.01 | 0.02 | 0.05 | 0.08 | 0.14
+impulse_noise     imagenet-c      0.03 | 0.06 | 0.09 | 0.17 | 0.27
+# standard deviation over the value
+speckle_noise     cifar-10-c      0.06 | 0.1 | 0.12 | 0.16 | 0.2
+speckle_noise     tiny-imagenet-c 0.15 | 0.2 | 0.25 | 0.3 | 0.35
+speckle_noise     imagenet-c      0.15 | 0.2 | 0.35 | 0.45 | 0.6
+# standard deviation
+gaussian_blur     cifar-10-c      0.4 | 0.6 | 0.7 | 0.8 | 1
+gaussian_blur     tiny-imagenet-c 0.5 | 0.75 | 1 | 1.25 | 1.5
+gaussian_blur     imagenet-c      1 | 2 | 3 | 4 | 6
+# radius of the disc, standard deviation of its edge
+defocus_blur      cifar-10-c      0.3 0.4 | 0.4 0.5 | 0.5 0.6 | 1 0.2 | 1.5 0.1
+defocus_blur      tiny-imagenet-c 0.5 0.6 | 1 0.1 | 1.5 0.1 | 2.5 0.01 | 3 0.1
+defocus_blur      imagenet-c      3 0.1 | 4 0.5 | 6 0.5 | 8 0.5 | 10 0.5
+# standard deviation, farthest swap, passes
+glass_blur        cifar-10-c      0.05 1 1 | 0.25 1 1 | 0.4 1 1 | 0.25 1 2 | 0.4 1 2
+glass_blur        tiny-imagenet-c 0.1 1 1 | 0.5 1 1 | 0.6 1 2 | 0.7 2 1 | 0.9 2 2
+glass_blur        imagenet-c      0.7 1 2 | 0.9 2 1 | 1 2 3 | 1.1 3 2 | 1.5 4 2
+# radius, standard deviation along the way
+motion_blur       cifar-10-c      6 1 | 6 1.5 | 6 2 | 8 2 | 9 2.5
+motion_blur       tiny-imagenet-c 10 1 | 10 1.5 | 10 2 | 10 2.5 | 12 3
+motion_blur       imagenet-c      10 3 | 15 5 | 15 8 | 15 12 | 20 15
+# LAST:STEP of the factors that are averaged, from 1 on; a step more than meant in the first, as numpy's arange of the
+# program gives
+zoom_blur         cifar-10-c      1.06:0.01 | 1.11:0.01 | 1.15:0.01 | 1.2:0.01 | 1.25:0.01
+zoom_blur         tiny-imagenet-c 1.06:0.01 | 1.11:0.01 | 1.15:0.01 | 1.2:0.01 | 1.25:0.01
+zoom_blur         imagenet-c      1.11:0.01 | 1.15:0.01 | 1.2:0.02 | 1.24:0.02 | 1.3:0.03
+# mean and deviation of the layer, size of a flake, threshold, radius and deviation of the fall, share of the image
+snow              cifar-10-c      0.1 0.2 1 0.6 8 3 0.95 | 0.1 0.2 1 0.5 10 4 0.9 | 0.15 0.3 1.75 0.55 10 4 0.9 | 0.25 0.3 2.25 0.6 12 6 0.85 | 0.3 0.3 1.25 0.65 14 12 0.8
+snow              tiny-imagenet-c 0.1 0.2 1 0.6 8 3 0.8 | 0.1 0.2 1 0.5 10 4 0.8 | 0.15 0.3 1.75 0.55 10 4 0.7 | 0.25 0.3 2.25 0.6 12 6 0.65 | 0.3 0.3 1.25 0.65 14 12 0.6
+snow              imagenet-c      0.1 0.3 3 0.5 10 4 0.8 | 0.2 0.3 2 0.5 12 4 0.7 | 0.55 0.3 4 0.9 12 8 0.7 | 0.55 0.3 4.5 0.85 12 8 0.65 | 0.55 0.3 2.5 0.85 12 12 0.55
+# share of the image, share of the frost, scale of the photograph
+frost             cifar-10-c      1 0.2 0.2 | 1 0.3 0.2 | 0.9 0.4 0.2 | 0.85 0.4 0.2 | 0.75 0.45 0.2
+frost             tiny-imagenet-c 1 0.3 0.3 | 0.9 0.4 0.3 | 0.8 0.45 0.3 | 0.75 0.5 0.3 | 0.7 0.55 0.3
+frost             imagenet-c      1 0.4 1 | 0.8 0.6 1 | 0.7 0.7 1 | 0.65 0.7 1 | 0.6 0.75 1
+# density, by how much finer fog is fainter (see `plasma`)
+fog               cifar-10-c      0.2 3 | 0.5 3 | 0.75 2.5 | 1 2 | 1.5 1.75
+fog               tiny-imagenet-c 0.4 3 | 0.7 3 | 1 2.5 | 1.5 2 | 2 1.75
+fog               imagenet-c      1.5 2 | 2 2 | 2.5 1.7 | 2.5 1.5 | 3 1.4
+# added to the value of HSV
+brightness        cifar-10-c      0.05 | 0.1 | 0.15 | 0.2 | 0.3
+brightness        tiny-imagenet-c 0.1 | 0.2 | 0.3 | 0.4 | 0.5
+brightness        imagenet-c      0.1 | 0.2 | 0.3 | 0.4 | 0.5
+# what distances from the mean are multiplied by
+contrast          cifar-10-c      0.75 | 0.5 | 0.4 | 0.3 | 0.15
+contrast          tiny-imagenet-c 0.4 | 0.3 | 0.2 | 0.1 | 0.05
+contrast          imagenet-c      0.4 | 0.3 | 0.2 | 0.1 | 0.05
+# size and smoothness of the displacement, shift of the corners; 244 is the authors' slip for 224
+elastic_transform cifar-10-c      0 0 2.56 | 1.6 6.4 2.24 | 2.56 1.92 1.92 | 3.2 1.28 1.6 | 3.2 0.96 0.96
+elastic_transform tiny-imagenet-c 0 0 5.12 | 3.2 19.2 3.84 | 6.4 5.12 3.84 | 6.4 1.92 1.92 | 10.24 1.92 1.28
+elastic_transform imagenet-c      488 170.8 24.4 | 488 19.52 48.8 | 12.2 2.44 4.88 | 17.08 2.44 4.88 | 29.28 2.44 4.88
+# side of the reduced image over that of the image
+pixelate          cifar-10-c      0.95 | 0.9 | 0.85 | 0.75 | 0.65
+pixelate          tiny-imagenet-c 0.9 | 0.8 | 0.7 | 0.6 | 0.5
+pixelate          imagenet-c      0.6 | 0.5 | 0.4 | 0.3 | 0.25
+# quality
+jpeg_compression  cifar-10-c      80 | 65 | 58 | 50 | 40
+jpeg_compression  tiny-imagenet-c 65 | 58 | 50 | 40 | 25
+jpeg_compression  imagenet-c      25 | 18 | 15 | 10 | 7
+# mean, deviation and smoothness of the layer, threshold, strength of water or smoothness of mud, 1 for mud
+spatter           cifar-10-c      0.62 0.1 0.7 0.7 0.5 0 | 0.65 0.1 0.8 0.7 0.5 0 | 0.65 0.3 1 0.69 0.5 0 | 0.65 0.1 0.7 0.69 0.6 1 | 0.65 0.1 0.5 0.68 0.6 1
+spatter           tiny-imagenet-c 0.62 0.1 0.7 0.7 0.6 0 | 0.65 0.1 0.8 0.7 0.6 0 | 0.65 0.3 1 0.69 0.6 0 | 0.65 0.1 0.7 0.68 0.6 1 | 0.65 0.1 0.5 0.67 0.6 1
+spatter           imagenet-c      0.65 0.3 4 0.69 0.6 0 | 0.65 0.3 3 0.68 0.6 0 | 0.65 0.3 2 0.68 0.5 0 | 0.65 0.3 1 0.65 1.5 1 | 0.67 0.4 1 0.65 1.5 1
+# factor and summand of the saturation of HSV
+saturate          cifar-10-c      0.3 0 | 0.1 0 | 1.5 0 | 2 0.1 | 2.5 0.2
+saturate          tiny-imagenet-c 0.3 0 | 0.1 0 | 2 0 | 5 0.1 | 30 0.2
+saturate          imagenet-c      0.3 0 | 0.1 0 | 2 0 | 5 0.1 | 20 0.2
+"""  # noqa: E501
 
-_TINY_IMAGENET_C: dict[str, tuple[Strength, ...]] = {
-    "gaussian_noise": _each(0.04, 0.08, 0.12, 0.15, 0.18),
-    "shot_noise": _each(250, 100, 50, 30, 15),
-    "impulse_noise": _each(0.01, 0.02, 0.05, 0.08, 0.14),
-    "speckle_noise": _each(0.15, 0.2, 0.25, 0.3, 0.35),
-    "gaussian_blur": _each(0.5, 0.75, 1, 1.25, 1.5),
-    "defocus_blur": ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
-    "glass_blur": ((0.1, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 1), (0.9, 2, 2)),
-    "motion_blur": ((10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)),
-    "zoom_blur": _zooms((1.06, 0.01), (1.11, 0.01), (1.15, 0.01), (1.20, 0.01), (1.25, 0.01)),
-    "snow": (
-        (0.1, 0.2, 1, 0.6, 8, 3, 0.8),
-        (0.1, 0.2, 1, 0.5, 10, 4, 0.8),
-        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.7),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.65),
-        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.6),
-    ),
-    "frost": ((1, 0.3, 0.3), (0.9, 0.4, 0.3), (0.8, 0.45, 0.3), (0.75, 0.5, 0.3), (0.7, 0.55, 0.3)),
-    "fog": ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
-    "brightness": _each(0.1, 0.2, 0.3, 0.4, 0.5),
-    "contrast": _each(0.4, 0.3, 0.2, 0.1, 0.05),
-    "elastic_transform": (
-        (0, 0, 5.12),
-        (3.2, 19.2, 3.84),
-        (6.4, 5.12, 3.84),
-        (6.4, 1.92, 1.92),
-        (10.24, 1.92, 1.28),
-    ),
-    "pixelate": _each(0.9, 0.8, 0.7, 0.6, 0.5),
-    "jpeg_compression": _each(65, 58, 50, 40, 25),
-    "spatter": (
-        (0.62, 0.1, 0.7, 0.7, 0.6, 0),
-        (0.65, 0.1, 0.8, 0.7, 0.6, 0),
-        (0.65, 0.3, 1, 0.69, 0.6, 0),
-        (0.65, 0.1, 0.7, 0.68, 0.6, 1),
-        (0.65, 0.1, 0.5, 0.67, 0.6, 1),
-    ),
-    "saturate": ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (30, 0.2)),
-}
-
-_CIFAR_10_C: dict[str, tuple[Strength, ...]] = {
-    "gaussian_noise": _each(0.04, 0.06, 0.08, 0.09, 0.10),
-    "shot_noise": _each(500, 250, 100, 75, 50),
-    "impulse_noise": _each(0.01, 0.02, 0.03, 0.05, 0.07),
-    "speckle_noise": _each(0.06, 0.1, 0.12, 0.16, 0.2),
-    "gaussian_blur": _each(0.4, 0.6, 0.7, 0.8, 1),
-    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
-    "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
-    "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-    "zoom_blur": _zooms((1.06, 0.01), (1.11, 0.01), (1.15, 0.01), (1.20, 0.01), (1.25, 0.01)),
-    "snow": (
-        (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-        (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-    ),
-    "frost": ((1, 0.2, 0.2), (1, 0.3, 0.2), (0.9, 0.4, 0.2), (0.85, 0.4, 0.2), (0.75, 0.45, 0.2)),
-    "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-    "brightness": _each(0.05, 0.1, 0.15, 0.2, 0.3),
-    "contrast": _each(0.75, 0.5, 0.4, 0.3, 0.15),
-    "elastic_transform": (
-        (0, 0, 2.56),
-        (1.6, 6.4, 2.24),
-        (2.56, 1.92, 1.92),
-        (3.2, 1.28, 1.6),
-        (3.2, 0.96, 0.96),
-    ),
-    "pixelate": _each(0.95, 0.9, 0.85, 0.75, 0.65),
-    "jpeg_compression": _each(80, 65, 58, 50, 40),
-    "spatter": (
-        (0.62, 0.1, 0.7, 0.7, 0.5, 0),
-        (0.65, 0.1, 0.8, 0.7, 0.5, 0),
-        (0.65, 0.3, 1, 0.69, 0.5, 0),
-        (0.65, 0.1, 0.7, 0.69, 0.6, 1),
-        (0.65, 0.1, 0.5, 0.68, 0.6, 1),
-    ),
-    "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
-}
-
-PUBLISHED: dict[str, Published] = {
-    "cifar-10-c": Published("CIFAR-10-C", 32, _CIFAR_10_C),
-    "tiny-imagenet-c": Published("Tiny-ImageNet-C", 64, _TINY_IMAGENET_C),
-    "imagenet-c": Published("ImageNet-C", 224, _IMAGENET_C),
+PUBLISHED = {
+    "cifar-10-c": Published("CIFAR-10-C", 32, _read("cifar-10-c")),
+    "tiny-imagenet-c": Published("Tiny-ImageNet-C", 64, _read("tiny-imagenet-c")),
+    "imagenet-c": Published("ImageNet-C", 224, _read("imagenet-c")),
 }

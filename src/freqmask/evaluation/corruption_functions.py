@@ -260,7 +260,6 @@ def _affine_places(height: int, width: int, random: np.random.Generator, corners
 
 
 def _sampled(image: Image, places: np.ndarray, mode: str) -> Image:
-    """The image at other places, bilinearly; the border mirrored, its pixels repeated or not."""
     planes = [map_coordinates(plane, places, order=1, mode=mode) for plane in image.transpose(2, 0, 1)]
     return np.stack(planes, axis=2)
 

@@ -6,7 +6,6 @@ the authors' programs is listed in docs/evaluating.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from freqmask.draws import identity_of, sample_key
 from freqmask.errors import UserError, nearest
 from freqmask.evaluation import corruption_functions as functions
 from freqmask.evaluation import weather
-from freqmask.evaluation.corruption_constants import LENGTHS, PUBLISHED, SEVERITIES, Strength
+from freqmask.evaluation.corruption_constants import SEVERITIES, Strengths
 
 FAMILIES: dict[str, dict[str, Callable[..., functions.Image]]] = {
     "noise": {
@@ -57,67 +56,7 @@ FAMILIES: dict[str, dict[str, Callable[..., functions.Image]]] = {
 CORRUPTIONS = {name: function for family in FAMILIES.values() for name, function in family.items()}
 EXTRA = tuple(FAMILIES["extra"])
 COMMON = tuple(name for name in CORRUPTIONS if name not in EXTRA)
-AUTO = "auto"
 _LAYOUT = 1  # raised when the same settings would give other images
-
-
-@dataclass(frozen=True)
-class Strengths:
-    """Constants for images of one size.
-
-    Attributes:
-        published: the data set whose constants they are.
-        stretch: what lengths in pixels are multiplied by.
-    """
-
-    published: str
-    stretch: float
-
-    def of(self, corruption: str, severity: int) -> Strength:
-        """What the function of a corruption takes.
-
-        Args:
-            corruption: its name.
-            severity: 1 to 5.
-        """
-        values = PUBLISHED[self.published].table[corruption][severity - 1]
-        lengths = LENGTHS.get(corruption, ())
-        return tuple(
-            value * self.stretch if number in lengths else value for number, value in enumerate(values)
-        )
-
-    def describe(self) -> str:
-        """For the user and the records."""
-        title = PUBLISHED[self.published].title
-        return f"{title}'s" if self.stretch == 1 else f"{title}'s, lengths x {self.stretch:.3g}"
-
-
-def strengths_for(side: int, published: str = AUTO) -> Strengths:
-    """The constants for images of a size.
-
-    Those of the data set whose images are nearest in size, as a ratio: up to 45 pixels CIFAR-10-C's, up to
-    119 Tiny-ImageNet-C's, above ImageNet-C's. Lengths in pixels (radii, widths, shifts) are scaled by the
-    side over that of the data set, which is our rule; amplitudes, shares and qualities stay. At 32, 64 and
-    224 pixels everything is as published.
-
-    Args:
-        side: the shorter one in pixels.
-        published: ``auto`` or a data set.
-
-    Raises:
-        UserError: there are no such constants.
-
-    >>> strengths_for(32).describe(), strengths_for(128).describe()
-    ("CIFAR-10-C's", "ImageNet-C's, lengths x 0.571")
-    """
-    if published == AUTO:
-        published = min(PUBLISHED, key=lambda name: abs(math.log(side / PUBLISHED[name].side)))
-    if published not in PUBLISHED:
-        raise UserError(
-            f"constants ({published}) must be auto or one of {', '.join(PUBLISHED)}; "
-            f"{nearest(published, [AUTO, *PUBLISHED])}"
-        )
-    return Strengths(published, side / PUBLISHED[published].side)
 
 
 @dataclass(frozen=True)

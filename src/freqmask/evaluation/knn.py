@@ -19,7 +19,8 @@ NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 _QUERIES = 1024  # at once: 1,024 x 1,000 classes of votes are 4 MB
 _BANK = 32_768  # images of the bank at once: 1,024 x 32,768 similarities are 134 MB
-Arguments, Returned = ParamSpec("Arguments"), TypeVar("Returned")
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
 
 def outside_autocast(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:

@@ -222,7 +222,6 @@ class Sweep:
         )
 
     def _importance(self, labels: Tensor, heads: Sequence[Head]) -> Float[Tensor, "head class"]:
-        """How much an image of each class counts for each head; 1 on average."""
         counts = torch.bincount(labels, minlength=self.classes).clamp_min(1)
         present = int((torch.bincount(labels, minlength=self.classes) > 0).sum())
         balancing = len(labels) / (present * counts)

@@ -196,6 +196,11 @@ class Summary:
         """Over seeds; nan where there is no number."""
         return float(np.mean(self.values)) if self.values else float("nan")
 
+    def interval_text(self) -> str:
+        """The interval in per cent."""
+        low, high = self.interval
+        return f"{100 * low:.1f} to {100 * high:.1f}"
+
     def percent(self) -> str:
         """In per cent, with the deviation over seeds where there are several; - where there is no number."""
         if not self.values:
@@ -276,10 +281,10 @@ class ResultTable:
                 rows.append([name, *cells, "-", *["-"] * len(kind.OTHERS)] if some else [name, error])
                 continue
             others = [f"{100 * getattr(main.scores, score):.1f}" for score in kind.OTHERS]
-            rows.append([name, *cells, interval_text(main), *others])
+            rows.append([name, *cells, main.interval_text(), *others])
         metric = kind.METRIC.replace("_", " ").replace("iou", "IoU")
-        others = " and ".join(kind.OTHERS.values())
-        note = f"({metric} in %; interval, {others} are those of {headline})"
+        further = " and ".join(kind.OTHERS.values())
+        note = f"({metric} in %; interval, {further} are those of {headline})"
         return [self.title, *aligned(rows), *([note] if headline else [])]
 
     def class_lines(self) -> list[str]:
@@ -333,7 +338,10 @@ class ResultTable:
                 "model": result.model.name,
                 "variant": result.variant,
                 "seed": result.seed,
-                **{_CLASS_COLUMNS.get(name, name): _four_digits(value) for name, value in vars(one).items()},
+                **{
+                    ("class" if name == "name" else name): _four_digits(value)
+                    for name, value in vars(one).items()
+                },
             }
             for result in self.results
             if variant in (None, result.variant) and not result.error
@@ -361,19 +369,10 @@ class ResultTable:
         return out or next((one.model.results for one in self.results if one.model.results), None) or Path()
 
 
-_CLASS_COLUMNS = {"name": "class"}
-
-
 def _four_digits(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return "" if np.isnan(value) else f"{value:.4f}"
-
-
-def interval_text(summary: Summary) -> str:
-    """The interval in per cent."""
-    low, high = summary.interval
-    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -470,7 +469,23 @@ def draw_bar_chart(path: Path, title: str, label: str, summaries: Sequence[Summa
     variants = list(dict.fromkeys(one.variant for one in summaries))[:_MOST_BARS]
     figure = Figure(figsize=(max(4.0, 1.6 + 1.3 * len(names)), 3.6), dpi=120, layout="constrained")
     axis = figure.add_subplot()
-    draw_bars(axis, names, variants, summaries)
+    width = 0.8 / len(variants)
+    for one in summaries:
+        if one.variant not in variants or not one.values:
+            continue
+        place = variants.index(one.variant)
+        mean, (low, high) = 100 * one.mean, (100 * end for end in one.interval)
+        axis.bar(
+            names.index(one.name) + (place - (len(variants) - 1) / 2) * width,
+            mean,
+            width * 0.92,
+            yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
+            color=f"C{place}",
+            ecolor="0.3",
+            label=one.variant if one.name == names[0] else None,
+        )
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
     axis.set_xticks(range(len(names)), map(shortened, names), rotation=20, ha="right", parse_math=False)
     axis.set_ylabel(label)
     axis.set_title(
@@ -481,23 +496,3 @@ def draw_bar_chart(path: Path, title: str, label: str, summaries: Sequence[Summa
             fontsize=8, frameon=False, ncols=len(variants), loc="upper left", bbox_to_anchor=(0, -0.25)
         )
     save_figure(figure, path)
-
-
-def draw_bars(axis: Any, groups: Sequence[str], bars: Sequence[str], summaries: Sequence[Summary]) -> None:
-    """A group of bars a model, a bar a variant, onto an axis; in per cent with their intervals."""
-    width = 0.8 / len(bars)
-    for one in summaries:
-        if one.variant in bars and one.values:
-            place = bars.index(one.variant)
-            mean, (low, high) = 100 * one.mean, (100 * end for end in one.interval)
-            axis.bar(
-                groups.index(one.name) + (place - (len(bars) - 1) / 2) * width,
-                mean,
-                width * 0.92,
-                yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
-                color=f"C{place}",
-                ecolor="0.3",
-                label=one.variant if one.name == groups[0] else None,
-            )
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)

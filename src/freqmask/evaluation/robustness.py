@@ -22,7 +22,8 @@ from freqmask.data.sources import Source
 from freqmask.draws import sample_key
 from freqmask.errors import UserError
 from freqmask.evaluation.attacks import Attack, size_of_change
-from freqmask.evaluation.corruptions import COMMON, SEVERITIES, Corruption, strengths_for
+from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
+from freqmask.evaluation.corruptions import COMMON, Corruption
 from freqmask.evaluation.eval_model import ClassifierModel, EvalModel, as_float, check_models
 from freqmask.evaluation.features import FeatureTable, compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round, subset
@@ -315,7 +316,6 @@ class RobustnessEval:
     def _result(
         self, variant: str, values: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
     ) -> ClassificationResult:
-        """Each round's head predicts its own images."""
         parts = zip(self.heads, self.context.by_round(values), strict=True)
         logits = [head.table_logits(self.context, part) for head, part in parts]
         return self._row(variant, torch.cat([one.argmax(dim=1) for one in logits]).cpu().numpy(), metadata)
@@ -443,7 +443,6 @@ class CorruptedDataset(TrainDataset):
         corruption.warm(self.geometries[0].size)
 
     def __getitem__(self, item: Item) -> Sample:
-        """The sample of an item, its view corrupted."""
         sample = super().__getitem__(item)
         key = sample_key(0, 0, self.source.identity(sample.index))
         sample.views = [self.corruption(view, key) for view in sample.views]

@@ -11,7 +11,8 @@ import numpy as np
 
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.corruptions import CORRUPTIONS, FAMILIES, SEVERITIES
+from freqmask.evaluation.corruption_constants import SEVERITIES
+from freqmask.evaluation.corruptions import CORRUPTIONS, FAMILIES
 from freqmask.evaluation.labelled import LabelledData, Round
 
 

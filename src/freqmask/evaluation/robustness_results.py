@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from freqmask.draws import sample_key
-from freqmask.evaluation.corruptions import COMMON, CORRUPTIONS, SEVERITIES, Corruption, strengths_for
+from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
+from freqmask.evaluation.corruptions import COMMON, CORRUPTIONS, Corruption
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.results import (
@@ -17,7 +18,6 @@ from freqmask.evaluation.results import (
     ResultTable,
     Summary,
     aligned,
-    interval_text,
     plain_texts,
     save_figure,
     shortened,
@@ -117,7 +117,6 @@ def _measured_corruptions(table: ResultTable) -> list[str]:
 
 
 def _headlines(group: str, summaries: Mapping[str, Summary]) -> dict[str, Summary]:
-    """What stands in the main table, by the title of its column: all but single corruptions."""
     rest = {variant: one for variant, one in summaries.items() if _corruption_of(variant) is None}
     return {"imagenet-c" if group == TREE else variant: one for variant, one in rest.items()}
 
@@ -151,7 +150,7 @@ def _cells(group: str, table: ResultTable, summaries: Mapping[str, Summary]) -> 
     for title, one in _headlines(group, summaries).items():
         cells[title] = one.error or one.percent()
         if one.variant == CORRUPTED and one.values:
-            cells["95 % interval"] = interval_text(one)
+            cells["95 % interval"] = one.interval_text()
             if CLEAN in summaries:
                 cells["of clean"] = f"{100 * one.mean / summaries[CLEAN].mean:.0f} %"
     points, first = points_of(summaries), table.results[0]
@@ -208,7 +207,7 @@ def _draw_curve(axis: Any, name: str, table: ResultTable, models: Sequence[str])
     """Accuracy over severity; severity 0 is the clean image."""
     for model, summaries in table.models().items():
         clean, points = summaries.get(CLEAN), points_of(summaries)
-        curve = [(0, clean.mean)] if clean is not None and clean.values else []
+        curve = [(0.0, clean.mean)] if clean is not None and clean.values else []
         curve += [(severity, points[name, severity]) for severity in SEVERITIES if (name, severity) in points]
         x, y = np.array(curve or [(np.nan, np.nan)]).T
         axis.plot(x, 100 * y, "o-", ms=2.5, lw=1.2, color=f"C{models.index(model)}")
@@ -272,7 +271,6 @@ def draw_sheet(
 
 
 def _show(axis: Any, image: np.ndarray) -> None:
-    """Colors as they are, any other number of channels by their mean."""
     values = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
     colors = values.transpose(1, 2, 0) if len(values) == 3 else values.mean(axis=0)
     axis.imshow(colors, cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -151,7 +151,6 @@ def _shine(drops: np.ndarray) -> np.ndarray:
 
 
 def _equalized(levels: np.ndarray) -> np.ndarray:
-    """Levels from 0 to 255 that occur about equally often, the lowest at 0."""
     counts = np.bincount(levels.ravel(), minlength=256)
     below = counts.cumsum() - counts[counts > 0][0]
     return np.round(255 * below / max(below[-1], 1))[levels].clip(0, 255).astype(int)
@@ -337,12 +336,10 @@ def _needles(random: np.random.Generator) -> Float[np.ndarray, "height width"]:
 
 
 def _falling(frequency: np.ndarray, power: float, from_: float) -> np.ndarray:
-    """Amplitudes that fall as a power of the frequency (cycles per pixel), level below ``from_``, no mean."""
     return np.where(frequency > 0, np.maximum(frequency, from_) ** -power, 0)
 
 
 def _filtered(random: np.random.Generator, amplitudes: np.ndarray) -> np.ndarray:
-    """Normal noise with these amplitudes in its half spectrum, of mean 0 and deviation 1."""
     return _standard(np.fft.irfft2(np.fft.rfft2(random.standard_normal(_PANE)) * amplitudes, _PANE))
 
 

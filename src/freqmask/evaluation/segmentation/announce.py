@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from freqmask.console import readable_bytes, readable_time, say
 from freqmask.evaluation.eval_model import BackboneModel
-from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.settings import Training
+from freqmask.evaluation.segmentation.upernet import UperNet
 from freqmask.evaluation.trainings import Numbers
 
 

@@ -13,11 +13,11 @@ from freqmask.data.loader import make_loader
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
-from freqmask.evaluation.segmentation.labels import Labels
+from freqmask.evaluation.segmentation.crops import PairDataset, RandomCrop
+from freqmask.evaluation.segmentation.mask_data import Labels
 from freqmask.evaluation.segmentation.module import SegmentationModule
-from freqmask.evaluation.segmentation.network import UperNet
 from freqmask.evaluation.segmentation.settings import Training
-from freqmask.evaluation.segmentation.views import PairDataset, RandomCrop
+from freqmask.evaluation.segmentation.upernet import UperNet
 from freqmask.interop.timm_folder import write_tensors
 from freqmask.training.checkpoint import ExactResume, Saver, StopSignals
 from freqmask.training.loop import Outcome, Start, ends, make_trainer

@@ -25,13 +25,12 @@ from freqmask.evaluation.protocol import (
     say_blocks,
 )
 from freqmask.evaluation.results import Result, ResultTable, SegmentationResult, Summary, check_results
-from freqmask.evaluation.segmentation.data import SegmentationConfig, SegmentationData, open_segmentation
-from freqmask.evaluation.segmentation.network import decoder_class
-from freqmask.evaluation.segmentation.overlay import draw_overlays
-from freqmask.evaluation.segmentation.predict import Predictor, Shown, add_shown, predict
+from freqmask.evaluation.segmentation.inference import Predictor, Shown, add_shown, draw_overlays, predict
+from freqmask.evaluation.segmentation.mask_data import SegmentationConfig, SegmentationData, open_segmentation
 from freqmask.evaluation.segmentation.resolve import STRIDE_SHARE, choose_crop
 from freqmask.evaluation.segmentation.run import Task, Trained, train
 from freqmask.evaluation.segmentation.settings import DECIDING, check_options
+from freqmask.evaluation.segmentation.upernet import decoder_class
 from freqmask.evaluation.trainings import AUTO, digest, run_names
 from freqmask.interop.models import stage_features
 from freqmask.training.failures import silence_third_party_loggers

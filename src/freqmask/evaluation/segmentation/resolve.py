@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel
-from freqmask.evaluation.segmentation.network import UperNet, segmentation_losses
 from freqmask.evaluation.segmentation.settings import Training, training_of
+from freqmask.evaluation.segmentation.upernet import UperNet, segmentation_losses
 from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.training import auto
 from freqmask.training.auto import Choice

@@ -19,11 +19,11 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel, open_eval_model
 from freqmask.evaluation.segmentation.announce import say_plan
-from freqmask.evaluation.segmentation.data import SegmentationData
 from freqmask.evaluation.segmentation.fit import NETWORK, Fit
-from freqmask.evaluation.segmentation.network import UperNet
+from freqmask.evaluation.segmentation.mask_data import SegmentationData
 from freqmask.evaluation.segmentation.resolve import DROP_PATH, choose_crop, drops_paths, resolve
 from freqmask.evaluation.segmentation.settings import DECIDING, MACHINE, Training, training_of
+from freqmask.evaluation.segmentation.upernet import UperNet
 from freqmask.evaluation.trainings import AUTO, check_same, to_repeat, where_to_go_on
 from freqmask.training.failures import silence_third_party_loggers, translate_errors
 from freqmask.training.loop import leave

@@ -17,8 +17,8 @@ from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry, resize
 from freqmask.draws import uniform_numbers
-from freqmask.evaluation.segmentation.labels import IGNORED
-from freqmask.evaluation.segmentation.pairs import PairedPicture
+from freqmask.evaluation.segmentation.mask_data import IGNORED
+from freqmask.evaluation.segmentation.mask_files import PairedPicture
 
 MOST_OF_ONE_CLASS = 0.75  # a crop that holds more of it is drawn again, as mmsegmentation's recipes do
 _TRIES = 10

@@ -1,0 +1,304 @@
+"""Where images and masks lie, which file belongs to which, and one class number a pixel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+from PIL import Image
+
+from freqmask.data.decode import quiet_pillow
+from freqmask.data.folder import FolderSource
+from freqmask.data.index import FolderIndex, index_folder
+from freqmask.data.pictures import EXIF_TAG, Box, Orientation, Picture, orientation_of
+from freqmask.data.sources import Pages, Source, SourceSummary
+from freqmask.data.splits import split_of
+from freqmask.data.tiff import open_tifffile, turn_of
+from freqmask.errors import BadImage, UserError
+
+# Lossless ones only: JPEG and its like invent labels along every edge.
+MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".npy"})
+MOST_LABEL = 65_535
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
+MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "labels", "label", "segmentationclass", "gt")
+# What tools put behind a mask's name; CamVid's own masks end in _L.
+MASK_ENDINGS = ("", "_mask", "-mask", "_label", "_labels", "_seg", "_gt", "_L")
+LAYOUTS = (
+    "images/SPLIT beside masks/SPLIT, SPLIT/images beside SPLIT/masks, or images beside masks without splits "
+    "(annotations or labels will do for masks)"
+)
+
+
+def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
+    """The labels of a mask as its file says them; a palette's numbers, not its colours.
+
+    Args:
+        path: a PNG, TIFF, BMP, GIF, PGM or ``.npy`` file.
+
+    Raises:
+        BadImage: it cannot be read, holds colours or fractions, or a label is out of 0 to 65,535.
+    """
+    try:
+        found = _read(path)
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise anything on broken files
+        raise BadImage(f"it cannot be read ({' '.join(str(error).split())[:120]})") from error
+    labels = _single_plane(found)
+    if labels.dtype.kind not in "iub":
+        raise BadImage(f"it holds numbers of the type {labels.dtype}; labels are whole numbers")
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= MOST_LABEL:
+        raise BadImage(
+            f"it holds labels from {labels.min()} to {labels.max()}; they go from 0 to {MOST_LABEL}"
+        )
+    return labels.astype(np.int32)
+
+
+def _read(path: Path) -> np.ndarray:
+    """The numbers in a file, turned as it says that it is shown, because its image is turned so, too."""
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        array: np.ndarray = np.load(path, allow_pickle=False)
+        return array
+    if suffix in (".tif", ".tiff"):
+        with open_tifffile(path) as tiff:
+            return _shown(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
+    # Labels are numbers as stored, so that neither palettes nor key colors are looked at
+    with quiet_pillow(), Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
+        return _shown(np.asarray(image), orientation_of(image.getexif().get(EXIF_TAG)))
+
+
+def _shown(array: np.ndarray, orientation: Orientation) -> np.ndarray:
+    planes = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return array if array.ndim not in (2, 3) else np.moveaxis(orientation.show(planes), 0, -1)
+
+
+def _single_plane(found: np.ndarray) -> Shaped[np.ndarray, "height width"]:
+    """Grey that was saved as colour is grey; real colours are no labels."""
+    array = found[..., 0] if found.ndim == 3 and found.shape[-1] == 1 else np.squeeze(found)
+    if array.ndim == 3 and array.shape[-1] in (3, 4) and (array[..., :1] == array[..., :3]).all():
+        array = array[..., 0]
+    if array.ndim != 2:
+        shape = "×".join(map(str, found.shape))
+        raise BadImage(f"it holds {shape} values, which is more than one class number a pixel (colours?)")
+    return array
+
+
+@dataclass(frozen=True)
+class Part:
+    """The folders of one part of the images.
+
+    Attributes:
+        name: of the split, empty where there is none.
+        images: folder of images.
+        masks: folder of masks.
+    """
+
+    name: str
+    images: Path
+    masks: Path
+
+
+def find_parts(folder: Path) -> list[Part]:
+    """The parts below DATA.
+
+    Args:
+        folder: DATA.
+
+    Returns:
+        One part a split, sorted by name, or a single part without a name.
+
+    Raises:
+        UserError: DATA is laid out otherwise.
+    """
+    if not folder.is_dir():
+        raise UserError(f"DATA ({folder}) must be a folder with images and masks: {LAYOUTS}")
+    images, masks = _named(folder, IMAGE_FOLDERS), _named(folder, MASK_FOLDERS)
+    if images is not None and masks is not None:
+        return parts_of(images, masks)
+    parts = []
+    for split in _folders(folder):
+        images, masks = _named(split, IMAGE_FOLDERS), _named(split, MASK_FOLDERS)
+        if split_of(split.name) and images is not None and masks is not None:
+            parts.append(Part(split.name, images, masks))
+    if not parts:
+        there = ", ".join(path.name for path in _folders(folder)[:6]) or "no folder"
+        raise UserError(
+            f"DATA ({folder}) holds {there}; it must hold {LAYOUTS}; or name both folders with --images and --masks"
+        )
+    return parts
+
+
+def parts_of(images: Path, masks: Path) -> list[Part]:
+    """The splits below a folder of images and one of masks; where there are none, both as one part.
+
+    Raises:
+        UserError: a folder is missing, or a split of the images has no masks.
+    """
+    for name, path in (("images", images), ("masks", masks)):
+        if not path.is_dir():
+            raise UserError(f"{name} ({path}) must be a folder; check the path")
+    splits = [path for path in _folders(images) if split_of(path.name)]
+    if not splits:
+        return [Part("", images, masks)]
+    there = {path.name.lower(): path for path in _folders(masks)}
+    parts = []
+    for split in splits:
+        partner = there.get(split.name.lower()) or next(
+            (path for name, path in there.items() if split_of(name) == split_of(split.name)), None
+        )
+        # A test split whose masks nobody published is left out; the others are what can be measured on.
+        if partner is not None:
+            parts.append(Part(split.name, split, partner))
+    if not parts:
+        raise UserError(f"masks ({masks}) must hold the splits of images, such as {splits[0].name}")
+    return parts
+
+
+def is_ade20k(parts: Iterable[Part]) -> bool:
+    """Whether the folders are those of ADE20K's scene parsing release: annotations/training and validation."""
+    return all(
+        part.masks.parent.name == "annotations" and part.name in ("training", "validation") for part in parts
+    )
+
+
+def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
+    """The number of each image's mask.
+
+    Args:
+        images: paths relative to the folder of images.
+        masks: paths relative to the folder of masks.
+        part: whose they are, for the message.
+
+    Raises:
+        UserError: an image without a mask, a mask without an image, or two masks for an image.
+    """
+    by_stem: dict[str, int] = {}
+    for number, name in enumerate(masks):
+        if _stem(name) in by_stem:
+            raise UserError(f"masks ({part.masks}) hold {name} in two file formats; remove one of them")
+        by_stem[_stem(name)] = number
+    found = [_partner(_stem(name), by_stem) for name in images]
+    alone = [name for name, number in zip(images, found, strict=True) if number is None]
+    partners = [number for number in found if number is not None]
+    used = set(partners)
+    spare = [name for number, name in enumerate(masks) if number not in used]
+    problems = [
+        f"{_some(names)} in {where} without {other}"
+        for names, where, other in ((alone, part.images, "a mask"), (spare, part.masks, "an image"))
+        if names
+    ]
+    if len(used) < len(partners) and not problems:
+        twice = next(
+            name for name, number in zip(images, partners, strict=True) if partners.count(number) > 1
+        )
+        problems = [f"{part.images / twice} and another image would share one mask"]
+    if problems:
+        raise UserError(
+            f"{'; '.join(problems)}; the mask of a.jpg is called a.png or a_mask.png, in the same subfolder"
+        )
+    return partners
+
+
+def _partner(stem: str, by_stem: dict[str, int]) -> int | None:
+    return next((by_stem[stem + end] for end in MASK_ENDINGS if stem + end in by_stem), None)
+
+
+def _stem(name: str) -> str:
+    head, slash, tail = name.rpartition("/")
+    return head + slash + (tail.rpartition(".")[0] or tail)
+
+
+def _some(names: list[str]) -> str:
+    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({first})"
+
+
+def _named(folder: Path, names: Iterable[str]) -> Path | None:
+    there = {path.name.lower(): path for path in _folders(folder)}
+    return next((there[name] for name in names if name in there), None)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+@dataclass
+class PairedPicture(Picture):
+    """An image that knows its mask.
+
+    Args:
+        picture: the image.
+        mask_path: file of the mask.
+    """
+
+    picture: Picture
+    mask_path: Path
+
+    def __post_init__(self) -> None:
+        self.size, self.channels = self.picture.size, self.picture.channels
+        self.dtype, self.nodata = self.picture.dtype, self.picture.nodata
+
+    def decode(
+        self, box: Box | None = None, at_least: tuple[int, int] | None = None
+    ) -> Shaped[np.ndarray, "channel height width"]:
+        return self.picture.decode(box, at_least)
+
+    def mask(self) -> Int32[np.ndarray, "height width"]:
+        """The labels of all pixels."""
+        return read_mask(self.mask_path)
+
+
+class PairSource(Source):
+    """The images of a folder with the masks of another.
+
+    Args:
+        part: the folders.
+        pages: what the pages of a TIFF are; one mask belongs to one file.
+
+    Raises:
+        UserError: a folder is empty, or a file has no partner.
+    """
+
+    def __init__(self, part: Part, pages: Pages = "channels") -> None:
+        self.part = part
+        self.images = FolderSource(part.images, pages)
+        self.masks: FolderIndex = index_folder(part.masks, MASK_SUFFIXES)
+        if len(self.masks) == 0:
+            ignored = ", ".join(self.masks.ignored) or "nothing"
+            raise UserError(
+                f"masks ({part.masks}) must hold files of {', '.join(sorted(MASK_SUFFIXES))} with one class "
+                f"number a pixel; it holds {ignored}"
+            )
+        same = part.images.resolve() == part.masks.resolve()
+        if same:
+            raise UserError(f"images and masks ({part.images}) must be two folders")
+        names = [self.images.index.relative(number) for number in range(len(self.images))]
+        masks = [self.masks.relative(number) for number in range(len(self.masks))]
+        self.mask_numbers = match_masks(names, masks, part)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def mask_path(self, index: int) -> Path:
+        """The file of an image's mask."""
+        return self.masks.path(self.mask_numbers[index])
+
+    def open(self, index: int) -> Picture:
+        return PairedPicture(self.images.open(index), self.mask_path(index))
+
+    def name(self, index: int) -> str:
+        name = self.images.name(index)
+        return f"{self.part.name}/{name}" if self.part.name else name
+
+    def fingerprint(self) -> str:
+        both = f"{self.images.fingerprint()} {self.masks.fingerprint}"
+        return hashlib.blake2b(both.encode(), digest_size=8).hexdigest()
+
+    def summary(self) -> SourceSummary:
+        whole = self.images.summary()
+        return SourceSummary("images with masks", whole.found, len(self), whole.ignored, whole.notes)
