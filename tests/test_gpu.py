@@ -239,6 +239,7 @@ def test_the_steps_of_a_whole_training_wait_for_nothing(
             **{**options, "images_from": images_from, "steps": 20, "log_every_steps": 100},
             checkpoint_every_steps=20,
             preview_every_steps=0,
+            probe_every_epochs=10_000,
             precision="bf16-mixed",
         )
     finally:

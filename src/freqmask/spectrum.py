@@ -208,8 +208,8 @@ def pair_weights(
     [[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]]
     """
     weights = torch.full((width // 2 + 1,), 2.0, device=device)
-    for column in self_conjugate_columns(width):  # a list as index would be a table from the host: a wait
-        weights[column] = 1.0
+    for column in self_conjugate_columns(width):
+        weights[column].fill_(1.0)  # an assignment would copy the number from the host and wait
     return weights.expand(height, -1)
 
 

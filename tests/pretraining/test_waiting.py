@@ -1,11 +1,13 @@
-"""Nothing in a training step makes the host wait for the device."""
+"""Nothing in a training step makes the host wait for the device, and nothing of it is left on the host."""
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freqmask.data.augment import DINO_VIEWS, PhotometricAugmentation
@@ -88,6 +90,58 @@ def test_the_count_finds_a_wait() -> None:
         torch.ones(3).sum().item()
         torch.ones(3).nonzero()
     assert len(waits.found) == 2
+
+
+def first_obstacle(name: str, mode: FakeTensorMode) -> str:
+    """What goes wrong in a step whose tensors only claim to be on a GPU: two devices in one operation, a look."""
+    options = dict(METHODS[name])
+    method: Any = build_method(
+        options.pop("name"),
+        backbone="vit_tiny_patch16_224",
+        image_size=32,
+        patch_size=8,
+        model_args=TINY,
+        **options,
+    )
+    with mode:
+        for part in method.modules():
+            for tensors in (part._parameters, part._buffers):
+                for key, tensor in tensors.items():
+                    if tensor is not None:
+                        moved = torch.empty_strided(
+                            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda"
+                        )
+                        tensors[key] = nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved
+        optimizer = build_optimizer(method, OptimConfig(1e-3, 0.0, 0.0, 0, 10))
+        augmentation: list[nn.Module] = [
+            PhotometricAugmentation(DINO_VIEWS[n]) for n in range(method.n_views)
+        ]
+        views = [torch.rand(4, 3, 32, 32, device="cuda") for _ in range(method.n_views)]
+        keys = torch.arange(4, device="cuda")
+        try:
+            parts = method(augmented(views, augmentation, keys), keys, details=True)
+            for parameter in method.parameters():  # the backward pass itself needs a GPU
+                parameter.grad = torch.empty_like(parameter)
+            method.before_optimizer_step(0, 10)
+            nn.utils.clip_grad_norm_([p for p in method.parameters() if p.grad is not None], 3.0)
+            optimizer.step()
+            method.after_step(0, 10)
+        except Exception as error:
+            return str(error)
+    devices = {part.device.type for part in parts.values()}
+    return "" if devices == {"cuda"} else f"on {devices}"
+
+
+def first_obstacles() -> dict[str, str]:
+    mode = FakeTensorMode()
+    return {name: first_obstacle(name, mode) for name in METHODS}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")
+def test_a_step_has_everything_on_the_device() -> None:
+    """In a process of its own, because tables that are remembered would be without values here, too."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert {name: found for name, found in pool.apply(first_obstacles).items() if found} == {}
 
 
 @pytest.mark.gpu

@@ -283,7 +283,7 @@ class Energy(Filter):
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """Each image's own mask, see ``Filter.keep``."""
         score = score_of(spectrum.detach(), self.magnitude, size)
-        score[..., 0, 0] = torch.inf  # first in the ranking, without a part in the sum
+        score[..., 0, 0].fill_(torch.inf)  # first in the ranking, without a part in the sum
         order = ranking(score, size)
         top, places = order.topk(representatives(size), dim=-1)
         counts = full_counts(size, score.device)[places]
