@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -15,6 +18,18 @@ from made_runs import make_run
 import freqmask
 
 ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# where a distribution's name is not that of its module
+MODULES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "scikit-image": "skimage",
+}
+# for DATA behind URLs: fsspec imports them by the URL's first word
+THROUGH_FSSPEC = {"s3fs", "gcsfs"}
+# for what a run is exported to or logged with: transformers reads it, Lightning's loggers write it
+THROUGH_OTHERS = {"transformers", "tensorboard", "wandb", "onnxscript"}
 BUILD = "import sys; from hatchling import build; getattr(build, sys.argv[1])(sys.argv[2])"
 
 
@@ -68,3 +83,64 @@ def test_the_installed_wheel_lists_recipes_and_writes_a_report(built: Path, tmp_
     assert f"freqmask {freqmask.__version__}" in done.stdout
     assert "mfm-vit-base" in done.stdout
     assert (run / "report.html").is_file()
+
+
+def modules_of(requirements: list[str]) -> set[str]:
+    names = {re.match(r"[A-Za-z0-9_.-]+", text)[0].lower() for text in requirements}
+    return {MODULES.get(name, name.replace("-", "_")) for name in names}
+
+
+def imported_modules() -> set[str]:
+    """Every other package's top-level module that the source names in an import, inside functions too."""
+    found = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"freqmask"}
+
+
+def test_what_is_declared_is_what_is_imported() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    declared = modules_of(PYPROJECT["project"]["dependencies"])
+    optional = modules_of([text for name in ("log", "data", "export", "seg") for text in extras[name]])
+    imported = imported_modules()
+    assert declared - imported == set(), "declared, but never imported"
+    assert imported - declared - optional == set(), "imported, but not declared"
+    assert optional - imported - THROUGH_FSSPEC - THROUGH_OTHERS == set(), "an extra that nothing imports"
+
+
+def test_every_dependency_names_the_oldest_version_that_works() -> None:
+    unbounded = [text for text in PYPROJECT["project"]["dependencies"] if ">=" not in text]
+    assert unbounded == []
+
+
+def test_no_private_name_of_timm_is_imported() -> None:
+    private = re.compile(
+        r"^\s*(from timm[\w.]*\._|from timm[\w.]* import _|import timm[\w.]*\._)", re.MULTILINE
+    )
+    assert [str(path) for path in (ROOT / "src").rglob("*.py") if private.search(path.read_text())] == []
+
+
+def test_ci_installs_as_the_readme_says_and_runs_the_quick_checks_first() -> None:
+    readme = (ROOT / "README.md").read_text()
+    install, test = re.search(r"^(pip install .*) && (pytest .*)$", readme, re.MULTILINE).groups()
+    lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and line[0] != "#"]
+    lines = [line.replace("--quiet --disable-pip-version-check ", "") for line in lines]
+    order = [install, "ruff format --check .", "ruff check .", "mypy", test, "make lowest"]
+    assert [line for line in lines if line in order] == order
+
+
+def test_every_marker_is_declared_once_and_used() -> None:
+    markers = [text.partition(":")[0] for text in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    used = set(re.findall(r"pytest\.mark\.(\w+)", text)) - {
+        "parametrize",
+        "skipif",
+        "skip",
+        "xfail",
+        "timeout",
+    }
+    assert sorted(markers) == sorted(used - {"filterwarnings", "usefixtures"})

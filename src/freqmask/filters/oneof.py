@@ -48,12 +48,9 @@ class OneOf(Filter):
         self.weights = weights
         self._filters = tuple(filters)  # the same, typed
         self._selections, self._plan = _shared_selections(filters)
-
-    @property
-    def names(self) -> list[str]:
-        """The filters' short names, for logs; numbered where two are alike."""
-        names = [getattr(filter, "name", "") or type(filter).__name__.lower() for filter in self.filters]
-        return [f"{name}{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+        names = [getattr(filter, "name", "") or type(filter).__name__.lower() for filter in filters]
+        # for logs, numbered where two are alike
+        self.names = [f"{name}{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
     def draw(self, keys: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """Which filter each image gets.

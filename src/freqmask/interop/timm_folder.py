@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from freqmask.training.checkpoint import replace_atomically
@@ -54,7 +54,8 @@ def write_timm_folder(
     """
     with tempfile.TemporaryDirectory() as scratch:
         data_config = {"input_size": input_size, "mean": tuple(mean), "std": tuple(std), "crop_pct": crop_pct}
-        save_config_for_hf(model, str(Path(scratch) / CONFIG), data_config=data_config)
+        # neither kind of weights: they follow below, with our metadata and replaced whole
+        save_for_hf(model, scratch, safe_serialization=None, data_config=data_config)  # type: ignore[arg-type]
         config = json.loads((Path(scratch) / CONFIG).read_text())
     facts = {**facts, **_pin_pooling(config, model, pooled)}
     config[OURS] = facts

@@ -58,7 +58,7 @@ def reconstruction_health(
             health[f"loss_over_zero/{name}"] = (reached * chosen).sum() / (at_zero * chosen).sum()
     edges = band_edges(height, width)
     masks = _band_masks(height, width, edges, target.device)
-    for low, high, mask in zip(edges, edges[1:], masks, strict=False):
+    for low, high, mask in zip(edges[:-1], edges[1:], masks, strict=True):
         health[f"loss_over_zero/band_{low}_{high}"] = (reached * mask).sum() / (at_zero * mask).sum()
     return health
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models._input import get_model_args
+from timm.models import get_model_args
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
