@@ -22,9 +22,9 @@ import torch
 from record import write_record
 from torch import Tensor
 
-from freqmask.draws import fresh_keys
 from freqmask.filters import build_filter
 from freqmask.filters.selected import representatives
+from freqmask.rng import fresh_keys
 from freqmask.spectrum import irfft2, power, rfft2
 
 FILTERS = [

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from freqmask.degradations import Blur, Downscale, Noise
-from freqmask.draws import normal, uniform
 from freqmask.filters import build_filter
 from freqmask.losses import DistillationLoss, SpectrumLoss
+from freqmask.rng import normal, uniform
 
 FILTERS = [
     "fixed",

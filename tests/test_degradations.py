@@ -6,8 +6,8 @@ import reference
 import torch
 
 from freqmask.degradations import Blur, Downscale, Noise
-from freqmask.draws import fresh_keys
 from freqmask.errors import UserError
+from freqmask.rng import fresh_keys
 
 EVERY = [Downscale(), Downscale(3), Blur(), Blur([7, 9, 21], 5.0), Noise()]
 

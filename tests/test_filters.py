@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freqmask.draws import fresh_keys, uniform
 from freqmask.filters import (
     BandPass,
     BandStop,
@@ -22,6 +21,7 @@ from freqmask.filters import (
     RCom,
     build_filter,
 )
+from freqmask.rng import fresh_keys, uniform
 from freqmask.spectrum import full_spectrum, pair_weights, rfft2
 
 EVERY = [

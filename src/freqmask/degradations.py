@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from freqmask.draws import fresh_keys, normal, uniform
 from freqmask.errors import UserError
+from freqmask.rng import fresh_keys, normal, uniform
 from freqmask.spectrum import constant, image_size, single_or_double
 
 Auto = Literal["auto"]

@@ -16,8 +16,8 @@ from freqmask.data.loader import TrainDataset, TrainLoader, make_loader, worker_
 from freqmask.data.sampler import OrderedSampler, TrainSampler
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
-from freqmask.draws import combine, sample_key
 from freqmask.errors import BadImage, UserError
+from freqmask.rng import combine, sample_key
 
 TWO_VIEWS = (Geometry(8), Geometry((8, 10), scale=(0.5, 1.0)))
 

@@ -10,7 +10,7 @@ import torch
 from tiny import CNN, photographs, tiny_method, views_for
 from torch import Tensor, nn
 
-from freqmask.draws import combine
+from freqmask.rng import combine
 
 KEYS = torch.arange(4)
 

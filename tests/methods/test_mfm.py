@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import CNN, photographs, tiny_method
 
-from freqmask.draws import combine
 from freqmask.methods.health import band_edges
 from freqmask.methods.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from freqmask.rng import combine
 
 KEYS = torch.arange(2, 6)  # draws two low-passes and two high-passes
 

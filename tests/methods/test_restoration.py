@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import photographs, tiny_method
 
-from freqmask.draws import combine
+from freqmask.rng import combine
 
 TASKS = ["sr", "deblur", "denoise"]
 KEYS = torch.arange(4)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from freqmask.draws import combine, fresh_keys
 from freqmask.methods import build_method
 from freqmask.pretraining.preview import draw_plan, draw_preview, filter_names
+from freqmask.rng import combine, fresh_keys
 
 TINY: dict[str, Any] = {
     "image_size": 32,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from freqmask.data.sources import Source
-from freqmask.draws import combine, identity_of, sample_key
 from freqmask.interop.embed import still_images
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.reconstruct import Band
@@ -28,6 +27,7 @@ from freqmask.pretraining.display import (
 )
 from freqmask.pretraining.module import as_float
 from freqmask.pretraining.preview import filter_names
+from freqmask.rng import combine, identity_of, sample_key
 
 _LONGEST_NAME = 22
 _KEYS = 256  # tried to see every filter of a mixture

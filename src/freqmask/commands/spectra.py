@@ -44,10 +44,10 @@ def spectra(
     """
     import torch
 
-    from freqmask.draws import identity_of, sample_key
     from freqmask.filters import build_filter
     from freqmask.pretraining.filter_sheet import apply_filter, draw_filters, filter_table
     from freqmask.pretraining.squares import read_squares
+    from freqmask.rng import identity_of, sample_key
     from freqmask.training.files import check_writable
 
     if isinstance(image, str):

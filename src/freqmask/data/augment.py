@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from freqmask.draws import fresh_keys, uniform
 from freqmask.errors import UserError
+from freqmask.rng import fresh_keys, uniform
 
 Images = Float[Tensor, "batch channel height width"]
 PerImage = Float[Tensor, " batch"]

@@ -17,8 +17,8 @@ from freqmask.data.sampler import Item
 from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry, decode_windows
-from freqmask.draws import sample_key, uniform_numbers
 from freqmask.errors import BadImage, UserError
+from freqmask.rng import sample_key, uniform_numbers
 
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, with reasons
 SUBSTITUTES = 32  # with a tenth of the images bad, that many bad ones in a row do not happen

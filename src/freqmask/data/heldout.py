@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from freqmask.data.sources import Source
-from freqmask.draws import combine, uniform
 from freqmask.errors import UserError
+from freqmask.rng import combine, uniform
 
 _FEWEST = 10  # of fewer images none can be spared
 

@@ -19,7 +19,7 @@ from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.data.windows import draw_attitudes, draw_boxes
-from freqmask.draws import combine, sample_keys
+from freqmask.rng import combine, sample_keys
 
 _FRAME = 8  # frames grow in steps of that many pixels, so that batches reuse each other's memory
 _DRAWN_AHEAD = 1024  # samples whose windows are drawn together: as many small operations as for a few

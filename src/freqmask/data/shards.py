@@ -77,7 +77,7 @@ class ShardSource(Source):
         return named or f"{self._shard(index).removesuffix('.tar')}/{self.index.text('members', index)}"
 
     def identity(self, index: int) -> int:
-        from freqmask.draws import identity_of
+        from freqmask.rng import identity_of
 
         shard = PurePosixPath(self._shard(index)).name
         return identity_of(f"{shard}/{self.index.text('members', index)}".encode(errors="surrogateescape"))

@@ -100,7 +100,7 @@ class Source(ABC):
 
     def identity(self, index: int) -> int:
         """A 64-bit number that stays with the image when DATA moves or other images come and go."""
-        from freqmask.draws import identity_of  # it brings torch, which the help texts do without
+        from freqmask.rng import identity_of  # it brings torch, which the help texts do without
 
         return identity_of(self.name(index).encode(errors="surrogateescape"))
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from freqmask.data.pictures import Box, Picture
-from freqmask.draws import uniform_numbers
 from freqmask.errors import UserError, nearest
+from freqmask.rng import uniform_numbers
 
 CROPS = ("resized", "native", "whole", "center")
 TRIES = 10  # random windows tried before the largest centred one stands in, as in torchvision
@@ -76,7 +76,7 @@ class Geometry:
 
         Args:
             picture_size: (height, width) of the picture.
-            key: the view's key, from :func:`freqmask.draws.sample_key`.
+            key: the view's key, from :func:`freqmask.rng.sample_key`.
             attempt: another number draws another window, for when the first one held nothing.
 
         Returns:

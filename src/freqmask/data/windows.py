@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from freqmask.data.views import TRIES, Geometry
-from freqmask.draws import uniform
+from freqmask.rng import uniform
 
 Sizes = Int64[Tensor, "batch 2"]
 Boxes = Int64[Tensor, "batch 4"]

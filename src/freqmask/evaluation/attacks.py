@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.draws import normal, uniform
 from freqmask.errors import UserError
+from freqmask.rng import normal, uniform
 
 Norm = Literal["linf", "l2"]
 Images = Float[Tensor, "batch channel height width"]

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from freqmask.draws import identity_of, sample_key
 from freqmask.errors import UserError, nearest
 from freqmask.evaluation import corruption_functions as functions
 from freqmask.evaluation import weather
 from freqmask.evaluation.corruption_constants import SEVERITIES, Strengths
+from freqmask.rng import identity_of, sample_key
 
 FAMILIES: dict[str, dict[str, Callable[..., functions.Image]]] = {
     "noise": {

@@ -19,7 +19,6 @@ from freqmask.data.dataset import Sample, TrainDataset
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler, Item
 from freqmask.data.sources import Source
-from freqmask.draws import sample_key
 from freqmask.errors import UserError
 from freqmask.evaluation.attacks import Attack, size_of_change
 from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
@@ -58,6 +57,7 @@ from freqmask.evaluation.robustness_results import (
     tables_of,
 )
 from freqmask.evaluation.weather import check_frost
+from freqmask.rng import sample_key
 
 _ATTACKED_AT_ONCE = 64  # images; gradients need several times the memory of features
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from freqmask.draws import sample_key
 from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
 from freqmask.evaluation.corruptions import COMMON, CORRUPTIONS, Corruption
 from freqmask.evaluation.eval_model import EvalModel
@@ -22,6 +21,7 @@ from freqmask.evaluation.results import (
     save_figure,
     shortened,
 )
+from freqmask.rng import sample_key
 
 CLEAN, CORRUPTED = "clean", "corrupted"
 DATA, TREE = "data", "tree"  # groups of results; any other is the name of a test set

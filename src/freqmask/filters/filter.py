@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Complex, Float, Int64
 from torch import Tensor, nn
 
-from freqmask.draws import fresh_keys
 from freqmask.errors import UserError
+from freqmask.rng import fresh_keys
 from freqmask.spectrum import image_size, irfft2, rfft2
 
 

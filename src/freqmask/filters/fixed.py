@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from freqmask.draws import uniform
 from freqmask.errors import UserError, nearest
 from freqmask.filters.filter import Filter, per_image
+from freqmask.rng import uniform
 from freqmask.spectrum import constant, frequency_radius, inside
 
 Radius = float | Literal["auto"]

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from freqmask.draws import uniform
 from freqmask.errors import UserError
 from freqmask.filters.filter import Filter, mix
+from freqmask.rng import uniform
 from freqmask.spectrum import constant
 
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from freqmask.draws import uniform
 from freqmask.errors import UserError, nearest
 from freqmask.filters.filter import Filter
+from freqmask.rng import uniform
 from freqmask.spectrum import constant, pair_weights, power, self_conjugate_columns
 
 Magnitude = Literal["luma", "mean", "each"]

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.backbones import Backbone, Features, ImageSize, evaluating, height_and_width
-from freqmask.draws import combine
 from freqmask.errors import UserError
 from freqmask.filters import Filter, Filtered
 from freqmask.heads import ProjectionHead, ReconstructionHead
@@ -21,6 +20,7 @@ from freqmask.methods.health import reconstruction_health
 from freqmask.methods.masking import COM_FRACTIONS, Auto, corrupt, masking_filter, without_auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
 from freqmask.methods.normalisation import Normalisation
+from freqmask.rng import combine
 from freqmask.training.optim import cosine_momentum, update_ema
 
 # A step count is known to the trainer only; DINO's first epoch is about this share of its published runs.

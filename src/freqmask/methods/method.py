@@ -11,9 +11,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, ImageSize, height_and_width
-from freqmask.draws import fresh_keys
 from freqmask.errors import UserError
 from freqmask.filters import Filter
+from freqmask.rng import fresh_keys
 from freqmask.spectrum import irfft2, rfft2
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.backbones import Backbone, ImageSize, evaluating, height_and_width
-from freqmask.draws import combine
 from freqmask.filters import Filter
 from freqmask.heads import ReconstructionHead
 from freqmask.losses import Reduce, SpectrumLoss
@@ -18,6 +17,7 @@ from freqmask.methods.health import reconstruction_health
 from freqmask.methods.masking import COM_FRACTIONS, Auto, corrupt, masking_filter, without_auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
 from freqmask.methods.normalisation import Normalisation
+from freqmask.rng import combine
 
 
 class MFM(Method):

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, ImageSize, evaluating
 from freqmask.degradations import Blur, Downscale, Noise
-from freqmask.draws import combine
 from freqmask.heads import ReconstructionHead
 from freqmask.losses import SpectrumLoss
 from freqmask.methods.health import reconstruction_health
 from freqmask.methods.masking import Auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
 from freqmask.methods.normalisation import Normalisation
+from freqmask.rng import combine
 
 
 class Restoration(Method):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from freqmask.draws import combine
 from freqmask.pretraining.sharding import shard
+from freqmask.rng import combine
 from freqmask.training.loop import ScheduledModule
 from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
 

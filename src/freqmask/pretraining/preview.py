@@ -12,7 +12,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.backbones import evaluating
-from freqmask.draws import combine
 from freqmask.pretraining.display import (
     Palette,
     centred,
@@ -23,6 +22,7 @@ from freqmask.pretraining.display import (
     spectrum_levels,
     spectrum_scale,
 )
+from freqmask.rng import combine
 
 _INPUTS = 8  # columns of plan.png
 _IMAGES = 4  # rows of a preview

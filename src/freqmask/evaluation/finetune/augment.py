@@ -18,7 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from freqmask.data.views import Geometry
-from freqmask.draws import sample_key
+from freqmask.rng import sample_key
 
 NO_AUGMENT = "none"
 _TRANSLATION = 0.45  # of the shorter side: how far RandAugment shifts at most, as in timm's transforms

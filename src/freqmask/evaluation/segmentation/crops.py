@@ -16,9 +16,9 @@ from freqmask.data.pixels import missing_pixels
 from freqmask.data.sources import Source
 from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry, resize
-from freqmask.draws import uniform_numbers
 from freqmask.evaluation.segmentation.mask_data import IGNORED
 from freqmask.evaluation.segmentation.mask_files import PairedPicture
+from freqmask.rng import uniform_numbers
 
 MOST_OF_ONE_CLASS = 0.75  # a crop that holds more of it is drawn again, as mmsegmentation's recipes do
 _TRIES = 10

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import splitmix64
 
-from freqmask.draws import (
+from freqmask.rng import (
     combine,
     fresh_keys,
     identity_of,
@@ -111,3 +111,10 @@ def test_the_gpu_draws_the_same_numbers():
     keys = fresh_keys(5)
     assert torch.equal(uniform(keys, "x", (1000,)), uniform(keys.cuda(), "x", (1000,)).cpu())
     torch.testing.assert_close(normal(keys, "x", (999,)), normal(keys.cuda(), "x", (999,)).cpu())
+
+
+def test_the_room_s_old_name_still_works():
+    from freqmask import draws, rng
+
+    assert draws.uniform is rng.uniform
+    assert draws.sample_key is rng.sample_key
