@@ -324,7 +324,7 @@ def loader(options: Any, claims: Claims) -> None:
     from freqmask.data.sampler import TrainSampler
     from freqmask.data.sources import open_source
     from freqmask.data.views import Geometry
-    from freqmask.pretraining.module import as_float
+    from freqmask.images import as_float
 
     workers = 0 if options.toy else min(16, os.cpu_count() or 1)
     photographs = os.environ.get("PHOTOS") or str(

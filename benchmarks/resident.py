@@ -31,8 +31,8 @@ from freqmask.data.resident_reading import Limits, read_images
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import Source, open_source
 from freqmask.data.views import Geometry
+from freqmask.images import as_float
 from freqmask.methods import build_method
-from freqmask.pretraining.module import as_float
 from freqmask.training.loop import tune_malloc
 from freqmask.training.optim import OptimConfig, build_optimizer
 

@@ -249,7 +249,7 @@ def recalibrate_batch_norm(
     momenta = [norm.momentum for norm in norms]
     count = 0
     before = [copy.deepcopy(norm.state_dict()) for norm in norms]
-    with evaluating(backbone):  # dropout off
+    with eval_no_grad(backbone):  # dropout off
         try:
             for count, images in enumerate(_without_lone_images(batches), start=1):
                 if count == 1:
@@ -283,12 +283,13 @@ def _without_lone_images(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, afterwards every part's own mode again."""
+def eval_no_grad(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside, afterwards every part's own mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for part, training in modes:
             part.training = training

@@ -16,12 +16,12 @@ from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import (
     BackboneModel,
     EvalModel,
-    as_float,
     check_models,
     disambiguate,
     open_eval_model,
     what_differs,
 )
+from freqmask.images import as_float
 from freqmask.interop.models import open_model
 
 CPU = torch.device("cpu")

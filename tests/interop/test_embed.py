@@ -9,11 +9,11 @@ import torch
 
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
+from freqmask.images import as_float
 from freqmask.interop.embed import Place, Wanted, compute_parts, finish, plan_parts, still_images
 from freqmask.interop.models import open_model
 from freqmask.interop.parts import Parts
 from freqmask.interop.tables import nearest_neighbours, task_of
-from freqmask.pretraining.module import as_float
 
 
 def run(opened, source, out, wanted=None, **place):

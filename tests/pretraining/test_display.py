@@ -12,15 +12,8 @@ import torch
 from PIL import Image
 
 from freqmask.artifacts import MARKER
-from freqmask.pretraining.display import (
-    Palette,
-    centred,
-    new_sheet,
-    psnr,
-    save_sheet,
-    show_image,
-    spectrum_levels,
-)
+from freqmask.images import psnr
+from freqmask.pretraining.display import Palette, centred, new_sheet, save_sheet, show_image, spectrum_levels
 
 
 def random_images(channels: int, seed: int = 0) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from freqmask.data.sources import Source
+from freqmask.images import as_float, psnr
 from freqmask.interop.embed import still_images
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.reconstruct import Band
@@ -19,13 +20,11 @@ from freqmask.pretraining.announce import printable
 from freqmask.pretraining.display import (
     Palette,
     new_sheet,
-    psnr,
     save_sheet,
     show_image,
     spectrum_levels,
     spectrum_scale,
 )
-from freqmask.pretraining.module import as_float
 from freqmask.pretraining.preview import filter_names
 from freqmask.rng import combine, identity_of, sample_key
 

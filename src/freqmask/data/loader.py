@@ -19,6 +19,7 @@ from torch.utils.data import default_collate as stack
 
 from freqmask.data.dataset import Sample, TrainDataset
 from freqmask.errors import UserError
+from freqmask.images import as_float
 
 __all__ = ["TrainDataset", "TrainLoader", "collate", "make_loader", "worker_failure"]
 
@@ -53,7 +54,7 @@ def collate(samples: Sequence[Sample] | UserError) -> dict[str, Any] | UserError
 def _stack(images: Sequence[Tensor]) -> Tensor:
     """One tensor, in shared memory where a worker makes it; float32 where one of the images is."""
     if len({image.dtype for image in images}) > 1:
-        images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
+        images = [as_float(image) for image in images]
     stacked: Tensor = stack(list(images))
     return stacked
 

@@ -9,9 +9,10 @@ from jaxtyping import Shaped
 
 from freqmask.data.pictures import kept_type
 from freqmask.errors import BadImage
+from freqmask.images import LUMA
 
 MOSTLY_MISSING = 0.9  # an image with less than a tenth of its pixels measured teaches how gaps are filled
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as in the filters
+_LUMA = np.array(LUMA, dtype=np.float32)
 
 
 @dataclass(frozen=True)

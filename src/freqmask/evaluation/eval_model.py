@@ -19,6 +19,7 @@ from freqmask.data.sources import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
+from freqmask.images import as_float
 from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config, run_options
 from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, hash_weights, open_model
 from freqmask.interop.public import check_public
@@ -373,11 +374,6 @@ def disambiguate(models: Iterable[EvalModel]) -> None:
     for model in models:
         if len(texts.get(model.name, ())) > 1:
             model.name = model.text
-
-
-def as_float(images: Tensor) -> Tensor:
-    """uint8 becomes float32 in [0, 1] on the device it is on; floats pass."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _named(place: str, features: Features) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from freqmask.data.sampler import ChosenSampler
 from freqmask.data.sources import Source
 from freqmask.data.subset import Subset
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import EvalModel, as_float
+from freqmask.evaluation.eval_model import EvalModel
+from freqmask.images import as_float
 from freqmask.training.auto import check_started_once, choose_devices, choose_workers, usable_cores
 from freqmask.training.progress import Progress
 from freqmask.training.worker_pool import Work, WorkerPool

@@ -23,7 +23,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.attacks import Attack, size_of_change
 from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
 from freqmask.evaluation.corruptions import COMMON, Corruption
-from freqmask.evaluation.eval_model import ClassifierModel, EvalModel, as_float, check_models
+from freqmask.evaluation.eval_model import ClassifierModel, EvalModel, check_models
 from freqmask.evaluation.features import FeatureTable, compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.linear import ClassifierHead, fit_head
@@ -57,6 +57,7 @@ from freqmask.evaluation.robustness_results import (
     tables_of,
 )
 from freqmask.evaluation.weather import check_frost
+from freqmask.images import as_float
 from freqmask.rng import sample_key
 
 _ATTACKED_AT_ONCE = 64  # images; gradients need several times the memory of features

@@ -21,6 +21,7 @@ from skimage.filters import apply_hysteresis_threshold
 
 from freqmask.errors import UserError
 from freqmask.evaluation.corruption_functions import Image, enlarged, streaked
+from freqmask.images import LUMA
 
 Picture = Float[np.ndarray, "height width 3"]
 
@@ -35,7 +36,7 @@ _PANES = (
 _PANE = (360, 540)  # pixels, about the size of the photographs
 _DIRECTIONS = 9
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_LUMA = np.array(LUMA, np.float32)
 _WATER, _MUD = (175, 238, 238), (63, 42, 20)  # red, green, blue of 255
 _EDGES = (50, 150)  # gradients of 8-bit images; an edge goes on at the first, somewhere it has the second
 _DROP = 20.0  # pixels from its edge at which a drop is as deep as it gets

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from freqmask.errors import UserError, nearest
 from freqmask.filters.filter import Filter
+from freqmask.images import LUMA
 from freqmask.rng import uniform
 from freqmask.spectrum import constant, pair_weights, power, self_conjugate_columns
 
 Magnitude = Literal["luma", "mean", "each"]
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 _FLAT = 1e-6  # a channel whose root mean square is below this share of its mean is constant but for rounding
 
 
@@ -148,7 +148,7 @@ def score_of(spectrum: Tensor, magnitude: Magnitude, size: tuple[int, int]) -> T
     if magnitude == "each" or channels == 1:
         return power(spectrum)
     if magnitude == "luma" and channels == 3:
-        red, green, blue = (weight * part for weight, part in zip(_LUMA, spectrum.unbind(1), strict=True))
+        red, green, blue = (weight * part for weight, part in zip(LUMA, spectrum.unbind(1), strict=True))
         return power(red + green + blue)[:, None]
     return power((spectrum * equalising(power(spectrum), size)).sum(1, keepdim=True))
 

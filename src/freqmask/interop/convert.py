@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.errors import UserError
+from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.architecture import architecture_of, as_timm_names
-from freqmask.interop.folders import IMAGENET_MEAN, IMAGENET_STD, fitted
+from freqmask.interop.folders import fitted
 from freqmask.interop.mfm_layout import DECODER, ENCODER, differences, from_beit_names
 from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
 

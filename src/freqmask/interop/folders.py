@@ -15,7 +15,6 @@ from freqmask.training.run_folder import RunFolder
 
 CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
 LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LARGEST_CONFIG = 10_000_000  # bytes; a real one has a few thousand
 
 

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from freqmask.backbones import Backbone, Features, ImageSize
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
-from freqmask.interop.folders import (
-    CLASSIFIER,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LOCAL,
-    find_backbone,
-    fitted,
-    read_config,
-    run_options,
-)
+from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
+from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, fitted, read_config, run_options
 from freqmask.interop.public import check_public
 from freqmask.interop.runs import with_weights
 from freqmask.interop.timm_folder import OURS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +19,7 @@ from freqmask.data.pixels import convert_channels, fill_missing, missing_pixels
 from freqmask.data.views import Geometry, decode_windows
 from freqmask.errors import BadImage, UserError
 from freqmask.filters import build_filter
+from freqmask.images import as_float, decibel
 from freqmask.interop.export import decoder_of
 from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.runs import load_method
@@ -116,7 +116,7 @@ def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channe
     except BadImage as error:
         raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
     view = geometry.finish(torch.from_numpy(np.array(scaled)), key=0)  # a copy: a file's map is not writable
-    return (view.float() / 255 if view.dtype == torch.uint8 else view)[None]
+    return as_float(view)[None]
 
 
 @torch.no_grad()
@@ -159,8 +159,3 @@ def psnr_by_band(pictures: dict[str, Tensor], edges: Sequence[int] | None = None
             )
         )
     return bands
-
-
-def decibel(mean_squared_error: float) -> float:
-    """PSNR against a peak of 1; infinite where there is no error to speak of."""
-    return math.inf if mean_squared_error < 1e-11 else -10 * math.log10(mean_squared_error)

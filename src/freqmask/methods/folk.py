@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.backbones import Backbone, Features, ImageSize, evaluating, height_and_width
+from freqmask.backbones import Backbone, Features, ImageSize, eval_no_grad, height_and_width
 from freqmask.errors import UserError
 from freqmask.filters import Filter, Filtered
 from freqmask.heads import ProjectionHead, ReconstructionHead
@@ -263,7 +263,7 @@ class FOLK(Method):
     ) -> dict[str, Tensor]:
         """Original, filtered, the student's prediction, the missing part filled in, see :class:`Method`."""
         filtered = corrupt(self.filter, images, picture_keys(images) if keys is None else keys, self.clamp)
-        with evaluating(self):
+        with eval_no_grad(self):
             feature_map = self.student(self.normalise(filtered.images)).feature_map
             prediction = self.normalise.inverse(self.decoder(feature_map, filtered.images.shape[-2:]))
         return pictures(images, filtered.images, prediction, filtered.keep)

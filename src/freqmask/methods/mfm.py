@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.backbones import Backbone, ImageSize, evaluating, height_and_width
+from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_width
 from freqmask.filters import Filter
 from freqmask.heads import ReconstructionHead
 from freqmask.losses import Reduce, SpectrumLoss
@@ -148,6 +148,6 @@ class MFM(Method):
     ) -> dict[str, Tensor]:
         """Original, filtered, prediction and the missing part filled in, see :class:`Method`."""
         filtered = corrupt(self.filter, images, picture_keys(images) if keys is None else keys, self.clamp)
-        with evaluating(self):
+        with eval_no_grad(self):
             prediction = self.normalise.inverse(self.predict(filtered.images))
         return pictures(images, filtered.images, prediction, filtered.keep)

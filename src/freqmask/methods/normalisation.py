@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
+from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Without ImageNet's three channels: the middle of the range, and about the contrast of photographs.
 PLAIN_MEAN, PLAIN_STD = 0.5, 0.25
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from freqmask.backbones import Backbone, ImageSize, evaluating
+from freqmask.backbones import Backbone, ImageSize, eval_no_grad
 from freqmask.degradations import Blur, Downscale, Noise
 from freqmask.heads import ReconstructionHead
 from freqmask.losses import SpectrumLoss
@@ -90,7 +90,7 @@ class Restoration(Method):
     ) -> dict[str, Tensor]:
         """Original, degraded and prediction, see :class:`Method`; keep is 0: no frequency is given."""
         degraded = self.degradation(images, picture_keys(images) if keys is None else keys)
-        with evaluating(self):
+        with eval_no_grad(self):
             prediction = self.normalise.inverse(self.predict(degraded))
         batch, _, height, width = images.shape
         return pictures(images, degraded, prediction, images.new_zeros(batch, 1, height, width // 2 + 1))

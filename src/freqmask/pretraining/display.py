@@ -143,14 +143,6 @@ def spectrum_scale(levels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def psnr(
-    image: Float[Tensor, "channel height width"], target: Float[Tensor, "channel height width"]
-) -> float:
-    """Peak signal-to-noise ratio in dB of an image clipped to [0, 1]; infinite where both are equal."""
-    error = (image.detach().float().clamp(0, 1) - target.detach().float()).square().mean().item()
-    return float("inf") if error == 0 else float(-10 * np.log10(error))
-
-
 def new_sheet(rows: int, columns: int, aspect: float, title: str, cell: float = 1.5) -> tuple[Figure, Any]:
     """A figure of equal cells without pyplot's global state.
 

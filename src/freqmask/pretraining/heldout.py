@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from freqmask.backbones import eval_no_grad
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
-from freqmask.pretraining.module import PretrainingModule, as_float
+from freqmask.images import as_float
+from freqmask.pretraining.module import PretrainingModule
 from freqmask.pretraining.preview import draw_preview, filter_names
 from freqmask.pretraining.sharding import whole_method
 from freqmask.training.monitor import Monitor, PeriodicCallback
@@ -61,7 +62,7 @@ class HeldOut(PeriodicCallback):
         # a loader draws its seed from torch's generator, which belongs to the training
         with (
             torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []),
-            looking(module),
+            eval_no_grad(module),
         ):
             if self.held_out is not None:
                 loss = self.loss(trainer, module, self.held_out)
@@ -133,16 +134,3 @@ def calibration(images: TrainDataset, method: Any, batch_size: int = 64) -> Iter
     sampler = OrderedSampler(min(CALIBRATION_IMAGES, len(images)))
     for batch in make_loader(images, sampler, min(batch_size, len(sampler)), workers=0):
         yield method.normalise(as_float(batch["views"][0]).to(next(method.parameters()).device))
-
-
-@contextmanager
-def looking(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every part is in the mode it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training

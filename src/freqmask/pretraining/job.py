@@ -24,11 +24,12 @@ from freqmask.data.values import ValueRange
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
+from freqmask.images import as_float
 from freqmask.options import command_words
 from freqmask.pretraining import announce
 from freqmask.pretraining.fit import Fit
 from freqmask.pretraining.heldout import first_batch
-from freqmask.pretraining.module import as_float, augmented
+from freqmask.pretraining.module import augmented
 from freqmask.pretraining.placing import keep_images
 from freqmask.pretraining.preview import draw_plan
 from freqmask.pretraining.processes import check_processes, follows

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from freqmask.images import as_float
 from freqmask.pretraining.sharding import shard
 from freqmask.rng import combine
 from freqmask.training.loop import ScheduledModule
@@ -95,8 +96,3 @@ def augmented(views: list[Tensor], augmentation: list[nn.Module], keys: Tensor) 
         augment(view, combine(keys, number))
         for number, (augment, view) in enumerate(zip(augmentation, views, strict=True))
     ]
-
-
-def as_float(view: Tensor) -> Tensor:
-    """uint8 becomes float32 in [0, 1] on the device it is on; floats pass."""
-    return view.float().div_(255) if view.dtype == torch.uint8 else view

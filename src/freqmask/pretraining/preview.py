@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
-from freqmask.backbones import evaluating
+from freqmask.backbones import eval_no_grad
+from freqmask.images import as_float, psnr
 from freqmask.pretraining.display import (
     Palette,
     centred,
     new_sheet,
-    psnr,
     save_sheet,
     show_image,
     spectrum_levels,
@@ -49,7 +49,7 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Int6
     Returns:
         The path written.
     """
-    images = [_unit(view[:_INPUTS]) for view in views]
+    images = [as_float(view[:_INPUTS]) for view in views]
     palette = Palette.of(torch.cat(images))
     count, height, width = len(images[0]), *images[0].shape[-2:]
     title = (
@@ -58,7 +58,7 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Int6
     figure, axes = new_sheet(3 * len(images), count, height / width, title)
     for number, view in enumerate(images):
         view_keys = combine(keys[:_INPUTS], number)
-        with evaluating(method):  # in train mode batch norm would take note of these images
+        with eval_no_grad(method):  # in train mode batch norm would take note of these images
             seen = method.reconstruct(view, view_keys)
         names = filter_names(method, view_keys)
         label = f"view {number + 1}" if len(images) > 1 else ""
@@ -111,11 +111,6 @@ def filter_names(method: Any, keys: Int64[Tensor, " batch"]) -> list[str]:
     if not hasattr(mixture, "names"):
         return [mixture.describe()] * len(keys)
     return [mixture.names[index] for index in mixture.draw(keys).tolist()]
-
-
-def _unit(images: Tensor) -> Float[Tensor, "batch channel height width"]:
-    """Images as the method takes them: float in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def _decibel(image: Tensor, target: Tensor) -> str:

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from freqmask.backbones import recalibrate_batch_norm
+from freqmask.backbones import eval_no_grad, recalibrate_batch_norm
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
-from freqmask.pretraining.heldout import calibration, looking
-from freqmask.pretraining.module import PretrainingModule, as_float
+from freqmask.images import as_float
+from freqmask.pretraining.heldout import calibration
+from freqmask.pretraining.module import PretrainingModule
 from freqmask.pretraining.sharding import whole_method
 from freqmask.training.monitor import Monitor, PeriodicCallback
 
@@ -79,7 +80,7 @@ class Probe(PeriodicCallback):
         # A loader draws its seed from torch's generator, which belongs to the training.
         with (
             torch.random.fork_rng(devices=devices),
-            looking(module),
+            eval_no_grad(module),
             torch.autocast(module.device.type, enabled=False),
         ):
             method = whole_method(trainer, module)

@@ -16,6 +16,7 @@ from freqmask.data.sources import Source
 from freqmask.data.values import Survey, survey
 from freqmask.data.views import Geometry
 from freqmask.errors import UserError
+from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.methods import build_method
 from freqmask.pretraining.placing import choose_place
 from freqmask.pretraining.settings import accepted_by, method_settings, parse_image_size
@@ -23,7 +24,6 @@ from freqmask.training import auto
 from freqmask.training.failures import check_single_image
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
 TINY_IMAGE = 96  # below it, blur and solarisation leave too little
 TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more than the published learning rate
@@ -98,8 +98,8 @@ def _resolve_images(resolved: Resolved, source: Source) -> None:
     options["image_size"] = parse_image_size(options["image_size"])
     photographs = options["channels"] == 3 and set(seen.dtypes) == {"uint8"}
     reason = "ImageNet's, as published" if photographs else "measured on these images"
-    resolved.choose("mean", auto.Choice(IMAGENET_MEAN if photographs else _rounded(seen.mean), reason))
-    resolved.choose("std", auto.Choice(IMAGENET_STD if photographs else _rounded(seen.std), reason))
+    resolved.choose("mean", auto.Choice(list(IMAGENET_MEAN) if photographs else _rounded(seen.mean), reason))
+    resolved.choose("std", auto.Choice(list(IMAGENET_STD) if photographs else _rounded(seen.std), reason))
     for name in ("mean", "std"):
         if len(options[name]) != options["channels"]:
             raise UserError(f"{name} must be {options['channels']} numbers, one a channel; try --{name} auto")

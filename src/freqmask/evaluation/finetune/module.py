@@ -13,9 +13,9 @@ from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
-from freqmask.evaluation.eval_model import as_float
 from freqmask.evaluation.finetune.augment import Mixer
 from freqmask.evaluation.finetune.recipes import Tuning
+from freqmask.images import as_float
 from freqmask.rng import sample_key
 from freqmask.training.loop import ScheduledModule
 from freqmask.training.optim import OptimConfig, Schedule, update_ema

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from freqmask.backbones import evaluating
+from freqmask.backbones import eval_no_grad
 from freqmask.data.dataset import TrainDataset
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import OrderedSampler
@@ -38,7 +38,7 @@ class HeldOutAccuracy(PeriodicCallback):
         began = time.perf_counter()
         devices = [module.device] if module.device.type == "cuda" else []
         # a loader draws its seed from torch's generator, which belongs to the training
-        with torch.random.fork_rng(devices=devices), evaluating(module), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), eval_no_grad(module):
             right, seen = self._count(trainer, module)
         if trainer.is_global_zero:
             self.monitor.record(step, {"held_out_accuracy": float(right / seen)})

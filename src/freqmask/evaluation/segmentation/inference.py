@@ -20,7 +20,6 @@ from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.data.sources import Source
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import as_float
 from freqmask.evaluation.protocol import say_skipped
 from freqmask.evaluation.results import plain_texts, save_figure, shortened
 from freqmask.evaluation.scores import image_margins
@@ -28,6 +27,7 @@ from freqmask.evaluation.segmentation.fit import pairs
 from freqmask.evaluation.segmentation.mask_data import Labels
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.segmentation.upernet import UperNet
+from freqmask.images import as_float
 
 Network = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> logits (B, K, h, w)
 _MOST_LEGEND = 40

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqmask.evaluation.eval_model import as_float
 from freqmask.evaluation.finetune.module import layer_groups
 from freqmask.evaluation.segmentation.settings import Training
 from freqmask.evaluation.segmentation.upernet import UperNet, segmentation_losses
+from freqmask.images import as_float
 from freqmask.training.loop import ScheduledModule
 from freqmask.training.optim import OptimConfig, Schedule, parameter_groups
 
