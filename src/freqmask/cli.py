@@ -41,6 +41,11 @@ COMMANDS = {
             "robustness": "corrupted, adversarial and other people's test images",
         },
     ),
+    "predict": Command(
+        "freqmask.commands.predict",
+        "classes as CSV or masks as PNG, of a fine-tuned model",
+        ("model", "data"),
+    ),
     "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading", "data"),
     "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in", ("model", "image")),
     "export": Command(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError
 from freqmask.interop.convert import convert_file
-from freqmask.interop.export import FORMATS, compare, decoder_of, export_model
+from freqmask.interop.export import FORMATS, compare, decoder_of, export_model, graph_of
 from freqmask.interop.mfm_layout import mfm_encoder, vit_shapes
 from freqmask.interop.models import open_model
 from freqmask.interop.timm_folder import write_timm_folder
@@ -212,12 +212,12 @@ def test_torch_export_loads_and_takes_any_batch(resnet_run, tmp_path):
     torch.testing.assert_close(pooled, opened.backbone(opened.normalise(images)).pooled, atol=1e-5, rtol=0)
 
 
-def test_a_graph_that_computes_otherwise_is_not_written(resnet_run, tmp_path):
-    opened = open_model(resnet_run.path)
-    module = torch.nn.Module()
-    module.forward = lambda images: (opened.backbone(images).pooled,)
+def test_a_graph_that_computes_otherwise_is_not_written(resnet_run):
+    graph = graph_of(open_model(resnet_run.path))
+    size = graph.input_size[1:]
+    assert "of the largest value" in compare(graph.module, graph, [size])
     with pytest.raises(UserError, match="computes otherwise"):
-        compare(lambda images: (opened.backbone(images).pooled + 0.1,), module, opened)
+        compare(lambda images: (graph.module(images)[0] + 0.1,) * 2, graph, [size])
 
 
 def test_formats_and_places_that_cannot_be_are_one_sentence(vit_run, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from freqmask.commands.given import command
 from freqmask.console import say
@@ -26,10 +26,13 @@ def export(
     """Hands a backbone on: to timm and transformers, ONNX runtimes, torch.export, or users of MFM's files.
 
     Graphs (onnx, torch-export) take images in [0, 1] and normalise inside; they are checked against torch
-    before they are written. The mfm-checkpoint holds plain ViTs and ResNets with their decoder only.
+    before they are written, and take any image size where the network does. A fine-tuned classifier keeps its
+    head (its graph gives logits); a segmentation network gives logits at the size of the images. The
+    mfm-checkpoint holds plain ViTs and ResNets with their decoder only.
 
     Args:
-        model: a run folder, an exported folder, timm:NAME or random:NAME.
+        model: a run folder (of a pre-training, a fine-tuning or a segmentation), an exported folder, timm:NAME or
+            random:NAME.
         out: the folder (timm) or file to write.
         format: what to write.
         weights: teacher or student of a FOLK run; the default is the student. It alone is moved by both
@@ -48,7 +51,6 @@ def export(
         UserError: the model cannot be opened or the format cannot hold it; out exists; no network or token.
     """
     from freqmask.interop.export import export_model
-    from freqmask.interop.models import open_model
 
     if out is None and push is None:
         raise UserError("out is missing; try --out FOLDER, or --push USER/NAME")
@@ -60,10 +62,10 @@ def export(
         from freqmask.interop.hub import check_hub
 
         check_hub(push)
-    opened = open_model(model, image_size=image_size, weights=weights)
+    opened = _open(model, image_size, weights, format)
     if out is not None:
         told = export_model(opened, out, format, overwrite)
-        say(f"written     {out}    ({opened.name}, {format})")
+        say(f"written     {out}    ({getattr(opened, 'name', model)}, {format})")
         for sentence in told:
             say(f"            {sentence}")
     if push is None:
@@ -73,3 +75,18 @@ def export(
     address = push_model(opened, push, public=public, with_images=with_images)
     say(f"pushed      {address}    ({'public' if public else 'private'})")
     return address
+
+
+def _open(model: str, image_size: int | None, weights: str | None, format: str) -> Any:
+    """A classifier with its head, a segmentation network as a graph, or a backbone."""
+    from freqmask.commands.predict import open_segmenter, segmentation_graph
+    from freqmask.interop.models import PUBLIC, RANDOM, open_classifier, open_model
+
+    segmenter = open_segmenter(model)
+    if segmenter is not None:
+        return segmentation_graph(segmenter)
+    if weights is None and image_size is None and not model.startswith((PUBLIC, RANDOM)):
+        classifier = open_classifier(model)
+        if classifier is not None and format != "mfm-checkpoint":
+            return classifier
+    return open_model(model, image_size=image_size, weights=weights)

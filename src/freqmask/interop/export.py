@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from freqmask import __version__
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError, nearest
 from freqmask.interop.mfm_layout import mfm_encoder, mfm_state
-from freqmask.interop.models import OpenedModel
+from freqmask.interop.models import OpenedClassifier, OpenedModel
 from freqmask.interop.outputs import check_out, new_folder
 from freqmask.interop.runs import run_state
 from freqmask.interop.timm_folder import DECODER, Pooled, write_timm_folder
@@ -33,50 +34,84 @@ TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ
 _LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
 
 
-@dataclass(frozen=True)
-class Format:
-    """One way to hand a backbone on.
-
-    Attributes:
-        write: writes the model to the path.
-        suffix: of the file; empty for a folder.
-        summary: for the help.
-    """
-
-    write: Callable[[OpenedModel, Path], list[str]]
-    suffix: str
-    summary: str
-
-
 class Exported(nn.Module):
-    """What graphs compute: normalisation, backbone, both features.
+    """What graphs compute: normalisation, then a network.
 
     Args:
-        opened: the model.
+        network: gives one tensor or several of normalised images (B, C, H, W).
+        mean: of each channel in [0, 1].
+        std: of each channel.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, opened: OpenedModel) -> None:
+    def __init__(self, network: Callable[[Tensor], Any], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.backbone: Backbone = opened.backbone
-        self.register_buffer("mean", torch.tensor(opened.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(opened.std)[:, None, None])
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, Tensor]:
-        """Pooled feature (B, D) and feature map (B, D, h, w) of images in [0, 1]."""
-        features = self.backbone((images - self.mean) / self.std)
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, ...]:
+        """The network's outputs for images in [0, 1]."""
+        found = self.network((images - self.mean) / self.std)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+class _PooledAndMap(nn.Module):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(normalised)
         return features.pooled, features.feature_map
 
 
+@dataclass(frozen=True)
+class Graph:
+    """What ONNX and torch.export are given.
+
+    Attributes:
+        module: of images in [0, 1].
+        outputs: name of each output to what it holds.
+        input_size: channels, height and width of an image.
+        metadata: plain values that go into the file.
+        multiple: what height and width may be any multiple of; None where the size is fixed.
+    """
+
+    module: nn.Module
+    outputs: dict[str, str]
+    input_size: tuple[int, int, int]
+    metadata: dict[str, Any]
+    multiple: int | None = None
+
+
+def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
+    """A backbone with both its features, or a classifier with its logits."""
+    notes = {"mean": opened.mean, "std": opened.std, "normalised_inside": True}
+    if isinstance(opened, OpenedClassifier):
+        module = Exported(opened.module, opened.mean, opened.std)
+        fixed = bool(opened.module.pretrained_cfg.get("fixed_input_size"))
+        notes |= {**_facts_of_classifier(opened), "class_names": opened.class_names}
+        outputs = {"logits": f"(B, {len(opened.class_names)} classes, named in the metadata)"}
+        return Graph(module, outputs, opened.input_size, notes, None if fixed else 32)
+    module = Exported(_PooledAndMap(opened.backbone), opened.mean, opened.std)
+    outputs = {"features": "(B, D)", "feature_map": "(B, D, h, w)"}
+    multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
+    return Graph(module, outputs, opened.input_size, {**notes, **exported_facts(opened)}, multiple)
+
+
 def export_model(
-    opened: OpenedModel, out: str | Path, format: str = "timm", overwrite: bool = False
+    opened: OpenedModel | OpenedClassifier | Graph,
+    out: str | Path,
+    format: str = "timm",
+    overwrite: bool = False,
 ) -> list[str]:
     """Write a model in a format.
 
     Args:
-        opened: the model.
+        opened: a backbone, a classifier, or any other graph.
         out: a folder for ``timm``, a file for the others.
         format: one of ``FORMATS``.
         overwrite: True replaces what is at ``out``.
@@ -89,9 +124,16 @@ def export_model(
     """
     if format not in FORMATS:
         raise UserError(f"format ({format}) is unknown; {nearest(format, FORMATS)}")
-    chosen = FORMATS[format]
-    path = check_out(out, overwrite, folder=not chosen.suffix)
-    return chosen.write(opened, path)
+    write, suffix = FORMATS[format]
+    path = check_out(out, overwrite, folder=not suffix)
+    if format in ("onnx", "torch-export"):
+        return write(opened if isinstance(opened, Graph) else graph_of(opened), path)
+    if isinstance(opened, Graph) or (isinstance(opened, OpenedClassifier) and format != "timm"):
+        holds = "encoders with their decoder" if format == "mfm-checkpoint" else "timm models"
+        raise UserError(
+            f"format ({format}) holds {holds} only; --format onnx or torch-export holds this network"
+        )
+    return write(opened, path)
 
 
 def pooled_of(method: str | None, opened: OpenedModel) -> Pooled:
@@ -126,7 +168,9 @@ def decoder_of(opened: OpenedModel) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _write_timm(opened: OpenedModel, path: Path) -> list[str]:
+def _write_timm(opened: OpenedModel | OpenedClassifier, path: Path) -> list[str]:
+    if isinstance(opened, OpenedClassifier):
+        return _write_classifier(opened, path)
     with new_folder(path) as scratch:
         write_timm_folder(
             opened.module,
@@ -139,6 +183,29 @@ def _write_timm(opened: OpenedModel, path: Path) -> list[str]:
             decoder=decoder_of(opened) or None,
         )
     return [f'timm.create_model("local-dir:{path}", pretrained=True)', f'AutoModel.from_pretrained("{path}")']
+
+
+def _write_classifier(opened: OpenedClassifier, path: Path) -> list[str]:
+    with new_folder(path) as scratch:
+        write_timm_folder(
+            opened.module,
+            scratch,
+            input_size=opened.input_size,
+            mean=opened.mean,
+            std=opened.std,
+            facts=_facts_of_classifier(opened),
+            crop_pct=opened.crop_share,
+            label_names=opened.class_names,
+        )
+    return [
+        f"with its head: {len(opened.class_names)} classes",
+        f'timm.create_model("local-dir:{path}", pretrained=True)',
+    ]
+
+
+def _facts_of_classifier(opened: OpenedClassifier) -> dict[str, Any]:
+    known = {"version": __version__, "from": opened.name, **opened.facts}
+    return {**known, "value_range": opened.value_range}
 
 
 def exported_facts(opened: OpenedModel) -> dict[str, Any]:
@@ -173,111 +240,145 @@ def _epoch(opened: OpenedModel) -> int:
     return int(opened.facts.get("step", 0) * run.config()["batch_size"] / images) if images else 0
 
 
-def _write_onnx(opened: OpenedModel, path: Path) -> list[str]:
+def _write_onnx(graph: Graph, path: Path) -> list[str]:
     _require("onnx", "onnxscript", "onnxruntime")
     import onnx
 
-    module = Exported(opened).eval()
+    module = graph.module.eval()
     large = sum(tensor.nbytes for tensor in module.state_dict().values()) > _LARGEST_ONE_FILE
     if large:
         raise UserError("format (onnx) ends at 2 GB in one file; --format torch-export has no such end")
-    with _silence():
+
+    def export(dynamic: dict[int, Any], size: tuple[int, int]) -> Any:
         program = torch.onnx.export(
             module,
-            (_example(opened, 2),),
+            (_example(graph, 2, size),),
             dynamo=True,
             input_names=["images"],
-            output_names=["features", "feature_map"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            output_names=list(graph.outputs),
+            dynamic_shapes={"images": dynamic},
             external_data=False,
             verbose=False,
         )
-    assert program is not None  # only the older exporter gives none
-    proto = program.model_proto
-    for name, value in _graph_metadata(opened).items():
-        proto.metadata_props.add(key=name, value=value)
+        assert program is not None  # only the older exporter gives none
+        for name, value in _metadata(graph).items():
+            program.model_proto.metadata_props.add(key=name, value=value)
+        return program.model_proto
 
-    worst = 0.0
+    def write(proto: Any, temporary: Path, sizes: list[tuple[int, int]]) -> str:
+        import onnxruntime
 
-    def write(temporary: Path) -> None:
-        nonlocal worst
         onnx.save(proto, str(temporary))
-        worst = _compare_onnx(temporary, module, opened)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
 
-    replace_atomically(path, write)
+        def compute(images: Tensor) -> tuple[Tensor, ...]:
+            return tuple(torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()}))
+
+        return compare(compute, graph, sizes)
+
     return [
-        "images in [0, 1], normalisation inside; outputs features (B, D) and feature_map (B, D, h, w)",
-        f"checked in onnxruntime with batches of 1 and 3: largest difference to torch {worst:.1e}",
+        f"images in [0, 1], normalisation inside; {_outputs(graph)}",
+        *_write_graph(graph, path, export, write, "onnxruntime"),
     ]
 
 
-def _compare_onnx(path: Path, module: nn.Module, opened: OpenedModel) -> float:
-    import onnxruntime
+def _write_torch_export(graph: Graph, path: Path) -> list[str]:
+    module = graph.module.eval()
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def export(dynamic: dict[int, Any], size: tuple[int, int]) -> Any:
+        with torch.no_grad():
+            example = (_example(graph, 2, size),)
+            return torch.export.export(module, example, dynamic_shapes={"images": dynamic})
 
-    def compute(images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()}))
-
-    return compare(compute, module, opened)
-
-
-def _write_torch_export(opened: OpenedModel, path: Path) -> list[str]:
-    module = Exported(opened).eval()
-    with _silence(), torch.no_grad():
-        program = torch.export.export(
-            module, (_example(opened, 2),), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
-        )
-    worst = 0.0
-
-    def write(temporary: Path) -> None:
-        nonlocal worst
+    def write(program: Any, temporary: Path, sizes: list[tuple[int, int]]) -> str:
         content = io.BytesIO()
         with _silence():
-            torch.export.save(
-                program, content, extra_files={"freqmask.json": json.dumps(_graph_metadata(opened))}
-            )
+            notes = {"freqmask.json": json.dumps(_metadata(graph))}
+            torch.export.save(program, content, extra_files=notes)
             temporary.write_bytes(content.getvalue())
             content.seek(0)
             loaded = torch.export.load(content).module()
-        worst = compare(loaded, module, opened)
+        return compare(loaded, graph, sizes)
 
-    replace_atomically(path, write)
     return [
-        f'torch.export.load("{path}").module()(images in [0, 1]) gives features and feature_map',
-        f"checked with batches of 1 and 3: largest difference {worst:.1e}",
+        f'torch.export.load("{path}").module()(images in [0, 1]); {_outputs(graph)}',
+        *_write_graph(graph, path, export, write, "torch"),
     ]
 
 
+def _write_graph(
+    graph: Graph,
+    path: Path,
+    export: Callable[[dict[int, Any], tuple[int, int]], Any],
+    write: Callable[[Any, Path, list[tuple[int, int]]], str],
+    checked_in: str,
+) -> list[str]:
+    """Any image size where the network takes any; what an exporter cannot follow is fixed to its own."""
+    size = graph.input_size[1:]
+    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    attempts = [(free, [size], f"the image size is fixed: {size[0]}x{size[1]}")]
+    if graph.multiple is not None and all(side % graph.multiple == 0 for side in size):
+        step = graph.multiple
+        sides = {n: step * torch.export.Dim(name, min=1) for n, name in ((2, "rows"), (3, "columns"))}
+        # traced at three by four steps: an exporter takes a size of one for a constant
+        sizes = [(3 * step, 4 * step), size]
+        attempts.insert(0, ({**free, **sides}, sizes, f"of any image size: multiples of {step}"))
+    for number, (dynamic, sizes, said) in enumerate(attempts):
+        told = ""
+        try:
+            with _silence():
+                program = export(dynamic, sizes[0])
+
+            def checked(temporary: Path, program: Any = program, sizes: Any = sizes) -> None:
+                nonlocal told
+                told = write(program, temporary, sizes)
+
+            replace_atomically(path, checked)
+        except Exception:  # exporters raise whatever they please where a shape decides what is computed
+            if number + 1 == len(attempts):
+                raise
+            continue
+        return [said, f"checked in {checked_in} with batches of 1 and 3: largest difference {told}"]
+    raise AssertionError
+
+
 @torch.no_grad()
-def compare(compute: Callable[[Tensor], tuple[Tensor, ...]], module: nn.Module, opened: OpenedModel) -> float:
-    """The largest difference between an exported graph and the module it was made from.
+def compare(
+    compute: Callable[[Tensor], tuple[Tensor, ...]], graph: Graph, sizes: Sequence[tuple[int, int]]
+) -> str:
+    """The largest difference between an exported graph and the module it was made from, and that over the values.
 
     Raises:
         UserError: it is larger than float32 explains.
     """
-    worst = 0.0
-    for batch in (1, 3):
-        images = _example(opened, batch)
-        for got, expected in zip(compute(images), module(images), strict=True):
-            difference = float((got - expected).abs().max())
-            if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+    worst = share = 0.0
+    for batch, size in itertools.product((1, 3), sizes):
+        images = _example(graph, batch, size)
+        for got, expected in zip(compute(images), graph.module(images), strict=True):
+            difference, largest = float((got - expected).abs().max()), float(expected.abs().max())
+            if not difference <= TOLERANCE * max(1.0, largest):
                 raise UserError(
-                    f"the exported graph computes otherwise than torch (by {difference:.1e}); not written"
+                    f"the exported graph computes otherwise than torch (by {difference:.1e} where the largest "
+                    f"value is {largest:.1e}); not written"
                 )
-            worst = max(worst, difference)
-    return worst
+            worst, share = max(worst, difference), max(share, difference / max(largest, 1e-30))
+    return f"{worst:.1e}, {share:.1e} of the largest value"
 
 
-def _example(opened: OpenedModel, batch: int) -> Tensor:
-    return torch.rand(batch, *opened.input_size, generator=torch.Generator().manual_seed(batch))
+def _example(graph: Graph, batch: int, size: tuple[int, int] | None = None) -> Tensor:
+    channels, *own = graph.input_size
+    generator = torch.Generator().manual_seed(batch)
+    return torch.rand(batch, channels, *(size or own), generator=generator)
 
 
-def _graph_metadata(opened: OpenedModel) -> dict[str, str]:
-    facts = {"mean": opened.mean, "std": opened.std, "normalised_inside": True, **exported_facts(opened)}
-    return {f"freqmask_{name}": json.dumps(value) for name, value in facts.items()}
+def _outputs(graph: Graph) -> str:
+    return "outputs " + " and ".join(f"{name} {what}" for name, what in graph.outputs.items())
+
+
+def _metadata(graph: Graph) -> dict[str, str]:
+    return {f"freqmask_{name}": json.dumps(value) for name, value in graph.metadata.items()}
 
 
 def _require(*names: str) -> None:
@@ -307,9 +408,10 @@ def _silence() -> Iterator[None]:
             logger.setLevel(level)
 
 
-FORMATS = {
-    "timm": Format(_write_timm, "", "a folder for timm and transformers"),
-    "onnx": Format(_write_onnx, ".onnx", "a graph for ONNX runtimes"),
-    "torch-export": Format(_write_torch_export, ".pt2", "a graph for torch.export.load"),
-    "mfm-checkpoint": Format(_write_mfm, ".pth", "the file that users of MFM's checkpoints load"),
+# name -> what writes it, and the suffix of its file; a folder has none
+FORMATS: dict[str, tuple[Callable[[Any, Path], list[str]], str]] = {
+    "timm": (_write_timm, ""),
+    "onnx": (_write_onnx, ".onnx"),
+    "torch-export": (_write_torch_export, ".pt2"),
+    "mfm-checkpoint": (_write_mfm, ".pth"),
 }

@@ -78,7 +78,7 @@ def push_model(
     run = run_of(opened)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        FORMATS["timm"].write(opened, folder)
+        FORMATS["timm"][0](opened, folder)
         previews = _copy_previews(run, folder) if with_images and run is not None else []
         (folder / "README.md").write_text(
             model_card(opened, repository, previews, with_images), encoding="utf-8"

@@ -146,6 +146,90 @@ def load_backbone(
     return module.requires_grad_(True)
 
 
+@dataclass
+class OpenedClassifier:
+    """A timm model with its own classifier.
+
+    Attributes:
+        name: what tables call it.
+        module: the timm module with its head, on the CPU, in evaluation mode.
+        class_names: of its outputs, in order.
+        input_size: channels, height and width.
+        mean: of each channel in [0, 1].
+        std: of each channel.
+        value_range: what became [0, 1] in training.
+        crop_share: share of an image's side that the centered test window keeps.
+        facts: where the weights come from.
+    """
+
+    name: str
+    module: Any
+    class_names: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    value_range: str = "dtype"
+    crop_share: float = 1.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def open_classifier(text: str | Path) -> OpenedClassifier | None:
+    """The classifier behind MODEL, or None where it has none.
+
+    Args:
+        text: the run of a fine-tuning, an exported folder, or ``timm:NAME``.
+
+    Raises:
+        UserError: there is no such model, or its files are broken.
+    """
+    import timm
+
+    text, facts = str(text), {}
+    if text.startswith(RANDOM):
+        return None
+    if text.startswith(PUBLIC):
+        name = text.removeprefix(PUBLIC)
+        check_name(name)
+        check_public(name, f"model ({text})")
+        module: Any = timm.create_model(name, pretrained=True)
+    else:
+        folder = find_backbone(text)
+        config = read_config(folder)
+        if not config.get("num_classes"):
+            return None
+        name, facts = _name(Path(text), folder), dict(config.get(OURS, {}))
+        try:
+            module = timm.create_model(LOCAL + str(folder), pretrained=True)
+        except Exception as error:  # timm raises whatever it pleases
+            raise UserError(
+                f"model ({text}) cannot be opened: {' '.join(str(error).split())[:200]}"
+            ) from error
+    if module.num_classes < 1:
+        return None
+    config = module.pretrained_cfg
+    channels, height, width = (int(side) for side in config["input_size"])
+    return OpenedClassifier(
+        name,
+        module.eval().requires_grad_(False),
+        _class_names(module),
+        (channels, height, width),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        str(facts.get("value_range", "dtype")),
+        float(config.get("crop_pct") or 1.0),
+        facts,
+    )
+
+
+def _class_names(module: Any) -> tuple[str, ...]:
+    names = module.pretrained_cfg.get("label_names")
+    if not names and module.num_classes == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        names = ImageNetInfo("imagenet-1k").label_names()
+    return tuple(map(str, names or range(module.num_classes)))
+
+
 def stage_features(
     backbone: Backbone,
     normalised: Float[Tensor, "batch channel height width"],

@@ -1,0 +1,90 @@
+"""Fine-tuned classifiers and segmentation networks are handed on with their heads, and predict."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from freqmask.cli import run
+from freqmask.errors import UserError
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def in_golden(tmp_path, monkeypatch):
+    ignore = shutil.ignore_patterns("*.py", "__pycache__", "checkpoints")
+    shutil.copytree(GOLDEN, tmp_path / "golden", ignore=ignore)
+    monkeypatch.chdir(tmp_path / "golden")
+
+
+def test_a_classifier_is_exported_with_its_head():
+    run(["export", "tuned/mfm-seed0", "--out", "again"])
+    old, new = load_file("tuned/mfm-seed0/classifier/model.safetensors"), load_file("again/model.safetensors")
+    assert set(old) == set(new)
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert json.loads(Path("again/config.json").read_text())["label_names"] == ["0", "1", "2"]
+    images = torch.rand(2, 3, 32, 32)
+    ours = timm.create_model("local-dir:again", pretrained=True).eval()
+    theirs = timm.create_model("local-dir:tuned/mfm-seed0/classifier", pretrained=True).eval()
+    assert torch.equal(ours(images), theirs(images))
+
+
+def test_a_graph_of_a_classifier_gives_its_logits():
+    run(["export", "tuned/mfm-seed0", "--format", "torch-export", "--out", "x.pt2"])
+    program = torch.export.load("x.pt2").module()
+    model = timm.create_model("local-dir:tuned/mfm-seed0/classifier", pretrained=True).eval()
+    images = torch.rand(3, 3, 32, 32)
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    torch.testing.assert_close(program(images)[0], model((images - mean) / std), atol=1e-5, rtol=0)
+
+
+def test_classes_are_written_as_the_model_gives_them():
+    run(["predict", "tuned/mfm-seed0", "labelled.npz", "--split", "test", "--out", "x.csv", "--workers", "0"])
+    with Path("x.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    images = torch.from_numpy(np.load("labelled.npz")["test_images"]).permute(0, 3, 1, 2).float() / 255
+    model = timm.create_model("local-dir:tuned/mfm-seed0/classifier", pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    expected = model((images - mean) / std).softmax(dim=1)
+    found = torch.tensor([[float(row[name]) for name in ("0", "1", "2")] for row in rows])
+    torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=0)
+    assert [row["class"] for row in rows] == [str(n) for n in expected.argmax(dim=1).tolist()]
+
+
+def test_masks_are_written_and_score_what_the_evaluation_said():
+    pytest.importorskip("segmentation_models_pytorch")
+    run(["predict", "segmented/mfm-seed0", "scenes/images/test", "--out", "masks", "--workers", "0"])
+    right = total = 0
+    for path in sorted(Path("scenes/masks/test").glob("*.png")):
+        truth, mask = np.array(Image.open(path)), np.array(Image.open(next(Path("masks").rglob(path.name))))
+        assert truth.shape == mask.shape
+        right, total = right + int((truth == mask).sum()), total + truth.size
+    with Path("results/segment.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert right / total == pytest.approx(float(row["pixel_accuracy"]), abs=0.02)  # its stride was another
+
+
+def test_a_segmentation_network_is_a_graph():
+    pytest.importorskip("segmentation_models_pytorch")
+    run(["export", "segmented/mfm-seed0", "--format", "torch-export", "--out", "x.pt2"])
+    assert torch.export.load("x.pt2").module()(torch.rand(2, 3, 32, 32))[0].shape == (2, 3, 32, 32)
+    with pytest.raises(UserError, match=r"--format onnx or torch-export"):
+        run(["export", "segmented/mfm-seed0", "--out", "again"])
+
+
+def test_what_cannot_predict_is_one_sentence():
+    with pytest.raises(UserError, match="has no head to predict with"):
+        run(["predict", "trained/mfm", "shards", "--out", "x.csv"])
+    with pytest.raises(UserError, match=r"must end in \.csv"):
+        run(["predict", "tuned/mfm-seed0", "shards", "--out", "x.txt"])
+    shutil.rmtree("trained")
+    with pytest.raises(UserError, match="was built on trained/mfm"):
+        run(["predict", "segmented/mfm-seed0", "shards", "--out", "x"])
