@@ -26,7 +26,7 @@ from PIL import Image
 from record import write_record
 
 from freqmask.data.sources import open_source
-from freqmask.data.views import Geometry, decode_windows
+from freqmask.data.transforms import Geometry, decode_windows
 from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
 from freqmask.evaluation.corruptions import CORRUPTIONS, Corruption
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import timm
 import torch
 
+from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
-from freqmask.data.subset import Subset
 from freqmask.interop.embed import Place, Wanted, compute_parts, finish, plan_parts
 from freqmask.interop.models import OpenedModel, open_model
 

@@ -323,7 +323,7 @@ def loader(options: Any, claims: Claims) -> None:
     from freqmask.data.loader import TrainDataset, make_loader
     from freqmask.data.sampler import TrainSampler
     from freqmask.data.sources import open_source
-    from freqmask.data.views import Geometry
+    from freqmask.data.transforms import Geometry
     from freqmask.images import as_float
 
     workers = 0 if options.toy else min(16, os.cpu_count() or 1)

@@ -47,8 +47,9 @@ from freqmask import prepare
 from freqmask.console import be_quiet
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.sources import Source, open_source
-from freqmask.data.views import Geometry
+from freqmask.data.source import Source
+from freqmask.data.sources import open_source
+from freqmask.data.transforms import Geometry
 
 SIZE, RADIUS, BATCH = 224, 16, 8
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}

@@ -129,7 +129,7 @@ def test_an_out_below_a_file_is_a_sentence_before_any_work(
         raise AssertionError("images were read before the place was checked")
 
     (place / "file").write_text("no folder")
-    monkeypatch.setattr("freqmask.data.dataset.TrainDataset.__getitems__", too_late)
+    monkeypatch.setattr("freqmask.data.loader.TrainDataset.__getitems__", too_late)
     code, text = attempt(writers(world, str(place / "file" / "out"))[name])
     ends_well(code, text)
     assert "cannot be written" in text, text

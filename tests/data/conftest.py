@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from freqmask.data.pictures import ArrayPicture, Picture
-from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.source import Source, SourceSummary
 from freqmask.errors import BadImage
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from freqmask.data.loader import TrainDataset, TrainLoader, make_loader, worker_failure
 from freqmask.data.sampler import OrderedSampler, TrainSampler
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
-from freqmask.data.views import Geometry
 from freqmask.errors import BadImage, UserError
 from freqmask.rng import combine, sample_key
 
@@ -158,7 +158,7 @@ _LEAVES_IN_THE_MIDST = """
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import open_source
-from freqmask.data.views import Geometry
+from freqmask.data.transforms import Geometry
 dataset = TrainDataset(open_source({data!r}), [Geometry(8)])
 batches = iter(make_loader(dataset, TrainSampler(8, 0, 2, total_steps=99), 2, workers=1))
 print(len(next(batches)["keys"]))

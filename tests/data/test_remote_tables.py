@@ -13,16 +13,15 @@ import pytest
 from PIL import Image
 
 from freqmask.data import remote, remote_tables
-from freqmask.data.dataset import TrainDataset
-from freqmask.data.heldout import hold_out
-from freqmask.data.loader import make_loader
+from freqmask.data.decode_ahead import Limits, read_images
+from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.parts import open_parts
 from freqmask.data.prepare import Settings, prepare_shards
-from freqmask.data.resident_reading import Limits, read_images
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import open_source, splits_there
+from freqmask.data.splits import hold_out
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import survey
-from freqmask.data.views import Geometry
 from freqmask.errors import BadImage, UserError
 
 pytest.importorskip("aiohttp", reason="https:// needs aiohttp (freqmask[data])")

@@ -12,16 +12,15 @@ from PIL import Image
 
 from freqmask.data import shard_finding
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
-from freqmask.data.dataset import TrainDataset
-from freqmask.data.heldout import hold_out
-from freqmask.data.loader import make_loader
+from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.patterns import expand_braces
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.shard_files import local_files
 from freqmask.data.shard_finding import find_index
 from freqmask.data.shard_index import INDEX_NAME, Row, ShardRows, load_index, make_index
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.views import Geometry
+from freqmask.data.splits import hold_out
+from freqmask.data.transforms import Geometry
 from freqmask.errors import BadImage, UserError
 
 

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from freqmask.data.builtin import BuiltinDigits
-from freqmask.data.joined import JoinedSource
+from freqmask.data.source import JoinedSource, Subset
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.subset import Subset
 from freqmask.errors import UserError
 
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freqmask.data import windows
-from freqmask.data.views import CROPS, Geometry
-from freqmask.data.windows import draw_attitudes, draw_boxes, smallest_side
+from freqmask.data import transforms
+from freqmask.data.transforms import CROPS, Geometry, draw_boxes, draw_flips, smallest_side
 
 KEYS = st.integers(-(2**63), 2**63 - 1)
 SIDES = st.integers(1, 300)
@@ -28,6 +27,7 @@ def one_by_one(geometry: Geometry, sizes: torch.Tensor, keys: torch.Tensor, atte
     ratio=st.floats(1, 4),
     crop=st.sampled_from(CROPS),
     attempt=st.integers(0, 3),
+    center_share=st.floats(0.1, 1),
 )
 def test_windows_are_those_drawn_one_by_one(
     pictures: list[tuple[int, int, int]],
@@ -36,8 +36,9 @@ def test_windows_are_those_drawn_one_by_one(
     ratio: float,
     crop: str,
     attempt: int,
+    center_share: float,
 ) -> None:
-    geometry = Geometry(view, (smallest, 1.0), (1 / ratio, ratio), crop)
+    geometry = Geometry(view, (smallest, 1.0), (1 / ratio, ratio), crop, center_share=center_share)
     sizes = torch.tensor([picture[:2] for picture in pictures])
     keys = torch.tensor([picture[2] for picture in pictures])
     boxes = draw_boxes(geometry, sizes, keys, attempt)
@@ -58,8 +59,8 @@ def test_another_exponential_moves_no_window(error: float, monkeypatch: pytest.M
     geometry = Geometry(8, scale=(0.25, 0.25), ratio=(1.0, 1.0))  # half of an odd side rounds either way
     keys = torch.arange(40)
     sizes = torch.full((40, 2), 15) - 2 * (keys % 3)[:, None]
-    exact = windows._random_sides
-    monkeypatch.setattr(windows, "_random_sides", lambda *arguments: exact(*arguments) + error)
+    exact = transforms._random_sides
+    monkeypatch.setattr(transforms, "_random_sides", lambda *arguments: exact(*arguments) + error)
     assert draw_boxes(geometry, sizes, keys).tolist() == one_by_one(geometry, sizes, keys, 0)
 
 
@@ -68,9 +69,9 @@ def test_views_are_mirrored_and_turned_as_one_by_one(turns: bool) -> None:
     geometry = Geometry(4, horizontal_flip=0.7, vertical_flip=0.3, quarter_turns=turns)
     image = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4)
     keys = torch.arange(200)
-    for key, (mirrored, upended, exchanged) in zip(
-        keys, draw_attitudes(geometry, keys).tolist(), strict=True
+    for key, (mirrored, upside_down, exchanged) in zip(
+        keys, draw_flips(geometry, keys).tolist(), strict=True
     ):
         view = image.flip(-1) if mirrored else image
-        view = view.flip(-2) if upended else view
+        view = view.flip(-2) if upside_down else view
         assert torch.equal(view.mT if exchanged else view, geometry.finish(image, int(key)))

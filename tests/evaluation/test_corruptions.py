@@ -13,8 +13,8 @@ from skimage.color import hsv2rgb, rgb2hsv
 from skimage.data import astronaut
 
 from freqmask.data.arrays import open_array
-from freqmask.data.dataset import TrainDataset
-from freqmask.data.views import Geometry
+from freqmask.data.loader import TrainDataset
+from freqmask.data.transforms import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation import corruption_functions as functions
 from freqmask.evaluation import weather

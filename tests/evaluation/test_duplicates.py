@@ -78,7 +78,7 @@ def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:
 
 
 def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None:
-    from freqmask.data.heldout import hold_out
+    from freqmask.data.splits import hold_out
 
     trained = open_folder(write(tmp_path / "trained", *range(60)))
     run = make_run(tmp_path / "run", data=[str(tmp_path / "trained")], seed=0).path

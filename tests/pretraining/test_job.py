@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from tiny_runs import steps_made
 
 import freqmask
-from freqmask.data.sources import Source, open_source
+from freqmask.data.source import Source
+from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.training.run_folder import RunFolder
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import freqmask
-from freqmask.data.resident_batches import ResidentBatches
+from freqmask.data.in_memory import InMemoryBatches
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.pretraining import placing
@@ -67,7 +67,7 @@ def test_small_images_that_are_seen_often_stay_on_the_device() -> None:
 @pytest.mark.parametrize(
     ("survey", "images", "reason"),
     [
-        (survey_of(500), 5_000, "the largest has 500 pixels a side, and up to 64 are kept on a CPU"),
+        (survey_of(500), 5_000, "the largest has 500 pixels a side, and up to 127 are kept in memory"),
         (survey_of(), 80_000, "each is seen 1.2 times"),
         (survey_of(dtypes=("uint8", "uint16")), 5_000, "they hold uint16 and uint8"),
         (survey_of(gaps=3), 5_000, "3 of 10 looked at have missing values"),
@@ -118,7 +118,7 @@ def test_a_run_of_images_on_the_device_that_was_stopped_ends_with_the_same_bits(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut: list[int] = []
-    whole_batch, whole_end = ResidentBatches._batch, Monitor.on_train_batch_end
+    whole_batch, whole_end = InMemoryBatches._batch, Monitor.on_train_batch_end
 
     def counted(self: Any, *drawn: Any) -> Any:
         cut.append(1)
@@ -129,7 +129,7 @@ def test_a_run_of_images_on_the_device_that_was_stopped_ends_with_the_same_bits(
             raise RuntimeError("killed here")
         whole_end(self, trainer, *rest)
 
-    monkeypatch.setattr(ResidentBatches, "_batch", counted)
+    monkeypatch.setattr(InMemoryBatches, "_batch", counted)
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "on_train_batch_end", broken)
         with pytest.raises(RuntimeError, match="killed here"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from freqmask.console import say
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.interop.embed import Embedding, Place, Wanted, finish, plan_parts, work_through
 from freqmask.interop.models import OpenedModel

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
 from freqmask.images import as_float, psnr
 from freqmask.interop.embed import still_images
 from freqmask.interop.models import OpenedModel

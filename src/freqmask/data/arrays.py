@@ -11,7 +11,7 @@ import numpy as np
 
 from freqmask.data.cache import bytes_of
 from freqmask.data.pictures import ArrayPicture, Picture
-from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note, split_of
 from freqmask.errors import BadImage, UserError, nearest
 

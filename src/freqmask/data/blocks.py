@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from freqmask.data.lanes import WINDOW_BLOCKS
 from freqmask.data.shard_files import ShardFiles
 from freqmask.data.shard_index import ShardIndex
+from freqmask.data.source import WINDOW_BLOCKS
 
 BLOCK_BYTES = 4_000_000
 # What a lane's window needs, and a few more for a window that ends while the next one begins.

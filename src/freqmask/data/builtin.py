@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from freqmask.data.pictures import ArrayPicture, Picture
-from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.source import Source, SourceSummary
 from freqmask.errors import UserError, nearest
 
 # The colour photographs inside scikit-image's wheel; its other images would be fetched from the network. The

@@ -31,7 +31,7 @@ from freqmask.data.pictures import (
     refuse_all_nan,
 )
 from freqmask.data.pixels import Color
-from freqmask.data.sources import Pages
+from freqmask.data.source import Pages
 from freqmask.data.tiff import TIFF_BEGINNINGS, count_tiff_images, open_tiff
 from freqmask.errors import BadImage
 

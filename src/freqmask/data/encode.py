@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from freqmask.data.pictures import Picture
 from freqmask.data.pixels import fill_missing, missing_pixels
 from freqmask.data.tiff import NODATA_TAG
-from freqmask.data.views import OVERSAMPLING, resize
+from freqmask.data.transforms import OVERSAMPLING, resize
 from freqmask.errors import BadImage
 
 JPEG_QUALITY = 95

@@ -14,7 +14,7 @@ from freqmask.data.decode import EXTRAS, count_images, open_file, read_file, rea
 from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder
 from freqmask.data.patterns import unpacker_of
 from freqmask.data.pictures import Picture
-from freqmask.data.sources import Pages, Source, SourceSummary
+from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note, split_of
 from freqmask.errors import UserError
 

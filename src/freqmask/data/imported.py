@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
 from freqmask.errors import UserError, nearest
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.source import Source, SourceSummary, Subset
 from freqmask.data.splits import choose_split, split_note
-from freqmask.data.subset import Subset
 from freqmask.errors import UserError, nearest
 
 COLUMNS = ("path", "label", "split", "group")

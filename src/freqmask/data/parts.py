@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from freqmask.data.cache import bytes_of
-from freqmask.data.dataset import as_bad_image
 from freqmask.data.encode import EncodedImage, encode_picture
-from freqmask.data.joined import JoinedSource
-from freqmask.data.lanes import lane_order, some_images
+from freqmask.data.loader import as_bad_image
+from freqmask.data.sampler import block_shuffle, some_images
 from freqmask.data.shard_writer import Packed
-from freqmask.data.sources import Pages, Source, open_source, splits_there
+from freqmask.data.source import JoinedSource, Pages, Source
+from freqmask.data.sources import open_source, splits_there
 from freqmask.errors import BadImage, UserError
 
 AT_ONCE = 8  # images that a worker hands over together
@@ -121,7 +121,7 @@ def _mixed(source: Source, lanes: int, first: int) -> list[int]:
     blocks = source.blocks()
     if blocks is None:
         return np.random.default_rng(ORDER_SEED).permutation(len(source)).tolist()
-    return lane_order(blocks, ORDER_SEED, 0, AT_ONCE, lanes, first).tolist()
+    return block_shuffle(blocks, ORDER_SEED, 0, AT_ONCE, lanes, first).tolist()
 
 
 def _encoded(source: Source, index: int, shorter_side: int | None) -> EncodedImage | str:

@@ -125,12 +125,12 @@ class RemoteFiles:
         base = path.rstrip("/") + "/"
 
         def find() -> dict[str, Any]:
-            found: dict[str, Any] = system.find(path, maxdepth=levels, detail=True)
-            if not found:
+            listed: dict[str, Any] = system.find(path, maxdepth=levels, detail=True)
+            if not listed:
                 system.info(path)  # fsspec passes over a server that does not answer; this tells
-            return found
+            return listed
 
-        found = with_patience(self.root, find, gone={})
+        found: dict[str, Any] = with_patience(self.root, find, gone={})
         sizes: dict[str, int | None] = {
             full.removeprefix(base): about.get("size")
             for full, about in found.items()

@@ -18,7 +18,7 @@ from freqmask.data.remote import RemoteFiles
 from freqmask.data.remote_tables import RemoteTables
 from freqmask.data.shard_index import INDEX_NAME
 from freqmask.data.shards import open_shards, splits_in_shards
-from freqmask.data.sources import Pages, Source, SourceSummary
+from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
 from freqmask.data.table_layout import files_by_split, tables_of_one
 from freqmask.errors import BadImage, UserError

@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 
 from freqmask.console import readable_bytes
 from freqmask.data.decode import open_bytes, suffix_of
-from freqmask.data.lanes import WINDOW_BLOCKS, Blocks
 from freqmask.data.parquet_parts import parse_footer, read_columns
 from freqmask.data.pictures import Picture
 from freqmask.data.shard_files import ShardFiles
-from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary
 from freqmask.data.table_index import TableIndex, index_tables
 from freqmask.errors import BadImage
 

@@ -9,14 +9,12 @@ import numpy as np
 
 from freqmask.data.blocks import BlockReader
 from freqmask.data.decode import open_bytes
-from freqmask.data.lanes import Blocks
 from freqmask.data.pictures import Picture
 from freqmask.data.shard_files import LocalFiles, ShardFiles, local_files
 from freqmask.data.shard_finding import find_index
 from freqmask.data.shard_index import INDEX_NAME, ShardIndex
-from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.source import Blocks, Source, SourceSummary, Subset
 from freqmask.data.splits import choose_split, split_note
-from freqmask.data.subset import Subset
 from freqmask.errors import BadImage, UserError
 
 

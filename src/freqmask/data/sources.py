@@ -1,108 +1,20 @@
-"""What images there are: the contract of a source, and how the text that a user types becomes one."""
+"""How the text that a user types for DATA becomes a source."""
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
 
 from freqmask.data.patterns import is_pattern, refuse_packed
+from freqmask.data.source import JoinedSource, Pages, Source, SourceSummary, Subset
 from freqmask.errors import UserError, nearest
 
-if TYPE_CHECKING:
-    from freqmask.data.lanes import Blocks
-    from freqmask.data.pictures import Picture
+__all__ = ["JoinedSource", "Pages", "Source", "SourceSummary", "Subset", "open_source", "splits_there"]
 
-Pages = Literal["channels", "images"]
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 ARRAY_SUFFIXES = (".npy", ".npz")
-
-
-@dataclass
-class SourceSummary:
-    """What a source holds, for the lines printed before a run.
-
-    Attributes:
-        kind: what it is in a few words: ``folder``, ``numpy array``, ``parquet table`` ...
-        found: images found.
-        used: images used, after a split was chosen.
-        ignored: suffix -> number of files that are not read.
-        notes: whole sentences for the user.
-    """
-
-    kind: str
-    found: int
-    used: int
-    ignored: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-class Source(ABC):
-    """Images by number. Cheap to pickle: files are opened in the process that reads them.
-
-    Attributes:
-        class_names: names of the labels 0, 1, ..., or None where there are no classes.
-        why_unlabelled: in half a sentence, why a folder has no classes; empty where there is nothing to say.
-    """
-
-    class_names: list[str] | None = None
-    why_unlabelled: str = ""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def open(self, index: int) -> Picture:
-        """The image, its header read; raises `freqmask.errors.BadImage` where that fails."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """What the image is called in lists: its path relative to DATA, or its row."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A short hash that changes when images are added, removed, renamed or resized; cheap to compute."""
-
-    @abstractmethod
-    def summary(self) -> SourceSummary:
-        """What was found, used and ignored, and what the user should know of it."""
-
-    def label(self, index: int) -> int | None:
-        """The number of the image's class, or None."""
-        return None
-
-    def all_labels(self) -> np.ndarray:
-        """The labels of all images, int64 (image,), -1 where there is none."""
-        found = (self.label(index) for index in range(len(self)))
-        return np.array([-1 if label is None else label for label in found], np.int64)
-
-    def group(self, index: int) -> str | None:
-        """What the image must never be separated from in a split (patient, scene), or None."""
-        return None
-
-    def blocks(self) -> Blocks | None:
-        """Which images lie so that reading them together is cheaper; None where it makes no difference."""
-        return None
-
-    def encoded(self, index: int) -> tuple[bytes, str] | None:
-        """The image's own file, as its bytes and its suffix; None where it is not one whole file.
-
-        Raises:
-            BadImage: it cannot be read.
-        """
-        return None
-
-    def identity(self, index: int) -> int:
-        """A 64-bit number that stays with the image when DATA moves or other images come and go."""
-        from freqmask.rng import identity_of  # it brings torch, which the help texts do without
-
-        return identity_of(self.name(index).encode(errors="surrogateescape"))
 
 
 def open_source(
@@ -142,8 +54,6 @@ def open_source(
         raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
     if len(data) == 1:
         return _open_one(data[0], pages, split)
-    from freqmask.data.joined import JoinedSource
-
     return JoinedSource([_open_one(one, pages, split) for one in data])
 
 

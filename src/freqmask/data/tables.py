@@ -15,7 +15,7 @@ from freqmask.data.cache import cache_file, replacing
 from freqmask.data.decode import open_bytes, suffix_of
 from freqmask.data.pictures import Picture
 from freqmask.data.shard_files import local_files
-from freqmask.data.sources import Source, SourceSummary
+from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
 from freqmask.data.table_layout import (
     class_names,

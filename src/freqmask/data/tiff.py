@@ -28,7 +28,7 @@ from freqmask.data.pictures import (
     refuse_all_nan,
 )
 from freqmask.data.pixels import Color
-from freqmask.data.sources import Pages
+from freqmask.data.source import Pages
 from freqmask.errors import BadImage
 
 # What tifffile finds odd it logs; what stops it, it raises, and that becomes a reason in words.

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from freqmask.data.lanes import some_images
 from freqmask.data.pixels import check_channels, convert_channels, fill_missing, is_empty, missing_pixels
-from freqmask.data.sources import Source
+from freqmask.data.sampler import some_images
+from freqmask.data.source import Source
 from freqmask.errors import BadImage, UserError
 
 _GRID = 32  # a survey keeps 32x32 pixels of each image: a thousand images give a million per channel

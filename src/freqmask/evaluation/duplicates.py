@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
-from freqmask.data.heldout import hold_out
-from freqmask.data.sources import Source, open_source
+from freqmask.data.source import Source
+from freqmask.data.sources import open_source
+from freqmask.data.splits import hold_out
 from freqmask.errors import BadImage, UserError
 from freqmask.training.run_folder import RunFolder
 

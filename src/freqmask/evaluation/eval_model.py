@@ -13,11 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from freqmask.backbones import Features, recalibrate_batch_norm
-from freqmask.data.dataset import TrainDataset
-from freqmask.data.loader import make_loader
-from freqmask.data.sources import Source
+from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, ValueRange
-from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.images import as_float
 from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config, run_options

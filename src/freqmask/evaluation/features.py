@@ -17,8 +17,7 @@ from freqmask.console import say
 from freqmask.data.cache import cache_file, cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler
-from freqmask.data.sources import Source
-from freqmask.data.subset import Subset
+from freqmask.data.source import Source, Subset
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.images import as_float

@@ -11,11 +11,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from freqmask.data.joined import JoinedSource
 from freqmask.data.labels import read_labels
-from freqmask.data.sources import Pages, Source, open_source, splits_there
+from freqmask.data.source import JoinedSource, Pages, Source, Subset
+from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import choose_split, split_indices, split_of
-from freqmask.data.subset import Subset
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import pixel_hashes
 from freqmask.training.checkpoint import replace_atomically

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freqmask.console import say
-from freqmask.data.dataset import Sample, TrainDataset
-from freqmask.data.loader import make_loader
+from freqmask.data.loader import Sample, TrainDataset, make_loader
 from freqmask.data.sampler import ChosenSampler, Item
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.evaluation.attacks import Attack, size_of_change
 from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sources import Source
-from freqmask.data.views import Geometry
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry
 from freqmask.errors import UserError
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.parts import Parts, Rows

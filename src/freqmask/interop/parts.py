@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
 from freqmask.training.checkpoint import replace_atomically
 
 _PART_BYTES = 256 * 2**20  # of features in memory before a part is written

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from freqmask.data.decode import open_file
 from freqmask.data.pixels import convert_channels, fill_missing, missing_pixels
-from freqmask.data.views import Geometry, decode_windows
+from freqmask.data.transforms import Geometry, decode_windows
 from freqmask.errors import BadImage, UserError
 from freqmask.filters import build_filter
 from freqmask.images import as_float, decibel

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from freqmask.data.sources import SourceSummary
+from freqmask.data.source import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.methods import find_method
 from freqmask.options import command_words

@@ -14,13 +14,12 @@ from lightning.pytorch.loggers import Logger
 
 from freqmask import __version__
 from freqmask.console import rank, say
+from freqmask.data.in_memory import InMemoryBatches, InMemoryImages
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.resident import ResidentImages
-from freqmask.data.resident_batches import ResidentBatches
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
-from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.pretraining.exporting import BackboneExport
@@ -83,7 +82,7 @@ class Fit:
         convert: bool,
         state: Mapping[str, Any],
         probed: LabelledData | None = None,
-        kept: ResidentImages | None = None,
+        kept: InMemoryImages | None = None,
     ) -> None:
         """Nothing runs yet."""
         self.run_folder = run
@@ -185,7 +184,7 @@ class Fit:
             return make_loader(dataset, sampler, self.part, int(self.options["workers"]))
         images = self.kept.to(trainer.strategy.root_device)
         value_range = ValueRange.parse(self.options["value_range"])
-        return ResidentBatches(images, self.train, sampler, geometries, value_range, self.options["seed"])
+        return InMemoryBatches(images, self.train, sampler, geometries, value_range, self.options["seed"])
 
     def _dataset(self, source: Source, geometries: list[Geometry]) -> TrainDataset:
         options = self.options

@@ -15,13 +15,13 @@ import torch
 
 from freqmask import __version__
 from freqmask.console import rank, say
-from freqmask.data.heldout import hold_out
+from freqmask.data.in_memory import InMemoryImages
 from freqmask.data.loader import TrainDataset
-from freqmask.data.resident import ResidentImages
-from freqmask.data.sources import Source, open_source
-from freqmask.data.subset import Subset
+from freqmask.data.source import Source, Subset
+from freqmask.data.sources import open_source
+from freqmask.data.splits import hold_out
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
-from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
 from freqmask.images import as_float
@@ -259,7 +259,7 @@ def make_dataset(
 
 def _kept(
     options: dict[str, Any], images: Images, state: Mapping[str, Any], by_hand: bool
-) -> ResidentImages | None:
+) -> InMemoryImages | None:
     """The images decoded, where they stay on the device; where one turns out unfit the options say loader."""
     geometry = make_geometries(options, 1)[0]
     kept = keep_images(options, images.train, geometry, bool(state["convert_channels"]), by_hand)
@@ -272,7 +272,7 @@ def _train(
     options: dict[str, Any],
     images: Images,
     state: Mapping[str, Any],
-    kept: ResidentImages | None,
+    kept: InMemoryImages | None,
     checkpoint: Path | None,
 ) -> Path:
     """Fit, and tell how it ended."""

@@ -10,17 +10,16 @@ import numpy as np
 import torch
 
 from freqmask.console import readable_bytes, readable_time, say
-from freqmask.data.resident import ResidentImages
-from freqmask.data.resident_reading import Limits, NotKeptError, read_images
-from freqmask.data.sources import Source
+from freqmask.data.decode_ahead import DoesNotFitError, Limits, read_images
+from freqmask.data.in_memory import InMemoryImages
+from freqmask.data.source import Source
+from freqmask.data.transforms import OVERSAMPLING, Geometry
 from freqmask.data.values import Survey
-from freqmask.data.views import OVERSAMPLING, Geometry
 from freqmask.errors import UserError
 from freqmask.training import auto
 
 SHARE_OF_MEMORY = 0.25  # of what is free, on the device and in the host, where images pass through twice
 LARGEST_SIDE = 160  # pixels; beyond, decoding a part costs less than keeping the whole
-LARGEST_SIDE_ON_CPU = 64  # there the matrix products of larger images cost as much as decoding (docs/log.md)
 FEWEST_PASSES = 2.0  # decoding ahead is for nothing where images are seen once
 FEW_IMAGES = 1_000  # are decoded before worker processes have started
 SECONDS_OF_SILENCE = 10.0
@@ -66,12 +65,12 @@ def largest_side(options: Mapping[str, Any]) -> int:
     """The longest side that is kept without being asked for, in pixels."""
     # From twice the oversampling on, the loader decodes a JPEG reduced, and the two would see different pixels.
     reduced = 2 * OVERSAMPLING * min(Geometry(image_size=options["image_size"]).size) - 1
-    return min(reduced, LARGEST_SIDE_ON_CPU if options["accelerator"] == "cpu" else LARGEST_SIDE)
+    return min(reduced, LARGEST_SIDE)
 
 
 def keep_images(
     options: Mapping[str, Any], source: Source, geometry: Geometry, convert: bool, by_hand: bool
-) -> ResidentImages | None:
+) -> InMemoryImages | None:
     """Decode the images of a run whose images stay on the device, and say how it went.
 
     Args:
@@ -101,7 +100,7 @@ def keep_images(
             _decoders(options, source),
             progress.tell,
         )
-    except NotKeptError as reason:
+    except DoesNotFitError as reason:
         if by_hand:
             raise UserError(f"images_from (device) cannot be: {reason}; try --images_from loader") from reason
         say(f"note: images come from the loader after all: {reason}")
@@ -127,8 +126,7 @@ def _no_gain(options: Mapping[str, Any], survey: Survey, passes: float) -> str |
     """Why images had better come from the loader."""
     side, limit = max(survey.max_size), largest_side(options)
     if side > limit:
-        where = "on a CPU" if options["accelerator"] == "cpu" else "on a device"
-        return f"the largest has {side} pixels a side, and up to {limit} are kept {where}"
+        return f"the largest has {side} pixels a side, and up to {limit} are kept in memory"
     if passes < FEWEST_PASSES:
         return f"each is seen {passes:.1f} times, too few to decode all ahead"
     return None
@@ -157,7 +155,7 @@ class _Reading:
             self.spoke = time.monotonic()
             say(f"            {count:,} of {self.total:,} images read")
 
-    def end(self, images: ResidentImages) -> None:
+    def end(self, images: InMemoryImages) -> None:
         took = readable_time(time.monotonic() - self.began)
         bad = f", {len(images.bad):,} cannot be used" if images.bad else ""
         say(f"read        {self.total:,} images in {took}, {readable_bytes(images.bytes)}{bad}")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, PhotometricSettings
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, survey
-from freqmask.data.views import Geometry
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.methods import build_method

@@ -17,7 +17,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from freqmask.data.views import Geometry
+from freqmask.data.transforms import Geometry
 from freqmask.rng import sample_key
 
 NO_AUGMENT = "none"

@@ -11,12 +11,11 @@ import lightning as L
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from freqmask.data.dataset import TrainDataset
-from freqmask.data.loader import make_loader
+from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
-from freqmask.data.views import Geometry
 from freqmask.evaluation.finetune.augment import AugmentedGeometry
 from freqmask.evaluation.finetune.module import FinetuneModule
 from freqmask.evaluation.finetune.recipes import Tuning

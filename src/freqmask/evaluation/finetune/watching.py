@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from freqmask.backbones import eval_no_grad
-from freqmask.data.dataset import TrainDataset
-from freqmask.data.loader import make_loader
+from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import OrderedSampler
 from freqmask.training.monitor import Monitor, PeriodicCallback
 

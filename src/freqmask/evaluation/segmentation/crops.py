@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Int16, Shaped
 from torch import Tensor
 
-from freqmask.data.dataset import TrainDataset, as_bad_image
+from freqmask.data.loader import TrainDataset, as_bad_image
 from freqmask.data.pictures import Box, Picture
 from freqmask.data.pixels import missing_pixels
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
-from freqmask.data.views import Geometry, resize
 from freqmask.evaluation.segmentation.mask_data import IGNORED
 from freqmask.evaluation.segmentation.mask_files import PairedPicture
 from freqmask.rng import uniform_numbers

@@ -11,7 +11,7 @@ import torch
 
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
 from freqmask.data.values import ValueRange
 from freqmask.evaluation.segmentation.crops import PairDataset, RandomCrop
 from freqmask.evaluation.segmentation.mask_data import Labels

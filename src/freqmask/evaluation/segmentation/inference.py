@@ -18,7 +18,7 @@ from torch import Tensor
 from freqmask.console import readable_time, say
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
-from freqmask.data.sources import Source
+from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.evaluation.protocol import say_skipped
 from freqmask.evaluation.results import plain_texts, save_figure, shortened

@@ -16,10 +16,8 @@ from jaxtyping import Int16, Int64
 
 from freqmask.console import say
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
-from freqmask.data.joined import JoinedSource
-from freqmask.data.sources import Pages, Source
+from freqmask.data.source import JoinedSource, Pages, Source, Subset
 from freqmask.data.splits import choose_split, split_indices, split_of
-from freqmask.data.subset import Subset
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.duplicates import pixel_hashes
 from freqmask.evaluation.segmentation.mask_files import (

@@ -15,7 +15,7 @@ from freqmask.data.decode import quiet_pillow
 from freqmask.data.folder import FolderSource
 from freqmask.data.index import FolderIndex, index_folder
 from freqmask.data.pictures import EXIF_TAG, Box, Orientation, Picture, orientation_of
-from freqmask.data.sources import Pages, Source, SourceSummary
+from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import split_of
 from freqmask.data.tiff import open_tifffile, turn_of
 from freqmask.errors import BadImage, UserError

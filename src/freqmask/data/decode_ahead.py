@@ -1,4 +1,4 @@
-"""Decoding images once, to be kept on a device; and what speaks against keeping them."""
+"""Decoding small images once, to be held in memory; and what speaks against it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from jaxtyping import Shaped
 from torch.utils.data import Dataset
 
 from freqmask.console import readable_bytes
-from freqmask.data.dataset import as_bad_image
-from freqmask.data.lanes import runs_of_images
-from freqmask.data.loader import make_loader
+from freqmask.data.in_memory import InMemoryImages
+from freqmask.data.loader import as_bad_image, make_loader
 from freqmask.data.pictures import Picture
 from freqmask.data.pixels import check_channels, convert_channels, is_empty, missing_pixels
-from freqmask.data.resident import ResidentImages
-from freqmask.data.sources import Source
-from freqmask.data.views import Geometry
-from freqmask.data.windows import smallest_side
+from freqmask.data.sampler import runs_of_images
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry, smallest_side
 from freqmask.errors import BadImage, UserError
 
-_AT_ONCE = 64  # images that a worker hands over together: 5 MB at 160 pixels
+_HANDED_OVER = 64  # images that a worker hands over together: 5 MB at 160 pixels
 
 
-class NotKeptError(Exception):
-    """The images cannot be kept on a device; the message says why, as the end of a sentence."""
+class DoesNotFitError(Exception):
+    """The images cannot be held in memory; the message says why, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What images must be like to be kept.
+    """What images must be like to be held in memory.
 
     Args:
         side: longest side in pixels.
@@ -51,7 +49,7 @@ def read_images(
     convert: bool = True,
     workers: int = 0,
     report: Callable[[int], None] = lambda count: None,
-) -> ResidentImages:
+) -> InMemoryImages:
     """Decode all images of a source once.
 
     Args:
@@ -59,8 +57,7 @@ def read_images(
         geometries: how the views will be cut.
         limits: what the images must be like.
         channels: the channels of the views.
-        convert: True makes grey into colour and the other way round; False lists images with other channels
-            as bad.
+        convert: as for :class:`freqmask.data.loader.TrainDataset`; what cannot be converted is listed as bad.
         workers: processes that decode; 0 for none but this one.
         report: called now and then with the number of images read.
 
@@ -68,21 +65,23 @@ def read_images(
         The images, on the host.
 
     Raises:
-        NotKeptError: an image is beyond the limits or has gaps; no more are read.
+        DoesNotFitError: an image is beyond the limits or has gaps; no more are read.
     """
     dtype = _first_type(source)
     decoding = _Decoding(source, tuple(geometries), limits.side, dtype, channels, convert)
-    whole = _Block()
-    runs: Any = runs_of_images(len(source), source.blocks(), _AT_ONCE)
-    blocks: Any = make_loader(decoding, runs, 1, workers, False, _together)
-    for block in blocks:
-        if block.obstacle is not None:
-            raise NotKeptError(block.obstacle)
-        whole.append(block)
+    whole = _Decoded()
+    runs: Any = runs_of_images(len(source), source.blocks(), _HANDED_OVER)
+    parts: Any = make_loader(decoding, runs, 1, workers, False, lambda part: part)
+    for part in parts:
+        if part.obstacle:
+            raise DoesNotFitError(part.obstacle)
+        whole.append(part)
         if whole.bytes > limits.bytes:
-            raise NotKeptError(f"they take more than the {readable_bytes(limits.bytes)} there are for them")
+            raise DoesNotFitError(
+                f"they take more than the {readable_bytes(limits.bytes)} there are for them"
+            )
         report(len(whole.sizes))
-    return _resident(whole, source, dtype)
+    return _as_tensors(whole, source, dtype)
 
 
 def _first_type(source: Source) -> str:
@@ -93,84 +92,82 @@ def _first_type(source: Source) -> str:
                 return source.open(index).dtype
         except BadImage:
             continue
-    raise NotKeptError("none of them can be opened")
+    raise DoesNotFitError("none of them can be opened")
 
 
 @dataclass
 class _Decoded:
-    """One image: pixels (height, width, channel), or the reason why it is bad, or why none can be kept."""
-
-    identity: int
-    pixels: np.ndarray | None = None
-    flat: bool = False
-    bad: str = ""
-    obstacle: str | None = None
-
-
-@dataclass
-class _Block:
-    """Some images one behind the other, as a worker hands them over."""
+    """Some images one behind the other; ``obstacle`` says why none can be held in memory."""
 
     pixels: list[np.ndarray] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     identities: list[int] = field(default_factory=list)
     flat: list[bool] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
-    obstacle: str | None = None
-    bytes: int = 0
+    obstacle: str = ""
 
-    def append(self, other: _Block) -> None:
-        """Put the images of another block behind those here."""
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self.pixels)
+
+    def append(self, other: _Decoded) -> None:
         self.bad |= {len(self.sizes) + place: reason for place, reason in other.bad.items()}
-        self.pixels += other.pixels
-        self.sizes += other.sizes
-        self.identities += other.identities
-        self.flat += other.flat
-        self.bytes += other.bytes
+        for name in ("pixels", "sizes", "identities", "flat"):
+            getattr(self, name).extend(getattr(other, name))
 
 
+@dataclass
 class _Decoding(Dataset[_Decoded]):
-    """Decodes image by image, in a worker."""
+    """Decodes runs of images, in a worker."""
 
-    def __init__(
-        self,
-        source: Source,
-        geometries: tuple[Geometry, ...],
-        side: int,
-        dtype: str,
-        channels: int,
-        convert: bool,
-    ) -> None:
-        self.source, self.geometries, self.side, self.dtype = source, geometries, side, dtype
-        self.channels, self.convert = channels, convert
+    source: Source
+    geometries: tuple[Geometry, ...]
+    side: int
+    dtype: str
+    channels: int
+    convert: bool
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, runs: Sequence[tuple[int, int]]) -> list[_Decoded] | UserError:
+    def __getitems__(self, runs: Sequence[tuple[int, int]]) -> _Decoded | UserError:
         """The images of a run, which are those of a block where reading a part of one costs as much as all."""
+        whole = _Decoded()
         try:
-            return [self[index] for first, after in runs for index in range(first, after)]
+            for first, after in runs:
+                for index in range(first, after):
+                    self._decode(index, whole)
+        except DoesNotFitError as obstacle:
+            return _Decoded(obstacle=str(obstacle))
         except UserError as error:
             return error
+        # one array travels faster than many
+        whole.pixels = [np.concatenate(whole.pixels)] if whole.pixels else []
+        return whole
 
-    def __getitem__(self, index: int) -> _Decoded:
-        identity = self.source.identity(index)
+    def _decode(self, index: int, whole: _Decoded) -> None:
+        """Append one image."""
+        size, flat = (0, 0), False
         try:
             with as_bad_image():
                 picture = self.source.open(index)
             check_channels(picture.channels, self.channels, self.convert)
-            reason = self._too_much(picture)
-            if reason is None:
-                pixels, flat, reason = self._pixels(picture)
+            obstacle = self._too_much(picture)
+            if obstacle is None:
+                pixels, flat, obstacle = self._pixels(picture)
+                size = pixels.shape[:2]
         except BadImage as error:
-            return _Decoded(identity, bad=error.reason)
-        if reason is not None:
-            return _Decoded(identity, obstacle=f"{self.source.name(index)} {reason}")
-        return _Decoded(identity, pixels, flat)
+            whole.bad[len(whole.sizes)] = error.reason
+        else:
+            if obstacle is not None:
+                raise DoesNotFitError(f"{self.source.name(index)} {obstacle}")
+            whole.pixels.append(pixels.reshape(-1, pixels.shape[2]))
+        whole.sizes.append(size)
+        whole.identities.append(self.source.identity(index))
+        whole.flat.append(flat)
 
     def _too_much(self, picture: Picture) -> str | None:
-        """Why a picture cannot be kept, from its header."""
+        """Why a picture cannot be held, from its header."""
         if max(picture.size) > self.side:
             return f"has {picture.size[0]}x{picture.size[1]} pixels, more than {self.side} a side"
         if picture.dtype != self.dtype:
@@ -178,7 +175,7 @@ class _Decoding(Dataset[_Decoded]):
         return None
 
     def _pixels(self, picture: Picture) -> tuple[np.ndarray, bool, str | None]:
-        """Pixels (height, width, channel), whether windows may be empty, and why it cannot be kept after all."""
+        """Pixels (height, width, channel), whether windows may be empty, and why it cannot be held after all."""
         with as_bad_image():
             image = picture.decode()
         gaps = missing_pixels(image, picture.nodata)
@@ -212,36 +209,16 @@ def has_flat_tile(image: Shaped[np.ndarray, "channel height width"], side: int) 
     return bool(flat.any())
 
 
-def _together(images: list[_Decoded] | UserError) -> _Block | UserError:
-    """A worker's images as one block: one array travels faster than many."""
-    if isinstance(images, UserError):
-        return images
-    obstacle = next((image.obstacle for image in images if image.obstacle is not None), None)
-    if obstacle is not None:
-        return _Block(obstacle=obstacle)
-    kept = [image.pixels for image in images if image.pixels is not None]
-    flat = [pixels.reshape(-1, pixels.shape[2]) for pixels in kept]
-    joined = [np.concatenate(flat)] if flat else []
-    return _Block(
-        joined,
-        [image.pixels.shape[:2] if image.pixels is not None else (0, 0) for image in images],
-        [image.identity for image in images],
-        [image.flat for image in images],
-        {place: image.bad for place, image in enumerate(images) if image.pixels is None},
-        bytes=sum(part.nbytes for part in joined),
-    )
-
-
-def _resident(whole: _Block, source: Source, dtype: str) -> ResidentImages:
-    """The tensors; the list of blocks is emptied on the way, so that the images lie in memory twice at most."""
+def _as_tensors(whole: _Decoded, source: Source, dtype: str) -> InMemoryImages:
+    """The tensors; the list of arrays is emptied on the way, so that the images lie in memory twice at most."""
     if not whole.pixels:
         reason = next(iter(whole.bad.values()), "there are none")
-        raise NotKeptError(f"none of them can be used ({reason})")
+        raise DoesNotFitError(f"none of them can be used ({reason})")
     pixels = np.concatenate(whole.pixels)
     whole.pixels.clear()
     sizes = torch.tensor(whole.sizes)
     counts = sizes.prod(dim=1)
-    return ResidentImages(
+    return InMemoryImages(
         torch.from_numpy(pixels.view(np.int16) if dtype == "uint16" else pixels),
         dtype,
         counts.cumsum(0) - counts,

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from freqmask.data.pictures import ArrayPicture, Box
-from freqmask.data.views import CROPS, Geometry, decode_windows, resize
+from freqmask.data.transforms import CROPS, Geometry, decode_windows, resize
 from freqmask.errors import UserError
 
 

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from freqmask.data.heldout import hold_out
-from freqmask.data.lanes import Blocks
-from freqmask.data.subset import Subset
+from freqmask.data.source import Blocks, Subset
+from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 
 

@@ -1,8 +1,9 @@
-"""Bicubic resampling of a batch whose windows differ in size: two matrix products, the same on every device.
+"""Windows of a whole batch on a device: cut out of images in memory, and resampled by two matrix products.
 
-Each window has a matrix for its columns and one for its rows, Pillow's antialiased bicubic (a = -0.5), which the
-loader's :func:`freqmask.data.views.resize` computes, too. A sampling grid (``grid_sample``) would not do:
-it does not smooth before it reduces, and the spectrum it changes is what is predicted.
+A loop over images, as on a CPU, would take a launch of some microseconds for every image and step. Each window has a
+matrix for its columns and one for its rows, Pillow's antialiased bicubic (a = -0.5), which the loader's
+:func:`freqmask.data.transforms.resize` computes, too. A sampling grid (``grid_sample``) would not do: it does not
+smooth before it reduces, and the spectrum it changes is what is predicted.
 """
 
 from __future__ import annotations
@@ -16,11 +17,75 @@ from torch import Tensor
 _REACH = 2  # pixels of the coarser of the two grids to which the kernel reaches
 
 
+def cut_windows(
+    pixels: Shaped[Tensor, "pixel channel"],
+    starts: Int64[Tensor, " batch"],
+    strides: Int64[Tensor, " batch"],
+    boxes: Int64[Tensor, "batch 4"],
+    padded: tuple[int, int],
+) -> Shaped[Tensor, "batch padded_height channel padded_width"]:
+    """The windows of some images, each in the corner of a frame of the same size.
+
+    Args:
+        pixels: those of all images, see :class:`freqmask.data.in_memory.InMemoryImages`.
+        starts: where each image begins.
+        strides: the width of each image.
+        boxes: (top, left, height, width) of each window.
+        padded: (height, width) of the frame, at least that of every window.
+
+    Returns:
+        The frames. Beyond a window they hold whatever lies behind it.
+    """
+    first = starts + boxes[:, 0] * strides + boxes[:, 1]
+    lines = first[:, None] + torch.arange(padded[0], device=pixels.device) * strides[:, None]
+    places = lines[:, :, None] + torch.arange(padded[1], device=pixels.device)
+    taken = pixels.index_select(0, places.clamp_(max=len(pixels) - 1).flatten())
+    return taken.view(*places.shape, pixels.shape[1]).transpose(2, 3)
+
+
+def as_numbers(
+    windows: Shaped[Tensor, "*shape"], dtype: str, limits: tuple[float, float] | None
+) -> Float[Tensor, "*shape"]:
+    """Stored values as float32: 0 to 255 as they are, or those of a value range in [0, 1].
+
+    Args:
+        windows: values as :class:`freqmask.data.in_memory.InMemoryImages` holds them.
+        dtype: their type in the files.
+        limits: the values that become 0 and 1, or None to leave them.
+    """
+    values = windows.int().bitwise_and(0xFFFF) if dtype == "uint16" else windows
+    numbers = values.to(torch.float32, memory_format=torch.contiguous_format)
+    if limits is None:
+        return numbers
+    low, high = limits
+    return ((numbers - low) / (high - low)).clamp_(0, 1)
+
+
+def are_empty(
+    pixels: Tensor, starts: Tensor, strides: Tensor, boxes: Tensor, frame: tuple[int, int]
+) -> Shaped[Tensor, " flat"]:
+    """Which windows hold one value only (in each channel).
+
+    Args:
+        pixels: those of all images.
+        starts: where each image begins.
+        strides: the width of each image.
+        boxes: (top, left, height, width) of each window.
+        frame: (height, width), at least that of every window.
+    """
+    windows = cut_windows(pixels, starts, strides, boxes, frame)  # (flat, height, channel, width)
+    outside = (torch.arange(frame[0], device=pixels.device) >= boxes[:, 2, None])[:, :, None] | (
+        torch.arange(frame[1], device=pixels.device) >= boxes[:, 3, None]
+    )[:, None]
+    same: Tensor = (windows == windows[:, :1, :, :1]) | outside[:, :, None]
+    return same.flatten(1).all(dim=1)
+
+
 def resample(
     windows: Float[Tensor, "batch padded_height channel padded_width"],
     sizes: Int64[Tensor, "batch 2"],
     size: tuple[int, int],
-    attitudes: Bool[Tensor, "batch 3"],
+    flips: Bool[Tensor, "batch 3"],
     levels: bool,
     turned: bool = False,
 ) -> Shaped[Tensor, "batch channel height width"]:
@@ -31,7 +96,7 @@ def resample(
             any finite number.
         sizes: (height, width) of each window in pixels.
         size: (height, width) asked.
-        attitudes: whether each is mirrored, upended, and has then rows and columns exchanged.
+        flips: whether each is mirrored, upside_down, and has then rows and columns exchanged.
         levels: True for values from 0 to 255, which are rounded after each of the two products as Pillow does;
             False for values in [0, 1].
         turned: whether rows and columns of any may be exchanged, which wants a square size.
@@ -40,12 +105,12 @@ def resample(
         uint8 for levels, else float32 clamped to [0, 1].
     """
     batch, height, channels, width = windows.shape
-    mirrored, upended, exchanged = attitudes.unbind(1)
+    mirrored, upside_down, exchanged = flips.unbind(1)
     if (height, size[0]) == (width, size[1]):  # together they take half of the small operations
-        both = resampling_matrices(sizes.T.flatten(), width, size[0], torch.cat((upended, mirrored)))
+        both = resampling_matrices(sizes.T.flatten(), width, size[0], torch.cat((upside_down, mirrored)))
         rows, columns = both.split(batch)
     else:
-        rows = resampling_matrices(sizes[:, 0], height, size[0], upended)
+        rows = resampling_matrices(sizes[:, 0], height, size[0], upside_down)
         columns = resampling_matrices(sizes[:, 1], width, size[1], mirrored)
     lines = windows.reshape(batch, height * channels, width) @ columns.mT
     if levels:

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data.joined import JoinedSource
-from freqmask.data.lanes import Blocks, lane_order, runs_of_images, some_images
-from freqmask.data.sampler import TrainSampler
-from freqmask.data.subset import Subset
+from freqmask.data.sampler import TrainSampler, block_shuffle, runs_of_images, some_images
+from freqmask.data.source import Blocks, JoinedSource, Subset
 
 # 103 images in shards of very different sizes, 4 images a block
 SIZES = (41, 3, 30, 1, 28)
@@ -69,7 +67,7 @@ def test_workers_of_all_processes_share_the_blocks_among_them(epoch):
 
 def test_a_block_is_read_within_its_window():
     blocks = np.repeat(np.arange(200), 5)
-    order = lane_order(Blocks(blocks), 0, 0, 4, 1)
+    order = block_shuffle(Blocks(blocks), 0, 0, 4, 1)
     places = defaultdict(list)
     for place, index in enumerate(order):
         places[blocks[index]].append(place)
@@ -79,7 +77,8 @@ def test_a_block_is_read_within_its_window():
 
 def test_passes_and_seeds_differ_and_repeat():
     orders = [
-        lane_order(TOGETHER, seed, epoch, 4, 2).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+        block_shuffle(TOGETHER, seed, epoch, 4, 2).tolist()
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
     ]
     assert orders[0] == orders[3] and orders[0] != orders[1] and orders[0] != orders[2]
 
@@ -135,11 +134,11 @@ def pack_unevenly(folder, sizes):
 
 PROCESS = """
 import json, sys
-from freqmask.data.dataset import TrainDataset
+from freqmask.data.loader import TrainDataset
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import open_source
-from freqmask.data.views import Geometry
+from freqmask.data.transforms import Geometry
 from freqmask.data import blocks
 blocks.BLOCK_BYTES = 3000
 rank = int(sys.argv[1])

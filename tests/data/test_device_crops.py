@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from freqmask.data.resample import cubic, resample, resampling_matrices
-from freqmask.data.views import resize
+from freqmask.data.device_crops import cubic, resample, resampling_matrices
+from freqmask.data.transforms import resize
 
 NOT_TURNED = torch.zeros(3, 3, dtype=torch.bool)
 SIZES = torch.tensor([[9, 31], [24, 17], [13, 13]])
@@ -65,13 +65,13 @@ def test_a_window_of_the_asked_size_stays_as_it_is() -> None:
 
 
 def test_mirrors_and_turns_are_those_of_the_finished_view() -> None:
-    attitudes = torch.tensor([[i & 4 > 0, i & 2 > 0, i & 1 > 0] for i in range(8)])
+    flips = torch.tensor([[i & 4 > 0, i & 2 > 0, i & 1 > 0] for i in range(8)])
     images = noise(2, torch.tensor([[11, 14]])) * 8
     sizes = torch.tensor([[11, 14]]).expand(8, 2)
-    views = resample(framed(images, 16, 16), sizes, (6, 6), attitudes, levels=False, turned=True)
-    for view, (mirrored, upended, exchanged) in zip(views, attitudes.tolist(), strict=True):
+    views = resample(framed(images, 16, 16), sizes, (6, 6), flips, levels=False, turned=True)
+    for view, (mirrored, upside_down, exchanged) in zip(views, flips.tolist(), strict=True):
         expected = views[0].flip(-1) if mirrored else views[0]
-        expected = expected.flip(-2) if upended else expected
+        expected = expected.flip(-2) if upside_down else expected
         torch.testing.assert_close(view, expected.mT if exchanged else expected, atol=1e-6, rtol=0)
 
 

@@ -1,0 +1,335 @@
+"""Small images in memory: decoded once, on the device, and cut into the batches that the loader would make.
+
+All but the pixels stays on the host, where windows are drawn. On a CPU each window is resampled by the loader's own
+function, bit for bit; on a GPU all windows of a batch at once (`freqmask.data.device_crops`), because a few launches
+per image would take longer than a step of a small network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+from freqmask.data.device_crops import are_empty, as_numbers, cut_windows, resample
+from freqmask.data.loader import WINDOWS, Skipped, candidates, none_usable
+from freqmask.data.sampler import Item, TrainSampler
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry, draw_boxes, draw_flips, resize
+from freqmask.data.values import ValueRange
+from freqmask.rng import combine, sample_keys
+
+_FRAME = 8  # frames grow in steps of that many pixels, so that batches reuse each other's memory
+_DRAWN_AHEAD = 1024  # samples whose windows are drawn together: as many small operations as for a few
+_AT_ONCE = 2**26  # float values that are resampled together: 256 MB, a batch of 870 windows of 160 pixels
+
+
+@dataclass
+class InMemoryImages:
+    """Decoded images in one tensor, pixel beside pixel, in the type of their files.
+
+    Attributes:
+        pixels: every pixel of every image, one image behind the other, line by line. uint16 lies in int16.
+        dtype: the sample type as in the files.
+        starts: where each image begins in ``pixels``.
+        sizes: (height, width) of each image; of an unreadable one (1, 1).
+        identities: each image's own number.
+        labels: class of each image, -1 where unknown.
+        flat: True where a window may hold one value only, so that each window has to be looked at.
+        bad: index -> reason of the images that cannot be used.
+    """
+
+    pixels: Shaped[Tensor, "pixel channel"]
+    dtype: str
+    starts: Int64[Tensor, " image"]
+    sizes: Int64[Tensor, "image 2"]
+    identities: Int64[Tensor, " image"]
+    labels: Int64[Tensor, " image"]
+    flat: Bool[Tensor, " image"]
+    bad: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def bytes(self) -> int:
+        """What the pixels take on the device."""
+        return self.pixels.nbytes
+
+    def to(self, device: torch.device) -> InMemoryImages:
+        """Itself, its pixels moved to a device."""
+        self.pixels = self.pixels.to(device)
+        return self
+
+
+class InMemoryBatches:
+    """The batches of a training, as :func:`freqmask.data.loader.make_loader` makes them from files.
+
+    Which image comes when, its key, its windows, what replaces a bad one: all as the loader has it. Views on a CPU
+    are the loader's bit for bit, on a GPU to two levels of 255.
+
+    Args:
+        images: the images, their pixels on the device.
+        source: where they come from, for the names of bad ones.
+        sampler: which image comes when.
+        geometries: how each view is cut.
+        value_range: the values that become 0 and 1.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        images: InMemoryImages,
+        source: Source,
+        sampler: TrainSampler,
+        geometries: Sequence[Geometry],
+        value_range: ValueRange | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.source, self.sampler = images, source, sampler
+        self.geometries, self.seed = tuple(geometries), seed
+        self.device, self.value_range = images.pixels.device, value_range or ValueRange()
+
+    def __len__(self) -> int:
+        """Steps of the whole training, those before the sampler's first one included."""
+        return len(self.sampler) // self.sampler.batch_size_per_process
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches as :func:`freqmask.data.loader.collate` describes them, on the device.
+
+        Raises:
+            UserError: image after image cannot be used.
+        """
+        size = self.sampler.batch_size_per_process
+        items = iter(self.sampler)
+        while ahead := list(islice(items, size * max(1, _DRAWN_AHEAD // size))):
+            yield from self._batches(ahead, size)
+
+    def _batches(self, items: Sequence[Item], size: int) -> Iterator[dict[str, Any]]:
+        """The batches of some steps, whose windows are drawn together."""
+        epochs, _, asked = torch.tensor(items).unbind(1)
+        keys = sample_keys(self.seed, epochs, self.images.identities[asked])
+        pairs = zip(asked.split(size), keys.split(size), strict=True)
+        indices, skipped = zip(*(self._usable(*pair) for pair in pairs), strict=True)
+        drawn = draw(self.images, self.geometries, torch.cat(indices), keys)
+        for number, passed in enumerate(skipped):
+            yield self._batch(drawn.part(slice(number * size, (number + 1) * size)), passed)
+
+    def _batch(self, drawn: Drawn, skipped: Skipped) -> dict[str, Any]:
+        labels = self.images.labels[drawn.indices]
+        numbers = _moved(torch.stack((drawn.keys, labels, drawn.indices)), self.device).unbind(0)
+        plan = make_plan(self.images, self.geometries, drawn)
+        # half precision would move levels
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            views = cut_views(self.images, plan.to(self.device), self.geometries, self.value_range)
+        named = dict(zip(("keys", "labels", "indices"), numbers, strict=True))
+        return {"views": views, **named, "skipped": skipped}
+
+    def _usable(
+        self, asked: Int64[Tensor, " batch"], keys: Int64[Tensor, " batch"]
+    ) -> tuple[Int64[Tensor, " batch"], Skipped]:
+        """The images asked for, others in the place of bad ones, and the list of those."""
+        indices, passed = asked.tolist(), []
+        for place, key in enumerate(keys.tolist() if self.images.bad else []):
+            skipped: Skipped = []
+            for index in candidates(indices[place], key, len(self.images)):
+                if index not in self.images.bad:
+                    break
+                skipped.append((self.source.name(index), self.images.bad[index]))
+            else:
+                raise none_usable(skipped)
+            indices[place] = index
+            passed += skipped
+        return torch.tensor(indices), passed
+
+
+class Drawn(NamedTuple):
+    """What the keys of some samples say of their views.
+
+    Attributes:
+        indices: the images.
+        keys: the samples' keys; a view's is ``combine(keys, view)``.
+        boxes: (top, left, height, width) of the windows of each view.
+        flips: mirrored, upside down, rows and columns exchanged, for each view.
+    """
+
+    indices: Int64[Tensor, " batch"]
+    keys: Int64[Tensor, " batch"]
+    boxes: Int64[Tensor, "view batch 4"]
+    flips: Bool[Tensor, "view batch 3"]
+
+    def part(self, places: slice) -> Drawn:
+        """Some of the samples."""
+        return Drawn(self.indices[places], self.keys[places], self.boxes[:, places], self.flips[:, places])
+
+
+class Plan(NamedTuple):
+    """What a batch takes from the images, a few numbers an image and view.
+
+    Attributes:
+        starts: where each image begins in the pixels.
+        strides: its width.
+        boxes: (top, left, height, width) of the windows of each view.
+        flips: mirrored, upside down, rows and columns exchanged, for each view.
+        flat: places in the batch of images whose windows may be empty.
+        others: for these the windows that are tried, the whole image being the last.
+        frame: (height, width) that hold every window.
+    """
+
+    starts: Int64[Tensor, " batch"]
+    strides: Int64[Tensor, " batch"]
+    boxes: Int64[Tensor, "view batch 4"]
+    flips: Shaped[Tensor, "view batch 3"]
+    flat: Int64[Tensor, " flat"]
+    others: Int64[Tensor, "attempt view flat 4"]
+    frame: tuple[int, int]
+
+    def to(self, device: torch.device) -> Plan:
+        """The plan on a device, which is not waited for."""
+        *numbers, frame = self
+        return Plan._make([*(_moved(part, device) for part in numbers), frame])
+
+
+def draw(
+    images: InMemoryImages,
+    geometries: Sequence[Geometry],
+    indices: Int64[Tensor, " batch"],
+    keys: Int64[Tensor, " batch"],
+) -> Drawn:
+    """Draw the windows of some samples, on the host.
+
+    Args:
+        images: the images.
+        geometries: how each view is cut.
+        indices: which images.
+        keys: the samples' keys.
+    """
+    flips = [draw_flips(geometry, combine(keys, view)) for view, geometry in enumerate(geometries)]
+    return Drawn(indices, keys, _boxes(geometries, images.sizes[indices], keys, 0), torch.stack(flips))
+
+
+def _boxes(
+    geometries: Sequence[Geometry], sizes: Tensor, keys: Tensor, attempt: int
+) -> Int64[Tensor, "view batch 4"]:
+    """The windows of an attempt; after the last attempt the whole images."""
+    if attempt == WINDOWS:
+        return torch.cat((torch.zeros_like(sizes), sizes), dim=1).expand(len(geometries), -1, -1)
+    views = enumerate(geometries)
+    return torch.stack(
+        [draw_boxes(geometry, sizes, combine(keys, view), attempt) for view, geometry in views]
+    )
+
+
+def make_plan(images: InMemoryImages, geometries: Sequence[Geometry], drawn: Drawn) -> Plan:
+    """Where the pixels of a batch lie, and other windows for images in which the first may be empty.
+
+    Args:
+        images: the images.
+        geometries: how each view is cut.
+        drawn: the samples of the batch.
+    """
+    sizes = images.sizes[drawn.indices]
+    flat = images.flat[drawn.indices].nonzero()[:, 0]
+    others, largest = drawn.boxes[None, :, flat], drawn.boxes[:, :, 2:].amax(dim=(0, 1))
+    if len(flat):
+        tried = [_boxes(geometries, sizes[flat], drawn.keys[flat], attempt) for attempt in range(WINDOWS + 1)]
+        others, largest = torch.stack(tried), largest.maximum(sizes[flat].amax(dim=0))
+    height, width = (-(-side // _FRAME) * _FRAME for side in largest.tolist())
+    starts = images.starts[drawn.indices]
+    return Plan(starts, sizes[:, 1], drawn.boxes, drawn.flips, flat, others, (height, width))
+
+
+def cut_views(
+    images: InMemoryImages, plan: Plan, geometries: Sequence[Geometry], value_range: ValueRange
+) -> list[Shaped[Tensor, "batch channel height width"]]:
+    """Carry a plan out, on the device and without waiting for it.
+
+    Args:
+        images: the images.
+        plan: the windows.
+        geometries: how each view is cut.
+        value_range: the values that become 0 and 1.
+
+    Returns:
+        A tensor for each view: uint8 where the values are those of 8 bits, else float32 in [0, 1].
+    """
+    boxes = _with_content(images.pixels, plan) if len(plan.flat) else plan.boxes
+    cut = _cut_on_host if images.pixels.device.type == "cpu" else cut_on_device
+    return [
+        cut(images, plan, *of_view, value_range)
+        for of_view in zip(geometries, boxes, plan.flips, strict=True)
+    ]
+
+
+def _cut_on_host(
+    images: InMemoryImages, plan: Plan, geometry: Geometry, boxes: Tensor, flips: Tensor, values: ValueRange
+) -> Tensor:
+    """One view of a batch, window by window as the loader does it."""
+    pixels = images.pixels.numpy()
+    pixels = pixels.view(np.uint16) if images.dtype == "uint16" else pixels
+    views: Tensor | None = None
+    numbers = (plan.starts.tolist(), plan.strides.tolist(), boxes.tolist(), flips.tolist())
+    for number, (start, stride, box, (mirrored, upside_down, exchanged)) in enumerate(
+        zip(*numbers, strict=True)
+    ):
+        top, left, height, width = box
+        lines = pixels[start + top * stride : start + (top + height) * stride]
+        window = lines.reshape(height, stride, -1)[:, left : left + width].transpose(2, 0, 1)
+        view = resize(torch.from_numpy(values.apply(window)), geometry.size)
+        view = view.flip([axis for axis, turned in ((-1, mirrored), (-2, upside_down)) if turned])
+        if views is None:
+            views = torch.empty(len(boxes), len(view), *geometry.size, dtype=view.dtype)
+        views[number] = view.mT if exchanged else view
+    assert views is not None  # a batch holds an image
+    return views
+
+
+def cut_on_device(
+    images: InMemoryImages, plan: Plan, geometry: Geometry, boxes: Tensor, flips: Tensor, values: ValueRange
+) -> Tensor:
+    """One view of a batch, all windows together, without a look at any value.
+
+    Args:
+        images: the images.
+        plan: where they lie.
+        geometry: how the view is cut.
+        boxes: (batch, 4) its windows.
+        flips: (batch, 3) how it is mirrored and turned.
+        values: the values that become 0 and 1.
+    """
+    limits = values.limits(np.dtype(images.dtype))
+    levels = images.dtype == "uint8" and limits == (0.0, 255.0)
+    at_once = max(1, _AT_ONCE // (plan.frame[0] * plan.frame[1] * images.pixels.shape[1]))
+    parts = zip(*(part.split(at_once) for part in (plan.starts, plan.strides, boxes, flips)), strict=True)
+    cut = []
+    for starts, strides, windows, turned in parts:
+        pixels = cut_windows(images.pixels, starts, strides, windows, plan.frame)
+        numbers = as_numbers(pixels, images.dtype, None if levels else limits)
+        cut.append(resample(numbers, windows[:, 2:], geometry.size, turned, levels, geometry.quarter_turns))
+    return cut[0] if len(cut) == 1 else torch.cat(cut)
+
+
+def _with_content(pixels: Tensor, plan: Plan) -> Int64[Tensor, "view batch 4"]:
+    """The plan's windows; for images with flat parts those of the first attempt that finds none of them empty."""
+    starts, strides = plan.starts[plan.flat], plan.strides[plan.flat]
+    chosen, searching = plan.others[-1], torch.ones_like(plan.flat, dtype=torch.bool)
+    for boxes in plan.others[:-1]:
+        empty = torch.stack([are_empty(pixels, starts, strides, box, plan.frame) for box in boxes]).any(dim=0)
+        chosen = torch.where((searching & ~empty)[:, None], boxes, chosen)
+        searching = searching & empty
+        if pixels.device.type == "cpu" and not searching.any():  # elsewhere a look would be a wait
+            break
+    return plan.boxes.index_copy(1, plan.flat, chosen)
+
+
+def _moved(numbers: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; from page-locked memory, because the host waits for any other."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,260 @@
+"""What images there are: the contract of every source, a part of one, and several as one."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from freqmask.data.cache import bytes_of
+from freqmask.data.pictures import Picture
+from freqmask.rng import identity_of
+
+Pages = Literal["channels", "images"]
+LOCAL_BLOCK = (
+    64  # images of a source without blocks that go together where it is mixed with one that has them
+)
+WINDOW_BLOCKS = (
+    16  # blocks whose images a lane mixes: 64 MB of 4 each that a worker keeps, about a thousand images
+)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which images lie together.
+
+    Attributes:
+        numbers: (image,) number of the block that holds each image, from 0.
+        window: blocks whose images are mixed, which a worker keeps at once.
+        whole: True where one image cannot be had without all of its block.
+    """
+
+    numbers: np.ndarray
+    window: int = WINDOW_BLOCKS
+    whole: bool = False
+
+
+@dataclass
+class SourceSummary:
+    """What a source holds, for the lines printed before a run.
+
+    Attributes:
+        kind: what it is in a few words: ``folder``, ``numpy array``, ``parquet table`` ...
+        found: images found.
+        used: images used, after a split was chosen.
+        ignored: suffix -> number of files that are not read.
+        notes: whole sentences for the user.
+    """
+
+    kind: str
+    found: int
+    used: int
+    ignored: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Source(ABC):
+    """Images by number. Cheap to pickle: files are opened in the process that reads them.
+
+    Attributes:
+        class_names: names of the labels 0, 1, ..., or None where there are no classes.
+        why_unlabelled: in half a sentence, why a folder has no classes; empty where there is nothing to say.
+    """
+
+    class_names: list[str] | None = None
+    why_unlabelled: str = ""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def open(self, index: int) -> Picture:
+        """The image, its header read; raises `freqmask.errors.BadImage` where that fails."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What the image is called in lists: its path relative to DATA, or its row."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash that changes when images are added, removed, renamed or resized; cheap to compute."""
+
+    @abstractmethod
+    def summary(self) -> SourceSummary:
+        """What was found, used and ignored, and what the user should know of it."""
+
+    def label(self, index: int) -> int | None:
+        """The number of the image's class, or None."""
+        return None
+
+    def all_labels(self) -> np.ndarray:
+        """The labels of all images, int64 (image,), -1 where there is none."""
+        found = (self.label(index) for index in range(len(self)))
+        return np.array([-1 if label is None else label for label in found], np.int64)
+
+    def group(self, index: int) -> str | None:
+        """What the image must never be separated from in a split (patient, scene), or None."""
+        return None
+
+    def blocks(self) -> Blocks | None:
+        """Which images lie so that reading them together is cheaper; None where it makes no difference."""
+        return None
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """The image's own file, as its bytes and its suffix; None where it is not one whole file.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        return None
+
+    def identity(self, index: int) -> int:
+        """A 64-bit number that stays with the image when DATA moves or other images come and go."""
+        return identity_of(self.name(index).encode(errors="surrogateescape"))
+
+
+class Subset(Source):
+    """Some images of a source, in the order given; names and identities are those of the source.
+
+    Args:
+        source: the whole.
+        indices: (image,) which of its images.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        self.source, self.indices = source, np.asarray(indices, np.int64)
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def open(self, index: int) -> Picture:
+        return self.source.open(int(self.indices[index]))
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(int(self.indices[index]))
+
+    def all_labels(self) -> np.ndarray:
+        return self.source.all_labels()[self.indices]
+
+    def group(self, index: int) -> str | None:
+        return self.source.group(int(self.indices[index]))
+
+    def blocks(self) -> Blocks | None:
+        blocks = self.source.blocks()
+        return None if blocks is None else replace(blocks, numbers=blocks.numbers[self.indices])
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        return self.source.encoded(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def identity(self, index: int) -> int:
+        return self.source.identity(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(self.source.fingerprint().encode(), digest_size=8)
+        digest.update(bytes_of(self.indices))
+        return digest.hexdigest()
+
+    def summary(self) -> SourceSummary:
+        whole = self.source.summary()
+        return SourceSummary(whole.kind, whole.found, len(self), whole.ignored, whole.notes)
+
+
+class JoinedSource(Source):
+    """Sources one after the other. Classes of the same name are the same class.
+
+    Args:
+        sources: at least one.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = list(sources)
+        self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
+        names = {name for source in self.sources for name in source.class_names or ()}
+        in_order = [source.class_names for source in self.sources if source.class_names]
+        # The order of the parts where they agree (digits: 0 to 10 do not sort as text), else the alphabet's.
+        same = bool(in_order) and all(names_of == in_order[0] for names_of in in_order)
+        self.class_names = (in_order[0] if same else sorted(names)) if names else None
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which source, and which image of it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, index - int(self._starts[part])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def open(self, index: int) -> Picture:
+        part, inner = self._place(index)
+        return self.sources[part].open(inner)
+
+    def label(self, index: int) -> int | None:
+        part, inner = self._place(index)
+        label, names = self.sources[part].label(inner), self.sources[part].class_names
+        if label is None or names is None or self.class_names is None:
+            return None
+        return self.class_names.index(names[label])
+
+    def all_labels(self) -> np.ndarray:
+        return np.concatenate([self._labels_of(source) for source in self.sources])
+
+    def _labels_of(self, source: Source) -> np.ndarray:
+        """The labels of a part, by the numbers of the whole."""
+        labels = source.all_labels()
+        if source.class_names is None or self.class_names is None:
+            return np.full(len(source), -1, np.int64)
+        numbers = np.array([self.class_names.index(name) for name in source.class_names] + [-1])
+        return numbers[labels]
+
+    def group(self, index: int) -> str | None:
+        part, inner = self._place(index)
+        return self.sources[part].group(inner)
+
+    def blocks(self) -> Blocks | None:
+        parts = [source.blocks() for source in self.sources]
+        known = [part for part in parts if part is not None]
+        if not known:
+            return None
+        joined, first = [], 0
+        for source, part in zip(self.sources, parts, strict=True):
+            own = np.arange(len(source)) // LOCAL_BLOCK if part is None else part.numbers
+            joined.append(own + first)
+            first += int(own.max()) + 1
+        window, whole = min(part.window for part in known), any(part.whole for part in known)
+        return Blocks(np.concatenate(joined), window, whole)
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        part, inner = self._place(index)
+        return self.sources[part].encoded(inner)
+
+    def name(self, index: int) -> str:
+        part, inner = self._place(index)
+        return f"{part}:{self.sources[part].name(inner)}"
+
+    def fingerprint(self) -> str:
+        prints = "\0".join(source.fingerprint() for source in self.sources)
+        return hashlib.blake2b(prints.encode(), digest_size=8).hexdigest()
+
+    def summary(self) -> SourceSummary:
+        parts = [source.summary() for source in self.sources]
+        kinds = Counter(part.kind for part in parts)
+        ignored: Counter[str] = Counter()
+        for part in parts:
+            ignored.update(part.ignored)
+        return SourceSummary(
+            kind=", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()),
+            found=sum(part.found for part in parts),
+            used=sum(part.used for part in parts),
+            ignored=dict(ignored),
+            notes=[note for part in parts for note in part.notes],
+        )
