@@ -9,21 +9,82 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+import freqmask
+from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.filters import build_filter
+from freqmask.interop.runs import load_method
+from freqmask.methods import build_method
+from freqmask.reporting.facts import facts
+from freqmask.reporting.reading import read_run
 
+TINY = "vit_tiny_patch16_224"
 ROOT = Path(__file__).parent.parent
+
+
+def code(word: str) -> str:
+    """The example that holds a word."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (found,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block]
+    return str(found)
 
 
 @pytest.fixture
 def wedge() -> Any:
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL
-    )
     names: dict[str, Any] = {"__name__": "mylab_filters"}
-    exec(code, names)
+    exec(code("class Wedge"), names)
     return names["Wedge"]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "dimlab.py").write_text(code("class Dimmed"), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_an_option_of_one_line_is_in_help_config_and_report(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["pretrain", "--method", "dimlab:Dimmed", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Dimmed: --dimming X share of the brightness that is taken away (default: 0.25)" in shown
+    words = [
+        "--steps",
+        "1",
+        "--batch_size",
+        "4",
+        "--workers",
+        "0",
+        "--accelerator",
+        "cpu",
+        "--image_size",
+        "16",
+    ]
+    tiny = ["--model_args", "{depth: 1, embed_dim: 48, num_heads: 2}", "--method", "dimlab:Dimmed"]
+    main(["pretrain", "builtin:digits", *words, *tiny, "--dimming", "0.5", "--radius", "3", "--out", "run"])
+    assert yaml.safe_load((lab / "run" / "config.yaml").read_text())["dimming"] == 0.5
+    (settings,) = [text for _, name, text in facts(read_run(lab / "run")) if name == "Settings"]
+    assert settings == "radius 3; dimming 0.5"
+    assert "dimming 0.5" in (lab / "run" / "report.html").read_text(encoding="utf-8")
+    assert load_method("run").dimming == 0.5
+    main(["pretrain", "--config", "run/config.yaml", "--out", "again", "--dry_run"])
+
+
+def test_it_is_read_and_checked_as_every_other(lab: Path) -> None:
+    for given in ({"dimming": "1e-1"}, {"dimming": 0.1}):
+        method = build_method("dimlab:Dimmed", image_size=16, patch_size=4, backbone=TINY, **given)
+        assert method.settings["dimming"] == 0.1
+    with pytest.raises(UserError, match=r"dimming \(2\) must be a number from 0 to below 1"):
+        freqmask.pretrain("builtin:digits", method="dimlab:Dimmed", dimming=2)
+    (lab / "c.yaml").write_text("method: dimlab:Dimmed\ndimming: .nan\n")
+    with pytest.raises(UserError, match=r"dimming \(.nan\) must be a number from 0 to below 1"):
+        freqmask.pretrain("builtin:digits", config="c.yaml")
+    with pytest.raises(UserError, match=r"option \(--dimming\) is unknown"):
+        freqmask.pretrain("builtin:digits", dimming=0.5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 12)])

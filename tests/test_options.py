@@ -76,13 +76,13 @@ def test_a_value_is_the_same_however_it_is_given(name: str, text: str, value: An
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("lr", "fast", "lr (fast) must be a number, or auto"),
-        ("lr", "nan", "lr (nan) must be a number, or auto"),
-        ("lr", ".nan", "lr (.nan) must be a number, or auto"),
-        ("lr", "inf", "lr (inf) must be a number, or auto"),
-        ("lr", ".inf", "lr (.inf) must be a number, or auto"),
-        ("lr", "1e999", "lr (1e999) must be a number, or auto"),
-        ("epochs", "1:30", "epochs (1:30) must be a number"),
+        ("lr", "fast", "lr (fast) must be a number above 0, or auto"),
+        ("lr", "nan", "lr (nan) must be a number above 0, or auto"),
+        ("lr", ".nan", "lr (.nan) must be a number above 0, or auto"),
+        ("lr", "inf", "lr (inf) must be a number above 0, or auto"),
+        ("lr", ".inf", "lr (.inf) must be a number above 0, or auto"),
+        ("lr", "1e999", "lr (1e999) must be a number above 0, or auto"),
+        ("epochs", "1:30", "epochs (1:30) must be a number above 0"),
         ("seed", "null", "seed (null) must be a whole number from 0 to below 2^63"),
         ("seed", "-1", "seed (-1) must be a whole number from 0 to below 2^63"),
         ("seed", "1.5", "seed (1.5) must be a whole number from 0 to below 2^63"),
@@ -95,9 +95,13 @@ def test_a_value_is_the_same_however_it_is_given(name: str, text: str, value: An
         ("flip", "maybe", "flip (maybe) must be true or false"),
         ("flip", "1", "flip (1) must be true or false"),
         ("crop", "round", "crop (round) must be one of 'resized', 'native', 'whole', 'center'"),
-        ("crop_scale", "[0.2, big]", "crop_scale ([0.2, big]) must be auto, or numbers such as 0.5 1"),
+        (
+            "crop_scale",
+            "[0.2, big]",
+            "crop_scale ([0.2, big]) must be auto, or 2 numbers above 0 and at most 1",
+        ),
         ("model_args", "7", "model_args (7) must be a mapping such as '{depth: 4}'"),
-        ("clip_grad", "much", "clip_grad (much) must be a number, or null"),
+        ("clip_grad", "much", "clip_grad (much) must be a number above 0, or null"),
     ],
 )
 def test_a_mistake_is_the_same_sentence_however_it_is_made(
@@ -112,7 +116,7 @@ def test_a_mistake_is_the_same_sentence_however_it_is_made(
     ("name", "value", "read"),
     [
         ("lr", np.float32(0.5), 0.5),
-        ("lr", 1, 1.0),
+        ("lr", 1, 1),
         ("steps", np.int64(3), 3),
         ("steps", 3.0, 3),
         ("flip", np.bool_(False), False),
@@ -167,7 +171,7 @@ def test_an_option_replaces_its_rivals_in_a_file_and_only_there(tmp_path: Path) 
     (tmp_path / "c.yaml").write_text("steps: 100\nlr: 0.5\n")
     assert outcome({"config": tmp_path / "c.yaml", "hours": "0.1"}) == {"lr": 0.5, "hours": 0.1}
     assert outcome({"config": tmp_path / "c.yaml", "hours": None}) == {"lr": 0.5, "steps": 100, "hours": None}
-    assert outcome({"steps": 1, "hours": 1}) == "--steps and --hours exclude each other; give one of them"
+    assert outcome({"steps": 1, "hours": 1}) == "--hours and --steps exclude each other; give one of them"
 
 
 def test_a_config_may_stand_on_another(tmp_path: Path) -> None:

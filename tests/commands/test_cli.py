@@ -96,15 +96,15 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
     [
         (["pretrian"], "command (pretrian) is unknown; did you mean 'pretrain'?"),
         (["pretrain", "--stepz", "1"], "option (--stepz) is unknown; did you mean 'steps'?"),
-        (["pretrain", "x", "--steps", "abc"], "steps (abc) must be a whole number"),
-        (["pretrain", "x", "--seed", "1.5"], "seed (1.5) must be a whole number"),
+        (["pretrain", "x", "--steps", "abc"], "steps (abc) must be a whole number at least 1"),
+        (["pretrain", "x", "--seed", "1.5"], "seed (1.5) must be a whole number from 0 to below 2^63"),
         (
             ["pretrain", "x", "--crop", "round"],
             "crop (round) must be one of 'resized', 'native', 'whole', 'center'",
         ),
         (["pretrain", "x", "--model_args", "7"], "model_args (7) must be a mapping such as '{depth: 4}'"),
-        (["pretrain", "--steps"], "--steps needs a value: a whole number"),
-        (["pretrain", "--steps", "--lr", "1"], "--steps needs a value: a whole number"),
+        (["pretrain", "--steps"], "--steps needs a value: a whole number at least 1"),
+        (["pretrain", "--steps", "--lr", "1"], "--steps needs a value: a whole number at least 1"),
         (["evaluate", "knn"], "MODEL is missing: run folders"),
         (["evaluate", "knn", "pixels"], "--data is missing: images with labels"),
         (

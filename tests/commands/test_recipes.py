@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def test_every_published_row_and_every_small_size_has_a_recipe() -> None:
 @pytest.mark.parametrize("name", sorted(ROWS | ON_ONE_CORE))
 def test_a_recipe_holds_options_of_pretrain_alone(name: str) -> None:
     options = read_recipe(name).options()
-    assert set(options) <= set(inspect.signature(pretrain).parameters)
+    assert set(options) <= set(declared(pretrain))
     assert not {"data", "out", "config"} & set(options)
     numbers_as_text = [
         value for value in options.values() if isinstance(value, str) and re.match(r"[\d.]+e", value)

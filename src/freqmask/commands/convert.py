@@ -9,7 +9,7 @@ from freqmask.commands.given import command
 from freqmask.console import say
 
 
-@command
+@command()
 def convert(
     file: str,
     *,

@@ -13,7 +13,7 @@ from freqmask.options import Auto
 _QUERIES, _NEIGHBOURS = 8, 7
 
 
-@command
+@command()
 def embed(
     model: str,
     data: list[str],

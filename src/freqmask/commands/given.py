@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from freqmask.errors import CallError, UserError, nearest
 from freqmask.options import (
@@ -19,10 +19,11 @@ from freqmask.options import (
     overridden,
     parse_yaml,
     read_options,
+    signature,
 )
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+Function = Callable[..., Any]
+Group = type | Mapping[str, Option]
 OPTIONS = "options"  # in the config.yaml of an evaluation that trains
 _given: ContextVar[dict[str, Any]] = ContextVar("given", default={})  # noqa: B039 - never changed in place
 
@@ -32,39 +33,85 @@ def given_options() -> dict[str, Any]:
     return dict(_given.get())
 
 
-def command(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def command(
+    *groups: Group, more: Callable[[Any], Mapping[str, Option]] | None = None
+) -> Callable[[Function], Function]:
     """Let a function take texts as well as values, and options from a YAML file where it has a ``config``.
 
     Args:
-        function: a command; its signature and docstring declare its options.
+        *groups: options beside those of the function's signature, for its ``**options``: dataclasses, or options by
+            name. The function is called with all of them.
+        more: what ``method`` names -> options that it brings along.
 
     Returns:
-        The same function; inside it :func:`given_options` tells what was given.
+        A decorator; inside the function :func:`given_options` tells what was given.
     """
-    signature = inspect.signature(function)
 
-    @functools.wraps(function)
-    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        known = declared(function)
-        named = {**signature.bind_partial(*args).arguments, **kwargs}
-        given = given_values(named, known)
-        missing = [name for name, option in known.items() if option.default is REQUIRED and name not in given]
-        if missing:
-            option = known[missing[0]]
-            raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
-        token = _given.set(given)
-        try:
-            return function(**given)  # type: ignore[call-arg]
-        finally:
-            _given.reset(token)
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            named = {**inspect.signature(function).bind_partial(*args).arguments, **kwargs}
+            known = known_options(call, named)
+            given = given_values(named, known)
+            missing = [
+                option for option in known.values() if option.default is REQUIRED and option.name not in given
+            ]
+            if missing:
+                raise CallError(f"{missing[0].title} is missing: {re.split('[.;]', missing[0].help)[0]}")
+            token = _given.set(given)
+            try:
+                return function(
+                    **{name: option.default for name, option in known.items() if name != "config"} | given
+                )
+            finally:
+                _given.reset(token)
 
-    return call
+        call.groups, call.more = groups, more  # type: ignore[attr-defined]
+        if groups:
+            describe(call, function)
+        return call
+
+    return decorate
+
+
+def describe(call: Function, function: Function) -> None:
+    """Give a command the signature and the docstring that its groups make, for ``help()``."""
+    grouped = [
+        option
+        for option in declared(call).values()
+        if option.name not in inspect.signature(function).parameters
+    ]
+    call.__signature__ = signature(function, grouped)  # type: ignore[attr-defined]
+    lines = "".join(f"    {option.name}: {option.help}.\n" for option in grouped)
+    head, _, tail = (inspect.getdoc(function) or "").partition("\n\nReturns:")
+    call.__doc__ = f"{head}\n{lines.rstrip()}\n\nReturns:{tail}"
 
 
 @functools.cache
-def declared(function: Callable[..., Any]) -> dict[str, Option]:
-    """The options of a command by name."""
-    return options_of(inspect.unwrap(function))
+def declared(command: Function) -> dict[str, Option]:
+    """The options of a command by name: those of its signature, then those of its groups."""
+    found = options_of(inspect.unwrap(command))
+    for group in getattr(command, "groups", ()):
+        options = group if isinstance(group, Mapping) else options_of(group)
+        found |= {name: option for name, option in options.items() if name not in found}
+    return found
+
+
+def known_options(command: Function, named: Mapping[str, Any]) -> Mapping[str, Option]:
+    """The options of a command, those of a foreign method among them.
+
+    Args:
+        command: decorated with :func:`command`.
+        named: name to text or value; of these ``method`` and ``config`` are looked at.
+    """
+    known = declared(command)
+    more = getattr(command, "more", None)
+    if more is None:
+        return known
+    method = named.get("method")
+    if method is None and named.get("config") is not None:
+        method = read_config(named["config"], None).get("method")
+    return {**more(method), **known} if method is not None else known
 
 
 def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
@@ -77,12 +124,10 @@ def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[
     Raises:
         UserError: an option is unknown, is none of its kind, or excludes another.
     """
-    typed = {name: value for name, value in named.items() if name != "config"}
+    below = {}
     if "config" in known and named.get("config") is not None:
         below = read_config(named["config"], known)
-        typed = overridden(below, typed, known)
-    else:
-        typed = overridden({}, typed, known)
+    typed = overridden(below, {name: value for name, value in named.items() if name != "config"}, known)
     given = read_options(typed, known)
     excluding = "; ".join(exclusions(given, known))
     if excluding:
@@ -90,12 +135,14 @@ def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[
     return given
 
 
-def read_config(config: Any, known: Mapping[str, Option], below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_config(
+    config: Any, known: Mapping[str, Option] | None, below: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     """The options of a YAML file as texts, on top of those of the file that its own ``config`` names.
 
     Args:
         config: a path or the name of a recipe, or several: later ones go before earlier ones.
-        known: the options that it may hold.
+        known: the options that it may hold; None takes what comes.
         below: the files that led here.
 
     Raises:
@@ -103,13 +150,13 @@ def read_config(config: Any, known: Mapping[str, Option], below: tuple[Path, ...
     """
     if isinstance(config, (list, tuple)):
         several = (read_config(one, known, below) for one in config)
-        return functools.reduce(lambda first, second: overridden(first, second, known), several)
+        return functools.reduce(lambda first, second: overridden(first, second, known or {}), several)
     path = config_path(config)
     if path.resolve() in below:
         raise UserError(f"config ({path}) leads back to itself; take one of the config: lines out")
     options, written_by = _read_texts(path)
     for name in options:
-        if name not in known:
+        if known is not None and name not in known:
             hint = f"it is of freqmask {written_by}" if written_by else nearest(str(name), known)
             raise UserError(f"config ({path}) has an unknown option {name!r}; {hint}")
     base = options.pop("config", None)
@@ -117,7 +164,7 @@ def read_config(config: Any, known: Mapping[str, Option], below: tuple[Path, ...
         return options
     beside = path.parent / str(base)
     inner = read_config(beside if beside.is_file() else base, known, (*below, path.resolve()))
-    return overridden(inner, options, known)
+    return overridden(inner, options, known or {})
 
 
 def _read_texts(path: Path) -> tuple[dict[str, Any], str | None]:

@@ -23,7 +23,7 @@ _LIBRARIES = (
 _FOR_DEVELOPERS = ("dev", "docs", "bench")
 
 
-@command
+@command()
 def info() -> dict[str, str]:
     """Prints versions, devices, extras and folders: what a bug report should hold.
 

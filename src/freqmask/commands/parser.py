@@ -10,15 +10,16 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from freqmask.commands.given import declared, given_values
+from freqmask.commands.given import declared, given_values, known_options
 from freqmask.console import say
 from freqmask.errors import UserError, nearest
-from freqmask.options import REQUIRED, Option
+from freqmask.options import REQUIRED, Option, as_typed
 
 Positional = str | tuple[str, ...] | None
 
 _HELP = ("-h", "--help")
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "null")
+FIRST_GROUP = "Options"  # the heading of those that stand in a command's signature
 _INDENT, _WIDTH = 28, 100  # of the help
 
 
@@ -35,14 +36,27 @@ def call(program: str, function: Callable[..., Any], positional: Positional, wor
         UserError: an unknown option or a value of the wrong kind.
     """
     if any(word in _HELP for word in words):
-        say(help_text(program, function, positional))
+        say(help_text(program, function, positional, _peeked(words)))
         return None
-    known = declared(function)
+    known = known_options(function, _peeked(words))
     given = read_words(known, positional, words)
     if given.pop("print_config", None) is not None:
         _print_config(given_values(given, known), known)
         return None
     return function(**given)
+
+
+def _peeked(words: Sequence[str]) -> dict[str, Any]:
+    """What ``--method`` and ``--config`` say, which decides what other options there are."""
+    found: dict[str, Any] = {}
+    for word, after in itertools.zip_longest(words, words[1:]):
+        name, equals, text = word.partition("=")
+        value = text if equals else after
+        if name == "--method":
+            found["method"] = value
+        elif name == "--config" and value is not None:
+            found["config"] = [*found.get("config", []), value]
+    return found
 
 
 def in_order(positional: Positional) -> tuple[str, ...]:
@@ -140,9 +154,11 @@ def _print_config(given: Mapping[str, Any], known: Mapping[str, Option]) -> None
     )
 
 
-def help_text(program: str, function: Callable[..., Any], positional: Positional) -> str:
+def help_text(
+    program: str, function: Callable[..., Any], positional: Positional, named: Mapping[str, Any] | None = None
+) -> str:
     """What ``--help`` prints: usage, what the command does, every option."""
-    known = declared(function)
+    known = known_options(function, named or {})
     places = in_order(positional)
     usage = [program]
     for name in places:
@@ -152,12 +168,12 @@ def help_text(program: str, function: Callable[..., Any], positional: Positional
     lines = [f"usage: {' '.join(usage)} [OPTIONS]", "", description, ""]
     for name in places:
         lines += _entry(name.upper(), known[name])
-    groups = dict.fromkeys(option.group for name, option in known.items() if name not in places)
-    for group in groups:
-        lines += ["", f"{group}:" if group else "options:"]
-        for name, option in known.items():
-            if name not in places and option.group == group:
-                lines += _entry(f"--{name} {_metavar(option)}", option)
+    options = [option for name, option in known.items() if name not in places]
+    for group in dict.fromkeys(option.group or FIRST_GROUP for option in options):
+        lines += ["", f"{group}:"]
+        for option in options:
+            if (option.group or FIRST_GROUP) == group:
+                lines += _entry(f"--{option.name} {_metavar(option)}", option)
     lines += _entry("--help", Option("help", bool, None, "show this"))
     if "config" in known:
         lines += _entry("--print_config", Option("print_config", bool, None, "print the options and stop"))
@@ -167,19 +183,15 @@ def help_text(program: str, function: Callable[..., Any], positional: Positional
 def _entry(title: str, option: Option) -> list[str]:
     """An option's name, and beside or below it what it means."""
     plain = option.default
-    shown = "required" if plain is REQUIRED else None if plain is None else f"default: {_as_typed(plain)}"
+    shown = option.shown if plain is None else "required" if plain is REQUIRED else as_typed(plain)
+    if shown and plain is not REQUIRED:
+        shown = f"default: {shown}"
     text = option.help + (f" ({shown})" if shown else "")
     wrapped = textwrap.wrap(text, _WIDTH - _INDENT, break_on_hyphens=False)
     start = f"  {title}"
     if len(start) < _INDENT - 1 and wrapped:
         return [start.ljust(_INDENT) + wrapped[0], *(" " * _INDENT + line for line in wrapped[1:])]
     return [start, *(" " * _INDENT + line for line in wrapped)]
-
-
-def _as_typed(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _metavar(option: Option) -> str:

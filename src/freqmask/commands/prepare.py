@@ -17,7 +17,7 @@ _SHOWN_SKIPPED = 3
 _WAYS_OUT = "give another --out, or delete it"
 
 
-@command
+@command()
 def prepare(
     data: list[str],
     *,

@@ -11,7 +11,7 @@ from freqmask.errors import UserError
 from freqmask.recipes import Recipe, read_recipe, recipe_names
 
 
-@command
+@command()
 def recipes(name: str | None = None, *, copy: str | None = None) -> list[str] | str | Path:
     """Lists the shipped recipes, shows one, or copies one for you to change.
 

@@ -8,7 +8,7 @@ from freqmask.commands.given import command
 from freqmask.console import say
 
 
-@command
+@command()
 def runs(folder: str = "runs") -> list[str]:
     """Lists runs: state, method, steps, time, loss, best probe.
 

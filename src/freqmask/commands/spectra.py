@@ -12,7 +12,7 @@ from freqmask.options import Seed
 _MOST_IMAGES = 4  # side by side; more would be too small to see
 
 
-@command
+@command()
 def spectra(
     image: list[str],
     *,

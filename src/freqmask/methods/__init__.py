@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from freqmask.methods.folk import FOLK
 from freqmask.methods.method import Method
 from freqmask.methods.mfm import MFM
 from freqmask.methods.restoration import Deblur, Denoise, SuperResolution
+from freqmask.options.of_methods import BUILT_FROM, options_of_class
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (MFM, FOLK, SuperResolution, Deblur, Denoise)
@@ -26,6 +26,7 @@ __all__ = [
     "Denoise",
     "Method",
     "SuperResolution",
+    "accepted_by",
     "build_method",
     "find_method",
 ]
@@ -70,9 +71,14 @@ def build_method(name: str, **settings: Any) -> Method:
         UserError: for an unknown name or option, or a value out of range.
     """
     method = find_method(name)
-    accepted = set(inspect.signature(method).parameters)
+    accepted = accepted_by(method)
     unknown = sorted(set(settings) - accepted)
     if unknown:
         hints = "; ".join(f"{option}: {nearest(option, sorted(accepted))}" for option in unknown)
         raise UserError(f"{', '.join(unknown)} is no option of method {name}; {hints}")
     return method(**settings)
+
+
+def accepted_by(method: type) -> set[str]:
+    """The names of the arguments that a method takes."""
+    return {*BUILT_FROM, *options_of_class(method)}

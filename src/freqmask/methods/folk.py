@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,18 +13,21 @@ from torch import Tensor
 
 from freqmask.backbones import Backbone, Features, ImageSize, eval_no_grad, height_and_width
 from freqmask.errors import UserError
-from freqmask.filters import Filter, Filtered
+from freqmask.filters import Filtered
 from freqmask.heads import ProjectionHead, ReconstructionHead
-from freqmask.losses import DistillationLoss, Reduce, SpectrumLoss, collapse_number
+from freqmask.losses import DistillationLoss, SpectrumLoss, collapse_number
 from freqmask.methods.health import reconstruction_health
-from freqmask.methods.masking import COM_FRACTIONS, Auto, corrupt, masking_filter, without_auto
+from freqmask.methods.masking import corrupt, masking_filter, without_auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
 from freqmask.methods.normalisation import Normalisation
+from freqmask.options import read_group
+from freqmask.options.of_methods import FOLKOptions
 from freqmask.rng import combine
 from freqmask.training.optim import cosine_momentum, update_ema
 
 # A step count is known to the trainer only; DINO's first epoch is about this share of its published runs.
 FROZEN_SHARE = 0.01
+OUTPUTS = 65_536  # prototypes, as published
 
 
 class FOLK(Method):
@@ -38,26 +41,12 @@ class FOLK(Method):
     a network as one batch; so batch norm sees both, filtered in the student, original in the teacher.
 
     Args:
-        backbone: as MFM's, like every option that is not listed here.
-        filter: ``"com"`` (the paper's) or ``"fixed"``, or another as in MFM.
-        com_share: chance of Com, else RCom (open in the paper).
-        views: ``"two"``: both views are filtered and both are the teacher's (the paper's); ``"one"``: half of
-            the passes, the first view is filtered and the teacher sees the second.
-        outputs: prototypes of the projection head; 4096 are enough below 100,000 images.
-        hidden_size: width of the projection head.
-        bottleneck_size: length of its normalised vector.
-        student_temperature: of the student's distribution.
-        teacher_temperature: of the teacher's, after its warm-up.
-        teacher_temperature_start: of the teacher's at the beginning.
-        teacher_temperature_warmup: share of the steps in which it rises, in [0, 1].
-        center_momentum: how much of the teacher's centre remains in a step.
-        ema_momentum: of the teacher at the first step; a cosine leads it to 1 at the last.
-        distillation_weight: weight of the distillation (open in the paper).
-        reconstruction_weight: weight of the reconstruction (open in the paper).
-        freeze_last_layer_steps: first steps without a gradient for the projection head's last layer;
-            ``"auto"`` is one in a hundred of all steps (DINO: the first epoch).
-        distil: the ``"class_token"``, the ``"pooled"`` feature (the map's mean), or ``"auto"``: the class
-            token where there is one.
+        backbone: as MFM's.
+        image_size: side in pixels, or (height, width).
+        channels: channels of the images.
+        **options: those of :class:`~freqmask.options.of_methods.FOLKOptions`. ``views="two"``: both views are
+            filtered and both are the teacher's (the paper's); ``"one"``: half of the passes, the first view is filtered
+            and the teacher sees the second.
 
     Raises:
         UserError: for an option out of range, or one that the filter or the backbone has no use for.
@@ -65,6 +54,7 @@ class FOLK(Method):
 
     name = "folk"
     about = "hides some frequencies; the network predicts them, and what a teacher says of the whole image"
+    Options: ClassVar[type[FOLKOptions]] = FOLKOptions
     n_views = 2
     default_backbone = "student"
     current_teacher_temperature: Tensor
@@ -74,82 +64,42 @@ class FOLK(Method):
         backbone: str | Backbone = "vit_small_patch16_224",
         image_size: ImageSize = 224,
         channels: int = 3,
-        *,
-        patch_size: int | None = None,
-        filter: str | Filter = "com",
-        radius: float | Auto = "auto",
-        low_pass_share: float | Auto = "auto",
-        com_fractions: Sequence[float] = COM_FRACTIONS,
-        com_share: float = 0.5,
-        magnitude: Literal["luma", "mean", "each"] = "luma",
-        softness: float = 0.0,
-        clamp: bool = True,
-        masked_weight: float = 1.0,
-        kept_weight: float = 0.0,
-        reduce: Reduce = "batch",
-        gamma: float = 1.0,
-        focal: float | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        views: Literal["two", "one"] = "two",
-        outputs: int = 65536,
-        hidden_size: int = 2048,
-        bottleneck_size: int = 256,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        teacher_temperature_start: float = 0.04,
-        teacher_temperature_warmup: float = 0.1,
-        center_momentum: float = 0.9,
-        ema_momentum: float = 0.996,
-        distillation_weight: float = 1.0,
-        reconstruction_weight: float = 1.0,
-        freeze_last_layer_steps: int | Auto = "auto",
-        distil: Literal["auto", "class_token", "pooled"] = "auto",
-        stage: int = -1,
-        model_args: Mapping[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
-        initialisation: Literal["mfm", "timm"] = "mfm",
+        **options: Any,
     ) -> None:
-        settings = recorded(locals())
+        first = {"backbone": backbone, "image_size": image_size, "channels": channels}
+        given = read_group(self.Options, options)
+        settings = recorded({**first, **vars(given)})
         super().__init__()
-        _check(settings)
-        self.loss = SpectrumLoss(masked_weight, kept_weight, reduce, gamma, focal)
+        if max(given.reconstruction_weight, given.distillation_weight) == 0:
+            raise UserError(
+                "reconstruction_weight (0) and distillation_weight (0) must be at least 0 and not both 0"
+            )
+        self.loss = SpectrumLoss(
+            given.masked_weight, given.kept_weight, given.reduce, given.gamma, given.focal
+        )
+        outputs = OUTPUTS if given.outputs == "auto" else given.outputs
         self.distillation = DistillationLoss(
-            outputs, student_temperature, teacher_temperature_start, center_momentum
+            outputs, given.student_temperature, given.teacher_temperature_start, given.center_momentum
         )
-        self.normalise = Normalisation(channels, mean, std)
-        self.student = build_backbone(
-            backbone,
-            image_size,
-            channels,
-            patch_size,
-            stage,
-            model_args,
-            initialisation,
-            gradient_checkpointing,
-        )
+        self.normalise = Normalisation(channels, given.mean, given.std)
+        self.student = build_backbone(backbone, image_size, channels, given)
         size = height_and_width(image_size)
-        self.filter = masking_filter(
-            filter,
-            size,
-            self.student.is_cnn,
-            radius=radius,
-            low_pass_share=low_pass_share,
-            com_fractions=com_fractions,
-            com_share=com_share,
-            magnitude=magnitude,
-            softness=softness,
-        )
+        self.filter = masking_filter(given, size, self.student.is_cnn)
         self.settings = without_auto(settings, size, self.student.is_cnn)
         dim = self.student.feature_dim
         self.decoder = ReconstructionHead(dim, channels, self.student.stride)
-        self.student_head = ProjectionHead(dim, outputs, hidden_size, bottleneck_size)
+        self.student_head = ProjectionHead(dim, outputs, given.hidden_size, given.bottleneck_size)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
-        self.clamp, self.views, self.distil = clamp, views, distil
-        self.reconstruction_weight, self.distillation_weight = reconstruction_weight, distillation_weight
-        self.ema_momentum, self.freeze_last_layer_steps = ema_momentum, freeze_last_layer_steps
-        self.temperatures = (teacher_temperature_start, teacher_temperature, teacher_temperature_warmup)
+        self.clamp, self.views, self.distil = given.clamp, given.views, given.distil
+        self.reconstruction_weight = given.reconstruction_weight
+        self.distillation_weight = given.distillation_weight
+        self.ema_momentum, self.freeze_last_layer_steps = given.ema_momentum, given.freeze_last_layer_steps
+        self.temperatures = (
+            given.teacher_temperature_start,
+            given.teacher_temperature,
+            given.teacher_temperature_warmup,
+        )
         # A tensor, so that compiled code does not depend on its value and a checkpoint carries it.
         self.register_buffer("current_teacher_temperature", torch.tensor(self.temperature(0, 1)))
         self._check_distilled()
@@ -273,30 +223,3 @@ class FOLK(Method):
             raise UserError(
                 f"distil (class_token) needs a class token; {self.student.name} has none, try distil=auto"
             )
-
-
-def _check(settings: Mapping[str, Any]) -> None:
-    """All problems of the options that no part checks itself, in one message."""
-    problems = [
-        f"{name} ({settings[name]}) must be one of {', '.join(choices)}"
-        for name, choices in {"views": ("two", "one"), "distil": ("auto", "class_token", "pooled")}.items()
-        if settings[name] not in choices
-    ]
-    problems += [
-        f"{name} ({settings[name]}) must be in [0, 1]"
-        for name in ("teacher_temperature_warmup", "ema_momentum")
-        if not 0 <= settings[name] <= 1
-    ]
-    if settings["teacher_temperature"] <= 0:
-        problems.append(f"teacher_temperature ({settings['teacher_temperature']}) must be above 0; try 0.07")
-    weights = settings["reconstruction_weight"], settings["distillation_weight"]
-    if min(weights) < 0 or max(weights) == 0:
-        problems.append(
-            f"reconstruction_weight ({weights[0]}) and distillation_weight ({weights[1]}) must be at least "
-            "0 and not both 0"
-        )
-    frozen = settings["freeze_last_layer_steps"]
-    if frozen != "auto" and (not isinstance(frozen, int) or frozen < 0):
-        problems.append(f"freeze_last_layer_steps ({frozen}) must be a whole number of steps, or 'auto'")
-    if problems:
-        raise UserError("; ".join(problems))

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from freqmask.backbones import Backbone, ImageSize, height_and_width
 from freqmask.errors import UserError
 from freqmask.filters import Filter
+from freqmask.options import options_of, signature
+from freqmask.options.of_methods import BackboneOptions
 from freqmask.rng import fresh_keys
 from freqmask.spectrum import irfft2, rfft2
 
@@ -25,6 +27,7 @@ class Method(nn.Module):
         about: what it does in a few words, for the plan of a run.
         n_views: views of an image that ``forward`` takes.
         default_backbone: the key of ``backbones()`` that is exported unless asked otherwise.
+        Options: a dataclass of its options (:mod:`freqmask.options`); keyword arguments of its constructor.
         settings: plain values from which ``build_method(name, **settings)`` makes it again.
     """
 
@@ -32,7 +35,13 @@ class Method(nn.Module):
     about: ClassVar[str] = ""
     n_views: int = 1
     default_backbone: ClassVar[str] = "backbone"
+    Options: ClassVar[type | None] = None
     settings: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.Options is not None:
+            cls.__signature__ = signature(cls, options_of(cls.Options).values())  # type: ignore[attr-defined]
 
     @abstractmethod
     def forward(
@@ -116,11 +125,7 @@ def build_backbone(
     backbone: str | Backbone,
     image_size: ImageSize,
     channels: int,
-    patch_size: int | None,
-    stage: int,
-    model_args: Mapping[str, Any] | None,
-    initialisation: str,
-    gradient_checkpointing: bool,
+    options: BackboneOptions,
 ) -> Backbone:
     """The backbone by name; one that is already built passes, and must fit the images."""
     if isinstance(backbone, str):
@@ -128,10 +133,10 @@ def build_backbone(
             backbone,
             image_size,
             channels,
-            patch_size=patch_size,
-            stage=stage,
-            model_args=model_args,
-            initialisation=initialisation,  # type: ignore[arg-type]  # Backbone checks it
+            patch_size=None if options.patch_size == "auto" else options.patch_size,
+            stage=options.stage,
+            model_args=options.model_args,
+            initialisation=options.initialisation,
         )
     elif backbone.channels != channels or (
         backbone.fixed_size and backbone.image_size != height_and_width(image_size)
@@ -140,7 +145,7 @@ def build_backbone(
             f"backbone ({backbone.name}: {backbone.channels} channels, {backbone.image_size} pixels) must "
             f"fit channels ({channels}) and image_size ({image_size}); give the same to both"
         )
-    if gradient_checkpointing:
+    if options.gradient_checkpointing:
         backbone.set_gradient_checkpointing()
     return backbone
 
@@ -149,7 +154,7 @@ def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A constructor's arguments as plain values: objects become what they are built from.
 
     Args:
-        arguments: ``locals()`` at the constructor's beginning.
+        arguments: name to value, such as ``locals()`` at the constructor's beginning.
     """
     given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
     if isinstance(given.get("backbone"), Backbone):

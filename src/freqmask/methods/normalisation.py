@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
+from freqmask.options import Auto
 
 # Without ImageNet's three channels: the middle of the range, and about the contrast of photographs.
 PLAIN_MEAN, PLAIN_STD = 0.5, 0.25
@@ -20,8 +21,8 @@ class Normalisation(nn.Module):
 
     Args:
         channels: channels C.
-        mean: one a channel, in [0, 1]; None: ImageNet's for three channels, else 0.5.
-        std: one a channel, above 0; None: ImageNet's for three channels, else 0.25.
+        mean: one a channel, in [0, 1]; None or auto: ImageNet's for three channels, else 0.5.
+        std: one a channel, above 0; None or auto: ImageNet's for three channels, else 0.25.
 
     Raises:
         UserError: for another number of values, or a std that is not positive.
@@ -31,7 +32,10 @@ class Normalisation(nn.Module):
     std: Tensor
 
     def __init__(
-        self, channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+        self,
+        channels: int,
+        mean: Sequence[float] | Auto | None = None,
+        std: Sequence[float] | Auto | None = None,
     ) -> None:
         super().__init__()
         mean = _values("mean", mean, channels, IMAGENET_MEAN, PLAIN_MEAN)
@@ -54,9 +58,9 @@ class Normalisation(nn.Module):
 
 
 def _values(
-    name: str, given: Sequence[float] | None, channels: int, imagenet: Sequence[float], plain: float
+    name: str, given: Sequence[float] | Auto | None, channels: int, imagenet: Sequence[float], plain: float
 ) -> list[float]:
-    if given is None:
+    if given is None or given == "auto":
         return list(imagenet) if channels == 3 else [plain] * channels
     if len(given) != channels:
         raise UserError(f"{name} ({list(given)}) must hold one value for each of the {channels} channels")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,52 +15,53 @@ from freqmask.degradations import Blur, Downscale, Noise
 from freqmask.heads import ReconstructionHead
 from freqmask.losses import SpectrumLoss
 from freqmask.methods.health import reconstruction_health
-from freqmask.methods.masking import Auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
 from freqmask.methods.normalisation import Normalisation
+from freqmask.options import read_group
+from freqmask.options.of_methods import (
+    DeblurOptions,
+    DenoiseOptions,
+    RestorationOptions,
+    SuperResolutionOptions,
+)
 from freqmask.rng import combine
 
 
 class Restoration(Method):
     """loss = mean(|F(decoder(backbone(degrade(x)))) - F(x)|^gamma), over the full spectrum.
 
-    The three tasks differ in ``degrade`` alone; the rest is MFM's. Arguments as MFM's.
+    The three tasks differ in ``degrade`` alone, which their options describe; the rest is MFM's.
+
+    Args:
+        backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`.
+        image_size: side in pixels, or (height, width).
+        channels: channels of the images.
+        **options: those of the class's ``Options``.
     """
+
+    Options: ClassVar[type[RestorationOptions]]
 
     def __init__(
         self,
-        degradation: nn.Module,
-        settings: dict[str, Any],
-        *,
-        backbone: str | Backbone,
-        image_size: ImageSize,
-        channels: int,
-        patch_size: int | None,
-        gamma: float,
-        focal: float | None,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        stage: int,
-        model_args: Mapping[str, Any] | None,
-        gradient_checkpointing: bool,
-        initialisation: Literal["mfm", "timm"],
+        backbone: str | Backbone = "vit_small_patch16_224",
+        image_size: ImageSize = 224,
+        channels: int = 3,
+        **options: Any,
     ) -> None:
+        first = {"backbone": backbone, "image_size": image_size, "channels": channels}
+        given = read_group(self.Options, options)
         super().__init__()
-        self.settings = settings
-        self.degradation = degradation
-        self.loss = SpectrumLoss(gamma=gamma, focal=focal)
-        self.normalise = Normalisation(channels, mean, std)
-        self.backbone = build_backbone(
-            backbone,
-            image_size,
-            channels,
-            patch_size,
-            stage,
-            model_args,
-            initialisation,
-            gradient_checkpointing,
-        )
+        self.settings = recorded({**first, **vars(given)})
+        self.degradation = self.degrade(given)
+        self.loss = SpectrumLoss(gamma=given.gamma, focal=given.focal)
+        self.normalise = Normalisation(channels, given.mean, given.std)
+        self.backbone = build_backbone(backbone, image_size, channels, given)
         self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
+
+    @staticmethod
+    @abstractmethod
+    def degrade(options: Any) -> nn.Module:
+        """What is done to an image, by the options of the task."""
 
     def forward(
         self,
@@ -97,104 +98,39 @@ class Restoration(Method):
 
 
 class SuperResolution(Restoration):
-    """Undo a bicubic reduction without antialiasing.
-
-    Args:
-        factor: how many pixels become one; ``"auto"`` is 8 at 224 pixels, scaled with the shorter side.
-        others: as :class:`~freqmask.methods.MFM`'s.
-    """
+    """Undo a bicubic reduction without antialiasing; see :class:`Restoration`."""
 
     name: ClassVar[str] = "sr"
     about: ClassVar[str] = "makes an image smaller; the network predicts the large one"
+    Options = SuperResolutionOptions
 
-    def __init__(
-        self,
-        backbone: str | Backbone = "vit_small_patch16_224",
-        image_size: ImageSize = 224,
-        channels: int = 3,
-        *,
-        factor: float | Auto = "auto",
-        patch_size: int | None = None,
-        gamma: float = 1.0,
-        focal: float | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        stage: int = -1,
-        model_args: Mapping[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
-        initialisation: Literal["mfm", "timm"] = "mfm",
-    ) -> None:
-        given = dict(locals())
-        super().__init__(Downscale(factor), recorded(given), **_shared(given))
+    @staticmethod
+    def degrade(options: SuperResolutionOptions) -> nn.Module:
+        """``factor`` pixels become one."""
+        return Downscale(options.factor)
 
 
 class Deblur(Restoration):
-    """Undo an isotropic Gaussian blur.
-
-    Args:
-        sigma: of the blur in pixels; ``"auto"`` is 5 at 224 pixels, scaled with the shorter side.
-        kernel_sizes: odd, one drawn per image; ``"auto"`` is 7, 9, ..., 21 at 224 pixels, scaled alike.
-        others: as :class:`~freqmask.methods.MFM`'s.
-    """
+    """Undo an isotropic Gaussian blur; see :class:`Restoration`."""
 
     name: ClassVar[str] = "deblur"
     about: ClassVar[str] = "blurs an image; the network predicts the sharp one"
+    Options = DeblurOptions
 
-    def __init__(
-        self,
-        backbone: str | Backbone = "vit_small_patch16_224",
-        image_size: ImageSize = 224,
-        channels: int = 3,
-        *,
-        sigma: float | Auto = "auto",
-        kernel_sizes: Sequence[int] | Auto = "auto",
-        patch_size: int | None = None,
-        gamma: float = 1.0,
-        focal: float | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        stage: int = -1,
-        model_args: Mapping[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
-        initialisation: Literal["mfm", "timm"] = "mfm",
-    ) -> None:
-        given = dict(locals())
-        super().__init__(Blur(kernel_sizes, sigma), recorded(given), **_shared(given))
+    @staticmethod
+    def degrade(options: DeblurOptions) -> nn.Module:
+        """One of the odd ``kernel_sizes`` is drawn per image."""
+        return Blur(options.kernel_sizes, options.sigma)
 
 
 class Denoise(Restoration):
-    """Undo Gaussian noise, drawn per pixel and channel and not clamped.
-
-    Args:
-        sigma: of the noise, images being in [0, 1]; ``"auto"`` is 75/255 at any size.
-        others: as :class:`~freqmask.methods.MFM`'s.
-    """
+    """Undo Gaussian noise, drawn per pixel and channel and not clamped; see :class:`Restoration`."""
 
     name: ClassVar[str] = "denoise"
     about: ClassVar[str] = "adds noise to an image; the network predicts it without"
+    Options = DenoiseOptions
 
-    def __init__(
-        self,
-        backbone: str | Backbone = "vit_small_patch16_224",
-        image_size: ImageSize = 224,
-        channels: int = 3,
-        *,
-        sigma: float | Auto = "auto",
-        patch_size: int | None = None,
-        gamma: float = 1.0,
-        focal: float | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        stage: int = -1,
-        model_args: Mapping[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
-        initialisation: Literal["mfm", "timm"] = "mfm",
-    ) -> None:
-        given = dict(locals())
-        super().__init__(Noise() if sigma == "auto" else Noise(sigma), recorded(given), **_shared(given))
-
-
-def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a task that are not its degradation's."""
-    names = inspect.signature(Restoration).parameters
-    return {name: value for name, value in given.items() if name in names}
+    @staticmethod
+    def degrade(options: DenoiseOptions) -> nn.Module:
+        """``sigma`` for images in [0, 1]; 75/255 at any size unless it is given."""
+        return Noise() if options.sigma == "auto" else Noise(options.sigma)

@@ -137,7 +137,7 @@ def _seen_lines(
         f"{name} {reasons[name]}" for name in names if options.get(name) in (None, "auto") and name in reasons
     ]
     if told:
-        yield f"{options['method']:11} {', '.join(told)}"
+        yield f"options     {', '.join(told)}"
 
 
 def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str]) -> Iterator[str]:

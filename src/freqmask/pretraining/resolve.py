@@ -19,7 +19,7 @@ from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.methods import build_method
 from freqmask.pretraining.placing import choose_place
-from freqmask.pretraining.settings import accepted_by, method_settings, parse_image_size
+from freqmask.pretraining.settings import accepted_by, in_steps, method_settings, parse_image_size
 from freqmask.training import auto
 from freqmask.training.failures import check_single_image
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
@@ -173,10 +173,7 @@ def make_method(options: Mapping[str, Any], steps_an_epoch: float | None = None)
         options: resolved options.
         steps_an_epoch: turns options in epochs into steps; where it is not known yet they are left out.
     """
-    settings = method_settings(options)
-    frozen = settings.pop("freeze_last_layer_steps", None)
-    if "freeze_last_layer_steps" in accepted_by(options["method"]) and steps_an_epoch is not None:
-        settings["freeze_last_layer_steps"] = round((1.0 if frozen is None else frozen) * steps_an_epoch)
+    settings = in_steps(method_settings(options), options["method"], steps_an_epoch)
     shared = ("backbone", "image_size", "channels", "mean", "std", "patch_size")
     return build_method(options["method"], **{name: options[name] for name in shared}, **settings)
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from freqmask.console import readable_bytes, readable_time
+from freqmask.options import options_of
+from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions
+from freqmask.options.of_pretraining import GROUPS
 from freqmask.reporting.reading import Run
 
 # Options that change how a run is recorded or computed, not what it is.
@@ -22,24 +25,9 @@ _INCIDENTAL = frozenset(
         "checkpoint_every_minutes",
         "keep_checkpoints",
         "max_skipped_share",
+        *("command", "options"),  # what repeats an evaluation that trains
     }
 )
-_METHOD = (
-    "filter",
-    "radius",
-    "low_pass_share",
-    "com_fractions",
-    "com_share",
-    "softness",
-    "clamp",
-    "outputs",
-    "teacher_temperature",
-    "ema_momentum",
-    "factor",
-    "sigma",
-    "kernel_sizes",
-)
-
 _PROBING = "probe_"  # options of the probes that watch a run
 
 Fact = tuple[str, str, str]
@@ -81,7 +69,7 @@ def _seen(config: Mapping[str, Any]) -> str:
 
 def _method(run: Run) -> list[Fact]:
     config = run.config
-    settings = [f"{name} {text_of(config[name])}" for name in _METHOD if config.get(name) is not None]
+    settings = [f"{name} {text_of(config[name])}" for name in method_options(config)]
     patch = f", patch {config['patch_size']}" if config.get("patch_size") else ""
     model_args = f", {text_of(config['model_args'])}" if config.get("model_args") else ""
     return [
@@ -94,6 +82,15 @@ def _method(run: Run) -> list[Fact]:
         ),
         ("Method", "Started from", text_of(config.get("init")) or "random weights"),
     ]
+
+
+def method_options(config: Mapping[str, Any]) -> list[str]:
+    """The options of a pre-training that its method alone knows, also one of somebody's own."""
+    method = str(config.get("method"))
+    if method not in METHOD_OPTIONS and ":" not in method:
+        return []
+    general = {name for group in (*GROUPS, BackboneOptions) for name in options_of(group)} | {"data"}
+    return [name for name in config if name not in general]
 
 
 def _recipe(run: Run) -> list[Fact]:
@@ -190,7 +187,8 @@ def _setting(run: Run, name: str) -> str:
 
 def repeat_command(run: Run) -> str:
     """What to type to run it again."""
-    return f"freqmask pretrain --config {shlex.quote(str(run.path / 'config.yaml'))} --out NEW_FOLDER"
+    command = text_of(run.config.get("command")) or "pretrain"
+    return f"freqmask {command} --config {shlex.quote(str(run.path / 'config.yaml'))} --out NEW_FOLDER"
 
 
 def number(value: Any) -> float | None:

@@ -11,7 +11,7 @@ from freqmask.options import Auto, Rivals, Seed, Seeds
 __all__ = ["finetune"]
 
 
-@command
+@command()
 def finetune(
     model: list[str],
     *,

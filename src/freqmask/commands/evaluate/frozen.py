@@ -11,7 +11,7 @@ from freqmask.options import Auto, Seed, Seeds
 __all__ = ["bands", "fewshot", "knn", "linear"]
 
 
-@command
+@command()
 def knn(
     model: list[str],
     *,
@@ -87,7 +87,7 @@ def knn(
     return reported(model, run_protocol(Knn(k, temperature, feature), options))
 
 
-@command
+@command()
 def linear(
     model: list[str],
     *,
@@ -163,7 +163,7 @@ def linear(
     return reported(model, run_protocol(Linear(rates, epochs), options))
 
 
-@command
+@command()
 def fewshot(
     model: list[str],
     *,
@@ -259,7 +259,7 @@ def fewshot(
     return reported(model, run_protocol(Fewshot(shots, feature, strength), options))
 
 
-@command
+@command()
 def bands(
     model: list[str],
     *,

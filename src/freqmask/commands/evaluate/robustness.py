@@ -11,7 +11,7 @@ from freqmask.options import Auto, Seed, Seeds
 __all__ = ["robustness"]
 
 
-@command
+@command()
 def robustness(
     model: list[str],
     *,

@@ -11,7 +11,7 @@ from freqmask.options import Auto, Rivals, Seed, Seeds
 __all__ = ["segment"]
 
 
-@command
+@command()
 def segment(
     model: list[str],
     *,

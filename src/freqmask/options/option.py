@@ -1,7 +1,7 @@
-"""An option: its type, default, range and help, declared once; and values of it from wherever they come.
+"""An option: its type, default, range and help; and a value of it from wherever it comes.
 
-A word of the command line, a scalar in a YAML file and a value given in Python are read by the same declaration
-(:func:`read_options`), so that they become the same value or the same sentence. No torch is imported here.
+A word of the command line, a scalar in a YAML file and a value given in Python are read by :meth:`Option.read` alone,
+so that they become the same value or the same sentence.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import inspect
 import math
 import os
 import re
-import shlex
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
-from freqmask.errors import CallError, UserError, nearest
+from freqmask.errors import UserError, nearest
 
 Auto = Literal["auto"]
 REQUIRED = inspect.Parameter.empty
@@ -82,13 +81,6 @@ Seeds = Annotated[list[int] | None, Range(least=0, below=MOST_SEED + 1)]
 
 
 @dataclass(frozen=True)
-class Rivals:
-    """Names a group of options that exclude each other: ``Annotated[int | None, Rivals("length")]``."""
-
-    group: str
-
-
-@dataclass(frozen=True)
 class Option:
     """One option of a command or a method.
 
@@ -101,6 +93,9 @@ class Option:
         rivals: the name of a group of options that exclude each other.
         group: the heading in ``--help``.
         positional: whether its values are typed without its name.
+        filter: the one filter that uses it, of an option of a method.
+        epochs: its default where a person counts in epochs (``NAME_epochs``) and the code in steps (``NAME_steps``).
+        shown: its default in words, where that is not the same for all.
     """
 
     name: str
@@ -111,6 +106,9 @@ class Option:
     rivals: str | None = None
     group: str = ""
     positional: bool = False
+    filter: str | None = None
+    epochs: float | None = None
+    shown: str | None = None
 
     @property
     def title(self) -> str:
@@ -151,7 +149,15 @@ class Option:
             if not self.range.holds(found):
                 break
             return found
-        raise UserError(f"{self.name} ({_shown(value)}) must be {self.rule()}")
+        raise UserError(f"{self.name} ({_shown(value)}) must be {self.rule()}{self._hint(value)}")
+
+    def _hint(self, value: Any) -> str:
+        """The choice that is spelt most like a value."""
+        choices = [
+            str(word) for kind in self.kinds for word in typing.get_args(kind) if isinstance(word, str)
+        ]
+        hint = nearest(str(value), choices) if isinstance(value, str) and len(choices) > 1 else ""
+        return f"; {hint}" if hint.startswith("did you mean") else ""
 
     def rule(self) -> str:
         """What a value must be, in words.
@@ -171,141 +177,6 @@ class Option:
         if type(None) in self.kinds and self.default is not None:
             words.append("null")
         return ", or ".join(dict.fromkeys(words))
-
-
-def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """The options that a function's signature and docstring declare.
-
-    Args:
-        function: keyword arguments with annotations and defaults, each with a line under ``Args:``.
-
-    Returns:
-        Name to option, in order.
-    """
-    hints = typing.get_type_hints(function, include_extras=True)
-    helps = _argument_helps(inspect.getdoc(function) or "")
-    found = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        kind, *extras = typing.get_args(hints[name]) if _is_annotated(hints[name]) else (hints[name],)
-        limits = next((extra for extra in extras if isinstance(extra, Range)), Range())
-        group = next((extra.group for extra in extras if isinstance(extra, Rivals)), None)
-        loose = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        found[name] = Option(
-            name, kind, parameter.default, helps.get(name, ""), limits, group, positional=loose
-        )
-    return found
-
-
-def _is_annotated(hint: Any) -> bool:
-    return typing.get_origin(hint) is Annotated
-
-
-def _argument_helps(docstring: str) -> dict[str, str]:
-    """Name to text of the ``Args:`` section."""
-    _, _, tail = docstring.partition("Args:\n")
-    section = re.split(r"^\S", tail, maxsplit=1, flags=re.MULTILINE)[0]
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in found}
-
-
-def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
-    """Values by the declaration of their options; all problems in one message.
-
-    Args:
-        values: name to text or value.
-        known: the options.
-
-    Raises:
-        UserError: a name is unknown or a value is none of its option.
-    """
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        told = (f"option (--{name}) is unknown; {nearest(str(name), known)}" for name in unknown)
-        raise CallError("; ".join(told))
-    problems, found = [], {}
-    for name, value in values.items():
-        try:
-            found[name] = known[name].read(value)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
-    return found
-
-
-def rivals(name: str, known: Mapping[str, Option]) -> set[str]:
-    """The options that exclude an option."""
-    group = known[name].rivals if name in known else None
-    return {other for other, option in known.items() if group and option.rivals == group} - {name}
-
-
-def overridden(
-    below: Mapping[str, Any], above: Mapping[str, Any], known: Mapping[str, Option]
-) -> dict[str, Any]:
-    """Options of a file with those that were typed: these replace the same names, and their rivals.
-
-    Args:
-        below: name to value of the file.
-        above: name to value as typed; ``NAME.KEY`` sets one key of a mapping.
-        known: all options.
-    """
-    gone = set().union(*(rivals(name, known) for name, value in above.items() if value is not None))
-    merged = {name: value for name, value in below.items() if name not in gone}
-    for name, value in above.items():
-        whole, dot, key = name.partition(".")
-        if dot and whole in known:
-            before = merged.get(whole) or {}
-            merged[whole] = {
-                **(parse_yaml(before) if isinstance(before, str) else before),
-                key: parse_yaml(value),
-            }
-        else:
-            merged[name] = value
-    return merged
-
-
-def exclusions(values: Mapping[str, Any], known: Mapping[str, Option]) -> Iterator[str]:
-    """A sentence for each pair of options that were both given and exclude each other."""
-    groups: dict[str, list[str]] = {}
-    for name, option in known.items():
-        if option.rivals and values.get(name) is not None:
-            groups.setdefault(option.rivals, []).append(name)
-    for names in groups.values():
-        if len(names) > 1:
-            yield f"--{' and --'.join(names)} exclude each other; give one of them"
-
-
-def command_words(values: Mapping[str, Any], first: str) -> str:
-    """Options as they would be typed; what was made in Python is its name in capitals.
-
-    Args:
-        values: name to value.
-        first: the argument that takes no option name.
-
-    >>> command_words({"lr": 0.5, "data": ["my photos"], "model_args": {"depth": 4}}, first="data")
-    "'my photos' --lr 0.5 --model_args '{depth: 4}'"
-    """
-    words = _value_words(first, values.get(first) or [])
-    for name, value in values.items():
-        if name != first:
-            words += [f"--{name}", *_value_words(name, value)]
-    return " ".join(words)
-
-
-def _value_words(name: str, value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        import yaml
-
-        return [shlex.quote(yaml.safe_dump(dict(value), default_flow_style=True, width=10_000).strip())]
-    if isinstance(value, (list, tuple)):
-        return [word for one in value for word in _value_words(name, one)]
-    if value is None or isinstance(value, bool):
-        return ["null" if value is None else str(value).lower()]
-    if isinstance(value, float):
-        return [f"{value:.12g}"]
-    if not isinstance(value, (str, os.PathLike, int)):
-        return [name.upper()]
-    return [shlex.quote(str(value))]
 
 
 def parse_yaml(text: Any, texts: bool = False) -> Any:
@@ -368,7 +239,7 @@ def _read_float(value: Any, kind: Any, option: Option) -> float:
         raise ValueError
     if isinstance(value, bool) or not isinstance(value, (str, Real)) or not math.isfinite(float(value)):
         raise ValueError
-    return float(value)
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _read_int(value: Any, kind: Any, option: Option) -> int:
@@ -463,3 +334,16 @@ def _shown(value: Any) -> str:
         else str(value)
     )
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def as_typed(value: Any) -> str:
+    """A value as it would be typed.
+
+    >>> as_typed((0.5, 1)), as_typed(True), as_typed(None)
+    ('0.5 1', 'true', 'null')
+    """
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(as_typed, value))
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
