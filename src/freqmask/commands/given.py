@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,17 @@ from freqmask.options import (
 Function = Callable[..., Any]
 Group = type | Mapping[str, Option]
 OPTIONS = "options"  # in the config.yaml of an evaluation that trains
-_given: ContextVar[dict[str, Any]] = ContextVar("given", default={})  # noqa: B039 - never changed in place
+_running: ContextVar[tuple[dict[str, Any], dict[str, Any]]] = ContextVar("running")
 
 
 def given_options() -> dict[str, Any]:
     """The options that the running command was called with, those of its config file among them."""
-    return dict(_given.get())
+    return dict(_running.get()[0])
+
+
+def running_options() -> dict[str, Any]:
+    """All options of the running command, with defaults for those that were not given."""
+    return dict(_running.get()[1])
 
 
 def command(
@@ -44,7 +50,7 @@ def command(
         more: what ``method`` names -> options that it brings along.
 
     Returns:
-        A decorator; inside the function :func:`given_options` tells what was given.
+        A decorator; inside the function :func:`given_options` and :func:`running_options` tell them.
     """
 
     def decorate(function: Function) -> Function:
@@ -58,13 +64,12 @@ def command(
             ]
             if missing:
                 raise CallError(f"{missing[0].title} is missing: {re.split('[.;]', missing[0].help)[0]}")
-            token = _given.set(given)
+            every = {name: option.default for name, option in known.items() if name != "config"} | given
+            token = _running.set((given, every))
             try:
-                return function(
-                    **{name: option.default for name, option in known.items() if name != "config"} | given
-                )
+                return function(**every)
             finally:
-                _given.reset(token)
+                _running.reset(token)
 
         call.groups, call.more = groups, more  # type: ignore[attr-defined]
         if groups:
@@ -92,8 +97,10 @@ def declared(command: Function) -> dict[str, Option]:
     """The options of a command by name: those of its signature, then those of its groups."""
     found = options_of(inspect.unwrap(command))
     for group in getattr(command, "groups", ()):
-        options = group if isinstance(group, Mapping) else options_of(group)
-        found |= {name: option for name, option in options.items() if name not in found}
+        for name, option in (group if isinstance(group, Mapping) else options_of(group)).items():
+            own = found.setdefault(name, option)
+            if not own.help:  # one that every command of a kind has, such as MODEL, is described once
+                found[name] = replace(own, help=option.help)
     return found
 
 

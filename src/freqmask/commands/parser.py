@@ -186,7 +186,7 @@ def _entry(title: str, option: Option) -> list[str]:
     shown = option.shown if plain is None else "required" if plain is REQUIRED else as_typed(plain)
     if shown and plain is not REQUIRED:
         shown = f"default: {shown}"
-    text = option.help + (f" ({shown})" if shown else "")
+    text = option.help.rstrip(".") + (f" ({shown})" if shown else "")
     wrapped = textwrap.wrap(text, _WIDTH - _INDENT, break_on_hyphens=False)
     start = f"  {title}"
     if len(start) < _INDENT - 1 and wrapped:
@@ -203,7 +203,7 @@ def _short(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "|".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
-        return f"{_short(typing.get_args(kind)[0])} ..."
+        return f"{_short(typing.get_args(kind)[0]) or 'TEXT'} ..."
     names = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "MAPPING"}
     return names.get(typing.get_origin(kind) or kind, "")
 

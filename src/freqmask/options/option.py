@@ -309,6 +309,8 @@ def _words(kind: Any) -> str:
         choices = typing.get_args(kind)
         return str(choices[0]) if len(choices) == 1 else "one of " + ", ".join(map(repr, choices))
     if typing.get_origin(kind) is list:
+        if typing.get_origin(_element(kind)) is Literal:
+            return "one or more of " + ", ".join(map(repr, typing.get_args(_element(kind))))
         return "numbers such as 0.5 1" if _element(kind) in (int, float) else "words"
     named = {
         int: "a whole number",
