@@ -57,19 +57,7 @@ def command(
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             named = {**inspect.signature(function).bind_partial(*args).arguments, **kwargs}
-            known = known_options(call, named)
-            given = given_values(named, known)
-            missing = [
-                option for option in known.values() if option.default is REQUIRED and option.name not in given
-            ]
-            if missing:
-                raise CallError(f"{missing[0].title} is missing: {re.split('[.;]', missing[0].help)[0]}")
-            every = {name: option.default for name, option in known.items() if name != "config"} | given
-            token = _running.set((given, every))
-            try:
-                return function(**every)
-            finally:
-                _running.reset(token)
+            return _run(function, named, known_options(call, named))
 
         call.groups, call.more = groups, more  # type: ignore[attr-defined]
         if groups:
@@ -77,6 +65,19 @@ def command(
         return call
 
     return decorate
+
+
+def _run(function: Function, named: Mapping[str, Any], known: Mapping[str, Option]) -> Any:
+    given = given_values(named, known)
+    for option in known.values():
+        if option.default is REQUIRED and option.name not in given:
+            raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
+    every = {name: option.default for name, option in known.items() if name != "config"} | given
+    token = _running.set((given, every))
+    try:
+        return function(**every)
+    finally:
+        _running.reset(token)
 
 
 def describe(call: Function, function: Function) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.options import Auto
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _MOST_COLUMNS = 50  # classes whose probabilities all stand in the table
 
 
-@command
+@command()
 def predict(
     model: str,
     data: list[str],
@@ -31,8 +32,8 @@ def predict(
     inference: Literal["windows", "whole"] = "windows",
     pages: Literal["channels", "images"] = "channels",
     split: str = "all",
-    batch_size: int | str = "auto",
-    workers: int | str = "auto",
+    batch_size: int | Auto = "auto",
+    workers: int | Auto = "auto",
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> Path:
