@@ -13,7 +13,9 @@ from freqmask.filters import (
     BandPass,
     BandStop,
     Com,
+    Complement,
     Energy,
+    Filter,
     HighPass,
     LowPass,
     OneOf,
@@ -311,3 +313,25 @@ def test_the_draws_of_a_mixture_and_of_its_filters_are_independent():
     keys = torch.arange(3000)
     pair = torch.stack((uniform(keys, "oneof"), uniform(keys, "com/fraction")))
     assert abs(torch.corrcoef(pair)[0, 1]) < 0.06
+
+
+def test_the_complement_of_a_filter_of_one_s_own_is_two_lines():
+    class Corner(Filter):
+        def __init__(self, side: int = 2):
+            super().__init__()
+            self.side = side
+
+        def keep(self, spectrum, size, keys):
+            keep = torch.ones(1, 1, *spectrum.shape[-2:])
+            keep[..., : self.side, : self.side] = 0
+            return keep.expand(len(spectrum), -1, -1, -1)
+
+    class NoCorner(Complement):
+        name, of = "nocorner", Corner
+
+    images, keys = torch.rand(3, 1, 8, 8), fresh_keys(3)
+    filter = NoCorner(side=3)
+    assert filter.describe() == "nocorner(side=3)"
+    assert torch.equal(filter(images, keys).keep, 1 - Corner(3)(images, keys).keep)
+    with pytest.raises(TypeError):
+        NoCorner(edge=3)

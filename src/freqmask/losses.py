@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, nearest
-from freqmask.spectrum import constant, image_size, pair_weights, power, rfft2, single_or_double
+from freqmask.spectrum import bin_weights, image_size, power, rfft2, single_or_double
 
 Reduce = Literal["batch", "image"]
 
@@ -37,11 +37,6 @@ def sum_over_processes(values: Tensor) -> Tensor:
     total = values.detach().clone()
     distributed.all_reduce(total)
     return total
-
-
-@constant
-def _pair_weights(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return pair_weights(height, width, device).to(dtype)
 
 
 def spectrum_distance(
@@ -152,7 +147,7 @@ class SpectrumLoss(nn.Module):
 
     def _weight(self, prediction: Tensor, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
         """The weight w times the bins' multiplicity, (batch, channel, height, half_width)."""
-        weight = _pair_weights(*image_size(prediction), prediction.device, dtype)
+        weight = bin_weights(*image_size(prediction), prediction.device, dtype)
         if keep is not None:
             weight = weight * (self.masked_weight + (self.kept_weight - self.masked_weight) * keep.to(dtype))
         return weight.expand(*prediction.shape[:2], -1, -1)

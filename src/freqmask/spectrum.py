@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int64
 from torch import Tensor
 
+REFERENCE_SIDE = 224  # pixels of the papers' images; their radii and strengths are scaled from here
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -211,6 +213,22 @@ def pair_weights(
     for column in self_conjugate_columns(width):
         weights[column].fill_(1.0)  # an assignment would copy the number from the host and wait
     return weights.expand(height, -1)
+
+
+@constant
+def bin_weights(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``pair_weights`` in a precision, made once for a size.
+
+    Args:
+        height: H in pixels.
+        width: W in pixels.
+        device: where the table is wanted.
+        dtype: in what precision.
+
+    Returns:
+        (H, W // 2 + 1), nobody's to write to.
+    """
+    return pair_weights(height, width, device).to(dtype)
 
 
 def self_conjugate_columns(width: int) -> list[int]:

@@ -1,9 +1,8 @@
 """Which frequencies an image keeps: one class a filter, all of one shape (see ``Filter``)."""
 
 from freqmask.filters.build import FILTERS, MIXTURES, OPTIONS, build_filter, used_options
-from freqmask.filters.filter import Filter, Filtered
+from freqmask.filters.filter import Complement, Filter, Filtered, OneOf
 from freqmask.filters.fixed import BandPass, BandStop, HighPass, LowPass, Rings
-from freqmask.filters.oneof import OneOf
 from freqmask.filters.selected import Com, Energy, RandomBins, RCom, REnergy
 
 __all__ = [
@@ -13,6 +12,7 @@ __all__ = [
     "BandPass",
     "BandStop",
     "Com",
+    "Complement",
     "Energy",
     "Filter",
     "Filtered",

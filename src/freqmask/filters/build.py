@@ -8,9 +8,8 @@ import inspect
 from typing import Any, NamedTuple
 
 from freqmask.errors import UserError, nearest
-from freqmask.filters.filter import Filter
+from freqmask.filters.filter import Filter, OneOf
 from freqmask.filters.fixed import BandPass, BandStop, HighPass, LowPass, Rings
-from freqmask.filters.oneof import OneOf
 from freqmask.filters.selected import Com, Energy, RandomBins, RCom, REnergy
 
 FILTERS: dict[str, type[Filter]] = {

@@ -1,18 +1,20 @@
-"""What a filter is: a map of what an image's spectrum keeps, and the filtered image."""
+"""What a filter is: a map of what an image's spectrum keeps; its complement; one of several drawn per image."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float, Int64
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.rng import fresh_keys
-from freqmask.spectrum import image_size, irfft2, rfft2
+from freqmask.rng import fresh_keys, uniform
+from freqmask.spectrum import constant, image_size, irfft2, rfft2
 
 
 class Filtered(NamedTuple):
@@ -106,14 +108,124 @@ class Filter(nn.Module):
         return self.describe()
 
 
-def per_image(mask: Tensor, spectrum: Tensor) -> Tensor:
-    """One mask (H, W // 2 + 1) for a whole batch: (batch, 1, H, W // 2 + 1) in the spectrum's precision."""
-    return mask.to(spectrum.real.dtype).expand(len(spectrum), 1, -1, -1)
+class Complement(Filter):
+    """Keeps what another filter hides: keep = 1 - opposite.keep.
+
+    A complement is a class of two lines, ``name`` and ``of``; it has the arguments of the filter ``of``.
+
+    Attributes:
+        opposite: the filter of the same settings; ``OneOf`` computes the two of them once.
+    """
+
+    of: ClassVar[type[Filter]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__signature__ = inspect.signature(cls.of)  # type: ignore[attr-defined]  # what inspect reads
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.opposite = self.of(*args, **kwargs)
+        for name, value in self.opposite.settings().items():
+            setattr(self, name, value)
+
+    def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
+        """The other filter's map turned round, see ``Filter.keep``."""
+        hidden = self.opposite.keep(spectrum, size, keys)
+        if hidden.stride(0) == 0:  # one map for the whole batch stays one map in memory
+            return (1.0 - hidden[:1]).expand(len(spectrum), -1, -1, -1)
+        return 1.0 - hidden
+
+    def check(self, image_size: tuple[int, int]) -> None:
+        """The other filter's check."""
+        self.opposite.check(image_size)
 
 
-def mix(index: Tensor, keeps: list[Tensor]) -> Tensor:
-    """Takes each image's map from the list entry that its index names, without asking the device which."""
-    chosen = keeps[0]
-    for number, keep in enumerate(keeps[1:], start=1):
-        chosen = torch.where((index == number)[:, None, None, None], keep, chosen)
-    return chosen
+class OneOf(Filter):
+    """Draws one of several filters for each image; a batch still has one FFT and one inverse FFT.
+
+    Args:
+        filters: at least one.
+        weights: chances of being drawn, in any unit, at least 0; ``None``: equal.
+
+    Attributes:
+        names: the filters' short names, for logs; numbered where two are alike.
+
+    Raises:
+        UserError: for a list of another length or weights that cannot be chances.
+    """
+
+    name = "oneof"
+
+    def __init__(self, filters: Sequence[Filter], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        weights = tuple(float(weight) for weight in (weights or [1.0] * len(filters)))
+        if not len(filters) or len(weights) != len(filters):
+            raise UserError(
+                f"filters ({len(filters)}) and weights ({len(weights)}) must be equally many, at least one"
+            )
+        if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise UserError(f"weights ({list(weights)}) must be at least 0 and not all 0; try equal ones")
+        self.filters = nn.ModuleList(filters)
+        self.weights = weights
+        self._filters = tuple(filters)  # the same, typed
+        self._selections, self._plan = _shared_selections(filters)
+        names = [getattr(filter, "name", "") or type(filter).__name__.lower() for filter in filters]
+        self.names = [f"{name}{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+    def draw(self, keys: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+        """Which filter each image gets.
+
+        Args:
+            keys: one an image.
+
+        Returns:
+            Indices into ``filters``; the very draw that ``keep`` makes.
+        """
+        numbers = uniform(keys, "oneof")
+        return (numbers[:, None] >= _thresholds(self.weights, keys.device)).sum(-1)
+
+    def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
+        """Each image's map from its own filter, see ``Filter.keep``."""
+        maps = [selection.keep(spectrum, size, keys) for selection in self._selections]
+        keeps = [1.0 - maps[number] if reverse else maps[number] for number, reverse in self._plan]
+        drawn = self.draw(keys)[:, None, None, None]
+        chosen = keeps[0]
+        # all maps are made and one is picked: to make only those drawn, the device would have to be asked
+        for number, keep in enumerate(keeps[1:], start=1):
+            chosen = torch.where(drawn == number, keep, chosen)
+        return chosen
+
+    def check(self, image_size: tuple[int, int]) -> None:
+        """Every filter's own check."""
+        for filter in self._filters:
+            filter.check(image_size)
+
+    def settings(self) -> dict[str, Any]:
+        """The filters' descriptions and the weights."""
+        return {"filters": [filter.describe() for filter in self._filters], "weights": list(self.weights)}
+
+
+@constant
+def _thresholds(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    return (torch.tensor(weights, dtype=torch.float64).cumsum(0)[:-1] / sum(weights)).float().to(device)
+
+
+def _shared_selections(filters: Sequence[Filter]) -> tuple[tuple[Filter, ...], tuple[tuple[int, bool], ...]]:
+    """What must be computed: Com and RCom, low-pass and high-pass of one radius share one selection.
+
+    Returns:
+        The distinct filters and, for every given one, (which of these, whether it is the complement).
+    """
+    selections: dict[str, Filter] = {}
+    plan: list[tuple[str, bool]] = []
+    for filter in filters:
+        selection = filter.opposite if isinstance(filter, Complement) else filter
+        try:
+            name = selection.describe()
+        except UserError:  # a filter that does not tell its settings equals none but itself
+            name = str(id(selection))
+        selections.setdefault(name, selection)
+        plan.append((name, selection is not filter))
+    indices = {name: number for number, name in enumerate(selections)}
+    return tuple(selections.values()), tuple((indices[name], reverse) for name, reverse in plan)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from freqmask.errors import UserError, nearest
-from freqmask.filters.filter import Filter, per_image
+from freqmask.filters.filter import Complement, Filter
 from freqmask.rng import uniform
-from freqmask.spectrum import constant, frequency_radius, inside
+from freqmask.spectrum import REFERENCE_SIDE, constant, frequency_radius, inside
 
 Radius = float | Literal["auto"]
 Edge = Literal["sigmoid", "gaussian"]
 
-_RINGS_AT_224 = (4, 8, 16, 32, 64, 112)
+DEFAULT_RADIUS_AT_224 = 16  # MFM's (arXiv 2206.07706), in bins of a 224-pixel image
+RINGS_AT_224 = (4, 8, 16, 32, 64, 112)  # octaves; the last is the largest whole circle
 
 
 def exact_radius(radius: Radius, height: int, width: int) -> Fraction:
@@ -31,15 +32,20 @@ def exact_radius(radius: Radius, height: int, width: int) -> Fraction:
         width: W in pixels.
 
     Returns:
-        The radius; ``auto`` scales with the shorter side.
+        The radius; ``auto`` (``DEFAULT_RADIUS_AT_224``) scales with the shorter side.
     """
-    return Fraction(16 * min(height, width), 224) if isinstance(radius, str) else Fraction(str(radius))
+    if isinstance(radius, str):
+        return Fraction(DEFAULT_RADIUS_AT_224 * min(height, width), REFERENCE_SIDE)
+    return Fraction(str(radius))
 
 
 def _check_radius(name: str, radius: Radius) -> None:
     if isinstance(radius, str):
         if radius != "auto":
-            raise UserError(f"{name} ({radius!r}) must be a number or 'auto'; 'auto' is 16 at 224 pixels")
+            raise UserError(
+                f"{name} ({radius!r}) must be a number or 'auto'; "
+                f"'auto' is {DEFAULT_RADIUS_AT_224} at {REFERENCE_SIDE} pixels"
+            )
     elif not (math.isfinite(radius) and radius >= 0):
         raise UserError(f"{name} ({radius}) must be a finite number of at least 0; try 'auto'")
 
@@ -95,23 +101,27 @@ def disc(
     return torch.exp(-0.5 * (beyond.clamp_min(0) / softness).square()).to(device, dtype)
 
 
+def _for_all(mask: Tensor, spectrum: Tensor) -> Tensor:
+    """One map (H, W // 2 + 1) for a whole batch, (batch, 1, H, W // 2 + 1) without a copy."""
+    return mask.expand(len(spectrum), 1, -1, -1)
+
+
 class LowPass(Filter):
-    """Keeps the frequencies nearer to DC than a radius: r^2 < radius^2 (MFM, arXiv 2206.07706)."""
+    """Keeps the frequencies nearer to DC than a radius: r^2 < radius^2 (MFM, arXiv 2206.07706).
+
+    Args:
+        radius: in bins of a square image, else in cycles per shorter side; may be fractional, decimals
+            count as written. ``"auto"``: 16 at 224 pixels, scaled with the shorter side.
+        softness: width of the edge in the same unit; 0 is the papers' hard edge.
+        edge: ``"sigmoid"`` or ``"gaussian"``, see ``disc``; only with softness.
+
+    Raises:
+        UserError: for a setting out of range.
+    """
 
     name = "lowpass"
 
     def __init__(self, radius: Radius = "auto", softness: float = 0.0, edge: Edge = "sigmoid") -> None:
-        """Checks the settings.
-
-        Args:
-            radius: in bins of a square image, else in cycles per shorter side; may be fractional, decimals
-                count as written. ``"auto"``: 16 at 224 pixels, scaled with the shorter side.
-            softness: width of the edge in the same unit; 0 is the papers' hard edge.
-            edge: ``"sigmoid"`` or ``"gaussian"``, see ``disc``; only with softness.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
         super().__init__()
         _check_radius("radius", radius)
         _check_softness(softness, edge)
@@ -119,62 +129,36 @@ class LowPass(Filter):
 
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """The same map for every image, see ``Filter.keep``."""
-        return per_image(
-            disc(size, self.radius, self.softness, self.edge, spectrum.device, spectrum.real.dtype), spectrum
-        )
+        dtype = spectrum.real.dtype
+        return _for_all(disc(size, self.radius, self.softness, self.edge, spectrum.device, dtype), spectrum)
 
     def check(self, image_size: tuple[int, int]) -> None:
         """The radius must lie in the spectrum."""
         _check_reach("radius", self.radius, image_size)
 
 
-class HighPass(Filter):
-    """Keeps the complement of ``LowPass``: r^2 >= radius^2."""
+class HighPass(Complement):
+    """Keeps the complement of ``LowPass``, whose arguments it has: r^2 >= radius^2."""
 
-    name = "highpass"
-
-    def __init__(self, radius: Radius = "auto", softness: float = 0.0, edge: Edge = "sigmoid") -> None:
-        """Checks the settings, which are those of ``LowPass``.
-
-        Args:
-            radius: as ``LowPass``'s.
-            softness: as ``LowPass``'s.
-            edge: as ``LowPass``'s.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
-        super().__init__()
-        self.opposite = LowPass(radius, softness, edge)
-        self.radius, self.softness, self.edge = radius, softness, edge
-
-    def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
-        """The same map for every image, see ``Filter.keep``."""
-        one = self.opposite.keep(spectrum, size, keys)[:1]
-        return (1.0 - one).expand(len(spectrum), -1, -1, -1)
-
-    def check(self, image_size: tuple[int, int]) -> None:
-        """The radius must lie in the spectrum."""
-        self.opposite.check(image_size)
+    name, of = "highpass", LowPass
 
 
 class BandPass(Filter):
-    """Keeps low^2 <= r^2 < high^2."""
+    """Keeps low^2 <= r^2 < high^2.
+
+    Args:
+        low: inner radius, as ``LowPass``'s.
+        high: outer radius, above ``low``.
+        softness: width of both edges; 0 is hard.
+        edge: their shape.
+
+    Raises:
+        UserError: for a setting out of range.
+    """
 
     name = "bandpass"
 
     def __init__(self, low: float, high: float, softness: float = 0.0, edge: Edge = "sigmoid") -> None:
-        """Checks the settings.
-
-        Args:
-            low: inner radius, as ``LowPass``'s.
-            high: outer radius, above ``low``.
-            softness: width of both edges; 0 is hard.
-            edge: their shape.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
         super().__init__()
         _check_radius("low", low)
         _check_radius("high", high)
@@ -188,42 +172,17 @@ class BandPass(Filter):
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """The same map for every image, see ``Filter.keep``."""
         settings = (self.softness, self.edge, spectrum.device, spectrum.real.dtype)
-        return per_image(disc(size, self.high, *settings) - disc(size, self.low, *settings), spectrum)
+        return _for_all(disc(size, self.high, *settings) - disc(size, self.low, *settings), spectrum)
 
     def check(self, image_size: tuple[int, int]) -> None:
         """The inner radius must lie in the spectrum; the outer one may contain all of it."""
         _check_reach("low", self.low, image_size)
 
 
-class BandStop(Filter):
-    """Keeps the complement of ``BandPass``: r < low or r >= high."""
+class BandStop(Complement):
+    """Keeps the complement of ``BandPass``, whose arguments it has: r < low or r >= high."""
 
-    name = "bandstop"
-
-    def __init__(self, low: float, high: float, softness: float = 0.0, edge: Edge = "sigmoid") -> None:
-        """Checks the settings, which are those of ``BandPass``.
-
-        Args:
-            low: as ``BandPass``'s.
-            high: as ``BandPass``'s.
-            softness: as ``BandPass``'s.
-            edge: as ``BandPass``'s.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
-        super().__init__()
-        self.opposite = BandPass(low, high, softness, edge)
-        self.low, self.high, self.softness, self.edge = low, high, softness, edge
-
-    def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
-        """The same map for every image, see ``Filter.keep``."""
-        one = self.opposite.keep(spectrum, size, keys)[:1]
-        return (1.0 - one).expand(len(spectrum), -1, -1, -1)
-
-    def check(self, image_size: tuple[int, int]) -> None:
-        """The inner radius must lie in the spectrum."""
-        self.opposite.check(image_size)
+    name, of = "bandstop", BandPass
 
 
 @constant
@@ -235,7 +194,7 @@ def rings(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The rings between neighbouring edges.
+    """The rings between neighboring edges.
 
     Args:
         size: (H, W) of the images.
@@ -249,13 +208,24 @@ def rings(
         (rings, H, W // 2 + 1), disjoint where the edges are hard.
     """
     if edges is None:
-        edges = tuple(radius * min(size) / 224 for radius in _RINGS_AT_224)
+        edges = tuple(radius * min(size) / REFERENCE_SIDE for radius in RINGS_AT_224)
     discs = torch.stack([disc(size, radius, softness, edge, device, dtype) for radius in edges])
     return discs[1:] - discs[:-1]
 
 
 class Rings(Filter):
-    """Stops a random subset of rings; what lies inside the first edge and outside the last is kept."""
+    """Stops a random subset of rings; what lies inside the first edge and outside the last is kept.
+
+    Args:
+        edges: rising radii, the first above 0 (the center with DC is protected); ``"auto"``: 4, 8, 16,
+            32, 64, 112 at 224 pixels, scaled with the shorter side.
+        share: of the rings are stopped in each image, rounded, at least one; in (0, 1].
+        softness: width of the edges; 0 is hard.
+        edge: their shape.
+
+    Raises:
+        UserError: for a setting out of range.
+    """
 
     name = "rings"
 
@@ -266,18 +236,6 @@ class Rings(Filter):
         softness: float = 0.0,
         edge: Edge = "sigmoid",
     ) -> None:
-        """Checks the settings.
-
-        Args:
-            edges: rising radii, the first above 0 (the centre with DC is protected); ``"auto"``: 4, 8, 16,
-                32, 64, 112 at 224 pixels, scaled with the shorter side.
-            share: of the rings are stopped in each image, rounded, at least one; in (0, 1].
-            softness: width of the edges; 0 is hard.
-            edge: their shape.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
         super().__init__()
         _check_softness(softness, edge)
         if isinstance(edges, str):

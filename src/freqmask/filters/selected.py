@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from freqmask.errors import UserError, nearest
-from freqmask.filters.filter import Filter
+from freqmask.filters.filter import Complement, Filter
 from freqmask.images import LUMA
 from freqmask.rng import uniform
-from freqmask.spectrum import constant, pair_weights, power, self_conjugate_columns
+from freqmask.spectrum import bin_weights, constant, power, self_conjugate_columns
 
 Magnitude = Literal["luma", "mean", "each"]
 
+FOLK_FRACTIONS = (0.005, 0.01, 0.05)
 _FLAT = 1e-6  # a channel whose root mean square is below this share of its mean is constant but for rounding
 
 
@@ -153,11 +154,6 @@ def score_of(spectrum: Tensor, magnitude: Magnitude, size: tuple[int, int]) -> T
     return power((spectrum * equalising(power(spectrum), size)).sum(1, keepdim=True))
 
 
-@constant
-def _multiplicity(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return pair_weights(*size, device).to(dtype)
-
-
 def equalising(energy: Float[Tensor, "batch channel height half_width"], size: tuple[int, int]) -> Tensor:
     """Weights that give all channels the same contrast: 1 / root mean square without DC.
 
@@ -169,7 +165,7 @@ def equalising(energy: Float[Tensor, "batch channel height half_width"], size: t
         (batch, channel, 1, 1); 0 for a constant channel, whose rounding errors would else be blown up.
     """
     height, width = size
-    total = (energy * _multiplicity(size, energy.device, energy.dtype)).sum((-2, -1), keepdim=True)
+    total = (energy * bin_weights(*size, energy.device, energy.dtype)).sum((-2, -1), keepdim=True)
     constant_part = energy[..., :1, :1]
     deviation = ((total - constant_part).clamp_min(0) / max(height * width - 1, 1)).sqrt()
     flat = deviation <= _FLAT * (constant_part / (height * width)).sqrt()
@@ -185,7 +181,8 @@ def _counts(size: tuple[int, int], fractions: tuple[float, ...], device: torch.d
 def _check_fractions(name: str, fractions: Sequence[float]) -> tuple[float, ...]:
     if not len(fractions) or not all(0 < fraction <= 1 for fraction in fractions):
         raise UserError(
-            f"{name} ({list(fractions)}) must be above 0 and at most 1; FOLK's are 0.005, 0.01, 0.05"
+            f"{name} ({list(fractions)}) must be above 0 and at most 1; "
+            f"FOLK's are {', '.join(map(str, FOLK_FRACTIONS))}"
         )
     return tuple(float(fraction) for fraction in fractions)
 
@@ -201,24 +198,20 @@ class Com(Filter):
 
     The bins of the full spectrum kept are ``fraction * H * W`` to within one conjugate pair, at least one; of
     equal magnitudes the first in the half spectrum's order wins.
+
+    Args:
+        fractions: one is drawn for each image with equal chance; each in (0, 1].
+        magnitude: of what. ``"luma"`` (ITU-R 601) for three channels, else as ``"mean"``: the mean of the
+            channels' spectra, each divided by its own root mean square without DC; ``"each"``: every
+            channel has a mask of its own. FOLK's choice is not public.
+
+    Raises:
+        UserError: for a setting out of range.
     """
 
     name = "com"
 
-    def __init__(
-        self, fractions: Sequence[float] = (0.005, 0.01, 0.05), magnitude: Magnitude = "luma"
-    ) -> None:
-        """Checks the settings.
-
-        Args:
-            fractions: one is drawn for each image with equal chance; each in (0, 1].
-            magnitude: of what. ``"luma"`` (ITU-R 601) for three channels, else as ``"mean"``: the mean of the
-                channels' spectra, each divided by its own root mean square without DC; ``"each"``: every
-                channel has a mask of its own. FOLK's choice is not public.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
+    def __init__(self, fractions: Sequence[float] = FOLK_FRACTIONS, magnitude: Magnitude = "luma") -> None:
         super().__init__()
         _check_magnitude(magnitude)
         self.fractions = _check_fractions("fractions", fractions)
@@ -233,47 +226,26 @@ class Com(Filter):
         return strongest(score, size, drawn[:, None], most).to(spectrum.real.dtype)
 
 
-class RCom(Filter):
-    """Keeps all but the strongest frequencies of each image: the complement of ``Com``."""
+class RCom(Complement):
+    """Keeps all but the strongest frequencies of each image: the complement of ``Com``, with its arguments."""
 
-    name = "rcom"
-
-    def __init__(
-        self, fractions: Sequence[float] = (0.005, 0.01, 0.05), magnitude: Magnitude = "luma"
-    ) -> None:
-        """Checks the settings, which are those of ``Com``.
-
-        Args:
-            fractions: share of the bins removed.
-            magnitude: as ``Com``'s.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
-        super().__init__()
-        self.opposite = Com(fractions, magnitude)
-        self.fractions, self.magnitude = self.opposite.fractions, magnitude
-
-    def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
-        """Each image's own mask, see ``Filter.keep``."""
-        return 1.0 - self.opposite.keep(spectrum, size, keys)
+    name, of = "rcom", Com
 
 
 class Energy(Filter):
-    """Keeps DC and the fewest, strongest other frequencies that hold a share of the energy without DC."""
+    """Keeps DC and the fewest, strongest other frequencies that hold a share of the energy without DC.
+
+    Args:
+        share: of the energy, in (0, 1].
+        magnitude: whose energy, as ``Com``'s.
+
+    Raises:
+        UserError: for a setting out of range.
+    """
 
     name = "energy"
 
     def __init__(self, share: float = 0.9, magnitude: Magnitude = "luma") -> None:
-        """Checks the settings.
-
-        Args:
-            share: of the energy, in (0, 1].
-            magnitude: whose energy, as ``Com``'s.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
         super().__init__()
         _check_magnitude(magnitude)
         if not 0 < share <= 1:
@@ -283,55 +255,37 @@ class Energy(Filter):
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """Each image's own mask, see ``Filter.keep``."""
         score = score_of(spectrum.detach(), self.magnitude, size)
-        score[..., 0, 0].fill_(torch.inf)  # first in the ranking, without a part in the sum
+        score[..., 0, 0] = torch.inf  # first in the ranking, without a part in the sum
         order = ranking(score, size)
         top, places = order.topk(representatives(size), dim=-1)
         counts = full_counts(size, score.device)[places]
         energy = torch.where(places == 0, 0.0, score.flatten(-2).gather(-1, places)) * counts
+        # float32 would lose the weak tail of a large spectrum; MPS has no float64
         held = energy.cumsum(-1, dtype=torch.float32 if energy.device.type == "mps" else torch.float64)
         before = held - energy
         kept = (before < self.share * held[..., -1:]).sum(-1, keepdim=True).clamp_min(1)
         return cut(order, top, kept, score.shape, size).to(spectrum.real.dtype)
 
 
-class REnergy(Filter):
-    """Keeps what ``Energy`` hides: the weak frequencies, without DC."""
+class REnergy(Complement):
+    """Keeps what ``Energy``, whose arguments it has, hides: the weak frequencies, without DC."""
 
-    name = "renergy"
-
-    def __init__(self, share: float = 0.9, magnitude: Magnitude = "luma") -> None:
-        """Checks the settings, which are those of ``Energy``.
-
-        Args:
-            share: of the energy that is removed.
-            magnitude: as ``Com``'s.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
-        super().__init__()
-        self.opposite = Energy(share, magnitude)
-        self.share, self.magnitude = share, magnitude
-
-    def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
-        """Each image's own mask, see ``Filter.keep``."""
-        return 1.0 - self.opposite.keep(spectrum, size, keys)
+    name, of = "renergy", Energy
 
 
 class RandomBins(Filter):
-    """Keeps as many frequencies as ``Com`` would, at random places: the control experiment."""
+    """Keeps as many frequencies as ``Com`` would, at random places: the control experiment.
+
+    Args:
+        fraction: of the full spectrum's bins that is kept, to within one pair; in (0, 1].
+
+    Raises:
+        UserError: for a fraction out of range.
+    """
 
     name = "randombins"
 
     def __init__(self, fraction: float = 0.5) -> None:
-        """Checks the setting.
-
-        Args:
-            fraction: of the full spectrum's bins that is kept, to within one pair; in (0, 1].
-
-        Raises:
-            UserError: for a fraction out of range.
-        """
         super().__init__()
         _check_fractions("fraction", [fraction])
         self.fraction = fraction
