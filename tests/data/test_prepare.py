@@ -10,12 +10,9 @@ from PIL import Image
 
 from freqmask.data import prepare as prepare_module
 from freqmask.data.decode import open_bytes
-from freqmask.data.encode import encode_picture, reduced, reduced_size
-from freqmask.data.parts import open_parts
+from freqmask.data.encode import empty_octave_share, encode_picture, reduced, reduced_size, spectrum_words
 from freqmask.data.pictures import ArrayPicture
-from freqmask.data.prepare import Settings, prepare_shards, read_manifest
-from freqmask.data.reduction import empty_octave_share, spectrum_words
-from freqmask.data.shard_writer import member_key
+from freqmask.data.prepare import Settings, member_key, open_parts, prepare_shards, read_manifest
 from freqmask.data.sources import open_source
 from freqmask.errors import BadImage, UserError
 from freqmask.training.files import read_rows

@@ -16,8 +16,7 @@ from PIL import Image
 from freqmask.data import blocks as blocks_module
 from freqmask.data import remote
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.parts import open_parts
-from freqmask.data.prepare import Settings, prepare_shards
+from freqmask.data.prepare import Settings, open_parts, prepare_shards
 from freqmask.data.sampler import OrderedSampler, TrainSampler
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.transforms import Geometry

@@ -15,8 +15,7 @@ from PIL import Image
 from freqmask.data import remote, remote_tables
 from freqmask.data.decode_ahead import Limits, read_images
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.parts import open_parts
-from freqmask.data.prepare import Settings, prepare_shards
+from freqmask.data.prepare import Settings, open_parts, prepare_shards
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out

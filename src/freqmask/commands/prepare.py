@@ -51,8 +51,7 @@ def prepare(
     Raises:
         UserError: the images cannot be opened, or out cannot be written or was begun otherwise.
     """
-    from freqmask.data.parts import open_parts
-    from freqmask.data.prepare import clear_leftovers, prepare_shards, read_manifest
+    from freqmask.data.prepare import clear_leftovers, open_parts, prepare_shards, read_manifest
     from freqmask.interop.outputs import check_out
     from freqmask.training.files import check_writable
 
@@ -117,8 +116,7 @@ def _settings(
     out: Path,
 ) -> Any:
     """The settings of this start; those of a folder that was begun must be the same."""
-    from freqmask.data.parts import choose_shard_size
-    from freqmask.data.prepare import Settings
+    from freqmask.data.prepare import Settings, choose_shard_size
 
     if shard_size != "auto" and (not isinstance(shard_size, int) or shard_size < 1):
         raise UserError(f"shard_size ({shard_size}) must be auto or at least 1 image")
@@ -188,7 +186,7 @@ def _progress(parts: Any, settings: Any, out: Path) -> tuple[Any, Any]:
 
 def _tell(outcome: Any, parts: Any, settings: Any, path: Path) -> None:
     from freqmask.console import readable_bytes
-    from freqmask.data.reduction import spectrum_words
+    from freqmask.data.encode import spectrum_words
 
     shards = len(outcome.index.shards)
     say(

@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
+import io
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 from torch.utils.data import Dataset
 
-from freqmask.data.loader import make_loader
-from freqmask.data.parts import AT_ONCE, Item, Parts, PlannedShard
-from freqmask.data.shard_index import INDEX_NAME, ShardIndex, ShardRows, load_index, make_index
+from freqmask.data.cache import bytes_of
+from freqmask.data.encode import EncodedImage, encode_picture
+from freqmask.data.loader import as_bad_image, make_loader
+from freqmask.data.sampler import block_shuffle, some_images
+from freqmask.data.shard_index import INDEX_NAME, Row, ShardIndex, ShardRows, load_index, make_index
 from freqmask.data.shard_joining import join_indexes
-from freqmask.data.shard_writer import Packed, write_shard
-from freqmask.errors import UserError
+from freqmask.data.source import JoinedSource, Pages, Source
+from freqmask.data.sources import open_source, splits_there
+from freqmask.errors import BadImage, UserError
 from freqmask.training.files import replace_atomically
 
 MANIFEST, SKIPPED, PARTS = "prepare.json", "skipped.csv", ".parts"
+AT_ONCE = 8  # images that a worker hands over together
+SHARD_BYTES = 256_000_000  # what --shard_size auto aims at: few files, and little lost when one is cut off
+MOST_IN_A_SHARD = 10_000
+SAMPLED = 32  # images that are encoded to learn how large they come out
+SAMPLED_BLOCKS = 4  # row groups that they come from where those are fetched whole
+ORDER_SEED = 0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Item = tuple[int, int]  # number of the part, number of the image in it
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes that are written; a prepared folder goes on under the same ones only.
+    """What decides the bytes that are written; a prepared folder is continued under the same ones only.
 
     Attributes:
         resize: pixels of the shorter side at most; None for any.
@@ -66,19 +82,147 @@ class Outcome:
     reductions: list[float]
 
 
+class Packed(NamedTuple):
+    """An image on its way into a shard.
+
+    Attributes:
+        name: what it is called in DATA.
+        image: its file; or the reason why there is none.
+        label: number of its class, or None.
+        class_name: name of its class, or None.
+        group: what it must not be separated from, or None.
+    """
+
+    name: str
+    image: EncodedImage | str
+    label: int | None
+    class_name: str | None
+    group: str | None
+
+
+@dataclass
+class PlannedShard:
+    """One shard to be written: the name of its file, its split or None, its images."""
+
+    name: str
+    split: str | None
+    items: list[Item]
+
+
+class Parts:
+    """The images to be packed, split by split, with one numbering of classes.
+
+    Args:
+        parts: (split or None, its images), each with at least one image.
+    """
+
+    def __init__(self, parts: list[tuple[str | None, Source]]) -> None:
+        self.parts = parts
+        whole = JoinedSource([source for _, source in parts])
+        self.class_names = whole.class_names
+        self.blocks = whole.blocks()
+        self.count = len(whole)
+        digest = hashlib.blake2b(whole.fingerprint().encode(), digest_size=8)
+        digest.update(repr(whole.class_names).encode(errors="surrogateescape"))
+        digest.update(bytes_of(whole.all_labels()))
+        self.content = digest.hexdigest()
+
+    def packed(self, item: Item, shorter_side: int | None) -> Packed:
+        """One image, encoded, or the reason why it cannot be."""
+        part, index = item
+        source = self.parts[part][1]
+        label, names = source.label(index), source.class_names
+        class_name = None if label is None or names is None else names[label]
+        number = None if class_name is None else (self.class_names or []).index(class_name)
+        image: EncodedImage | str
+        try:
+            with as_bad_image():
+                image = encode_picture(source.open(index), source.encoded(index), shorter_side)
+        except BadImage as error:
+            image = error.reason
+        return Packed(source.name(index), image, number, class_name, source.group(index))
+
+    def shards(self, size: int, lanes: int = 1) -> list[PlannedShard]:
+        """Every split's images, mixed once so that reading in order is reading in no order, cut into shards.
+
+        Args:
+            size: images of a shard.
+            lanes: worker processes among which images that lie together far away are dealt out.
+        """
+        planned: list[PlannedShard] = []
+        before = 0
+        for number, (split, source) in enumerate(self.parts):
+            blocks = source.blocks()
+            if blocks is None:
+                order = np.random.default_rng(ORDER_SEED).permutation(len(source)).tolist()
+            else:
+                order = block_shuffle(blocks, ORDER_SEED, 0, AT_ONCE, lanes, before).tolist()
+            before += len(source)
+            stem = re.sub(r"[^\w-]", "_", split or "shards")
+            for shard, first in enumerate(range(0, len(order), size)):
+                items = [(number, index) for index in order[first : first + size]]
+                planned.append(PlannedShard(f"{stem}-{shard:06d}.tar", split, items))
+        return planned
+
+
+def open_parts(
+    data: Sequence[str | Path | Source], pages: Pages, split: str, labels: str | Path | None
+) -> tuple[Parts, list[str]]:
+    """The images of DATA, split by split, and sentences on what is left out.
+
+    Args:
+        data: as for `open_source`; of several the splits are not kept.
+        pages: what the pages of a TIFF are.
+        split: ``all``, or the name of one.
+        labels: a CSV table with the columns path and label, and optionally split and group.
+    """
+    one: Any = data[0] if len(data) == 1 else list(data)
+    source = open_source(one, pages, split, labels)
+    notes = source.summary().notes
+    alone = split != "all" or len(data) > 1 or isinstance(one, Source)
+    names = [] if alone else splits_there(one, labels)
+    if not names:
+        return Parts([(None if split == "all" else split, source)]), notes
+    parts = Parts([(name, open_source(one, pages, name, labels)) for name in names])
+    left = len(source) - parts.count
+    if left:
+        notes = [*notes, f"{left:,} images outside of {', '.join(names)} are left out."]
+    return parts, notes
+
+
+def choose_shard_size(parts: Parts, shorter_side: int | None) -> tuple[int, float]:
+    """Images in a shard of about 256 MB, and the bytes of one image, from a few of them.
+
+    Raises:
+        UserError: none of those can be read.
+    """
+    places = some_images(SAMPLED, parts.count, parts.blocks, ORDER_SEED, SAMPLED_BLOCKS)
+    starts = np.cumsum([0, *(len(source) for _, source in parts.parts)])
+    numbers = np.searchsorted(starts, places, side="right") - 1
+    tried = [
+        parts.packed((int(n), place - int(starts[n])), shorter_side)
+        for n, place in zip(numbers, places, strict=True)
+    ]
+    sizes = [len(packed.image.data) for packed in tried if isinstance(packed.image, EncodedImage)]
+    if not sizes:
+        raise UserError(
+            f"none of the {len(tried)} images looked at can be read; the first, {tried[0].name}: {tried[0].image}"
+        )
+    mean = sum(sizes) / len(sizes) + 1024  # a header, and half a block of padding
+    most = min(max(int(SHARD_BYTES / mean), 1), MOST_IN_A_SHARD)
+    return max(int(float(f"{most:.1g}")), 1), mean
+
+
 class _EncodingDataset(Dataset[Any]):
     """Encodes in a loader worker."""
 
     def __init__(self, parts: Parts, shorter_side: int | None) -> None:
         self.parts, self.shorter_side = parts, shorter_side
 
-    def __getitem__(self, item: Item) -> Packed:
-        return self.parts.packed(item, self.shorter_side)
-
     def __getitems__(self, items: list[Item]) -> list[Packed] | UserError:
         """A batch, or the error for the user: torch buries a raised one in a traceback."""
         try:
-            return [self[item] for item in items]
+            return [self.parts.packed(item, self.shorter_side) for item in items]
         except UserError as error:
             return error
 
@@ -107,14 +251,30 @@ def prepare_shards(
         UserError: the disk is full or read-only; no image can be read.
     """
     planned = parts.shards(settings.shard_size, settings.lanes)
-    missing = [shard for shard in planned if not _is_there(out, shard)]
+    missing = [shard for shard in planned if not _is_finished(out, shard)]
     try:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         _write_manifest(out, settings, parts, [])
-        _write_missing(parts, settings, out, missing, workers, report)
+        if missing:
+            _write_missing(parts, settings, out, missing, workers, report)
         return _finish(parts, settings, out, planned)
     except OSError as error:
-        raise _in_words(error, out) from error
+        if error.errno in _FULL:
+            raise UserError(
+                f"out ({out}) cannot take more: the disk is full; finished shards stay, make room and the same "
+                "command goes on"
+            ) from error
+        raise UserError(
+            f"out ({out}) cannot be written ({error.strerror or error}); give another --out"
+        ) from error
+
+
+@dataclass
+class _Tally:
+    """What happened to the images of a shard: (name, reason) of bad ones, reductions of reduced ones."""
+
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    reductions: list[float] = field(default_factory=list)
 
 
 def _write_missing(
@@ -126,38 +286,28 @@ def _write_missing(
     report: Callable[[int], None],
 ) -> None:
     items = [item for shard in missing for item in shard.items]
-    if not items:
-        return
     dataset: Any = _EncodingDataset(parts, settings.resize)
     batches: Any = make_loader(dataset, items, AT_ONCE, workers, pin_memory=False, together=_as_it_is)  # type: ignore[arg-type]
-    images = enumerate((one for batch in batches for one in batch), 1)
+    images = enumerate((packed for batch in batches for packed in batch), 1)
     for shard in missing:
         tally = _Tally()
-        rows = write_shard(out / shard.name, _watched(islice(images, len(shard.items)), tally, report))
+        rows = write_shard(out / shard.name, _counted(islice(images, len(shard.items)), tally, report))
         size = (out / shard.name).stat().st_size
         index = make_index([ShardRows(shard.name, size, shard.split, rows)], parts.class_names)
         _save(index, _part_file(out, shard), **asdict(tally))
 
 
-@dataclass
-class _Tally:
-    """What happened to the images of a shard: (name, reason) of bad ones, reductions of reduced ones."""
-
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    reductions: list[float] = field(default_factory=list)
-
-
-def _watched(
+def _counted(
     images: Iterable[tuple[int, Packed]], tally: _Tally, report: Callable[[int], None]
 ) -> Iterator[Packed]:
     """Images on their way into a shard, reported and counted."""
-    for done, one in images:
+    for done, packed in images:
         report(done)
-        if isinstance(one.image, str):
-            tally.skipped.append((one.name, one.image))
-        elif one.image.reduction < 1:
-            tally.reductions.append(round(one.image.reduction, 4))
-        yield one
+        if isinstance(packed.image, str):
+            tally.skipped.append((packed.name, packed.image))
+        elif packed.image.reduction < 1:
+            tally.reductions.append(round(packed.image.reduction, 4))
+        yield packed
 
 
 def _save(index: ShardIndex, file: Path, **extra: Any) -> None:
@@ -170,8 +320,7 @@ def _part_file(out: Path, shard: PlannedShard) -> Path:
     return out / PARTS / f"{shard.name}.index"
 
 
-def _is_there(out: Path, shard: PlannedShard) -> bool:
-    """Whether a shard was finished before."""
+def _is_finished(out: Path, shard: PlannedShard) -> bool:
     try:
         _, size, _ = load_index(_part_file(out, shard)).shards[0]
         return (out / shard.name).stat().st_size == size
@@ -181,11 +330,8 @@ def _is_there(out: Path, shard: PlannedShard) -> bool:
 
 def images_there(out: Path, parts: Parts, settings: Settings) -> int:
     """How many images lie in finished shards."""
-    return sum(
-        len(shard.items)
-        for shard in parts.shards(settings.shard_size, settings.lanes)
-        if _is_there(out, shard)
-    )
+    planned = parts.shards(settings.shard_size, settings.lanes)
+    return sum(len(shard.items) for shard in planned if _is_finished(out, shard))
 
 
 def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedShard]) -> Outcome:
@@ -197,7 +343,7 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
             f"out ({out}) was changed meanwhile, perhaps by the same command started twice; start it again, once"
         ) from error
     skipped = [(str(name), str(why)) for index in indexes for name, why in index.extra["skipped"]]
-    reductions = [float(one) for index in indexes for one in index.extra["reductions"]]
+    reductions = [float(reduction) for index in indexes for reduction in index.extra["reductions"]]
     index = join_indexes(indexes, parts.class_names)
     if len(index) == 0:
         raise UserError(
@@ -216,25 +362,18 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
 
 def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["name", "reason"])
-        table.writerows(skipped)
+        csv.writer(file).writerows([("name", "reason"), *skipped])
 
 
 def _write_manifest(out: Path, settings: Settings, parts: Parts, shards: list[list[Any]]) -> None:
     """``prepare.json``: the settings, the classes, and the shards once all of them are there."""
-    content = {
-        "settings": asdict(settings),
-        "images": parts.count,
-        "class_names": parts.class_names,
-        "shards": shards,
-    }
-    text = json.dumps(content, indent=1) + "\n"
-    replace_atomically(out / MANIFEST, lambda path: _write_text(path, text))
+    content = {"settings": asdict(settings), "images": parts.count, "class_names": parts.class_names}
+    text = json.dumps({**content, "shards": shards}, indent=1) + "\n"
 
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    replace_atomically(out / MANIFEST, write)
 
 
 def read_manifest(out: Path) -> tuple[Settings, bool] | None:
@@ -267,10 +406,65 @@ def clear_leftovers(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _in_words(error: OSError, out: Path) -> UserError:
-    if error.errno in _FULL:
-        return UserError(
-            f"out ({out}) cannot take more: the disk is full; finished shards stay, make room and the same "
-            "command goes on"
-        )
-    return UserError(f"out ({out}) cannot be written ({error.strerror or error}); give another --out")
+def write_shard(path: Path, images: Iterable[Packed]) -> list[Row]:
+    """An atomic tar with members in WebDataset's names, always the same bytes for the same images.
+
+    Args:
+        path: the tar.
+        images: in order; those without a file are left out.
+
+    Returns:
+        What lies where in it.
+    """
+    rows: list[Row] = []
+
+    def write(temporary: Path) -> None:
+        taken: set[str] = set()
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            rows.extend(
+                _add(tar, packed, packed.image, member_key(packed.name, taken))
+                for packed in images
+                if not isinstance(packed.image, str)
+            )
+
+    replace_atomically(path, write)
+    return rows
+
+
+def _add(tar: tarfile.TarFile, packed: Packed, image: EncodedImage, key: str) -> Row:
+    """One image, and its label beside it."""
+    name = key + image.suffix
+    offset = _append(tar, name, image.data)
+    if packed.label is not None:
+        _append(tar, key + ".cls", str(packed.label).encode())
+    named = (packed.class_name, packed.group, packed.name)
+    return Row(name, offset, len(image.data), *named, *image.size, image.channels, image.bits)
+
+
+def _append(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Adds a member; where its bytes begin. Owner, rights and time are left at 0, or no two tars were equal."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+    return tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE  # type: ignore[attr-defined, no-any-return, unused-ignore]
+
+
+def member_key(name: str, taken: set[str]) -> str:
+    """What a member is called before its suffix: no dots, which part a sample's name in WebDataset, and no twins.
+
+    Args:
+        name: of the image.
+        taken: keys of the shard so far; the new one is added.
+
+    >>> member_key("cat/my photo.v2.jpg", set())
+    'cat/my_photo_v2'
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    stem = str(path.with_name(path.stem)) if path.suffix else str(path)
+    key = re.sub(r"[^\w/+=-]", "_", stem).strip("/") or "image"
+    number, unique = 1, key
+    while unique in taken:
+        number += 1
+        unique = f"{key}_{number}"
+    taken.add(unique)
+    return unique
