@@ -113,7 +113,7 @@ def network_step(arguments: argparse.Namespace, device: torch.device) -> Work:
     method: Any = build_method("mfm", backbone=arguments.backbone, image_size=arguments.size, **more).to(
         device
     )
-    compile_parts(method.backbone.timm_model, arguments)
+    compile_parts(method.backbone, arguments)
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
     (backbone,) = method.backbones().values()
 

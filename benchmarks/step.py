@@ -115,10 +115,10 @@ def compile_parts(model: nn.Module, arguments: argparse.Namespace) -> None:
     """The blocks of a ViT one by one, else (or with ``compile="whole"``) all as one graph, as a training does."""
     if not arguments.compile:
         return
-    blocks = getattr(model, "blocks", None)
+    blocks = getattr(getattr(model, "timm_model", model), "blocks", None)
     parts = [model] if blocks is None or arguments.compile == "whole" else list(blocks)
     for part in parts:
-        part.compile(backend=getattr(arguments, "backend", "inductor"))
+        nn.Module.compile(part, backend=getattr(arguments, "backend", "inductor"))
 
 
 def stepper(
@@ -178,7 +178,7 @@ def method_works(
     if method.backbones().popitem()[1].is_cnn:
         method.to(memory_format=torch.channels_last)  # as a training does
     for part in method.backbones().values():
-        compile_parts(part.timm_model, arguments)
+        compile_parts(part, arguments)
     if arguments.compile == "masks":
         for part in (method.filter, method.loss, method.normalise):
             part.compile(backend=getattr(arguments, "backend", "inductor"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as distributed
@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, nearest
-from freqmask.spectrum import bin_weights, image_size, power, rfft2, single_or_double
+from freqmask.spectrum import bin_weights, image_size, irfft2, power, rfft2, single_or_double
 
 Reduce = Literal["batch", "image"]
 
+_SOFT = 1e-12  # beneath the root of a magnitude, whose gradient is else infinite at zero
 _SMALL = 1e-12  # a batch in which nothing is hidden gives 0, not 0 / 0
 
 
@@ -60,12 +61,46 @@ def spectrum_distance(
     Returns:
         Distances, float32 or float64.
     """
-    magnitude = torch.sqrt(power(rfft2(single_or_double(prediction) - single_or_double(target))) + 1e-12)
+    magnitude = torch.sqrt(power(rfft2(single_or_double(prediction) - single_or_double(target))) + _SOFT)
     distance = magnitude if gamma == 1.0 else magnitude**gamma
     if focal is None:
         return distance
     weight = magnitude.detach() ** focal
     return distance * weight / weight.amax(dim=(-2, -1), keepdim=True)
+
+
+class _WeightedSums(torch.autograd.Function):
+    """Each image's sum of w |F(difference)|^gamma over the full spectrum, with its gradient by one inverse FFT.
+
+    Autograd's own way back from a half spectrum is a complex FFT of twice the size and several copies. Here the
+    gradient's spectrum, w gamma |F|^(gamma - 2) F, is made where |F| is at hand.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, difference: Tensor, weight: Tensor, pairs: Tensor, gamma: float, focal: float | None
+    ) -> Tensor:
+        spectrum = rfft2(difference)
+        magnitude = torch.sqrt(power(spectrum) + _SOFT)
+        distance = magnitude if gamma == 1.0 else magnitude**gamma
+        if focal is not None:
+            focus = magnitude**focal
+            weight = weight * (focus / focus.amax(dim=(-2, -1), keepdim=True))
+        if ctx.needs_input_grad[0]:
+            slope = weight / magnitude if gamma == 1.0 else gamma * weight * magnitude ** (gamma - 2)
+            ctx.save_for_backward(spectrum * slope)
+            ctx.size = image_size(difference)
+        weighted = weight * pairs
+        if weight.shape[1] == 1:  # the channels have one mask: they are added up first, which is less to read
+            return (weighted * distance.sum(1, keepdim=True)).sum((1, 2, 3))
+        return (weighted * distance).sum((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (spectrum,) = ctx.saved_tensors
+        # the inverse counts a pair twice, as the sum over the full spectrum does
+        back = irfft2(spectrum, ctx.size)
+        return back * gradient[:, None, None, None], None, None, None, None
 
 
 class SpectrumLoss(nn.Module):
@@ -130,13 +165,20 @@ class SpectrumLoss(nn.Module):
             A scalar. Under torch.distributed ``"batch"`` divides by the mean over processes of sum(w), so
             that DDP's mean of gradients is the gradient of one process with the whole batch.
         """
-        distance = spectrum_distance(prediction, target, self.gamma, self.focal)
-        weight = self._weight(prediction, distance.dtype, keep)
+        difference = single_or_double(prediction) - single_or_double(target)
+        pairs = bin_weights(*image_size(difference), difference.device, difference.dtype)
+        if keep is None:
+            weight = torch.ones_like(pairs)[None, None]
+        else:
+            keep = keep.detach().to(difference.dtype)
+            weight = self.masked_weight + (self.kept_weight - self.masked_weight) * keep
+        sums = _WeightedSums.apply(difference, weight, pairs, self.gamma, self.focal)
+        over = (weight * pairs).expand(len(difference), -1, -1, -1).sum((1, 2, 3))
+        weights = over * (difference.shape[1] // weight.shape[1])
         if self.reduce == "image":
-            over = (1, 2, 3)
-            return ((weight * distance).sum(over) / weight.sum(over).clamp_min(_SMALL)).mean()
-        total = sum_over_processes(weight.sum()) / processes()
-        return (weight * distance).sum() / total.clamp_min(_SMALL)
+            return (sums / weights.clamp_min(_SMALL)).mean()
+        total = sum_over_processes(weights.sum()) / processes()
+        return sums.sum() / total.clamp_min(_SMALL)
 
     def extra_repr(self) -> str:
         """The settings, for printing."""
@@ -144,13 +186,6 @@ class SpectrumLoss(nn.Module):
             f"masked_weight={self.masked_weight}, kept_weight={self.kept_weight}, reduce={self.reduce!r}, "
             f"gamma={self.gamma}, focal={self.focal}"
         )
-
-    def _weight(self, prediction: Tensor, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
-        """The weight w times the bins' multiplicity, (batch, channel, height, half_width)."""
-        weight = bin_weights(*image_size(prediction), prediction.device, dtype)
-        if keep is not None:
-            weight = weight * (self.masked_weight + (self.kept_weight - self.masked_weight) * keep.to(dtype))
-        return weight.expand(*prediction.shape[:2], -1, -1)
 
 
 class DistillationLoss(nn.Module):
