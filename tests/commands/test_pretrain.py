@@ -14,8 +14,8 @@ import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.interop.weights import check_init
-from freqmask.pretraining import announce
-from freqmask.pretraining.fit import _logger
+from freqmask.pretraining import plan
+from freqmask.pretraining.task import _logger
 from freqmask.timm_models import check_name
 
 
@@ -32,7 +32,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_plan_begins_with_what_matters_and_ends_with_the_length(
     photos: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(announce, "LONG_SECONDS", 0)
+    monkeypatch.setattr(plan, "LONG_SECONDS", 0)
     words = [
         "--dry_run",
         "--workers",

@@ -13,7 +13,7 @@ from PIL import Image
 from freqmask.commands.spectra import default_filters, spectra
 from freqmask.errors import UserError
 from freqmask.filters import FILTERS, build_filter
-from freqmask.pretraining.filter_sheet import apply_filter
+from freqmask.pretraining.figures import apply_filter
 
 
 @pytest.fixture

@@ -20,10 +20,9 @@ from freqmask.data.sampler import OrderedSampler
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel
-from freqmask.evaluation.finetune.augment import AugmentedGeometry, Mixer
-from freqmask.evaluation.finetune.module import FinetuneModule, layer_groups
-from freqmask.evaluation.finetune.network import make_classifier
-from freqmask.evaluation.finetune.recipes import tuning_of
+from freqmask.evaluation.finetune.classifier import AugmentedGeometry, Mixer, make_classifier
+from freqmask.evaluation.finetune.hyperparameters import tuning_of
+from freqmask.evaluation.finetune.tuning_task import FinetuneModule, layer_groups
 from freqmask.interop.models import open_model
 from freqmask.training.run_folder import RunFolder
 

@@ -5,7 +5,7 @@ import torch
 
 from freqmask.errors import UserError
 from freqmask.evaluation.bands import Band, bands_of
-from freqmask.pretraining.probe import probe, rankme
+from freqmask.pretraining.watch import probe, rankme
 from freqmask.spectrum import rfft2
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from freqmask.methods import build_method
-from freqmask.pretraining.preview import draw_plan, draw_preview, filter_names
+from freqmask.pretraining.figures import draw_plan, draw_preview, filter_names
 from freqmask.rng import combine, fresh_keys
 
 TINY: dict[str, Any] = {

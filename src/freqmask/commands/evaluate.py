@@ -133,7 +133,7 @@ def fewshot(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     if tune != "frozen":
-        from freqmask.evaluation.finetune.shots import TunedFewshot
+        from freqmask.evaluation.finetune.finetune_protocol import TunedFewshot
 
         return _measured(TunedFewshot(running_options()))
     if epochs is not None:
@@ -249,7 +249,7 @@ def finetune(
     Raises:
         UserError: a model or the data cannot be opened, the labels do not fit, or an option cannot be.
     """
-    from freqmask.evaluation.finetune.job import Finetune
+    from freqmask.evaluation.finetune.finetune_protocol import Finetune
 
     return _measured(Finetune(running_options()))
 
@@ -280,7 +280,7 @@ def segment(
     Raises:
         UserError: a model or the data cannot be opened, masks do not fit their images, or an option cannot be.
     """
-    from freqmask.evaluation.segmentation.job import Segment
+    from freqmask.evaluation.segmentation.segmentation_protocol import Segment
 
     return _measured(Segment(running_options()))
 

@@ -160,9 +160,9 @@ def open_segmenter(model: str) -> Segmenter | None:
         return None
     from safetensors.torch import load_file
 
-    from freqmask.evaluation.segmentation.fit import NETWORK
-    from freqmask.evaluation.segmentation.network import UperNet
-    from freqmask.evaluation.segmentation.settings import training_of
+    from freqmask.evaluation.segmentation.segmentation_plan import training_of
+    from freqmask.evaluation.segmentation.segmentation_task import NETWORK
+    from freqmask.evaluation.segmentation.upernet import UperNet
     from freqmask.interop.models import open_model
 
     if not (run.path / NETWORK).is_file():
@@ -224,8 +224,8 @@ def _write_masks(
     from freqmask.data.dataset import TrainDataset
     from freqmask.data.values import ValueRange
     from freqmask.data.views import Geometry, resize
-    from freqmask.evaluation.segmentation.predict import Predictor
-    from freqmask.evaluation.segmentation.views import scaled_size
+    from freqmask.evaluation.segmentation.crops import scaled_size
+    from freqmask.evaluation.segmentation.inference import Predictor
     from freqmask.interop.outputs import new_folder
 
     training = segmenter.training

@@ -16,7 +16,6 @@ from freqmask.interop.embed import still_images
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.reconstruct import Band
 from freqmask.interop.tables import nearest_neighbours
-from freqmask.pretraining.announce import printable
 from freqmask.pretraining.display import (
     Palette,
     new_sheet,
@@ -25,7 +24,8 @@ from freqmask.pretraining.display import (
     spectrum_levels,
     spectrum_scale,
 )
-from freqmask.pretraining.preview import filter_names
+from freqmask.pretraining.figures import filter_names
+from freqmask.pretraining.plan import printable
 from freqmask.rng import combine, identity_of, sample_key
 
 _LONGEST_NAME = 22

@@ -1,4 +1,4 @@
-"""What evaluations that train have in common: the names of their runs, going on with one, how numbers come about."""
+"""What evaluations that train have in common: their runs' names, beginning, resuming, and how numbers come about."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from freqmask import __version__
 from freqmask.console import rank, say
+from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.training.auto import Choice, Cost
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.run_folder import RunFolder, comparable
+from freqmask.training.failures import silence_third_party_loggers
+from freqmask.training.run_folder import RunFolder, comparable, heading, now
 
 AUTO = "auto"
 # Options that say nothing of how a training is repeated, or that --config of the repeating command has not.
 _NOT_REPEATED = ("model", "seeds", "out", "dry_run", "config", "tune", "strength", "feature", "cache")
+_MACHINE = (
+    *("accelerator", "devices", "strategy", "workers", "checkpoint_every_steps", "checkpoint_every_minutes"),
+    *("keep_checkpoints", "max_skipped_share"),
+)
 _AS_ASKED = ("image_size", "train_size")  # an option is a side, a resolved number a height and a width
 
 
@@ -120,3 +130,67 @@ def where_to_go_on(run: RunFolder) -> Path | None:
         where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
         say(f"run {run.path} goes on {where}")
     return checkpoint
+
+
+def numbers_to_resume(run: RunFolder, asked: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """The numbers of an unfinished run: those of its config, but what the machine is like, which the command says.
+
+    Args:
+        run: begun.
+        asked: the options of the command.
+        more: further options that may differ without changing what is learnt.
+    """
+    machine = {name: asked.get(name) for name in (*_MACHINE, *more)}
+    return {**run.config(), **{name: value for name, value in machine.items() if value not in (None, AUTO)}}
+
+
+@contextmanager
+def held(run: RunFolder, dry_run: bool) -> Iterator[None]:
+    """The run is this process's own inside; one that fails before it has begun leaves nothing behind."""
+    with ExitStack() as stack:
+        stack.enter_context(silence_third_party_loggers())
+        if rank() == 0 and not dry_run:
+            run.lock()
+            stack.callback(run.leave_nothing)
+            stack.callback(run.unlock)
+        yield
+
+
+def begin_run(
+    run: RunFolder,
+    command: str,
+    who: tuple[str, int],
+    asked: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    about: Mapping[str, Any],
+    deciding: Mapping[str, Any],
+    train: Source,
+    fingerprint: str,
+) -> None:
+    """Write what a run is asked for, or say where it would be after ``--dry_run``.
+
+    Args:
+        run: a new run.
+        command: such as ``evaluate finetune``.
+        who: MODEL as typed and the seed.
+        asked: the options of the command.
+        numbers: every number, resolved.
+        about: what else the config holds.
+        deciding: plain values on which the result depends.
+        train: training images.
+        fingerprint: of the data.
+    """
+    if asked["dry_run"]:
+        say(f"run         {run.path}    (--dry_run: nothing was trained)")
+        return
+    say(f"run         {run.path}, seed {who[1]}")
+    repeated = to_repeat(command, *who, asked, numbers)
+    state = {
+        "deciding": dict(deciding),
+        "images": len(train),
+        "data": fingerprint,
+        "freqmask": __version__,
+        "torch": str(torch.__version__),
+        "began": now(),
+    }
+    run.begin({**about, **comparable(dict(numbers)), **repeated}, state, heading(command))

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from freqmask.data.decode import open_file
+from freqmask.errors import BadImage, UserError
 from freqmask.spectrum import full_spectrum, log_magnitude
 from freqmask.training.checkpoint import replace_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 _PIXELS = 20_000  # enough to find three principal components, few enough to take no time
 _TEXT: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a file name may hold a dollar sign
@@ -84,7 +88,6 @@ class Palette:
         return (colours[..., 0] if len(self.weights) == 1 else colours), note
 
     def _stretched(self, values: np.ndarray) -> tuple[np.ndarray, str]:
-        """Faint images brightened, signed ones around the centre; a high-pass image is black otherwise."""
         low, high = np.percentile(values, (1, 99))
         centre = self.centre[:, None, None]
         if low < -_SIGNED * max(high, 1e-6):
@@ -98,7 +101,6 @@ class Palette:
 
 
 def _pixels(images: Tensor) -> np.ndarray:
-    """At most ``_PIXELS`` pixels ``(N, C)`` evenly taken from the images."""
     pixels = images.detach().double().movedim(1, -1).flatten(0, -2)
     step = max(1, len(pixels) // _PIXELS)
     return np.nan_to_num(pixels[::step].cpu().numpy())
@@ -191,3 +193,43 @@ def save_sheet(figure: Figure, path: str | Path) -> Path:
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # names in any script
         replace_atomically(path, lambda unfinished: figure.savefig(unfinished, format="png"))
     return path
+
+
+def read_squares(files: list[str], image_size: int | None) -> dict[str, Tensor]:
+    """The middle squares of image files, all of one size.
+
+    Args:
+        files: their paths.
+        image_size: side in pixels; None is 224, or the shortest side among the images where that is smaller.
+
+    Returns:
+        (C, size, size) in [0, 1] by the file's name, numbered where two files have the same.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    squares = [_read_square(file) for file in files]
+    size = image_size or min(224, *(square.shape[-1] for square in squares))
+    names = [Path(file).name for file in files]
+    unique = len(set(names)) == len(names)
+    return {
+        name if unique else f"{number} {name}": interpolate(
+            square[None], size=(size, size), mode="bicubic", antialias=True
+        )[0].clamp(0, 1)
+        for number, (name, square) in enumerate(zip(names, squares, strict=True), start=1)
+    }
+
+
+def _read_square(file: str) -> Tensor:
+    try:
+        picture = open_file(Path(file))
+        height, width = picture.size
+        side = min(height, width)
+        pixels = picture.decode(box=((height - side) // 2, (width - side) // 2, side, side))
+    except BadImage as error:
+        raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
+    values = pixels.astype(np.float32)
+    # 8 bits are shown as they are; other types rarely fill their range and are stretched between percentiles
+    low, high = (0.0, 255.0) if pixels.dtype == np.uint8 else np.nanpercentile(values, (0.1, 99.9))
+    values = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    return torch.from_numpy(np.nan_to_num(values, nan=float(np.nanmean(values))))

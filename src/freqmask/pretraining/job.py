@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,38 +15,36 @@ import torch
 from freqmask import __version__
 from freqmask.console import rank, say
 from freqmask.data.in_memory import InMemoryImages
-from freqmask.data.loader import TrainDataset
 from freqmask.data.source import Source, Subset
 from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
-from freqmask.data.transforms import Geometry
-from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
 from freqmask.images import as_float
 from freqmask.options import command_words
-from freqmask.pretraining import announce
-from freqmask.pretraining.fit import Fit
-from freqmask.pretraining.heldout import first_batch
-from freqmask.pretraining.module import augmented
-from freqmask.pretraining.placing import keep_images
-from freqmask.pretraining.preview import draw_plan
-from freqmask.pretraining.processes import check_processes, follows
+from freqmask.pretraining import plan
+from freqmask.pretraining.cache_on_device import keep_images
+from freqmask.pretraining.figures import draw_plan
+from freqmask.pretraining.pretraining_module import augmented
 from freqmask.pretraining.resolve import Resolved, make_augmentation, make_geometries, make_method, resolve
 from freqmask.pretraining.resume import (
     CHOSEN_BY_RANK_0,
     Continued,
+    check_processes,
     continue_run,
     find_run,
+    follows,
     say_finished,
     without_out,
 )
 from freqmask.pretraining.settings import check_accelerator, check_options
+from freqmask.pretraining.task import Pretraining, make_dataset
+from freqmask.pretraining.watch import first_batch
 from freqmask.reporting.page import refresh_report
 from freqmask.training.auto import usable_cores
-from freqmask.training.failures import silence_third_party_loggers, translate_errors
+from freqmask.training.failures import silence_third_party_loggers
 from freqmask.training.files import check_writable
-from freqmask.training.loop import Outcome, leave
+from freqmask.training.loop import train
 from freqmask.training.run_folder import RUNS, RunFolder, comparable, heading, new_run, now
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
@@ -224,12 +221,12 @@ def part(options: Mapping[str, Any]) -> Images:
 
 def _tell_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
     held_out = len(images.held_out) if images.held_out is not None else 0
-    for line in announce.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
+    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
         say(line)
-    for line in announce.advice_lines(resolved.options, len(images.train), data_words(resolved.options)):
+    for line in plan.advice_lines(resolved.options, len(images.train), data_words(resolved.options)):
         say(line)
     say(f"run         {run.path}")
-    for line in announce.length_lines(resolved, given):
+    for line in plan.length_lines(resolved, given):
         say(line)
 
 
@@ -241,20 +238,6 @@ def _draw_plan(run: RunFolder, resolved: Resolved, images: Images, convert: bool
     views = [as_float(view) for view in batch["views"]]
     views = augmented(views, make_augmentation(options, method.n_views), batch["keys"])
     draw_plan(run.path / "plan.png", views, method, batch["keys"])
-
-
-def make_dataset(
-    options: Mapping[str, Any], source: Source, geometries: list[Geometry], convert: bool
-) -> TrainDataset:
-    """The images of a run as views."""
-    return TrainDataset(
-        source,
-        geometries,
-        ValueRange.parse(options["value_range"]),
-        options["channels"],
-        convert_channels=convert,
-        seed=options["seed"],
-    )
 
 
 def _kept(
@@ -275,7 +258,7 @@ def _train(
     kept: InMemoryImages | None,
     checkpoint: Path | None,
 ) -> Path:
-    """Fit, and tell how it ended."""
+    """The method with its first weights, trained, and told how it ended."""
     steps_an_epoch = len(images.train) / options["batch_size"]
     torch.manual_seed(options["seed"])
     method = make_method(options, steps_an_epoch)
@@ -284,34 +267,30 @@ def _train(
 
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
-    began = time.time()
-    convert = bool(state["convert_channels"])
-    fit = Fit(run, options, images.train, images.held_out, method, convert, state, images.probed, kept)
-    with translate_errors(run, options):
-        outcome = fit.run(checkpoint)
-    if outcome.stopped_by is not None:
+    training = Pretraining(run, options, images.train, images.held_out, method, state, images.probed, kept)
+
+    def stopped(step: int) -> None:
         refresh_report(run.path)
-        say(f"stopped at step {outcome.step:,} of {options['steps']:,}, saved; the same command goes on, or")
-        say(f"    freqmask pretrain {data_words(options)} --out {shlex.quote(str(run.path))}")
-        leave(outcome.stopped_by)
-    _tell_end(run, options, outcome, fit.preview, time.time() - began)
+        say(
+            f"    freqmask pretrain {data_words(options)} --out {shlex.quote(str(run.path))}    (from anywhere)"
+        )
+
+    summary = train(training.task(), checkpoint, training.summary, stopped)
+    if rank() == 0:
+        refresh_report(run.path)
+        _tell_end(run, options, summary)
     return run.path
 
 
-def _tell_end(
-    run: RunFolder, options: Mapping[str, Any], outcome: Outcome, preview: str | None, seconds: float
-) -> None:
-    if rank() != 0:
-        return
-    summary = {**outcome.summary, "seconds": round(seconds, 1), "ended": now()}
-    run.finish(summary)
-    refresh_report(run.path)
-    for line in announce.summary_lines(run, summary, preview, data_words(options)):
+def _tell_end(run: RunFolder, options: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    previews = sorted(run.previews.glob("step-*.png"))
+    preview = str(previews[-1]) if previews else None
+    for line in plan.summary_lines(run, summary, preview, data_words(options)):
         say(line)
     if options["overfit"] is not None:
         _judge_overfit(summary, int(options["overfit"]))
     else:
-        for line in announce.next_lines(run.path, data_words(options)):
+        for line in plan.next_lines(run.path, data_words(options)):
             say(line)
 
 

@@ -18,7 +18,7 @@ from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.methods import build_method
-from freqmask.pretraining.placing import choose_place
+from freqmask.pretraining.cache_on_device import choose_place
 from freqmask.pretraining.settings import accepted_by, in_steps, method_settings, parse_image_size
 from freqmask.training import auto
 from freqmask.training.failures import check_single_image

@@ -1,4 +1,4 @@
-"""Which folder a run lives in, and what may differ when it goes on."""
+"""Which folder a run lives in, what may differ when it resumes, and processes that agree on one run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from freqmask.console import say
+from freqmask.console import rank, say
 from freqmask.errors import UserError
 from freqmask.pretraining.settings import parse_image_size
+from freqmask.training.auto import launched_processes
 from freqmask.training.checkpoint import newest_usable
 from freqmask.training.run_folder import LOCK, STATE, RunFolder, comparable, newest_unfinished
 
@@ -58,7 +59,6 @@ def find_run(given: Mapping[str, Any]) -> RunFolder | None:
 
 
 def _from_a_begin(path: Path) -> bool:
-    """Whether a file is what a run leaves that was killed before its config was written."""
     return path.name in ("plan.png", LOCK, STATE) or path.suffix == ".tmp"
 
 
@@ -105,7 +105,6 @@ def continue_run(run: RunFolder, given: Mapping[str, Any], known: Iterable[str])
 
 
 def _parts(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """The accumulation that keeps at most as many images at once on a device as before."""
     images = [
         int(options["batch_size"]) // (int(options["devices"]) * int(options["num_nodes"]))
         for options in (before, after)
@@ -131,3 +130,28 @@ def say_finished(run: RunFolder) -> None:
     say(f"its backbone: {run.backbone}")
     data = " ".join(str(one) for one in run.config().get("data", []))
     say(f"to train on from it: freqmask pretrain {data} --init {run.path} --out {run.path}-continued")
+
+
+def started_from_outside() -> int:
+    """How many processes a launcher started, 1 without one. Those that Lightning starts itself don't count."""
+    return 1 if os.environ.get(CHOSEN_BY_RANK_0) else launched_processes()
+
+
+def check_processes(options: Mapping[str, Any]) -> None:
+    """Raises a UserError unless the launcher's processes and the options fit, and the run has a name."""
+    world = started_from_outside()
+    if world == 1:
+        return
+    if not options["out"]:
+        raise UserError(f"out must be given when {world} processes are started from outside: --out RUN")
+    asked = options["devices"]
+    if asked != "auto" and int(asked) * int(options["num_nodes"]) != world:
+        raise UserError(
+            f"devices ({asked}) x num_nodes ({options['num_nodes']}) must be the {world} processes that were "
+            f"started; try --devices {max(world // int(options['num_nodes']), 1)}"
+        )
+
+
+def follows() -> bool:
+    """Whether this process only takes part in a run that the first one chooses."""
+    return rank() > 0 and started_from_outside() > 1

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -183,9 +183,8 @@ class Saver(L.Callback):
         run: the run folder.
         signals: who wants the training to stop.
         monitor: whose clock leaves out the time that saving takes.
-        every_steps: optimiser steps between checkpoints.
-        every_minutes: minutes between checkpoints, whichever comes first.
-        keep: step files that stay on the disk.
+        numbers: how often and how many: checkpoint_every_steps, checkpoint_every_minutes (whichever comes first),
+            keep_checkpoints.
         export: writes what others load, given the trainer, the module and the step; called by every process.
     """
 
@@ -194,17 +193,15 @@ class Saver(L.Callback):
         run: RunFolder,
         signals: StopSignals,
         monitor: Monitor,
-        every_steps: int,
-        every_minutes: float,
-        keep: int,
+        numbers: Mapping[str, Any],
         export: Export,
     ) -> None:
         self.run = run
         self.signals = signals
         self.monitor = monitor
-        self.every_steps = every_steps
-        self.every_minutes = every_minutes
-        self.keep = keep
+        self.every_steps = int(numbers["checkpoint_every_steps"])
+        self.every_minutes = float(numbers["checkpoint_every_minutes"])
+        self.keep = int(numbers["keep_checkpoints"])
         self.export = export
         self._saved_step = -1
         self._saved_time = 0.0

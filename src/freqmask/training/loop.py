@@ -1,4 +1,8 @@
-"""One start of a training, whatever is trained: from a checkpoint to the end or a signal."""
+"""The loop of every training: pre-training, fine-tuning and segmentation are tasks on it.
+
+A task brings its module, its batches and its numbers. Lightning's Trainer carries the steps (DDP, sharding, precision,
+SLURM); order, checkpoints, metrics, stop signals and progress are ours, and the same for all tasks.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,26 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 
+from freqmask.console import rank, say
+from freqmask.data.sampler import TrainSampler
 from freqmask.training.auto import launched_processes
-from freqmask.training.checkpoint import AtomicCheckpointIO, StopSignals, load_safely
-from freqmask.training.failures import NotFiniteError
+from freqmask.training.checkpoint import (
+    AtomicCheckpointIO,
+    ExactResume,
+    Export,
+    Saver,
+    StopSignals,
+    load_safely,
+)
+from freqmask.training.failures import NotFiniteError, translate_errors
 from freqmask.training.files import cut_back, read_rows
+from freqmask.training.monitor import Monitor, Skipped
 from freqmask.training.optim import Schedule
-from freqmask.training.progress import Progress
-from freqmask.training.run_folder import RunFolder
+from freqmask.training.progress import LINES_A_RUN, Progress
+from freqmask.training.run_folder import RunFolder, now
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc takes
@@ -92,42 +106,141 @@ class ScheduledModule(L.LightningModule):
         self.gradient_norm = nn.utils.get_total_norm(gradients)
 
 
-def make_trainer(
-    run: RunFolder,
-    options: Mapping[str, Any],
-    total_steps: int,
-    callbacks: Sequence[L.Callback],
-    *,
-    strategy: Any = None,
-    logger: Any = False,
-    sync_batchnorm: bool = False,
-) -> L.Trainer:
-    """A Trainer that counts optimiser steps and leaves sampler, checkpoints, progress and validation to us.
+@dataclass
+class Task:
+    """One training as the loop takes it.
 
-    On the CPU it also tells the allocator to keep what a step frees.
+    Attributes:
+        run: the run folder, locked.
+        numbers: resolved options: steps, batch_size, accumulate, seed, lr; accelerator, devices, num_nodes, strategy,
+            precision; log_every_steps, checkpoint_every_steps, checkpoint_every_minutes, keep_checkpoints,
+            max_skipped_share.
+        module: what is trained.
+        images: how many are trained on.
+        batches: the loader of this process, given the Trainer and the optimiser steps that were made before.
+        export: writes what others load, at every checkpoint.
+        callbacks: further ones, given the monitor that takes their numbers into the metrics.
+        shown: metrics in the progress bar, each with its words.
+        warmup_steps: no warning of a collapse before their end.
+        lines: how often a run speaks where there is no terminal.
+        trainer: further arguments of Lightning's Trainer: strategy, logger, sync_batchnorm.
+    """
+
+    run: RunFolder
+    numbers: Mapping[str, Any]
+    module: ScheduledModule
+    images: int
+    batches: Callable[[L.Trainer, int], Any]
+    export: Export
+    callbacks: Callable[[Monitor], Sequence[L.Callback]] = lambda monitor: ()
+    shown: Mapping[str, str] = field(default_factory=dict)
+    warmup_steps: int = 0
+    lines: int = LINES_A_RUN
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return int(self.numbers["steps"])
+
+
+def train(
+    task: Task,
+    checkpoint: Path | None,
+    summarize: Callable[[], Mapping[str, Any]],
+    stopped: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Train from a checkpoint, or from the beginning, to the end, and write what the run ended with.
+
+    A signal stops it after a step, with a checkpoint, and then ends the process as the signal would have.
 
     Args:
-        run: whose folder it works in.
-        options: resolved: accelerator, devices, num_nodes, strategy, precision, accumulate.
-        total_steps: optimiser steps of the whole training.
-        callbacks: in the order in which they are called.
-        strategy: instead of the option.
-        logger: Lightning's, or False.
-        sync_batchnorm: whether batch norm gathers its statistics over all devices.
+        task: what is trained.
+        checkpoint: to go on from.
+        summarize: what the summary holds beside steps, speed and times.
+        stopped: called with the step when a signal has stopped it.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UserError: what a training may die of, with the way out.
     """
-    if options["accelerator"] == "cpu":
+    began = time.time()
+    with translate_errors(task.run, task.numbers):
+        step, rate, stopped_by = fit(task, checkpoint)
+    if stopped_by is not None:
+        say(f"stopped at step {step:,} of {task.steps:,}, saved in {task.run.path}; the same command goes on")
+        if stopped is not None:
+            stopped(step)
+        leave(stopped_by)
+    counts = {"steps": step, "images_per_second": rate, "skipped": len(read_rows(task.run.skipped))}
+    seconds = round(time.time() - began, 1)
+    summary = {**counts, **summarize(), "seconds": seconds, "ended": now()}
+    if rank() == 0:
+        task.run.finish(summary)
+    return summary
+
+
+def fit(task: Task, checkpoint: Path | None) -> tuple[int, float, int | None]:
+    """One start of a training.
+
+    Returns:
+        The optimiser steps made in all, images a second since this start, and the signal that stopped it (None at
+        its proper end).
+    """
+    numbers, done = task.numbers, int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
+    cut_back(task.run.metrics, "step", done if checkpoint else -1)  # rows of steps that will be made again
+    progress = Progress(task.steps, done, task.shown, lines=task.lines)
+    images_a_step = int(numbers["batch_size"])
+    with StopSignals() as signals:
+        monitor = Monitor(
+            task.run,
+            progress,
+            int(numbers["log_every_steps"]),
+            images_a_step,
+            task.images,
+            task.warmup_steps,
+        )
+        # rows of a step are written before its checkpoint: a restart from there will not make them again
+        callbacks = [
+            ExactResume(int(numbers["accumulate"])),
+            Skipped(task.run.skipped, task.images, float(numbers["max_skipped_share"])),
+            monitor,
+            *task.callbacks(monitor),
+            Saver(task.run, signals, monitor, numbers, task.export),
+        ]
+        trainer = make_trainer(task, callbacks)
+        progress.start()
+        began = time.perf_counter()
+        try:
+            trainer.fit(task.module, task.batches(trainer, done), ckpt_path=checkpoint, weights_only=True)
+        finally:
+            progress.close()
+    step = int(trainer.global_step)
+    rate = (step - done) * images_a_step / max(time.perf_counter() - began, 1e-9)
+    return step, rate, signals.received if step < task.steps else None
+
+
+def make_trainer(task: Task, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """Lightning's Trainer, counting optimiser steps; sampler, checkpoints, progress and validation are ours.
+
+    Args:
+        task: what is trained.
+        callbacks: in the order in which they are called.
+    """
+    numbers = task.numbers
+    if numbers["accelerator"] == "cpu":
         tune_malloc()
     return L.Trainer(
-        accelerator=options["accelerator"],
-        devices=options["devices"],
-        num_nodes=options["num_nodes"],
-        strategy=options["strategy"] if strategy is None else strategy,
-        precision=options["precision"],
-        max_steps=total_steps,
+        accelerator=numbers["accelerator"],
+        devices=numbers["devices"],
+        num_nodes=numbers["num_nodes"],
+        precision=numbers["precision"],
+        max_steps=task.steps,
         max_epochs=-1,
-        accumulate_grad_batches=options["accumulate"],
+        accumulate_grad_batches=numbers["accumulate"],
         callbacks=list(callbacks),
-        logger=logger,
         plugins=[AtomicCheckpointIO(), *_environment()],
         use_distributed_sampler=False,
         enable_checkpointing=False,
@@ -136,83 +249,37 @@ def make_trainer(
         num_sanity_val_steps=0,
         limit_val_batches=0,
         log_every_n_steps=1,
-        sync_batchnorm=sync_batchnorm,
-        default_root_dir=run.path,
+        default_root_dir=task.run.path,
+        **{"strategy": numbers["strategy"], "logger": False, **task.trainer},
     )
 
 
-def _environment() -> list[ClusterEnvironment]:
+def _environment() -> list[LightningEnvironment]:
+    # Lightning takes the mere presence of SLURM's variables for having been started by srun; a shell has them, too
     return [LightningEnvironment()] if launched_processes() == 1 and "SLURM_NTASKS" in os.environ else []
 
 
-@dataclass
-class Outcome:
-    """How a fit ended.
-
-    Attributes:
-        step: optimiser steps made in all.
-        stopped_by: the signal that stopped it, None at its proper end.
-        summary: what goes into summary.json: of every training steps, images/s since this start, images skipped.
-    """
-
-    step: int
-    stopped_by: int | None
-    summary: dict[str, Any]
+def images_at_once(numbers: Mapping[str, Any]) -> int:
+    """Images of one part of a step on one device."""
+    processes = int(numbers["devices"]) * int(numbers["num_nodes"])
+    return int(numbers["batch_size"]) // processes // int(numbers["accumulate"])
 
 
-@dataclass
-class Start:
-    """One start of a training, new or continued.
-
-    Attributes:
-        run: the run folder, locked.
-        checkpoint: to go on from, or None.
-        total_steps: optimiser steps of the whole training.
-        step_images: images of an optimiser step over all devices.
-        done: optimiser steps behind the checkpoint.
-    """
-
-    run: RunFolder
-    checkpoint: Path | None
-    total_steps: int
-    step_images: int
-    done: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.done = int(load_safely(self.checkpoint)["global_step"]) if self.checkpoint else 0
-        cut_back(self.run.metrics, "step", self.done)
-
-    def fit(
-        self,
-        progress: Progress,
-        module: L.LightningModule,
-        make: Callable[[StopSignals], L.Trainer],
-        load: Callable[[L.Trainer], Any],
-    ) -> Outcome:
-        """Train to the end or to a signal.
-
-        Args:
-            progress: not started yet.
-            module: what is trained.
-            make: the Trainer, with callbacks that grant the signals' wishes.
-            load: its batches.
-        """
-        with StopSignals() as signals:
-            trainer = make(signals)
-            progress.start()
-            began = time.perf_counter()
-            try:
-                trainer.fit(module, load(trainer), ckpt_path=self.checkpoint, weights_only=True)
-            finally:
-                progress.close()
-        step = int(trainer.global_step)
-        rate = (step - self.done) * self.step_images / max(time.perf_counter() - began, 1e-9)
-        summary = {
-            "steps": step,
-            "images_per_second": rate,
-            "skipped": len(read_rows(self.run.skipped)),
-        }
-        return Outcome(step, signals.received if step < self.total_steps else None, summary)
+def make_sampler(
+    numbers: Mapping[str, Any], images: int, trainer: L.Trainer, done: int, **more: Any
+) -> TrainSampler:
+    """The order of images for this process, from the optimiser step after ``done`` on."""
+    parts = int(numbers["accumulate"])
+    return TrainSampler(
+        images,
+        numbers["seed"],
+        images_at_once(numbers),
+        rank=trainer.global_rank,
+        world_size=int(numbers["devices"]) * int(numbers["num_nodes"]),
+        start_step=done * parts,
+        total_steps=int(numbers["steps"]) * parts,
+        **more,
+    )
 
 
 def ends(run: RunFolder, names: list[str], firsts: bool = True) -> dict[str, float]:

@@ -23,9 +23,9 @@ from freqmask.errors import UserError
 from freqmask.evaluation.protocol import say_skipped
 from freqmask.evaluation.results import plain_texts, save_figure, shortened
 from freqmask.evaluation.scores import image_margins
-from freqmask.evaluation.segmentation.fit import pairs
 from freqmask.evaluation.segmentation.mask_data import Labels
-from freqmask.evaluation.segmentation.settings import Training
+from freqmask.evaluation.segmentation.segmentation_plan import Training
+from freqmask.evaluation.segmentation.segmentation_task import pairs
 from freqmask.evaluation.segmentation.upernet import UperNet
 from freqmask.images import as_float
 

@@ -15,8 +15,8 @@ import freqmask
 from freqmask.data.in_memory import InMemoryBatches
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
-from freqmask.pretraining import placing
-from freqmask.pretraining.placing import choose_place, largest_side
+from freqmask.pretraining import cache_on_device
+from freqmask.pretraining.cache_on_device import choose_place, largest_side
 from freqmask.training.monitor import Monitor
 from freqmask.training.run_folder import RunFolder
 
@@ -182,4 +182,4 @@ def test_by_hand_an_unfit_image_is_an_error_that_leaves_nothing(hidden_gap: str,
 
 def test_a_run_from_before_the_option_goes_on_with_the_loader() -> None:
     geometry: Any = None
-    assert placing.keep_images({"images_from": None}, None, geometry, False, False) is None  # type: ignore[arg-type]
+    assert cache_on_device.keep_images({"images_from": None}, None, geometry, False, False) is None  # type: ignore[arg-type]

@@ -110,7 +110,6 @@ def keep_images(
 
 
 def _obstacle(survey: Survey, size: float, limit: int) -> str | None:
-    """Why images cannot stay on a device, as far as a look at some of them tells."""
     if len(survey.dtypes) > 1:
         return f"they hold {' and '.join(sorted(survey.dtypes))}"
     if survey.with_gaps:
@@ -123,7 +122,6 @@ def _obstacle(survey: Survey, size: float, limit: int) -> str | None:
 
 
 def _no_gain(options: Mapping[str, Any], survey: Survey, passes: float) -> str | None:
-    """Why images had better come from the loader."""
     side, limit = max(survey.max_size), largest_side(options)
     if side > limit:
         return f"the largest has {side} pixels a side, and up to {limit} are kept in memory"
@@ -137,7 +135,6 @@ def _itemsize(survey: Survey) -> int:
 
 
 def _decoders(options: Mapping[str, Any], source: Source) -> int:
-    """Processes that decode: all cores, which nothing else wants yet; none where there shall be no workers."""
     if not int(options["workers"]) or len(source) < FEW_IMAGES:
         return 0
     return max(int(options["workers"]), auto.usable_cores() // int(options["devices"]))

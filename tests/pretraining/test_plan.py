@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from freqmask.pretraining.announce import advice_lines, length_lines
+from freqmask.pretraining.plan import advice_lines, length_lines
 from freqmask.pretraining.resolve import Resolved
 from freqmask.training.auto import Cost
 

@@ -27,9 +27,13 @@ from freqmask.evaluation.protocol import (
 from freqmask.evaluation.results import Result, ResultTable, SegmentationResult, Summary, check_results
 from freqmask.evaluation.segmentation.inference import Predictor, Shown, add_shown, draw_overlays, predict
 from freqmask.evaluation.segmentation.mask_data import SegmentationConfig, SegmentationData, open_segmentation
-from freqmask.evaluation.segmentation.resolve import STRIDE_SHARE, choose_crop
-from freqmask.evaluation.segmentation.run import Task, Trained, train
-from freqmask.evaluation.segmentation.settings import DECIDING, check_options
+from freqmask.evaluation.segmentation.segmentation_plan import (
+    DECIDING,
+    STRIDE_SHARE,
+    check_options,
+    choose_crop,
+)
+from freqmask.evaluation.segmentation.segmentation_task import SegmentationJob, Trained, train_network
 from freqmask.evaluation.segmentation.upernet import decoder_class
 from freqmask.evaluation.trainings import AUTO, digest, run_names
 from freqmask.interop.models import stage_features
@@ -109,12 +113,11 @@ class Segment(Protocol):
         return experiment
 
     def _check_models(self, experiment: SegmentationExperiment) -> None:
-        """Open every model once, so that a mistake shows before hours of work."""
         options, data, config = self.options, experiment.data, experiment.config
         on_gpu = torch.cuda.is_available() and options["accelerator"] != "cpu"
         crop = int(choose_crop(options["crop"], experiment.seen, on_gpu).value)
         for text in experiment.models:
-            task = Task(text, data, experiment.seen, config.seeds[0], experiment.root, options)
+            task = SegmentationJob(text, data, experiment.seen, config.seeds[0], experiment.root, options)
             model = task.open(crop)
             check_results(config.out or model.results or Path())
             if "whole" in self.inferences:
@@ -125,20 +128,23 @@ class Segment(Protocol):
 
     def contexts(
         self, experiment: SegmentationExperiment, text: str
-    ) -> Iterator[tuple[tuple[SegmentationExperiment, Task], int]]:
+    ) -> Iterator[tuple[tuple[SegmentationExperiment, SegmentationJob], int]]:
         """A training for each seed."""
         for seed in experiment.config.seeds:
             folder = experiment.root / f"{run_names(experiment.models)[text]}-seed{seed}"
             yield (
-                (experiment, Task(text, experiment.data, experiment.seen, seed, folder, self.options)),
+                (
+                    experiment,
+                    SegmentationJob(text, experiment.data, experiment.seen, seed, folder, self.options),
+                ),
                 seed,
             )
 
-    def evaluate(self, context: tuple[SegmentationExperiment, Task], seed: int) -> list[Result]:
+    def evaluate(self, context: tuple[SegmentationExperiment, SegmentationJob], seed: int) -> list[Result]:
         """One training, tested in each of the ways asked for; nothing after a dry run or in a helping process."""
         experiment, task = context
         with silence_third_party_loggers():
-            trained = train(task)
+            trained = train_network(task)
         if trained is None or rank() > 0:
             return []
         predictor = self._predictor(trained)
@@ -183,7 +189,6 @@ class Segment(Protocol):
 
 @torch.no_grad()
 def _check_any_size(text: str, backbone: Backbone, crop: int) -> None:
-    """Tried rather than asked: some families take the argument for it and no other size all the same."""
     try:
         stage_features(backbone, torch.zeros(1, backbone.channels, crop + 8, 2 * crop))
     except (AssertionError, RuntimeError, ValueError, UserError) as error:
@@ -194,7 +199,6 @@ def _check_any_size(text: str, backbone: Backbone, crop: int) -> None:
 
 
 def _metadata(trained: Trained, stride: int, n_train: int) -> dict[str, Any]:
-    """Cells on how a network came about."""
     training = trained.training
     names = ("steps", "crop", "lr", "layer_decay", "drop_path", "decoder_channels")
     return {

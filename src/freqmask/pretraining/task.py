@@ -1,0 +1,290 @@
+"""Pre-training as a task of the loop: its data, its numbers, what is measured, and the backbone it exports."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from freqmask import __version__
+from freqmask.backbones import recalibrate_batch_norm
+from freqmask.console import rank, say
+from freqmask.data.in_memory import InMemoryBatches, InMemoryImages
+from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry
+from freqmask.data.values import ValueRange
+from freqmask.errors import UserError
+from freqmask.evaluation.labelled import LabelledData
+from freqmask.interop.timm_folder import trained_feature, write_timm_folder
+from freqmask.pretraining.pretraining_module import (
+    SHARDED,
+    PretrainingModule,
+    sharding_strategy,
+    whole_method,
+)
+from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe, pick_device
+from freqmask.pretraining.watch import ENOUGH_RANKED, HeldOut, Probe, calibration, steps_between
+from freqmask.training.loop import Task, ends, images_at_once, make_sampler
+from freqmask.training.monitor import Monitor
+from freqmask.training.run_folder import RunFolder
+
+
+class BackboneExport:
+    """Refreshes ``backbone/`` of a run.
+
+    Args:
+        run: the run folder.
+        calibration: gives normalised, unfiltered batches (B, C, H, W) on the CPU for batch norm.
+        settings: what :func:`write_timm_folder` needs beside the model and the step.
+    """
+
+    def __init__(
+        self, run: RunFolder, calibration: Callable[[], Iterable[Tensor]], settings: dict[str, Any]
+    ) -> None:
+        self.run = run
+        self.calibration = calibration
+        self.settings = settings
+
+    def __call__(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        method = whole_method(trainer, module)
+        if trainer.is_global_zero:
+            self.write(method, step)
+
+    def write(self, method: Any, step: int) -> None:
+        """Export what the method exports by default, its batch norm recalibrated on unfiltered images."""
+        backbone = copy.deepcopy(method.backbones()[method.default_backbone])
+        device = next(backbone.parameters()).device
+        # a loader draws its seed from torch's generator, whose state the checkpoint holds already
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            recalibrate_batch_norm(backbone, (batch.to(device) for batch in self.calibration()))
+        height, width = backbone.padded_size if backbone.fixed_size else backbone.image_size
+        settings = {**self.settings, "input_size": (backbone.channels, height, width)}
+        facts = {**settings.pop("facts"), "step": step, "weights": method.default_backbone}
+        pooled = trained_feature(method, backbone)
+        write_timm_folder(backbone.timm_model, self.run.backbone, facts=facts, pooled=pooled, **settings)
+
+
+SHOWN = {
+    "images_per_second": "{:.0f} images/s",
+    "data_wait_share": "{:.0%} waiting for data",
+    "loss": "loss {:.4g}",
+    "reconstruction": "reconstruction {:.4g}",
+    "distillation": "distillation {:.4g}",
+    "loss_over_zero": "{:.3f} of predicting nothing",
+    "collapse": "collapse number {:.2f}",
+    "held_out_loss_over_zero": "held out {:.3f}",
+    "probe_knn": "k-NN {:.1%}",
+    "probe_linear": "linear {:.1%}",
+    "rankme": "features of rank {:.1f}",
+}
+
+
+LOSSES = ["loss", "reconstruction", "distillation", "loss_over_zero", "collapse"]
+
+
+HELD_OUT = ["held_out_loss", "held_out_loss_over_zero"]
+
+
+FEATURES = [
+    "probe_knn",
+    "probe_linear",
+    "rankme",
+]  # the first of each is of the weights that the run began with
+
+
+@dataclass
+class Pretraining:
+    """What a pre-training is made of.
+
+    Attributes:
+        run: the run folder, locked.
+        options: resolved options.
+        train: training images.
+        held_out: images to measure the loss on, or None.
+        method: what is trained.
+        state: the run's state, traced in the export.
+        probed: images with labels to measure features on, or None.
+        kept: the decoded training images where they stay on the device, or None.
+    """
+
+    run: RunFolder
+    options: Mapping[str, Any]
+    train: Source
+    held_out: Source | None
+    method: Any
+    state: Mapping[str, Any]
+    probed: LabelledData | None = None
+    kept: InMemoryImages | None = None
+
+    def task(self) -> Task:
+        """The same for the loop."""
+        options = self.options
+        optim = make_recipe(options, len(self.train))
+        module = PretrainingModule(self.method, optim, make_augmentation(options, self.method.n_views))
+        self._prepare(module)
+        processes = int(options["devices"]) * int(options["num_nodes"])
+        sharded = options["strategy"] in SHARDED
+        return Task(
+            self.run,
+            options,
+            module,
+            len(self.train),
+            self._batches,
+            self._export(),
+            self._callbacks,
+            SHOWN,
+            optim.warmup_steps,
+            trainer={
+                "logger": _logger(options["logger"], self.run),
+                **({"strategy": sharding_strategy(processes)} if sharded else {}),
+            },
+        )
+
+    def _prepare(self, module: PretrainingModule) -> None:
+        # layout and compilation, before the optimiser sees the parameters
+        backbones = self.method.backbones().values()
+        if self.options["accelerator"] in ("cpu", "cuda") and all(b.is_cnn for b in backbones):
+            module.to(memory_format=torch.channels_last)  # a ResNet-50 in bf16 on a CPU: 1.22 times as fast
+        if self.options["compile"]:
+            reason = compile_failure(next(iter(backbones)), self.options)
+            if reason is None:
+                self.method.compile_backbone()
+            else:
+                say(f"note: torch.compile cannot be used here ({reason}); going on without it")
+
+    def _batches(self, trainer: L.Trainer, done: int) -> Any:
+        options = self.options
+        geometries = make_geometries(options, self.method.n_views)
+        blocks = self.train.blocks() if self.kept is None else None  # kept images are equally near
+        workers = int(options["workers"])
+        sampler = make_sampler(options, len(self.train), trainer, done, blocks=blocks, workers=workers)
+        if self.kept is None:
+            return make_loader(
+                self._dataset(self.train, geometries), sampler, images_at_once(options), workers
+            )
+        images = self.kept.to(trainer.strategy.root_device)
+        value_range = ValueRange.parse(options["value_range"])
+        return InMemoryBatches(images, self.train, sampler, geometries, value_range, options["seed"])
+
+    def _dataset(self, source: Source, geometries: list[Geometry]) -> TrainDataset:
+        return make_dataset(self.options, source, geometries, bool(self.state["convert_channels"]))
+
+    def _still(self, source: Source, views: int = 1) -> TrainDataset:
+        # as an evaluation sees images: centered, unflipped
+        geometry = Geometry(image_size=self.options["image_size"], crop="center", horizontal_flip=0.0)
+        return self._dataset(source, [geometry] * views)
+
+    def _callbacks(self, monitor: Monitor) -> list[L.Callback]:
+        options, held_out, probed = self.options, self.held_out, self.probed
+        enough = held_out is not None and len(held_out) >= ENOUGH_RANKED
+        at_once = min(images_at_once(options), 64)
+        probe = Probe(
+            monitor,
+            steps_between(options, len(self.train)),
+            self._still(held_out if enough and held_out is not None else self.train),
+            None if probed is None else self._still(probed.source),
+            probed,
+            at_once,
+        )
+        watch = HeldOut(
+            self.run,
+            monitor,
+            None if held_out is None else self._still(held_out, self.method.n_views),
+            self._still(self.train if held_out is None else held_out),
+            int(options["preview_every_steps"]),
+            at_once,
+        )
+        return [probe, watch]
+
+    def _export(self) -> BackboneExport:
+        options, calibrating = self.options, self._still(self.train)
+        metadata = {
+            "version": __version__,
+            "run": self.run.path.name,
+            **{name: options[name] for name in ("method", "value_range", "crop")},
+            "data": self.state["data"],
+        }
+        settings = {"mean": options["mean"], "std": options["std"], "facts": metadata}
+        return BackboneExport(self.run, lambda: calibration(calibrating, self.method), settings)
+
+    def summary(self) -> dict[str, Any]:
+        """Of the metrics the last values, and of some the first."""
+        return {
+            **{name: self.options[name] for name in ("method", "backbone")},
+            **ends(self.run, [*LOSSES, *FEATURES]),
+            **ends(self.run, [*HELD_OUT, "pixels_knn", "pixels_linear"], firsts=False),
+        }
+
+
+def make_dataset(
+    options: Mapping[str, Any], source: Source, geometries: list[Geometry], convert: bool
+) -> TrainDataset:
+    """The images of a run as views.
+
+    Args:
+        options: resolved options.
+        source: the images.
+        geometries: how each view is cut.
+        convert: whether images with other channels are converted instead of skipped.
+    """
+    return TrainDataset(
+        source,
+        geometries,
+        ValueRange.parse(options["value_range"]),
+        options["channels"],
+        convert_channels=convert,
+        seed=options["seed"],
+    )
+
+
+def compile_failure(backbone: Any, options: Mapping[str, Any]) -> str | None:
+    """Why a backbone cannot be compiled here, tried on a copy; None where it can.
+
+    Args:
+        backbone: a :class:`freqmask.backbones.Backbone`.
+        options: resolved options.
+    """
+    device = pick_device(options["accelerator"])
+    trial = copy.deepcopy(backbone).to(device)
+    trial.compile()
+    images = torch.zeros(2, backbone.channels, *backbone.image_size, device=device)
+    try:
+        trial(images).feature_map.sum().backward()
+    except Exception as error:  # a missing compiler, an operator it does not know: anything may come
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    finally:
+        torch._dynamo.reset()  # else the training's batch, another size, would be compiled for any size: slower
+    return None
+
+
+def _logger(name: str | None, run: RunFolder) -> Logger | bool:
+    if name is None:
+        return False
+    try:
+        if name == "tensorboard":
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(run.path, name="tensorboard", version="")
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(
+            name=run.path.name, save_dir=run.path, project="freqmask", id=_wandb_id(run), resume="allow"
+        )
+    except ModuleNotFoundError as error:
+        raise UserError(f"logger ({name}) is not installed; pip install 'freqmask[log]'") from error
+
+
+def _wandb_id(run: RunFolder) -> str:
+    state = run.state()
+    if "wandb" not in state and rank() == 0:
+        state["wandb"] = secrets.token_hex(4)
+        run.write_state(state)
+    return str(state.get("wandb", ""))
