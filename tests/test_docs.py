@@ -14,7 +14,6 @@ from PIL import Image
 
 from freqmask.cli import COMMANDS, load, main
 from freqmask.commands.given import declared
-from freqmask.commands.parser import in_order
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -121,7 +120,7 @@ def option_of(word: str) -> str:
 
 def options_of(name: str, part: str | None = None) -> set[str]:
     """What the command takes with two dashes."""
-    known = {*declared(load(name, part))} - {*in_order(COMMANDS[name].positional)}
+    known = {option.name for option in declared(load(name, part)).values() if not option.positional}
     return known | ({"help", "print_config"} if "config" in known else {"help"})
 
 

@@ -31,7 +31,7 @@ def ways(name: str, text: str, folder: Path) -> list[Any]:
     """The same option typed, in a file, and as a text in Python."""
     (folder / "c.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
     from_file = outcome({"config": folder / "c.yaml"})
-    return [outcome(read_words(KNOWN, "data", [f"--{name}={text}"])), from_file, outcome({name: text})]
+    return [outcome(read_words(KNOWN, [f"--{name}={text}"])), from_file, outcome({name: text})]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_several_configs_stand_on_each_other_in_their_order(tmp_path: Path) -> N
     for name, rate in (("a", 1), ("b", 2)):
         (tmp_path / f"{name}.yaml").write_text(f"lr: {rate}\n{(name == 'a' and 'steps: 3') or ''}\n")
     words = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
-    assert outcome(read_words(KNOWN, "data", words)) == {"lr": 2.0, "steps": 3}
+    assert outcome(read_words(KNOWN, words)) == {"lr": 2.0, "steps": 3}
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a", "lr: [", "\xff"])

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from freqmask.commands.embed import embed
     from freqmask.commands.export import export
     from freqmask.commands.info import info
+    from freqmask.commands.predict import predict
     from freqmask.commands.prepare import prepare
     from freqmask.commands.pretrain import pretrain
     from freqmask.commands.reconstruct import reconstruct
-    from freqmask.commands.report import report
-    from freqmask.commands.runs import runs
+    from freqmask.commands.report import report, runs
     from freqmask.commands.spectra import spectra
     from freqmask.errors import UserError
     from freqmask.interop.models import load_backbone
@@ -33,12 +33,13 @@ _PUBLIC = {
     "embed": "freqmask.commands.embed",
     "export": "freqmask.commands.export",
     "convert": "freqmask.commands.convert",
+    "predict": "freqmask.commands.predict",
     "prepare": "freqmask.commands.prepare",
     "reconstruct": "freqmask.commands.reconstruct",
     "load_backbone": "freqmask.interop.models",
     "load_method": "freqmask.interop.runs",
     "report": "freqmask.commands.report",
-    "runs": "freqmask.commands.runs",
+    "runs": "freqmask.commands.report",
     "spectra": "freqmask.commands.spectra",
     "info": "freqmask.commands.info",
     "UserError": "freqmask.errors",
@@ -52,6 +53,7 @@ __all__ = [
     "info",
     "load_backbone",
     "load_method",
+    "predict",
     "prepare",
     "pretrain",
     "reconstruct",

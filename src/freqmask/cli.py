@@ -18,19 +18,15 @@ class Command(NamedTuple):
 
     module: str
     summary: str
-    positional: str | tuple[str, ...] | None = None
     parts: Mapping[str, str] | None = None  # of a group such as `evaluate knn`: name -> summary
 
 
 COMMANDS = {
-    "pretrain": Command("freqmask.commands.pretrain", "train a backbone on images without labels", "data"),
-    "embed": Command(
-        "freqmask.commands.embed", "write the features of images to parquet or npy", ("model", "data")
-    ),
+    "pretrain": Command("freqmask.commands.pretrain", "train a backbone on images without labels"),
+    "embed": Command("freqmask.commands.embed", "write the features of images to parquet or npy"),
     "evaluate": Command(
         "freqmask.commands.evaluate",
         "measure one or several backbones: knn, linear, fewshot, finetune, segment, bands, robustness",
-        "model",
         {
             "knn": "the nearest training images vote",
             "linear": "a softmax head on frozen features",
@@ -41,21 +37,15 @@ COMMANDS = {
             "robustness": "corrupted, adversarial and other people's test images",
         },
     ),
-    "predict": Command(
-        "freqmask.commands.predict",
-        "classes as CSV or masks as PNG, of a fine-tuned model",
-        ("model", "data"),
-    ),
-    "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading", "data"),
-    "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in", ("model", "image")),
-    "export": Command(
-        "freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM", "model"
-    ),
-    "convert": Command("freqmask.commands.convert", "bring in somebody else's checkpoint", "file"),
-    "report": Command("freqmask.commands.report", "one HTML page, or a table, of one or several runs", "run"),
-    "runs": Command("freqmask.commands.runs", "list runs: state, cost, best probe", "folder"),
-    "spectra": Command("freqmask.commands.spectra", "draw every filter on an image", "image"),
-    "recipes": Command("freqmask.commands.recipes", "list, show or copy the shipped recipes", "name"),
+    "predict": Command("freqmask.commands.predict", "classes as CSV or masks as PNG, of a fine-tuned model"),
+    "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading"),
+    "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in"),
+    "export": Command("freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM"),
+    "convert": Command("freqmask.commands.convert", "bring in somebody else's checkpoint"),
+    "report": Command("freqmask.commands.report", "one HTML page, or a table, of one or several runs"),
+    "runs": Command("freqmask.commands.report", "list runs: state, cost, best probe"),
+    "spectra": Command("freqmask.commands.spectra", "draw every filter on an image"),
+    "recipes": Command("freqmask.commands.recipes", "list, show or copy the shipped recipes"),
     "info": Command("freqmask.commands.info", "versions, devices, extras"),
 }
 
@@ -129,7 +119,7 @@ def run(words: Sequence[str]) -> Any:
         if rest[0] not in command.parts:
             raise UserError(f"command ({name} {rest[0]}) is unknown; {nearest(rest[0], command.parts)}")
         path.append(rest.pop(0))
-    return call(" ".join(["freqmask", *path]), load(*path), command.positional, rest)
+    return call(" ".join(["freqmask", *path]), load(*path), rest)
 
 
 def completion(words: Sequence[str]) -> list[str]:

@@ -148,7 +148,7 @@ def test_what_is_typed_overrides_a_recipe_wherever_it_stands(
 def test_hyphens_lists_and_bare_flags_are_accepted() -> None:
     words = ["a", "--crop-scale", "0.5", "1", "--dry-run", "--com_fractions", "0.1", "b", "--flip=no"]
     known = declared(freqmask.pretrain)
-    given = given_values(read_words(known, "data", words), known)
+    given = given_values(read_words(known, words), known)
     assert given == {
         "data": ["a", "b"],
         "crop_scale": [0.5, 1.0],
@@ -162,7 +162,7 @@ def test_a_key_of_a_mapping_is_set_on_top_of_what_a_file_says(tmp_path: Path) ->
     (tmp_path / "c.yaml").write_text("model_args: {depth: 2, name: '4'}\n")
     known = declared(freqmask.pretrain)
     words = ["--model-args.num_heads", "2", "--config", str(tmp_path / "c.yaml"), "--model_args.depth=1"]
-    given = given_values(read_words(known, "data", words), known)
+    given = given_values(read_words(known, words), known)
     assert given == {"model_args": {"depth": 1, "name": "4", "num_heads": 2}}
 
 

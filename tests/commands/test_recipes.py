@@ -61,7 +61,7 @@ def test_a_recipe_for_one_core_was_run(name: str) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_pretrain_takes_the_recipe_from_the_command_line(name: str) -> None:
     known = declared(pretrain)
-    given = given_values(read_words(known, "data", ["builtin:photos", "--config", name]), known)
+    given = given_values(read_words(known, ["builtin:photos", "--config", name]), known)
     options = {key: value for key, value in read_recipe(name).options().items() if key != "data"}
     assert {key: given[key] for key in options} == options
     check_options({key: given.get(key, option.default) for key, option in known.items()})

@@ -112,7 +112,8 @@ def test_a_fine_tuning_is_repeated(photos: str, tmp_path: Path) -> None:
     assert not (tmp_path / "again" / "mine-seed3").exists()
     assert losses(again) == losses(first) != []
     assert config(again) == config(first)
-    rows = [list(csv.DictReader((tmp_path / name / "results.csv").open())) for name in ("first", "again")]
+    texts = [(tmp_path / name / "results.csv").read_text(encoding="utf-8") for name in ("first", "again")]
+    rows = [list(csv.DictReader(text.splitlines())) for text in texts]
     assert rows[1][0]["accuracy"] == rows[0][1]["accuracy"]
     assert "evaluate finetune --config" in (first / "config.yaml").read_text().splitlines()[1]
 

@@ -8,7 +8,13 @@ import freqmask
 from freqmask.commands.given import declared, given_values
 from freqmask.errors import UserError
 from freqmask.methods import METHODS
-from freqmask.pretraining.settings import check_options, in_steps, method_settings, parse_image_size
+from freqmask.pretraining.settings import (
+    check_options,
+    in_steps,
+    method_defaults,
+    method_settings,
+    parse_image_size,
+)
 
 KNOWN = declared(freqmask.pretrain)
 
@@ -20,6 +26,23 @@ def check(**changes: Any) -> None:
 def test_the_defaults_are_fine() -> None:
     for method in METHODS:
         check(method=method)
+
+
+def test_what_a_method_has_beside_the_options_given_is_recorded_as_the_filter_uses_it() -> None:
+    options = {"method": "mfm", "filter": None, "radius": "auto", "softness": 1.0, "mean": "auto"}
+    settings = {
+        "filter": "fixed",
+        "radius": 4.6,
+        "softness": 1.0,
+        "com_share": 0.5,
+        "focal": None,
+        "mean": [0.5],
+    }
+    assert method_defaults(options, settings) == {"filter": "fixed", "radius": 4.6, "mean": [0.5]}
+    assert method_defaults({"method": "folk"}, {"com_share": 0.5}) == {
+        "com_share": 0.5,
+        "freeze_last_layer_epochs": 1.0,
+    }
 
 
 def test_a_method_counts_in_steps_and_a_person_in_epochs() -> None:

@@ -15,31 +15,28 @@ from freqmask.console import say
 from freqmask.errors import UserError, nearest
 from freqmask.options import REQUIRED, Option, as_typed
 
-Positional = str | tuple[str, ...] | None
-
 _HELP = ("-h", "--help")
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "null")
 FIRST_GROUP = "Options"  # the heading of those that stand in a command's signature
 _INDENT, _WIDTH = 28, 100  # of the help
 
 
-def call(program: str, function: Callable[..., Any], positional: Positional, words: Sequence[str]) -> Any:
+def call(program: str, function: Callable[..., Any], words: Sequence[str]) -> Any:
     """Read ``words`` by the function's declaration and call it.
 
     Args:
         program: the name that help shows.
         function: a command.
-        positional: the name of its argument that takes no option name, or the names of several in order.
         words: what was typed after the command's name.
 
     Raises:
         UserError: an unknown option or a value of the wrong kind.
     """
     if any(word in _HELP for word in words):
-        say(help_text(program, function, positional, _peeked(words)))
+        say(help_text(program, function, _peeked(words)))
         return None
     known = known_options(function, _peeked(words))
-    given = read_words(known, positional, words)
+    given = read_words(known, words)
     if given.pop("print_config", None) is not None:
         _print_config(given_values(given, known), known)
         return None
@@ -59,19 +56,11 @@ def _peeked(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def in_order(positional: Positional) -> tuple[str, ...]:
-    """The names of the arguments that take no option name."""
-    if positional is None:
-        return ()
-    return (positional,) if isinstance(positional, str) else tuple(positional)
-
-
-def read_words(known: Mapping[str, Option], positional: Positional, words: Sequence[str]) -> dict[str, Any]:
+def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, Any]:
     """Name to text, or to several texts; what they mean is the options' to say.
 
     Args:
         known: the options of the command.
-        positional: as for :func:`call`.
         words: as typed.
 
     Raises:
@@ -92,7 +81,7 @@ def read_words(known: Mapping[str, Option], positional: Positional, words: Seque
             option = _known(name, known)
             value = text if equals else _values(name, option, rest)
             given[name] = [*given.get(name, []), value] if name == "config" else value
-    return {**given, **_placed(loose, known, in_order(positional))}
+    return {**given, **_placed(loose, known)}
 
 
 def _known(name: str, known: Mapping[str, Option]) -> Option:
@@ -132,10 +121,10 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _placed(loose: list[str], known: Mapping[str, Option], names: Sequence[str]) -> dict[str, Any]:
+def _placed(loose: list[str], known: Mapping[str, Option]) -> dict[str, Any]:
     """The words without an option's name, given to the arguments that take such."""
     placed: dict[str, Any] = {}
-    for name in names:
+    for name in (option.name for option in known.values() if option.positional):
         if loose:
             placed[name], loose = (loose, []) if known[name].many else (loose[0], loose[1:])
     if loose:
@@ -154,12 +143,10 @@ def _print_config(given: Mapping[str, Any], known: Mapping[str, Option]) -> None
     )
 
 
-def help_text(
-    program: str, function: Callable[..., Any], positional: Positional, named: Mapping[str, Any] | None = None
-) -> str:
+def help_text(program: str, function: Callable[..., Any], named: Mapping[str, Any] | None = None) -> str:
     """What ``--help`` prints: usage, what the command does, every option."""
     known = known_options(function, named or {})
-    places = in_order(positional)
+    places = [name for name, option in known.items() if option.positional]
     usage = [program]
     for name in places:
         word = name.upper() + (" ..." if known[name].many else "")

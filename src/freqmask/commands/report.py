@@ -1,4 +1,4 @@
-"""``freqmask report``: one page, or one table, of one or several runs."""
+"""``freqmask report``: one page, or one table, of one or several runs; ``freqmask runs``: the list of them."""
 
 from __future__ import annotations
 
@@ -68,3 +68,24 @@ def _table(run: list[str], out: str | None, form: str, results: list[str]) -> Pa
         raise UserError(f"out ({out}) cannot be written: {error.strerror}; name another file") from error
     say(out)
     return Path(out)
+
+
+@command()
+def runs(folder: str = "runs") -> list[str]:
+    """Lists runs: state, method, steps, time, loss, best probe.
+
+    Args:
+        folder: where the run folders are.
+
+    Returns:
+        The names of the runs.
+
+    Raises:
+        UserError: the folder does not exist or holds no run.
+    """
+    from freqmask.reporting.listing import list_runs, table_lines
+
+    found = list_runs(Path(folder))
+    for line in table_lines(found):
+        say(line)
+    return [run.name for run in found]

@@ -175,6 +175,7 @@ METHOD_OPTIONS: dict[str, type] = {
     "denoise": DenoiseOptions,
 }
 BUILT_FROM = ("backbone", "image_size", "channels")  # what every method takes first
+FROM_DATA = ("mean", "std", "patch_size")  # resolved by what the images are, for every method alike
 
 
 def options_of_class(method: type) -> dict[str, Option]:
@@ -190,6 +191,9 @@ def typed_options(known: Mapping[str, Option]) -> dict[str, Option]:
         if own.epochs is not None:
             name = own.name.replace("_steps", "_epochs")
             own = replace(own, name=name, kind=float, default=own.epochs, help=f"epochs {own.help}")
+        if own.name in FROM_DATA:
+            found[own.name] = own
+            continue
         plain = own.default in (None, REQUIRED)
         kind = own.kind | None if own.kind is not Any else Any
         shown = None if plain else as_typed(own.default)

@@ -11,7 +11,7 @@ import torch
 from freqmask.data.source import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.methods import find_method
-from freqmask.options import command_words
+from freqmask.options import as_typed, command_words
 from freqmask.pretraining.resolve import Resolved
 from freqmask.reporting.health import EARLY, features_remarks
 from freqmask.reporting.reading import read_run
@@ -132,12 +132,17 @@ def _seen_lines(
         )
         yield f"            {_crop_words(options)}{why('crop_scale') if options['crop'] == 'resized' else unused}"
     names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
-    told = [f"{name} {options[name]}{why(name)}" for name in names if options.get(name) not in (None, "auto")]
-    told += [
-        f"{name} {reasons[name]}" for name in names if options.get(name) in (None, "auto") and name in reasons
+    told = [
+        f"{name} {_brief(options[name])}{why(name)}"
+        for name in names
+        if options.get(name) not in (None, "auto")
     ]
     if told:
         yield f"options     {', '.join(told)}"
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else as_typed(value)
 
 
 def _training_lines(options: Mapping[str, Any], reasons: Mapping[str, str]) -> Iterator[str]:

@@ -19,7 +19,13 @@ from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.methods import build_method
 from freqmask.pretraining.cache_on_device import choose_place
-from freqmask.pretraining.settings import accepted_by, in_steps, method_settings, parse_image_size
+from freqmask.pretraining.settings import (
+    accepted_by,
+    in_steps,
+    method_defaults,
+    method_settings,
+    parse_image_size,
+)
 from freqmask.training import auto
 from freqmask.training.failures import check_single_image
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
@@ -160,10 +166,7 @@ def _resolve_method(resolved: Resolved, images: int) -> None:
         options["outputs"] = FEW_OUTPUTS if few else OUTPUTS
     torch.manual_seed(options["seed"])
     resolved.method = make_method(options)
-    for name in ("radius", "low_pass_share"):
-        value = getattr(resolved.method, "settings", {}).get(name)
-        if options.get(name) in (None, "auto") and isinstance(value, (int, float)):
-            resolved.reasons[name] = f"{value:.3g}"
+    options |= method_defaults(options, getattr(resolved.method, "settings", {}))
 
 
 def make_method(options: Mapping[str, Any], steps_an_epoch: float | None = None) -> nn.Module:

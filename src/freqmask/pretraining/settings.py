@@ -12,9 +12,8 @@ from typing import Any
 from freqmask import methods
 from freqmask.errors import UserError, nearest
 from freqmask.methods import METHODS, find_method
-from freqmask.options.of_methods import MaskingOptions, options_of_class, typed_options
+from freqmask.options.of_methods import FROM_DATA, MaskingOptions, options_of_class, typed_options
 
-FROM_THE_DATA = {"mean", "std", "patch_size"}  # options of a method that are resolved by what the images are
 FILTERS_OPTIONS = {
     field.name: field.metadata["filter"]
     for field in dataclasses.fields(MaskingOptions)
@@ -49,9 +48,25 @@ def method_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     settings = {}
     for name, own in options_of_class(find_method(options["method"])).items():
         typed = own.name if own.epochs is None else name.replace("_steps", "_epochs")
-        if options.get(typed) is not None and name not in FROM_THE_DATA:
+        if options.get(typed) is not None and name not in FROM_DATA:
             settings[name] = options[typed]
     return settings
+
+
+def method_defaults(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method has beside the options that were given: recorded, so that a changed default changes no repeat.
+
+    Args:
+        options: of the run.
+        settings: the method's own, plain values.
+    """
+    chosen, found = filter_of(options), {}
+    for name, own in options_of_class(find_method(options["method"])).items():
+        typed = name if own.epochs is None else name.replace("_steps", "_epochs")
+        value = settings.get(name) if own.epochs is None else own.epochs
+        if options.get(typed) in (None, "auto") and value is not None and own.filter in (None, chosen):
+            found[typed] = value
+    return found
 
 
 def in_steps(settings: Mapping[str, Any], method: str, steps_an_epoch: float | None) -> dict[str, Any]:
@@ -96,7 +111,7 @@ def _unused(options: Mapping[str, Any]) -> list[str]:
         for option in typed_options(options_of_class(known)):
             homes.setdefault(option, []).append(name)
     accepted = {*typed_options(options_of_class(find_method(method)))}
-    given = {name for name in homes if options.get(name) is not None} - FROM_THE_DATA
+    given = {name for name in homes if options.get(name) is not None} - {*FROM_DATA}
     unused = sorted(given - accepted)
     problems = [
         f"option --{name} is not used by method {method}; it belongs to {', '.join(homes[name])}"

@@ -182,6 +182,11 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _setting(run: Run, name: str) -> str:
+    """A value of a run; runs of 0.1.0 recorded no option of the method that was left at its default."""
+    method = METHOD_OPTIONS.get(str(run.config.get("method")))
+    default = options_of(method).get(name) if method else None
+    if name not in run.config and default is not None:
+        return text_of(default.default)
     return text_of(run.config[name]) if name in run.config else "–"
 
 
