@@ -25,6 +25,18 @@ def test_imports_point_one_way() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """A file can be read, and tested, with nothing but those below it; imports inside functions count."""
+    grimp = pytest.importorskip("grimp", reason="grimp comes with import-linter (freqmask[dev])")
+    graph = grimp.build_graph("freqmask", exclude_type_checking_imports=True, cache_dir=None)
+    below = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while free := {module for module, imported in below.items() if not imported & below.keys()}:
+        below = {module: imported for module, imported in below.items() if module not in free}
+    while free := below.keys() - set().union(*below.values(), set()):  # what only stands above a circle
+        below = {module: imported for module, imported in below.items() if module not in free}
+    assert not below, f"these import each other: {', '.join(sorted(below))}"
+
+
 def test_the_modules_of_all_commands_load_without_heavy_libraries() -> None:
     modules = sorted({command.module for command in COMMANDS.values()})
     heavy = "{'torch', 'matplotlib', 'timm', 'lightning', 'numpy'}"

@@ -139,7 +139,7 @@ from freqmask.data.loader import make_loader
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
-from freqmask.data import blocks
+from freqmask.data import shards as blocks
 blocks.BLOCK_BYTES = 3000
 rank = int(sys.argv[1])
 source = open_source(sys.argv[2], split="all")

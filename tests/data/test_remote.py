@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from freqmask.data import blocks as blocks_module
-from freqmask.data import remote
+from freqmask.data import shards as shards_module
+from freqmask.data import storage
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.prepare import Settings, open_parts, prepare_shards
 from freqmask.data.sampler import OrderedSampler, TrainSampler
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unclosed", "ignore::pytest.Pytes
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(storage, "BACKOFF", (0.0, 0.0, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_mistake_in_a_program_is_neither_tried_again_nor_put_into_words():
         raise TypeError("an argument too many")
 
     with pytest.raises(TypeError, match="too many"):
-        remote.with_patience("https://x.y/z", mistaken)
+        storage.with_retries("https://x.y/z", mistaken)
     assert len(tries) == 1
 
 
@@ -133,7 +133,7 @@ def test_a_refusal_is_understood_however_a_library_tells_it(answer):
     error = Exception("no")
     vars(error).update(answer)
     with pytest.raises(UserError, match=r"refused \(status 40[134]\)"):
-        remote.with_patience("hf://x.y/z", lambda: (_ for _ in ()).throw(error))
+        storage.with_retries("hf://x.y/z", lambda: (_ for _ in ()).throw(error))
 
 
 def test_a_server_that_stays_away_is_named(server):
@@ -227,7 +227,7 @@ class Lying(Handler):
 )
 def test_what_hangs_and_what_is_unknown_is_named(error, words):
     with pytest.raises(UserError, match=words):
-        remote.with_patience("https://x.y/z", lambda: (_ for _ in ()).throw(error))
+        storage.with_retries("https://x.y/z", lambda: (_ for _ in ()).throw(error))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "shards/none-{0..3}.tar", "shards/none-*.tar"])
@@ -242,7 +242,7 @@ def test_an_unknown_protocol_is_a_sentence():
 
 
 def test_a_training_takes_two_requests_a_block(server, monkeypatch):
-    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 8_000)
+    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 8_000)
     far = open_source(f"{server.url}/shards")
     server.asked.clear()
     blocks = far.blocks()

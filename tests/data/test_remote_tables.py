@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from freqmask.data import remote, remote_tables
+from freqmask.data import parquet, storage
 from freqmask.data.decode_ahead import Limits, read_images
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.prepare import Settings, open_parts, prepare_shards
@@ -34,7 +34,7 @@ TRAIN = "data/train-00000-of-00002.parquet"
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(storage, "BACKOFF", (0.0, 0.0, 0.0, 0.0))
 
 
 def png(seed):
@@ -156,7 +156,7 @@ def test_an_index_is_read_once_and_travels_as_the_name_of_its_file(server, monke
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pass_fetches_a_row_group_once_or_twice_and_every_image_once(server, monkeypatch, workers):
-    monkeypatch.setattr(remote_tables, "KEPT_BYTES", 3 * GROUP * 1200)
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 3 * GROUP * 1200)
     far = open_source(f"{server.url}/photos")
     blocks = far.blocks()
     assert blocks.whole and 1 < blocks.window < 6
@@ -248,7 +248,7 @@ def test_folders_named_as_splits_hold_their_tables(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tables_become_shards_at_a_request_a_row_group(server, tables, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(remote_tables, "KEPT_BYTES", 2 * GROUP * 1200)
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 2 * GROUP * 1200)
     parts, _ = open_parts([f"{server.url}/photos"], "channels", "all", None)
     server.asked.clear()
     settings = Settings(None, 20, "channels", "all", parts.content, max(workers, 1))
@@ -259,7 +259,7 @@ def test_tables_become_shards_at_a_request_a_row_group(server, tables, tmp_path,
 
 
 def test_images_kept_on_a_device_come_row_group_by_row_group(server, tables, monkeypatch):
-    monkeypatch.setattr(remote_tables, "KEPT_BYTES", GROUP * 1200)
+    monkeypatch.setattr(parquet, "KEPT_BYTES", GROUP * 1200)
     far = open_source(f"{server.url}/photos")
     server.asked.clear()
     kept = read_images(far, [Geometry(8)], Limits(64, 10**9), workers=2)

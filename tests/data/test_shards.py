@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data import shard_finding
+from freqmask.data import shards as shards_module
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.patterns import expand_braces
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.shard_files import local_files
-from freqmask.data.shard_finding import find_index
-from freqmask.data.shard_index import INDEX_NAME, Row, ShardRows, load_index, make_index
+from freqmask.data.shard_index import Row, ShardRows, load_index, make_index
+from freqmask.data.shards import find_index
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out
+from freqmask.data.storage import INDEX_NAME, expand_braces, local_files
 from freqmask.data.transforms import Geometry
 from freqmask.errors import BadImage, UserError
 
@@ -73,7 +72,7 @@ def test_a_folder_of_shards_gives_images_labels_and_names(tmp_path):
 def test_headers_are_read_once(tmp_path, monkeypatch):
     pack(tmp_path / "a.tar", samples(range(3)))
     first = open_source(tmp_path / "a.tar")
-    monkeypatch.setattr(shard_finding, "read_headers", None)
+    monkeypatch.setattr(shards_module, "read_headers", None)
     again = open_source(tmp_path / "a.tar")
     assert reds(again) == [0, 1, 2] and again.fingerprint() == first.fingerprint()
     assert reds(pickle.loads(pickle.dumps(again))) == [0, 1, 2]
@@ -232,7 +231,7 @@ def indexed(folder, count=4):
 
 def test_an_index_beside_the_shards_decides(tmp_path, monkeypatch):
     indexed(tmp_path)
-    monkeypatch.setattr(shard_finding, "read_headers", None)
+    monkeypatch.setattr(shards_module, "read_headers", None)
     source = open_source(tmp_path)
     assert reds(source) == list(range(8)) and source.class_names == ["ant", "cat"]
     assert source.name(5) == "old/1/1" and source.label(5) == 1

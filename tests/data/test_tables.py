@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from freqmask.data import tables
+from freqmask.data import parquet
 from freqmask.data.sources import open_source, splits_there
 from freqmask.errors import BadImage, UserError
 
@@ -42,7 +42,7 @@ def write(path, count=5, column="img", names=("cat", "dog"), first=0):
 @pytest.mark.parametrize("column", ["img", "whatever"])
 @pytest.mark.parametrize("limit", [10**9, 0])
 def test_a_table_gives_its_images_and_classes(tmp_path, monkeypatch, column, limit):
-    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", limit)
     source = open_source(write(tmp_path / "t.parquet", column=column))
     assert len(source) == 5 and source.class_names == ["cat", "dog"]
     assert [source.label(index) for index in range(5)] == [0, 1, 0, 1, 0]
@@ -116,7 +116,7 @@ def test_a_damaged_file_among_good_ones_is_named(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
     source = open_source(write(tmp_path / "t.parquet"))
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -21,7 +21,7 @@ from tiny_runs import make_run
 
 import freqmask
 from freqmask.cli import main
-from freqmask.data.folder import open_folder
+from freqmask.data.image_folder import open_folder
 from freqmask.data.values import survey
 from freqmask.errors import UserError
 from freqmask.evaluation import features, linear

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny_runs import make_run
 
-from freqmask.data.folder import open_folder
+from freqmask.data.image_folder import open_folder
 from freqmask.evaluation import duplicates
 from freqmask.evaluation.duplicates import pixel_hashes, seen_in_pretraining
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_run
 
 from freqmask.data.cache import cache_folder
-from freqmask.data.folder import open_folder
+from freqmask.data.image_folder import open_folder
 from freqmask.data.values import survey
 from freqmask.evaluation import features
 from freqmask.evaluation.corruption_constants import strengths_for

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_runs import make_run
 
-from freqmask.data.folder import open_folder
+from freqmask.data.image_folder import open_folder
 from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.errors import UserError

@@ -93,9 +93,9 @@ def _write_classes(
 ) -> int:
     import torch
 
-    from freqmask.data.dataset import TrainDataset
+    from freqmask.data.loader import TrainDataset
+    from freqmask.data.transforms import Geometry
     from freqmask.data.values import ValueRange
-    from freqmask.data.views import Geometry
     from freqmask.evaluation.subjects import as_float
     from freqmask.interop.export import Exported
     from freqmask.training.files import replace_atomically
@@ -221,9 +221,9 @@ def _write_masks(
     import torch
     from PIL import Image
 
-    from freqmask.data.dataset import TrainDataset
+    from freqmask.data.loader import TrainDataset
+    from freqmask.data.transforms import Geometry, resize
     from freqmask.data.values import ValueRange
-    from freqmask.data.views import Geometry, resize
     from freqmask.evaluation.segmentation.crops import scaled_size
     from freqmask.evaluation.segmentation.inference import Predictor
     from freqmask.interop.outputs import new_folder

@@ -11,10 +11,10 @@ import numpy as np
 
 from freqmask.console import say
 from freqmask.data.decode import open_bytes, read_file, suffix_of
+from freqmask.data.parquet_index import LABEL_COLUMNS, number_classes
 from freqmask.data.pictures import Picture
 from freqmask.data.source import JoinedSource, Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
-from freqmask.data.table_layout import LABEL_COLUMNS, number_classes
 from freqmask.errors import BadImage, UserError, nearest
 
 HUB = "hf:"

@@ -24,14 +24,14 @@ from freqmask.data.cache import bytes_of
 from freqmask.data.encode import EncodedImage, encode_picture
 from freqmask.data.loader import as_bad_image, make_loader
 from freqmask.data.sampler import block_shuffle, some_images
-from freqmask.data.shard_index import INDEX_NAME, Row, ShardIndex, ShardRows, load_index, make_index
-from freqmask.data.shard_joining import join_indexes
+from freqmask.data.shard_index import Row, ShardIndex, ShardRows, join_indexes, load_index, make_index
 from freqmask.data.source import JoinedSource, Pages, Source
 from freqmask.data.sources import open_source, splits_there
+from freqmask.data.storage import INDEX_NAME, MANIFEST
 from freqmask.errors import BadImage, UserError
 from freqmask.training.files import replace_atomically
 
-MANIFEST, SKIPPED, PARTS = "prepare.json", "skipped.csv", ".parts"
+SKIPPED, PARTS = "skipped.csv", ".parts"
 AT_ONCE = 8  # images that a worker hands over together
 SHARD_BYTES = 256_000_000  # what --shard_size auto aims at: few files, and little lost when one is cut off
 MOST_IN_A_SHARD = 10_000

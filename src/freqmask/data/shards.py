@@ -2,20 +2,181 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any
 
 import numpy as np
 
-from freqmask.data.blocks import BlockReader
+from freqmask.console import say
+from freqmask.data.cache import cache_file
 from freqmask.data.decode import open_bytes
 from freqmask.data.pictures import Picture
-from freqmask.data.shard_files import LocalFiles, ShardFiles, local_files
-from freqmask.data.shard_finding import find_index
-from freqmask.data.shard_index import INDEX_NAME, ShardIndex
-from freqmask.data.source import Blocks, Source, SourceSummary, Subset
+from freqmask.data.shard_index import (
+    VERSION,
+    ShardIndex,
+    join_indexes,
+    load_index,
+    make_index,
+    read_headers,
+    with_folder_classes,
+)
+from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary, Subset
 from freqmask.data.splits import choose_split, split_note
+from freqmask.data.storage import INDEX_NAME, Files, LocalFiles
 from freqmask.errors import BadImage, UserError
+
+BLOCK_BYTES = 4_000_000
+# What a lane's window needs, and a few more for a window that ends while the next one begins.
+KEPT_BLOCKS = WINDOW_BLOCKS + 8
+SPOKEN_BYTES = 1_000_000_000  # reading the headers of more than this takes long enough to be told
+HEADER_READERS = 8
+
+
+def block_numbers(index: ShardIndex) -> np.ndarray:
+    """(image,) which block each image belongs to: pieces of about 4 MB, none over the end of a shard."""
+    shards = np.repeat(np.arange(len(index.shards)), np.diff(index.starts))
+    pieces = index.arrays["offsets"] // BLOCK_BYTES
+    changes = (np.diff(shards, prepend=-1) != 0) | (np.diff(pieces, prepend=-1) != 0)
+    return np.cumsum(changes, dtype=np.int32) - np.int32(1)
+
+
+class BlockReader:
+    """Reads images of remote shards, and whole blocks where one image of a block is not all that is wanted.
+
+    The first look into a block fetches its image alone, the second one the whole block, which is then kept. So
+    pictures here and there cost what they weigh, and reading in order two requests a block.
+
+    Args:
+        files: where the shards lie.
+        index: what lies where in them.
+    """
+
+    def __init__(self, files: Files, index: ShardIndex) -> None:
+        self.files, self.index = files, index
+        self.numbers = block_numbers(index)
+        self._kept: OrderedDict[int, tuple[int, bytes] | None] = OrderedDict()
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files, "index": self.index, "numbers": self.numbers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._kept, self._lock = OrderedDict(), Lock()
+
+    def read(self, image: int, shard: str, start: int, stop: int) -> bytes:
+        """The bytes of an image.
+
+        Args:
+            image: its number.
+            shard: where it lies.
+            start: its first byte there.
+            stop: the byte after its last.
+        """
+        block = int(self.numbers[image])
+        with self._lock:
+            seen = block in self._kept
+            kept = self._kept.setdefault(block, None)
+        if not seen:
+            return self.files.read(shard, start, stop)
+        kept = kept or self._fetch(block, shard)
+        self._keep(block, kept)
+        first, data = kept
+        return data[start - first : stop - first]
+
+    def _fetch(self, block: int, shard: str) -> tuple[int, bytes]:
+        """Where a block begins in its shard, and its bytes."""
+        first, last = np.searchsorted(self.numbers, [block, block + 1])
+        offsets, sizes = self.index.arrays["offsets"], self.index.arrays["sizes"]
+        start = int(offsets[first])
+        return start, self.files.read(shard, start, int(offsets[last - 1] + sizes[last - 1]))
+
+    def _keep(self, block: int, content: tuple[int, bytes]) -> None:
+        """Put a block in front; the one not used for longest goes."""
+        with self._lock:
+            self._kept[block] = content
+            self._kept.move_to_end(block)
+            while len(self._kept) > KEPT_BLOCKS:
+                self._kept.popitem(last=False)
+
+
+def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex:
+    """The index beside the shards, that in the cache, or a new one from their headers.
+
+    Args:
+        files: where they lie.
+        names: which of them; None for all.
+        where: DATA as it was typed.
+    """
+    beside = _index_beside(files, names, where)
+    if beside is not None:
+        return beside
+    listed = files.names() if names is None else list(names)
+    if not listed:
+        raise UserError(f"DATA ({where}) holds no .tar; check its spelling, or name the shards")
+    try:
+        states = [files.state(name) for name in listed]
+    except FileNotFoundError as error:
+        raise UserError(
+            f"DATA ({where}): the shard {error.filename or error} is not there; check it"
+        ) from error
+    cached = cache_file("shards", VERSION, files.where, list(zip(listed, states, strict=True)))
+    try:
+        return load_index(cached)
+    except ValueError:
+        index = with_folder_classes(join_indexes(_read_all_headers(files, listed)))
+    if index.save(cached):
+        index.file = cached
+    return index
+
+
+def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex | None:
+    """The index that was written with the shards, where it fits them."""
+    file = files.index_file()
+    if file is None:
+        return None
+    try:
+        index = load_index(file)
+    except ValueError as error:
+        raise UserError(
+            f"DATA ({where}): its {INDEX_NAME} is damaged, or was written by another version; fetch it again, or "
+            "delete it to have it made anew"
+        ) from error
+    sizes = {name: size for name, size, _ in index.shards}
+    if names is not None and not set(names) <= set(sizes):
+        return None
+    for name in () if files.remote else names or sizes:  # asking a server for each would take long
+        try:
+            there = files.size(name)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"DATA ({where}) lacks the shard {name}, which its {INDEX_NAME} lists; fetch it, or name those "
+                "that are there by a pattern"
+            ) from error
+        if there != sizes[name]:
+            raise UserError(
+                f"DATA ({where}): the shard {name} has {there:,} bytes, not the {sizes[name]:,} of its "
+                f"{INDEX_NAME}; fetch it again, or delete {INDEX_NAME} to have it made anew"
+            )
+    return index
+
+
+def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardIndex]:
+    """What the headers of each shard tell, in their order."""
+    sizes = [files.size(name) for name in names]
+    if files.remote or sum(sizes) > SPOKEN_BYTES:
+        say(f"index       reading the headers of {len(names):,} shards of {files.where}, once")
+
+    def read(name: str, size: int) -> ShardIndex:
+        with files.stream(name) as file:
+            return make_index([read_headers(name, file, size)])
+
+    with ThreadPoolExecutor(HEADER_READERS) as pool:
+        return list(pool.map(read, names, sizes))
 
 
 class ShardSource(Source):
@@ -26,7 +187,7 @@ class ShardSource(Source):
         index: what lies where in them.
     """
 
-    def __init__(self, files: ShardFiles, index: ShardIndex) -> None:
+    def __init__(self, files: Files, index: ShardIndex) -> None:
         self.files, self.index = files, index
         self.class_names = index.class_names
         self._reader = BlockReader(files, index) if files.remote else None
@@ -119,7 +280,7 @@ def has_shards(folder: Path) -> bool:
     return len(index_folder(folder, read_suffixes())) == 0
 
 
-def open_shards(files: ShardFiles, names: Sequence[str] | None, split: str, where: str) -> Source:
+def open_shards(files: Files, names: Sequence[str] | None, split: str, where: str) -> Source:
     """The images of shards.
 
     Args:
@@ -151,17 +312,6 @@ def open_shards(files: ShardFiles, names: Sequence[str] | None, split: str, wher
     return Subset(source, np.flatnonzero(np.repeat(used, np.diff(index.starts))))
 
 
-def splits_in_shards(files: ShardFiles, names: Sequence[str] | None, where: str) -> list[str]:
+def splits_in_shards(files: Files, names: Sequence[str] | None, where: str) -> list[str]:
     """The names of the splits that some shards have."""
     return find_index(files, names, where).splits(names)
-
-
-def open_local_shards(text: str, split: str) -> Source:
-    """Shards of this machine.
-
-    Args:
-        text: a folder, a tar, or a pattern such as ``shards-{000000..000009}.tar`` or ``shards-*.tar``.
-        split: as for `open_shards`.
-    """
-    files, names = local_files(text)
-    return open_shards(files, names, split, text)

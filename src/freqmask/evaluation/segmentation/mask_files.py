@@ -12,7 +12,7 @@ from jaxtyping import Int32, Shaped
 from PIL import Image
 
 from freqmask.data.decode import quiet_pillow
-from freqmask.data.folder import FolderSource
+from freqmask.data.image_folder import FolderSource
 from freqmask.data.index import FolderIndex, index_folder
 from freqmask.data.pictures import EXIF_TAG, Box, Orientation, Picture, orientation_of
 from freqmask.data.source import Pages, Source, SourceSummary

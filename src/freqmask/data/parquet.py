@@ -1,9 +1,12 @@
-"""Images in a parquet table as Hugging Face lays it out: encoded files in one column, labels in another."""
+"""Images in parquet tables as Hugging Face lays them out: encoded files in one column, labels in another."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -11,49 +14,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from freqmask.console import readable_bytes
 from freqmask.data.cache import cache_file, replacing
 from freqmask.data.decode import open_bytes, suffix_of
-from freqmask.data.pictures import Picture
-from freqmask.data.shard_files import local_files
-from freqmask.data.source import Source, SourceSummary
-from freqmask.data.splits import choose_split, split_note
-from freqmask.data.table_layout import (
+from freqmask.data.parquet_index import (
+    TableIndex,
     class_names,
-    files_by_split,
     has_paths,
     image_column,
+    index_tables,
     label_column,
     number_classes,
+    parse_footer,
+    read_columns,
 )
+from freqmask.data.pictures import Picture
+from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary
+from freqmask.data.storage import Files, RemoteFiles
 from freqmask.errors import BadImage, UserError
 
 # Beyond this the images are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
+KEPT_BYTES = 200_000_000  # of row groups that a process keeps; a larger one is kept alone
 
 
-def open_pattern(text: str, split: str) -> Source:
-    """The parquet files that a pattern names, such as ``tables/train-*.parquet``.
-
-    Raises:
-        UserError: no file fits it.
-    """
-    files, names = local_files(text)
-    folder = Path(files.where)
-    return open_tables(folder, [folder / name for name in names or ()], split)
-
-
-def open_tables(folder: Path, files: list[Path], split: str) -> Source:
-    """The parquet files of a folder, of one split where their names begin with one.
+def open_tables(files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> Source:
+    """The images of parquet files: here mapped into memory, behind a URL read row group by row group.
 
     Args:
-        folder: the folder, for messages.
-        files: ``train-00000-of-00002.parquet``, ``test.parquet`` ...
-        split: ``auto``, ``all``, or how the names of files begin.
+        files: where they lie.
+        names: which of them, in order.
+        notes: sentences for the summary.
+
+    Raises:
+        UserError: a file is not there, damaged, or holds no images.
     """
-    by_split = files_by_split(file.relative_to(folder).as_posix() for file in files)
-    chosen = choose_split(by_split, split, str(folder))
-    notes = [split_note(chosen, by_split)] if chosen and split == "auto" else []
-    return ParquetSource(files if chosen is None else [folder / name for name in by_split[chosen]], notes)
+    if isinstance(files, RemoteFiles):
+        return RemoteTables(files, names, notes)
+    return ParquetSource([Path(files.where) / name for name in names], list(notes))
 
 
 class ParquetSource(Source):
@@ -194,3 +192,128 @@ def _lay_out(file: Path, column: str, cached: Path) -> None:
     ):
         for batch in about.iter_batches(batch_size=256, columns=[column]):
             writer.write_batch(batch)
+
+
+class RemoteTables(Source):
+    """The images of parquet files behind a URL; names, labels and fingerprint are those of a copy here.
+
+    Args:
+        files: where they lie.
+        names: which of them, in order.
+        notes: sentences for the summary.
+
+    Raises:
+        UserError: a file is not there, damaged, or holds no images.
+    """
+
+    def __init__(self, files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> None:
+        self.files, self.notes = files, list(notes)
+        self.index = index_tables(files, names)
+        self.class_names = self.index.class_names
+        self._reader = GroupReader(files, self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def open(self, index: int) -> Picture:
+        return open_bytes(self.encoded(index)[0])
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        group, row = self.index.place(index)
+        data = self._reader.images(group)[row].as_py()
+        if data is None:
+            raise BadImage("its row holds no bytes, only a path at most")
+        return data, suffix_of(data, self.index.path(index))
+
+    def label(self, index: int) -> int | None:
+        return (
+            None
+            if self.class_names is None or self.index.labels[index] < 0
+            else int(self.index.labels[index])
+        )
+
+    def all_labels(self) -> np.ndarray:
+        return np.full(len(self), -1, np.int64) if self.class_names is None else np.array(self.index.labels)
+
+    def blocks(self) -> Blocks:
+        sizes = np.diff(self.index.starts)
+        return Blocks(np.repeat(np.arange(len(sizes)), sizes), self._reader.window, whole=True)
+
+    def name(self, index: int) -> str:
+        path = self.index.path(index)
+        return f"{index}:{path}" if path else str(index)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        for name, size in self.index.files:
+            digest.update(f"{PurePosixPath(name).name}\0{size}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def summary(self) -> SourceSummary:
+        count, largest = len(self.index.files), readable_bytes(int(self.index.group_bytes.max()))
+        window = self._reader.window
+        note = (
+            f"Tables are read over the network in row groups of up to {largest}, the images of {window} of them mixed; "
+            "the order depends on the number of processes and workers."
+        )
+        kind = f"{count:,} parquet table{'s' * (count > 1)} at {self.files.where}"
+        return SourceSummary(kind, len(self), len(self), notes=[*self.notes, note])
+
+
+class GroupReader:
+    """Row groups as they are asked for; those used last are kept.
+
+    Args:
+        files: where the tables lie.
+        index: what lies where in them.
+    """
+
+    def __init__(self, files: Files, index: TableIndex) -> None:
+        self.files, self.index = files, index
+        largest = max(int(index.group_bytes.max()), 1)
+        self.window = min(max(KEPT_BYTES // largest, 1), WINDOW_BLOCKS)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._footers: dict[int, pq.FileMetaData] = {}
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files, "index": self.index, "window": self.window}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def images(self, group: int) -> pa.ChunkedArray:
+        """The encoded images of a row group, bytes or null.
+
+        Raises:
+            BadImage: the row group is damaged, or its file is gone.
+            UserError: it cannot be read, however often it is tried.
+        """
+        with self._lock:  # threads that want the same row group wait for one request
+            if group not in self._kept:
+                images = self._fetch(group)
+                while len(self._kept) >= self.window:
+                    self._kept.popitem(last=False)
+                self._kept[group] = images
+            self._kept.move_to_end(group)
+            return self._kept[group]
+
+    def _fetch(self, group: int) -> pa.ChunkedArray:
+        file, number = int(self.index.group_files[group]), int(self.index.group_numbers[group])
+        name = self.index.files[file][0]
+        if file not in self._footers:
+            self._footers[file] = parse_footer(self.index.footer(file), name)
+        try:
+            table = read_columns(self.files, name, self._footers[file], number, [self.index.image_leaf])
+            cells = table.column(0)
+            return pc.struct_field(cells, "bytes") if pa.types.is_struct(cells.type) else cells
+        except FileNotFoundError as error:
+            raise BadImage(f"the table {name} is gone") from error
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise BadImage(f"the table {name} is damaged in its row group {number}") from error

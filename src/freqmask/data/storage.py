@@ -1,4 +1,4 @@
-"""Files behind a URL, read through fsspec by byte ranges, with patience where a connection breaks."""
+"""Where files lie: a folder of this machine or a place behind a URL, read alike; and several files by one pattern."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import fnmatch
 import hashlib
 import io
 import logging
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
-import fsspec
-
 from freqmask.data.cache import cache_file, replacing
-from freqmask.data.shard_index import INDEX_NAME
 from freqmask.data.splits import split_of
 from freqmask.errors import UserError
 
+UNPACKERS = {
+    ".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".tbz2": "bunzip2", ".xz": "unxz", ".txz": "unxz",
+    ".zst": "unzstd", ".zip": "unzip",
+}  # fmt: skip
+"""Suffix of what is packed as a whole -> the program that unpacks it."""
+INDEX_NAME = "shards.index"
+MANIFEST = "prepare.json"
+PATTERN = re.compile(r"[*?{\[]")
 Result = TypeVar("Result")
 
-PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
-SECONDS_WITHOUT_A_BYTE = 30
+BACKOFF = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
+TIMEOUT = 30
 HEADER_BYTES = 65_536  # asked for at once while headers are read; the next header often lies in it
 EXTRAS = {
     "s3": "s3fs",
@@ -36,6 +42,176 @@ EXTRAS = {
     "hf": "huggingface_hub",
 }
 TRANSIENT = (408, 425, 429)  # answers of a server that ask for patience; all others below 500 are final
+
+
+def unpacker_of(suffixes: Iterable[str]) -> str | None:
+    """The program that unpacks the first of some suffixes that is one of a packed file; None where none is."""
+    return next((UNPACKERS[suffix] for suffix in suffixes if suffix in UNPACKERS), None)
+
+
+def refuse_packed(text: str) -> None:
+    """Refuse a compressed tar or an archive: no single image can be read out of the middle of it.
+
+    Args:
+        text: DATA as it was typed.
+
+    Raises:
+        UserError: it is one; the message names the program that unpacks it.
+    """
+    program = unpacker_of([f".{text.lower().rpartition('.')[2]}"])
+    if program is not None:
+        raise UserError(
+            f"DATA ({text}) is compressed, and no single image can be read out of it; unpack it with {program} "
+            "(a .tar is read as it is), then freqmask prepare makes large images fast to read"
+        )
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text stands for several files."""
+    return bool(PATTERN.search(text))
+
+
+def split_pattern(text: str) -> tuple[str, str]:
+    """The folder before the first part with a sign of a pattern, and the rest.
+
+    >>> split_pattern("data/train/shards-{0..3}.tar")
+    ('data/train', 'shards-{0..3}.tar')
+    """
+    parts = text.split("/")
+    first = next((k for k, part in enumerate(parts) if PATTERN.search(part)), len(parts) - 1)
+    root = "/".join(parts[:first])
+    return (root or "/" if text.startswith("/") and first else root), "/".join(parts[first:])
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every text that a pattern with ranges and lists in braces stands for, in order.
+
+    >>> expand_braces("{train,val}-{08..10}.tar")[:4]
+    ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar']
+    """
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last, words = found.groups()
+    if words is None:
+        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        choices = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        choices = words.split(",")
+    rest = expand_braces(pattern[found.end() :])
+    return [f"{pattern[: found.start()]}{choice}{tail}" for choice in choices for tail in rest]
+
+
+def names_of(pattern: str, matching: Callable[[str], list[str]]) -> list[str]:
+    """The files of a pattern; what its braces name is kept, whether it is there or not, to be missed by its name.
+
+    Args:
+        pattern: relative to where the files lie.
+        matching: finds the files whose names fit ``*``, ``?`` and ``[]``.
+    """
+    return [
+        name
+        for part in expand_braces(pattern)
+        for name in (matching(part) if re.search(r"[*?\[]", part) else [part])
+    ]
+
+
+class Files(Protocol):
+    """Where shards and tables lie: a folder here, or a place behind a URL.
+
+    Attributes:
+        where: the place in words.
+        remote: True where a read costs a round trip.
+    """
+
+    where: str
+    remote: bool
+
+    def names(self) -> list[str]:
+        """The tars there, and in folders named as splits, sorted; paths relative to the place."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError."""
+
+    def state(self, name: str) -> tuple[object, ...]:
+        """What changes when the file does."""
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Some of its bytes; fewer where it ends before."""
+
+    def stream(self, name: str) -> BinaryIO:
+        """The file, to be read here and there."""
+
+    def index_file(self) -> Path | None:
+        """The index beside the shards, on this machine; None where there is none."""
+
+
+class LocalFiles:
+    """Shards in a folder of this machine.
+
+    Args:
+        root: the folder.
+    """
+
+    remote = False
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.where = root, str(root)
+
+    def names(self) -> list[str]:
+        """The tars of the folder and of its train, val and test."""
+        folders = [folder for folder in self.root.iterdir() if split_of(folder.name) and folder.is_dir()]
+        found = [tar for folder in (self.root, *folders) for tar in folder.glob("*.tar")]
+        return sorted(path.relative_to(self.root).as_posix() for path in found if path.name[0] != ".")
+
+    def matching(self, pattern: str) -> list[str]:
+        """The files whose names fit a pattern with ``*`` and ``?``."""
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return (self.root / name).stat().st_size
+
+    def state(self, name: str) -> tuple[object, ...]:
+        """Size and time of the last change."""
+        state = (self.root / name).stat()
+        return state.st_size, state.st_mtime_ns
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Opened for every image: 15 microseconds, and no limit of open files to run into."""
+        with (self.root / name).open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def stream(self, name: str) -> BinaryIO:
+        """The file, opened."""
+        return (self.root / name).open("rb")
+
+    def index_file(self) -> Path | None:
+        """The index in the same folder."""
+        file = self.root / INDEX_NAME
+        return file if file.is_file() else None
+
+
+def local_files(text: str) -> tuple[Files, list[str] | None]:
+    """The folder, and which of its shards or tables a text names; None for all.
+
+    Raises:
+        UserError: no file fits the pattern.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return LocalFiles(path), None
+    if path.is_file():
+        return LocalFiles(path.parent), [path.name]
+    root, pattern = split_pattern(str(path))
+    files = LocalFiles(Path(root or "."))
+    names = names_of(pattern, files.matching)
+    if not names:
+        raise UserError(
+            f"DATA ({text}): no file fits the pattern; quote it, and check its folder and numbers"
+        )
+    return files, names
 
 
 class RemoteFiles:
@@ -76,7 +252,7 @@ class RemoteFiles:
                 raise ConnectionError(f"{len(data):,} of {stop - start:,} bytes came")
             return bytes(data)
 
-        return with_patience(url, fetch)
+        return with_retries(url, fetch)
 
     def size(self, name: str) -> int:
         """Bytes of a file.
@@ -86,7 +262,7 @@ class RemoteFiles:
             UserError: the server does not tell.
         """
         if self._sizes.get(name) is None:
-            self._sizes[name] = with_patience(self.url(name), lambda: _info(self.url(name)))["size"]
+            self._sizes[name] = with_retries(self.url(name), lambda: _info(self.url(name)))["size"]
         size = self._sizes[name]
         if size is None:
             raise UserError(f"{self.url(name)}: the server does not tell its size; copy it here first")
@@ -130,7 +306,7 @@ class RemoteFiles:
                 system.info(path)  # fsspec passes over a server that does not answer; this tells
             return listed
 
-        found: dict[str, Any] = with_patience(self.root, find, gone={})
+        found: dict[str, Any] = with_retries(self.root, find, gone={})
         sizes: dict[str, int | None] = {
             full.removeprefix(base): about.get("size")
             for full, about in found.items()
@@ -152,6 +328,21 @@ class RemoteFiles:
             with replacing(file) as temporary:
                 temporary.write_bytes(data)
         return file
+
+
+def remote_files(text: str) -> tuple[RemoteFiles, list[str]]:
+    """The place behind a URL, and which of its shards or tables the URL names.
+
+    Raises:
+        UserError: no file fits the pattern.
+    """
+    scheme, _, rest = text.partition("://")
+    root, pattern = split_pattern(rest)
+    files = RemoteFiles(f"{scheme}://{root}")
+    names = names_of(pattern, files.matching)
+    if not names:
+        raise UserError(f"DATA ({text}): no file fits the pattern; quote it, and check its folder")
+    return files, names
 
 
 def hash_of(data: bytes) -> str:
@@ -194,7 +385,7 @@ class _RangeFile(io.RawIOBase):
         return len(data)
 
 
-def with_patience(url: str, work: Callable[[], Result], gone: Result | None = None) -> Result:
+def with_retries(url: str, work: Callable[[], Result], gone: Result | None = None) -> Result:
     """Tries again where a connection breaks or a server is busy, then says so.
 
     Args:
@@ -206,7 +397,7 @@ def with_patience(url: str, work: Callable[[], Result], gone: Result | None = No
         FileNotFoundError: the address does not exist.
         UserError: refused, or no success after several tries.
     """
-    for pause in (*PAUSES, None):
+    for pause in (*BACKOFF, None):
         try:
             return work()
         except FileNotFoundError as error:
@@ -248,7 +439,7 @@ def _wait_or_tell(url: str, error: BaseException, pause: float | None) -> None:
         raise UserError(f"{url} is refused ({_words(error)}); check address and rights") from error
     if pause is None:
         raise UserError(
-            f"{url} cannot be read after {len(PAUSES) + 1} tries ({_words(error)}); check the connection, "
+            f"{url} cannot be read after {len(BACKOFF) + 1} tries ({_words(error)}); check the connection, "
             "then the same command goes on"
         ) from error
     time.sleep(pause)
@@ -280,7 +471,7 @@ def _words(error: BaseException) -> str:
     if any(isinstance(one, socket.gaierror) for one in chain):
         return "no host of that name was found"
     if isinstance(error, TimeoutError):
-        return f"nothing came for {SECONDS_WITHOUT_A_BYTE} seconds"
+        return f"nothing came for {TIMEOUT} seconds"
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
@@ -292,6 +483,8 @@ def _info(url: str) -> dict[str, Any]:
 
 def _system(url: str) -> tuple[Any, str]:
     """The file system of this process and thread, which fsspec keeps, and the path in it."""
+    import fsspec
+
     protocol = urlsplit(url).scheme.lower()
     try:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **_options(protocol)))
@@ -315,5 +508,5 @@ def _options(protocol: str) -> dict[str, Any]:
         return {}
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SECONDS_WITHOUT_A_BYTE)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=TIMEOUT)
     return {"client_kwargs": {"timeout": timeout}, "use_listings_cache": False}
