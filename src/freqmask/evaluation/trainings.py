@@ -15,15 +15,18 @@ from typing import Any
 import torch
 
 from freqmask import __version__
-from freqmask.console import rank, say
+from freqmask.console import rank, readable_bytes, readable_time, say
 from freqmask.data.source import Source
 from freqmask.errors import UserError
-from freqmask.training.auto import Choice, Cost
+from freqmask.evaluation.features import pick_device
+from freqmask.training.auto import Choice, Cost, choose_precision, choose_row, choose_workers
 from freqmask.training.checkpoint import newest_usable
 from freqmask.training.failures import silence_third_party_loggers
+from freqmask.training.loop import images_at_once
 from freqmask.training.run_folder import RunFolder, comparable, heading, now
 
 AUTO = "auto"
+CHECKPOINTS = 20  # a run
 # Options that say nothing of how a training is repeated, or that --config of the repeating command has not.
 _NOT_REPEATED = ("model", "seeds", "out", "dry_run", "config", "tune", "strength", "feature", "cache")
 _MACHINE = (
@@ -56,6 +59,112 @@ class Numbers:
             self.values[name], self.reasons[name] = choice
         else:
             self.values[name] = asked
+
+    def take_machine(self, strategy: str) -> torch.device:
+        """Accelerator, devices, precision and loader workers.
+
+        Args:
+            strategy: Lightning's.
+        """
+        device = pick_device(self.asked["accelerator"])
+        self.values |= {"accelerator": device.type, "num_nodes": 1, "strategy": strategy}
+        count = torch.cuda.device_count() if device.type == "cuda" else 1
+        self.take("devices", Choice(count, "all of them" if count > 1 else "one device here"))
+        self.take("workers", choose_workers(device.type == "cuda"))
+        self.take("precision", choose_precision(device.type))
+        return device
+
+    def take_records(self) -> None:
+        """How often metrics and checkpoints are written, once steps and cost are known."""
+        steps, batch = int(self.values["steps"]), int(self.values["batch_size"])
+        assert self.cost is not None
+        a_step = self.cost.seconds(1, batch // int(self.values["devices"]))
+        self.take("log_every_steps", choose_row(a_step, steps))
+        self.take("checkpoint_every_steps", Choice(max(steps // CHECKPOINTS, 1), "twenty times"))
+        for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
+            self.values[name] = self.asked[name]
+
+    def why(self, name: str) -> str:
+        """The reason for a number, in brackets; nothing where it was given."""
+        return f" ({self.reasons[name]})" if self.reasons.get(name) else ""
+
+    def machine_lines(self, training: TrainingNumbers) -> Iterator[str]:
+        """The plan's lines on where it runs and what it costs."""
+        parts = f", batch in {training.accumulate} parts" if training.accumulate > 1 else ""
+        yield (
+            f"machine     {training.devices} x {training.accelerator}, {training.precision}{self.why('precision')}, "
+            f"{training.workers} loader workers{parts}"
+        )
+        if self.cost is not None:
+            a_device = training.images_at_once * training.accumulate
+            yield (
+                f"cost        about {readable_time(self.cost.seconds(training.steps, a_device))} (measured, where "
+                f"loading keeps up), {readable_bytes(self.cost.peak_bytes(training.images_at_once))} of memory"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingNumbers:
+    """What every training of an evaluation is told, without any ``auto``, as its ``config.yaml`` records it.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: images an optimiser step over all devices and parts.
+        accumulate: parts that a device's batch is cut into.
+        lr: peak learning rate, of the last layer.
+        warmup_steps: of linear warm-up.
+        weight_decay: on weights with two dimensions or more.
+        layer_decay: factor on the learning rate from a layer of the backbone to the one below.
+        drop_path: share of residual branches dropped in the last block.
+        flip: whether half of the images are mirrored.
+        channels: of the images.
+        mean: of the channels in [0, 1].
+        std: of the channels.
+        value_range: what becomes [0, 1].
+        seed: of fresh weights, order, crops and augmentation.
+        accelerator: cpu, cuda or mps.
+        devices: how many.
+        num_nodes: machines.
+        strategy: Lightning's.
+        precision: Lightning's.
+        workers: loader processes.
+        log_every_steps: steps between rows of metrics.csv.
+        checkpoint_every_steps: and
+        checkpoint_every_minutes: whichever comes first.
+        keep_checkpoints: that stay on the disk.
+        max_skipped_share: of unreadable images at which it stops.
+    """
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    warmup_steps: int
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    flip: bool
+    channels: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    value_range: str
+    seed: int
+    accelerator: str
+    devices: int
+    num_nodes: int
+    strategy: str
+    precision: str
+    workers: int
+    log_every_steps: int
+    checkpoint_every_steps: int
+    checkpoint_every_minutes: float
+    keep_checkpoints: int
+    max_skipped_share: float
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of one part of a step on one device."""
+        return images_at_once(vars(self))
 
 
 def run_names(models: Sequence[str]) -> dict[str, str]:

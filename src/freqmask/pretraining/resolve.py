@@ -36,7 +36,7 @@ TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more tha
 TINY_LR, TINY_LR_BATCH = 1e-3, 256
 FEW_IMAGES, OUTPUTS, FEW_OUTPUTS = 100_000, 65_536, 4_096
 OVERFIT_STEPS = 300
-CHECKPOINTS_A_RUN, PREVIEWS_A_RUN, SECONDS_A_ROW = 50, 10, 5.0
+CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
 DINO_JITTER = [0.4, 0.4, 0.2, 0.1, 0.8]
 
 
@@ -249,8 +249,7 @@ def _resolve_records(resolved: Resolved) -> None:
     steps = int(options["steps"])
     assert resolved.cost is not None
     a_step = resolved.cost.seconds(1, int(options["batch_size"]) // int(options["devices"]))
-    row = max(1, min(round(SECONDS_A_ROW / max(a_step, 1e-6)), max(steps // 20, 1), 100))
-    resolved.choose("log_every_steps", auto.Choice(row, "about five seconds"))
+    resolved.choose("log_every_steps", auto.choose_row(a_step, steps))
     resolved.choose(
         "checkpoint_every_steps", auto.Choice(max(steps // CHECKPOINTS_A_RUN, 1), "fifty times a run")
     )

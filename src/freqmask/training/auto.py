@@ -24,6 +24,7 @@ FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 ENOUGH_STEPS, SMALL_BATCH = 5_000, 64
 TARGET_STEPS = 10_000  # nothing can be judged before about 5,000 (docs/methods.md, small pictures)
 PUBLISHED_EPOCHS = 300
+SECONDS_A_ROW = 5.0
 MOST_EPOCHS = 1_600
 BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32
 BYTES_A_FROZEN_WEIGHT = 4
@@ -144,6 +145,12 @@ def choose_workers(on_gpu: bool) -> Choice:
     if on_gpu:
         return Choice(min(cores, 32), f"{cores} cores feed the GPU")
     return Choice(max(cores // 4, 1), f"{cores} cores, most of them for the training itself")
+
+
+def choose_row(seconds_a_step: float, steps: int) -> Choice:
+    """Optimiser steps between rows of metrics.csv: about five seconds, at least twenty rows a run."""
+    row = round(SECONDS_A_ROW / max(seconds_a_step, 1e-6))
+    return Choice(max(1, min(row, max(steps // 20, 1), 100)), "about five seconds")
 
 
 def choose_precision(accelerator: str) -> Choice:

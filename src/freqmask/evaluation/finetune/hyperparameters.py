@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS
 from freqmask.evaluation.fewshot import parse_shots
 from freqmask.evaluation.finetune.classifier import NO_AUGMENT
-from freqmask.evaluation.trainings import AUTO
+from freqmask.evaluation.trainings import AUTO, TrainingNumbers
+from freqmask.options.of_evaluation import FineTuned, FineTuning
 
 SMALL_SIDE = 96  # pixels; below it, what was published for 224 hides too much of a picture
 
@@ -151,8 +152,8 @@ TINY_WEIGHTS, TINY_LR_BATCH = 8_000_000, 128
 CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
 
 
-@dataclass(frozen=True)
-class Tuning:
+@dataclass(frozen=True, kw_only=True)
+class Tuning(TrainingNumbers):
     """One fine-tuning without any ``auto``, as its ``config.yaml`` records it.
 
     Attributes:
@@ -161,43 +162,18 @@ class Tuning:
         loss: cross_entropy or binary.
         image_size: (height, width) that the classifier sees when it is tested.
         train_size: (height, width) that it sees while it learns.
-        channels: of the images.
-        mean: of the channels in [0, 1].
-        std: of the channels.
-        value_range: what becomes [0, 1].
-        batch_size: images an optimiser step over all devices and parts.
-        accumulate: parts that a device's batch is cut into.
-        steps: optimiser steps.
-        warmup_steps: of linear warm-up.
-        lr: peak learning rate, of the last layer.
         min_lr: at the end.
         warmup_lr: at the first step.
-        weight_decay: on weights with two dimensions or more.
-        layer_decay: factor on the learning rate from a layer to the one below.
-        drop_path: of the last block.
         mixup: alpha, 0 for none.
         cutmix: alpha, 0 for none.
         smoothing: of the labels.
         augment: RandAugment as timm writes it, or none.
         erasing: probability.
         crop_scale: smallest and largest share of the area in a random crop.
-        flip: whether half of the pictures are mirrored.
         crop_share: share of the side in the centred test window.
         ema: decay of the moving average that is tested instead of the weights themselves; None for none.
-        seed: of the head, the order, the crops and the mixing.
         held_out: share of the training images on which accuracy is watched.
         validate_every_steps: how often.
-        log_every_steps: steps between rows of metrics.csv.
-        checkpoint_every_steps: and
-        checkpoint_every_minutes: whichever comes first.
-        keep_checkpoints: on the disk.
-        max_skipped_share: of unreadable images.
-        accelerator: cpu, cuda or mps.
-        devices: how many.
-        num_nodes: machines.
-        strategy: Lightning's.
-        precision: Lightning's.
-        workers: loader processes.
     """
 
     recipe: str
@@ -205,48 +181,18 @@ class Tuning:
     loss: str
     image_size: list[int]
     train_size: list[int]
-    channels: int
-    mean: list[float]
-    std: list[float]
-    value_range: str
-    batch_size: int
-    accumulate: int
-    steps: int
-    warmup_steps: int
-    lr: float
     min_lr: float
     warmup_lr: float
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
     mixup: float
     cutmix: float
     smoothing: float
     augment: str
     erasing: float
     crop_scale: list[float]
-    flip: bool
     crop_share: float
     ema: float | None
-    seed: int
     held_out: float
     validate_every_steps: int
-    log_every_steps: int
-    checkpoint_every_steps: int
-    checkpoint_every_minutes: float
-    keep_checkpoints: int
-    max_skipped_share: float
-    accelerator: str
-    devices: int
-    num_nodes: int
-    strategy: str
-    precision: str
-    workers: int
-
-    @property
-    def images_at_once(self) -> int:
-        """Images of one part of a step on one device."""
-        return self.batch_size // (self.devices * self.num_nodes) // self.accumulate
 
     @property
     def mixes(self) -> bool:
@@ -266,40 +212,11 @@ DECIDING = (
     *("crop_share", "train_size", "ema", "held_out", "precision", "image_size", "value_range", "weights"),
 )
 _AUGMENT = re.compile(r"rand(-(mstd|mmax|inc|m|n|p)\d+(\.\d+)?)+")
-_ABOVE_ZERO = ("epochs", "lr", "train_size", "batch_size", "steps", "validate_every_epochs")
-_FROM_ZERO = ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix")
-_SHARES = ("drop_path", "smoothing", "erasing", "held_out", "max_skipped_share")
-_WHOLE = ("steps", "batch_size", "train_size", "accumulate", "keep_checkpoints", "devices")
-_WORDS = {
-    "strategy": (AUTO, "ddp"),
-    "precision": (AUTO, "32-true", "bf16-mixed", "16-mixed"),
-}
-
-
-_AUTOMATIC = (
-    *("recipe", "batch_size", "lr", "min_lr", "warmup_epochs", "weight_decay", "layer_decay", "drop_path"),
-    *(
-        "mixup",
-        "cutmix",
-        "smoothing",
-        "augment",
-        "erasing",
-        "train_size",
-        "held_out",
-        "crop_share",
-        "workers",
-    ),
-    *("devices", "strategy", "precision", "accumulate", "validate_every_epochs", "log_every_steps"),
-    "checkpoint_every_steps",
-)
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a fine-tuning where a command has some of them only: the others are ``auto``."""
-    defaults = dict.fromkeys(_AUTOMATIC, AUTO)
-    plain = {"epochs": None, "steps": None, "crop_scale": None, "ema": None, "shots": None, "flip": True}
-    machine = {"checkpoint_every_minutes": 10.0, "keep_checkpoints": 1, "max_skipped_share": 0.1}
-    return {**defaults, **plain, **machine, "dry_run": False, **options}
+    return {**asdict(FineTuning()), **asdict(FineTuned()), "shots": None, "keep_checkpoints": 1, **options}
 
 
 def check_tuning(options: Mapping[str, Any]) -> None:
@@ -312,40 +229,12 @@ def check_tuning(options: Mapping[str, Any]) -> None:
 def _problems(options: Mapping[str, Any]) -> Iterator[str]:
     if PIXELS in options["model"]:
         yield "model (pixels) must have weights to be fine-tuned; random:NAME is the supervised baseline"
-    if options["recipe"] not in (AUTO, *PUBLISHED):
-        yield f"recipe ({options['recipe']}) must be auto, {', '.join(PUBLISHED)}"
+    if options["precision"] == "bf16-true":
+        yield "precision (bf16-true) is for pre-training; try --precision bf16-mixed"
     if options.get("shots") is not None:
         parse_shots([str(options["shots"])])
-    if options["epochs"] is not None and options["steps"] is not None:
-        yield "epochs and steps exclude each other; give one of them"
-    for name, known in _WORDS.items():
-        if options[name] not in known:
-            yield f"{name} ({options[name]}) must be one of {', '.join(known)}"
-    yield from _numbers(options)
     if options["augment"] not in (AUTO, NO_AUGMENT) and not _AUGMENT.fullmatch(str(options["augment"])):
         yield f"augment ({options['augment']}) must be auto, none, or as timm writes it: rand-m9-mstd0.5-inc1"
     scale = options["crop_scale"]
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         yield f"crop_scale ({scale}) must be two shares of the area, such as 0.08 1"
-    if options["ema"] is not None and not 0 < options["ema"] < 1:
-        yield f"ema ({options['ema']}) must be above 0 and below 1, such as 0.9998"
-
-
-def _numbers(options: Mapping[str, Any]) -> Iterator[str]:
-    rules = {
-        "must be a number above 0": (_ABOVE_ZERO, lambda value: value > 0),
-        "must be a number of 0 or more": (_FROM_ZERO, lambda value: value >= 0),
-        "must be a number from 0 to below 1": (_SHARES, lambda value: 0 <= value < 1),
-        "must be a number above 0 and at most 1": (
-            ("layer_decay", "crop_share"),
-            lambda value: 0 < value <= 1,
-        ),
-        "must be a whole number of at least 1": (_WHOLE, lambda value: value >= 1 and value == int(value)),
-    }
-    for rule, (names, fits) in rules.items():
-        for name in names:
-            value = options[name]
-            if value is None or value == AUTO:
-                continue
-            if isinstance(value, str) or not fits(value):
-                yield f"{name} ({value if isinstance(value, str) else f'{value:g}'}) {rule}"

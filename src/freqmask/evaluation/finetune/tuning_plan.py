@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqmask.console import readable_bytes, readable_time, say
+from freqmask.console import readable_time, say
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.finetune.classifier import NO_AUGMENT, Mixer, Network
@@ -29,12 +29,12 @@ from freqmask.evaluation.finetune.hyperparameters import (
 from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.interop.models import OpenedModel
 from freqmask.training import auto
-from freqmask.training.auto import Choice, Cost
+from freqmask.training.auto import Choice
 from freqmask.training.failures import check_single_image
 from freqmask.training.run_folder import RunFolder
 
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
-VALIDATIONS, CHECKPOINTS, SECONDS_A_ROW = 20, 20, 5.0
+VALIDATIONS = 20  # a run
 _PUBLISHED_NUMBERS = ("weight_decay", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing")
 _SMALL_NUMBERS = ("augment", "erasing", "crop_scale", "crop_share")
 
@@ -167,25 +167,11 @@ def _randaugment(numbers: Resolving) -> None:
 
 
 def _machine(numbers: Resolving) -> None:
-    asked, values = numbers.asked, numbers.values
-    device = _device(asked["accelerator"])
-    values |= {"accelerator": device.type, "num_nodes": 1, "strategy": asked["strategy"]}
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    numbers.take("devices", Choice(count, "all of them" if count > 1 else "one device here"))
-    numbers.take("workers", auto.choose_workers(device.type == "cuda"))
-    if values["workers"] and asked["workers"] == AUTO and device.type == "cpu" and _is_light(numbers):
-        values["workers"], numbers.reasons["workers"] = 0, "small pictures load faster than they travel"
-    numbers.take("precision", auto.choose_precision(device.type))
-
-
-def _is_light(numbers: Resolving) -> bool:
-    return max(numbers.seen.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
-
-
-def _device(name: str) -> torch.device:
-    from freqmask.evaluation.features import pick_device
-
-    return pick_device(name)
+    device = numbers.take_machine(numbers.asked["strategy"])
+    light = max(numbers.seen.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
+    if numbers.values["workers"] and numbers.asked["workers"] == AUTO and device.type == "cpu" and light:
+        numbers.values["workers"] = 0
+        numbers.reasons["workers"] = "small pictures load faster than they travel"
 
 
 def _length(numbers: Resolving, network: Network, published: Published, images: int, classes: int) -> None:
@@ -248,19 +234,12 @@ def _steps(numbers: Resolving, published: Published, images: int, batch: int) ->
 
 
 def _records(numbers: Resolving, images: int) -> None:
-    values, asked = numbers.values, numbers.asked
-    steps, batch = values["steps"], values["batch_size"]
-    assert numbers.cost is not None
-    a_step = numbers.cost.seconds(1, batch // values["devices"])
-    every = asked["validate_every_epochs"]
-    values["validate_every_steps"] = (
+    every = numbers.asked["validate_every_epochs"]
+    steps, batch = numbers.values["steps"], numbers.values["batch_size"]
+    numbers.values["validate_every_steps"] = (
         max(steps // VALIDATIONS, 1) if every in (None, AUTO) else max(round(every * images / batch), 1)
     )
-    row = max(1, min(round(SECONDS_A_ROW / max(a_step, 1e-6)), max(steps // 20, 1), 100))
-    numbers.take("log_every_steps", Choice(row, "about five seconds"))
-    numbers.take("checkpoint_every_steps", Choice(max(steps // CHECKPOINTS, 1), "twenty times"))
-    for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
-        values[name] = asked[name]
+    numbers.take_records()
 
 
 def measure(network: Network, values: Mapping[str, Any], classes: int, device: torch.device) -> auto.Cost:
@@ -317,9 +296,7 @@ def say_briefly(tuning: Tuning, images: int) -> None:
 def _lines(
     name: str, tuning: Tuning, numbers: Resolving, network: Network, images: int, held_out: int
 ) -> Iterator[str]:
-    def why(option: str) -> str:
-        return f" ({numbers.reasons[option]})" if option in numbers.reasons else ""
-
+    why = numbers.why
     height, width = tuning.image_size
     yield f"model       {name} at {height}x{width} pixels, fresh: {_names(network.fresh)}{_left(network.dropped)}"
     for note in network.notes:
@@ -351,31 +328,11 @@ def _lines(
         f"smoothing {tuning.smoothing:g}"
     )
     yield f"            tested on the centred {tuning.crop_share:.3g} of the side{why('crop_share')}"
-    yield _machine_line(tuning, numbers)
-    if numbers.cost is not None:
-        yield _cost(tuning, numbers.cost)
+    yield from numbers.machine_lines(tuning)
 
 
 def _mirrored(tuning: Tuning) -> str:
     return ", mirrored half of the time" if tuning.flip else ", never mirrored"
-
-
-def _machine_line(tuning: Tuning, numbers: Resolving) -> str:
-    why = f" ({numbers.reasons['precision']})" if "precision" in numbers.reasons else ""
-    parts = f", batch in {tuning.accumulate} parts" if tuning.accumulate > 1 else ""
-    return (
-        f"machine     {tuning.devices} x {tuning.accelerator}, {tuning.precision}{why}, "
-        f"{tuning.workers} loader workers{parts}"
-    )
-
-
-def _cost(tuning: Tuning, cost: Cost) -> str:
-    a_device = tuning.images_at_once * tuning.accumulate
-    seconds = readable_time(cost.seconds(tuning.steps, a_device))
-    return (
-        f"cost        about {seconds} (measured, where loading keeps up), "
-        f"{readable_bytes(cost.peak_bytes(tuning.images_at_once))} of memory"
-    )
 
 
 def _names(parameters: list[str]) -> str:

@@ -20,100 +20,32 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from freqmask.console import readable_bytes, readable_time, say
+from freqmask.console import say
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
 from freqmask.evaluation.segmentation.upernet import UperNet, segmentation_losses
-from freqmask.evaluation.trainings import AUTO, Numbers
+from freqmask.evaluation.trainings import AUTO, Numbers, TrainingNumbers
 from freqmask.training import auto
 from freqmask.training.auto import Choice
 from freqmask.training.optim import scaled_lr
 
-INFERENCES = ("windows", "whole")
-PRECISIONS = (AUTO, "32-true", "bf16-mixed", "16-mixed")
-_WHOLE = (
-    "steps",
-    "batch_size",
-    "accumulate",
-    "crop",
-    "image_size",
-    "decoder_channels",
-    "stride",
-    "keep_checkpoints",
-)
 
-
-@dataclass(frozen=True)
-class Training:
+@dataclass(frozen=True, kw_only=True)
+class Training(TrainingNumbers):
     """Every number of one training.
 
     Attributes:
         crop: side of the training samples, and of the windows of an evaluation, in pixels.
         image_size: shorter side that images are brought to first; None leaves them as they are.
         scale: smallest and largest random factor on the image.
-        flip: whether samples are mirrored half of the time.
-        steps: optimiser steps.
-        batch_size: images of an optimiser step over all devices and parts.
-        accumulate: parts that a device's batch is cut into.
-        lr: peak learning rate.
-        warmup_steps: of linear warm-up.
-        weight_decay: of matrices.
-        layer_decay: factor on the learning rate from a layer of the backbone to the one below.
-        drop_path: share of residual branches dropped in the last block.
         decoder_channels: width of the decoder.
-        channels: of the images.
-        mean: of each channel in [0, 1].
-        std: of each channel.
-        value_range: what becomes [0, 1].
-        seed: of fresh weights, order and augmentation.
-        accelerator: Lightning's.
-        devices: how many.
-        num_nodes: machines.
-        strategy: Lightning's.
-        precision: Lightning's.
-        workers: loader processes.
-        log_every_steps: between rows of metrics.csv.
-        checkpoint_every_steps: between checkpoints.
-        checkpoint_every_minutes: the same, whichever comes first.
-        keep_checkpoints: that stay on the disk while it trains.
-        max_skipped_share: of unreadable images at which it stops.
     """
 
     crop: int
     image_size: int | None
     scale: tuple[float, float]
-    flip: bool
-    steps: int
-    batch_size: int
-    accumulate: int
-    lr: float
-    warmup_steps: int
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
     decoder_channels: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    value_range: str
-    seed: int
-    accelerator: str
-    devices: int
-    num_nodes: int
-    strategy: str
-    precision: str
-    workers: int
-    log_every_steps: int
-    checkpoint_every_steps: int
-    checkpoint_every_minutes: float
-    keep_checkpoints: int
-    max_skipped_share: float
-
-    @property
-    def images_at_once(self) -> int:
-        """Of one device."""
-        return self.batch_size // (self.devices * self.num_nodes) // self.accumulate
 
 
 # The options that decide what a network becomes.
@@ -141,37 +73,14 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _problems(options: Mapping[str, Any]) -> Iterator[str]:
     if PIXELS in options["model"]:
         yield "model (pixels) must have weights to be trained on; random:NAME is the baseline"
-    if options["steps"] is not None and options["epochs"] is not None:
-        yield "epochs and steps exclude each other; give one of them"
-    yield from _numbers(options)
+    if options["precision"] == "bf16-true":
+        yield "precision (bf16-true) is for pre-training; try --precision bf16-mixed"
     scale = options["scale"]
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
         yield f"scale ({scale}) must be the smallest and the largest factor on the image, such as 0.5 2"
-    for one in options["inference"] or ():
-        if one not in INFERENCES:
-            yield f"inference ({one}) must be {' or '.join(INFERENCES)}, or both"
     crop, stride = options["crop"], options["stride"]
     if isinstance(stride, int) and isinstance(crop, int) and stride > crop:
         yield f"stride ({stride}) must be at most crop ({crop}), or windows would leave gaps"
-    if options["precision"] not in PRECISIONS:
-        yield f"precision ({options['precision']}) must be one of {', '.join(PRECISIONS)}"
-
-
-def _numbers(options: Mapping[str, Any]) -> Iterator[str]:
-    rules = {
-        "must be a whole number of at least 1": (_WHOLE, lambda value: value >= 1 and value == int(value)),
-        "must be above 0": (("epochs", "lr", "checkpoint_every_minutes"), lambda value: value > 0),
-        "must be 0 or more": (("weight_decay", "warmup_steps", "overlays"), lambda value: value >= 0),
-        "must be above 0 and at most 1": (("layer_decay",), lambda value: 0 < value <= 1),
-        "must be from 0 to below 1": (("drop_path", "max_skipped_share"), lambda value: 0 <= value < 1),
-    }
-    for rule, (names, fits) in rules.items():
-        for name in names:
-            value = options[name]
-            if value in (None, AUTO):
-                continue
-            if isinstance(value, (str, bool)) or not fits(value):
-                yield f"{name} ({value}) {rule}"
 
 
 BATCH, STEPS, IMAGES, WARMUP = 16, 160_000, 20_210, 1_500
@@ -179,7 +88,6 @@ LR, LR_OTHERS, WEIGHT_DECAY, LAYER_DECAY, DROP_PATH = 7e-4, 1e-4, 0.05, 0.65, 0.
 CROP, CROP_ON_CPU = 512, 224
 SCALE = (0.5, 2.0)
 STRIDE_SHARE = 341 / 512  # of the window
-CHECKPOINTS, SECONDS_A_ROW = 20, 5.0
 _BEIT = "as BEiT on ADE20K"
 
 
@@ -206,7 +114,6 @@ def resolve(
         network: made for the crop, without drop path.
         crop: side of the samples.
         images: to learn from.
-        seed: of the training.
 
     Raises:
         UserError: numbers do not fit each other.
@@ -219,27 +126,13 @@ def resolve(
     numbers.reasons["crop"] = crop.reason
     numbers.take("scale", Choice(SCALE, _BEIT))
     values["flip"] = asked["flip"]
-    _machine(numbers)
+    numbers.take_machine("auto")
+    if int(values["devices"]) > 1:
+        values["strategy"] = "ddp"
     _length(numbers, network, images)
     _rates(numbers, subject, network)
-    _records(numbers)
+    numbers.take_records()
     return training_of(values), numbers
-
-
-def _machine(numbers: Numbers) -> None:
-    from freqmask.evaluation.features import pick_device
-
-    asked, values = numbers.asked, numbers.values
-    device = pick_device(asked["accelerator"])
-    values |= {"accelerator": device.type, "strategy": AUTO}
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    numbers.take("devices", Choice(count, "all of them" if count > 1 else "one device here"))
-    if not isinstance(values["devices"], int) or values["devices"] < 1:
-        raise UserError(f"devices ({values['devices']}) must be 1 or more, or auto")
-    if values["devices"] > 1:
-        values["strategy"] = "ddp"
-    numbers.take("workers", auto.choose_workers(device.type == "cuda"))
-    numbers.take("precision", auto.choose_precision(device.type))
 
 
 def _length(numbers: Numbers, network: UperNet, images: int) -> None:
@@ -285,19 +178,6 @@ def drops_paths(model: nn.Module) -> bool:
     return any(isinstance(part, DropPath) for part in model.modules())
 
 
-def _records(numbers: Numbers) -> None:
-    values, asked = numbers.values, numbers.asked
-    steps = int(values["steps"])
-    assert numbers.cost is not None
-    a_step = numbers.cost.seconds(1, int(values["batch_size"]) // int(values["devices"]))
-    values["log_every_steps"] = max(
-        1, min(round(SECONDS_A_ROW / max(a_step, 1e-6)), max(steps // 20, 1), 100)
-    )
-    values["checkpoint_every_steps"] = max(steps // CHECKPOINTS, 1)
-    for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
-        values[name] = asked[name]
-
-
 def measure(network: UperNet, values: Mapping[str, Any], device: torch.device) -> auto.Cost:
     """Time and memory of a sample, measured on a copy so that the network stays as it was."""
     trial = copy.deepcopy(network).to(device).train()
@@ -334,10 +214,7 @@ def say_plan(
 def _lines(
     subject: BackboneModel, training: Training, numbers: Numbers, network: UperNet, images: int
 ) -> Iterator[str]:
-    def why(option: str) -> str:
-        reason = numbers.reasons.get(option)
-        return f" ({reason})" if reason else ""
-
+    why = numbers.why
     stages = [stage + 1 for stage in network.pyramid.stages]
     what = "blocks" if network.pyramid.is_plain else "stages"
     yield (
@@ -364,14 +241,4 @@ def _lines(
         f"            weight decay {training.weight_decay:g}, layer decay {training.layer_decay:g}"
         f"{why('layer_decay')}, drop path {training.drop_path:g}"
     )
-    parts = f", batch in {training.accumulate} parts" if training.accumulate > 1 else ""
-    yield (
-        f"machine     {training.devices} x {training.accelerator}, {training.precision}{why('precision')}, "
-        f"{training.workers} loader workers{parts}"
-    )
-    if numbers.cost is not None:
-        a_device = training.images_at_once * training.accumulate
-        yield (
-            f"cost        about {readable_time(numbers.cost.seconds(training.steps, a_device))} (measured, where "
-            f"loading keeps up), {readable_bytes(numbers.cost.peak_bytes(training.images_at_once))} of memory"
-        )
+    yield from numbers.machine_lines(training)
