@@ -105,6 +105,18 @@ def test_every_file_of_a_series_counts_for_its_own_pixels(tmp_path: Path) -> Non
         np.testing.assert_array_equal(read_mask(tmp_path / name), stack[k])
 
 
+def test_pages_of_several_sizes_are_images_of_their_own(tmp_path: Path) -> None:
+    path, pages = tmp_path / "letters.tif", [noise(8, 20, 30), noise(8, 25, 31), noise(16, 20, 30)]
+    with tifffile.TiffWriter(path) as writer:
+        for page in pages:
+            writer.write(page, photometric="minisblack", metadata=None)
+        writer.write(noise(8, 5, 7), photometric="minisblack", metadata=None, subfiletype=1)  # a preview
+    assert count_images(path, "images") == 3
+    for number, page in enumerate(pages):
+        np.testing.assert_array_equal(open_file(path, "images", number).decode()[0], page)
+    np.testing.assert_array_equal(open_file(path).decode()[0], pages[0])
+
+
 DEEP = noise(16, 20, 30)
 SIGNED = DEEP.astype(np.int16)
 JP2 = imagecodecs.jpeg2k_encode(np.dstack([DEEP] * 3), level=0)

@@ -185,7 +185,7 @@ class FolderSource(Source):
 
 def _first_images(index: FolderIndex) -> np.ndarray:
     """(files + 1,) number of the first image of each file, counting pages; cached by fingerprint."""
-    file = cache_file("pages", str(index.root), index.fingerprint)
+    file = cache_file("pages", 2, str(index.root), index.fingerprint)
     cached = read_arrays(file)
     if cached:
         return cached[1]["first_images"]

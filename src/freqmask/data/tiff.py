@@ -77,7 +77,7 @@ def count_tiff_images(source: Path | bytes) -> int:
     """
     try:
         with _as_bad_image(), open_tifffile(source) as tiff:
-            return max(1, _Layout(tiff.series[0]).images)
+            return max(1, sum(_Layout(series).images for series in _image_series(tiff)))
     except (BadImage, OSError):
         return 1  # it is listed as unreadable when its turn comes
 
@@ -97,13 +97,30 @@ def open_tiff(source: Path | bytes, pages: Pages = "channels", page: int = 0) ->
         BadImage: it cannot be read.
     """
     with _as_bad_image(), open_tifffile(source) as tiff:
-        first = tiff.series[0].keyframe
+        series = tiff.series[0]
+        if pages == "images":
+            for series in _image_series(tiff):
+                images = _Layout(series).images
+                if page < images:
+                    break
+                page -= images
+        first = series.keyframe
         name = tifffile.PHOTOMETRIC(first.photometric).name
         if (name in PILLOW_COLORS and first.compression != JPEG) or first.compression == OLD_JPEG:
-            if len(tiff.series[0].pages) == 1 and first.bitspersample == 8:
+            if len(tiff.pages) == 1 and first.bitspersample == 8:
                 return None
             raise BadImage(f"its colors are {name}, which is read from single pages of 8 bits only")
-        return TiffPicture(tiff, pages, page)
+        return TiffPicture(tiff, series, page if pages == "images" else None)
+
+
+def _image_series(tiff: tifffile.TiffFile) -> list[tifffile.TiffPageSeries]:
+    """What counts with ``images``: pages of one size are a series, and scans of letters have pages of several sizes.
+
+    Previews and masks are left out, and so is all but the first series of microscopes and slide scanners.
+    """
+    first, *others = tiff.series
+    plain = first.kind in ("generic", "shaped")
+    return [first, *(series for series in others if plain and not series.keyframe.subfiletype & 5)]
 
 
 class _Layout:
@@ -161,13 +178,12 @@ class TiffPicture(Picture):
 
     Args:
         tiff: the file, open.
-        pages: what its pages are.
-        page: which one, with ``images``.
+        series: which of its series.
+        image: which of the images in it; None for all of them as channels.
     """
 
-    def __init__(self, tiff: tifffile.TiffFile, pages: Pages, page: int) -> None:
-        self._tiff, self._series = tiff, tiff.series[0]
-        self._image = page if pages == "images" else None
+    def __init__(self, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, image: int | None) -> None:
+        self._tiff, self._series, self._image = tiff, series, image
         self._layout = layout = _Layout(self._series)
         if layout.by_page is None:
             self._pages: list[Any] = [self._series.keyframe]
