@@ -138,9 +138,9 @@ def test_auto_makes_grey_and_color_into_the_commonest_and_skips_other_bands(
     found = survey(memory_source([*images, *photographs(1, channels=4)]))
     assert found.channels == 3
     assert [name for name, _ in found.bad] == ["image-7"]
-    assert "2 grey images become colour, 1 of another count are skipped" in found.notes[0]
+    assert "2 gray images become color, 1 of another count are skipped" in found.notes[0]
     grey = survey(memory_source([*photographs(1), *photographs(3, channels=1)]))
-    assert (grey.channels, grey.bad) == (1, []) and "1 colour images become grey" in grey.notes[0]
+    assert (grey.channels, grey.bad) == (1, []) and "1 color images become gray" in grey.notes[0]
     asked = survey(memory_source(images), channels=1)
     assert (asked.channels, asked.bad, len(asked.mean)) == (1, [], 1)
 

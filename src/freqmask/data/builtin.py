@@ -14,7 +14,7 @@ from freqmask.data.pictures import ArrayPicture, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.errors import UserError, nearest
 
-# The colour photographs inside scikit-image's wheel; its other images would be fetched from the network. The
+# The color photographs inside scikit-image's wheel; its other images would be fetched from the network. The
 # right eye of the motorcycle pair is left out, being nearly the left one.
 PHOTOGRAPHS = (
     "astronaut.png",

@@ -21,7 +21,7 @@ from freqmask.data.transforms import OVERSAMPLING, resize
 from freqmask.errors import BadImage
 
 JPEG_QUALITY = 95
-# Colour at full resolution: halved, as is usual, its upper octave would be gone. A third more time and bytes.
+# Color at full resolution: halved, as is usual, its upper octave would be gone. A third more time and bytes.
 JPEG_SUBSAMPLING = "444"
 VIEW, SCALE = 224, (0.2, 1.0)  # MFM's usual view: its side in pixels, its share of the image's area
 RIVAL = 256  # the side that images are often reduced to

@@ -97,7 +97,7 @@ def check_channels(found: int, wanted: int, convert: bool = True) -> None:
     Args:
         found: the image's channels.
         wanted: the channels of the run.
-        convert: False makes only grey and colour into each other, and refuses four bands of which nobody said
+        convert: False makes only gray and color into each other, and refuses four bands of which nobody said
             that the fourth is not to be used.
 
     Raises:
@@ -114,7 +114,7 @@ def check_channels(found: int, wanted: int, convert: bool = True) -> None:
 def convert_channels(
     image: Shaped[np.ndarray, "found height width"], wanted: int
 ) -> Shaped[np.ndarray, "wanted height width"]:
-    """Grey to colour by repetition, colour to grey by luma (ITU-R 601), four channels to three without alpha.
+    """Gray to color by repetition, color to gray by luma (ITU-R 601), four channels to three without alpha.
 
     Args:
         image: any type and range.
@@ -134,8 +134,8 @@ def convert_channels(
         return np.repeat(image, 3, axis=0)
     if wanted == 3:
         return image[:3]
-    grey = np.tensordot(_LUMA, image[:3].astype(np.float32), axes=1)[None]
-    return grey.astype(image.dtype) if image.dtype.kind == "f" else np.rint(grey).astype(image.dtype)
+    gray = np.tensordot(_LUMA, image[:3].astype(np.float32), axes=1)[None]
+    return gray.astype(image.dtype) if image.dtype.kind == "f" else np.rint(gray).astype(image.dtype)
 
 
 def missing_pixels(

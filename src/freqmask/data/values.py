@@ -155,9 +155,10 @@ class Survey:
 
 
 @dataclass
-class _Look:
+class _Thumbnail:
     """One image as the survey sees it: its header and some pixels, NaN where missing."""
 
+    index: int
     size: tuple[int, int]
     channels: int
     dtype: str
@@ -191,32 +192,30 @@ def survey(
     given = value_range if isinstance(value_range, ValueRange) else ValueRange.parse(value_range)
     indices = some_images(count, len(source), source.blocks(), seed, _SURVEY_BLOCKS)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders let go of the interpreter's lock
-        looks = list(pool.map(lambda index: _look(source, index), indices))
-    seen = [look for look in looks if isinstance(look, _Look)]
-    bad = [(source.name(i), look) for i, look in zip(indices, looks, strict=True) if isinstance(look, str)]
+        looked_at = list(pool.map(lambda index: _thumbnail(source, index), indices))
+    seen = [thumbnail for thumbnail in looked_at if isinstance(thumbnail, _Thumbnail)]
+    bad = [(source.name(i), why) for i, why in zip(indices, looked_at, strict=True) if isinstance(why, str)]
     if not seen:
         reason = f"; the first, {bad[0][0]}: {bad[0][1]}" if bad else ""
         raise UserError(f"none of the {len(indices)} images looked at can be used{reason}")
     wanted, why = _choose_channels(channels, seen)
     usable = []
-    for index, look in zip(indices, looks, strict=True):
-        if isinstance(look, _Look):
-            try:
-                check_channels(look.channels, wanted, convert=channels != "auto")
-                usable.append(look)
-            except BadImage as error:
-                bad.append((source.name(index), error.reason))
+    for thumbnail in seen:
+        try:
+            check_channels(thumbnail.channels, wanted, convert=channels != "auto")
+            usable.append(thumbnail)
+        except BadImage as error:
+            bad.append((source.name(thumbnail.index), error.reason))
     if not usable:
         raise UserError(
             f"channels ({wanted}): none of the {len(seen)} images looked at can have them; {bad[0][1]}"
         )
     resolved, why_range = (given, "as asked") if given else _choose_range(usable)
-    return _summarise(
-        len(indices), seen, usable, wanted, resolved, bad, [why, *_range_notes(resolved, why_range, usable)]
-    )
+    notes = [why, *_range_notes(resolved, why_range, usable)]
+    return _summarize(len(indices), seen, usable, wanted, resolved, bad, notes)
 
 
-def _look(source: Source, index: int) -> _Look | str:
+def _thumbnail(source: Source, index: int) -> _Thumbnail | str:
     """An image's header and a grid of its pixels, or the reason why it cannot be used."""
     try:
         picture = source.open(index)
@@ -236,10 +235,10 @@ def _look(source: Source, index: int) -> _Look | str:
     pixels = image[:, rows[:, None], columns].astype(np.float32)
     if missing is not None:
         pixels[missing[:, rows[:, None], columns]] = np.nan
-    return _Look(picture.size, image.shape[0], image.dtype.name, pixels.reshape(len(pixels), -1))
+    return _Thumbnail(index, picture.size, image.shape[0], image.dtype.name, pixels.reshape(len(pixels), -1))
 
 
-def _choose_channels(channels: int | str, seen: Sequence[_Look]) -> tuple[int, str]:
+def _choose_channels(channels: int | str, seen: Sequence[_Thumbnail]) -> tuple[int, str]:
     """The channels of the run, and a sentence on them."""
     if channels != "auto":
         try:
@@ -249,14 +248,14 @@ def _choose_channels(channels: int | str, seen: Sequence[_Look]) -> tuple[int, s
         if wanted < 1:
             raise UserError(f"channels ({channels}) must be auto or a number from 1")
         return wanted, f"Channels: {wanted}, as asked."
-    counts = Counter(look.channels for look in seen).most_common()
+    counts = Counter(thumbnail.channels for thumbnail in seen).most_common()
     # Of two equally common counts the smaller one, so that the choice does not hang on the order.
     wanted = min(channel for channel, number in counts if number == counts[0][1])
     others = sum(number for channel, number in counts if channel != wanted)
     if not others:
         return wanted, f"Channels: {wanted}, as all images looked at."
     converted = sum(number for channel, number in counts if {channel, wanted} == {1, 3})
-    kind = "colour images become grey" if wanted == 1 else "grey images become colour"
+    kind = "color images become gray" if wanted == 1 else "gray images become color"
     parts = [f"{converted} {kind}"] * bool(converted) + [
         f"{others - converted} of another count are skipped"
     ] * (others > converted)
@@ -266,24 +265,22 @@ def _choose_channels(channels: int | str, seen: Sequence[_Look]) -> tuple[int, s
     )
 
 
-def _choose_range(looks: Sequence[_Look]) -> tuple[ValueRange, str]:
+def _choose_range(thumbnails: Sequence[_Thumbnail]) -> tuple[ValueRange, str]:
     """What ``auto`` means for these images, and why."""
-    values = {kind: np.concatenate([look.pixels.ravel() for look in looks if look.dtype == kind]) for kind in
-              sorted({look.dtype for look in looks})}  # fmt: skip
-    if set(values) == {"uint8"}:
+    kinds = sorted({thumbnail.dtype for thumbnail in thumbnails})
+    if kinds == ["uint8"]:
         return ValueRange(), "8 bits a value"
-    ends = {kind: _percentiles(seen) for kind, seen in values.items()}
-    span = max(high for _, high in ends.values()) - min(low for low, _ in ends.values())
+    values = [[one.pixels.ravel() for one in thumbnails if one.dtype == kind] for kind in kinds]
+    ends = [_percentiles(np.concatenate(parts)) for parts in values]
+    span = max(high for _, high in ends) - min(low for low, _ in ends)
     # The same quantity in several types, such as heights in int16 and float32, keeps one scale.
-    alike = "uint8" not in ends and all(high - low >= span / 4 for low, high in ends.values())
-    if len(values) == 1 or alike:
-        ends_of_all = _percentiles(np.concatenate(list(values.values())))
-        return ValueRange(*ends_of_all), f"the 0.1 and 99.9 percentiles of {len(looks)} images"
-    ranges = tuple((kind, *_range_of_type(kind, *found)) for kind, found in ends.items())
-    chosen = ValueRange(by_type=ranges)
-    if all(chosen.limits(np.dtype(kind)) == ValueRange().limits(np.dtype(kind)) for kind in values):
-        chosen = ValueRange()
-    return chosen, f"{len(values)} sample types, each by its own values"
+    if len(kinds) == 1 or ("uint8" not in kinds and all(high - low >= span / 4 for low, high in ends)):
+        together = _percentiles(np.concatenate([one.pixels.ravel() for one in thumbnails]))
+        return ValueRange(*together), f"the 0.1 and 99.9 percentiles of {len(thumbnails)} images"
+    ranges = tuple((kind, *_range_of_type(kind, *found)) for kind, found in zip(kinds, ends, strict=True))
+    full = all((low, high) == ValueRange().limits(np.dtype(kind)) for kind, low, high in ranges)
+    reason = f"{len(kinds)} sample types, each by its own values"
+    return ValueRange(by_type=() if full else ranges), reason
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
@@ -300,14 +297,14 @@ def _range_of_type(kind: str, low: float, high: float) -> tuple[float, float]:
     """
     if kind == "uint8":
         return 0.0, 255.0
-    scales = [float(2**bits - 1) for bits in (8, 10, 12, 14, 16)]
+    scales = [float(2**bits - 1) for bits in (8, 10, 12, 14, 15, 16)]
     full = next((scale for scale in ([1.0, *scales] if kind == "float32" else scales) if high <= scale), None)
     if low < 0 or full is None or (kind == "float32" and high < full / 8):
         return (low, high) if low < high else (low, low + 1)
     return 0.0, full
 
 
-def _range_notes(value_range: ValueRange, why: str, looks: Sequence[_Look]) -> list[str]:
+def _range_notes(value_range: ValueRange, why: str, thumbnails: Sequence[_Thumbnail]) -> list[str]:
     """What becomes 0 and 1, and a warning where some images would come out all but black or white."""
     named = [f"{name} {low:g} to {high:g}" for name, low, high in value_range.by_type]
     if named:
@@ -316,40 +313,39 @@ def _range_notes(value_range: ValueRange, why: str, looks: Sequence[_Look]) -> l
         notes = [f"Value range: the full range of the sample type ({why})."]
     else:
         notes = [f"Value range: {value_range.low:g} to {value_range.high:g} becomes 0 to 1 ({why})."]
-    units = [_unit_values(look, len(look.pixels), value_range) for look in looks]
-    for word, lost in (
-        ("black", [float(np.percentile(unit, 99)) < _LOST for unit in units]),
-        ("white", [float(np.percentile(unit, 1)) > 1 - _LOST for unit in units]),
-    ):
-        if sum(lost) > _LOST * len(looks):
-            odd = looks[lost.index(True)].pixels
+    units = [_unit_values(thumbnail, len(thumbnail.pixels), value_range) for thumbnail in thumbnails]
+    ends = [np.percentile(unit, [1, 99]) for unit in units]
+    dark, light = [end[1] < _LOST for end in ends], [end[0] > 1 - _LOST for end in ends]
+    for word, lost in (("black", dark), ("white", light)):
+        if sum(lost) > _LOST * len(thumbnails):
+            odd = thumbnails[lost.index(True)].pixels
             notes.append(
-                f"{sum(lost)} of {len(looks)} images are nearly {word} in this range; the first holds "
+                f"{sum(lost)} of {len(thumbnails)} images are nearly {word} in this range; the first holds "
                 f"{np.nanmin(odd):g} to {np.nanmax(odd):g}. Give a --value_range that fits all, or part them by folder."
             )
     return notes
 
 
-def _summarise(
+def _summarize(
     count: int,
-    seen: Sequence[_Look],
-    usable: Sequence[_Look],
+    seen: Sequence[_Thumbnail],
+    usable: Sequence[_Thumbnail],
     channels: int,
     value_range: ValueRange,
     bad: list[tuple[str, str]],
     notes: list[str],
 ) -> Survey:
     """Put the survey together; mean and std over every pixel kept."""
-    values = np.concatenate([_unit_values(look, channels, value_range) for look in usable], axis=1)
-    sizes = np.array([look.size for look in seen])
+    values = np.concatenate([_unit_values(thumbnail, channels, value_range) for thumbnail in usable], axis=1)
+    sizes = np.array([thumbnail.size for thumbnail in seen])
     height, width = (int(side) for side in np.median(sizes, axis=0))
     return Survey(
         count=count,
         median_size=(height, width),
         min_size=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         max_size=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
-        channel_counts=dict(Counter(look.channels for look in seen).most_common()),
-        dtypes=dict(Counter(look.dtype for look in seen).most_common()),
+        channel_counts=dict(Counter(thumbnail.channels for thumbnail in seen).most_common()),
+        dtypes=dict(Counter(thumbnail.dtype for thumbnail in seen).most_common()),
         channels=channels,
         value_range=value_range,
         mean=[round(float(mean), 6) for mean in values.mean(axis=1)],
@@ -358,13 +354,15 @@ def _summarise(
         bad=bad,
         notes=notes,
         mean_pixels=float(sizes.prod(axis=1).mean()),
-        with_gaps=sum(bool(np.isnan(look.pixels).any()) for look in seen),
+        with_gaps=sum(bool(np.isnan(thumbnail.pixels).any()) for thumbnail in seen),
     )
 
 
-def _unit_values(look: _Look, channels: int, value_range: ValueRange) -> Float[np.ndarray, "channel count"]:
-    """A look's pixels in [0, 1] with the run's channels, as the method will see them."""
-    pixels = look.pixels[:, :, None]
+def _unit_values(
+    thumbnail: _Thumbnail, channels: int, value_range: ValueRange
+) -> Float[np.ndarray, "channel count"]:
+    """A thumbnail's pixels in [0, 1] with the run's channels, as the method will see them."""
+    pixels = thumbnail.pixels[:, :, None]
     filled = convert_channels(fill_missing(pixels, ~np.isfinite(pixels)), channels)
-    low, high = value_range.limits(np.dtype(look.dtype))
+    low, high = value_range.limits(np.dtype(thumbnail.dtype))
     return np.clip((filled[:, :, 0].astype(np.float64) - low) / (high - low), 0, 1)
