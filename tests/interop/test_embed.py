@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_runs import make_run
 
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
@@ -181,3 +182,14 @@ def test_nearest_neighbours_are_those_of_a_plain_search(vit_run, photographs, tm
     padded, _ = nearest_neighbours(tmp_path / f"x{suffix}", queries=2, neighbours=9)
     assert padded.shape == (2, 10)
     assert (padded[:, 6:] == -1).all()
+
+
+def test_a_model_of_native_crops_is_shown_the_middle_at_its_own_resolution(tmp_path):
+    run = make_run(tmp_path / "native", crop="native")
+    opened = open_model(run.path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 90, 71, 3), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    dataset = still_images(opened, open_source([str(tmp_path / "x.npy")]))
+    view = dataset[(0, 1, 1)].views[0]
+    middle = torch.from_numpy(pixels[1, 29 : 29 + 32, 19 : 19 + 32]).permute(2, 0, 1)
+    assert torch.equal(view, middle)

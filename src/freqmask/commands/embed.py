@@ -25,7 +25,7 @@ def embed(
     feature: Literal["auto", "mean", "class_token"] = "auto",
     weights: str | None = None,
     image_size: int | None = None,
-    crop: Literal["center", "whole"] = "center",
+    crop: Literal["auto", "center", "whole", "native"] = "auto",
     value_range: str | None = None,
     pages: Literal["channels", "images"] = "channels",
     split: str = "all",
@@ -52,7 +52,8 @@ def embed(
         feature: what stands for an image; auto is the mean of the map, and the class token for FOLK.
         weights: teacher or student of a FOLK run; the default is what the run exports.
         image_size: side in pixels that the network sees; the default is what it was trained at.
-        crop: center takes the largest centred square, whole the whole picture, distorted to a square.
+        crop: center takes the largest centered square, whole the whole image, distorted to a square, native the
+            middle at its own resolution; auto is native where the model was trained with --crop native, else center.
         value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is the model's own.
         pages: what the pages of a TIFF are.
         split: all, auto or the name of a split.
@@ -93,6 +94,12 @@ def embed(
     pooled = pooled_of(opened.facts.get("method"), opened) if feature == "auto" else feature
     if pooled == "class_token" and not opened.backbone.has_class_token:
         raise UserError(f"feature (class_token): {opened.name} has none; try --feature mean")
+    if crop == "auto":
+        crop = "native" if opened.trained_crop == "native" else "center"
+    if crop == "native" and opened.trained_crop == "native":
+        say(
+            "crop        native, as trained: the middle of an image at its own resolution; --crop center takes more"
+        )
     wanted = Wanted(pooled, patches, tuple(embedding.checked_blocks(blocks, opened)), crop, precision)
     place, places = embedding.choose_place(batch_size, workers, accelerator, devices)
     parts = plan_parts(opened, source, path, wanted)

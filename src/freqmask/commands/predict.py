@@ -16,7 +16,7 @@ from freqmask.options import Auto
 if TYPE_CHECKING:
     import torch
 
-    from freqmask.data.sources import Source
+    from freqmask.data.source import Source
     from freqmask.interop.models import OpenedClassifier
 
 _MOST_COLUMNS = 50  # classes whose probabilities all stand in the table
@@ -96,7 +96,7 @@ def _write_classes(
     from freqmask.data.loader import TrainDataset
     from freqmask.data.transforms import Geometry
     from freqmask.data.values import ValueRange
-    from freqmask.evaluation.subjects import as_float
+    from freqmask.images import as_float
     from freqmask.interop.export import Exported
     from freqmask.training.files import replace_atomically
 
@@ -152,7 +152,7 @@ def open_segmenter(model: str) -> Segmenter | None:
     Raises:
         UserError: it is not finished, or the model that it began from is gone.
     """
-    from freqmask.training.runs import RunFolder
+    from freqmask.training.run_folder import RunFolder
 
     run = RunFolder(Path(model).expanduser())
     config = run.config() if run.exists() else {}
@@ -224,6 +224,7 @@ def _write_masks(
     from freqmask.data.loader import TrainDataset
     from freqmask.data.transforms import Geometry, resize
     from freqmask.data.values import ValueRange
+    from freqmask.data.views import Geometry, resize
     from freqmask.evaluation.segmentation.crops import scaled_size
     from freqmask.evaluation.segmentation.inference import Predictor
     from freqmask.interop.outputs import new_folder

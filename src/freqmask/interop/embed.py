@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
-from freqmask.data.transforms import Geometry
+from freqmask.data.transforms import Box, Geometry
 from freqmask.errors import UserError
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.parts import Parts, Rows
@@ -30,7 +30,8 @@ class Wanted:
         pooled: what stands for the image: the mean of the map, or the class token.
         patches: whether the map comes along.
         blocks: stages (for a ViT: blocks) whose mean comes along.
-        crop: ``center`` (the largest centred window) or ``whole`` (the picture, distorted to the size).
+        crop: ``center`` (the largest centered window), ``whole`` (the image, distorted to the size) or ``native`` (the
+            middle at its own resolution).
         precision: ``32``, or ``bf16`` for autocast.
     """
 
@@ -77,9 +78,31 @@ class Embedding:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def still_images(opened: OpenedModel, source: Source, crop: str = "center") -> TrainDataset:
-    """The images as an evaluation sees them: one window of the model's size, neither random nor flipped."""
-    geometry = Geometry(image_size=opened.backbone.image_size, crop=crop, horizontal_flip=0.0)
+class MiddleWindow(Geometry):
+    """The middle of an image at its own resolution, for models that were trained with ``--crop native``."""
+
+    def box(self, picture_size: tuple[int, int], key: int, attempt: int = 0) -> Box:
+        """The window of the view's size in the middle."""
+        _, _, height, width = super().box(picture_size, key, attempt)
+        return ((picture_size[0] - height) // 2, (picture_size[1] - width) // 2, height, width)
+
+
+def still_geometry(opened: OpenedModel, crop: str = "auto") -> Geometry:
+    """One window of the model's size, neither random nor flipped.
+
+    Args:
+        opened: the model.
+        crop: ``center``, ``whole``, ``native``, or ``auto``: native where it was trained so, else center.
+    """
+    if crop == "auto":
+        crop = "native" if opened.trained_crop == "native" else "center"
+    kind = MiddleWindow if crop == "native" else Geometry
+    return kind(image_size=opened.backbone.image_size, crop=crop, horizontal_flip=0.0)
+
+
+def still_images(opened: OpenedModel, source: Source, crop: str = "auto") -> TrainDataset:
+    """The images as an evaluation sees them, see :func:`still_geometry`."""
+    geometry = still_geometry(opened, crop)
     return TrainDataset(source, [geometry], opened.values, opened.input_size[0], convert_channels=True)
 
 

@@ -216,6 +216,7 @@ def exported_facts(opened: OpenedModel) -> dict[str, Any]:
         **opened.facts,
         "value_range": opened.value_range,
         "stage": opened.backbone.stage,
+        **({"crop": opened.trained_crop} if opened.trained_crop else {}),
     }
 
 

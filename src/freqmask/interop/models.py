@@ -42,6 +42,7 @@ class OpenedModel:
         value_range: what became [0, 1] in training, as ``--value_range`` takes it.
         facts: plain values on where the weights come from: method, run, step, data ...
         folder: of the weights, None for ``timm:`` and ``random:``.
+        trained_crop: ``--crop`` of its training; empty where nobody knows.
     """
 
     name: str
@@ -53,6 +54,7 @@ class OpenedModel:
     value_range: str = "dtype"
     facts: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    trained_crop: str = ""
 
     @property
     def module(self) -> Any:
@@ -356,6 +358,7 @@ def _open_folder(
         config=config,
     )
     opened.facts, opened.folder = facts, folder
+    opened.trained_crop = str(facts.get("crop") or options.get("crop") or "")
     return opened
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from freqmask.data.decode import open_file
 from freqmask.data.pixels import convert_channels, fill_missing, missing_pixels
-from freqmask.data.transforms import Geometry, decode_windows
+from freqmask.data.transforms import decode_windows
 from freqmask.errors import BadImage, UserError
 from freqmask.filters import build_filter
 from freqmask.images import as_float, decibel
+from freqmask.interop.embed import still_geometry
 from freqmask.interop.export import decoder_of
 from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.runs import load_method
@@ -106,7 +107,7 @@ def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channe
     Raises:
         UserError: it cannot be read, or has other channels.
     """
-    geometry = Geometry(image_size=opened.backbone.image_size, crop="center", horizontal_flip=0.0)
+    geometry = still_geometry(opened)
     try:
         picture = open_file(Path(file))
         box = geometry.box(picture.size, key=0)

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freqmask.console import say
 from freqmask.errors import UserError, nearest
 from freqmask.interop.timm_folder import CONFIG, WEIGHTS
 from freqmask.methods import Method, build_method, find_method
@@ -65,6 +66,12 @@ def method_of(options: Mapping[str, Any], images: int | None = None) -> Method:
         UserError: the method is unknown here, or an option is.
     """
     name = str(options.get("method"))
+    for option in ("method", "filter"):
+        word = str(options.get(option) or "")
+        if ":" in word:
+            say(
+                f"note: the run names code of its own, {option} {word}: it is imported now from what is installed here"
+            )
     accepted = set(inspect.signature(find_method(name)).parameters)
     settings = {key: value for key, value in options.items() if key in accepted and value is not None}
     if isinstance(settings.get("image_size"), list):

@@ -18,6 +18,7 @@ from freqmask.training.checkpoint import replace_atomically
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 DECODER = "decoder.safetensors"  # ours: timm and transformers pass it over
+README = "README.md"  # only where a plain call needs words
 OURS = "freqmask"  # the key of config.json under which our own facts stand; timm passes it over
 
 Pooled = Literal["mean", "class_token"]
@@ -58,6 +59,9 @@ def write_timm_folder(
         save_for_hf(model, scratch, safe_serialization=None, data_config=data_config)  # type: ignore[arg-type]
         config = json.loads((Path(scratch) / CONFIG).read_text())
     facts = {**facts, **_pin_pooling(config, model, pooled)}
+    notes = [] if label_names is not None else plain_call_notes(model, input_size)
+    if notes:
+        facts["notes"] = notes
     config[OURS] = facts
     if label_names is not None:
         config["label_names"] = list(label_names)
@@ -67,6 +71,36 @@ def write_timm_folder(
         write_tensors(folder / DECODER, decoder, metadata)
     text = json.dumps(config, indent=2) + "\n"
     replace_atomically(folder / CONFIG, lambda path: _write(path, text))
+    if notes:
+        readme = "\n\n".join(["# How this backbone is called", *notes]) + "\n"
+        replace_atomically(folder / README, lambda path: _write(path, readme))
+
+
+def plain_call_notes(model: Any, input_size: tuple[int, int, int]) -> list[str]:
+    """Where timm's plain ``model(x)`` is not what ``freqmask embed`` gives, and what to call instead.
+
+    MobileNetV3 and its kin keep an untrained layer behind the pooling whatever ``num_classes`` is; a size that the
+    strides do not divide is padded by us and cut off by some families.
+    """
+    notes = []
+    width = getattr(model, "num_features", None)
+    if getattr(model, "head_hidden_size", width) != width:
+        notes.append(
+            f"`model(x)` answers through a layer of {model.head_hidden_size} channels that was never trained. The "
+            "features are `model.forward_features(x).mean((2, 3))`, as `freqmask embed` and ONNX give them."
+        )
+    strides = [
+        int(stage["reduction"]) for stage in getattr(model, "feature_info", None) or [{"reduction": 1}]
+    ]
+    step, (_, height, width_) = max(strides), input_size
+    if height % step or width_ % step:
+        below, right = -height % step, -width_ % step
+        notes.append(
+            f"Images of {height}x{width_} pixels are padded to multiples of {step} before the model: "
+            f"`x = torch.nn.functional.pad(x, (0, {right}, 0, {below}), mode='replicate')`. Without it some "
+            "families cut the edge off."
+        )
+    return notes
 
 
 def trained_feature(method: nn.Module, backbone: Any) -> Pooled:
