@@ -224,7 +224,6 @@ def _write_masks(
     from freqmask.data.loader import TrainDataset
     from freqmask.data.transforms import Geometry, resize
     from freqmask.data.values import ValueRange
-    from freqmask.data.views import Geometry, resize
     from freqmask.evaluation.segmentation.crops import scaled_size
     from freqmask.evaluation.segmentation.inference import Predictor
     from freqmask.interop.outputs import new_folder
