@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data.sampler import TrainSampler, block_shuffle, runs_of_images, some_images
+from freqmask.data.sampler import TrainSampler, block_shuffle, deal, runs_of_images, some_images
 from freqmask.data.source import Blocks, JoinedSource, Subset
 
 # 103 images in shards of very different sizes, 4 images a block
@@ -38,6 +38,24 @@ def test_every_pass_holds_every_image_once(world, workers):
     for epoch in (0, 1):
         indices = [index for e, _, index in items if e == epoch]
         assert sorted(indices) == list(range(COUNT))
+
+
+@pytest.mark.parametrize(("world", "workers", "batch"), [(1, 4, BATCH), (3, 0, 2), (6, 2, 1)])
+def test_a_run_resumes_with_other_workers_and_processes_without_an_image_twice(world, workers, batch):
+    def stream(sizes, start=0, dealt=None):
+        """The items of all processes in the order of their places."""
+        ranks, loaders, images = sizes
+        first, last = start // (ranks * images), 180 // (ranks * images)
+        parts = [
+            list(TrainSampler(COUNT, 0, images, rank, ranks, first, last, TOGETHER, loaders, dealt))
+            for rank in range(ranks)
+        ]
+        return [
+            item for k in range(0, len(parts[0]), images) for part in parts for item in part[k : k + images]
+        ]
+
+    whole = stream((2, 2, BATCH))
+    assert stream((world, workers, batch), 30, deal(BATCH, 2, 2)) == whole[30:]
 
 
 def test_the_remainder_opens_the_next_pass():

@@ -67,6 +67,11 @@ def block_shuffle(
     return order
 
 
+def deal(batch_size_per_process: int, world_size: int, workers: int) -> tuple[int, int]:
+    """(images of a batch, lanes) for which blocks are dealt out so that each is read by one worker."""
+    return batch_size_per_process, world_size * max(workers, 1)
+
+
 class TrainSampler(Sampler[Item]):
     """One stream of images over the whole training, for one of several processes.
 
@@ -86,6 +91,8 @@ class TrainSampler(Sampler[Item]):
         total_steps: the number of steps of the whole training.
         blocks: which images are cheap to read together; None where that does not matter.
         workers: loader processes of each process, which matter where blocks do.
+        dealt: (images of a batch, lanes) by which blocks were dealt out when the run began, see `deal`. A run that
+            resumes with other numbers keeps its order; its workers then share blocks, which costs requests.
 
     Raises:
         UserError: a number is out of its range.
@@ -102,6 +109,7 @@ class TrainSampler(Sampler[Item]):
         total_steps: int = 1,
         blocks: Blocks | None = None,
         workers: int = 0,
+        dealt: tuple[int, int] | None = None,
     ) -> None:
         if length < 1:
             raise UserError("the source holds no image to train on; name a folder with images")
@@ -123,7 +131,7 @@ class TrainSampler(Sampler[Item]):
         self.start_step = start_step
         self.total_steps = total_steps
         self.blocks = blocks
-        self.lanes = world_size * max(workers, 1)
+        self.dealt = dealt or deal(batch_size_per_process, world_size, workers)
 
     def __len__(self) -> int:
         """Items of this process in the whole training, those before ``start_step`` included."""
@@ -142,7 +150,7 @@ class TrainSampler(Sampler[Item]):
     def _order(self, epoch: int) -> np.ndarray:
         if self.blocks is None:
             return epoch_order(self.length, self.seed, epoch)
-        return block_shuffle(self.blocks, self.seed, epoch, self.batch_size_per_process, self.lanes)
+        return block_shuffle(self.blocks, self.seed, epoch, *self.dealt)
 
 
 class ChosenSampler(Sampler[Item]):

@@ -18,6 +18,7 @@ from freqmask.backbones import recalibrate_batch_norm
 from freqmask.console import rank, say
 from freqmask.data.in_memory import InMemoryBatches, InMemoryImages
 from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.sampler import deal
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
@@ -120,7 +121,7 @@ class Pretraining:
     train: Source
     held_out: Source | None
     method: Any
-    state: Mapping[str, Any]
+    state: dict[str, Any]
     probed: LabelledData | None = None
     kept: InMemoryImages | None = None
 
@@ -165,7 +166,10 @@ class Pretraining:
         geometries = make_geometries(options, self.method.n_views)
         blocks = self.train.blocks() if self.kept is None else None  # kept images are equally near
         workers = int(options["workers"])
-        sampler = make_sampler(options, len(self.train), trainer, done, blocks=blocks, workers=workers)
+        dealt = self._dealt(trainer, workers) if blocks is not None else None
+        sampler = make_sampler(
+            options, len(self.train), trainer, done, blocks=blocks, workers=workers, dealt=dealt
+        )
         if self.kept is None:
             return make_loader(
                 self._dataset(self.train, geometries), sampler, images_at_once(options), workers
@@ -173,6 +177,15 @@ class Pretraining:
         images = self.kept.to(trainer.strategy.root_device)
         value_range = ValueRange.parse(options["value_range"])
         return InMemoryBatches(images, self.train, sampler, geometries, value_range, options["seed"])
+
+    def _dealt(self, trainer: L.Trainer, workers: int) -> tuple[int, int]:
+        """How images that are read in blocks were dealt out when the run began: their order depends on it."""
+        if "dealt" not in self.state:
+            self.state["dealt"] = list(deal(images_at_once(self.options), trainer.world_size, workers))
+            if trainer.is_global_zero:
+                self.run.write_state(self.run.state() | {"dealt": self.state["dealt"]})
+        batch, lanes = self.state["dealt"]
+        return int(batch), int(lanes)
 
     def _dataset(self, source: Source, geometries: list[Geometry]) -> TrainDataset:
         return make_dataset(self.options, source, geometries, bool(self.state["convert_channels"]))
