@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from freqmask.filters import build_filter
 from freqmask.methods import build_method
-from freqmask.methods.masking import corrupt
+from freqmask.methods.mfm import corrupt
 from freqmask.training.loop import tune_malloc
 from freqmask.training.optim import OptimConfig, build_optimizer
 

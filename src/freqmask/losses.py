@@ -1,4 +1,4 @@
-"""The reconstruction loss in the frequency domain and the distillation loss with its centre."""
+"""The reconstruction loss in the frequency domain and the distillation loss with its center."""
 
 from __future__ import annotations
 
@@ -109,6 +109,17 @@ class SpectrumLoss(nn.Module):
     With w = masked_weight (1 - keep) + kept_weight keep, broadcast to all channels, and sums over the full
     spectrum: sum(w d) / sum(w) over the batch or, with ``reduce="image"``, for each image and then averaged
     (MFM, arXiv 2206.07706). Weights (1, 0) are the paper's, (1, 1) the whole spectrum.
+
+    Args:
+        masked_weight: weight of the hidden frequencies, at least 0.
+        kept_weight: weight of the visible ones, at least 0.
+        reduce: ``"batch"``: one quotient over the batches of all processes; ``"image"``: the mean of the
+            images' quotients, which adds up over processes and accumulation.
+        gamma: power of the distance, above 0.
+        focal: exponent of the focal weight, or ``None`` (the paper's).
+
+    Raises:
+        UserError: for a setting out of range.
     """
 
     def __init__(
@@ -119,19 +130,6 @@ class SpectrumLoss(nn.Module):
         gamma: float = 1.0,
         focal: float | None = None,
     ) -> None:
-        """Checks the settings.
-
-        Args:
-            masked_weight: weight of the hidden frequencies, at least 0.
-            kept_weight: weight of the visible ones, at least 0.
-            reduce: ``"batch"``: one quotient over the batches of all processes; ``"image"``: the mean of the
-                images' quotients, which adds up over processes and accumulation.
-            gamma: power of the distance, above 0.
-            focal: exponent of the focal weight, or ``None`` (the paper's).
-
-        Raises:
-            UserError: for a setting out of range.
-        """
         super().__init__()
         if min(masked_weight, kept_weight) < 0 or masked_weight + kept_weight <= 0:
             raise UserError(
@@ -167,18 +165,29 @@ class SpectrumLoss(nn.Module):
         """
         difference = single_or_double(prediction) - single_or_double(target)
         pairs = bin_weights(*image_size(difference), difference.device, difference.dtype)
-        if keep is None:
-            weight = torch.ones_like(pairs)[None, None]
-        else:
-            keep = keep.detach().to(difference.dtype)
-            weight = self.masked_weight + (self.kept_weight - self.masked_weight) * keep
+        weight = self.weights(pairs, keep)
         sums = _WeightedSums.apply(difference, weight, pairs, self.gamma, self.focal)
         over = (weight * pairs).expand(len(difference), -1, -1, -1).sum((1, 2, 3))
-        weights = over * (difference.shape[1] // weight.shape[1])
+        over = over * (difference.shape[1] // weight.shape[1])
         if self.reduce == "image":
-            return (sums / weights.clamp_min(_SMALL)).mean()
-        total = sum_over_processes(weights.sum()) / processes()
+            return (sums / over.clamp_min(_SMALL)).mean()
+        total = sum_over_processes(over.sum()) / processes()
         return sums.sum() / total.clamp_min(_SMALL)
+
+    def weights(
+        self,
+        pairs: Float[Tensor, "height half_width"],
+        keep: Float[Tensor, "batch mask_channel height half_width"] | None,
+    ) -> Float[Tensor, "any mask_channel height half_width"]:
+        """The weight w of every bin, not yet counted for its partner.
+
+        Args:
+            pairs: ``bin_weights`` of the size, whose device and precision the result gets.
+            keep: as in ``forward``.
+        """
+        if keep is None:
+            return torch.ones_like(pairs)[None, None]
+        return self.masked_weight + (self.kept_weight - self.masked_weight) * keep.detach().to(pairs.dtype)
 
     def extra_repr(self) -> str:
         """The settings, for printing."""
@@ -189,11 +198,20 @@ class SpectrumLoss(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """Cross-entropy of the student with the centred, sharpened teacher, in DINO's published form.
+    """Cross-entropy of the student with the centerd, sharpened teacher, in DINO's published form.
 
-    p_t = softmax((teacher - centre) / teacher_temperature), p_s = softmax(student / student_temperature),
-    loss = - mean over images of sum(p_t log p_s). The centre is a moving mean of the teacher's outputs and
+    p_t = softmax((teacher - center) / teacher_temperature), p_s = softmax(student / student_temperature),
+    loss = - mean over images of sum(p_t log p_s). The center is a moving mean of the teacher's outputs and
     keeps one output from winning everywhere.
+
+    Args:
+        outputs: length K of the heads' outputs.
+        student_temperature: above 0.
+        teacher_temperature: above 0; ``forward`` may override it, for a warm-up.
+        center_momentum: how much of the old center remains, in [0, 1].
+
+    Raises:
+        UserError: for a setting out of range.
     """
 
     center: Tensor
@@ -205,19 +223,16 @@ class DistillationLoss(nn.Module):
         teacher_temperature: float = 0.04,
         center_momentum: float = 0.9,
     ) -> None:
-        """Checks the settings and starts the centre at zero.
-
-        Args:
-            outputs: length K of the heads' outputs.
-            student_temperature: above 0.
-            teacher_temperature: above 0; ``forward`` may override it, for a warm-up.
-            center_momentum: how much of the old centre remains, in [0, 1].
-
-        Raises:
-            UserError: for a setting out of range.
-        """
         super().__init__()
-        _check_distillation(outputs, student_temperature, teacher_temperature, center_momentum)
+        if outputs < 2:
+            raise UserError(f"outputs ({outputs}) must be at least 2; 65536 is the usual choice")
+        if min(student_temperature, teacher_temperature) <= 0:
+            raise UserError(
+                f"student_temperature ({student_temperature}) and teacher_temperature ({teacher_temperature}) "
+                "must be above 0; 0.1 and 0.04 are the usual choice"
+            )
+        if not 0 <= center_momentum <= 1:
+            raise UserError(f"center_momentum ({center_momentum}) must be in [0, 1]; 0.9 is the usual choice")
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, outputs))
@@ -237,7 +252,7 @@ class DistillationLoss(nn.Module):
                 recompilation when it changes.
 
         Returns:
-            A scalar in nats. The centre is left alone: see ``update_center``.
+            A scalar in nats. The center is left alone: see ``update_center``.
         """
         targets = self.teacher_probabilities(teacher_logits, teacher_temperature)
         log_student = F.log_softmax(single_or_double(student_logits) / self.student_temperature, dim=-1)
@@ -263,7 +278,7 @@ class DistillationLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Float[Tensor, "batch outputs"]) -> None:
-        """Moves the centre towards the mean of these outputs over all processes.
+        """Moves the center towards the mean of these outputs over all processes.
 
         Args:
             teacher_logits: all the teacher's outputs of the step; batches may differ between processes.
@@ -281,20 +296,6 @@ class DistillationLoss(nn.Module):
         )
 
 
-def _check_distillation(
-    outputs: int, student_temperature: float, teacher_temperature: float, center_momentum: float
-) -> None:
-    if outputs < 2:
-        raise UserError(f"outputs ({outputs}) must be at least 2; 65536 is the usual choice")
-    if min(student_temperature, teacher_temperature) <= 0:
-        raise UserError(
-            f"student_temperature ({student_temperature}) and teacher_temperature ({teacher_temperature}) "
-            "must be above 0; 0.1 and 0.04 are the usual choice"
-        )
-    if not 0 <= center_momentum <= 1:
-        raise UserError(f"center_momentum ({center_momentum}) must be in [0, 1]; 0.9 is the usual choice")
-
-
 def collapse_number(probabilities: Float[Tensor, "batch outputs"]) -> Float[Tensor, ""]:
     """Entropy of the mean distribution minus the mean entropy over the images: 0 when collapsed.
 
@@ -305,9 +306,9 @@ def collapse_number(probabilities: Float[Tensor, "batch outputs"]) -> Float[Tens
         What the images tell apart, in nats, from 0 to log(min(batch, outputs)); below 0.1 after warm-up the
         teacher says the same of every image.
     """
+
+    def entropy(shares: Tensor) -> Tensor:
+        return -torch.xlogy(shares, shares).sum(-1)
+
     probabilities = single_or_double(probabilities)
-    return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean()
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return -torch.xlogy(probabilities, probabilities).sum(-1)
+    return entropy(probabilities.mean(0)) - entropy(probabilities).mean()

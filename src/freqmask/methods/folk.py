@@ -15,11 +15,11 @@ from freqmask.backbones import Backbone, Features, ImageSize, eval_no_grad, heig
 from freqmask.errors import UserError
 from freqmask.filters import Filtered
 from freqmask.heads import ProjectionHead, ReconstructionHead
+from freqmask.images import Normalization
 from freqmask.losses import DistillationLoss, SpectrumLoss, collapse_number
 from freqmask.methods.health import reconstruction_health
-from freqmask.methods.masking import corrupt, masking_filter, without_auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
-from freqmask.methods.normalisation import Normalisation
+from freqmask.methods.mfm import corrupt, masking_filter, without_auto
 from freqmask.options import read_group
 from freqmask.options.of_methods import FOLKOptions
 from freqmask.rng import combine
@@ -81,7 +81,7 @@ class FOLK(Method):
         self.distillation = DistillationLoss(
             outputs, given.student_temperature, given.teacher_temperature_start, given.center_momentum
         )
-        self.normalise = Normalisation(channels, given.mean, given.std)
+        self.normalise = Normalization(channels, given.mean, given.std)
         self.student = build_backbone(backbone, image_size, channels, given)
         size = height_and_width(image_size)
         self.filter = masking_filter(given, size, self.student.is_cnn)

@@ -14,11 +14,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.filters import Filter, OneOf
+from freqmask.filters.fixed import RINGS_AT_224
 from freqmask.losses import SpectrumLoss, spectrum_distance
-from freqmask.spectrum import constant, frequency_radius, pair_weights
-
-# Octaves at 224 pixels; other sizes are cut at the same shares of the spectrum.
-EDGES_AT_224 = (0, 4, 8, 16, 32, 64, 112)
+from freqmask.spectrum import REFERENCE_SIDE, bin_weights, constant, frequency_radius
 
 
 @torch.no_grad()
@@ -45,11 +43,11 @@ def reconstruction_health(
         shorter side, LOW included).
     """
     height, width = target.shape[-2:]
-    weight = pair_weights(height, width, target.device)
-    if keep is not None:
-        weight = weight * (loss.masked_weight * (1 - keep) + loss.kept_weight * keep)
-    reached = (weight * spectrum_distance(prediction, target, loss.gamma, loss.focal)).sum(1)
-    at_zero = (weight * spectrum_distance(torch.zeros_like(target), target, loss.gamma, loss.focal)).sum(1)
+    reached = spectrum_distance(prediction, target, loss.gamma, loss.focal)
+    at_zero = spectrum_distance(torch.zeros_like(target), target, loss.gamma, loss.focal)
+    pairs = bin_weights(height, width, target.device, at_zero.dtype)
+    weight = pairs * loss.weights(pairs, keep)
+    reached, at_zero = (weight * reached).sum(1), (weight * at_zero).sum(1)
     health = {"loss_over_zero": reached.sum() / at_zero.sum()}
     if isinstance(filter, OneOf) and keys is not None:
         drawn = filter.draw(keys)
@@ -64,14 +62,14 @@ def reconstruction_health(
 
 
 def band_edges(height: int, width: int) -> tuple[int, ...]:
-    """Rising radii that cut a spectrum into octaves, its corners included.
+    """Rising radii that cut a spectrum into octaves, at the same shares of it for every size, its corners included.
 
     >>> band_edges(224, 224)
     (0, 4, 8, 16, 32, 64, 112, 159)
     """
     side = min(height, width)
     corner = math.floor(side / math.sqrt(2)) + 1  # above every radius
-    return tuple(sorted({round(edge * side / 224) for edge in EDGES_AT_224} | {corner}))
+    return tuple(sorted({round(edge * side / REFERENCE_SIDE) for edge in (0, *RINGS_AT_224)} | {corner}))
 
 
 @constant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,14 +11,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_width
+from freqmask.errors import UserError
+from freqmask.filters import Filter, Filtered, build_filter
+from freqmask.filters.fixed import exact_radius
 from freqmask.heads import ReconstructionHead
+from freqmask.images import Normalization
 from freqmask.losses import SpectrumLoss
 from freqmask.methods.health import reconstruction_health
-from freqmask.methods.masking import corrupt, masking_filter, without_auto
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
-from freqmask.methods.normalisation import Normalisation
-from freqmask.options import read_group
-from freqmask.options.of_methods import MFMOptions
+from freqmask.options import as_typed, read_group
+from freqmask.options.of_methods import MaskingOptions, MFMOptions
 from freqmask.rng import combine
 
 
@@ -56,7 +59,7 @@ class MFM(Method):
         self.loss = SpectrumLoss(
             given.masked_weight, given.kept_weight, given.reduce, given.gamma, given.focal
         )
-        self.normalise = Normalisation(channels, given.mean, given.std)
+        self.normalise = Normalization(channels, given.mean, given.std)
         self.backbone = build_backbone(backbone, image_size, channels, given)
         size = height_and_width(image_size)
         self.filter = masking_filter(given, size, self.backbone.is_cnn)
@@ -98,3 +101,76 @@ class MFM(Method):
         with eval_no_grad(self):
             prediction = self.normalise.inverse(self.predict(filtered.images))
         return pictures(images, filtered.images, prediction, filtered.keep)
+
+
+def masking_filter(options: MaskingOptions, image_size: tuple[int, int], is_cnn: bool) -> Filter:
+    """The filter that a method's options describe.
+
+    Args:
+        options: ``filter`` and those that it uses.
+        image_size: (height, width) in pixels.
+        is_cnn: chooses ``low_pass_share="auto"``: 0.3 for a CNN, else 0.5 (docs/methods.md, MFM).
+
+    Raises:
+        UserError: for an option that the filter has no use for, or a value out of range.
+    """
+    _refuse_unused(options)
+    if options.filter == "fixed":
+        share = options.low_pass_share
+        return build_filter(
+            "fixed",
+            image_size,
+            radius=options.radius,
+            low_pass_share=default_low_pass_share(is_cnn) if share == "auto" else share,
+            softness=options.softness,
+        )
+    if options.filter == "com":
+        return build_filter(
+            "com",
+            image_size,
+            com_fractions=tuple(options.com_fractions),
+            low_pass_share=options.com_share,  # Com is the low-pass side of its mixture
+            magnitude=options.magnitude,
+        )
+    return build_filter(options.filter, image_size)
+
+
+def without_auto(settings: dict[str, Any], image_size: tuple[int, int], is_cnn: bool) -> dict[str, Any]:
+    """Settings in which the fixed filters' ``"auto"`` options have become numbers."""
+    if settings["filter"] != "fixed":
+        return settings
+    share, radius = settings["low_pass_share"], exact_radius(settings["radius"], *image_size)
+    return {
+        **settings,
+        "radius": float(radius),
+        "low_pass_share": default_low_pass_share(is_cnn) if share == "auto" else share,
+    }
+
+
+def default_low_pass_share(is_cnn: bool) -> float:
+    """The published chance that an image is low-passed (docs/methods.md, MFM)."""
+    return 0.3 if is_cnn else 0.5
+
+
+def corrupt(
+    filter: Filter,
+    images: Float[Tensor, "batch channel height width"],
+    keys: Int64[Tensor, " batch"],
+    clamp: bool,
+) -> Filtered:
+    """What the network sees, x~ = clamp(Re F^-1(F(x) keep), 0, 1), and keep (docs/methods.md, MFM)."""
+    filtered: Filtered = filter(images, keys)
+    return Filtered(filtered.images.clamp(0, 1), filtered.keep) if clamp else filtered
+
+
+def _refuse_unused(options: MaskingOptions) -> None:
+    """A UserError for an option that was changed though the filter does not use it."""
+    for field in dataclasses.fields(MaskingOptions):
+        home, value = field.metadata.get("filter"), getattr(options, field.name)
+        given = as_typed(value) != as_typed(field.default)
+        if home not in (None, options.filter) and given:
+            shown = options.filter if isinstance(options.filter, str) else options.filter.describe()
+            raise UserError(
+                f"{field.name} ({value}) is not used by filter {shown}; it belongs to filter={home!r}; "
+                "or write it inside, as in 'lowpass(radius=8)'"
+            )

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from freqmask.backbones import Backbone, ImageSize, eval_no_grad
 from freqmask.degradations import Blur, Downscale, Noise
 from freqmask.heads import ReconstructionHead
+from freqmask.images import Normalization
 from freqmask.losses import SpectrumLoss
 from freqmask.methods.health import reconstruction_health
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
-from freqmask.methods.normalisation import Normalisation
 from freqmask.options import read_group
 from freqmask.options.of_methods import (
     DeblurOptions,
@@ -54,7 +54,7 @@ class Restoration(Method):
         self.settings = recorded({**first, **vars(given)})
         self.degradation = self.degrade(given)
         self.loss = SpectrumLoss(gamma=given.gamma, focal=given.focal)
-        self.normalise = Normalisation(channels, given.mean, given.std)
+        self.normalise = Normalization(channels, given.mean, given.std)
         self.backbone = build_backbone(backbone, image_size, channels, given)
         self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
 
