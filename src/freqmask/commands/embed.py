@@ -49,7 +49,8 @@ def embed(
         neighbours: also draw some images with their nearest neighbours, to see what the model finds alike.
         patches: also the features of every patch.
         blocks: also the mean feature of these blocks or stages, counted from 0.
-        feature: what stands for an image; auto is the mean of the map, and the class token for FOLK.
+        feature: what stands for an image; auto is what evaluate knn --features save kept with the model, else the
+            mean of the map, and the class token for FOLK.
         weights: teacher or student of a FOLK run; the default is what the run exports.
         image_size: side in pixels that the network sees; the default is what it was trained at.
         crop: center takes the largest centered square, whole the whole image, distorted to a square, native the
@@ -76,6 +77,7 @@ def embed(
     from freqmask.data.values import ValueRange
     from freqmask.interop.embed import Wanted, plan_parts
     from freqmask.interop.export import pooled_of
+    from freqmask.interop.feature_space import load_space
     from freqmask.interop.models import open_model
     from freqmask.interop.outputs import check_out
     from freqmask.interop.tables import SUFFIXES
@@ -92,6 +94,12 @@ def embed(
     if path.suffix == ".npy" and patches and blocks:
         raise UserError("a .npy holds one array: ask for patches or blocks, or --out FILE.parquet for both")
     pooled = pooled_of(opened.facts.get("method"), opened) if feature == "auto" else feature
+    opened.space = load_space(opened) if feature == "auto" else None
+    if opened.space is not None:
+        pooled = opened.space.digest
+        say(
+            f"features    {opened.space.describe()}, as kept with {opened.name}; --feature mean leaves them plain"
+        )
     if pooled == "class_token" and not opened.backbone.has_class_token:
         raise UserError(f"feature (class_token): {opened.name} has none; try --feature mean")
     if crop == "auto":

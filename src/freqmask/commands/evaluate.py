@@ -41,6 +41,7 @@ def knn(
     k: Annotated[list[int] | None, Range(least=1)] = None,
     temperature: Annotated[float, Range(above=0)] = 0.07,
     feature: Feature = "mean",
+    features: Literal["plain", "auto", "save"] = "plain",
     seeds: Seeds = None,
     **options: Any,
 ) -> list[Any]:
@@ -53,6 +54,8 @@ def knn(
         k: neighbours that vote; 10 20 100 200. Those above the training images are left out.
         temperature: of the votes, which weigh exp(similarity / temperature).
         feature: what stands for an image: the mean of the map, or the class token where there is one.
+        features: auto also measures those that held-out training images choose: centered or whitened, of a block,
+            mean, class token or both, blocks side by side; save keeps the choice beside the weights for embed.
         seeds: mean and standard deviation are over these; 0 1 2. They draw the weights of random:.
 
     Returns:
@@ -63,7 +66,7 @@ def knn(
     """
     from freqmask.evaluation.knn import Knn
 
-    return _measured(Knn(k, temperature, feature))
+    return _measured(Knn(k, temperature, feature, features))
 
 
 @command(*SHARED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
@@ -11,12 +11,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from freqmask.console import say
+from freqmask.data.splits import split_indices
 from freqmask.errors import UserError
+from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.evaluation.labelled import Round
-from freqmask.evaluation.protocol import EvalContext, Prediction, Protocol
+from freqmask.evaluation.protocol import EvalConfig, EvalContext, Experiment, Prediction, Protocol
+from freqmask.interop.feature_space import KINDS, PLAIN, FeatureSpace, save_space
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
+MOST_CHOOSING, CHOOSING_SHARE = (
+    10_000,
+    0.3,
+)  # training images that choose the features; those held out among them
 _QUERIES = 1024  # at once: 1,024 x 1,000 classes of votes are 4 MB
 _BANK = 32_768  # images of the bank at once: 1,024 x 32,768 similarities are 134 MB
 Arguments = ParamSpec("Arguments")
@@ -118,6 +126,55 @@ def usable(neighbours: Sequence[int], images: int) -> list[int]:
     return [k for k in neighbours if k <= images] or [images]
 
 
+def candidates(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Features that may stand side by side: each alone, mean and token of a place, means (tokens) of all places."""
+    places = list(dict.fromkeys(name.split("/")[0] for name in names))
+    pairs = [tuple(name for name in names if name.startswith(f"{place}/")) for place in places]
+    kinds = [tuple(name for name in names if name.endswith(kind)) for kind in ("/mean", "/token")]
+    return list(dict.fromkeys([*((name,) for name in names), *filter(None, pairs), *filter(None, kinds)]))
+
+
+@outside_autocast
+def choose_space(
+    features: Mapping[str, Float[Tensor, "image dim"]],
+    labels: Int64[Tensor, " image"],
+    classes: int,
+    groups: Sequence[str | None] | None = None,
+    temperature: float = TEMPERATURE,
+) -> tuple[FeatureSpace, float]:
+    """The features by which held-out training images find their class best; no test image is looked at.
+
+    Args:
+        features: of training images, by name; ``end/mean`` among them.
+        labels: their classes.
+        classes: how many there are.
+        groups: of the images; none is divided between the parts.
+        temperature: of the votes.
+
+    Returns:
+        The choice, its mean and projection from all these images, and its accuracy on the held-out ones. Among
+        equals the first wins: fewer parts, no whitening.
+    """
+    some = torch.linspace(0, len(labels) - 1, min(len(labels), MOST_CHOOSING)).long()  # enough to choose by
+    known = None if groups is None else [groups[index] for index in some.tolist()]
+    numbers = labels.cpu()[some].numpy()
+    parts = split_indices(numbers, known, (1 - CHOOSING_SHARE, CHOOSING_SHARE), seed=0)
+    fitted, held = (some[torch.from_numpy(part)].to(labels.device) for part in parts)
+    rows = {name: values[fitted] for name, values in features.items()}
+    asked = {name: values[held] for name, values in features.items()}
+    k = min(20, len(fitted))
+    found: list[tuple[float, tuple[str, ...], str]] = []
+    for names in candidates(list(features)):
+        for kind in KINDS:
+            space = FeatureSpace.fit(rows, names, kind)
+            voted = predict(space.apply(asked), space.apply(rows), labels[fitted], classes, [k], temperature)[
+                k
+            ]
+            found.append((float((voted == labels[held]).double().mean()), names, kind))
+    accuracy, names, kind = max(found, key=lambda one: one[0])
+    return FeatureSpace.fit(features, names, kind), accuracy
+
+
 class Knn(Protocol):
     """Votes of the nearest training images.
 
@@ -125,29 +182,74 @@ class Knn(Protocol):
         k: numbers of neighbors that vote; those larger than the training part are left out.
         temperature: of the votes.
         feature: ``mean`` or ``class_token``.
+        features: ``plain``; ``auto`` also measures what `choose_space` chooses; ``save`` keeps that beside the
+            weights, where ``freqmask embed`` takes it.
     """
 
     name, seeded = "knn", False
 
     def __init__(
-        self, k: Sequence[int] | None = None, temperature: float = TEMPERATURE, feature: str = "mean"
+        self,
+        k: Sequence[int] | None = None,
+        temperature: float = TEMPERATURE,
+        feature: str = "mean",
+        features: str = PLAIN,
     ) -> None:
-        self.k, self.temperature, self.feature = list(k or NEIGHBOURS), temperature, feature
+        self.k, self.temperature, self.feature, self.features = (
+            list(k or NEIGHBOURS),
+            temperature,
+            feature,
+            features,
+        )
         self.title = f"k-NN by cosine, temperature {temperature:g}"
         self.headline = f"k={20 if 20 in self.k else min(self.k)}"
+        self.blocks = features != PLAIN
+
+    def open(self, config: EvalConfig) -> Experiment:
+        """As for every protocol; what is kept comes from one training part."""
+        if self.features == "save" and config.parting.folds:
+            raise UserError(
+                "features (save) needs one training part and --folds makes several; leave one out"
+            )
+        experiment: Experiment = super().open(config)
+        return experiment
 
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
-        """One prediction a k."""
+        """One prediction a k, of plain and of chosen features."""
         values = context.end(self.feature)
-        voted = predict(
-            context.tensor(values, one.test),
-            context.tensor(values, one.train),
-            context.labels(one.train),
-            context.classes,
-            usable(self.k, len(one.train)),
-            self.temperature,
-        )
+        train, test = context.tensor(values, one.train), context.tensor(values, one.test)
+        predictions = self._vote(context, one, train, test)
+        if self.features != PLAIN:
+            space = self._choose(context, one)
+            inside = context.inside()
+            train, test = (
+                space.apply({name: context.tensor(rows, part) for name, rows in inside.items()})
+                for part in (one.train, one.test)
+            )
+            chosen = self._vote(context, one, train, test, space.describe())
+            predictions |= {f"{variant}, chosen": found for variant, found in chosen.items()}
+        return predictions
+
+    def _vote(
+        self, context: EvalContext, one: Round, train: Tensor, test: Tensor, chosen: str = ""
+    ) -> dict[str, Prediction]:
+        labels, k = context.labels(one.train), usable(self.k, len(one.train))
+        voted = predict(test, train, labels, context.classes, k, self.temperature)
         return {
-            f"k={k}": Prediction(predicted.cpu().numpy(), n_train=len(one.train))
+            f"k={k}": Prediction(predicted.cpu().numpy(), chosen, len(one.train))
             for k, predicted in voted.items()
         }
+
+    def _choose(self, context: EvalContext, one: Round) -> FeatureSpace:
+        features = {name: context.tensor(rows, one.train) for name, rows in context.inside().items()}
+        labels, groups = context.labels(one.train), context.groups(one.train)
+        space, accuracy = choose_space(features, labels, context.classes, groups, self.temperature)
+        say(f"features    {context.model.name}: {space.describe()}")
+        say(f"            ({100 * accuracy:.1f} % of held-out training images)")
+        if (
+            self.features == "save"
+            and isinstance(context.model, BackboneModel)
+            and context.model.opened.folder
+        ):
+            say(f"            kept in {save_space(space, context.model.opened)}; freqmask embed gives these")
+        return space

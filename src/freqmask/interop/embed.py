@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.data.transforms import Box, Geometry
 from freqmask.errors import UserError
+from freqmask.interop.feature_space import features_by_name
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.parts import Parts, Rows
 from freqmask.interop.tables import join_parts
@@ -27,7 +28,7 @@ class Wanted:
     """Which features.
 
     Attributes:
-        pooled: what stands for the image: the mean of the map, or the class token.
+        pooled: what stands for the image: the mean of the map, the class token, or the digest of the model's space.
         patches: whether the map comes along.
         blocks: stages (for a ViT: blocks) whose mean comes along.
         crop: ``center`` (the largest centered window), ``whole`` (the image, distorted to the size) or ``native`` (the
@@ -196,6 +197,12 @@ def compute_features(opened: OpenedModel, normalised: Tensor, wanted: Wanted) ->
     Returns:
         ``features`` (B, D), ``patches`` (B, h * w * D), row by row, and ``block_i`` (B, D_i).
     """
+    if opened.space is not None and wanted.pooled == opened.space.digest:
+        chosen = opened.space.apply(features_by_name(opened, normalised, opened.space.parts))
+        if not wanted.patches and not wanted.blocks:
+            return {"features": chosen}
+        plain = compute_features(opened, normalised, replace(wanted, pooled="mean"))
+        return {**plain, "features": chosen}
     seen = opened.backbone(normalised)
     token = wanted.pooled == "class_token" and seen.class_token is not None
     features = {"features": seen.class_token if token else seen.pooled}

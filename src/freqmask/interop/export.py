@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError, nearest
+from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.mfm_layout import mfm_encoder, mfm_state
 from freqmask.interop.models import OpenedClassifier, OpenedModel
 from freqmask.interop.outputs import check_out, new_folder
@@ -182,6 +184,8 @@ def _write_timm(opened: OpenedModel | OpenedClassifier, path: Path) -> list[str]
             pooled=pooled_of(opened.facts.get("method"), opened),
             decoder=decoder_of(opened) or None,
         )
+        if opened.folder is not None and load_space(opened) is not None:
+            shutil.copyfile(opened.folder / FILE, scratch / FILE)
     return [f'timm.create_model("local-dir:{path}", pretrained=True)', f'AutoModel.from_pretrained("{path}")']
 
 

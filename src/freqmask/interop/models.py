@@ -43,6 +43,7 @@ class OpenedModel:
         facts: plain values on where the weights come from: method, run, step, data ...
         folder: of the weights, None for ``timm:`` and ``random:``.
         trained_crop: ``--crop`` of its training; empty where nobody knows.
+        space: what becomes of its features, from :func:`freqmask.interop.feature_space.load_space`; None leaves them.
     """
 
     name: str
@@ -55,6 +56,7 @@ class OpenedModel:
     facts: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     trained_crop: str = ""
+    space: Any = None
 
     @property
     def module(self) -> Any:
