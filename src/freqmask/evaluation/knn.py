@@ -21,6 +21,7 @@ from freqmask.interop.feature_space import KINDS, PLAIN, FeatureSpace, save_spac
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
+MOST_WHITENED = 2_048  # numbers; the covariance of more (raw pixels) takes minutes
 MOST_CHOOSING, CHOOSING_SHARE = (
     10_000,
     0.3,
@@ -165,7 +166,8 @@ def choose_space(
     k = min(20, len(fitted))
     found: list[tuple[float, tuple[str, ...], str]] = []
     for names in candidates(list(features)):
-        for kind in KINDS:
+        many = sum(rows[name].shape[1] for name in names) > MOST_WHITENED
+        for kind in KINDS[:-1] if many else KINDS:
             space = FeatureSpace.fit(rows, names, kind)
             voted = predict(space.apply(asked), space.apply(rows), labels[fitted], classes, [k], temperature)[
                 k
