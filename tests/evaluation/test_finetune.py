@@ -347,7 +347,7 @@ def test_mixing_follows_from_the_key_of_the_batch() -> None:
     [
         (["pixels"], "model (pixels) must have weights"),
         (["nowhere"], "model (nowhere) must be"),
-        (["MINE", "--epochs", "2", "--steps", "3"], "epochs and steps exclude each other"),
+        (["MINE", "--epochs", "2", "--steps", "3"], "--epochs and --steps exclude each other"),
         (["MINE", "--augment", "strong"], "augment (strong) must be auto, none, or as timm writes it"),
         (["MINE", "--lr", "fast"], "lr (fast) must be a number above 0"),
         (["MINE", "--drop_path", "1"], "drop_path (1) must be a number from 0 to below 1"),
@@ -357,7 +357,7 @@ def test_mixing_follows_from_the_key_of_the_batch() -> None:
         ),
         (["MINE", "--train_size", "32"], "train_size (32) must be the 16x16 pixels"),
         (["MINE", "--shots", "some"], "shots (some) must be"),
-        (["MINE", "--precision", "half"], "precision (half) must be one of auto, 32-true"),
+        (["MINE", "--precision", "half"], "precision (half) must be one of 'auto', '32-true'"),
         (["MINE", "--recipe", "a1"], "recipe (a1) must be one of"),
     ],
 )

@@ -211,6 +211,9 @@ class FineTuning:
 class Trained(Records, Computing):
     """Records."""
 
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = option(
+        "auto", "of the computation; auto is bf16-mixed where the device computes it fast"
+    )
     dry_run: bool = option(False, "print the plans and stop")
 
 

@@ -154,6 +154,9 @@ class Machine(Computing):
         "there; loader: workers read them anew at every step. auto is device for images of up to 160 pixels a side "
         "(64 on a CPU) that fit into a quarter of the free memory and are seen twice or more",
     )
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = option(
+        "auto", "of the computation; auto is bf16-mixed where the device computes it fast"
+    )
     num_nodes: int = option(1, "how many machines train together", least=1)
     strategy: Literal["auto", "ddp", "fsdp", "model_parallel"] = option(
         "auto", "Lightning's: auto, ddp, or fsdp for sharding"

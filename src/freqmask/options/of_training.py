@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from freqmask.options.declare import option
 from freqmask.options.option import Auto
@@ -18,9 +17,6 @@ class Computing:
     )
     accelerator: str = option("auto", "auto, cpu, cuda, mps")
     devices: int | Auto = option("auto", "how many train together, or auto for all", least=1)
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = option(
-        "auto", "of the computation; bf16-mixed where the device computes it fast"
-    )
     accumulate: int | Auto = option(
         "auto", "parts that a device's batch is cut into; auto finds what fits", least=1
     )

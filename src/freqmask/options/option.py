@@ -153,10 +153,9 @@ class Option:
 
     def _hint(self, value: Any) -> str:
         """The choice that is spelt most like a value."""
-        choices = [
-            str(word) for kind in self.kinds for word in typing.get_args(kind) if isinstance(word, str)
-        ]
-        hint = nearest(str(value), choices) if isinstance(value, str) and len(choices) > 1 else ""
+        kinds = (kind if _element(kind) is None else _element(kind) for kind in self.kinds)
+        choices = [str(word) for kind in kinds for word in typing.get_args(kind) if isinstance(word, str)]
+        hint = nearest(_shown(value), choices) if len(choices) > 1 else ""
         return f"; {hint}" if hint.startswith("did you mean") else ""
 
     def rule(self) -> str:

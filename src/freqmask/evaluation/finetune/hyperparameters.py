@@ -229,8 +229,6 @@ def check_tuning(options: Mapping[str, Any]) -> None:
 def _problems(options: Mapping[str, Any]) -> Iterator[str]:
     if PIXELS in options["model"]:
         yield "model (pixels) must have weights to be fine-tuned; random:NAME is the supervised baseline"
-    if options["precision"] == "bf16-true":
-        yield "precision (bf16-true) is for pre-training; try --precision bf16-mixed"
     if options.get("shots") is not None:
         parse_shots([str(options["shots"])])
     if options["augment"] not in (AUTO, NO_AUGMENT) and not _AUGMENT.fullmatch(str(options["augment"])):

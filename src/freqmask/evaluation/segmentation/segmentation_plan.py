@@ -73,8 +73,6 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _problems(options: Mapping[str, Any]) -> Iterator[str]:
     if PIXELS in options["model"]:
         yield "model (pixels) must have weights to be trained on; random:NAME is the baseline"
-    if options["precision"] == "bf16-true":
-        yield "precision (bf16-true) is for pre-training; try --precision bf16-mixed"
     scale = options["scale"]
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
         yield f"scale ({scale}) must be the smallest and the largest factor on the image, such as 0.5 2"
