@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from freqmask.errors import UserError
 from freqmask.rng import fresh_keys, normal, uniform
-from freqmask.spectrum import constant, image_size, single_or_double
+from freqmask.spectrum import REFERENCE_SIDE, constant, image_size, single_or_double
 
 Auto = Literal["auto"]
 
@@ -31,35 +31,30 @@ def _check_auto(name: str, value: float | str, least: float) -> None:
 
 
 class Downscale(nn.Module):
-    """Bicubic down without antialiasing, clamp, bicubic up, clamp: the input of super-resolution."""
+    """Bicubic down without antialiasing, clamp, bicubic up, clamp: the input of super-resolution.
+
+    Args:
+        factor: how many pixels become one, above 1; ``"auto"``: 8 at 224 pixels, scaled with the shorter
+            side, at least 2.
+
+    Raises:
+        UserError: for a factor out of range.
+    """
 
     name = "downscale"
 
     def __init__(self, factor: float | Auto = "auto") -> None:
-        """Checks the setting.
-
-        Args:
-            factor: how many pixels become one, above 1; ``"auto"``: 8 at 224 pixels, scaled with the shorter
-                side, at least 2.
-
-        Raises:
-            UserError: for a factor out of range.
-        """
         super().__init__()
         _check_auto("factor", factor, 1.0)
         self.factor = factor
 
     def factor_at(self, height: int, width: int) -> float:
-        """The factor for a size.
-
-        Args:
-            height: H in pixels.
-            width: W in pixels.
-
-        Returns:
-            Above 1.
-        """
-        return max(2.0, 8.0 * min(height, width) / 224) if isinstance(self.factor, str) else self.factor
+        """The factor, above 1, for images of (H, W) pixels."""
+        return (
+            max(2.0, 8.0 * min(height, width) / REFERENCE_SIDE)
+            if isinstance(self.factor, str)
+            else self.factor
+        )
 
     def forward(
         self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
@@ -110,7 +105,7 @@ def _margins(length: int, margin: int, device: torch.device) -> Tensor:
 
 @constant
 def gaussian_kernels(sizes: tuple[int, ...], sigma: float, device: torch.device) -> Tensor:
-    """Normalised one-dimensional kernels, centred in the width of the largest.
+    """Normalised one-dimensional kernels, centered in the width of the largest.
 
     Args:
         sizes: odd numbers of taps.
@@ -127,20 +122,19 @@ def gaussian_kernels(sizes: tuple[int, ...], sigma: float, device: torch.device)
 
 
 class Blur(nn.Module):
-    """Isotropic Gaussian blur, kernel size drawn per image, border reflected without repeating the edge."""
+    """Isotropic Gaussian blur, kernel size drawn per image, border reflected without repeating the edge.
+
+    Args:
+        sizes: odd kernel sizes, one is drawn for each image; ``"auto"``: 7, 9, ..., 21 at 224 pixels.
+        sigma: in pixels, above 0; ``"auto"``: 5 at 224 pixels.
+
+    Raises:
+        UserError: for a setting out of range.
+    """
 
     name = "blur"
 
     def __init__(self, sizes: Sequence[int] | Auto = "auto", sigma: float | Auto = "auto") -> None:
-        """Checks the settings.
-
-        Args:
-            sizes: odd kernel sizes, one is drawn for each image; ``"auto"``: 7, 9, ..., 21 at 224 pixels.
-            sigma: in pixels, above 0; ``"auto"``: 5 at 224 pixels.
-
-        Raises:
-            UserError: for a setting out of range.
-        """
         super().__init__()
         _check_auto("sigma", sigma, 0.0)
         if isinstance(sizes, str):
@@ -151,31 +145,18 @@ class Blur(nn.Module):
         self.sigma = sigma
 
     def sizes_at(self, height: int, width: int) -> tuple[int, ...]:
-        """The kernel sizes for an image size.
+        """The odd kernel sizes for images of (H, W) pixels.
 
-        Args:
-            height: H in pixels.
-            width: W in pixels.
-
-        Returns:
-            Odd numbers; scaled ones are at least 3 and may coincide, so that the chances stay.
+        Scaled ones are at least 3 and may coincide, so that each keeps its chance.
         """
         if not isinstance(self.sizes, str):
             return self.sizes
-        scale = min(height, width) / 224
+        scale = min(height, width) / REFERENCE_SIDE
         return tuple(max(3, 2 * math.floor(size * scale / 2) + 1) for size in range(7, 22, 2))
 
     def sigma_at(self, height: int, width: int) -> float:
-        """The standard deviation for an image size.
-
-        Args:
-            height: H in pixels.
-            width: W in pixels.
-
-        Returns:
-            Pixels.
-        """
-        return 5.0 * min(height, width) / 224 if isinstance(self.sigma, str) else self.sigma
+        """The standard deviation in pixels for images of (H, W) pixels."""
+        return 5.0 * min(height, width) / REFERENCE_SIDE if isinstance(self.sigma, str) else self.sigma
 
     def forward(
         self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
@@ -215,19 +196,18 @@ def _convolve(images: Tensor, kernel: Tensor, dim: int) -> Tensor:
 
 
 class Noise(nn.Module):
-    """Gaussian noise, per pixel and channel, not clamped."""
+    """Gaussian noise, per pixel and channel, not clamped.
+
+    Args:
+        sigma: standard deviation in the images' unit, above 0; the same at every size.
+
+    Raises:
+        UserError: for a sigma out of range.
+    """
 
     name = "noise"
 
     def __init__(self, sigma: float = 75 / 255) -> None:
-        """Checks the setting.
-
-        Args:
-            sigma: standard deviation in the images' unit, above 0; the same at every size.
-
-        Raises:
-            UserError: for a sigma out of range.
-        """
         super().__init__()
         if not (math.isfinite(sigma) and sigma > 0):
             raise UserError(f"sigma ({sigma}) must be above 0; the published 75/255 is 0.294")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from itertools import takewhile
+from os.path import commonprefix
 from typing import Any
 
 import timm
@@ -83,9 +83,9 @@ def check_name(name: str) -> None:
 
 
 def _similar(name: str) -> str:
-    """A hint at the first model that begins most like the name: patch and size behind it are seldom typed."""
+    # the first model that begins most like the name: patch and size behind it are seldom typed
     models = timm.list_models()
-    shared = {known: _shared(name, known) for known in models}
+    shared = {known: len(commonprefix([name, known])) for known in models}  # noqa: RUF071  # letters
     longest = max(shared.values())
     alike = [known for known in models if shared[known] == longest or 2 * longest < len(name)]
     begins = {known[: len(name)]: known for known in reversed(alike)}
@@ -93,11 +93,6 @@ def _similar(name: str) -> str:
     if not hint.startswith("did you mean"):
         return "timm.list_models() lists all of them"
     return f"did you mean {begins[hint.split(chr(39))[1]]!r}?"
-
-
-def _shared(one: str, other: str) -> int:
-    """How many letters two names begin with together."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
 def strides(model: nn.Module) -> list[int]:
@@ -194,7 +189,7 @@ def _create(
     pretrained: bool,
     wishes: Mapping[str, Any] | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model, and the arguments that it took. What was not asked for may be refused."""
+    # what was not asked for may be refused, one argument at a time; the arguments that were taken come back
     wanted: dict[str, Any] = {"drop_path_rate": 0.0, "num_classes": 0, **(wishes or {})}
     if image_size is not None:
         wanted["img_size"] = image_size

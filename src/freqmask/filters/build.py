@@ -97,9 +97,7 @@ def used_options(text: str | Filter) -> set[str]:
     return {_OPTION_OF_ARGUMENT.get(name, name) for name in taken if name not in call.named} & set(OPTIONS)
 
 
-class _Call(NamedTuple):
-    """``name(positional, named=...)`` or the bare name."""
-
+class _Call(NamedTuple):  # ``name(positional, named=...)`` or the bare name
     name: str
     positional: list[Any]
     named: dict[str, Any]
@@ -111,8 +109,8 @@ class _Call(NamedTuple):
 
 
 def _parse(text: str) -> _Call:
-    """Reads the text without running it."""
-    module, colon, rest = text.partition(":") if _is_import_path(text) else ("", "", text)
+    is_import_path = ":" in text.partition("(")[0]  # a colon behind the bracket belongs to an argument
+    module, colon, rest = text.partition(":") if is_import_path else ("", "", text)
     try:
         expression = ast.parse(rest.strip(), mode="eval").body
         if isinstance(expression, ast.Name):
@@ -129,10 +127,6 @@ def _parse(text: str) -> _Call:
     return _Call(module.strip() + colon + expression.func.id, positional, named, bare=False)
 
 
-def _is_import_path(text: str) -> bool:
-    return ":" in text.partition("(")[0]
-
-
 def _from_call(call: _Call, given: dict[str, Any]) -> Filter:
     if call.is_mixture:
         return _mixture(call, given)
@@ -146,18 +140,13 @@ def _from_call(call: _Call, given: dict[str, Any]) -> Filter:
     named = options | call.named
     if kind is OneOf:
         return _one_of(call.positional, named, given)
-    return _construct(call, kind, call.positional, named)
-
-
-def _construct(call: _Call, kind: type[Filter], positional: list[Any], named: dict[str, Any]) -> Filter:
     try:
-        inspect.signature(kind).bind(*positional, **named)
+        inspect.signature(kind).bind(*call.positional, **named)
     except TypeError as error:
-        wanted = list(inspect.signature(kind).parameters)
-        wrong = next((name for name in named if name not in wanted), None)
-        hint = nearest(wrong, wanted) if wrong else f"it takes {', '.join(wanted)}"
+        wrong = next((name for name in named if name not in parameters), None)
+        hint = nearest(wrong, parameters) if wrong else f"it takes {', '.join(parameters)}"
         raise UserError(f"filter {call.name!r} got wrong arguments ({error}); {hint}") from error
-    return kind(*positional, **named)
+    return kind(*call.positional, **named)
 
 
 def _one_of(positional: list[Any], named: dict[str, Any], given: dict[str, Any]) -> Filter:
@@ -171,7 +160,6 @@ def _one_of(positional: list[Any], named: dict[str, Any], given: dict[str, Any])
 
 
 def _mixture(call: _Call, given: dict[str, Any]) -> Filter:
-    """One of two opposite filters, drawn for each image, as MFM and FOLK do."""
     options = MIXTURES[call.name]
     wrong = [name for name in call.named if name not in options]
     if call.positional or wrong:
@@ -198,7 +186,6 @@ def _opposites(name: str, settings: dict[str, Any]) -> list[Filter]:
 
 
 def _class_of(name: str) -> type[Filter]:
-    """A filter of ours, or one that an import path names."""
     if ":" not in name:
         if name not in FILTERS:
             raise UserError(f"filter ({name!r}) must be a known one; {nearest(name, [*FILTERS, *MIXTURES])}")
