@@ -66,7 +66,7 @@ def write_metrics(path: Path, steps: int, draw: np.random.Generator) -> None:
     progress = np.arange(1, steps + 1) / steps
     columns = {"step": np.arange(1, steps + 1), "epoch": progress * 300, "loss": falling(progress, 4.5, draw)}
     for number, name in enumerate(BANDS):
-        columns[f"loss_over_zero{name}"] = falling(progress, 1.0, draw, floor=0.5 + 0.04 * number)
+        columns[f"relative_loss{name}"] = falling(progress, 1.0, draw, floor=0.5 + 0.04 * number)
     columns["lr"] = 1.5e-4 * np.minimum(progress * 15, 0.5 * (1 + np.cos(np.pi * progress)))
     columns["weight_decay"] = np.full(steps, 0.05)
     columns["grad_norm"] = np.exp(draw.normal(0, 0.4, steps))

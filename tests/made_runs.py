@@ -28,7 +28,7 @@ CONFIG = {
     "accelerator": "cpu",
     "devices": 1,
 }
-COLUMNS = ("loss", "loss_over_zero", "loss_over_zero/lowpass", "loss_over_zero/band_0_2", "lr", "grad_norm")
+COLUMNS = ("loss", "relative_loss", "relative_loss/lowpass", "relative_loss/band_0_2", "lr", "grad_norm")
 
 
 def make_run(

@@ -97,8 +97,8 @@ def test_details_cost_nothing_unless_asked(name: str, monkeypatch: pytest.Monkey
     with_details = method(views, KEYS, details=True)
     monkeypatch.setattr(inspect.getmodule(type(method)), "reconstruction_health", None)
     without = method(views, KEYS)
-    assert not [part for part in without if part.startswith("loss_over_zero") or part == "collapse"]
-    assert "loss_over_zero" in with_details
+    assert not [part for part in without if part.startswith("relative_loss") or part == "collapse"]
+    assert "relative_loss" in with_details
     assert [part for part, value in with_details.items() if value.requires_grad] == ["loss"]
 
 

@@ -103,10 +103,10 @@ def test_a_zero_prediction_scores_one_in_every_part() -> None:
     torch.nn.init.zeros_(method.decoder[0].weight)
     torch.nn.init.zeros_(method.decoder[0].bias)
     parts = method([photographs()], KEYS, details=True)
-    health = {name: value.item() for name, value in parts.items() if name.startswith("loss_over_zero")}
+    health = {name: value.item() for name, value in parts.items() if name.startswith("relative_loss")}
     edges = band_edges(32, 32)
-    bands = {f"loss_over_zero/band_{low}_{high}" for low, high in pairwise(edges)}
-    assert set(health) == {"loss_over_zero", "loss_over_zero/lowpass", "loss_over_zero/highpass"} | bands
+    bands = {f"relative_loss/band_{low}_{high}" for low, high in pairwise(edges)}
+    assert set(health) == {"relative_loss", "relative_loss/lowpass", "relative_loss/highpass"} | bands
     assert list(health.values()) == pytest.approx([1.0] * len(health), abs=1e-5)
 
 
@@ -116,8 +116,8 @@ def test_health_tells_filters_and_bands_apart() -> None:
     images = photographs()
     low_passed = (method.filter.draw(combine(KEYS, 0)) == 0)[:, None, None, None]
     health = method([images], KEYS, details=True)
-    assert health["loss_over_zero/lowpass"] < 1e-4
-    assert health["loss_over_zero/highpass"] > 0.5
+    assert health["relative_loss/lowpass"] < 1e-4
+    assert health["relative_loss/highpass"] > 0.5
     outer = [value for name, value in health.items() if "band_16" in name]
     assert outer[0] < 1e-4  # hidden in low-passed images only
 
@@ -125,8 +125,8 @@ def test_health_tells_filters_and_bands_apart() -> None:
 def test_a_filter_that_no_image_drew_has_no_number() -> None:
     method = tiny_method("mfm", low_pass_share=1.0)
     parts = method([photographs()], KEYS, details=True)
-    assert torch.isnan(parts["loss_over_zero/highpass"])
-    assert torch.isfinite(parts["loss_over_zero/lowpass"])
+    assert torch.isnan(parts["relative_loss/highpass"])
+    assert torch.isfinite(parts["relative_loss/lowpass"])
 
 
 def test_mean_and_std_are_imagenets_for_colour_and_plain_otherwise() -> None:

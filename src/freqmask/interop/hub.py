@@ -156,7 +156,7 @@ def _is_path(value: Any) -> bool:
 
 def _results(run: RunFolder) -> str:
     summary = run.summary()
-    names = ("steps", "loss", "loss_over_zero", "held_out_loss", "held_out_loss_over_zero")
+    names = ("steps", "loss", "relative_loss", "held_out_loss", "held_out_relative_loss")
     lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
     table = run.path / "results.csv"
     if table.is_file():

@@ -39,7 +39,7 @@ def reconstruction_health(
         keys: the keys that it was given.
 
     Returns:
-        ``loss_over_zero``, ``loss_over_zero/NAME`` and ``loss_over_zero/band_LOW_HIGH`` (radii in cycles per
+        ``relative_loss``, ``relative_loss/NAME`` and ``relative_loss/band_LOW_HIGH`` (radii in cycles per
         shorter side, LOW included).
     """
     height, width = target.shape[-2:]
@@ -48,16 +48,16 @@ def reconstruction_health(
     pairs = bin_weights(height, width, target.device, at_zero.dtype)
     weight = pairs * loss.weights(pairs, keep)
     reached, at_zero = (weight * reached).sum(1), (weight * at_zero).sum(1)
-    health = {"loss_over_zero": reached.sum() / at_zero.sum()}
+    health = {"relative_loss": reached.sum() / at_zero.sum()}
     if isinstance(filter, OneOf) and keys is not None:
         drawn = filter.draw(keys)
         for number, name in enumerate(filter.names):
             chosen = (drawn == number)[:, None, None]
-            health[f"loss_over_zero/{name}"] = (reached * chosen).sum() / (at_zero * chosen).sum()
+            health[f"relative_loss/{name}"] = (reached * chosen).sum() / (at_zero * chosen).sum()
     edges = band_edges(height, width)
     masks = _band_masks(height, width, edges, target.device)
     for low, high, mask in zip(edges[:-1], edges[1:], masks, strict=True):
-        health[f"loss_over_zero/band_{low}_{high}"] = (reached * mask).sum() / (at_zero * mask).sum()
+        health[f"relative_loss/band_{low}_{high}"] = (reached * mask).sum() / (at_zero * mask).sum()
     return health
 
 

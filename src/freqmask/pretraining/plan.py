@@ -248,13 +248,13 @@ def summary_lines(
     for name in ("reconstruction", "distillation"):
         if name in summary:
             yield f"            {name} from {summary[f'first_{name}']:.4g} to {summary[name]:.4g}"
-    if "loss_over_zero" in summary:
-        first, last = summary["first_loss_over_zero"], summary["loss_over_zero"]
-        yield f"            over that of predicting nothing: from {first:.3f} to {last:.3f} (1.000 = nothing learnt)"
+    if "relative_loss" in summary:
+        first, last = summary["first_relative_loss"], summary["relative_loss"]
+        yield f"            relative loss from {first:.3f} to {last:.3f} (1 = zero prediction)"
     if "collapse" in summary:
         yield f"            collapse number {summary['collapse']:.2f} nat (healthy is above 0.1)"
-    if "held_out_loss_over_zero" in summary:
-        yield f"            on held-out images: {summary['held_out_loss_over_zero']:.3f}"
+    if "held_out_relative_loss" in summary:
+        yield f"            on held-out images: {summary['held_out_relative_loss']:.3f}"
     for remark in features_remarks(read_run(run.path)):
         yield f"{'warning ' if remark.kind == 'warning' else 'features'}    {remark.text}"
     if preview is not None:

@@ -79,19 +79,19 @@ SHOWN = {
     "loss": "loss {:.4g}",
     "reconstruction": "reconstruction {:.4g}",
     "distillation": "distillation {:.4g}",
-    "loss_over_zero": "{:.3f} of predicting nothing",
+    "relative_loss": "relative loss {:.3f}",
     "collapse": "collapse number {:.2f}",
-    "held_out_loss_over_zero": "held out {:.3f}",
+    "held_out_relative_loss": "held out {:.3f}",
     "probe_knn": "k-NN {:.1%}",
     "probe_linear": "linear {:.1%}",
     "rankme": "features of rank {:.1f}",
 }
 
 
-LOSSES = ["loss", "reconstruction", "distillation", "loss_over_zero", "collapse"]
+LOSSES = ["loss", "reconstruction", "distillation", "relative_loss", "collapse"]
 
 
-HELD_OUT = ["held_out_loss", "held_out_loss_over_zero"]
+HELD_OUT = ["held_out_loss", "held_out_relative_loss"]
 
 
 FEATURES = [

@@ -77,7 +77,7 @@ class HeldOut(PeriodicCallback):
         self.monitor.pause(time.perf_counter() - began)
 
     def loss(self, trainer: L.Trainer, module: PretrainingModule, images: TrainDataset) -> dict[str, float]:
-        """The loss on held-out images, over that of predicting nothing where the method tells it."""
+        """The loss on held-out images, relative to that of predicting zero where the method tells it."""
         sampler = OrderedSampler(len(images), trainer.global_rank, trainer.world_size)
         sums: dict[str, Tensor] = {}
         batches = 0
@@ -85,7 +85,7 @@ class HeldOut(PeriodicCallback):
             views = [as_float(view).to(module.device) for view in batch["views"]]
             with trainer.precision_plugin.forward_context():
                 parts = module.method(views, batch["keys"].to(module.device), details=True)
-            for name in ("loss", "loss_over_zero"):
+            for name in ("loss", "relative_loss"):
                 if name in parts:
                     sums[name] = sums.get(name, torch.zeros((), device=module.device)) + parts[name].float()
             batches += 1

@@ -49,10 +49,10 @@ class Panel:
 PANELS = (
     Panel(
         "zero",
-        "Loss over that of predicting nothing",
+        "Relative loss (1 = zero prediction)",
         "1 means that nothing has been learnt: an empty prediction would do as well. Apart for each filter, and "
         "for held-out images where there are some.",
-        r"(held_out_)?loss_over_zero(/(?!band_).*)?",
+        r"(held_out_)?relative_loss(/(?!band_).*)?",
         reference=1.0,
         logarithmic=False,
     ),
@@ -61,7 +61,7 @@ PANELS = (
         "The same by frequency",
         "Bands of radii in the spectrum, in cycles per shorter side: low numbers are shapes, high numbers are fine "
         "detail. Low bands fall first; a band that stays at 1 is not being learnt.",
-        r"loss_over_zero/band_.*",
+        r"relative_loss/band_.*",
         reference=1.0,
         wide=True,
     ),
@@ -69,7 +69,7 @@ PANELS = (
         "loss",
         "Loss and its parts",
         "What the training lowers. Its height means little by itself; the first chart gives it a scale.",
-        r"loss|held_out_loss|reconstruction|distillation|(?!loss_over_zero).*_loss|loss/.*",
+        r"loss|held_out_loss|reconstruction|distillation|(?!relative_loss).*_loss|loss/.*",
     ),
     Panel(
         "probe",
@@ -198,20 +198,20 @@ def _spans(named: Sequence[tuple[str, Curve]]) -> float:
 def wording(column: str) -> str:
     """A column's name as a person says it.
 
-    >>> wording("loss_over_zero/band_4_8"), wording("held_out_loss_over_zero")
+    >>> wording("relative_loss/band_4_8"), wording("held_out_relative_loss")
     ('band 4 to 8', 'held-out images')
     """
-    band = re.fullmatch(r"loss_over_zero/band_(\w+)_(\w+)", column)
+    band = re.fullmatch(r"relative_loss/band_(\w+)_(\w+)", column)
     if band:
         return f"band {band[1]} to {band[2]}"
     special = {
-        "held_out_loss_over_zero": "held-out images",
+        "held_out_relative_loss": "held-out images",
         "held_out_loss": "held-out images",
-        "loss_over_zero": "training, all filters",
+        "relative_loss": "training, all filters",
         "loss": "training",
         "data_wait_share": "waiting",
     }
-    return special.get(column, column.removeprefix("loss_over_zero/").replace("_", " "))
+    return special.get(column, column.removeprefix("relative_loss/").replace("_", " "))
 
 
 def _trace_name(run: Run, column: str, runs: int, columns: int) -> str:
@@ -268,5 +268,5 @@ def _numbers(named: Sequence[tuple[str, Curve]]) -> tuple[list[str], list[list[s
 def _in_order(column: str) -> tuple[int, float, str]:
     """Training, held-out images, the parts; bands by their lower radius, not by letters."""
     band = re.search(r"band_([\d.]+)", column)
-    order = 0 if column in ("loss", "loss_over_zero") else 1 if column.startswith("held_out") else 2
+    order = 0 if column in ("loss", "relative_loss") else 1 if column.startswith("held_out") else 2
     return (order, float(band[1]) if band else 0.0, column)

@@ -11,7 +11,7 @@ from freqmask.console import readable_time
 from freqmask.reporting.curves import wording
 from freqmask.reporting.reading import Curve, Run
 
-FLAT = 0.99  # loss over that of predicting nothing
+FLAT = 0.99  # relative loss
 COLLAPSED = 0.1  # nats (docs/methods.md, small pictures)
 WAITING = 0.2  # share of the time
 EARLY = 5_000  # steps before which nothing can be judged (docs/methods.md, small pictures)
@@ -62,20 +62,20 @@ def _state(run: Run) -> Iterator[Remark]:
 
 
 def _learning(run: Run) -> Iterator[Remark]:
-    curve = run.curves.get("loss_over_zero")
+    curve = run.curves.get("relative_loss")
     if curve is None:
         return
     value = curve.tail()
     if value < FLAT:
         yield Remark(
             "note",
-            f"It learns its task: the loss is {value:.3f} of that of predicting nothing. Whether its features are "
+            f"It learns its task: relative loss {value:.3f} (1 = zero prediction). Whether its features are "
             "any good, only the probe tells.",
         )
     else:
         yield Remark(
             "warning",
-            f"Nothing learnt yet: the loss is {value:.3f} of that of predicting nothing (1 = nothing learnt). "
+            f"Nothing learned yet: relative loss {value:.3f} (1 = zero prediction). "
             "Try more --steps, a higher --lr, or --gamma 1.5; --overfit 8 tells whether it can learn at all.",
         )
 
@@ -152,18 +152,18 @@ def _bands(run: Run) -> Iterator[Remark]:
     bands = {
         name: curve
         for name, curve in run.curves.items()
-        if re.fullmatch(r"loss_over_zero/band_[\d.]+_[\d.]+", name)
+        if re.fullmatch(r"relative_loss/band_[\d.]+_[\d.]+", name)
     }
     rising = sorted(bands, key=lambda name: float(re.findall(r"[\d.]+", name)[0]))
     flat = [wording(name).removeprefix("band ") for name in rising if bands[name].tail() >= FLAT]
     if flat and len(flat) < len(bands):
         yield Remark(
-            "note", f"Not learnt yet: frequencies of {', '.join(flat)} cycles a side. Fine detail comes last."
+            "note", f"Not learned yet: frequencies of {', '.join(flat)} cycles a side. Fine detail comes last."
         )
 
 
 def _held_out(run: Run) -> Iterator[Remark]:
-    curve = run.curves.get("held_out_loss_over_zero") or run.curves.get("held_out_loss")
+    curve = run.curves.get("held_out_relative_loss") or run.curves.get("held_out_loss")
     if curve is None or len(curve.values) < 4:
         return
     images = run.state.get("held_out_images")

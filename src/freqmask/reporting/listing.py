@@ -40,7 +40,7 @@ def table_lines(runs: Sequence[Run]) -> list[str]:
 
 def _row(run: Run) -> tuple[str, ...]:
     seconds = number(run.summary.get("seconds"))
-    curve = run.curves.get("loss_over_zero")
+    curve = run.curves.get("relative_loss")
     steps = f"{run.last_step:,}"
     if run.status != "finished" and run.total_steps:
         steps += f" of {run.total_steps:,}"

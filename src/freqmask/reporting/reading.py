@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from freqmask.errors import UserError, nearest
-from freqmask.training.files import read_rows
+from freqmask.training.files import current_name, read_rows
 from freqmask.training.run_folder import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
 
 Status = Literal["finished", "going on", "stopped"]
@@ -282,7 +282,7 @@ def _table(path: Path) -> tuple[list[str], list[list[str]], int]:
         table = list(csv.reader(io.StringIO("".join(lines[: len(lines) - cut]))))
     except csv.Error:
         return [], [], 0
-    header, rows = (table[0], table[1:]) if table else ([], [])
+    header, rows = ([current_name(name) for name in table[0]], table[1:]) if table else ([], [])
     position = header.index("step") if "step" in header else 0
     whole = [row for row in rows if len(row) == len(header) and math.isfinite(_number(row[position]))]
     return header, whole, len(rows) - len(whole) + cut

@@ -12,7 +12,7 @@ from freqmask.reporting.reading import Run
 
 # Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
 _MEASURED = frozenset({"mean", "std", "value_range"})
-_CURVES = {"loss_over_zero": "loss / zero", "held_out_loss_over_zero": "held-out loss / zero"}
+_CURVES = {"relative_loss": "loss / zero", "held_out_relative_loss": "held-out loss / zero"}
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,20 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     text = path.read_bytes().decode("utf-8", errors="surrogateescape")
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-    return list(csv.DictReader(io.StringIO(text)))
+    return [_renamed(row) for row in csv.DictReader(io.StringIO(text))]
+
+
+def current_name(column: str) -> str:
+    """What a column or a number that 0.1.0 wrote is called now.
+
+    >>> current_name("held_out_loss_over_zero")
+    'held_out_relative_loss'
+    """
+    return column.replace("loss_over_zero", "relative_loss")
+
+
+def _renamed(row: dict[str, str]) -> dict[str, str]:
+    return {name if name is None else current_name(name): value for name, value in row.items()}
 
 
 def cut_back(path: Path, column: str, largest: int) -> None:
@@ -139,7 +152,7 @@ def cut_back(path: Path, column: str, largest: int) -> None:
     if not path.is_file():
         return
     rows = [row for row in read_rows(path) if row.get(column) and int(row[column]) <= largest]
-    _rewrite(path, _header(path), rows)
+    _rewrite(path, [current_name(name) for name in _header(path)], rows)
 
 
 def _header(path: Path) -> list[str]:

@@ -191,7 +191,7 @@ class Monitor(L.Callback):
 
 
 def _is_detail(name: str) -> bool:
-    return name.startswith("loss_over_zero") or name == "collapse"
+    return name.startswith("relative_loss") or name == "collapse"
 
 
 class Skipped(L.Callback):

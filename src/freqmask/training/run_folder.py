@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import BaseFileLock, FileLock, Timeout
 
 from freqmask import __version__
 from freqmask.errors import UserError
-from freqmask.training.files import check_writable, replace_atomically
+from freqmask.training.files import check_writable, current_name, replace_atomically
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
@@ -33,7 +33,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock: int | None = None
+        self._lock: BaseFileLock | None = None
         self._made: list[Path] = []
 
     @property
@@ -94,7 +94,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any]:
         """What the run ended with."""
-        return _read_json(self.path / SUMMARY)
+        return {current_name(name): value for name, value in _read_json(self.path / SUMMARY).items()}
 
     def begin(self, config: Mapping[str, Any], state: Mapping[str, Any], heading: str) -> None:
         """Write ``config.yaml`` and the state of a new run."""
@@ -129,33 +129,31 @@ class RunFolder:
         """
         check_writable(self.path, folder=True)
         self.make()
-        if not self._try_lock():
+        lock = _lock_of(self.path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
             raise UserError(
                 f"run folder ({self.path}) is in use by another process; wait for it, or give another --out"
-            )
-
-    def _try_lock(self) -> bool:
-        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _lock_descriptor(descriptor):
-            os.close(descriptor)
-            return False
-        self._lock = descriptor
-        return True
+            ) from error
+        self._lock = lock
 
     def is_locked(self) -> bool:
         """Whether a living process trains here."""
         if not (self.path / LOCK).exists():
             return False
-        descriptor = os.open(self.path / LOCK, os.O_RDWR)
+        lock = _lock_of(self.path)
         try:
-            return not _lock_descriptor(descriptor)
-        finally:
-            os.close(descriptor)
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        lock.release()
+        return False
 
     def unlock(self) -> None:
         """Give the run free again."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def leave_nothing(self, *files: str) -> None:
@@ -173,22 +171,9 @@ class RunFolder:
                 folder.rmdir()
 
 
-def _lock_descriptor(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows has its own call for the same thing
-        import msvcrt  # type: ignore[import-not-found,unused-ignore]
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _lock_of(folder: Path) -> BaseFileLock:
+    # a lock of its own each time: taken twice in one process it must be refused, too
+    return FileLock(folder / LOCK, thread_local=False, is_singleton=False)
 
 
 def new_run(method: str, backbone: str, root: Path = RUNS) -> RunFolder:

@@ -1,4 +1,8 @@
-"""The same work on several devices: a process each, fed from this one, whose answers come back here."""
+"""The same work on several devices: a process each, fed from this one, whose answers come back here.
+
+Kept beside joblib and ``ProcessPoolExecutor``: those bind no worker to a device, give a task's results only at its end,
+send what all tasks share with each of them, and do not tell by which signal a worker died.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +151,7 @@ Work = Callable[..., Iterable[Any]]
 _LOOK = 1.0  # seconds after which a process that says nothing is looked after
 _PATIENCE = 5.0  # seconds that a process has to leave by itself
 _TERMINATED = 143  # as a shell tells SIGTERM
-_SAID, _DONE, _FAILED = "said", "done", "failed"
+_RESULT, _DONE, _FAILED = "result", "done", "failed"
 
 
 class DiedError(UserError):
@@ -210,7 +214,7 @@ class WorkerPool:
             UserError: a device ran out of memory, or something cannot be sent.
         """
         if len(arguments) == 1:
-            with _memory_in_words(self.devices[0]):
+            with _translate_memory_errors(self.devices[0]):
                 yield from work(self.devices[0], *arguments[0])
             return
         if self._busy:
@@ -255,13 +259,13 @@ class WorkerPool:
         while working:
             for connection in wait(list(working), timeout=_LOOK):
                 member = working[connection]  # type: ignore[index]
-                kind, said = self._receive(member)
-                if kind == _SAID:
-                    yield said
+                kind, result = self._receive(member)
+                if kind == _RESULT:
+                    yield result
                 elif kind == _DONE:
                     del working[member.connection]
                 else:
-                    raise self._failed(member, *said)
+                    raise self._failed(member, *result)
             for member in working.values():
                 # its loader workers hold the line open for seconds after its death
                 if not member.process.is_alive() and not member.connection.poll():
@@ -369,14 +373,14 @@ def _leave(*_: Any) -> None:
     raise SystemExit  # an exception, so that loader workers are ended, too
 
 
-def _answer(unpacker: Unpacker, letter: bytes) -> Generator[bytes]:
+def _answer(unpacker: Unpacker, message: bytes) -> Generator[bytes]:
     try:
-        numbers, packed, parcel = pickle.loads(letter)
-        with _memory_in_words(unpacker.device):
+        numbers, packed, parcel = pickle.loads(message)
+        with _translate_memory_errors(unpacker.device):
             unpacker.keep(numbers, packed)
             work, arguments = unpacker.unpack(parcel)
-            for said in work(unpacker.device, *arguments):
-                yield pickle.dumps((_SAID, said), pickle.HIGHEST_PROTOCOL)
+            for result in work(unpacker.device, *arguments):
+                yield pickle.dumps((_RESULT, result), pickle.HIGHEST_PROTOCOL)
         yield pickle.dumps((_DONE, None))
     except Exception as error:
         yield _failure(error)
@@ -393,7 +397,7 @@ def _failure(error: Exception) -> bytes:
 
 
 @contextmanager
-def _memory_in_words(device: torch.device) -> Iterator[None]:
+def _translate_memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
