@@ -158,7 +158,8 @@ def _bands(run: Run) -> Iterator[Remark]:
     flat = [wording(name).removeprefix("band ") for name in rising if bands[name].tail() >= FLAT]
     if flat and len(flat) < len(bands):
         yield Remark(
-            "note", f"Not learned yet: frequencies of {', '.join(flat)} cycles a side. Fine detail comes last."
+            "note",
+            f"Not learned yet: frequencies of {', '.join(flat)} cycles a side. Fine detail comes last.",
         )
 
 
