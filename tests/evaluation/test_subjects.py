@@ -162,8 +162,13 @@ def test_what_a_model_is_not_shown_is_told(tmp_path: Path, folder: Path) -> None
     assert cut.startswith("crop center cuts 40% of the area off images of 40x24 pixels")
     assert what_differs(opened("pixels", folder, crop="whole"), seen) == []
     native = str(make_run(tmp_path / "native", crop="native").path)
-    lines = what_differs(opened(native, folder, image_size=16, crop="whole"), seen)
-    assert "trained on windows of 16x16 pixels as they are (crop native)" in lines[0]
+    (middle,) = what_differs(opened(native, folder, image_size=16), seen)
+    assert "native is shown the middle 16x16 of images of 40x24 pixels, at their own resolution" in middle
+    (reduced,) = what_differs(opened(native, folder, image_size=16, crop="whole"), seen)
+    assert "trained on windows of 16x16 pixels as they are (crop native)" in reduced
+    raw = np.asarray(Image.open(folder / "1.png"))[4:20, 12:28] / 255
+    shown = view(opened(native, folder, image_size=16), folder)[0]
+    assert np.allclose(shown.permute(1, 2, 0).numpy(), raw, atol=1e-6)  # as it was trained: nothing resampled
     grey = tmp_path / "grey"
     grey.mkdir()
     for number in range(3):

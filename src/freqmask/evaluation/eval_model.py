@@ -19,7 +19,8 @@ from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.images import as_float
-from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config, run_options
+from freqmask.interop.embed import MiddleWindow
+from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config
 from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, hash_weights, open_model
 from freqmask.interop.public import check_public
 from freqmask.interop.timm_folder import OURS
@@ -46,7 +47,8 @@ class EvalModel(ABC):
         mean: of each channel in [0, 1], taken off before the model.
         std: of each channel.
         value_range: what becomes [0, 1].
-        crop: ``center`` (the largest centered window) or ``whole`` (the picture, distorted).
+        crop: ``center`` (the largest centered window), ``whole`` (the image, distorted) or ``native`` (the middle at
+            its own resolution).
         crop_share: of the side that the centered window keeps.
         blocks: stages inside whose features can be had too.
         results: the folder where its results go unless told otherwise; None where it has none.
@@ -81,7 +83,8 @@ class EvalModel(ABC):
 
     def dataset(self, source: Source) -> TrainDataset:
         """The images as it is shown them, uint8 or in [0, 1]: one window each, neither random nor flipped."""
-        geometry = Geometry(
+        kind = MiddleWindow if self.crop == "native" else Geometry
+        geometry = kind(
             image_size=self.input_size[1:],
             crop=self.crop,
             horizontal_flip=0.0,
@@ -114,13 +117,13 @@ class PixelModel(EvalModel):
     Args:
         seen: what the images are like.
         side: of the reduced image in pixels.
-        crop: ``center`` or ``whole``.
+        crop: ``auto``, ``center``, ``whole`` or ``native``.
     """
 
-    def __init__(self, seen: Survey, side: int | None = None, crop: str = "center") -> None:
+    def __init__(self, seen: Survey, side: int | None = None, crop: str = "auto") -> None:
         self.text = self.name = self.kind = PIXELS
         side = side or min(_PIXEL_SIDE, *seen.median_size)
-        self.input_size, self.crop = (seen.channels, side, side), crop
+        self.input_size, self.crop = (seen.channels, side, side), _usual(crop)
         self.mean, self.std = tuple(seen.mean), tuple(seen.std)
         self.value_range = seen.value_range.describe()
 
@@ -138,17 +141,17 @@ class BackboneModel(EvalModel):
     Args:
         text: MODEL as it was typed.
         opened: the model.
-        crop: ``center`` or ``whole``.
+        crop: ``auto``, ``center``, ``whole`` or ``native``.
     """
 
-    def __init__(self, text: str, opened: OpenedModel, crop: str = "center") -> None:
+    def __init__(self, text: str, opened: OpenedModel, crop: str = "auto") -> None:
         self.text, self.name, self.kind = text, opened.name, opened.kind
-        self.opened, self.crop = opened, crop
+        self.opened = opened
+        self.crop = "native" if (crop, opened.trained_crop) == ("auto", "native") else _usual(crop)
         self.input_size, self.mean, self.std = opened.input_size, opened.mean, opened.std
         self.value_range = opened.value_range
         if opened.kind == "run" and opened.folder is not None:
             self.results = opened.folder.resolve().parent
-        self.trained_crop = str(run_options(text).get("crop", opened.facts.get("crop", "")))
         count = len(opened.module.feature_info)
         inside = {math.ceil(share * count) - 1 for share in _BLOCKS}
         self.blocks = sorted(inside - {opened.backbone.stage % count})
@@ -195,14 +198,14 @@ class ClassifierModel(EvalModel):
     Args:
         text: ``timm:NAME``, the run folder of a fine-tuning, or an exported folder with a classifier.
         class_names: of DATA.
-        crop: ``center``, of which the model's own test share is kept, or ``whole``.
+        crop: ``center`` (and ``auto``), of which the model's own test share is kept, ``whole`` or ``native``.
 
     Raises:
         UserError: it has no classifier, or its classes are not those of DATA.
     """
 
-    def __init__(self, text: str, class_names: Sequence[str], crop: str = "center") -> None:
-        self.text, self.crop = text, crop
+    def __init__(self, text: str, class_names: Sequence[str], crop: str = "auto") -> None:
+        self.text, self.crop = text, _usual(crop)
         self.classifier, self.value_range = _open_classifier(text)
         self.kind = "timm" if text.startswith(PUBLIC) else "folder"
         path = Path(text).resolve()
@@ -285,7 +288,7 @@ def open_eval_model(
     image_size: int | None = None,
     weights: str | None = None,
     value_range: str | None = None,
-    crop: str = "center",
+    crop: str = "auto",
     wishes: Mapping[str, Any] | None = None,
 ) -> EvalModel:
     """Open MODEL for an evaluation.
@@ -299,7 +302,7 @@ def open_eval_model(
         weights: ``teacher`` or ``student`` of a FOLK run; None elsewhere leaves it out.
         value_range: what becomes [0, 1]; None is the model's own, or for weights from outside that of
             the images.
-        crop: ``center`` or ``whole``.
+        crop: ``auto``, ``center``, ``whole`` or ``native``.
         wishes: timm's arguments for a training, as for :func:`freqmask.interop.models.open_model`.
 
     Raises:
@@ -342,14 +345,23 @@ def what_differs(model: EvalModel, seen: Survey) -> list[str]:
             f"crop center cuts {cut:.0%} of the area off images of {columns}x{rows} pixels, at the edges; --crop whole "
             "shows all of it, distorted to the window's shape"
         )
-    if isinstance(model, BackboneModel) and model.trained_crop == "native" and scale > 1 + NOTABLE:
+    if model.crop == "native" and scale > 1 + NOTABLE:
+        lines.append(
+            f"{model.name} is shown the middle {width}x{height} of images of {columns}x{rows} pixels, at their own "
+            "resolution as in its training; --crop center reduces them, tiles or a larger --image_size show more"
+        )
+    elif isinstance(model, BackboneModel) and model.opened.trained_crop == "native" and scale > 1 + NOTABLE:
         lines.append(
             f"{model.name} was trained on windows of {width}x{height} pixels as they are (crop native), and is shown "
-            f"images of {columns}x{rows} reduced to that size; cut DATA into tiles, or give a larger --image_size"
+            f"images of {columns}x{rows} reduced to that size; --crop native shows the middle as it is"
         )
     if channels != seen.channels and model.kind != PIXELS:
         lines.append(f"images of {seen.channels} channel(s) are shown to {model.name} as {channels}")
     return lines
+
+
+def _usual(crop: str) -> str:
+    return "center" if crop == "auto" else crop
 
 
 def check_models(models: str | Path | Sequence[str | Path]) -> list[str]:

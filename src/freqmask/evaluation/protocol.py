@@ -42,7 +42,7 @@ class EvalConfig:
         image_size: side in pixels; None is each model's own.
         weights: teacher or student of FOLK runs.
         value_range: what becomes [0, 1]; None is each model's own.
-        crop: center or whole.
+        crop: auto, center, whole or native.
         compute: where to compute.
         out: folder of the results, or None.
         options: those of the command, to repeat it.
@@ -57,7 +57,7 @@ class EvalConfig:
     image_size: int | None = None
     weights: str | None = None
     value_range: str | None = None
-    crop: str = "center"
+    crop: str = "auto"
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     out: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -79,8 +79,10 @@ class Windows(Weights):
     image_size: int | None = option(
         None, "side in pixels that the networks see; the default is what each was trained at", least=1
     )
-    crop: Literal["center", "whole"] = option(
-        "center", "center takes the largest centred square, whole the whole picture, distorted to a square"
+    crop: Literal["auto", "center", "whole", "native"] = option(
+        "auto",
+        "center takes the largest centered square, whole the whole image, distorted to a square, native the middle at "
+        "its own resolution; auto is native for models trained with --crop native, else center",
     )
 
 
