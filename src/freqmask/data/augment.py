@@ -220,7 +220,6 @@ def _jittered(images: Images, keys: Tensor, settings: PhotometricSettings) -> Im
 
 
 def _grey(images: Images) -> Float[Tensor, "batch 1 height width"]:
-    """Luma (ITU-R 601, torchvision's digits) of colour images, the mean of other channels."""
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]

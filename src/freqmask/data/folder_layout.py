@@ -97,7 +97,6 @@ def _children(index: FolderIndex) -> dict[bytes, list[bytes]]:
 
 
 def _files_in(index: FolderIndex, folder: bytes) -> int:
-    """How many images lie directly in a folder."""
     number = index.folders.index(folder)
     return int(index.starts[number + 1] - index.starts[number])
 
@@ -130,7 +129,6 @@ def _plain(name: bytes) -> str:
 
 
 def _mask_word(name: bytes) -> str | None:
-    """The word for masks that a folder's name begins or ends with."""
     plain = _plain(name)
     return next((word for word in MASK_WORDS if plain.startswith(word) or plain.endswith(word)), None)
 

@@ -115,8 +115,7 @@ class HuggingFaceSource(Source):
         return open_bytes(self.encoded(index)[0])
 
     def encoded(self, index: int) -> tuple[bytes, str]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        self.check(index)
         cell = self._images[index][self._column]
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if data is None:
@@ -127,12 +126,6 @@ class HuggingFaceSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.split}-{index}" if self.split else str(index)
-
-    def label(self, index: int) -> int | None:
-        return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
-
-    def all_labels(self) -> np.ndarray:
-        return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.copy()
 
     def fingerprint(self) -> str:
         return hashlib.blake2b(self._fingerprint.encode(), digest_size=8).hexdigest()

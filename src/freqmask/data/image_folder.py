@@ -129,8 +129,7 @@ class FolderSource(Source):
         return len(self.index) if self._first_images is None else int(self._first_images[-1])
 
     def _file_and_page(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        self.check(index)
         if self._first_images is None:
             return index, 0
         file = int(np.searchsorted(self._first_images, index, side="right")) - 1

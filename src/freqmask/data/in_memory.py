@@ -97,7 +97,6 @@ class InMemoryBatches:
         self.device, self.value_range = images.pixels.device, value_range or ValueRange()
 
     def __len__(self) -> int:
-        """Steps of the whole training, those before the sampler's first one included."""
         return len(self.sampler) // self.sampler.batch_size_per_process
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

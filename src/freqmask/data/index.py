@@ -102,7 +102,6 @@ class FolderIndex:
         return int(self.starts[-1])
 
     def _place(self, number: int) -> int:
-        """Where a file of this index stands in the arrays, which may hold more."""
         folder = self.folder_of(number)
         return int(self._arrays["starts"][self._chosen[folder]] + number - self.starts[folder])
 
@@ -400,7 +399,6 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 
 def _suffix(name: bytes) -> bytes:
-    """The suffix in lower case with its dot, or nothing."""
     stem, dot, suffix = name.rpartition(b".")
     return dot + suffix.lower() if stem else b""
 

@@ -130,11 +130,7 @@ class LabelledSource(Subset):
         self._labels = np.array([-1 if row.label is None else numbers[row.label] for row in rows], np.int64)
         self._groups = [row.group for row in rows] if any(row.group for row in rows) else None
 
-    def label(self, index: int) -> int | None:
-        return int(self._labels[index]) if self._labels[index] >= 0 else None
-
-    def all_labels(self) -> np.ndarray:
-        return self._labels.copy()
+    label, all_labels = Source.label, Source.all_labels
 
     def group(self, index: int) -> str | None:
         return super().group(index) if self._groups is None else self._groups[index]

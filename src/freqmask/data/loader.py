@@ -111,7 +111,6 @@ class TrainDataset(Dataset[Sample]):
         raise none_usable(skipped)
 
     def __getitems__(self, items: Sequence[Item]) -> list[Sample] | UserError:
-        """The samples of a batch, or the error for the user: torch buries a raised one in a traceback."""
         try:
             return [self[item] for item in items]
         except UserError as error:
@@ -263,7 +262,6 @@ _OPEN: weakref.WeakSet[TrainLoader] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Workers ignore the SIGTERM by which Python would end them at its exit, and it would wait for ever."""
     for loader in list(_OPEN):
         loader.close()
 
@@ -336,7 +334,6 @@ def make_loader(
 
 
 def _begin_worker(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the main process: it saves first."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

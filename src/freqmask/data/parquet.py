@@ -112,17 +112,9 @@ class ParquetSource(Source):
         return None if data is None else (data, suffix_of(data, path or ""))
 
     def _cell(self, index: int) -> tuple[bytes | None, str | None]:
-        """Bytes and path of a row."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        self.check(index)
         value = self._column()[index].as_py()
         return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-
-    def label(self, index: int) -> int | None:
-        return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
-
-    def all_labels(self) -> np.ndarray:
-        return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.copy()
 
     def name(self, index: int) -> str:
         path = self._path_column()[index].as_py() if has_paths(self._schema, self.image_column) else None
@@ -210,6 +202,7 @@ class RemoteTables(Source):
         self.files, self.notes = files, list(notes)
         self.index = index_tables(files, names)
         self.class_names = self.index.class_names
+        self._labels = self.index.labels if self.class_names is not None else None
         self._reader = GroupReader(files, self.index)
 
     def __len__(self) -> int:
@@ -219,23 +212,12 @@ class RemoteTables(Source):
         return open_bytes(self.encoded(index)[0])
 
     def encoded(self, index: int) -> tuple[bytes, str]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        self.check(index)
         group, row = self.index.place(index)
         data = self._reader.images(group)[row].as_py()
         if data is None:
             raise BadImage("its row holds no bytes, only a path at most")
         return data, suffix_of(data, self.index.path(index))
-
-    def label(self, index: int) -> int | None:
-        return (
-            None
-            if self.class_names is None or self.index.labels[index] < 0
-            else int(self.index.labels[index])
-        )
-
-    def all_labels(self) -> np.ndarray:
-        return np.full(len(self), -1, np.int64) if self.class_names is None else np.array(self.index.labels)
 
     def blocks(self) -> Blocks:
         sizes = np.diff(self.index.starts)

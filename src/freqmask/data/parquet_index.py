@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ from freqmask.console import say
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.shard_index import text_arrays
 from freqmask.data.splits import split_of
-from freqmask.data.storage import Files
+from freqmask.data.storage import Files, RangeFile
 from freqmask.errors import UserError, nearest
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
@@ -153,7 +152,6 @@ def tables_of_one(names: Iterable[str], where: str) -> list[str]:
 
 
 def _configuration(name: str) -> str:
-    """The folders that a table lies in, but for those named ``data`` or as a split."""
     parts = PurePosixPath(name).parts[:-1]
     return "/".join(part for part in parts if part != "data" and not split_of(part))
 
@@ -212,7 +210,14 @@ def read_columns(
     """
     spans = _spans(about.row_group(group), leaves)
     pieces = {start: files.read(name, start, stop) for start, stop in spans}
-    with pq.ParquetFile(_Pieces(pieces, files.size(name)), metadata=about) as file:
+
+    def fetched(start: int, stop: int) -> bytes:
+        for first, data in pieces.items():
+            if first <= start and stop <= first + len(data):
+                return data[start - first : stop - first]
+        raise OSError(f"bytes {start} to {stop} were not fetched")
+
+    with pq.ParquetFile(RangeFile(fetched, files.size(name)), metadata=about) as file:
         return file.read_row_group(group, columns=list(leaves), use_threads=False)
 
 
@@ -233,35 +238,6 @@ def _place(chunk: Any) -> tuple[int, int]:
     if chunk.has_dictionary_page:
         start = min(start, chunk.dictionary_page_offset)
     return start, start + chunk.total_compressed_size
-
-
-class _Pieces(io.RawIOBase):
-    """A file of which only some pieces are there."""
-
-    def __init__(self, pieces: dict[int, bytes], size: int) -> None:
-        super().__init__()
-        self._pieces, self._size, self._at = pieces, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        """Bytes of one of the pieces."""
-        for start, data in self._pieces.items():
-            if start <= self._at and self._at + size <= start + len(data):
-                self._at += size
-                return data[self._at - size - start : self._at - start]
-        raise OSError(f"bytes {self._at} to {self._at + size} were not fetched")
 
 
 class TableIndex:
@@ -431,6 +407,5 @@ def _paths(table: pa.Table, columns: _Columns) -> list[str | None]:
 
 
 def _image_bytes(group: Any, leaf: str) -> int:
-    """What the images of a row group take in memory."""
     chunks = (group.column(number) for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)

@@ -134,7 +134,6 @@ class TrainSampler(Sampler[Item]):
         self.dealt = dealt or deal(batch_size_per_process, world_size, workers)
 
     def __len__(self) -> int:
-        """Items of this process in the whole training, those before ``start_step`` included."""
         return self.total_steps * self.batch_size_per_process
 
     def __iter__(self) -> Iterator[Item]:

@@ -293,7 +293,6 @@ def _renumbered(
 
 
 def _joined_ends(ends: list[np.ndarray]) -> np.ndarray:
-    """Running totals one behind the other."""
     starts = np.cumsum([0, *(part[-1] for part in ends)])
     joined = [part[1:] + start for part, start in zip(ends, starts, strict=False)]
     return np.concatenate([np.zeros(1, np.int64), *joined])

@@ -89,7 +89,6 @@ class BlockReader:
         return data[start - first : stop - first]
 
     def _fetch(self, block: int, shard: str) -> tuple[int, bytes]:
-        """Where a block begins in its shard, and its bytes."""
         first, last = np.searchsorted(self.numbers, [block, block + 1])
         offsets, sizes = self.index.arrays["offsets"], self.index.arrays["sizes"]
         start = int(offsets[first])
@@ -196,9 +195,7 @@ class ShardSource(Source):
         return len(self.index)
 
     def _place(self, index: int) -> tuple[str, int, int]:
-        """Shard, first byte and the byte after the last."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        self.check(index)
         start = int(self.index.arrays["offsets"][index])
         return self._shard(index), start, start + int(self.index.arrays["sizes"][index])
 

@@ -68,6 +68,7 @@ class Source(ABC):
 
     class_names: list[str] | None = None
     why_unlabelled: str = ""
+    _labels: np.ndarray | None = None  # int64 (image,), -1 where there is none; or `label` is overridden
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -90,12 +91,19 @@ class Source(ABC):
 
     def label(self, index: int) -> int | None:
         """The number of the image's class, or None."""
-        return None
+        return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
 
     def all_labels(self) -> np.ndarray:
         """The labels of all images, int64 (image,), -1 where there is none."""
+        if self._labels is not None:
+            return np.array(self._labels, np.int64)
         found = (self.label(index) for index in range(len(self)))
         return np.array([-1 if label is None else label for label in found], np.int64)
+
+    def check(self, index: int) -> None:
+        """Raises IndexError for what is no image of this source: numpy and arrow take negative numbers."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
 
     def group(self, index: int) -> str | None:
         """What the image must never be separated from in a split (patient, scene), or None."""
@@ -185,9 +193,7 @@ class JoinedSource(Source):
         self.class_names = (in_order[0] if same else sorted(names)) if names else None
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Which source, and which image of it."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        self.check(index)
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return part, index - int(self._starts[part])
 

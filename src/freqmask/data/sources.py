@@ -18,8 +18,8 @@ from freqmask.data.storage import (
     RemoteFiles,
     is_pattern,
     local_files,
-    refuse_packed,
     remote_files,
+    unpacker_of,
 )
 from freqmask.errors import UserError, nearest
 
@@ -118,7 +118,7 @@ def locate(data: str | Path, pages: Pages) -> Located:
         return _dataset(text)
     path = Path(text).expanduser()
     if not path.is_dir():
-        refuse_packed(text)
+        _refuse_packed(text)
     here = path.exists() or (is_pattern(text) and not REMOTE.match(text))
     if here and text.lower().endswith((".tar", ".parquet")) and not path.is_dir():
         return _named_files(*local_files(text), text, pages)
@@ -129,6 +129,16 @@ def locate(data: str | Path, pages: Pages) -> Located:
     if IMPORT_PATH.fullmatch(text):
         return Located(tuple, lambda split: import_source(text))
     raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
+
+
+def _refuse_packed(text: str) -> None:
+    """A compressed tar or an archive: no single image can be read out of the middle of it."""
+    program = unpacker_of([f".{text.lower().rpartition('.')[2]}"])
+    if program is not None:
+        raise UserError(
+            f"DATA ({text}) is compressed, and no single image can be read out of it; unpack it with {program} "
+            "(a .tar is read as it is), then freqmask prepare makes large images fast to read"
+        )
 
 
 def _path(path: Path, pages: Pages) -> Located:
@@ -201,7 +211,6 @@ def _remote_folder(files: RemoteFiles, text: str) -> Located:
 
 
 def _named_files(files: Files, names: list[str] | None, text: str, pages: Pages) -> Located:
-    """Tars or tables that a name or a pattern stands for."""
     if text.lower().endswith(".tar"):
         return _shards(files, names, text, pages)
     return _tables(files, text, names or [])

@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
@@ -32,38 +33,14 @@ Result = TypeVar("Result")
 BACKOFF = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
 TIMEOUT = 30
 HEADER_BYTES = 65_536  # asked for at once while headers are read; the next header often lies in it
-EXTRAS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface_hub",
-}
+EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+EXTRAS |= dict.fromkeys(("http", "https"), "aiohttp")
 TRANSIENT = (408, 425, 429)  # answers of a server that ask for patience; all others below 500 are final
 
 
 def unpacker_of(suffixes: Iterable[str]) -> str | None:
     """The program that unpacks the first of some suffixes that is one of a packed file; None where none is."""
     return next((UNPACKERS[suffix] for suffix in suffixes if suffix in UNPACKERS), None)
-
-
-def refuse_packed(text: str) -> None:
-    """Refuse a compressed tar or an archive: no single image can be read out of the middle of it.
-
-    Args:
-        text: DATA as it was typed.
-
-    Raises:
-        UserError: it is one; the message names the program that unpacks it.
-    """
-    program = unpacker_of([f".{text.lower().rpartition('.')[2]}"])
-    if program is not None:
-        raise UserError(
-            f"DATA ({text}) is compressed, and no single image can be read out of it; unpack it with {program} "
-            "(a .tar is read as it is), then freqmask prepare makes large images fast to read"
-        )
 
 
 def is_pattern(text: str) -> bool:
@@ -245,11 +222,14 @@ class RemoteFiles:
 
         def fetch() -> bytes:
             system, path = _system(url)
-            data = system.cat_file(path, start=start, end=stop, **_reading(url))
-            if start is not None and stop is not None and len(data) > stop - start:
+            # Hugging Face's files read 5 MB ahead of what is asked for, unless told not to.
+            more = {"cache_type": "none"} if url.lower().startswith("hf:") else {}
+            data = system.cat_file(path, start=start, end=stop, **more)
+            wanted = len(data) if start is None or stop is None else stop - start
+            if len(data) > wanted:
                 raise _NoRangesError
-            if start is not None and stop is not None and len(data) < stop - start:
-                raise ConnectionError(f"{len(data):,} of {stop - start:,} bytes came")
+            if len(data) < wanted:
+                raise ConnectionError(f"{len(data):,} of {wanted:,} bytes came")
             return bytes(data)
 
         return with_retries(url, fetch)
@@ -262,11 +242,16 @@ class RemoteFiles:
             UserError: the server does not tell.
         """
         if self._sizes.get(name) is None:
-            self._sizes[name] = with_retries(self.url(name), lambda: _info(self.url(name)))["size"]
+            self._sizes[name] = with_retries(self.url(name), lambda: self._info(name))["size"]
         size = self._sizes[name]
         if size is None:
             raise UserError(f"{self.url(name)}: the server does not tell its size; copy it here first")
         return size
+
+    def _info(self, name: str) -> dict[str, Any]:
+        system, path = _system(self.url(name))
+        about: dict[str, Any] = system.info(path)
+        return about
 
     def state(self, name: str) -> tuple[object, ...]:
         """The size; servers do not agree on times of change."""
@@ -274,7 +259,9 @@ class RemoteFiles:
 
     def stream(self, name: str) -> BinaryIO:
         """The file, to be read here and there in small pieces."""
-        return cast(BinaryIO, io.BufferedReader(_RangeFile(self, name), HEADER_BYTES))
+        return cast(
+            BinaryIO, io.BufferedReader(RangeFile(partial(self.read, name), self.size(name)), HEADER_BYTES)
+        )
 
     def names(self) -> list[str]:
         """The tars below, directly or in folders named as splits."""
@@ -323,7 +310,9 @@ class RemoteFiles:
             data = self.read(INDEX_NAME)
         except FileNotFoundError:
             return None
-        self._index = file = cache_file("remote-index", self.root, len(data), hash_of(data))
+        self._index = file = cache_file(
+            "remote-index", self.root, len(data), hashlib.blake2b(data, digest_size=8).hexdigest()
+        )
         if not file.exists():
             with replacing(file) as temporary:
                 temporary.write_bytes(data)
@@ -345,22 +334,21 @@ def remote_files(text: str) -> tuple[RemoteFiles, list[str]]:
     return files, names
 
 
-def hash_of(data: bytes) -> str:
-    """A short hash of some bytes."""
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
 class _NoRangesError(Exception):
     """The server sent the whole file where a part was asked for."""
 
 
-class _RangeFile(io.RawIOBase):
-    """A file behind a URL that is read where one looks."""
+class RangeFile(io.RawIOBase):
+    """A file whose bytes are read where one looks.
 
-    def __init__(self, files: RemoteFiles, name: str) -> None:
+    Args:
+        read: the bytes from a first one to the one before another.
+        size: bytes of the whole.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         super().__init__()
-        self._files, self._name, self._place = files, name, 0
-        self._size = files.size(name)
+        self._read, self._size, self._place = read, size, 0
 
     def readable(self) -> bool:
         return True
@@ -379,7 +367,7 @@ class _RangeFile(io.RawIOBase):
         stop = min(self._place + len(buffer), self._size)
         if stop <= self._place:
             return 0
-        data = self._files.read(self._name, self._place, stop)
+        data = self._read(self._place, stop)
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)
@@ -446,7 +434,6 @@ def _wait_or_tell(url: str, error: BaseException, pause: float | None) -> None:
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether trying again is of no use."""
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in TRANSIENT
@@ -464,21 +451,14 @@ def _words(error: BaseException) -> str:
     status = _status(error)
     if status is not None:
         return f"status {status}"
-    chain = [error, *(one for one in (error.__cause__, error.__context__) if one is not None)]
-    numbers = {getattr(one, "errno", None) for one in chain}
-    if errno.ECONNREFUSED in numbers or any(isinstance(one, ConnectionRefusedError) for one in chain):
+    chain = (error, error.__cause__, error.__context__)
+    if errno.ECONNREFUSED in {getattr(one, "errno", None) for one in chain}:
         return "the connection was refused: nothing listens there"
     if any(isinstance(one, socket.gaierror) for one in chain):
         return "no host of that name was found"
     if isinstance(error, TimeoutError):
         return f"nothing came for {TIMEOUT} seconds"
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def _info(url: str) -> dict[str, Any]:
-    system, path = _system(url)
-    about: dict[str, Any] = system.info(path)
-    return about
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -493,11 +473,6 @@ def _system(url: str) -> tuple[Any, str]:
         raise UserError(f"{url} needs {package}; pip install 'freqmask[data]'") from error
     except ValueError as error:
         raise UserError(f"DATA ({url}): {_words(error)}") from error
-
-
-def _reading(url: str) -> dict[str, Any]:
-    """Hugging Face's files read 5 MB ahead of what is asked for, unless told not to."""
-    return {"cache_type": "none"} if url.lower().startswith("hf:") else {}
 
 
 def _options(protocol: str) -> dict[str, Any]:

@@ -228,14 +228,12 @@ def _native_window(picture_size: tuple[int, int], view_size: tuple[int, int]) ->
 
 
 def _placed(picture_size: tuple[int, int], window: tuple[int, int], place: tuple[float, float]) -> Box:
-    """Put a window at one of the places it can take, each with equal chance."""
     top = int(place[0] * (picture_size[0] - window[0] + 1))
     left = int(place[1] * (picture_size[1] - window[1] + 1))
     return (top, left, *window)
 
 
 def _centered(picture_size: tuple[int, int], view_size: tuple[int, int], share: float = 1.0) -> Box:
-    """The largest centered window of the view's shape, or a share of its sides."""
     factor = share * min(picture_size[0] / view_size[0], picture_size[1] / view_size[1])
     height = max(1, min(picture_size[0], round(view_size[0] * factor)))
     width = max(1, min(picture_size[1], round(view_size[1] * factor)))
@@ -356,14 +354,12 @@ def _first_that_fits(
 
 
 def _native_windows(sizes: Sizes, view_size: tuple[int, int]) -> Sizes:
-    """``_native_window`` of every picture."""
     view = torch.tensor(view_size, dtype=torch.float64)
     enlarged = (view / sizes).amax(dim=1, keepdim=True).clamp(min=1.0)
     return (view / enlarged).round().long().minimum(sizes).clamp(min=1)
 
 
 def _centered_boxes(sizes: Sizes, view_size: tuple[int, int], share: float = 1.0) -> Boxes:
-    """``_centered`` of every picture."""
     view = torch.tensor(view_size, dtype=torch.float64)
     factor = share * (sizes / view).amin(dim=1, keepdim=True)
     windows = (view * factor).round().long().minimum(sizes).clamp(min=1)
@@ -371,5 +367,4 @@ def _centered_boxes(sizes: Sizes, view_size: tuple[int, int], share: float = 1.0
 
 
 def _placed_boxes(sizes: Sizes, windows: Sizes, place: Float[Tensor, "batch 2"]) -> Boxes:
-    """``_placed`` of every window."""
     return torch.cat(((place * (sizes - windows + 1)).long(), windows), dim=1)
