@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from freqmask.errors import CallError, UserError, nearest
 from freqmask.options import (
@@ -24,6 +24,7 @@ from freqmask.options import (
 )
 
 Function = Callable[..., Any]
+Result = TypeVar("Result")
 Group = type | Mapping[str, Option]
 OPTIONS = "options"  # in the config.yaml of an evaluation that trains
 _running: ContextVar[tuple[dict[str, Any], dict[str, Any]]] = ContextVar("running")
@@ -41,7 +42,7 @@ def running_options() -> dict[str, Any]:
 
 def command(
     *groups: Group, more: Callable[[Any], Mapping[str, Option]] | None = None
-) -> Callable[[Function], Function]:
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function take texts as well as values, and options from a YAML file where it has a ``config``.
 
     Args:
@@ -53,11 +54,12 @@ def command(
         A decorator; inside the function :func:`given_options` and :func:`running_options` tell them.
     """
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Result:
             named = {**inspect.signature(function).bind_partial(*args).arguments, **kwargs}
-            return _run(function, named, known_options(call, named))
+            made: Result = _run(function, named, known_options(call, named))
+            return made
 
         call.groups, call.more = groups, more  # type: ignore[attr-defined]
         if groups:
