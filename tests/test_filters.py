@@ -1,5 +1,6 @@
 """Filters: which frequencies are kept, against the slow reference, and what every filter must satisfy."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -335,3 +336,20 @@ def test_the_complement_of_a_filter_of_one_s_own_is_two_lines():
     assert torch.equal(filter(images, keys).keep, 1 - Corner(3)(images, keys).keep)
     with pytest.raises(TypeError):
         NoCorner(edge=3)
+
+
+def test_every_text_that_says_the_default_radius_says_the_one_that_is_used():
+    from fractions import Fraction
+    from pathlib import Path
+
+    from freqmask.filters.fixed import DEFAULT_RADIUS_AT_224, exact_radius
+    from freqmask.options.of_methods import MFMOptions
+
+    assert exact_radius("auto", 224, 300) == Fraction(DEFAULT_RADIUS_AT_224) == 16
+    (field,) = [field for field in dataclasses.fields(MFMOptions) if field.name == "radius"]
+    texts = [
+        LowPass.__doc__,
+        str(field.metadata),
+        Path(__file__, "../../docs/methods.md").resolve().read_text(),
+    ]
+    assert all(f"{DEFAULT_RADIUS_AT_224} at 224 pixels" in text for text in texts)

@@ -47,14 +47,14 @@ class Backbone(nn.Module):
 
     Args:
         name: a timm model, or ``local-dir:PATH`` or ``hf-hub:NAME`` as timm writes them.
-        image_size: side of the (normalised) images in pixels, or (height, width).
+        image_size: side of the (normalized) images in pixels, or (height, width).
         channels: channels of the images.
         patch_size: side of a patch in pixels; None leaves the model's own.
         stage: the stage whose features are taken, counted as timm does (for a ViT a stage is a block);
             -1 is the last: what the model itself would classify from.
         model_args: timm's own arguments for this model, such as ``{"output_stride": 8}``.
         pretrained: start from timm's public weights.
-        initialisation: ``"mfm"`` initialises a ViT as MFM's authors do and leaves other families as timm
+        initialisation: ``"mfm"`` initializes a ViT as MFM's authors do and leaves other families as timm
             makes them; ``"timm"`` leaves all of them. Public weights stay as they are.
         wishes: like ``model_args``, but left out where the family does not know them.
 
@@ -234,7 +234,7 @@ def recalibrate_batch_norm(
 
     Args:
         backbone: any module that takes a batch of images.
-        batches: normalised, unfiltered images (B, C, H, W) on the backbone's device; at least one batch.
+        batches: normalized, unfiltered images (B, C, H, W) on the backbone's device; at least one batch.
 
     Raises:
         UserError: if there is no batch.

@@ -105,7 +105,7 @@ def _margins(length: int, margin: int, device: torch.device) -> Tensor:
 
 @constant
 def gaussian_kernels(sizes: tuple[int, ...], sigma: float, device: torch.device) -> Tensor:
-    """Normalised one-dimensional kernels, centered in the width of the largest.
+    """Normalized one-dimensional kernels, centered in the width of the largest.
 
     Args:
         sizes: odd numbers of taps.

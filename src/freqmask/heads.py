@@ -39,7 +39,7 @@ class ReconstructionHead(nn.Sequential):
             size: (H, W) of the image in pixels; None is (h, w) times the stride.
 
         Returns:
-            (B, C, H, W), normalised as the target of the loss is.
+            (B, C, H, W), normalized as the target of the loss is.
         """
         image = super().forward(feature_map)
         if size is None or image.shape[-2:] == size:
@@ -51,7 +51,7 @@ class ReconstructionHead(nn.Sequential):
 
 
 class ProjectionHead(nn.Module):
-    """DINO's head, which FOLK compares features with: MLP, unit length, weight-normalised last layer.
+    """DINO's head, which FOLK compares features with: MLP, unit length, weight-normalized last layer.
 
     The last layer's rows have length 1 (its scale is fixed), so that every output is a cosine.
 
@@ -59,7 +59,7 @@ class ProjectionHead(nn.Module):
         in_dim: length D of a feature.
         outputs: how many prototypes K to compare with.
         hidden: width of the MLP.
-        bottleneck: length of the normalised vector before the last layer.
+        bottleneck: length of the normalized vector before the last layer.
         layers: linear layers of the MLP, at least 1.
 
     Raises:

@@ -70,9 +70,9 @@ class Normalization(nn.Module):
         """Images in [0, 1] become the network's numbers, of about mean 0 and deviation 1."""
         return (images - self.mean) / self.std
 
-    def inverse(self, normalised: Float[Tensor, "*batch channel height width"]) -> Tensor:
+    def inverse(self, normalized: Float[Tensor, "*batch channel height width"]) -> Tensor:
         """The network's numbers become images; a prediction may leave [0, 1]."""
-        return normalised.float() * self.std + self.mean
+        return normalized.float() * self.std + self.mean
 
 
 def _values(

@@ -1,6 +1,6 @@
 """Reproducible randomness: numbers that are a function of a key and of nothing else.
 
-A counter-based hash (the finaliser of splitmix64) turns a 64-bit key, the name of a stream and a position
+A counter-based hash (the finalizer of splitmix64) turns a 64-bit key, the name of a stream and a position
 into bits. There is no state, so a sample's numbers do not depend on its batch, worker, device or on a
 restart, and a step can be repeated. The integer part is exact everywhere; the same code runs eager and
 compiled, and ``uniform_numbers`` is its twin in plain Python for loader workers.

@@ -260,7 +260,7 @@ def full_spectrum(half: Tensor, width: int) -> Tensor:
 
 
 def log_magnitude(images: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch height width"]:
-    """log(1 + |F|) of the full spectrum with DC in the centre (H // 2, W // 2), for pictures.
+    """log(1 + |F|) of the full spectrum with DC in the center (H // 2, W // 2), for pictures.
 
     Args:
         images: real images.

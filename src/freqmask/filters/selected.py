@@ -151,10 +151,10 @@ def score_of(spectrum: Tensor, magnitude: Magnitude, size: tuple[int, int]) -> T
     if magnitude == "luma" and channels == 3:
         red, green, blue = (weight * part for weight, part in zip(LUMA, spectrum.unbind(1), strict=True))
         return power(red + green + blue)[:, None]
-    return power((spectrum * equalising(power(spectrum), size)).sum(1, keepdim=True))
+    return power((spectrum * equalizing(power(spectrum), size)).sum(1, keepdim=True))
 
 
-def equalising(energy: Float[Tensor, "batch channel height half_width"], size: tuple[int, int]) -> Tensor:
+def equalizing(energy: Float[Tensor, "batch channel height half_width"], size: tuple[int, int]) -> Tensor:
     """Weights that give all channels the same contrast: 1 / root mean square without DC.
 
     Args:

@@ -65,7 +65,7 @@ def build_method(name: str, **settings: Any) -> Method:
         **settings: the options of its constructor.
 
     Returns:
-        The method on the CPU, in training mode, freshly initialised.
+        The method on the CPU, in training mode, freshly initialized.
 
     Raises:
         UserError: for an unknown name or option, or a value out of range.

@@ -145,7 +145,7 @@ class FOLK(Method):
 
     @torch.no_grad()
     def teach(self, originals: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch outputs"]:
-        """The teacher's outputs for unfiltered views in [0, 1]: cosines, before temperature and centre."""
+        """The teacher's outputs for unfiltered views in [0, 1]: cosines, before temperature and center."""
         return self.teacher_head(self.distilled(self.teacher(self.normalise(originals))))
 
     def distilled(self, features: Features) -> Float[Tensor, "batch dim"]:
@@ -166,8 +166,8 @@ class FOLK(Method):
         """The reconstruction's health over all views, and ``collapse`` in nats (docs/methods.md, small pictures).
 
         Args:
-            predictions: of each view, (B, C, H, W), normalised.
-            targets: the unfiltered views, normalised.
+            predictions: of each view, (B, C, H, W), normalized.
+            targets: the unfiltered views, normalized.
             filtered: what the student saw of each view.
             view_keys: of each view, int64 (B,).
             teacher_logits: the teacher's outputs for all views, (views * B, K).

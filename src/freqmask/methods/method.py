@@ -89,15 +89,15 @@ class Method(nn.Module):
         """Called with the gradients of a step, before they are clipped; nothing unless a method says otherwise.
 
         Args:
-            step: the optimiser step, from 0.
+            step: the optimizer step, from 0.
             total_steps: of the whole training.
         """
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Called after an optimiser step, for moving averages and schedules; nothing unless a method says otherwise.
+        """Called after an optimizer step, for moving averages and schedules; nothing unless a method says otherwise.
 
         Args:
-            step: the optimiser step that was made, from 0.
+            step: the optimizer step that was made, from 0.
             total_steps: of the whole training.
         """
 
@@ -183,7 +183,7 @@ def pictures(images: Tensor, corrupted: Tensor, prediction: Tensor, keep: Tensor
     Args:
         images: the originals (B, C, H, W) in [0, 1].
         corrupted: what the network saw.
-        prediction: what it said, un-normalised; its kept frequencies are no part of the loss.
+        prediction: what it said, un-normalized; its kept frequencies are no part of the loss.
         keep: (B, 1 or C, H, W // 2 + 1), 1 = the network saw this frequency.
 
     Returns:

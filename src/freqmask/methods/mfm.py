@@ -25,10 +25,10 @@ from freqmask.rng import combine
 
 
 class MFM(Method):
-    """Masked frequency modelling.
+    """Masked frequency modeling.
 
     loss = sum(w d) / sum(w), with x~ = clamp(F^-1(F(x) keep)), d = |F(decoder(backbone(x~))) - F(x)|^gamma
-    and w = masked_weight (1 - keep) + kept_weight keep; x~ and x are normalised after the filter.
+    and w = masked_weight (1 - keep) + kept_weight keep; x~ and x are normalized after the filter.
 
     Args:
         backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`, which then has its own
@@ -88,7 +88,7 @@ class MFM(Method):
     def predict(
         self, filtered: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
-        """The normalised image that the network makes of a filtered one in [0, 1]."""
+        """The normalized image that the network makes of a filtered one in [0, 1]."""
         features = self.backbone(self.normalise(filtered))
         return self.decoder(features.feature_map, filtered.shape[-2:])
 

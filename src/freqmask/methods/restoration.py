@@ -81,7 +81,7 @@ class Restoration(Method):
     def predict(
         self, degraded: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
-        """The normalised image that the network makes of a degraded one."""
+        """The normalized image that the network makes of a degraded one."""
         features = self.backbone(self.normalise(degraded))
         return self.decoder(features.feature_map, degraded.shape[-2:])
 
