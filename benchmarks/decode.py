@@ -28,7 +28,7 @@ from PIL import Image
 from record import write_record
 
 from freqmask.data.decode import open_file
-from freqmask.data.pictures import Box
+from freqmask.data.pixels import Box
 
 WINDOW = 224
 RESULTS = Path(__file__).parent / "results" / "decode.csv"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from freqmask.data.pictures import ArrayPicture, Picture
+from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.errors import BadImage
 

@@ -14,7 +14,7 @@ from freqmask.data import in_memory
 from freqmask.data.decode_ahead import DoesNotFitError, Limits, has_flat_tile, read_images
 from freqmask.data.in_memory import InMemoryBatches, InMemoryImages, cut_views, draw, make_plan
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.pictures import ArrayPicture
+from freqmask.data.pixels import ArrayPicture
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from freqmask.evaluation.corruptions.frost import _photographs as check_frost_photographs
 from PIL import EpsImagePlugin, Image, ImageOps
 
 import freqmask
 from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, shorten_jpeg
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.segmentation.mask_files import read_mask
+from freqmask.evaluation.weather import _photographs as check_frost_photographs
 from freqmask.reporting import pictures
 
 GENERATOR = np.random.default_rng(0)

@@ -134,7 +134,7 @@ def test_a_single_nan_is_no_reason_to_refuse():
 
 
 def test_a_tiff_that_claims_too_much_is_a_bomb(monkeypatch):
-    monkeypatch.setattr("freqmask.data.pictures.MOST_SAMPLES", 100)
+    monkeypatch.setattr("freqmask.data.pixels.MOST_SAMPLES", 100)
     assert open_bytes(written(numbers("uint8", 10, 10))).size == (10, 10)
     with pytest.raises(BadImage, match="bomb"):
         open_bytes(written(numbers("uint8", 10, 11)))

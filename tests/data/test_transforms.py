@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from freqmask.data.pictures import ArrayPicture, Box
+from freqmask.data.pixels import ArrayPicture, Box
 from freqmask.data.transforms import CROPS, Geometry, decode_windows, resize
 from freqmask.errors import UserError
 

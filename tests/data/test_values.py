@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from freqmask.data.pictures import ArrayPicture
+from freqmask.data.pixels import ArrayPicture
 from freqmask.data.values import ValueRange, survey
 from freqmask.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from freqmask.data.cache import bytes_of
-from freqmask.data.pictures import ArrayPicture, Picture
+from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note, split_of
 from freqmask.errors import BadImage, UserError, nearest

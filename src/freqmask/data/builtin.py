@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from freqmask.data.pictures import ArrayPicture, Picture
+from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.errors import UserError, nearest
 

@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Shaped
 from PIL import Image, UnidentifiedImageError
 
-from freqmask.data.pictures import (
+from freqmask.data.pixels import (
     EXIF_TAG,
     UPRIGHT,
     ArrayPicture,
     Box,
+    Color,
     Orientation,
     Picture,
     as_kept_type,
@@ -30,7 +31,6 @@ from freqmask.data.pictures import (
     orientation_of,
     refuse_all_nan,
 )
-from freqmask.data.pixels import Color
 from freqmask.data.source import Pages
 from freqmask.data.tiff import TIFF_BEGINNINGS, count_tiff_images, open_tiff
 from freqmask.errors import BadImage

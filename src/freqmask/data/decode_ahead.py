@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from freqmask.console import readable_bytes
 from freqmask.data.in_memory import InMemoryImages
 from freqmask.data.loader import as_bad_image, make_loader
-from freqmask.data.pictures import Picture
-from freqmask.data.pixels import check_channels, convert_channels, is_empty, missing_pixels
+from freqmask.data.pixels import Picture, check_channels, convert_channels, is_empty, missing_pixels
 from freqmask.data.sampler import runs_of_images
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, smallest_side

@@ -14,8 +14,7 @@ import tifffile
 import torch
 from jaxtyping import Shaped
 
-from freqmask.data.pictures import Picture
-from freqmask.data.pixels import fill_missing, missing_pixels
+from freqmask.data.pixels import Picture, fill_missing, missing_pixels
 from freqmask.data.tiff import NODATA_TAG
 from freqmask.data.transforms import OVERSAMPLING, resize
 from freqmask.errors import BadImage

@@ -12,7 +12,7 @@ import numpy as np
 from freqmask.console import say
 from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.parquet_index import LABEL_COLUMNS, number_classes
-from freqmask.data.pictures import Picture
+from freqmask.data.pixels import Picture
 from freqmask.data.source import JoinedSource, Source, SourceSummary
 from freqmask.data.splits import choose_split, split_note
 from freqmask.errors import BadImage, UserError, nearest

@@ -13,7 +13,7 @@ from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.decode import EXTRAS, count_images, open_bytes, open_file, read_file, read_suffixes
 from freqmask.data.folder_layout import Layout, below, choose_folder, classes_of, lay_out
 from freqmask.data.index import FolderIndex, has_few_colors, index_folder, index_listing
-from freqmask.data.pictures import Picture
+from freqmask.data.pixels import Picture
 from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import split_note
 from freqmask.data.storage import RemoteFiles, unpacker_of

@@ -21,8 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack
 
-from freqmask.data.pictures import Picture
-from freqmask.data.pixels import check_channels, convert_channels, fill_missing, is_empty, missing_pixels
+from freqmask.data.pixels import (
+    Picture,
+    check_channels,
+    convert_channels,
+    fill_missing,
+    is_empty,
+    missing_pixels,
+)
 from freqmask.data.sampler import Item
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, decode_windows

@@ -28,7 +28,7 @@ from freqmask.data.parquet_index import (
     parse_footer,
     read_columns,
 )
-from freqmask.data.pictures import Picture
+from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary
 from freqmask.data.storage import Files, RemoteFiles
 from freqmask.errors import BadImage, UserError

@@ -14,7 +14,7 @@ import numpy as np
 from freqmask.console import say
 from freqmask.data.cache import cache_file
 from freqmask.data.decode import open_bytes
-from freqmask.data.pictures import Picture
+from freqmask.data.pixels import Picture
 from freqmask.data.shard_index import (
     VERSION,
     ShardIndex,

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from freqmask.data.cache import bytes_of
-from freqmask.data.pictures import Picture
+from freqmask.data.pixels import Picture
 from freqmask.rng import identity_of
 
 Pages = Literal["channels", "images"]

@@ -15,10 +15,11 @@ import numpy as np
 import tifffile
 from jaxtyping import Shaped
 
-from freqmask.data.pictures import (
+from freqmask.data.pixels import (
     EXIF_TAG,
     UPRIGHT,
     Box,
+    Color,
     Orientation,
     Picture,
     as_kept_type,
@@ -27,7 +28,6 @@ from freqmask.data.pictures import (
     orientation_of,
     refuse_all_nan,
 )
-from freqmask.data.pixels import Color
 from freqmask.data.source import Pages
 from freqmask.errors import BadImage
 
@@ -39,6 +39,7 @@ INKS_TAG = 332  # 1: the four inks are CMYK
 # The color spaces of scanners and print that Pillow alone converts, from single pages of 8 bits.
 PILLOW_COLORS = ("YCBCR", "CIELAB", "ICCLAB")
 OLD_JPEG, JPEG = 6, 7
+JPEG_KINDS = (OLD_JPEG, JPEG, 34892, 33007)  # lossy in DNG, and Alternative JPEG
 
 
 @contextmanager
@@ -215,9 +216,7 @@ class TiffPicture(Picture):
         with _as_bad_image(), _reopened(self._tiff.filehandle):
             colored = [color.apply(window) for color, window in zip(*self._windows(stored), strict=True)]
         planes = np.concatenate(colored) if len(colored) > 1 else colored[0]
-        if (
-            stored[2:] == self._layout.size
-        ):  # of a window alone nothing follows, and the rest need not be read
+        if stored[2:] == self._layout.size:  # of a window alone nothing follows
             refuse_all_nan(planes)
         return self._orientation.show(np.array(as_kept_type(planes), order="K"))
 
@@ -272,7 +271,9 @@ def _color(page: Any, first: Any) -> Color:
         )
     if colors != wanted and model != "gray":
         raise BadImage(f"it has {colors} samples for the colors {name}, which has {wanted}")
-    if colors != wanted or len(extras) > len(clear):  # bands beside the colors, and all of them stay
+    if (
+        colors != wanted or len(extras) > len(clear) or len(clear) > 1
+    ):  # bands beside the colors, and all of them stay
         if model in ("cmyk", "palette") or name == "MINISWHITE":
             raise BadImage(f"it has bands beside the colors {name}, which is not read")
         last = bool(extras) and extras[-1] in (1, 2) and len(clear) == 1
@@ -336,11 +337,8 @@ def _segments(page: Any, box: Box) -> Iterator[tuple[tuple[int, int, int], np.nd
     )
     indices = [(plane * rows + row) * columns + column for plane, row, column in touched]
     offsets, counts = ([values[k] for k in indices] for values in (page.dataoffsets, page.databytecounts))
-    tables = (
-        {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
-        if key.compression in (6, 7, 34892, 33007)
-        else {}
-    )
+    jpeg = key.compression in JPEG_KINDS
+    tables = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader} if jpeg else {}
     for data, index in page.parent.filehandle.read_segments(offsets, counts, indices=indices):
         segment, (plane, _, y, x, _), _ = key.decode(data, index, **tables)
         if segment is not None:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from freqmask.data.pictures import Box, Picture
+from freqmask.data.pixels import Box, Picture
 from freqmask.errors import UserError, nearest
 from freqmask.rng import uniform, uniform_numbers
 

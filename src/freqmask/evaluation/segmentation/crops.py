@@ -11,8 +11,7 @@ from jaxtyping import Int16, Shaped
 from torch import Tensor
 
 from freqmask.data.loader import TrainDataset, as_bad_image
-from freqmask.data.pictures import Box, Picture
-from freqmask.data.pixels import missing_pixels
+from freqmask.data.pixels import Box, Picture, missing_pixels
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange

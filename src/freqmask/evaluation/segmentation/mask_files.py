@@ -14,7 +14,7 @@ from PIL import Image
 from freqmask.data.decode import quiet_pillow
 from freqmask.data.image_folder import FolderSource
 from freqmask.data.index import FolderIndex, index_folder
-from freqmask.data.pictures import EXIF_TAG, Box, Orientation, Picture, orientation_of
+from freqmask.data.pixels import EXIF_TAG, Box, Orientation, Picture, orientation_of
 from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import split_of
 from freqmask.data.tiff import open_tifffile, turn_of
