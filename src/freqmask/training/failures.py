@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from freqmask.data.loader import worker_failure
 from freqmask.errors import UserError
@@ -60,6 +59,9 @@ def translate_errors(run: RunFolder, options: Mapping[str, Any]) -> Iterator[Non
         run: the run folder.
         options: resolved options.
     """
+    # here, because evaluations silence loggers with this file and need no Lightning, which takes seconds to import
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     try:
         yield
     except NotFiniteError as error:

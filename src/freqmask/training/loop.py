@@ -25,20 +25,14 @@ from torch import Tensor, nn
 from freqmask.console import rank, say
 from freqmask.data.sampler import TrainSampler
 from freqmask.training.auto import launched_processes
-from freqmask.training.checkpoint import (
-    AtomicCheckpointIO,
-    ExactResume,
-    Export,
-    Saver,
-    StopSignals,
-    load_safely,
-)
+from freqmask.training.checkpoint import load_safely
 from freqmask.training.failures import NotFiniteError, translate_errors
 from freqmask.training.files import cut_back, read_rows
 from freqmask.training.monitor import Monitor, Skipped
 from freqmask.training.optim import Schedule
 from freqmask.training.progress import LINES_A_RUN, Progress
 from freqmask.training.run_folder import RunFolder, now
+from freqmask.training.saving import AtomicCheckpointIO, ExactResume, Export, Saver, StopSignals
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc takes
