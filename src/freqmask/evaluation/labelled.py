@@ -125,13 +125,20 @@ def open_labelled(
     several = isinstance(data, (list, tuple))
     splits = [] if several else splits_there(data, labels)  # type: ignore[arg-type]
     named = data if isinstance(data, Source) or several else str(data)
-    if not parting.learn:
+    kinds = {split_of(name) for name in splits}
+    # Beside a training part the same images have the same numbers as where a head is trained: identities are
+    # counted over both, and draws (corruptions, attacks) follow from them.
+    if not parting.learn and not ("train" in kinds and kinds & {"test", "val"}):
         return _test_only(named, labels, splits, parting, pages)
-    own = _own_splits(splits, parting, str(data)) if parting.folds is None else None
+    whole = parting.folds is None or not parting.learn
+    own = _own_splits(splits, parting, str(data)) if whole else None
     if own is not None:
         opened = _use_splits(named, labels, own, pages)
     else:
         opened = _part_ourselves(named, labels, parting, pages)
+    if not parting.learn:
+        opened.rounds = [Round(one.train[:0], one.test) for one in opened.rounds]
+        return opened
     _check_classes(opened)
     return opened
 
