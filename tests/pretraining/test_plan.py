@@ -55,6 +55,12 @@ def test_few_images_are_sent_to_public_weights() -> None:
     assert "they know three channels and are adapted" in advised(images=4_000, channels=12)
 
 
+def test_a_cnn_is_sent_to_public_weights_of_a_cnn_and_one_image_is_one() -> None:
+    assert "--init timm:resnet18 " in advised(images=4_000, backbone="resnet18")
+    assert "--init timm:vit_small_patch16_224 " in advised(images=4_000, backbone="vit_tiny_patch16_224")
+    assert "1 image is few" in advised(images=1)
+
+
 @pytest.mark.parametrize("options", [{"init": "timm:resnet18"}, {"overfit": 8}, {"data": "builtin:digits"}])
 def test_who_has_chosen_is_not_advised(options: dict[str, Any]) -> None:
     assert advised(**{"images": 8, "steps": 8, **options}) == ""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from freqmask.data.source import SourceSummary
@@ -19,6 +20,8 @@ from freqmask.training import auto
 from freqmask.training.run_folder import RunFolder
 
 FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (docs/methods.md)
+PUBLIC_VIT, PUBLIC_CNN = "vit_small_patch16_224", "resnet50"
+SHRUNK = 6  # median side over that of the views from which small things are lost in resized crops
 PREVIEW_BYTES = 500_000
 LONG_SECONDS = 3600  # above it somebody who named no length is told how to name one
 
@@ -39,7 +42,7 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
         f"to measure the loss on"
     )
     patch = f", patch {options['patch_size']}{_why(reasons, 'patch_size')}" if options["patch_size"] else ""
-    yield f"backbone    {options['backbone']}{_why(reasons, 'backbone')}{patch}"
+    yield f"backbone    {options['backbone']}{_why(reasons, 'backbone')}{patch}{_network_size(resolved.method)}"
     about = find_method(options["method"]).about
     yield f"method      {options['method']}" + (f": {about}" if about else "")
     epochs = options["steps"] * options["batch_size"] / images
@@ -54,6 +57,16 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     yield from _training_lines(options, reasons)
     if resolved.cost is not None:
         yield from _cost_lines(options, resolved.cost)
+
+
+def _network_size(method: Any) -> str:
+    # model_args may leave little of what a name says
+    if method is None:
+        return ""
+    backbone = method.backbones()[method.default_backbone]
+    weights = sum(parameter.nelement() for parameter in backbone.parameters()) / 1e6
+    depth = f" of {len(backbone.timm_model.blocks)} blocks" if backbone.is_vit else ""
+    return f"; width {backbone.feature_dim}{depth}, {weights:.3g} million weights"
 
 
 def seconds_of(resolved: Resolved) -> float:
@@ -109,6 +122,13 @@ def _crop_words(options: Mapping[str, Any]) -> str:
     }[options["crop"]]
 
 
+def _mirror_words(options: Mapping[str, Any]) -> str:
+    ways = {"flip": "left to right", "vertical_flip": "top to bottom"}
+    mirrored = " and ".join(words for name, words in ways.items() if options[name])
+    turned = ", turned by quarters" if options["quarter_turns"] else ""
+    return (f", mirrored {mirrored} half of the time" if mirrored else ", never mirrored") + turned
+
+
 def _seen_lines(
     options: Mapping[str, Any], reasons: Mapping[str, str], survey: Survey | None
 ) -> Iterator[str]:
@@ -130,7 +150,14 @@ def _seen_lines(
         unused = (
             "" if "crop_scale" in reasons else " (crop_scale is for --crop resized and changes nothing here)"
         )
-        yield f"            {_crop_words(options)}{why('crop_scale') if options['crop'] == 'resized' else unused}"
+        scale = why("crop_scale") if options["crop"] == "resized" else unused
+        yield f"            {_crop_words(options)}{scale}{_mirror_words(options)}"
+        side = size if isinstance(size, int) else min(size)
+        if survey is not None and options["crop"] == "resized" and min(survey.median_size) > SHRUNK * side:
+            yield (
+                f"            the median image has {min(survey.median_size):,} pixels and its crops are shrunk: fine "
+                "detail is lost; --crop native keeps it"
+            )
     names = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
     told = [
         f"{name} {_brief(options[name])}{why(name)}"
@@ -202,15 +229,23 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
         yield "            --batch_size, --image_size or --backbone (freqmask recipes lists what suits one core)"
     if images < FEW_IMAGES:
         yield (
-            f"advice      {images:,} images are few: public weights are usually the better beginning, "
-            "and pre-training can go on from them:"
+            f"advice      {images:,} image{' is' if images == 1 else 's are'} few: public weights are usually the better "
+            "beginning, and pre-training can go on from them:"
         )
         yield (
-            f"            freqmask pretrain {data} --method {options['method']} --init timm:vit_small_patch16_224"
+            f"            freqmask pretrain {data} --method {options['method']} --init timm:{_public(options)}"
             "    (and your options for the images)"
         )
         if options["channels"] not in (1, 3):
             yield "            they know three channels and are adapted: compare with a run from the beginning"
+
+
+def _public(options: Mapping[str, Any]) -> str:
+    # who has chosen a CNN is not sent to a transformer
+    name = str(options.get("backbone", PUBLIC_VIT))
+    if "vit" in name or not timm.is_model(name):
+        return PUBLIC_VIT
+    return name if timm.is_model_pretrained(name) else PUBLIC_CNN
 
 
 def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:
