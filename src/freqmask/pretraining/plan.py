@@ -229,8 +229,8 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
         yield "            --batch_size, --image_size or --backbone (freqmask recipes lists what suits one core)"
     if images < FEW_IMAGES:
         yield (
-            f"advice      {images:,} image{' is' if images == 1 else 's are'} few: public weights are usually the better "
-            "beginning, and pre-training can go on from them:"
+            f"advice      {images:,} image{' is' if images == 1 else 's are'} few: public weights are usually the "
+            "better beginning, and pre-training can go on from them:"
         )
         yield (
             f"            freqmask pretrain {data} --method {options['method']} --init timm:{_public(options)}"
