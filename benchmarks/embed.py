@@ -25,7 +25,7 @@ import torch
 
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
-from freqmask.interop.embed import Place, Wanted, compute_parts, finish, plan_parts
+from freqmask.interop.feature_parts import Place, Wanted, compute_parts, finish, plan_parts
 from freqmask.interop.models import OpenedModel, open_model
 
 RESULTS = Path(__file__).parent / "results" / "embed.csv"

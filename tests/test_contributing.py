@@ -15,7 +15,7 @@ import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.filters import build_filter
-from freqmask.interop.runs import load_method
+from freqmask.interop.weights import load_method
 from freqmask.methods import build_method
 from freqmask.reporting.facts import facts
 from freqmask.reporting.reading import read_run

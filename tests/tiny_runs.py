@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from freqmask.interop.runs import method_of
 from freqmask.interop.timm_folder import trained_feature, write_timm_folder
+from freqmask.interop.weights import method_of
 from freqmask.training.run_folder import RunFolder
 
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 1}

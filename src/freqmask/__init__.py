@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from freqmask.commands.spectra import spectra
     from freqmask.errors import UserError
     from freqmask.interop.models import load_backbone
-    from freqmask.interop.runs import load_method
+    from freqmask.interop.weights import load_method
 
 _MODULES = {"evaluate": "freqmask.commands.evaluate"}  # freqmask.evaluate.knn(...), one function a protocol
 _PUBLIC = {
@@ -37,7 +37,7 @@ _PUBLIC = {
     "prepare": "freqmask.commands.prepare",
     "reconstruct": "freqmask.commands.reconstruct",
     "load_backbone": "freqmask.interop.models",
-    "load_method": "freqmask.interop.runs",
+    "load_method": "freqmask.interop.weights",
     "report": "freqmask.commands.report",
     "runs": "freqmask.commands.report",
     "spectra": "freqmask.commands.spectra",

@@ -17,7 +17,7 @@ from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, shorten_
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.segmentation.mask_files import read_mask
 from freqmask.evaluation.weather import _photographs as check_frost_photographs
-from freqmask.reporting import pictures
+from freqmask.reporting import page as pictures
 
 GENERATOR = np.random.default_rng(0)
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from freqmask.errors import UserError
-from freqmask.interop.convert import convert_file
+from freqmask.interop.foreign_weights import convert_file
 from freqmask.interop.mfm_layout import differences, from_beit_names, to_beit_names, vit_shapes
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -11,10 +11,17 @@ from tiny_runs import make_run
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.images import as_float
-from freqmask.interop.embed import Place, Wanted, compute_parts, finish, plan_parts, still_images
+from freqmask.interop.feature_parts import (
+    Parts,
+    Place,
+    Wanted,
+    compute_parts,
+    finish,
+    plan_parts,
+    still_images,
+)
+from freqmask.interop.feature_tables import nearest_neighbours, task_of
 from freqmask.interop.models import open_model
-from freqmask.interop.parts import Parts
-from freqmask.interop.tables import nearest_neighbours, task_of
 
 
 def run(opened, source, out, wanted=None, **place):
@@ -27,7 +34,7 @@ def run(opened, source, out, wanted=None, **place):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr("freqmask.interop.parts._FEWEST_IMAGES", 3)
+    monkeypatch.setattr("freqmask.interop.feature_parts._FEWEST_IMAGES", 3)
 
 
 def expected_features(opened, source, index):
@@ -163,7 +170,7 @@ def test_parts_cover_every_image_once(tmp_path, images, row_bytes):
 
 @pytest.mark.parametrize("suffix", [".parquet", ".npy"])
 def test_nearest_neighbours_are_those_of_a_plain_search(vit_run, photographs, tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr("freqmask.interop.tables._ROWS", 4)
+    monkeypatch.setattr("freqmask.interop.feature_tables._ROWS", 4)
     opened, source = open_model(vit_run.path), open_source(photographs)
     run(opened, source, tmp_path / "x.parquet")
     table = pq.read_table(tmp_path / "x.parquet")

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError
-from freqmask.interop.convert import convert_file
-from freqmask.interop.export import FORMATS, compare, decoder_of, export_model, graph_of
+from freqmask.interop.foreign_weights import convert_file
+from freqmask.interop.formats import FORMATS, compare, decoder_of, export_model, graph_of
 from freqmask.interop.mfm_layout import mfm_encoder, vit_shapes
 from freqmask.interop.models import open_model
 from freqmask.interop.timm_folder import write_timm_folder
@@ -116,7 +116,7 @@ def test_nothing_is_lost_or_left_half_written(vit_run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise UserError("a full disk")
 
-    monkeypatch.setattr("freqmask.interop.export.write_timm_folder", fail)
+    monkeypatch.setattr("freqmask.interop.formats.write_timm_folder", fail)
     with pytest.raises(UserError, match="full disk"):
         export_model(opened, out, overwrite=True)
     with pytest.raises(UserError, match="full disk"):

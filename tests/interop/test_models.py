@@ -8,7 +8,7 @@ import torch
 import freqmask
 from freqmask.errors import UserError
 from freqmask.interop.models import open_model
-from freqmask.interop.runs import load_method, run_state
+from freqmask.interop.weights import load_method, run_state
 
 
 def images(size=32, batch=2, channels=3):
@@ -112,7 +112,7 @@ def test_public_weights_without_a_network_are_one_sentence_at_once(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", no_network)
-    monkeypatch.setattr("freqmask.interop.public.is_cached", lambda repository: False)
+    monkeypatch.setattr("freqmask.interop.weights.is_cached", lambda repository: False)
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"timm:resnet18.*no connection.*check the network"):

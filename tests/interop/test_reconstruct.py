@@ -9,10 +9,10 @@ import torch
 
 from freqmask.errors import UserError
 from freqmask.images import decibel
-from freqmask.interop.convert import convert_file
-from freqmask.interop.export import export_model
+from freqmask.interop.foreign_weights import convert_file
+from freqmask.interop.formats import export_model
 from freqmask.interop.models import open_model
-from freqmask.interop.reconstruct import open_method, psnr_by_band, read_image
+from freqmask.interop.reconstruction import open_method, psnr_by_band, read_image
 from freqmask.interop.timm_folder import write_timm_folder
 from freqmask.methods.health import band_edges
 

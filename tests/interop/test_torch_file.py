@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from freqmask.errors import UserError
-from freqmask.interop.convert import read_weights
+from freqmask.interop.foreign_weights import read_weights
 from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from freqmask.reporting.health import remarks
 from freqmask.reporting.reading import Curve, Run
+from freqmask.reporting.remarks import remarks
 
 
 def curve(*values: float) -> Curve:

@@ -11,8 +11,7 @@ import pytest
 from made_runs import make_run, result
 
 from freqmask.reporting.reading import read_runs
-from freqmask.reporting.seeds import join_seeds
-from freqmask.reporting.tables import FORMS
+from freqmask.reporting.tables import FORMS, join_seeds
 
 
 def runs(tmp_path: Path) -> list[Path]:

@@ -41,7 +41,7 @@ def convert(
     Raises:
         UserError: the file is broken, refused or does not fit; tensors that do not are named.
     """
-    from freqmask.interop.convert import convert_file
+    from freqmask.interop.foreign_weights import convert_file
     from freqmask.interop.outputs import check_out, new_folder
     from freqmask.interop.timm_folder import write_timm_folder
 

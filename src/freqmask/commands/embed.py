@@ -75,12 +75,12 @@ def embed(
     from freqmask.commands import embedding
     from freqmask.data.sources import open_source
     from freqmask.data.values import ValueRange
-    from freqmask.interop.embed import Wanted, plan_parts
-    from freqmask.interop.export import pooled_of
+    from freqmask.interop.feature_parts import Wanted, plan_parts
     from freqmask.interop.feature_space import load_space
+    from freqmask.interop.feature_tables import SUFFIXES
+    from freqmask.interop.formats import pooled_of
     from freqmask.interop.models import open_model
     from freqmask.interop.outputs import check_out
-    from freqmask.interop.tables import SUFFIXES
 
     opened = open_model(model, image_size=image_size, weights=weights)
     if value_range is not None:

@@ -14,9 +14,9 @@ import torch
 from freqmask.console import say
 from freqmask.data.source import Source
 from freqmask.errors import UserError
-from freqmask.interop.embed import Embedding, Place, Wanted, finish, plan_parts, work_through
+from freqmask.interop.feature_parts import Embedding, Place, Wanted, finish, plan_parts, work_through
+from freqmask.interop.feature_tables import task_of
 from freqmask.interop.models import OpenedModel
-from freqmask.interop.tables import task_of
 from freqmask.pretraining.resolve import pick_device
 from freqmask.pretraining.settings import check_accelerator
 from freqmask.training.auto import check_started_once, choose_devices, choose_workers

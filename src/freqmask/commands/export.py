@@ -50,7 +50,7 @@ def export(
     Raises:
         UserError: the model cannot be opened or the format cannot hold it; out exists; no network or token.
     """
-    from freqmask.interop.export import export_model
+    from freqmask.interop.formats import export_model
 
     if out is None and push is None:
         raise UserError("out is missing; try --out FOLDER, or --push USER/NAME")

@@ -97,7 +97,7 @@ def _write_classes(
     from freqmask.data.transforms import Geometry
     from freqmask.data.values import ValueRange
     from freqmask.images import as_float
-    from freqmask.interop.export import Exported
+    from freqmask.interop.formats import Exported
     from freqmask.training.files import replace_atomically
 
     share = opened.crop_share if crop == "center" else 1.0
@@ -186,7 +186,7 @@ def segmentation_graph(segmenter: Segmenter) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from freqmask.interop.export import Graph
+    from freqmask.interop.formats import Graph
 
     class Enlarged(torch.nn.Module):
         """Logits (B, classes, H, W)."""

@@ -40,7 +40,7 @@ def reconstruct(
         UserError: no decoder, an image that cannot be read, or an unknown filter.
     """
     from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
-    from freqmask.interop.reconstruct import open_method, psnr_by_band, read_image
+    from freqmask.interop.reconstruction import open_method, psnr_by_band, read_image
     from freqmask.training.files import check_writable
 
     files = [image] if isinstance(image, str) else list(image)

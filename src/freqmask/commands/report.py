@@ -54,8 +54,7 @@ def report(
 
 def _table(run: list[str], out: str | None, form: str, results: list[str]) -> Path | str:
     from freqmask.reporting.reading import read_results, read_runs
-    from freqmask.reporting.seeds import join_seeds
-    from freqmask.reporting.tables import FORMS
+    from freqmask.reporting.tables import FORMS, join_seeds
     from freqmask.training.run_folder import write_text
 
     text = FORMS[form](join_seeds(read_runs(run), read_results(results)))
@@ -83,7 +82,7 @@ def runs(folder: str = "runs") -> list[str]:
     Raises:
         UserError: the folder does not exist or holds no run.
     """
-    from freqmask.reporting.listing import list_runs, table_lines
+    from freqmask.reporting.tables import list_runs, table_lines
 
     found = list_runs(Path(folder))
     for line in table_lines(found):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from freqmask.data.source import Source
 from freqmask.images import as_float, psnr
-from freqmask.interop.embed import still_images
+from freqmask.interop.feature_parts import still_images
+from freqmask.interop.feature_tables import nearest_neighbours
 from freqmask.interop.models import OpenedModel
-from freqmask.interop.reconstruct import Band
-from freqmask.interop.tables import nearest_neighbours
+from freqmask.interop.reconstruction import Band
 from freqmask.pretraining.display import (
     Palette,
     new_sheet,

@@ -19,11 +19,10 @@ from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.images import as_float
-from freqmask.interop.embed import MiddleWindow
-from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, read_config
+from freqmask.interop.feature_parts import MiddleWindow
 from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, hash_weights, open_model
-from freqmask.interop.public import check_public
-from freqmask.interop.timm_folder import OURS
+from freqmask.interop.timm_folder import CLASSIFIER, LOCAL, OURS, find_backbone, read_config
+from freqmask.interop.weights import check_public
 from freqmask.timm_models import check_name
 from freqmask.training.run_folder import RunFolder
 

@@ -124,7 +124,6 @@ def _prefix_tokens(state: Mapping[str, Tensor]) -> int:
 
 
 def _places_before(state: Mapping[str, Tensor]) -> int:
-    """Places of ``pos_embed`` before those of the grid: all tokens', the class token's, or none."""
     places, tokens = state["pos_embed"].shape[1], _prefix_tokens(state)
     return next((n for n in (tokens, 1, 0) if math.isqrt(places - n) ** 2 == places - n > 0), min(tokens, 1))
 
@@ -175,7 +174,6 @@ def _resnet(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
 
 
 def _classes(state: Mapping[str, Tensor]) -> int:
-    """Classes of the file's classifier; a fine-tuned file's comes along."""
     for name in ("head.weight", "fc.weight", "head.fc.weight", "classifier.weight"):
         if name in state and state[name].dim() == 2:
             return int(state[name].shape[0])

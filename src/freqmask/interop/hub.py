@@ -13,9 +13,9 @@ import yaml
 
 from freqmask import __version__
 from freqmask.errors import UserError
-from freqmask.interop.export import FORMATS
+from freqmask.interop.formats import FORMATS
 from freqmask.interop.models import OpenedModel
-from freqmask.interop.public import check_reachable
+from freqmask.interop.weights import check_reachable
 from freqmask.training.run_folder import RunFolder
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -150,7 +150,6 @@ def _recipe(options: Mapping[str, Any]) -> str:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether a text may name a place on this machine; import paths have colons, not slashes."""
     return isinstance(value, str) and ("/" in value or "\\" in value)
 
 

@@ -17,10 +17,16 @@ from freqmask.backbones import Backbone, Features, ImageSize
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
-from freqmask.interop.folders import CLASSIFIER, LOCAL, find_backbone, fitted, read_config, run_options
-from freqmask.interop.public import check_public
-from freqmask.interop.runs import with_weights
-from freqmask.interop.timm_folder import OURS
+from freqmask.interop.timm_folder import (
+    CLASSIFIER,
+    LOCAL,
+    OURS,
+    find_backbone,
+    fitted,
+    read_config,
+    run_options,
+)
+from freqmask.interop.weights import check_public, with_weights
 from freqmask.timm_models import check_name
 
 Kind = Literal["run", "folder", "timm", "random"]
@@ -387,7 +393,6 @@ def _opened(
 
 
 def _name(path: Path, folder: Path) -> str:
-    """A run's name, also where the folder of its weights was named."""
     if folder.name in ("backbone", CLASSIFIER):
         return folder.resolve().parent.name
     return path.resolve().name

@@ -208,7 +208,6 @@ def _loader(unpickler: type[_Unpickler]) -> Callable[..., Any]:
 
 
 def _bytes(text: Any, *_: Any) -> bytes:
-    """In place of ``_codecs.encode``, by which pickles of protocol 2 write bytes."""
     return text.encode("latin1") if isinstance(text, str) else b""
 
 

@@ -1,4 +1,4 @@
-"""Which column of metrics.csv stands in which chart, and what the chart says in words."""
+"""Which column of metrics.csv stands in which chart, thinned for the eye, and what the chart says in words."""
 
 from __future__ import annotations
 
@@ -6,12 +6,59 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 
 from freqmask.reporting.reading import Curve, Run
-from freqmask.reporting.thinning import spread_out, thin, trend
+
+Item = TypeVar("Item")
+
+
+def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The curve with at most ``most`` points: of each stretch its lowest and its highest, and both ends.
+
+    A spike of a single step survives, which a mean or every n-th point would lose.
+
+    Args:
+        steps: rising.
+        values: as many, finite.
+        most: at least 4.
+    """
+    if len(steps) <= most:
+        return steps, values
+    bounds = np.linspace(0, len(steps), (most - 2) // 2 + 1).astype(int)
+    chosen = {0, len(steps) - 1}
+    for start, stop in pairwise(bounds):
+        chosen.add(start + int(np.argmin(values[start:stop])))
+        chosen.add(start + int(np.argmax(values[start:stop])))
+    picked = np.array(sorted(chosen))
+    return steps[picked], values[picked]
+
+
+def trend(steps: np.ndarray, values: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """The curve's mean over each of ``parts`` stretches, at the stretch's mean step."""
+    stretches = np.array_split(np.arange(len(steps)), min(parts, len(steps)))
+    return (
+        np.array([steps[stretch].mean() for stretch in stretches]),
+        np.array([values[stretch].mean() for stretch in stretches]),
+    )
+
+
+def spread_out(items: Sequence[Item], most: int) -> list[Item]:
+    """At most ``most`` of the items, evenly spaced, the first and the last among them.
+
+    >>> spread_out(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(items) <= most:
+        return list(items)
+    if most <= 1:
+        return [items[-1]][:most]
+    places = np.linspace(0, len(items) - 1, most).round().astype(int)
+    return [items[place] for place in places]
+
 
 POINTS = 60_000  # in the whole page, over all curves of all runs: about 1 MB
 MOST_A_CURVE = 2_000  # no screen shows more
@@ -160,7 +207,6 @@ def _panel_charts(panel: Panel, columns: list[str], runs: Sequence[Run], most: i
 
 
 def _never_moves(panel: Panel, columns: list[str], runs: Sequence[Run]) -> bool:
-    """A constant weight decay stands in the table of settings already."""
     curves = [run.curves[name] for run in runs for name in columns if name in run.curves]
     return panel.key == "weight_decay" and all(np.ptp(curve.values) == 0 for curve in curves)
 
@@ -266,7 +312,6 @@ def _numbers(named: Sequence[tuple[str, Curve]]) -> tuple[list[str], list[list[s
 
 
 def _in_order(column: str) -> tuple[int, float, str]:
-    """Training, held-out images, the parts; bands by their lower radius, not by letters."""
     band = re.search(r"band_([\d.]+)", column)
     order = 0 if column in ("loss", "relative_loss") else 1 if column.startswith("held_out") else 2
     return (order, float(band[1]) if band else 0.0, column)

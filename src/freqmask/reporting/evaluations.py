@@ -175,7 +175,6 @@ def _chart(key: str, kind: tuple[str, str, str], parts: Sequence[tuple[Rows, Mea
 
 
 def _label(table: Rows, one: Measured) -> str:
-    """The run or the model, and the variant."""
     who = table.owner or one.model
     return f"{who} · {one.variant}" if one.variant else who
 

@@ -198,7 +198,6 @@ def _no_run(path: Path) -> str:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Folder names; where two are the same, with the folders above them."""
     names = [path.resolve().name for path in paths]
     return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 

@@ -36,8 +36,7 @@ from freqmask.evaluation.finetune.tuning_plan import held_out_share, resolve, sa
 from freqmask.evaluation.labelled import LabelledData, subset
 from freqmask.evaluation.trainings import AUTO, begin_run, check_same, held, numbers_to_resume, where_to_go_on
 from freqmask.images import as_float
-from freqmask.interop.folders import CLASSIFIER
-from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.interop.timm_folder import CLASSIFIER, write_timm_folder
 from freqmask.rng import sample_key
 from freqmask.training.loop import ScheduledModule, Task, ends, make_sampler, train
 from freqmask.training.monitor import Monitor, PeriodicCallback

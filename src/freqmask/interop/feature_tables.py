@@ -105,7 +105,6 @@ def _without_hole(grid: tuple[int, ...], width: int) -> tuple[int, ...]:
 
 
 def _matrix(table: Any, name: str) -> np.ndarray:
-    """A column of lists as (rows, width)."""
     column = table.column(name)
     width = column.type.list_size
     chunks = [np.asarray(chunk.flatten()).reshape(-1, width) for chunk in column.chunks]

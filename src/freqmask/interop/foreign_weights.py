@@ -18,8 +18,8 @@ from freqmask import __version__
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.architecture import architecture_of, as_timm_names
-from freqmask.interop.folders import fitted
 from freqmask.interop.mfm_layout import DECODER, ENCODER, differences, from_beit_names
+from freqmask.interop.timm_folder import fitted
 from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
@@ -318,7 +318,6 @@ def _behind(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first names, and how many there are beside them."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 

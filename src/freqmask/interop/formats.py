@@ -27,8 +27,8 @@ from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.mfm_layout import mfm_encoder, mfm_state
 from freqmask.interop.models import OpenedClassifier, OpenedModel
 from freqmask.interop.outputs import check_out, new_folder
-from freqmask.interop.runs import run_state
 from freqmask.interop.timm_folder import DECODER, Pooled, write_timm_folder
+from freqmask.interop.weights import run_state
 from freqmask.training.checkpoint import replace_atomically, save_atomically
 from freqmask.training.run_folder import RunFolder
 

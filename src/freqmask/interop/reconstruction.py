@@ -20,10 +20,10 @@ from freqmask.data.transforms import decode_windows
 from freqmask.errors import BadImage, UserError
 from freqmask.filters import build_filter
 from freqmask.images import as_float, decibel
-from freqmask.interop.embed import still_geometry
-from freqmask.interop.export import decoder_of
+from freqmask.interop.feature_parts import still_geometry
+from freqmask.interop.formats import decoder_of
 from freqmask.interop.models import OpenedModel, open_model
-from freqmask.interop.runs import load_method
+from freqmask.interop.weights import load_method
 from freqmask.methods import MFM
 from freqmask.methods.health import band_edges
 from freqmask.spectrum import inside, pair_weights, rfft2

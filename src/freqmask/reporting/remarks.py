@@ -132,7 +132,6 @@ def _rank(run: Run) -> Iterator[Remark]:
 
 
 def _at(run: Run, name: str, start: bool) -> float | None:
-    """A curve's value at step 0, or its last one where it began there."""
     curve = run.curves.get(name)
     if curve is None or curve.steps[0] != 0:
         return None
@@ -140,7 +139,6 @@ def _at(run: Run, name: str, start: bool) -> float | None:
 
 
 def _error(share: float, images: int) -> float:
-    """Standard error of a share of right answers; at 0 and 1 that of one wrong answer."""
     return max(math.sqrt(share * (1 - share) / images), 1 / images)
 
 
