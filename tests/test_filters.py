@@ -177,7 +177,8 @@ def test_rings_stop_a_random_subset_and_protect_the_centre():
 @pytest.mark.parametrize("magnitude", ["luma", "mean", "each"])
 @pytest.mark.parametrize(("size", "channels"), [((32, 32), 3), ((15, 20), 3), ((20, 15), 5), ((17, 17), 1)])
 def test_com_keeps_the_strongest_bins(magnitude, size, channels):
-    images = torch.rand(3, channels, *size)
+    # seeded: once in some thousand images two bins at the cut differ by less than float32's rounding
+    images = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
     for fraction in (0.005, 0.05, 0.5, 1.0):
         keep = Com([fraction], magnitude)(images, fresh_keys(3)).keep
         expected = np.stack([reference.com(image.numpy(), fraction, magnitude) for image in images])
