@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.pixels import Box
 from freqmask.data.source import Source
-from freqmask.data.transforms import Box, Geometry
+from freqmask.data.transforms import Geometry
 from freqmask.errors import UserError
 from freqmask.interop.feature_space import features_by_name
 from freqmask.interop.feature_tables import join_parts

@@ -92,7 +92,7 @@ def read_torch_file(path: str | Path) -> TorchFile:
             raise UserError("it is of the tar form of PyTorch before 0.2, which is not read; save it again")
         else:
             sizes = None
-        unpickler = type(
+        unpickler: Any = type(
             "Unpickler", (_Unpickler,), {"foreign": {}, "sizes": sizes, "left": path.stat().st_size}
         )
         module = SimpleNamespace(Unpickler=unpickler, load=_loader(unpickler), __name__="freqmask")
@@ -152,7 +152,7 @@ class _Unpickler(pickle._Unpickler):
 
     # torch.load sets its own reader of storages on the instance; what it is asked for is checked first
     @property
-    def persistent_load(self) -> Callable[[Any], Any]:  # type: ignore[override]
+    def persistent_load(self) -> Callable[[Any], Any]:
         return self._load_storage
 
     @persistent_load.setter

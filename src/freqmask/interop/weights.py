@@ -325,12 +325,15 @@ def resampled(weights: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tens
     Returns:
         The weights, and a sentence for each tensor that was resampled.
     """
-    from timm.layers import resample_abs_pos_embed, resample_patch_embed
+    from timm.layers.patch_embed import resample_patch_embed
+    from timm.layers.pos_embed import resample_abs_pos_embed
 
-    changed, notes, own = dict(weights), [], model.state_dict()
-    old, new = weights.get("patch_embed.proj.weight"), own.get("patch_embed.proj.weight")
-    is_patch = old is not None and new is not None and old.dim() == 4 and old.shape[:2] == new.shape[:2]
-    if is_patch and old.shape != new.shape:
+    changed, notes = dict(weights), []
+    own: dict[str, Any] = model.state_dict()
+    old: Any = weights.get("patch_embed.proj.weight")
+    new = own.get("patch_embed.proj.weight")
+    both = old is not None and new is not None
+    if both and old.dim() == 4 and old.shape[:2] == new.shape[:2] and old.shape != new.shape:
         changed["patch_embed.proj.weight"] = resample_patch_embed(old, list(new.shape[2:]))
         notes.append(f"patches were resampled from {old.shape[-1]} to {new.shape[-1]} pixels")
     old, new = weights.get("pos_embed"), own.get("pos_embed")
