@@ -331,7 +331,7 @@ def resampled(weights: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tens
     changed, notes = dict(weights), []
     own: dict[str, Any] = model.state_dict()
     old: Any = weights.get("patch_embed.proj.weight")
-    new = own.get("patch_embed.proj.weight")
+    new: Any = own.get("patch_embed.proj.weight")
     both = old is not None and new is not None
     if both and old.dim() == 4 and old.shape[:2] == new.shape[:2] and old.shape != new.shape:
         changed["patch_embed.proj.weight"] = resample_patch_embed(old, list(new.shape[2:]))
