@@ -43,6 +43,14 @@ class Trial(Rival):
         temperature: float = 0.2,
         sig: float = 0.05,
         com_fractions: Any = (0.005, 0.01, 0.05),
+        glob: float = 0.0,
+        grid: int = 2,
+        words: int = 256,
+        extra: float = 0.0,
+        jitter: bool = True,
+        mlp: bool = False,
+        teacher: float = 0.0,
+        teacher_size: int = 96,
     ) -> None:
         self.backbone, self.o = backbone, dict(locals())
         self.keep_share, self.where, self.target, self.agree, self.second = keep, where, target, agree, second
@@ -60,6 +68,12 @@ class Trial(Rival):
         else:
             self.filter = build_filter(filter, (size, size))
         self.n_views = 1 if agree == "none" else 2
+        self.glob, self.grid, self.extra, self.jitter = glob, grid, extra, jitter
+        goal_dim = words if target == "words" else self.side**2 * self.channels
+        self.words = Words(words) if target == "words" or glob or extra else None
+        if glob:
+            out = words * grid**2
+            self.to_glob = nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, 256), nn.GELU(), nn.Linear(256, out)) if mlp else nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, out))
         dim = backbone.feature_dim
         if backbone.is_vit:
             self.embed = nn.Linear(dim, width)
@@ -67,7 +81,7 @@ class Trial(Rival):
             self.position = nn.Parameter(torch.randn(1, self.rows**2, width) * 0.02)
             self.blocks = nn.Sequential(*[Block(width, 4, qkv_bias=True) for _ in range(depth)])
             self.norm = nn.LayerNorm(width)
-            self.head = nn.Linear(width, self.side**2 * self.channels)
+            self.head = nn.Linear(width, goal_dim)
             if mix:
                 self.mixture = nn.Parameter(torch.zeros(len(backbone.timm_model.blocks)))
         else:
@@ -75,12 +89,16 @@ class Trial(Rival):
             layers: list[nn.Module] = []
             for number in range(depth):
                 layers += [nn.Conv2d(width if number else dim, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU()]
-            self.head = nn.Sequential(*layers, nn.Conv2d(width if depth else dim, self.side**2 * self.channels, 1))
+            self.head = nn.Sequential(*layers, nn.Conv2d(width if depth else dim, goal_dim, 1))
         if agree != "none":
             layers = [nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.GELU()]
             layers += [nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, outputs)]
             self.projector = nn.Sequential(*layers)
             self.normality = SIGReg()
+        self.teach = teacher
+        if teacher:
+            self.teacher = Teacher(teacher_size)
+            self.to_teacher = nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, 512), nn.GELU(), nn.Linear(512, 1280))
         radius_map = frequency_radius(size, size).float()
         self.register_buffer("gain", (radius_map / radius_map[radius_map > 0].min()).clamp_min(1.0) ** alpha)
 
@@ -110,7 +128,9 @@ class Trial(Rival):
         x = model.norm(model.blocks(x))
         return x, x[:, 1:], shown, hidden
 
-    def goal(self, images: Tensor) -> Tensor:
+    def goal(self, images: Tensor, raw: Tensor) -> Tensor:
+        if self.target == "words":
+            return self.words.at(raw, self.rows).flatten(2).mT
         if self.target == "white":
             size = (images.shape[-2], images.shape[-1])
             images = irfft2(rfft2(images) * self.gain, size)
@@ -138,6 +158,14 @@ class Trial(Rival):
             features = self.backbone(x)
             cells, pooled = features.feature_map, features.pooled
         loss = x.new_zeros(())
+        if self.words is not None and not self.words.fitted:
+            self.words.fit(views[0])
+        found = self.words(torch.cat(list(views))) if self.words is not None else None
+        if self.glob:
+            loss = loss + self.glob * F.mse_loss(self.to_glob(pooled).float(), self.words.at(found, self.grid).flatten(1))
+        if self.teach:
+            told = self.teacher(torch.cat(list(views)))
+            loss = loss + self.teach * F.mse_loss(self.to_teacher(pooled).float(), told)
         if self.recon:
             if self.backbone.is_vit:
                 full = torch.cat([self.embed(cells), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1)
@@ -145,7 +173,7 @@ class Trial(Rival):
                 predicted = self.head(self.norm(self.blocks(full)))
             else:
                 predicted = self.head(cells).flatten(2).mT
-            target = self.goal(images)
+            target = self.goal(images, found)
             if self.where == "hidden" and self.keep_share < 1:
                 predicted, target = taken(predicted, hidden), taken(target, hidden)
             loss = loss + self.recon * F.mse_loss(predicted.float(), target)
@@ -172,3 +200,99 @@ class Trial(Rival):
         cov = centred.mT @ centred / (z.shape[1] - 1)
         off = cov.square().sum((1, 2)) - cov.diagonal(dim1=1, dim2=2).square().sum(1)
         return inv + var + 0.04 * (off / z.shape[-1]).mean()
+
+
+class Words(nn.Module):
+    """Visual words of whitened patches, found once in the first batch: which words stand in each cell of an image."""
+
+    def __init__(self, count: int, side: int = 6) -> None:
+        super().__init__()
+        self.count, self.side, self.fitted = count, side, False
+        self.register_buffer("weight", torch.zeros(count, 3, side, side))
+        self.register_buffer("offset", torch.zeros(count))
+        self.register_buffer("means", torch.zeros(2, count))
+        self.register_buffer("scales", torch.ones(2, count))
+
+    @torch.no_grad()
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def fit(self, images: Tensor) -> None:
+        images = images.float()
+        some = F.unfold(images, self.side, stride=3).mT.flatten(0, 1)
+        some = some[torch.randperm(len(some), device=some.device)[:20000]]
+        some = (some - some.mean(1, keepdim=True)) / (some.var(1, keepdim=True, unbiased=False) + 1e-3).sqrt()
+        mean = some.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov((some - mean).mT))
+        whiten = vectors @ torch.diag((values + 0.1 * values.mean()).rsqrt()) @ vectors.mT
+        some = F.normalize((some - mean) @ whiten, dim=1)
+        words = some[: self.count].clone()
+        for _ in range(8):
+            nearest = (some @ words.mT).argmax(1)
+            words = F.normalize(torch.zeros_like(words).index_add_(0, nearest, some) + 1e-6 * words, dim=1)
+        self.weight.copy_((whiten @ words.mT).mT.reshape(self.weight.shape))
+        self.offset.copy_(mean @ whiten @ words.mT)
+        self.fitted = True
+        found = self.raw(images)
+        for number, grid in enumerate((8, 2)):
+            cells = F.adaptive_avg_pool2d(found, grid)
+            self.means[number] = cells.mean((0, 2, 3))
+            self.scales[number] = cells.std((0, 2, 3)).clamp_min(1e-4)
+
+    def raw(self, images: Tensor) -> Tensor:
+        padded = F.pad(images, [2] * 4, mode="reflect")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu._is_avx512_bf16_supported())):
+            found = F.conv2d(padded, self.weight, stride=2)
+        grey = padded.mean(1, keepdim=True)
+        mean = F.avg_pool2d(grey, self.side, 2)
+        variance = F.avg_pool2d(padded.square().mean(1, keepdim=True), self.side, 2) - mean.square()
+        scale = (variance.clamp_min(0) + 1e-3).rsqrt()
+        found = (found - mean * self.weight.sum((1, 2, 3))[:, None, None]) * scale - self.offset[:, None, None]
+        return F.avg_pool2d(F.relu(found - found.mean(1, keepdim=True)), 2)
+
+    @torch.no_grad()
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images.float()).float()
+
+    def at(self, found: Tensor, grid: int) -> Tensor:
+        number = 0 if grid > 3 else 1
+        return (F.adaptive_avg_pool2d(found, grid) - self.means[number][:, None, None]) / self.scales[number][:, None, None]
+
+
+class Teacher(nn.Module):
+    """EfficientNet-Lite0 with public ImageNet weights, frozen; features standardised by the first batch."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        import os
+
+        import timm
+
+        self.size, self.known = size, False
+        model = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+        state = torch.load(os.environ["TEACHER"], map_location="cpu", weights_only=True)
+        names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+        values = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
+        model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+        model.reset_classifier(0)
+        self.model = model.requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(1280))
+        self.register_buffer("std", torch.ones(1280))
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def raw(self, images: Tensor) -> Tensor:
+        larger = F.interpolate(images, size=(self.size, self.size), mode="bicubic", align_corners=False)
+        return self.model((larger - 0.5) / 0.5).float()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        told = self.raw(images)
+        if not self.known:
+            self.mean.copy_(told.mean(0))
+            self.std.copy_(told.std(0).clamp_min(1e-3))
+            self.known = True
+        return (told - self.mean) / self.std
