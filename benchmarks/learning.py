@@ -28,20 +28,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from freqmask.training.recipe import parameter_groups
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.rivals import RIVALS  # noqa: E402
-from freqmask.backbones import Backbone, recalibrate_batch_norm  # noqa: E402
-from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, PhotometricSettings  # noqa: E402
-from freqmask.evaluation.knn import predict  # noqa: E402
-from freqmask.evaluation.linear import choose_and_fit  # noqa: E402
-from freqmask.methods import METHODS  # noqa: E402
-from freqmask.methods.normalisation import Normalisation  # noqa: E402
-from freqmask.training.recipe import parameter_groups  # noqa: E402
+from benchmarks.rivals import RIVALS
+from freqmask.backbones import Backbone, recalibrate_batch_norm
+from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, PhotometricSettings
+from freqmask.evaluation.knn import predict
+from freqmask.evaluation.linear import choose_and_fit
+from freqmask.methods import METHODS
+from freqmask.methods.normalisation import Normalisation
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "vit": {
@@ -53,7 +53,13 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "vit-s": {"backbone": "vit_small_patch16_224", "patch_size": 4},
 }
 OURS = {"gamma": 1.5, "low_pass_share": 0.3}
-SMALL_HEAD = {"outputs": 1024, "hidden_size": 512, "teacher_temperature": 0.04, "ema_momentum": 0.99, "filter": "fixed"}
+SMALL_HEAD = {
+    "outputs": 1024,
+    "hidden_size": 512,
+    "teacher_temperature": 0.04,
+    "ema_momentum": 0.99,
+    "filter": "fixed",
+}
 BATCH = 128
 HELD_OUT = 2500  # training images that a sweep is judged on
 TWO_VIEWS = PhotometricSettings(blur=0.0, solarise=0.0)  # below 96 pixels blur and solarise leave too little
@@ -75,7 +81,12 @@ def load(path: str) -> dict[str, Tensor]:
         labels = torch.arange(640) % 4
         images = torch.randint(0, 120, (640, 3, 32, 32), generator=draw, dtype=torch.uint8)
         images[:, 0] += (40 * labels).to(torch.uint8)[:, None, None]
-        return {"train": images[:512], "train_labels": labels[:512], "test": images[512:], "test_labels": labels[512:]}
+        return {
+            "train": images[:512],
+            "train_labels": labels[:512],
+            "test": images[512:],
+            "test_labels": labels[512:],
+        }
     import io
 
     import pyarrow.parquet
@@ -85,7 +96,9 @@ def load(path: str) -> dict[str, Tensor]:
     for split in ("train", "test"):
         table = pyarrow.parquet.read_table(Path(path) / f"{split}.parquet").to_pydict()
         pictures = table.get("img") or table["image"]
-        stacked = np.stack([np.asarray(Image.open(io.BytesIO(one["bytes"])).convert("RGB")) for one in pictures])
+        stacked = np.stack(
+            [np.asarray(Image.open(io.BytesIO(one["bytes"])).convert("RGB")) for one in pictures]
+        )
         loaded[split] = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
         loaded[f"{split}_labels"] = torch.tensor(table["label"])
     return loaded
@@ -174,7 +187,11 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         half = _bf16(self.images.device)
         # The backward pass of the CPU's flash attention takes half of a step of so few tokens in bf16.
-        attention = [SDPBackend.MATH] if half else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        attention = (
+            [SDPBackend.MATH]
+            if half
+            else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        )
         with sdpa_kernel(attention):
             with torch.autocast(self.images.device.type, torch.bfloat16, enabled=half):
                 loss = self.method(self.views(), self.keys)["loss"]
@@ -246,7 +263,11 @@ def train(job: dict[str, Any], images: Tensor, steps: int, points: list[int], fo
                 raise FloatingPointError(f"loss {float(step_of.loss)} at step {step}")
             yield step + 1, method, float(step_of.loss)
         if device.type == "cpu" and time.monotonic() - last_saved > 120:
-            state = {"method": method.state_dict(), "optimizer": step_of.optimizer.state_dict(), "step": step + 1}
+            state = {
+                "method": method.state_dict(),
+                "optimizer": step_of.optimizer.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, saved.with_suffix(".tmp"))
             saved.with_suffix(".tmp").rename(saved)
             last_saved = time.monotonic()
@@ -306,7 +327,9 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum()))
 
 
-def measured(backbone: Backbone, data: dict[str, Tensor], job: dict[str, Any], whole: bool) -> dict[str, float]:
+def measured(
+    backbone: Backbone, data: dict[str, Tensor], job: dict[str, Any], whole: bool
+) -> dict[str, float]:
     """k-NN and linear accuracy in percent; with ``whole`` ten labels a class and fine-tuning on a tenth too."""
     backbone = copy.deepcopy(backbone).requires_grad_(True)
     learnt, labels = data["train"], data["train_labels"]
@@ -339,14 +362,18 @@ def _few(bank: dict, labels: Tensor, shots: int, draw: int) -> tuple[dict, Tenso
     return {name: values[chosen] for name, values in bank.items()}, labels[chosen]
 
 
-def fine_tuned(backbone: Backbone, data: dict[str, Tensor], classes: int, seed: int, epochs: int = 40) -> float:
+def fine_tuned(
+    backbone: Backbone, data: dict[str, Tensor], classes: int, seed: int, epochs: int = 40
+) -> float:
     """Accuracy after training all weights on a tenth of the labels."""
     device = data["train"].device
     draw = torch.Generator().manual_seed(seed)
     tenth = torch.randperm(len(data["train"]), generator=draw)[: len(data["train"]) // 10].to(device)
     images, labels = data["train"][tenth], data["train_labels"][tenth]
     torch.manual_seed(seed)
-    head = nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, classes)).to(device)
+    head = nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, classes)).to(
+        device
+    )
     normalise = Normalisation(3).to(device)
     network = nn.ModuleList([backbone, head]).train()
     optimizer = torch.optim.AdamW(parameter_groups(network, 0.05), lr=1e-3, fused=device.type == "cuda")
@@ -366,7 +393,10 @@ def fine_tuned(backbone: Backbone, data: dict[str, Tensor], classes: int, seed: 
         optimizer.step()
     network.eval()
     with torch.no_grad():
-        parts = [head(backbone(normalise(part.float() / 255)).pooled).argmax(1) for part in data["test"].split(1024)]
+        parts = [
+            head(backbone(normalise(part.float() / 255)).pooled).argmax(1)
+            for part in data["test"].split(1024)
+        ]
     return _percent(torch.cat(parts), data["test_labels"])
 
 
@@ -404,7 +434,9 @@ def work(job: dict[str, Any]) -> list[dict[str, Any]]:
         _LOADED[key] = {name: values.to(device) for name, values in data.items()}
     data = _LOADED[key]
     images = data["train"][: job["images"]] if job["images"] else data["train"]
-    shared = {name: job[name] for name in ("id", "data", "backbone", "method", "seed", "sweep", "device", "images")}
+    shared = {
+        name: job[name] for name in ("id", "data", "backbone", "method", "seed", "sweep", "device", "images")
+    }
     shared |= {"options": json.dumps(job["options"], sort_keys=True)}
     rows = []
     try:
@@ -412,17 +444,37 @@ def work(job: dict[str, Any]) -> list[dict[str, Any]]:
             from benchmarks.trial import Teacher
 
             teacher = Teacher(job["options"].get("teacher_size", 96)).to(device).eval()
-            told = [torch.cat([teacher.raw(p.float() / 255) for p in data[s].split(500)]) for s in ("train", "test")]
+            told = [
+                torch.cat([teacher.raw(p.float() / 255) for p in data[s].split(500)])
+                for s in ("train", "test")
+            ]
             classes = int(data["train_labels"].max()) + 1
             knn = predict(told[1], told[0], data["train_labels"], classes, (20,))[20]
-            lin = linear({"end/mean": told[0]}, data["train_labels"], {"end/mean": told[1]}, data["test_labels"], classes, 0)
-            return [shared | {"minutes": 0, "seconds": time.monotonic() - begun, "linear": lin,
-                              "knn": _percent(knn, data["test_labels"])}]
+            lin = linear(
+                {"end/mean": told[0]},
+                data["train_labels"],
+                {"end/mean": told[1]},
+                data["test_labels"],
+                classes,
+                0,
+            )
+            return [
+                shared
+                | {
+                    "minutes": 0,
+                    "seconds": time.monotonic() - begun,
+                    "linear": lin,
+                    "knn": _percent(knn, data["test_labels"]),
+                }
+            ]
         if job["method"] in ("fresh", "pixels"):
             torch.manual_seed(1000 + job["seed"])
             if job["method"] == "fresh":
-                network = Backbone(image_size=32, **{"name": BACKBONES[job["backbone"]]["backbone"]}
-                                   | {k: v for k, v in BACKBONES[job["backbone"]].items() if k != "backbone"}).to(device)
+                network = Backbone(
+                    image_size=32,
+                    **{"name": BACKBONES[job["backbone"]]["backbone"]}
+                    | {k: v for k, v in BACKBONES[job["backbone"]].items() if k != "backbone"},
+                ).to(device)
                 scores = measured(network, data, job, True)
             else:
                 scores = pixels(data, job["seed"])
@@ -440,7 +492,9 @@ def work(job: dict[str, Any]) -> list[dict[str, Any]]:
     except Exception as error:
         if os.environ.get("LEARNING_RAISE"):
             raise
-        print(f"FAILED {job['method']} {job['options']}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        print(
+            f"FAILED {job['method']} {job['options']}: {type(error).__name__}: {str(error)[:300]}", flush=True
+        )
         if device.type == "cuda" and not job.get("eager") and not rows:
             return work(job | {"eager": True})  # a step that CUDA cannot record is carried out as it comes
     return rows
@@ -469,13 +523,18 @@ def speed(job: dict[str, Any]) -> tuple[str, float]:
     except Exception as error:
         if os.environ.get("LEARNING_RAISE"):
             raise
-        print(f"FAILED speed {job['method']} {job['options']}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        print(
+            f"FAILED speed {job['method']} {job['options']}: {type(error).__name__}: {str(error)[:300]}",
+            flush=True,
+        )
         return speed_key(job), 0.0
 
 
 def speed_key(job: dict[str, Any]) -> str:
     """What a method's speed depends on."""
-    options = {name: value for name, value in job["options"].items() if name not in ("lr", "crop", "weight_decay")}
+    options = {
+        name: value for name, value in job["options"].items() if name not in ("lr", "crop", "weight_decay")
+    }
     return json.dumps([job["backbone"], job["method"], options], sort_keys=True)
 
 
@@ -506,17 +565,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="+", default=["toy"])
     parser.add_argument("--root", help="folder of the data sets")
-    parser.add_argument("--methods", nargs="+", default=["pixels", "fresh", "mfm", "folk", "simmim", "mae", "dino", "lejepa"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["pixels", "fresh", "mfm", "folk", "simmim", "mae", "dino", "lejepa"]
+    )
     parser.add_argument("--backbones", nargs="+", default=["vit"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--minutes", type=float, default=14.0, help="of one CPU core, for each training")
-    parser.add_argument("--points", nargs="+", type=float, default=[1.0], help="shares of the training to evaluate at")
-    parser.add_argument("--plan", help="JSON list of {method, options, data, backbones, seeds, images, minutes}")
+    parser.add_argument(
+        "--points", nargs="+", type=float, default=[1.0], help="shares of the training to evaluate at"
+    )
+    parser.add_argument(
+        "--plan", help="JSON list of {method, options, data, backbones, seeds, images, minutes}"
+    )
     parser.add_argument("--sweep", action="store_true", help="judge on held-out training images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--speeds", help="JSON of images/s measured before; what is missing is measured and added")
-    parser.add_argument("--until", type=float, default=math.inf, help="start no training after this many seconds")
+    parser.add_argument(
+        "--speeds", help="JSON of images/s measured before; what is missing is measured and added"
+    )
+    parser.add_argument(
+        "--until", type=float, default=math.inf, help="start no training after this many seconds"
+    )
     parser.add_argument("--out", default="learning")
     arguments = parser.parse_args()
     begun = time.monotonic()
@@ -543,18 +612,29 @@ def main() -> None:
         print(f"{len(missing)} speeds measured in {time.monotonic() - begun:.0f} s", flush=True)
         for job in jobs:
             job["images_per_second"] = speeds.get(speed_key(job), 0.0)
-        jobs = [job for job in jobs if job["images_per_second"] or job["method"] in ("fresh", "pixels", "teacher")]
+        jobs = [
+            job for job in jobs if job["images_per_second"] or job["method"] in ("fresh", "pixels", "teacher")
+        ]
         new = not table.exists()
         with table.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             if new:
                 writer.writeheader()
-            for rows in pool.imap_unordered(_before, [(job, begun_at(begun, arguments.until)) for job in jobs]):
+            for rows in pool.imap_unordered(
+                _before, [(job, begun_at(begun, arguments.until)) for job in jobs]
+            ):
                 for row in rows:
                     writer.writerow({name: _short(value) for name, value in row.items()})
-                    shown = " ".join(f"{n} {row[n]:.1f}" for n in ("minutes", "knn", "knn_white", "linear", "rank") if n in row)
-                    print(f"{row['data']:10} {row['backbone']:5} {row['method']:8} seed {row['seed']} {shown}  "
-                          f"{row['options']} ({row['seconds']:.0f} s)", flush=True)
+                    shown = " ".join(
+                        f"{n} {row[n]:.1f}"
+                        for n in ("minutes", "knn", "knn_white", "linear", "rank")
+                        if n in row
+                    )
+                    print(
+                        f"{row['data']:10} {row['backbone']:5} {row['method']:8} seed {row['seed']} {shown}  "
+                        f"{row['options']} ({row['seconds']:.0f} s)",
+                        flush=True,
+                    )
                 file.flush()
 
 

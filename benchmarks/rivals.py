@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from freqmask.training.ema import cosine_momentum, update_ema
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from freqmask.heads import ProjectionHead
 from freqmask.losses import DistillationLoss
 from freqmask.methods.method import Method, build_backbone
 from freqmask.methods.normalisation import Normalisation
-from freqmask.training.ema import cosine_momentum, update_ema
 
 
 class Rival(Method):
@@ -65,7 +65,9 @@ def normalised(patches: Tensor) -> Tensor:
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def shown_and_hidden(batch: int, count: int, hidden_share: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def shown_and_hidden(
+    batch: int, count: int, hidden_share: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Places of the patches that the encoder is shown, and of those it is not, drawn for each image."""
     order = torch.rand(batch, count, device=device).argsort(dim=1)
     shown = round(count * (1 - hidden_share))
@@ -99,7 +101,9 @@ class MAE(Rival):
         shown, hidden = shown_and_hidden(len(images), tokens.shape[1], self.mask, images.device)
         first = (model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1)
         encoded = model.norm(model.blocks(torch.cat([first, taken(tokens, shown)], dim=1)))[:, 1:]
-        whole = torch.cat([self.embed(encoded), self.mask_token.expand(len(images), hidden.shape[1], -1)], dim=1)
+        whole = torch.cat(
+            [self.embed(encoded), self.mask_token.expand(len(images), hidden.shape[1], -1)], dim=1
+        )
         whole = taken(whole, torch.cat([shown, hidden], dim=1).argsort(dim=1)) + self.position
         predicted = self.head(taken(self.norm(self.blocks(whole)), hidden))
         target = taken(normalised(patches_of(images, self.side)), hidden)
@@ -131,7 +135,9 @@ class SimMIM(Rival):
             cells = model.norm(model.blocks(tokens))[:, 1:]
         else:
             blocked = _as_image(mask, self.rows, self.side)
-            cells = self.backbone(images * (1 - blocked) + self.mask_token * blocked).feature_map.flatten(2).mT
+            cells = (
+                self.backbone(images * (1 - blocked) + self.mask_token * blocked).feature_map.flatten(2).mT
+            )
         target = taken(patches_of(images, self.side), hidden)
         return {"loss": F.l1_loss(self.decoder(taken(cells, hidden)).float(), target)}
 

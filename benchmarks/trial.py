@@ -54,14 +54,26 @@ class Trial(Rival):
     ) -> None:
         self.backbone, self.o = backbone, dict(locals())
         self.keep_share, self.where, self.target, self.agree, self.second = keep, where, target, agree, second
-        self.weight, self.recon, self.filter_share, self.ptype, self.mix = weight, recon, filter_share, ptype, mix
+        self.weight, self.recon, self.filter_share, self.ptype, self.mix = (
+            weight,
+            recon,
+            filter_share,
+            ptype,
+            mix,
+        )
         self.temperature, self.sig = temperature, sig
         size = self.rows * self.side
         if filter in ("fixed", "com"):
             self.filter = masking_filter(
-                filter, (size, size), False, radius=radius if filter == "fixed" else "auto",
-                low_pass_share=low_pass_share if filter == "fixed" else "auto", com_fractions=com_fractions,
-                com_share=0.5, magnitude="luma", softness=0.0,
+                filter,
+                (size, size),
+                False,
+                radius=radius if filter == "fixed" else "auto",
+                low_pass_share=low_pass_share if filter == "fixed" else "auto",
+                com_fractions=com_fractions,
+                com_share=0.5,
+                magnitude="luma",
+                softness=0.0,
             )
         elif filter == "none":
             self.filter = None
@@ -73,7 +85,16 @@ class Trial(Rival):
         self.words = Words(words) if target == "words" or glob or extra else None
         if glob:
             out = words * grid**2
-            self.to_glob = nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, 256), nn.GELU(), nn.Linear(256, out)) if mlp else nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, out))
+            self.to_glob = (
+                nn.Sequential(
+                    nn.BatchNorm1d(backbone.feature_dim),
+                    nn.Linear(backbone.feature_dim, 256),
+                    nn.GELU(),
+                    nn.Linear(256, out),
+                )
+                if mlp
+                else nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, out))
+            )
         dim = backbone.feature_dim
         if backbone.is_vit:
             self.embed = nn.Linear(dim, width)
@@ -88,17 +109,28 @@ class Trial(Rival):
             self.mask_token = nn.Parameter(torch.zeros(1, 3, 1, 1))
             layers: list[nn.Module] = []
             for number in range(depth):
-                layers += [nn.Conv2d(width if number else dim, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU()]
+                layers += [
+                    nn.Conv2d(width if number else dim, width, 3, padding=1),
+                    nn.BatchNorm2d(width),
+                    nn.GELU(),
+                ]
             self.head = nn.Sequential(*layers, nn.Conv2d(width if depth else dim, goal_dim, 1))
         if agree != "none":
             layers = [nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.GELU()]
-            layers += [nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, outputs)]
+            layers += [
+                nn.Linear(hidden, hidden),
+                nn.BatchNorm1d(hidden),
+                nn.GELU(),
+                nn.Linear(hidden, outputs),
+            ]
             self.projector = nn.Sequential(*layers)
             self.normality = SIGReg()
         self.teach = teacher
         if teacher:
             self.teacher = Teacher(teacher_size)
-            self.to_teacher = nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, 512), nn.GELU(), nn.Linear(512, 1280))
+            self.to_teacher = nn.Sequential(
+                nn.BatchNorm1d(dim), nn.Linear(dim, 512), nn.GELU(), nn.Linear(512, 1280)
+            )
         radius_map = frequency_radius(size, size).float()
         self.register_buffer("gain", (radius_map / radius_map[radius_map > 0].min()).clamp_min(1.0) ** alpha)
 
@@ -162,13 +194,17 @@ class Trial(Rival):
             self.words.fit(views[0])
         found = self.words(torch.cat(list(views))) if self.words is not None else None
         if self.glob:
-            loss = loss + self.glob * F.mse_loss(self.to_glob(pooled).float(), self.words.at(found, self.grid).flatten(1))
+            loss = loss + self.glob * F.mse_loss(
+                self.to_glob(pooled).float(), self.words.at(found, self.grid).flatten(1)
+            )
         if self.teach:
             told = self.teacher(torch.cat(list(views)))
             loss = loss + self.teach * F.mse_loss(self.to_teacher(pooled).float(), told)
         if self.recon:
             if self.backbone.is_vit:
-                full = torch.cat([self.embed(cells), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1)
+                full = torch.cat(
+                    [self.embed(cells), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1
+                )
                 full = taken(full, torch.cat([shown, hidden], dim=1).argsort(dim=1)) + self.position
                 predicted = self.head(self.norm(self.blocks(full)))
             else:
@@ -246,7 +282,9 @@ class Words(nn.Module):
         mean = F.avg_pool2d(grey, self.side, 2)
         variance = F.avg_pool2d(padded.square().mean(1, keepdim=True), self.side, 2) - mean.square()
         scale = (variance.clamp_min(0) + 1e-3).rsqrt()
-        found = (found - mean * self.weight.sum((1, 2, 3))[:, None, None]) * scale - self.offset[:, None, None]
+        found = (found - mean * self.weight.sum((1, 2, 3))[:, None, None]) * scale - self.offset[
+            :, None, None
+        ]
         return F.avg_pool2d(F.relu(found - found.mean(1, keepdim=True)), 2)
 
     @torch.no_grad()
@@ -257,7 +295,9 @@ class Words(nn.Module):
 
     def at(self, found: Tensor, grid: int) -> Tensor:
         number = 0 if grid > 3 else 1
-        return (F.adaptive_avg_pool2d(found, grid) - self.means[number][:, None, None]) / self.scales[number][:, None, None]
+        return (F.adaptive_avg_pool2d(found, grid) - self.means[number][:, None, None]) / self.scales[number][
+            :, None, None
+        ]
 
 
 class Teacher(nn.Module):
@@ -280,7 +320,7 @@ class Teacher(nn.Module):
         self.register_buffer("mean", torch.zeros(1280))
         self.register_buffer("std", torch.ones(1280))
 
-    def train(self, mode: bool = True) -> "Teacher":
+    def train(self, mode: bool = True) -> Teacher:
         return super().train(False)
 
     @torch.no_grad()

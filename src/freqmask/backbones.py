@@ -6,13 +6,15 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
+from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from freqmask.errors import UserError
@@ -28,6 +30,7 @@ from freqmask.timm_models import (
 )
 
 ImageSize = int | tuple[int, int]
+FEW_TOKENS = 128
 
 
 class Features(NamedTuple):
@@ -118,10 +121,34 @@ class Backbone(nn.Module):
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Features:
         """Feature map (B, D, h, w), its mean (B, D) and the class token (B, D) or None."""
         weights = next(self.timm_model.parameters())
-        feature_map, class_token = self._read(
-            self._padded(images).to(weights.dtype)
-        )  # bf16-true: no autocast casts
+        padded = self.padded(images)
+        with few_tokens_attention(images, padded.shape[-2] * padded.shape[-1] // self.stride**2):
+            feature_map, class_token = self._read(padded.to(weights.dtype))  # bf16-true: no autocast casts
         return Features(feature_map, feature_map.mean(dim=(2, 3)), class_token)
+
+    @property
+    def can_leave_tokens_out(self) -> bool:
+        """Whether it can be given some of an image's patches alone (:meth:`read_tokens`)."""
+        return isinstance(self.timm_model, VisionTransformer) and self._reads_the_end
+
+    def read_tokens(
+        self, images: Float[Tensor, "batch channel height width"], places: Int64[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch token dim"]:
+        """Features of some patches; the model's blocks see no others, and take the time of no others.
+
+        Args:
+            images: normalised.
+            places: of the patches, row by row from 0, each at most once.
+        """
+        model = self.timm_model
+        whole = model.patch_drop
+        model.patch_drop = _Chosen(places, model.num_prefix_tokens)
+        try:
+            with few_tokens_attention(images, places.shape[1]):
+                tokens: Tensor = model.forward_features(self.padded(images))
+        finally:
+            model.patch_drop = whole
+        return tokens[:, model.num_prefix_tokens :]
 
     def compile(self, **options: Any) -> None:
         """Compiles in place, by ``torch.compile``'s options: the blocks of a ViT one by one, else the whole.
@@ -149,7 +176,12 @@ class Backbone(nn.Module):
         except (AssertionError, AttributeError, NotImplementedError) as error:
             raise UserError(f"gradient_checkpointing is not offered by {self.name}; leave it off") from error
 
-    def _padded(self, images: Tensor) -> Tensor:
+    def padded(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
+        """The images, repeated at their lower and right edge up to whole cells.
+
+        Raises:
+            UserError: for images of other channels, or of another size where the model has one.
+        """
         channels, height, width = images.shape[1:]
         if channels != self.channels:
             raise UserError(
@@ -221,6 +253,30 @@ class Backbone(nn.Module):
             self._how["norm"] = True  # the model's final normalisation, where its width fits the stage
         except (AssertionError, TypeError):  # Hiera has it behind its pooling
             pass
+
+
+class _Chosen(nn.Module):
+    """In the place of timm's patch dropout: the prefix tokens and the patches that were chosen."""
+
+    def __init__(self, places: Tensor, prefix: int) -> None:
+        super().__init__()
+        self.places, self.prefix = places, prefix
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = self.places[..., None].expand(-1, -1, tokens.shape[-1])
+        return torch.cat([tokens[:, : self.prefix], tokens[:, self.prefix :].gather(1, places)], dim=1)
+
+
+def few_tokens_attention(images: Tensor, tokens: int) -> AbstractContextManager[Any]:
+    """The kernel for attention among few tokens on a CPU in half precision.
+
+    The backward pass of the CPU's fused kernel in bf16 took 7 times as long as the plain product at 17 tokens and 5
+    times at 65, half of a whole step; at 197 tokens the two are even (docs/log.md).
+    """
+    half = images.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if not half or tokens > FEW_TOKENS or torch.compiler.is_compiling():
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @torch.no_grad()

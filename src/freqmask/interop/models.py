@@ -256,7 +256,7 @@ def stage_features(
             raise UserError(f"stage ({index}) must be between {-count} and {count - 1} for {backbone.name}")
     tokens = {"return_prefix_tokens": True} if backbone.has_class_token else {}
     stages = backbone.timm_model.forward_intermediates(
-        backbone._padded(normalised),
+        backbone.padded(normalised),
         indices=None if indices is None else list(indices),
         intermediates_only=True,
         **tokens,

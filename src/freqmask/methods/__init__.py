@@ -12,10 +12,11 @@ from freqmask.methods.folk import FOLK
 from freqmask.methods.method import Method
 from freqmask.methods.mfm import MFM
 from freqmask.methods.restoration import Deblur, Denoise, SuperResolution
+from freqmask.methods.words import Words
 from freqmask.options.of_methods import BUILT_FROM, options_of_class
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MFM, FOLK, SuperResolution, Deblur, Denoise)
+    method.name: method for method in (MFM, FOLK, Words, SuperResolution, Deblur, Denoise)
 }
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Denoise",
     "Method",
     "SuperResolution",
+    "Words",
     "accepted_by",
     "build_method",
     "find_method",

@@ -141,6 +141,29 @@ class FOLKOptions(BackboneOptions, LossOptions, MaskingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordsOptions(BackboneOptions):
+    """Visual words."""
+
+    filter: str | Any = option(
+        "lowpass", "lowpass, or another filter as for mfm; what hides frequencies from the network"
+    )
+    radius: float | Auto = option(
+        "auto", "of words' low-pass; auto is a quarter of the shorter side (56 at 224)", above=0
+    )
+    filter_share: float = option(0.5, "share of the images whose frequencies are hidden", least=0, most=1)
+    token_share: float | Auto = option(
+        "auto", "share of its patches that a ViT is given; auto is 0.5, and 1 where patches cannot be left out",
+        above=0, most=1,
+    )  # fmt: skip
+    words: int = option(256, "visual words to tell apart", least=2)
+    word_grid: int = option(2, "rows and columns of cells in which words are counted", least=1)
+    word_side: int | Auto = option(
+        "auto", "shorter side in pixels that an image is reduced to before its words are read; auto is at most 64",
+        least=8,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class RestorationOptions(BackboneOptions, DistanceOptions):
     """Restoration."""
 
@@ -170,6 +193,7 @@ class DenoiseOptions(RestorationOptions):
 METHOD_OPTIONS: dict[str, type] = {
     "mfm": MFMOptions,
     "folk": FOLKOptions,
+    "words": WordsOptions,
     "sr": SuperResolutionOptions,
     "deblur": DeblurOptions,
     "denoise": DenoiseOptions,

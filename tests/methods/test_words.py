@@ -1,0 +1,143 @@
+"""Words: which visual words stand where, from some patches and frequencies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import CNN, VIT, photographs, tiny_method, views_for
+
+from freqmask.errors import UserError
+from freqmask.methods import build_method
+from freqmask.methods.words import CONTRAST, VisualWords
+
+KEYS = torch.arange(4)
+
+
+def found_words(count: int = 12, grid: int = 2, side: int = 64) -> VisualWords:
+    words = VisualWords(count, 3, grid, side)
+    words(photographs(8))
+    return words
+
+
+def slow_counts(words: VisualWords, image: np.ndarray) -> np.ndarray:
+    """Patch by patch in float64: free of brightness and contrast, whitened, above the mean similarity, averaged."""
+    weight = words.weight.double().numpy().reshape(words.count, -1)
+    padded = np.pad(image.astype(np.float64), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+    rows = (padded.shape[1] - 6) // 2 + 1
+    found = np.zeros((rows, rows, words.count))
+    for row in range(rows):
+        for column in range(rows):
+            patch = padded[:, 2 * row : 2 * row + 6, 2 * column : 2 * column + 6].ravel()
+            patch = (patch - patch.mean()) / np.sqrt(patch.var() + CONTRAST)
+            similar = weight @ patch - words.offset.double().numpy()
+            found[row, column] = np.maximum(similar - similar.mean(), 0)
+    half = rows // 2
+    cells = [found[r : r + half, c : c + half].mean((0, 1)) for r in (0, half) for c in (0, half)]
+    standard = (np.stack(cells) - words.mean.numpy()) * words.scale.numpy()
+    return standard.T.ravel()  # word by word, its cells side by side
+
+
+def test_counts_are_those_of_a_slow_loop_over_patches() -> None:
+    words = found_words()
+    image = photographs(1, seed=5)
+    np.testing.assert_allclose(words(image)[0].numpy(), slow_counts(words, image[0].numpy()), atol=2e-4)
+
+
+def test_words_are_found_once_and_travel_with_the_state() -> None:
+    words = found_words()
+    before = words.weight.clone()
+    words(photographs(8, seed=9))
+    assert torch.equal(words.weight, before)
+    again = VisualWords(12, 3)
+    again.load_state_dict(words.state_dict())
+    image = photographs(2, seed=3)
+    assert torch.equal(again(image), words(image))
+    assert torch.equal(again.weight, before)
+
+
+def test_words_whiten_as_scikit_learns_pca_does() -> None:
+    pca = pytest.importorskip("sklearn.decomposition").PCA(whiten=True)
+    noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)  # neighbours alike, as in photographs
+    words = VisualWords(400, 3)
+    words(images)
+    patches = torch.nn.functional.unfold(images, 6).mT.flatten(0, 1)[::9].double()
+    patches = (patches - patches.mean(1, keepdim=True)) / (patches.var(1, keepdim=True) + CONTRAST).sqrt()
+    basis = torch.from_numpy(pca.fit(patches.numpy()).components_)
+    strengths = (words.weight.flatten(1).double() @ basis.mT).square().mean(0).sqrt()[:60]
+    expected = torch.from_numpy(pca.explained_variance_ + 0.1 * pca.explained_variance_.mean()).rsqrt()[:60]
+    ratio = strengths / expected
+    assert ratio.std() < 0.25 * ratio.mean()
+
+
+def test_brightness_and_contrast_change_no_count_much() -> None:
+    words = found_words()
+    image = 0.25 + 0.5 * photographs(2, seed=3)
+    changed = 0.1 + 0.8 * image
+    close = (words(image) - words(changed)).abs().mean() / words(image).abs().mean()
+    other = (words(image) - words(photographs(2, seed=4))).abs().mean() / words(image).abs().mean()
+    assert close < 0.2 * other
+
+
+def test_large_images_are_reduced_before_their_words_are_read() -> None:
+    words = VisualWords(8, 3, side=32)
+    large = torch.nn.functional.interpolate(photographs(8), size=(96, 128), mode="bicubic").clamp(0, 1)
+    assert words(large).shape == (8, 8 * 4)
+    assert words._reduced(large).shape[-2:] == (32, 43)
+
+
+def test_the_backbone_is_given_the_share_of_patches() -> None:
+    method = tiny_method("words", {**VIT, "patch_size": 4})
+    seen: list[int] = []
+    method.backbone.timm_model.blocks[0].register_forward_hook(
+        lambda _, given, __: seen.append(given[0].shape[1])
+    )
+    method(views_for(method), KEYS)
+    assert seen == [1 + 32]  # class token and half of 64
+
+
+def test_tokens_of_all_places_are_the_feature_map() -> None:
+    backbone = tiny_method("words").backbone.eval()
+    images = photographs(2)
+    places = torch.randperm(16)[None].repeat(2, 1)
+    tokens = backbone.read_tokens(images, places)
+    whole = backbone(images).feature_map.flatten(2).mT
+    assert torch.allclose(tokens, whole.gather(1, places[..., None].expand_as(whole)), atol=1e-5)
+
+
+def test_no_gradient_of_the_pictures_reaches_the_backbone() -> None:
+    method = tiny_method("words")
+    cells, places = method.encode(photographs(4), KEYS)
+    method.picture_loss(cells.detach(), places, photographs(4)).backward()
+    assert all(parameter.grad is None for parameter in method.backbone.parameters())
+    assert method.decoder[0].weight.grad is not None
+
+
+def test_the_share_of_filtered_images_and_the_radius_are_those_asked_for() -> None:
+    method = tiny_method("words", filter_share=0.25)
+    assert method.settings["radius"] == 8.0  # a quarter of 32
+    images = photographs(400)
+    filtered = method.hidden(images, torch.arange(400))
+    changed = (filtered.images != images).flatten(1).any(1)
+    assert 60 < changed.sum() < 140
+    assert torch.equal(changed, (filtered.keep < 1).flatten(1).any(1))
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "sentence"),
+    [
+        (CNN, {"token_share": 0.5}, r"token_share \(0.5\) must be 1 for resnet18"),
+        (VIT, {"filter": "com", "radius": 4.0}, r"radius \(4.0\) is not used by filter com"),
+        (VIT, {"token_share": 1.5}, r"token_share \(1.5\) must be"),
+    ],
+)
+def test_options_out_of_place_end_in_a_sentence(network: dict, options: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        tiny_method("words", network, **options)
+
+
+def test_one_image_is_no_batch_but_trains() -> None:
+    method = build_method("words", **{**VIT, "words": 16})
+    method(views_for(method), KEYS)
+    assert torch.isfinite(method([photographs(1)], KEYS[:1])["loss"])
