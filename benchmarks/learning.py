@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from freqmask.training.recipe import parameter_groups
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,6 +41,7 @@ from freqmask.evaluation.knn import predict
 from freqmask.evaluation.linear import choose_and_fit
 from freqmask.methods import METHODS
 from freqmask.methods.normalisation import Normalisation
+from freqmask.training.optim import parameter_groups
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "vit": {
@@ -63,11 +63,24 @@ SMALL_HEAD = {
 BATCH = 128
 HELD_OUT = 2500  # training images that a sweep is judged on
 TWO_VIEWS = PhotometricSettings(blur=0.0, solarise=0.0)  # below 96 pixels blur and solarise leave too little
+# Settings found on held-out training images with equal numbers of trials (benchmarks/results/learning_trials.csv).
 SETTINGS: dict[str, dict[str, Any]] = {
     "mfm": OURS,
     "mfm-com": {"filter": "com", "gamma": 1.5},
     "folk": {**OURS, **SMALL_HEAD},
-    **{name: {} for name in RIVALS},
+    "words": {"lr": 2e-3},
+    "words-unfiltered": {"lr": 2e-3, "filter_share": 0.0},
+    "simmim": {"lr": 4e-3, "mask": 0.4},
+    "mae": {"lr": 2e-3},
+    "spark": {"lr": 3e-3},
+    "dino": {"lr": 5e-4},
+    "lejepa": {"lr": 4e-3, "weight": 0.02},
+}
+FOR_A_CNN = {
+    "words": {"lr": 3e-3},
+    "simmim": {"lr": 3e-3},
+    "dino": {"lr": 3e-3},
+    "lejepa": {"lr": 3e-3, "weight": 0.02},
 }
 
 
@@ -140,12 +153,7 @@ def build(job: dict[str, Any]) -> nn.Module:
     name, options = job["method"], dict(job["options"])
     for own in ("lr", "crop", "weight_decay"):
         options.pop(own, None)
-    if name == "mfm-com":
-        name = "mfm"
-    if name == "trial":
-        from benchmarks.trial import Trial
-
-        return Trial(**BACKBONES[job["backbone"]], **options)
+    name = name.partition("-")[0]  # mfm-com and words-unfiltered are mfm and words with options
     if name in RIVALS:
         return RIVALS[name](**BACKBONES[job["backbone"]], **options)
     return METHODS[name](**BACKBONES[job["backbone"]], image_size=32, **options)
@@ -160,7 +168,7 @@ class Step:
         options = job["options"]
         self.scale = tuple(options.get("crop", (0.5, 1.0) if method.n_views == 1 else (0.3, 1.0)))
         two = PhotometricAugmentation(TWO_VIEWS if method.n_views == 2 else NO_CHANGE)
-        self.colours = two if method.n_views == 2 and getattr(method, "jitter", True) else None
+        self.colours = two if method.n_views == 2 else None
         self.lr = options.get("lr", 1e-3)
         self.rate = torch.tensor(0.0, device=device)
         on_gpu = device.type == "cuda"
@@ -440,33 +448,6 @@ def work(job: dict[str, Any]) -> list[dict[str, Any]]:
     shared |= {"options": json.dumps(job["options"], sort_keys=True)}
     rows = []
     try:
-        if job["method"] == "teacher":
-            from benchmarks.trial import Teacher
-
-            teacher = Teacher(job["options"].get("teacher_size", 96)).to(device).eval()
-            told = [
-                torch.cat([teacher.raw(p.float() / 255) for p in data[s].split(500)])
-                for s in ("train", "test")
-            ]
-            classes = int(data["train_labels"].max()) + 1
-            knn = predict(told[1], told[0], data["train_labels"], classes, (20,))[20]
-            lin = linear(
-                {"end/mean": told[0]},
-                data["train_labels"],
-                {"end/mean": told[1]},
-                data["test_labels"],
-                classes,
-                0,
-            )
-            return [
-                shared
-                | {
-                    "minutes": 0,
-                    "seconds": time.monotonic() - begun,
-                    "linear": lin,
-                    "knn": _percent(knn, data["test_labels"]),
-                }
-            ]
         if job["method"] in ("fresh", "pixels"):
             torch.manual_seed(1000 + job["seed"])
             if job["method"] == "fresh":
@@ -541,7 +522,7 @@ def speed_key(job: dict[str, Any]) -> str:
 def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every training that was asked for: a plan file's, or methods by seeds."""
     lines = json.loads(Path(arguments.plan).read_text()) if arguments.plan else [
-        {"method": name, "options": SETTINGS.get(name, {})} for name in arguments.methods
+        {"method": name} for name in arguments.methods
     ]  # fmt: skip
     jobs = []
     for line in lines:
@@ -549,8 +530,12 @@ def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for backbone in line.get("backbones", arguments.backbones):
                 for seed in line.get("seeds", arguments.seeds):
                     root = path if path == "toy" else str(Path(arguments.root or "") / path)
+                    settings = SETTINGS.get(line["method"], {})
+                    if backbone == "cnn":
+                        settings = FOR_A_CNN.get(line["method"], settings)
                     job = {
-                        "method": line["method"], "options": line["options"], "seed": seed, "backbone": backbone,
+                        "method": line["method"], "options": line.get("options", settings), "seed": seed,
+                        "backbone": backbone,
                         "data": Path(path).name, "path": root, "sweep": arguments.sweep,
                         "images": line.get("images", 0), "minutes": line.get("minutes", arguments.minutes),
                         "steps": line.get("steps", 0), "points": arguments.points, "whole": not arguments.sweep,
@@ -592,50 +577,82 @@ def main() -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     table = out / "learning.csv"
-    done = set()
-    if table.exists():
-        with table.open() as file:
-            done = {row["id"] for row in csv.DictReader(file)}
+    done = {row["id"] for row in read_rows(table)}
     jobs = [job for job in make_jobs(arguments) if job["id"] not in done]
-    speeds_file = Path(arguments.speeds or out / "speeds.json")
-    speeds = json.loads(speeds_file.read_text()) if speeds_file.exists() else {}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for path in {job["path"] for job in jobs}:
         loaded_once(path)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.jobs) as pool:
-        missing = {speed_key(job): job for job in jobs if job["method"] not in ("fresh", "pixels", "teacher")}
-        missing = {key: job for key, job in missing.items() if key not in speeds}
-        for key, value in pool.imap_unordered(speed, missing.values()):
-            speeds[key] = value
-        speeds_file.write_text(json.dumps(speeds, indent=1))
-        print(f"{len(missing)} speeds measured in {time.monotonic() - begun:.0f} s", flush=True)
-        for job in jobs:
-            job["images_per_second"] = speeds.get(speed_key(job), 0.0)
-        jobs = [
-            job for job in jobs if job["images_per_second"] or job["method"] in ("fresh", "pixels", "teacher")
-        ]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        jobs = with_speeds(jobs, pool, Path(arguments.speeds or out / "speeds.json"))
         new = not table.exists()
         with table.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             if new:
                 writer.writeheader()
-            for rows in pool.imap_unordered(
-                _before, [(job, begun_at(begun, arguments.until)) for job in jobs]
-            ):
+            tasks = [(job, begun_at(begun, arguments.until)) for job in jobs]
+            for rows in pool.imap_unordered(_before, tasks):
                 for row in rows:
                     writer.writerow({name: _short(value) for name, value in row.items()})
-                    shown = " ".join(
-                        f"{n} {row[n]:.1f}"
-                        for n in ("minutes", "knn", "knn_white", "linear", "rank")
-                        if n in row
-                    )
-                    print(
-                        f"{row['data']:10} {row['backbone']:5} {row['method']:8} seed {row['seed']} {shown}  "
-                        f"{row['options']} ({row['seconds']:.0f} s)",
-                        flush=True,
-                    )
+                    print(told(row), flush=True)
                 file.flush()
+    draw(read_rows(table), out / "learning.png")
+
+
+def read_rows(table: Path) -> list[dict[str, str]]:
+    """The rows written so far."""
+    if not table.exists():
+        return []
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
+def with_speeds(jobs: list[dict[str, Any]], pool: Any, kept: Path) -> list[dict[str, Any]]:
+    """The jobs with their images/s, measured where `kept` has none; without those that could not be measured."""
+    speeds = json.loads(kept.read_text()) if kept.exists() else {}
+    trained = {speed_key(job): job for job in jobs if job["method"] not in ("fresh", "pixels")}
+    speeds.update(pool.imap_unordered(speed, [job for key, job in trained.items() if key not in speeds]))
+    kept.write_text(json.dumps(speeds, indent=1))
+    for job in jobs:
+        job["images_per_second"] = speeds.get(speed_key(job), 0.0)
+    return [job for job in jobs if job["images_per_second"] or job["method"] in ("fresh", "pixels")]
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    numbers = ("minutes", "knn", "knn_white", "linear", "shots10", "finetuned10", "rank")
+    shown = " ".join(f"{name} {row[name]:.1f}" for name in numbers if name in row)
+    return (
+        f"{row['data']:10} {row['backbone']:5} {row['method']:8} seed {row['seed']} {shown}  {row['options']}"
+    )
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """Accuracy of the linear probe against minutes, a curve a method (the mean over seeds), a panel a data set."""
+    from matplotlib.figure import Figure
+
+    panels = sorted({(row["data"], row["backbone"]) for row in rows})
+    if not panels:
+        return
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(
+            1, len(panels), number, title=" / ".join(panel), xlabel="minutes on one core"
+        )
+        axes.set_ylabel("linear probe, %")
+        curves: dict[str, dict[float, list[float]]] = {}
+        for row in rows:
+            if (row["data"], row["backbone"]) == panel and row["linear"]:
+                points = curves.setdefault(row["method"], {})
+                points.setdefault(round(float(row["minutes"]), 1), []).append(float(row["linear"]))
+        for method, points in curves.items():
+            minutes = sorted(points)
+            means = [sum(points[at]) / len(points[at]) for at in minutes]
+            if method in ("fresh", "pixels"):
+                axes.axhline(means[0], linestyle=":", color="grey", label=method)
+            else:
+                axes.plot(minutes, means, "o-", label=method)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def begun_at(begun: float, until: float) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from freqmask.training.ema import cosine_momentum, update_ema
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from freqmask.heads import ProjectionHead
 from freqmask.losses import DistillationLoss
 from freqmask.methods.method import Method, build_backbone
 from freqmask.methods.normalisation import Normalisation
+from freqmask.options.of_methods import BackboneOptions
+from freqmask.training.optim import cosine_momentum, update_ema
 
 
 class Rival(Method):
@@ -37,7 +38,8 @@ class Rival(Method):
         **options: Any,
     ) -> None:
         super().__init__()
-        built = build_backbone(backbone, image_size, channels, patch_size, -1, model_args, "mfm", False)
+        given = BackboneOptions(patch_size=patch_size, model_args=model_args)
+        built = build_backbone(backbone, image_size, channels, given)
         self.normalise = Normalisation(channels)
         self.side, self.channels = built.stride, channels
         self.rows = image_size // built.stride

@@ -56,19 +56,29 @@ def test_words_are_found_once_and_travel_with_the_state() -> None:
     assert torch.equal(again.weight, before)
 
 
-def test_words_whiten_as_scikit_learns_pca_does() -> None:
-    pca = pytest.importorskip("sklearn.decomposition").PCA(whiten=True)
-    noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    images = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)  # neighbours alike, as in photographs
-    words = VisualWords(400, 3)
+def test_words_are_those_of_k_means_on_whitened_patches_in_numpy() -> None:
+    images = photographs(16)
+    words = VisualWords(10, 3)
     words(images)
-    patches = torch.nn.functional.unfold(images, 6).mT.flatten(0, 1)[::9].double()
-    patches = (patches - patches.mean(1, keepdim=True)) / (patches.var(1, keepdim=True) + CONTRAST).sqrt()
-    basis = torch.from_numpy(pca.fit(patches.numpy()).components_)
-    strengths = (words.weight.flatten(1).double() @ basis.mT).square().mean(0).sqrt()[:60]
-    expected = torch.from_numpy(pca.explained_variance_ + 0.1 * pca.explained_variance_.mean()).rsqrt()[:60]
-    ratio = strengths / expected
-    assert ratio.std() < 0.25 * ratio.mean()
+    patches = np.stack(
+        [
+            image[:, row : row + 6, column : column + 6].ravel()
+            for image in images.double().numpy()
+            for row in range(27)
+            for column in range(27)
+        ]
+    )
+    patches = (patches - patches.mean(1, keepdims=True)) / np.sqrt(patches.var(1, keepdims=True) + CONTRAST)
+    variances, directions = np.linalg.eigh(np.cov(patches.T))
+    whitening = directions / np.sqrt(variances + 0.1 * variances.mean()) @ directions.T
+    white = (patches - patches.mean(0)) @ whitening
+    white /= np.linalg.norm(white, axis=1, keepdims=True)
+    centers = white[np.linspace(0, len(white) - 1, 10).round().astype(int)]
+    for _ in range(8):
+        nearest = (white @ centers.T).argmax(1)
+        centers = np.stack([white[nearest == number].sum(0) for number in range(10)])
+        centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    np.testing.assert_allclose(words.weight.flatten(1).numpy(), centers @ whitening, atol=0.02)
 
 
 def test_brightness_and_contrast_change_no_count_much() -> None:
