@@ -39,8 +39,8 @@ from freqmask.backbones import Backbone, recalibrate_batch_norm
 from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, PhotometricSettings
 from freqmask.evaluation.knn import predict
 from freqmask.evaluation.linear import choose_and_fit
+from freqmask.images import Normalization
 from freqmask.methods import METHODS
-from freqmask.methods.normalisation import Normalisation
 from freqmask.training.optim import parameter_groups
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -305,14 +305,14 @@ def images_per_second(job: dict[str, Any], images: Tensor, seconds: float = 3.0)
 @torch.no_grad()
 def features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
     """Mean of the last map and class token of every image, unaugmented."""
-    normalise = Normalisation(3).to(images.device)
+    normalize = Normalization(3).to(images.device)
     if not backbone.is_vit:
-        batches = (normalise(part.float() / 255) for part in images[:4096].split(512))
+        batches = (normalize(part.float() / 255) for part in images[:4096].split(512))
         recalibrate_batch_norm(backbone, batches)
     backbone.eval()
     found: dict[str, list[Tensor]] = {}
     for part in images.split(1024):
-        out = backbone(normalise(part.float() / 255))
+        out = backbone(normalize(part.float() / 255))
         found.setdefault("end/mean", []).append(out.pooled.float())
         if out.class_token is not None:
             found.setdefault("end/token", []).append(out.class_token.float())
@@ -382,7 +382,7 @@ def fine_tuned(
     head = nn.Sequential(nn.BatchNorm1d(backbone.feature_dim), nn.Linear(backbone.feature_dim, classes)).to(
         device
     )
-    normalise = Normalisation(3).to(device)
+    normalize = Normalization(3).to(device)
     network = nn.ModuleList([backbone, head]).train()
     optimizer = torch.optim.AdamW(parameter_groups(network, 0.05), lr=1e-3, fused=device.type == "cuda")
     size = min(128, len(images))
@@ -394,7 +394,7 @@ def fine_tuned(
             order = torch.randperm(len(images), generator=draw).to(device)
         at = step % (len(images) // size) * size
         places = order[at : at + size]
-        logits = head(backbone(normalise(crop(images[places].float() / 255, (0.5, 1.0)))).pooled)
+        logits = head(backbone(normalize(crop(images[places].float() / 255, (0.5, 1.0)))).pooled)
         loss = F.cross_entropy(logits.float(), labels[places], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -402,7 +402,7 @@ def fine_tuned(
     network.eval()
     with torch.no_grad():
         parts = [
-            head(backbone(normalise(part.float() / 255)).pooled).argmax(1)
+            head(backbone(normalize(part.float() / 255)).pooled).argmax(1)
             for part in data["test"].split(1024)
         ]
     return _percent(torch.cat(parts), data["test_labels"])

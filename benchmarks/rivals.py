@@ -17,9 +17,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from freqmask.heads import ProjectionHead
+from freqmask.images import Normalization
 from freqmask.losses import DistillationLoss
 from freqmask.methods.method import Method, build_backbone
-from freqmask.methods.normalisation import Normalisation
 from freqmask.options.of_methods import BackboneOptions
 from freqmask.training.optim import cosine_momentum, update_ema
 
@@ -40,7 +40,7 @@ class Rival(Method):
         super().__init__()
         given = BackboneOptions(patch_size=patch_size, model_args=model_args)
         built = build_backbone(backbone, image_size, channels, given)
-        self.normalise = Normalisation(channels)
+        self.normalize = Normalization(channels)
         self.side, self.channels = built.stride, channels
         self.rows = image_size // built.stride
         self.wire(built, **options)
@@ -97,7 +97,7 @@ class MAE(Rival):
 
     def forward(self, views: Any, keys: Tensor | None = None, details: bool = False) -> dict[str, Tensor]:
         (images,), _ = self.checked(views, keys)
-        images = self.normalise(images)
+        images = self.normalize(images)
         model: Any = self.backbone.timm_model
         tokens = model.patch_embed(images) + model.pos_embed[:, 1:]
         shown, hidden = shown_and_hidden(len(images), tokens.shape[1], self.mask, images.device)
@@ -127,7 +127,7 @@ class SimMIM(Rival):
 
     def forward(self, views: Any, keys: Tensor | None = None, details: bool = False) -> dict[str, Tensor]:
         (images,), _ = self.checked(views, keys)
-        images = self.normalise(images)
+        images = self.normalize(images)
         _, hidden = shown_and_hidden(len(images), self.rows**2, self.mask, images.device)
         mask = images.new_zeros(len(images), self.rows**2, 1).scatter(1, hidden[..., None], 1.0)
         if self.backbone.is_vit:
@@ -176,7 +176,7 @@ class SparK(Rival):
 
     def forward(self, views: Any, keys: Tensor | None = None, details: bool = False) -> dict[str, Tensor]:
         (images,), _ = self.checked(views, keys)
-        images = self.normalise(images)
+        images = self.normalize(images)
         _, hidden = shown_and_hidden(len(images), self.rows**2, self.mask, images.device)
         mask = images.new_zeros(len(images), self.rows**2, 1).scatter(1, hidden[..., None], 1.0)
         self._shown = 1 - mask.mT.reshape(-1, 1, self.rows, self.rows)
@@ -209,7 +209,7 @@ class DINO(Rival):
         self.ema = ema
 
     def _read(self, network: nn.Module, images: Tensor) -> Tensor:
-        features = network(self.normalise(images))
+        features = network(self.normalize(images))
         return features.pooled if features.class_token is None else features.class_token
 
     def forward(self, views: Any, keys: Tensor | None = None, details: bool = False) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ class LeJEPA(Rival):
 
     def forward(self, views: Any, keys: Tensor | None = None, details: bool = False) -> dict[str, Tensor]:
         views, _ = self.checked(views, keys)
-        pooled = self.backbone(self.normalise(torch.cat(list(views)))).pooled
+        pooled = self.backbone(self.normalize(torch.cat(list(views)))).pooled
         embedded = self.projector(pooled).float().unflatten(0, (2, -1))
         agreement = (embedded - embedded.mean(dim=0)).square().mean()
         return {"loss": (1 - self.weight) * agreement + self.weight * self.normality(embedded)}

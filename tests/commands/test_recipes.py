@@ -23,7 +23,8 @@ ROWS = {
     "mfm-com-vit-base",
 }
 ON_ONE_CORE = {  # of docs/results.md
-    f"{method}-32-{size}" for method in ("mfm", "mfm-com", "folk") for size in ("small", "cnn")
+    *(f"{method}-32-{size}" for method in ("mfm", "mfm-com", "folk") for size in ("small", "cnn")),
+    "words-32-small",
 }
 FIRST_LOOK = "photos"  # what `freqmask pretrain` runs without any argument; it names its own data
 

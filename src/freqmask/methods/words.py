@@ -15,9 +15,9 @@ from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_wid
 from freqmask.errors import UserError
 from freqmask.filters import Filter, Filtered, build_filter
 from freqmask.heads import ReconstructionHead
-from freqmask.methods.masking import corrupt
+from freqmask.images import Normalization
 from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
-from freqmask.methods.normalisation import Normalisation
+from freqmask.methods.mfm import corrupt
 from freqmask.options import read_group
 from freqmask.options.of_methods import WordsOptions
 from freqmask.rng import combine, uniform
@@ -69,7 +69,7 @@ class Words(Method):
         )
         super().__init__()
         size = height_and_width(image_size)
-        self.normalise = Normalisation(channels, given.mean, given.std)
+        self.normalise = Normalization(channels, given.mean, given.std)
         self.backbone = build_backbone(backbone, image_size, channels, given)
         self.filter = _filter(given, size)
         self.filter_share = given.filter_share
@@ -104,7 +104,7 @@ class Words(Method):
             "picture_loss": picture_loss.detach(),
         }
         if details:
-            parts["loss_over_zero"] = (word_loss / target.square().mean()).detach()
+            parts["relative_loss"] = (word_loss / target.square().mean()).detach()
         return parts
 
     def hidden(
