@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import freqmask
-from freqmask.data.prepare import Settings, open_parts, prepare_shards
+from freqmask.data.sharding import Settings, open_parts, prepare_shards
 
 pytest.importorskip("aiohttp", reason="https:// needs aiohttp (freqmask[data])")
 from web_server import Server, serving

@@ -51,7 +51,7 @@ def prepare(
     Raises:
         UserError: the images cannot be opened, or out cannot be written or was begun otherwise.
     """
-    from freqmask.data.prepare import clear_leftovers, open_parts, prepare_shards, read_manifest
+    from freqmask.data.sharding import clear_leftovers, open_parts, prepare_shards, read_manifest
     from freqmask.interop.outputs import check_out
     from freqmask.training.files import check_writable
 
@@ -116,7 +116,7 @@ def _settings(
     out: Path,
 ) -> Any:
     """The settings of this start; those of a folder that was begun must be the same."""
-    from freqmask.data.prepare import Settings, choose_shard_size
+    from freqmask.data.sharding import Settings, choose_shard_size
 
     if shard_size != "auto" and (not isinstance(shard_size, int) or shard_size < 1):
         raise UserError(f"shard_size ({shard_size}) must be auto or at least 1 image")
@@ -170,7 +170,7 @@ def _say_size(parts: Any, size: int, mean: float, out: Path) -> None:
 
 def _progress(parts: Any, settings: Any, out: Path) -> tuple[Any, Any]:
     """The bar, and what moves it."""
-    from freqmask.data.prepare import images_there
+    from freqmask.data.sharding import images_there
     from freqmask.training.progress import Progress
 
     there, began = images_there(out, parts, settings), time.monotonic()

@@ -132,7 +132,9 @@ class Words(Method):
         norm = self.norm
         training = self.training and len(pooled) > 1
         statistics = norm.running_mean, norm.running_var
-        return F.batch_norm(pooled, *statistics, norm.weight, norm.bias, training, norm.momentum, norm.eps)
+        return F.batch_norm(
+            pooled, *statistics, norm.weight, norm.bias, training, norm.momentum or 0.0, norm.eps
+        )
 
     def picture_loss(
         self,
@@ -141,7 +143,7 @@ class Words(Method):
         target: Float[Tensor, "batch channel height width"],
     ) -> Float[Tensor, ""]:
         """How far the decoder's pixels are from the cells' own, for the pictures alone."""
-        convolution = self.decoder[0]
+        convolution: Any = self.decoder[0]
         weight, bias = convolution.weight.flatten(1), convolution.bias
         wanted = F.pixel_unshuffle(self.backbone.padded(target), self.backbone.stride).flatten(2).mT
         if places is not None:
@@ -175,6 +177,12 @@ class VisualWords(nn.Module):
         grid: cells a side.
         side: shorter side in pixels that images are reduced to; smaller ones stay.
     """
+
+    weight: Tensor
+    offset: Tensor
+    mean: Tensor
+    scale: Tensor
+    found: Tensor
 
     def __init__(self, count: int, channels: int, grid: int = 2, side: int = 64) -> None:
         super().__init__()

@@ -267,7 +267,8 @@ def _train(
 
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
-    training = Pretraining(run, options, images.train, images.held_out, method, state, images.probed, kept)
+    found = dict(state)
+    training = Pretraining(run, options, images.train, images.held_out, method, found, images.probed, kept)
 
     def stopped(step: int) -> None:
         refresh_report(run.path)

@@ -12,7 +12,7 @@ from freqmask.data import prepare as prepare_module
 from freqmask.data.decode import open_bytes
 from freqmask.data.encode import empty_octave_share, encode_picture, reduced, reduced_size, spectrum_words
 from freqmask.data.pixels import ArrayPicture
-from freqmask.data.prepare import Settings, member_key, open_parts, prepare_shards, read_manifest
+from freqmask.data.sharding import Settings, member_key, open_parts, prepare_shards, read_manifest
 from freqmask.data.sources import open_source
 from freqmask.errors import BadImage, UserError
 from freqmask.training.files import read_rows
