@@ -15,8 +15,8 @@ from PIL import Image
 from freqmask.data import parquet, storage
 from freqmask.data.decode_ahead import Limits, read_images
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sharding import Settings, open_parts, prepare_shards
 from freqmask.data.sampler import TrainSampler
+from freqmask.data.sharding import Settings, open_parts, prepare_shards
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out
 from freqmask.data.transforms import Geometry
