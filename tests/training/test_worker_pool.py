@@ -121,12 +121,15 @@ def born(device: torch.device) -> list[tuple[int, bool]]:
     return [(torch.get_num_threads(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))]
 
 
-def test_each_process_has_the_threads_of_this_one_and_leaves_ctrl_c_to_it(two: WorkerPool) -> None:
+def test_each_process_has_the_threads_of_this_one_and_leaves_ctrl_c_to_it() -> None:
     """With fewer threads, convolutions of small batches end in other bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert list(two.run(born, [(), ()])) == [(3, True), (3, True)]
+        with contextlib.closing(
+            WorkerPool([CPU, CPU])
+        ) as pool:  # processes take the number when they are born
+            assert list(pool.run(born, [(), ()])) == [(3, True), (3, True)]
     finally:
         torch.set_num_threads(before)
     assert born(CPU) == [(before, False)]
