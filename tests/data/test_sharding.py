@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from freqmask.data import prepare as prepare_module
+from freqmask.data import sharding as prepare_module
 from freqmask.data.decode import open_bytes
 from freqmask.data.encode import empty_octave_share, encode_picture, reduced, reduced_size, spectrum_words
 from freqmask.data.pixels import ArrayPicture
