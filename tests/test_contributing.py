@@ -17,8 +17,8 @@ from freqmask.errors import UserError
 from freqmask.filters import build_filter
 from freqmask.interop.weights import load_method
 from freqmask.methods import build_method
-from freqmask.reporting.facts import facts
 from freqmask.reporting.reading import read_run
+from freqmask.reporting.summary import facts
 
 TINY = "vit_tiny_patch16_224"
 ROOT = Path(__file__).parent.parent

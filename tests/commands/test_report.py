@@ -45,7 +45,7 @@ def test_a_table_is_printed_with_other_models_below(
 def test_a_table_goes_to_a_file(tmp_path: Path, form: str) -> None:
     out = tmp_path / "table.txt"
     main(["report", str(make_run(tmp_path / "a")), "--table", form, "--out", str(out)])
-    assert "loss / zero" in out.read_text(encoding="utf-8")
+    assert "relative loss" in out.read_text(encoding="utf-8")
 
 
 def test_the_twin_returns_the_path(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from freqmask.reporting.reading import Curve, Run
-from freqmask.reporting.remarks import remarks
+from freqmask.reporting.summary import remarks
 
 
 def curve(*values: float) -> Curve:

@@ -20,13 +20,13 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert run.missing == []
 
 
-def test_a_run_that_is_trained_is_going_on_and_one_that_was_killed_is_stopped(tmp_path: Path) -> None:
+def test_a_run_that_is_trained_is_running_and_one_that_was_killed_is_stopped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", finished=False)
     assert read_run(folder).status == "stopped"
     training = RunFolder(folder)
     training.lock()
     try:
-        assert read_run(folder).status == "going on"
+        assert read_run(folder).status == "running"
     finally:
         training.unlock()
 

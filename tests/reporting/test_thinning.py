@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freqmask.reporting.curves import spread_out, thin, trend
+from freqmask.reporting.charts import spread_out, thin, trend
 
 
 @given(st.integers(1, 400), st.integers(4, 60), st.integers(0, 1000))

@@ -15,7 +15,7 @@ from freqmask.methods import find_method
 from freqmask.options import as_typed, command_words
 from freqmask.pretraining.resolve import Resolved
 from freqmask.reporting.reading import read_run
-from freqmask.reporting.remarks import EARLY, features_remarks
+from freqmask.reporting.summary import EARLY, features_remarks
 from freqmask.training import auto
 from freqmask.training.run_folder import RunFolder
 

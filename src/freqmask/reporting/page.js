@@ -3,26 +3,26 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const PALETTE = 8;
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const lineColour = (number) => colour("--c" + (number % PALETTE));
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const lineColor = (number) => color("--c" + (number % PALETTE));
 
-  // ---- pictures: a slider shows one of those already in the page
+  // ---- images: a slider shows one of those already in the page
   const previews = [...document.querySelectorAll("[data-previews]")].map((figure) => ({
     slider: figure.querySelector("input[type=range]"),
     output: figure.querySelector("output"),
-    pictures: [...figure.querySelectorAll("img")],
+    images: [...figure.querySelectorAll("img")],
   }));
-  const stepOf = (picture) => Number(picture.dataset.step);
+  const stepOf = (image) => Number(image.dataset.step);
 
   const show = (preview, shown) => {
-    preview.pictures.forEach((picture, index) => { picture.hidden = index !== shown; });
+    preview.images.forEach((image, index) => { image.hidden = index !== shown; });
     preview.slider.value = String(shown);
-    preview.output.textContent = stepOf(preview.pictures[shown]).toLocaleString("en");
-    preview.slider.setAttribute("aria-valuetext", "step " + stepOf(preview.pictures[shown]));
+    preview.output.textContent = stepOf(preview.images[shown]).toLocaleString("en");
+    preview.slider.setAttribute("aria-valuetext", "step " + stepOf(preview.images[shown]));
   };
 
   const nearest = (preview, step) => {
-    const distances = preview.pictures.map((picture) => Math.abs(stepOf(picture) - step));
+    const distances = preview.images.map((image) => Math.abs(stepOf(image) - step));
     return distances.indexOf(Math.min(...distances));
   };
 
@@ -32,7 +32,7 @@
       show(preview, shown);
       if (!document.getElementById("linked")?.checked) { return; }
       for (const other of previews) {
-        if (other !== preview) { show(other, nearest(other, stepOf(preview.pictures[shown]))); }
+        if (other !== preview) { show(other, nearest(other, stepOf(preview.images[shown]))); }
       }
     });
   }
@@ -41,7 +41,7 @@
     const swatches = document.querySelectorAll(".swatch");
     for (const swatch of swatches) {
       swatch.style.display = swatches.length > 1 ? "" : "none";
-      swatch.style.background = lineColour(Number(swatch.dataset.colour));
+      swatch.style.background = lineColor(Number(swatch.dataset.color));
     }
   };
   paintSwatches();
@@ -64,7 +64,7 @@
     hoverinfo: trace.faint && paired ? "skip" : "all",
     hovertemplate: trace.faint && paired ? undefined : "%{y:.4g}<extra>%{fullData.name}</extra>",
     marker: { size: 5 },
-    line: { color: lineColour(trace.colour), width: trace.faint ? 1 : 2, dash: trace.faint ? "solid" : trace.dash },
+    line: { color: lineColor(trace.color), width: trace.faint ? 1 : 2, dash: trace.faint ? "solid" : trace.dash },
   });
 
   const barTrace = (trace) => ({
@@ -73,13 +73,13 @@
     name: trace.name,
     y: trace.labels,
     x: trace.values,
-    error_x: trace.above ? { type: "data", symmetric: false, array: trace.above, arrayminus: trace.below, color: colour("--text"), thickness: 1.5 } : undefined,
+    error_x: trace.above ? { type: "data", symmetric: false, array: trace.above, arrayminus: trace.below, color: color("--text"), thickness: 1.5 } : undefined,
     hovertemplate: "%{x:.4g}<extra>%{y}</extra>",
-    marker: { color: trace.colours.map(lineColour) },
+    marker: { color: trace.colors.map(lineColor) },
   });
 
   const axis = () => ({
-    exponentformat: "e", gridcolor: colour("--line"), linecolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true,
+    exponentformat: "e", gridcolor: color("--line"), linecolor: color("--line"), zerolinecolor: color("--line"), automargin: true,
   });
 
   const layout = (chart) => {
@@ -88,10 +88,10 @@
     return {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
+      font: { color: color("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
       margin: { l: 8, r: 12, t: 8, b: 8 },
       hovermode: bars ? "closest" : "x unified",
-      hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") } },
+      hoverlabel: { bgcolor: color("--raised"), bordercolor: color("--line"), font: { color: color("--text") } },
       showlegend: !bars && (data.runs > 1 ? 2 : 1) * chart.traces.filter((trace) => !trace.faint).length > 1,
       legend: { orientation: "h", x: 0, y: -0.22, yanchor: "top", font: { size: 12 } },
       xaxis: bars
@@ -101,7 +101,7 @@
       dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
       shapes: chart.reference == null ? [] : [{
         type: "line", xref: "paper", x0: 0, x1: 1, y0: chart.reference, y1: chart.reference,
-        line: { color: colour("--quiet"), width: 1, dash: "dot" },
+        line: { color: color("--quiet"), width: 1, dash: "dot" },
       }],
     };
   };

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,23 +17,14 @@ from freqmask.errors import UserError, nearest
 from freqmask.training.files import current_name, read_rows
 from freqmask.training.run_folder import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
 
-Status = Literal["finished", "going on", "stopped"]
-
-PLAN = "plan.png"
 RESULTS = "results.csv"
+_BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these, nor results, is no run
 _PREVIEW = re.compile(r"step-(\d+)\.png")
-_MARKS = (CONFIG, STATE, SUMMARY, "metrics.csv", RESULTS)  # a folder with none of these is no run
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One column of metrics.csv over the steps.
-
-    Attributes:
-        steps: optimiser steps, rising.
-        values: as many finite numbers.
-        not_finite: how many cells held NaN or infinity.
-    """
+    """One column of metrics.csv: finite values at rising optimizer steps, and how many cells held NaN or infinity."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -56,7 +47,7 @@ class Run:
     Attributes:
         path: the folder.
         name: told apart from the other runs of the same report.
-        status: finished, going on (a living process trains here), or stopped on the way.
+        status: finished, running (a living process trains here), or stopped on the way.
         config: every option, resolved; empty where the file is missing.
         state: run.json: what was asked for, versions, number of images.
         summary: what it ended with.
@@ -64,14 +55,14 @@ class Run:
         rows: logged rows that could be read.
         skipped: rows of skipped.csv.
         results: rows of results.csv.
-        previews: step and picture, rising.
-        plan: the picture drawn before the first step.
+        previews: step and image file, rising.
+        plan: the image drawn before the first step.
         missing: a sentence for everything that should be here and is not, or cannot be read.
     """
 
     path: Path
     name: str
-    status: Status
+    status: Literal["finished", "running", "stopped"]
     config: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +86,12 @@ class Run:
         steps = self.config.get("steps")
         return int(steps) if isinstance(steps, (int, float)) else None
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were typed, as against those that were chosen by auto."""
+        words = self.state.get("given")
+        return words if isinstance(words, dict) else {}
+
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """The runs at ``paths``; a folder of runs stands for all runs in it.
@@ -103,8 +100,12 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         UserError: a path does not exist, or holds no run.
     """
     folders = [folder for path in paths for folder in run_folders(Path(path))]
-    unique = list({folder.resolve(): folder for folder in folders}.values())
-    return [read_run(path, name) for path, name in zip(unique, _names(unique), strict=True)]
+    unique = {folder.resolve(): folder for folder in folders}
+    names = [path.name for path in unique]
+    return [
+        read_run(folder, path.name if names.count(path.name) == 1 else str(folder))
+        for path, folder in unique.items()
+    ]
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
@@ -121,25 +122,24 @@ def read_run(path: Path, name: str | None = None) -> Run:
         raise UserError(_no_run(path))
     missing: list[str] = []
     folder = RunFolder(path)
-    config = _tolerant(folder.config, folder.path / CONFIG, missing)
-    state = _tolerant(folder.state, folder.path / STATE, missing)
-    summary = _tolerant(folder.summary, folder.path / SUMMARY, missing) if folder.finished() else {}
-    curves, rows = read_curves(folder.metrics, missing)
-    return Run(
+    found = [(_PREVIEW.fullmatch(file.name), file) for file in folder.previews.glob("*.png")]
+    run = Run(
         path=path,
         name=name or path.resolve().name,
-        status=_status(folder),
-        config=config,
-        state=state,
-        summary=summary,
-        curves=curves,
-        rows=rows,
-        skipped=_tolerant_rows(path / SKIPPED, missing),
-        results=_tolerant_rows(path / RESULTS, missing),
-        previews=_previews(folder.previews, missing),
-        plan=path / PLAN if (path / PLAN).is_file() else None,
+        status="finished" if folder.finished() else "running" if _is_trained(folder) else "stopped",
+        config=_read(folder.config, path / CONFIG, missing),
+        state=_read(folder.state, path / STATE, missing),
+        summary=_read(folder.summary, path / SUMMARY, missing) if folder.finished() else {},
+        **_metrics(folder.metrics, missing),
+        skipped=_rows(path / SKIPPED, missing),
+        results=_rows(path / RESULTS, missing),
+        previews=sorted((int(match[1]), file) for match, file in found if match),
+        plan=path / "plan.png" if (path / "plan.png").is_file() else None,
         missing=missing,
     )
+    if not run.previews:
+        missing.append("No preview has been drawn yet.")
+    return run
 
 
 def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
@@ -150,10 +150,10 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     """
     rows: list[dict[str, str]] = []
     for path in map(Path, paths):
-        missing = [] if path.is_file() else ["it does not exist"]
-        read = _tolerant_rows(path, missing)
-        if missing or any("model" not in row for row in read):
-            why = missing[0] if missing else "it has no column named model"
+        errors = [] if path.is_file() else ["it does not exist"]
+        read = _rows(path, errors)
+        if errors or any("model" not in row for row in read):
+            why = errors[0] if errors else "it has no column named model"
             raise UserError(f"results ({path}) must be a results.csv of `freqmask evaluate`: {why}")
         rows += read
     return rows
@@ -161,34 +161,30 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
 
 def is_run(path: Path) -> bool:
     """Whether anything of a run is there."""
-    return any((path / mark).is_file() for mark in _MARKS)
-
-
-def runs_in(folder: Path) -> list[Path]:
-    """The run folders directly inside a folder, by name; a folder of runs with a table of results is none."""
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
-    return [path for path in found if _begun(path) or not any(map(is_run, _folders_in(path)))]
-
-
-def _begun(path: Path) -> bool:
-    return any((path / mark).is_file() for mark in _MARKS if mark != RESULTS)
-
-
-def _folders_in(path: Path) -> list[Path]:
-    return [inside for inside in path.iterdir() if inside.is_dir()]
+    return _is_begun(path) or (path / RESULTS).is_file()
 
 
 def run_folders(path: Path) -> list[Path]:
     """A run folder itself, or the runs inside a folder of runs (which may hold a table of results, too)."""
-    if _begun(path) or not path.is_dir():
+    if _is_begun(path) or not path.is_dir():
         return [path]
-    return runs_in(path) or [path]
+    return _runs_in(path) or [path]
+
+
+def _is_begun(path: Path) -> bool:
+    return any((path / mark).is_file() for mark in _BEGUN)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
+    # a folder of runs with a table of results beside them is no run
+    return [path for path in found if _is_begun(path) or not any(map(is_run, path.iterdir()))]
 
 
 def _no_run(path: Path) -> str:
     if not path.exists():
-        there = [run.name for run in runs_in(path.parent)] if path.parent.is_dir() else []
-        hint = f"; {nearest(path.name, there)}" if there and len(there) < 1000 else ""
+        runs = [run.name for run in _runs_in(path.parent)] if path.parent.is_dir() else []
+        hint = f"; {nearest(path.name, runs)}" if runs and len(runs) < 1000 else ""
         return f"run ({path}) does not exist{hint}"
     if not path.is_dir():
         return f"run ({path}) must be a run folder, it is a file; name the folder that pretrain printed"
@@ -197,36 +193,26 @@ def _no_run(path: Path) -> str:
     )
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    names = [path.resolve().name for path in paths]
-    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-
-
-def _status(folder: RunFolder) -> Status:
-    if folder.finished():
-        return "finished"
+def _is_trained(folder: RunFolder) -> bool:
     try:
-        return "going on" if folder.is_locked() else "stopped"
+        return folder.is_locked()
     except OSError:  # a folder that we may only read cannot be asked for its lock
-        return "stopped"
+        return False
 
 
-def _tolerant(read: Any, path: Path, missing: list[str]) -> dict[str, Any]:
+def _read(read: Any, path: Path, missing: list[str]) -> dict[str, Any]:
     try:
         content = read() if path.is_file() else None
     except (UserError, OSError, ValueError) as error:
         missing.append(f"{path.name} cannot be read: {error}")
         return {}
-    if content is None:
-        missing.append(f"{path.name} is missing.")
-        return {}
-    if not isinstance(content, dict):
-        missing.append(f"{path.name} holds no options.")
-        return {}
-    return content
+    if isinstance(content, dict):
+        return content
+    missing.append(f"{path.name} is missing." if content is None else f"{path.name} holds no options.")
+    return {}
 
 
-def _tolerant_rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
+def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
     try:
         rows = read_rows(path)
     except (csv.Error, OSError) as error:
@@ -236,71 +222,51 @@ def _tolerant_rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
     return [{key: value or "" for key, value in row.items() if key} for row in rows]
 
 
-def _previews(folder: Path, missing: list[str]) -> list[tuple[int, Path]]:
-    found = [(_PREVIEW.fullmatch(path.name), path) for path in folder.glob("*.png")]
-    pictures = sorted((int(match[1]), path) for match, path in found if match)
-    if not pictures:
-        missing.append("No preview has been drawn yet.")
-    return pictures
-
-
-def read_curves(path: Path, missing: list[str]) -> tuple[dict[str, Curve], int]:
-    """The columns of a metrics table, as far as it can be read.
-
-    Args:
-        path: metrics.csv.
-        missing: takes a sentence for what cannot be read.
-
-    Returns:
-        Column to curve, without those that hold no number, and the number of rows.
-    """
-    if not path.is_file():
-        missing.append("metrics.csv is missing: nothing was logged, or it was moved; there are no curves.")
-        return {}, 0
-    header, rows, broken = _table(path)
-    if "step" not in header:
-        missing.append("metrics.csv has no column named step; there are no curves.")
-        return {}, 0
-    if broken:
+def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
+    """Curves by column, without those that hold no number, and the number of rows; why there are none."""
+    header, rows, broken = _table(path) if path.is_file() else ([], [], 0)
+    if broken and "step" in header:
         missing.append(f"{broken:,} lines of metrics.csv are cut short or garbled and were left out.")
-    if not rows:
-        missing.append("metrics.csv holds no row yet; there are no curves.")
-        return {}, 0
-    columns = dict(_columns(header, rows))
-    steps = np.array([_number(cell) for cell in columns.pop("step")])
+    if not rows or "step" not in header:
+        why = (
+            "is missing: nothing was logged, or it was moved"
+            if not path.is_file()
+            else "holds no row yet"
+            if "step" in header
+            else "has no column named step"
+        )
+        missing.append(f"metrics.csv {why}; there are no curves.")
+        return {}
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    steps = np.array([number(cell) for cell in columns.pop("step")])
     curves = {name: _curve(steps, cells) for name, cells in columns.items()}
-    return {name: curve for name, curve in curves.items() if len(curve.values)}, len(rows)
+    return {"curves": {name: curve for name, curve in curves.items() if len(curve.values)}, "rows": len(rows)}
 
 
 def _table(path: Path) -> tuple[list[str], list[list[str]], int]:
     """Header, whole rows, and how many lines are not whole."""
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    lines = text.splitlines(keepends=True)
-    cut = 1 if lines and not lines[-1].endswith("\n") else 0
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+    cut = bool(lines) and not lines[-1].endswith("\n")
     try:
-        table = list(csv.reader(io.StringIO("".join(lines[: len(lines) - cut]))))
-    except csv.Error:
+        header, *rows = csv.reader(io.StringIO("".join(lines[: len(lines) - cut])))
+    except (csv.Error, ValueError):  # no line at all
         return [], [], 0
-    header, rows = ([current_name(name) for name in table[0]], table[1:]) if table else ([], [])
-    position = header.index("step") if "step" in header else 0
-    whole = [row for row in rows if len(row) == len(header) and math.isfinite(_number(row[position]))]
+    header = [current_name(name) for name in header]
+    place = header.index("step") if "step" in header else 0
+    whole = [row for row in rows if len(row) == len(header) and math.isfinite(number(row[place]))]
     return header, whole, len(rows) - len(whole) + cut
 
 
-def _columns(header: list[str], rows: list[list[str]]) -> Iterable[tuple[str, tuple[str, ...]]]:
-    return zip(header, zip(*rows, strict=True), strict=True)
-
-
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
-
-
 def _curve(steps: np.ndarray, cells: Sequence[str]) -> Curve:
-    values = np.array([_number(cell) for cell in cells])
+    values = np.array([number(cell) for cell in cells])
     finite = np.isfinite(values)
-    filled = sum(1 for cell in cells if cell)
     order = np.argsort(steps[finite], kind="stable")
-    return Curve(steps[finite][order], values[finite][order], filled - int(finite.sum()))
+    return Curve(steps[finite][order], values[finite][order], sum(map(bool, cells)) - int(finite.sum()))
+
+
+def number(value: Any) -> float:
+    """The value of a cell or a setting; NaN where it is no number, as a file edited by hand may have it."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

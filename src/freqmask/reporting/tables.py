@@ -1,47 +1,117 @@
-"""Runs in a folder, a line each; runs that differ in their seed only, joined; as Markdown, CSV or LaTeX."""
+"""Rows of results.csv joined over seeds; runs joined over seeds as Markdown, CSV or LaTeX; the list of runs."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from freqmask.console import readable_time
 from freqmask.errors import UserError
-from freqmask.reporting.evaluations import Measured, Row, measured
-from freqmask.reporting.facts import given, is_incidental, number, text_of
-from freqmask.reporting.reading import Run, is_run, read_run, run_folders
+from freqmask.reporting.reading import Run, is_run, number, read_run, run_folders
+from freqmask.reporting.summary import is_incidental, text_of
 
+SCORES = ("accuracy", "miou", "mean_iou", "score")  # the first that a row has is the one that is shown
+MOST_ROWS = 2_000  # in the page
+# What is measured; rows that agree in these and in the seed are the same measurement made again.
+_SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model", "feature", "learnt_from")
 # Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
 _MEASURED = frozenset({"mean", "std", "value_range"})
-_CURVES = {"relative_loss": "loss / zero", "held_out_relative_loss": "held-out loss / zero"}
+_LOSSES = {"relative_loss": "relative loss", "held_out_relative_loss": "held-out relative loss"}
+
+Row = Mapping[str, str]
+Kind = tuple[str, str, str, str]  # protocol, variant, data and score
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number over the runs of a family.
-
-    Attributes:
-        values: one a run.
-        digits: after the point.
-    """
+    """A number over seeds: a value each, shown with so many digits after the point."""
 
     values: tuple[float, ...]
     digits: int = 1
 
     @property
     def mean(self) -> float:
-        """Over runs."""
+        """Over seeds."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation over runs; None of a single one."""
+        """Sample standard deviation over seeds; None of a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One protocol and variant of a model on one data set, over seeds.
+
+    Attributes:
+        kind: protocol, variant (such as ``k=20``), data and the score's name.
+        model: as the row names it.
+        percent: 100 times the score, a value a seed.
+        interval: 95 % over test images, in percent, where the rows give one.
+    """
+
+    kind: Kind
+    model: str
+    percent: Cell
+    interval: tuple[float, float] | None
+
+
+def measured(rows: Sequence[Row]) -> list[Measured]:
+    """Rows joined over seeds; of a measurement that was made again the last counts; rows without score are left out."""
+    newest = {(*(row.get(name, "") for name in _SAME), row.get("seed", "")): row for row in rows}
+    families: dict[tuple[str, ...], list[Row]] = {}
+    for key, row in newest.items():
+        score = next((name for name in SCORES if math.isfinite(number(row.get(name)))), None)
+        if score is not None:
+            families.setdefault((*key[:-1], score), []).append(row)
+    return [_joined(family, key[-1]) for key, family in families.items()]
+
+
+def _joined(family: Sequence[Row], score: str) -> Measured:
+    percent, low, high = (
+        tuple(100 * number(row.get(name)) for row in family)
+        for name in (score, f"{score}_low", f"{score}_high")
+    )
+    protocol, variant, data, model = (
+        family[0].get(name, "") for name in ("protocol", "variant", "data", "model")
+    )
+    known = all(map(math.isfinite, (*low, *high)))
+    interval = (statistics.fmean(low), statistics.fmean(high)) if known else None
+    return Measured((protocol, variant, data, score), model, Cell(percent), interval)
+
+
+def evaluation_table(tables: Sequence[tuple[str, Sequence[Row]]]) -> dict[str, Any]:
+    """Every evaluation row.
+
+    Args:
+        tables: the run that rows belong to (empty for models that are no runs), and the rows.
+
+    Returns:
+        ``header`` and ``rows``, the last so many; ``count``: how many there are; ``alike``: columns that say the
+        same in every row, with what they say, which are left out of the rows.
+    """
+    pairs = [(owner or row.get("model", ""), row) for owner, rows in tables for row in rows]
+    columns = list(dict.fromkeys(name for _, row in pairs for name in row))
+    alike = {
+        name: pairs[0][1].get(name, "")
+        for name in columns
+        if len(pairs) > 1 and len({row.get(name, "") for _, row in pairs}) == 1
+    }
+    shown = [name for name in columns if name not in alike]
+    return {
+        "header": ["run", *shown],
+        "rows": [[owner, *(row.get(name, "") for name in shown)] for owner, row in pairs[-MOST_ROWS:]],
+        "count": len(pairs),
+        "alike": [(name, text) for name, text in alike.items() if text],
+    }
 
 
 @dataclass(frozen=True)
@@ -54,14 +124,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """What all formats are written from.
-
-    Attributes:
-        settings: names of the settings that vary between families.
-        numbers: names of the columns of numbers.
-        lines: a family each.
-        notes: sentences that belong below.
-    """
+    """What all formats are written from: names of the settings that vary, of the numbers, a line a family, notes."""
 
     settings: list[str]
     numbers: list[str]
@@ -76,47 +139,35 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
         runs: in the order in which their families are shown.
         others: evaluation rows of models that are no runs; a line a model, at the end.
     """
+    settings = _varying(runs)
     families: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         families.setdefault(tuple(sorted(identity(run).items())), []).append(run)
-    settings = _varying(runs)
-    baselines = measured(others)
-    columns = _columns(runs, baselines)
-    lines = [
-        Line(_settings(family, settings), [_cell(family, read, digits) for _, read, digits, _ in columns])
-        for family in families.values()
-    ]
-    lines += [_baseline(model, baselines, settings, columns) for model in _models(baselines)]
-    return Table(settings or ["run"], [name for name, _, _, _ in columns], lines, _notes(runs))
-
-
-def _settings(family: Sequence[Run], settings: Sequence[str]) -> list[str]:
-    values = identity(family[0])
-    return [values.get(name, "–") for name in settings] or [", ".join(run.name for run in family)]
-
-
-def _models(baselines: Sequence[Measured]) -> list[str]:
-    return list(dict.fromkeys(one.model for one in baselines))
-
-
-def _baseline(
-    model: str, baselines: Sequence[Measured], settings: Sequence[str], columns: Sequence[Column]
-) -> Line:
-    """A model that is no run: its name where the settings stand, seeds of its evaluation where runs stand."""
-    found = {
-        _kind(one): Cell(tuple(100 * value for value in one.values))
-        for one in baselines
-        if one.model == model
-    }
-    names = [model, *["–"] * (len(settings) - 1)]
-    return Line(names, [found.get(kind) if kind else None for _, _, _, kind in columns])
+    lines: list[tuple[list[str], dict[Any, Cell]]] = []
+    for key, family in families.items():
+        names = [dict(key).get(name, "–") for name in settings] or [", ".join(run.name for run in family)]
+        lines.append((names, _joined_numbers([_numbers(run) for run in family])))
+    models: dict[str, dict[Any, Cell]] = {}
+    for one in measured(others):
+        models.setdefault(one.model, {})[one.kind] = one.percent
+    lines += [([model, *["–"] * (len(settings) - 1)], cells) for model, cells in models.items()]
+    columns = sorted(dict.fromkeys(kind for _, cells in lines for kind in cells), key=_column_order)
+    kinds = [kind for kind in columns if kind not in _LOSSES]
+    unfinished = [run.name for run in runs if run.status != "finished"]
+    return Table(
+        settings or ["run"],
+        [_LOSSES[kind] if kind in _LOSSES else _title(kind, kinds) for kind in columns],
+        [Line(names, [cells.get(kind) for kind in columns]) for names, cells in lines],
+        ["mean ± standard deviation over runs that differ in their seed only, (n) of them"]
+        + (["not finished: " + ", ".join(unfinished)] if unfinished else []),
+    )
 
 
 def identity(run: Run) -> dict[str, str]:
     """The settings that make a run what it is, without its seed; a run without config.yaml is one of its own."""
     if not run.config:
         return {"run": run.name}
-    ignored = {"seed"} | (_MEASURED - set(given(run)))
+    ignored = {"seed"} | (_MEASURED - set(run.given))
     return {
         name: text_of(value)
         for name, value in run.config.items()
@@ -129,82 +180,89 @@ def _varying(runs: Sequence[Run]) -> list[str]:
     settings = [identity(run) for run in runs]
     names = list(dict.fromkeys(name for one in settings for name in one))
     varying = [name for name in names if len({one.get(name) for one in settings}) > 1]
-    typed = [name for name in varying if any(name in given(run) for run in runs)]
-    return typed or varying
+    return [name for name in varying if any(name in run.given for run in runs)] or varying
 
 
-Kind = tuple[str, str, str, str]
-Column = tuple[str, Callable[[Run], float | None], int, Kind | None]
+def _numbers(run: Run) -> dict[Any, float]:
+    """Losses at the end and the score of every protocol and variant on every data set, by loss or kind."""
+    # held-out images are evaluated rarely, and all of them: their last value needs no smoothing
+    values: dict[Any, float] = {
+        name: run.curves[name].last if name.startswith("held_out") else run.curves[name].tail()
+        for name in _LOSSES
+        if name in run.curves
+    }
+    scores: dict[Kind, list[float]] = {}
+    for one in measured(run.results):
+        scores.setdefault(one.kind, []).append(one.percent.mean)
+    return values | {kind: statistics.fmean(found) for kind, found in scores.items()}
 
 
-def _columns(runs: Sequence[Run], baselines: Sequence[Measured]) -> list[Column]:
-    """Losses at the end, then every protocol and variant on every data set."""
-    columns: list[Column] = [
-        (title, _last(name), 3, None)
-        for name, title in _CURVES.items()
-        if any(name in run.curves for run in runs)
-    ]
-    found = [*(one for run in runs for one in measured(run.results)), *baselines]
-    kinds = list(dict.fromkeys(map(_kind, found)))
-    return columns + [(_title(kind, kinds), _score(kind), 1, kind) for kind in kinds]
+def _joined_numbers(numbers: Sequence[Mapping[Any, float]]) -> dict[Any, Cell]:
+    kinds = dict.fromkeys(kind for values in numbers for kind in values)
+    return {
+        kind: Cell(tuple(values[kind] for values in numbers if kind in values), 3 if kind in _LOSSES else 1)
+        for kind in kinds
+    }
 
 
-def _last(name: str) -> Callable[[Run], float | None]:
-    # held-out images are looked at rarely, and all of them: their last value needs no smoothing
-    def read(run: Run) -> float | None:
-        curve = run.curves.get(name)
-        if curve is None:
-            return None
-        return curve.last if name.startswith("held_out") else curve.tail()
-
-    return read
-
-
-def _kind(one: Measured) -> Kind:
-    return one.protocol, one.variant, one.data, one.score
+def _column_order(kind: Any) -> int:
+    return [*_LOSSES].index(kind) if kind in _LOSSES else len(_LOSSES)
 
 
 def _title(kind: Kind, kinds: Sequence[Kind]) -> str:
     """Protocol and variant; data and score where they are needed to tell columns apart."""
-    protocol, variant, data, score = kind
-    title = " ".join(filter(None, [protocol, variant]))
-    if len({other[2] for other in kinds}) > 1:
-        title += f", {data}"
-    if len({other[3] for other in kinds}) > 1:
-        title += f", {score}"
-    return title + " %"
+    parts = [" ".join(filter(None, kind[:2]))]
+    parts += [kind[place] for place in (2, 3) if len({other[place] for other in kinds}) > 1]
+    return ", ".join(parts) + " %"
 
 
-def _score(kind: Kind) -> Callable[[Run], float | None]:
-    def read(run: Run) -> float | None:
-        found = [one.mean for one in measured(run.results) if _kind(one) == kind]
-        return 100 * statistics.fmean(found) if found else None
-
-    return read
-
-
-def _cell(family: Sequence[Run], read: Callable[[Run], float | None], digits: int) -> Cell | None:
-    values = [value for value in map(read, family) if value is not None]
-    return Cell(tuple(values), digits) if values else None
-
-
-def _notes(runs: Sequence[Run]) -> list[str]:
-    unfinished = [run.name for run in runs if run.status != "finished"]
-    notes = ["mean ± standard deviation over runs that differ in their seed only, (n) of them"]
-    if unfinished:
-        notes.append("not finished: " + ", ".join(unfinished))
-    return notes
+def markdown(table: Table) -> str:
+    """Columns under each other, so that the source reads as well as the page."""
+    rows = [
+        table.settings + table.numbers,
+        *([*line.settings, *map(_plain, line.cells)] for line in table.lines),
+    ]
+    cells = [[_markdown_text(cell) for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    left = len(table.settings)
+    rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
+    lines = [f"| {' | '.join(row)} |" for row in _padded([cells[0], rule, *cells[1:]], widths)]
+    return "\n".join([*lines, "", *(f"{_markdown_text(note)}  " for note in table.notes)]).rstrip()
 
 
-_LATEX = {
+def comma_separated(table: Table) -> str:
+    """For a program: mean, standard deviation and n of every number in columns of their own."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        table.settings + [f"{name} {part}" for name in table.numbers for part in ("mean", "std", "n")]
+    )
+    for line in table.lines:
+        writer.writerow([*line.settings, *(text for cell in line.cells for text in _apart(cell))])
+    return buffer.getvalue().rstrip("\n")
+
+
+def latex(table: Table) -> str:
+    """A tabular for the booktabs package."""
+    rows = [[*line.settings, *map(_plain, line.cells)] for line in table.lines]
+    header, *body = (
+        " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in row) + r" \\"
+        for row in [table.settings + table.numbers, *rows]
+    )
+    return "\n".join(
+        [
+            *(f"% {note}" for note in table.notes),
+            r"\begin{tabular}{" + "l" * len(table.settings) + "r" * len(table.numbers) + "}",
+            *(r"\toprule", header, r"\midrule", *body, r"\bottomrule"),
+            r"\end{tabular}",
+        ]
+    )
+
+
+FORMS = {"md": markdown, "csv": comma_separated, "latex": latex}
+# tabulate would be a dependency for the few lines below and for LaTeX, whose dashes it leaves as they are
+_LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "–": "--",
@@ -214,58 +272,7 @@ _LATEX = {
 }
 
 
-def markdown(table: Table) -> str:
-    """Columns under each other, so that the source reads as well as the page."""
-    header = [*table.settings, *table.numbers]
-    rows = [[*line.settings, *map(_plain, line.cells)] for line in table.lines]
-    cells = [[_markdown_text(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
-    left = len(table.settings)
-    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [cells[0], rule, *cells[1:]]
-    ]
-    return "\n".join([*lines, "", *(f"{_markdown_text(note)}  " for note in table.notes)]).rstrip()
-
-
-def comma_separated(table: Table) -> str:
-    """For a program: mean, standard deviation and n of every number in columns of their own."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    parts = [f"{name} {part}" for name in table.numbers for part in ("mean", "std", "n")]
-    writer.writerow([*table.settings, *parts])
-    for line in table.lines:
-        writer.writerow([*line.settings, *(text for cell in line.cells for text in _apart(cell))])
-    return buffer.getvalue().rstrip("\n")
-
-
-def latex(table: Table) -> str:
-    """A tabular for the booktabs package."""
-    header = [*table.settings, *table.numbers]
-    rows = [[*line.settings, *map(_plain, line.cells)] for line in table.lines]
-    lines = [
-        *(f"% {note}" for note in table.notes),
-        r"\begin{tabular}{" + "l" * len(table.settings) + "r" * len(table.numbers) + "}",
-        r"\toprule",
-        _latex_row(header),
-        r"\midrule",
-        *map(_latex_row, rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(lines)
-
-
-FORMS = {"md": markdown, "csv": comma_separated, "latex": latex}
-
-
 def _plain(cell: Cell | None) -> str:
-    """Mean ± standard deviation (n).
-
-    >>> _plain(Cell((40.0, 42.0)))
-    '41.0 ± 1.4 (2)'
-    """
     if cell is None:
         return "–"
     spread = f" ± {cell.deviation:.{cell.digits}f}" if cell.deviation is not None else ""
@@ -283,12 +290,8 @@ def _markdown_text(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|"))
 
 
-def _latex_row(cells: list[str]) -> str:
-    return " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in cells) + r" \\"
-
-
-RUN_COLUMNS = ("run", "state", "method", "backbone", "steps", "time", "loss / zero", "best probe")
-_PROBES = ("linear", "knn")
+def _padded(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[list[str]]:
+    return [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
 
 
 def list_runs(folder: Path) -> list[Run]:
@@ -307,38 +310,27 @@ def list_runs(folder: Path) -> list[Run]:
 
 def table_lines(runs: Sequence[Run]) -> list[str]:
     """The runs under a header, columns below each other."""
-    rows = [RUN_COLUMNS, *map(_run_row, runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(RUN_COLUMNS))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    header = ("run", "state", "method", "backbone", "steps", "time", "relative loss", "best probe")
+    rows = [header, *map(_run_row, runs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(row).rstrip() for row in _padded(rows, widths)]
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
     seconds = number(run.summary.get("seconds"))
     curve = run.curves.get("relative_loss")
-    steps = f"{run.last_step:,}"
-    if run.status != "finished" and run.total_steps:
-        steps += f" of {run.total_steps:,}"
+    probes = [one for one in measured(run.results) if one.kind[0] in ("linear", "knn")]
+    best = max(probes, key=lambda one: one.percent.mean, default=None)
+    asked = f" of {run.total_steps:,}" if run.status != "finished" and run.total_steps else ""
     cells = (
         run.name,
         run.status,
         str(run.config.get("method") or "?"),
         str(run.config.get("backbone") or "?"),
-        steps,
-        readable_time(seconds) if seconds is not None else "–",
+        f"{run.last_step:,}{asked}",
+        readable_time(seconds) if seconds >= 0 else "–",
         f"{curve.tail():.3f}" if curve is not None else "–",
-        best_probe(run),
+        f"{best.percent.mean:.1f} % ({' '.join(filter(None, best.kind[:2]))})" if best else "–",
     )
     # a name may hold a line break or an escape sequence
     return tuple(cell if cell.isprintable() else repr(cell)[1:-1] for cell in cells)
-
-
-def best_probe(run: Run) -> str:
-    """The highest score of a linear or k-NN probe, and which it was."""
-    probes = [one for one in measured(run.results) if one.protocol in _PROBES]
-    if not probes:
-        return "–"
-    best = max(probes, key=lambda one: one.mean)
-    variant = f" {best.variant}" if best.variant else ""
-    return f"{100 * best.mean:.1f} % ({best.protocol}{variant})"

@@ -26,7 +26,7 @@ class WriteError(UserError, OSError):
         return str(self.args[0])
 
 
-def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path`` and rename it over ``path`` once it is on the disk.
 
     Args:

@@ -1,38 +1,44 @@
-"""Which column of metrics.csv stands in which chart, thinned for the eye, and what the chart says in words."""
+"""What the page draws: columns of metrics.csv as curves, thinned for the eye, and evaluations as bars."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 
 from freqmask.reporting.reading import Curve, Run
+from freqmask.reporting.summary import wording
+from freqmask.reporting.tables import Measured, Row, measured
 
 Item = TypeVar("Item")
 
+POINTS = 60_000  # in the whole page, over all curves of all runs: about 1 MB
+MOST_A_CURVE = 2_000  # no screen shows more
+TREND_FROM = 300  # points from which a curve is too ragged to be read without its mean
+TREND_PARTS = 100
+TABLE_ROWS = 12
+WIDE = 5  # largest over smallest value from which a linear scale hides the smaller lines
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MOST_BARS = 40
+_LINES_TOGETHER = 3  # columns of several runs that one chart can hold and be read
+
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """The curve with at most ``most`` points: of each stretch its lowest and its highest, and both ends.
+    """The curve with at most ``most`` (4 or more) points: of each stretch its lowest and its highest, and both ends.
 
     A spike of a single step survives, which a mean or every n-th point would lose.
-
-    Args:
-        steps: rising.
-        values: as many, finite.
-        most: at least 4.
     """
     if len(steps) <= most:
         return steps, values
     bounds = np.linspace(0, len(steps), (most - 2) // 2 + 1).astype(int)
     chosen = {0, len(steps) - 1}
     for start, stop in pairwise(bounds):
-        chosen.add(start + int(np.argmin(values[start:stop])))
-        chosen.add(start + int(np.argmax(values[start:stop])))
+        chosen |= {start + int(np.argmin(values[start:stop])), start + int(np.argmax(values[start:stop]))}
     picked = np.array(sorted(chosen))
     return steps[picked], values[picked]
 
@@ -40,10 +46,7 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, 
 def trend(steps: np.ndarray, values: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
     """The curve's mean over each of ``parts`` stretches, at the stretch's mean step."""
     stretches = np.array_split(np.arange(len(steps)), min(parts, len(steps)))
-    return (
-        np.array([steps[stretch].mean() for stretch in stretches]),
-        np.array([values[stretch].mean() for stretch in stretches]),
-    )
+    return tuple(np.array([column[part].mean() for part in stretches]) for column in (steps, values))  # type: ignore[return-value]
 
 
 def spread_out(items: Sequence[Item], most: int) -> list[Item]:
@@ -60,19 +63,9 @@ def spread_out(items: Sequence[Item], most: int) -> list[Item]:
     return [items[place] for place in places]
 
 
-POINTS = 60_000  # in the whole page, over all curves of all runs: about 1 MB
-MOST_A_CURVE = 2_000  # no screen shows more
-TREND_FROM = 300  # points from which a curve is too ragged to be read without its mean
-TREND_PARTS = 100
-TABLE_ROWS = 12
-WIDE = 5  # largest over smallest value from which a linear scale hides the smaller lines
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_LINES_TOGETHER = 3  # columns of several runs that one chart can hold and be read
-
-
 @dataclass(frozen=True)
 class Panel:
-    """One chart.
+    """One chart of curves.
 
     Attributes:
         key: its anchor in the page.
@@ -97,7 +90,7 @@ PANELS = (
     Panel(
         "zero",
         "Relative loss (1 = zero prediction)",
-        "1 means that nothing has been learnt: an empty prediction would do as well. Apart for each filter, and "
+        "1 means that nothing has been learned: an empty prediction would do as well. Apart for each filter, and "
         "for held-out images where there are some.",
         r"(held_out_)?relative_loss(/(?!band_).*)?",
         reference=1.0,
@@ -107,7 +100,7 @@ PANELS = (
         "bands",
         "The same by frequency",
         "Bands of radii in the spectrum, in cycles per shorter side: low numbers are shapes, high numbers are fine "
-        "detail. Low bands fall first; a band that stays at 1 is not being learnt.",
+        "detail. Low bands fall first; a band that stays at 1 is not being learned.",
         r"relative_loss/band_.*",
         reference=1.0,
         wide=True,
@@ -157,7 +150,6 @@ PANELS = (
     ),
     Panel("weight_decay", "Weight decay", "Constant unless weight_decay_end is given.", r"weight_decay"),
 )
-_HIDDEN = r"step|epoch"
 
 
 def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -168,36 +160,34 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         it), ``traces``, ``reference``, ``logarithmic``, and ``header`` and ``rows`` of its table of numbers.
     """
     columns = list(dict.fromkeys(name for run in runs for name in run.curves))
-    left = [name for name in columns if not re.fullmatch(_HIDDEN, name)]
-    total = sum(len(run.curves) for run in runs)
-    most = max(min(POINTS // max(total, 1), MOST_A_CURVE), 50)
-    built = []
+    left = [name for name in columns if name not in ("step", "epoch")]
+    most = max(min(POINTS // max(sum(len(run.curves) for run in runs), 1), MOST_A_CURVE), 50)
+    drawn: list[dict[str, Any]] = []
     for panel in PANELS:
         chosen = sorted((name for name in left if re.fullmatch(panel.columns, name)), key=_in_order)
         left = [name for name in left if name not in chosen]
-        built += _panel_charts(panel, chosen, runs, most)
+        drawn += _panel_charts(panel, chosen, runs, most)
     for name in left:  # columns that a method of somebody's own logs
-        panel = Panel(f"other-{len(built)}", name, "Logged by the method.", re.escape(name))
-        built += _panel_charts(panel, [name], runs, most)
-    return built
+        panel = Panel(f"other-{len(drawn)}", name, "Logged by the method.", re.escape(name))
+        drawn += _panel_charts(panel, [name], runs, most)
+    return drawn
+
+
+def _in_order(column: str) -> tuple[int, float, str]:
+    band = re.search(r"band_([\d.]+)", column)
+    order = 0 if column in ("loss", "relative_loss") else 1 if column.startswith("held_out") else 2
+    return (order, float(band[1]) if band else 0.0, column)
 
 
 def _panel_charts(panel: Panel, columns: list[str], runs: Sequence[Run], most: int) -> list[dict[str, Any]]:
-    if not columns or _never_moves(panel, columns, runs):
+    curves = [run.curves[name] for run in runs for name in columns if name in run.curves]
+    if not curves or (panel.key == "weight_decay" and all(np.ptp(curve.values) == 0 for curve in curves)):
         return []
     if len(runs) == 1 or len(columns) <= _LINES_TOGETHER:
         return [_chart(panel, columns, runs, most)]
     return [
         _chart(
-            Panel(
-                f"{panel.key}-{number}",
-                f"{panel.title}: {wording(column)}",
-                panel.meaning,
-                panel.columns,
-                panel.reference,
-                panel.logarithmic,
-                panel.wide,
-            ),
+            replace(panel, key=f"{panel.key}-{number}", title=f"{panel.title}: {wording(column)}"),
             [column],
             runs,
             most,
@@ -206,22 +196,23 @@ def _panel_charts(panel: Panel, columns: list[str], runs: Sequence[Run], most: i
     ]
 
 
-def _never_moves(panel: Panel, columns: list[str], runs: Sequence[Run]) -> bool:
-    curves = [run.curves[name] for run in runs for name in columns if name in run.curves]
-    return panel.key == "weight_decay" and all(np.ptp(curve.values) == 0 for curve in curves)
-
-
 def _chart(panel: Panel, columns: list[str], runs: Sequence[Run], most: int) -> dict[str, Any]:
     traces: list[dict[str, Any]] = []
     named: list[tuple[str, Curve]] = []
     for number, run in enumerate(runs):
         for part, column in enumerate(name for name in columns if name in run.curves):
-            name = _trace_name(run, column, len(runs), len(columns))
-            colour, dash = (number, DASHES[part % len(DASHES)]) if len(runs) > 1 else (part, "solid")
-            traces += _traces(name, run.curves[column], most, colour, dash)
-            named.append((name, run.curves[column]))
+            words = [run.name] * (len(runs) > 1) + [wording(column)] * (len(runs) == 1 or len(columns) > 1)
+            name, curve = ": ".join(words), run.curves[column]
+            color, dash = (number, DASHES[part % len(DASHES)]) if len(runs) > 1 else (part, "solid")
+            named.append((name, curve))
+            for steps, values, faint in _lines(curve, most):
+                points = {"x": np.round(steps).astype(int).tolist(), "y": [float(f"{y:.5g}") for y in values]}
+                traces.append(
+                    {"name": html.escape(name), "color": color, "dash": dash, **points, "faint": faint}
+                )
     header, rows = _numbers(named)
-    positive = all((curve.values > 0).all() for _, curve in named)
+    lowest = min(curve.values.min() for _, curve in named)
+    spread = max(curve.values.max() for _, curve in named) / lowest if lowest > 0 else 0.0
     return {
         "key": panel.key,
         "title": panel.title,
@@ -229,64 +220,20 @@ def _chart(panel: Panel, columns: list[str], runs: Sequence[Run], most: int) -> 
         "summary": " ".join(_sentence(name, curve) for name, curve in named),
         "traces": traces,
         "reference": panel.reference,
-        "logarithmic": panel.logarithmic and positive,
-        "wide": panel.wide and positive and _spans(named) > WIDE,
+        "logarithmic": bool(panel.logarithmic and lowest > 0),
+        "wide": bool(panel.wide and spread > WIDE),
         "header": header,
         "rows": rows,
     }
 
 
-def _spans(named: Sequence[tuple[str, Curve]]) -> float:
-    lows, highs = zip(*((curve.values.min(), curve.values.max()) for _, curve in named), strict=True)
-    return float(max(highs) / min(lows))
-
-
-def wording(column: str) -> str:
-    """A column's name as a person says it.
-
-    >>> wording("relative_loss/band_4_8"), wording("held_out_relative_loss")
-    ('band 4 to 8', 'held-out images')
-    """
-    band = re.fullmatch(r"relative_loss/band_(\w+)_(\w+)", column)
-    if band:
-        return f"band {band[1]} to {band[2]}"
-    special = {
-        "held_out_relative_loss": "held-out images",
-        "held_out_loss": "held-out images",
-        "relative_loss": "training, all filters",
-        "loss": "training",
-        "data_wait_share": "waiting",
-    }
-    return special.get(column, column.removeprefix("relative_loss/").replace("_", " "))
-
-
-def _trace_name(run: Run, column: str, runs: int, columns: int) -> str:
-    if runs == 1:
-        return wording(column)
-    return run.name if columns == 1 else f"{run.name}: {wording(column)}"
-
-
-def _traces(name: str, curve: Curve, most: int, colour: int, dash: str) -> list[dict[str, Any]]:
+def _lines(curve: Curve, most: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """The curve; a long one as a faint band of its extremes under the line of its mean."""
-    group = {"name": html.escape(name), "colour": colour, "dash": dash}
     if len(curve.steps) < TREND_FROM:
-        return [{**group, **_points(curve.steps, curve.values), "faint": False}]
-    return [
-        {
-            **group,
-            **_points(*thin(curve.steps, curve.values, most - TREND_PARTS if most > 200 else most)),
-            "faint": True,
-        },
-        {**group, **_points(*trend(curve.steps, curve.values, TREND_PARTS)), "faint": False},
-    ]
-
-
-def _points(steps: np.ndarray, values: np.ndarray) -> dict[str, list[float]]:
-    return {"x": [round(step) for step in steps.tolist()], "y": [_short(value) for value in values.tolist()]}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+        yield curve.steps, curve.values, False
+        return
+    yield *thin(curve.steps, curve.values, most - TREND_PARTS if most > 200 else most), True
+    yield *trend(curve.steps, curve.values, TREND_PARTS), False
 
 
 def _sentence(name: str, curve: Curve) -> str:
@@ -311,7 +258,61 @@ def _numbers(named: Sequence[tuple[str, Curve]]) -> tuple[list[str], list[list[s
     return ["step", *(name for name, _ in named)], rows
 
 
-def _in_order(column: str) -> tuple[int, float, str]:
-    band = re.search(r"band_([\d.]+)", column)
-    order = 0 if column in ("loss", "relative_loss") else 1 if column.startswith("held_out") else 2
-    return (order, float(band[1]) if band else 0.0, column)
+def evaluation_charts(tables: Sequence[tuple[str, Sequence[Row]]]) -> list[dict[str, Any]]:
+    """Bars, a chart for each protocol and data set; the same mapping as of the curves, with ``bars``.
+
+    Args:
+        tables: the run that rows belong to (empty for models that are no runs), and the rows.
+    """
+    kinds: dict[tuple[str, str, str], list[tuple[str, int, Measured]]] = {}
+    for color, (owner, rows) in enumerate(tables):
+        for one in measured(rows):
+            protocol, variant, data, score = one.kind
+            label = " · ".join(filter(None, [owner or one.model, variant]))
+            kinds.setdefault((protocol, data, score), []).append((label, color, one))
+    return [_bars(f"bars-{number}", *part) for number, part in enumerate(kinds.items())]
+
+
+def _bars(key: str, kind: tuple[str, str, str], parts: Sequence[tuple[str, int, Measured]]) -> dict[str, Any]:
+    protocol, data, score = kind
+    bars = parts[:MOST_BARS]
+    labels, colors, scores = zip(*bars, strict=True)
+    rows = [[label, _score_text(one)] for label, _, one in bars]
+    title = f"{protocol} on {data}" if data else protocol
+    more = f" The first {MOST_BARS} of {len(parts)}." if len(parts) > MOST_BARS else ""
+    below, above = zip(*map(_spread, scores), strict=True)
+    trace = {
+        "name": html.escape(title),
+        "labels": [html.escape(label) for label in labels],
+        "values": [round(one.percent.mean, 3) for one in scores],
+        "below": [round(value, 3) for value in below],
+        "above": [round(value, 3) for value in above],
+        "colors": list(colors),
+    }
+    return {
+        "key": key,
+        "bars": True,
+        "title": title,
+        "unit": f"{score} in %",
+        "meaning": f"{score} in %. Whiskers: standard deviation over seeds where there are several, else the "
+        f"95 % interval over test images.{more}",
+        "summary": " ".join(f"{label}: {text}." for label, text in rows),
+        "traces": [trace],
+        "header": ["model", f"{score} in %"],
+        "rows": rows,
+    }
+
+
+def _spread(one: Measured) -> tuple[float, float]:
+    """How far a bar's whiskers reach below and above it."""
+    if one.percent.deviation is not None:
+        return one.percent.deviation, one.percent.deviation
+    low, high = one.interval or (one.percent.mean, one.percent.mean)
+    return max(one.percent.mean - low, 0.0), max(high - one.percent.mean, 0.0)
+
+
+def _score_text(one: Measured) -> str:
+    text = f"{one.percent.mean:.1f}"
+    if one.percent.deviation is not None:
+        return f"{text} ± {one.percent.deviation:.1f} over {len(one.percent.values)} seeds"
+    return f"{text}, interval {one.interval[0]:.1f} to {one.interval[1]:.1f}" if one.interval else text
