@@ -14,11 +14,11 @@ from freqmask.data import shards as shards_module
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.shard_index import Row, ShardRows, load_index, make_index
+from freqmask.data.shard_index import Row, ShardRows, load_index, make_index, pack_rows
 from freqmask.data.shards import find_index
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out
-from freqmask.data.storage import INDEX_NAME, expand_braces, local_files
+from freqmask.data.storage import INDEX_NAME, expand_braces, files_of
 from freqmask.data.transforms import Geometry
 from freqmask.errors import BadImage, UserError
 
@@ -150,7 +150,7 @@ def test_a_shard_of_val_that_is_named_is_read(tmp_path, prepared):
     pack(tmp_path / "train-0.tar", samples(range(3)))
     val = pack(tmp_path / "val-0.tar", samples(range(3, 5)))
     if prepared:
-        find_index(*local_files(str(tmp_path)), "here").save(tmp_path / INDEX_NAME)
+        find_index(*files_of(str(tmp_path)), "here").save(tmp_path / INDEX_NAME)
     source = open_source(val)
     assert reds(source) == [3, 4] and not source.summary().notes
     assert splits_there(val) == ["val"]
@@ -212,7 +212,7 @@ def indexed(folder, count=4):
     sizes, shards = {}, []
     for shard in range(2):
         tar = pack(folder / f"s-{shard}.tar", samples(range(shard * count, (shard + 1) * count)))
-        index = find_index(*local_files(str(tar)), str(tar))
+        index = find_index(*files_of(str(tar)), str(tar))
         rows = [
             Row(
                 index.text("members", k),
@@ -224,7 +224,7 @@ def indexed(folder, count=4):
             for k in range(count)
         ]
         sizes[tar] = tar.stat().st_size
-        shards.append(ShardRows(tar.name, sizes[tar], None, rows))
+        shards.append(ShardRows(tar.name, sizes[tar], None, pack_rows(rows)))
     make_index(shards, ["ant", "cat"]).save(folder / INDEX_NAME)
     return folder
 

@@ -12,8 +12,8 @@ from scipy.ndimage import gaussian_filter, zoom
 from skimage.color import hsv2rgb, rgb2hsv
 from skimage.data import astronaut
 
-from freqmask.data.arrays import open_array
 from freqmask.data.loader import TrainDataset
+from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation import corruption_functions as functions
@@ -262,7 +262,7 @@ def test_words_become_names_and_mistakes_sentences() -> None:
 
 def test_a_dataset_shows_the_same_corrupted_image_to_every_model(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", random().integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
-    source = open_array(tmp_path / "images.npy", "all")
+    source = open_source(tmp_path / "images.npy", "all")
     corruption = Corruption("snow", 2, strengths_for(16))
     views = []
     for seed in (0, 1):

@@ -21,7 +21,7 @@ from tiny_runs import make_run
 
 import freqmask
 from freqmask.cli import main
-from freqmask.data.image_folder import open_folder
+from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.errors import UserError
 from freqmask.evaluation import features, linear
@@ -79,7 +79,7 @@ def test_parts_are_whole_batches_of_all_images_once(images: int, size: int, part
 def test_features_of_two_processes_are_those_of_one(
     two: WorkerPool, run: str, data: Path, workers: int
 ) -> None:
-    source = open_folder(data / "test")
+    source = open_source(data / "test")
     subject = open_eval_model(run, survey(source))
     subject.prepare(source, CPU)
     fog = CorruptedModel(subject, Corruption("fog", 3, strengths_for(32)))

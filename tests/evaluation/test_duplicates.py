@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny_runs import make_run
 
-from freqmask.data.image_folder import open_folder
+from freqmask.data.sources import open_source
 from freqmask.evaluation import duplicates
 from freqmask.evaluation.duplicates import pixel_hashes, seen_in_pretraining
 
@@ -26,10 +26,10 @@ def write(folder: Path, *seeds: int, suffix: str = "png") -> Path:
 
 
 def test_pixels_count_and_neither_names_nor_formats(tmp_path: Path) -> None:
-    first = pixel_hashes(open_folder(write(tmp_path / "one", 0, 1, 2)))
+    first = pixel_hashes(open_source(write(tmp_path / "one", 0, 1, 2)))
     assert len(set(first)) == 3
     other = write(tmp_path / "other", 1, suffix="bmp")
-    assert pixel_hashes(open_folder(other)) == first[1:2]
+    assert pixel_hashes(open_source(other)) == first[1:2]
 
 
 def test_size_and_one_pixel_make_a_difference(tmp_path: Path) -> None:
@@ -41,36 +41,36 @@ def test_size_and_one_pixel_make_a_difference(tmp_path: Path) -> None:
     touched = flat.copy()
     touched[0, 0, 0] = 1
     Image.fromarray(touched).save(folder / "touched.png")
-    assert len(set(pixel_hashes(open_folder(folder)))) == 3
+    assert len(set(pixel_hashes(open_source(folder)))) == 3
 
 
 def test_unreadable_images_are_no_twins_of_each_other(tmp_path: Path) -> None:
     folder = write(tmp_path / "some", 0)
     for name in ("a", "b"):
         (folder / f"{name}.png").write_bytes(b"no image")
-    assert len(set(pixel_hashes(open_folder(folder)))) == 3
+    assert len(set(pixel_hashes(open_source(folder)))) == 3
 
 
 def test_some_images_are_those_of_all(tmp_path: Path) -> None:
-    source = open_folder(write(tmp_path / "some", *range(5)))
+    source = open_source(write(tmp_path / "some", *range(5)))
     assert pixel_hashes(source, [3, 1]) == [pixel_hashes(source)[3], pixel_hashes(source)[1]]
 
 
 def test_hashes_are_cached_until_the_images_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "some", 0, 1)
-    before = pixel_hashes(open_folder(folder))
+    before = pixel_hashes(open_source(folder))
     reading = duplicates._pixel_hash
     monkeypatch.setattr(duplicates, "_pixel_hash", lambda *_: pytest.fail("read again"))
-    assert pixel_hashes(open_folder(folder)) == before
+    assert pixel_hashes(open_source(folder)) == before
     monkeypatch.setattr(duplicates, "_pixel_hash", reading)
     write(folder, 2)
-    assert pixel_hashes(open_folder(folder))[:2] == before
+    assert pixel_hashes(open_source(folder))[:2] == before
 
 
 def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:
     trained = write(tmp_path / "trained", *range(40))
     run = make_run(tmp_path / "run", data=[str(trained)], overfit=40).path
-    source = open_folder(write(tmp_path / "new", 3, 4, 100, 101, 102))
+    source = open_source(write(tmp_path / "new", 3, 4, 100, 101, 102))
     assert "pre-trained on 2 of the 5 test images" in seen_in_pretraining(run, source, np.arange(5))
     names = [source.name(index) for index in range(5)]
     fresh = np.array([names.index("100.png"), names.index("101.png")])
@@ -80,7 +80,7 @@ def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:
 def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None:
     from freqmask.data.splits import hold_out
 
-    trained = open_folder(write(tmp_path / "trained", *range(60)))
+    trained = open_source(write(tmp_path / "trained", *range(60)))
     run = make_run(tmp_path / "run", data=[str(tmp_path / "trained")], seed=0).path
     held = hold_out(trained, seed=0)[1]
     assert len(held)
@@ -90,7 +90,7 @@ def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None
 
 
 def test_images_that_are_gone_or_too_many_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_folder(write(tmp_path / "new", 0, 1))
+    source = open_source(write(tmp_path / "new", 0, 1))
     run = make_run(tmp_path / "run").path
     assert "no longer there" in seen_in_pretraining(run, source, np.arange(2))
     many = make_run(tmp_path / "many", data=[str(tmp_path / "new")]).path

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_run
 
 from freqmask.data.cache import cache_folder
-from freqmask.data.image_folder import open_folder
+from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.evaluation import features
 from freqmask.evaluation.corruption_constants import strengths_for
@@ -36,7 +36,7 @@ def write(folder: Path, count: int = 5) -> Path:
 
 
 def begun(text: str, folder: Path, **options: Any) -> EvalModel:
-    source = open_folder(folder)
+    source = open_source(folder)
     subject = open_eval_model(text, survey(source), **options)
     subject.prepare(source, torch.device("cpu"))
     return subject
@@ -59,7 +59,7 @@ def test_the_cache_gives_back_what_was_computed(tmp_path: Path, monkeypatch: pyt
     folder, run, made = write(tmp_path / "some"), str(make_run(tmp_path / "run").path), computed(monkeypatch)
     (folder / "9.png").write_bytes(b"no image")
     tables = [
-        compute_features(begun(run, folder), open_folder(folder), "end", ComputeConfig()) for _ in range(2)
+        compute_features(begun(run, folder), open_source(folder), "end", ComputeConfig()) for _ in range(2)
     ]
     assert made == ["run"]
     assert tables[0].values.keys() == tables[1].values.keys()
@@ -78,7 +78,7 @@ def test_changed_weights_preprocessing_and_data_are_noticed(
 
     def look(what: str = "end", place: ComputeConfig | None = None, **options: Any) -> int:
         subject = begun(str(run.path), folder, **options)
-        compute_features(subject, open_folder(folder), what, place or ComputeConfig())
+        compute_features(subject, open_source(folder), what, place or ComputeConfig())
         return len(made)
 
     assert look() == 1
@@ -104,7 +104,7 @@ def test_changed_images_and_corruptions_have_features_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path / "some")
-    source, subject, made = open_folder(folder), begun("pixels", folder), computed(monkeypatch)
+    source, subject, made = open_source(folder), begun("pixels", folder), computed(monkeypatch)
     plain = compute_features(subject, source, "end", ComputeConfig())
     darker = compute_features(subject, source, "end", ComputeConfig(), lambda images: images / 2, "half")
     assert not np.array_equal(plain.values["end/mean"], darker.values["end/mean"])
@@ -131,7 +131,7 @@ def test_features_do_not_depend_on_batches_or_workers(tmp_path: Path) -> None:
             ComputeConfig(cache=False, batch_size=5),
             ComputeConfig(cache=False, batch_size=2, workers=1),
         ]
-        one, other = (compute_features(model, open_folder(folder), "end", place) for place in places)
+        one, other = (compute_features(model, open_source(folder), "end", place) for place in places)
         for name, values in one.values.items():
             assert np.allclose(values, other.values[name], atol=1e-5)
 

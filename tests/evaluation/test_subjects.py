@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from tiny_runs import make_run
 
-from freqmask.data.image_folder import open_folder
 from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.errors import UserError
@@ -42,18 +41,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(text: str, folder: Path, **options: Any) -> EvalModel:
-    return open_eval_model(text, survey(open_folder(folder)), **options)
+    return open_eval_model(text, survey(open_source(folder)), **options)
 
 
 def view(subject: EvalModel, folder: Path) -> torch.Tensor:
-    return as_float(subject.dataset(open_folder(folder))[(0, 0, 1)].views[0])[None]
+    return as_float(subject.dataset(open_source(folder))[(0, 0, 1)].views[0])[None]
 
 
 def test_pixels_are_the_middle_square_normalised(folder: Path) -> None:
     subject = opened("pixels", folder)
     images = view(subject, folder)
     assert images.shape == (1, 3, 24, 24)  # never enlarged
-    seen = survey(open_folder(folder))
+    seen = survey(open_source(folder))
     mean, std = torch.tensor(seen.mean)[:, None, None], torch.tensor(seen.std)[:, None, None]
     expected = ((images - mean) / std).flatten(1)
     assert torch.allclose(subject.features(images, "end")["end/mean"], expected, atol=1e-6)
@@ -97,7 +96,7 @@ def test_fresh_batch_norm_gets_the_statistics_of_the_images(folder: Path) -> Non
     assert isinstance(subject, BackboneModel)
     norm = subject.opened.module.bn1
     before, key = norm.running_mean.clone(), subject.key()["weights"]
-    subject.prepare(open_folder(folder), CPU)
+    subject.prepare(open_source(folder), CPU)
     assert not torch.equal(norm.running_mean, before)
     assert subject.key()["weights"] != key  # features depend on the statistics, too
 
@@ -109,7 +108,7 @@ def test_models_from_outside_see_the_value_range_of_the_images(tmp_path: Path, f
         pixels = np.random.default_rng(number).integers(100, 300, (24, 24)).astype(np.uint16)
         Image.fromarray(pixels).save(dark / f"{number}.png")
     fresh = opened("random:resnet10t", dark, image_size=32)
-    assert fresh.key()["value_range"] == survey(open_folder(dark)).value_range.describe() != "dtype"
+    assert fresh.key()["value_range"] == survey(open_source(dark)).value_range.describe() != "dtype"
     run = opened(str(make_run(tmp_path / "run").path), dark)
     assert run.key()["value_range"] == "dtype"  # its own
 
@@ -157,7 +156,7 @@ def test_models_of_the_same_name_are_called_by_what_was_typed(tmp_path: Path, fo
 
 
 def test_what_a_model_is_not_shown_is_told(tmp_path: Path, folder: Path) -> None:
-    seen = survey(open_folder(folder))  # 40 x 24 pixels
+    seen = survey(open_source(folder))  # 40 x 24 pixels
     (cut,) = what_differs(opened("pixels", folder), seen)
     assert cut.startswith("crop center cuts 40% of the area off images of 40x24 pixels")
     assert what_differs(opened("pixels", folder, crop="whole"), seen) == []
@@ -176,6 +175,6 @@ def test_what_a_model_is_not_shown_is_told(tmp_path: Path, folder: Path) -> None
             grey / f"{number}.png"
         )
     run = str(make_run(tmp_path / "run").path)
-    assert what_differs(opened(run, grey), survey(open_folder(grey))) == [
+    assert what_differs(opened(run, grey), survey(open_source(grey))) == [
         "images of 1 channel(s) are shown to run as 3"
     ]

@@ -12,39 +12,32 @@ import numpy as np
 from freqmask.data.cache import bytes_of
 from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source, SourceSummary
-from freqmask.data.splits import choose_split, split_note, split_of
+from freqmask.data.splits import Located, split_of
 from freqmask.errors import BadImage, UserError, nearest
 
 IMAGE_KEYS = ("images", "image", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "label", "y", "targets", "arr_1")
 
 
-def open_array(path: Path, split: str = "auto") -> Source:
+def locate_array(path: Path) -> Located:
     """The images of a ``.npy`` or ``.npz`` file.
 
     Args:
         path: a ``.npy`` of (image, height, width[, channel]) or (image, channel, height, width), or a
             ``.npz`` with such an array as ``images`` (or x, data) and labels as ``labels`` (or y),
             each also with the name of a split before or after it (``train_images``, ``x_test``).
-        split: of a ``.npz``: ``auto``, ``all`` or its name.
 
     Raises:
         UserError: it is damaged, needs code to be run, or holds no stack of images.
     """
     if path.suffix.lower() == ".npy":
-        return ArraySource(path, [(None, None)])
+        return Located(str(path), lambda split, notes: ArraySource(path, [(None, None)]))
     pairs = _find_pairs(_npz_shapes(path), path)
-    names = [name for name in pairs if name]
-    chosen = choose_split(names, split, str(path)) if names or split not in ("auto", "all") else None
-    notes = [split_note(chosen, names)] if chosen and split == "auto" else []
-    return ArraySource(path, list(pairs.values()) if chosen is None else [pairs[chosen]], chosen, notes)
 
+    def open_split(split: str | None, notes: list[str]) -> Source:
+        return ArraySource(path, list(pairs.values()) if split is None else [pairs[split]], split, notes)
 
-def splits_in_array(path: Path) -> list[str]:
-    """The names of the splits that a ``.npz`` holds; none for a ``.npy``."""
-    if path.suffix.lower() == ".npy":
-        return []
-    return [name for name in _find_pairs(_npz_shapes(path), path) if name]
+    return Located(str(path), open_split, [name for name in pairs if name])
 
 
 def _npz_shapes(path: Path) -> dict[str, int]:
@@ -148,20 +141,13 @@ class ArraySource(Source):
         return np.concatenate(parts)[:, 0].astype(np.int64)
 
     def open(self, index: int) -> Picture:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        self.check(index)
         stack = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
             image = self._load()[stack][index - int(self._starts[stack])]
         except OSError as error:
             raise BadImage(f"{self.file.name} can no longer be read ({error.strerror})") from error
         return ArrayPicture(image)
-
-    def label(self, index: int) -> int | None:
-        return None if self._labels is None else int(self._labels[index])
-
-    def all_labels(self) -> np.ndarray:
-        return np.full(len(self), -1, np.int64) if self._labels is None else self._labels.copy()
 
     def name(self, index: int) -> str:
         return f"{self.split}-{index}" if self.split else str(index)

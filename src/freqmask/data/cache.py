@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +112,17 @@ def read_arrays(path: Path, verify: bool = True) -> tuple[dict[str, Any], dict[s
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None  # json's and numpy's errors on garbage are ValueErrors
     return (header["about"], arrays) if not verify or checksum == header["checksum"] else None
+
+
+def text_arrays(column: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """Texts or other pieces as one array of bytes and where each ends, for `write_arrays`."""
+    return {
+        column: np.frombuffer(b"".join(pieces), np.uint8),
+        f"{column}_ends": np.cumsum([0, *map(len, pieces)], dtype=np.int64),
+    }
+
+
+def piece_of(arrays: Mapping[str, np.ndarray], column: str, number: int) -> bytes:
+    """One piece of a column of `text_arrays`; nothing where the column is empty."""
+    ends = arrays[f"{column}_ends"]
+    return b"" if len(ends) == 1 else bytes(arrays[column][ends[number] : ends[number + 1]].tobytes())

@@ -7,15 +7,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from freqmask.console import say
 from freqmask.data.decode import open_bytes, read_file, suffix_of
-from freqmask.data.parquet_index import LABEL_COLUMNS, number_classes
+from freqmask.data.parquet import Columns, number_classes
 from freqmask.data.pixels import Picture
 from freqmask.data.source import JoinedSource, Source, SourceSummary
-from freqmask.data.splits import choose_split, split_note
-from freqmask.errors import BadImage, UserError, nearest
+from freqmask.data.splits import Located
+from freqmask.errors import BadImage, UserError
 
 HUB = "hf:"
 SAVED = (
@@ -29,29 +27,24 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in SAVED)
 
 
-def open_hugging_face(data: str | Path, split: str) -> Source:
+def locate_dataset(data: str | Path) -> Located:
     """The images of a dataset.
 
     Args:
         data: ``hf:NAME``, ``hf:NAME:CONFIG``, or a folder of ``datasets.save_to_disk``.
-        split: ``auto``, ``all`` or one of the dataset's.
 
     Raises:
         UserError: it cannot be fetched or read, or has no column of images.
     """
     splits = _load(data)
-    names = [name for name in splits if name]
-    chosen = choose_split(names, split, str(data)) if names or split not in ("auto", "all") else None
-    if chosen is not None:
-        notes = [split_note(chosen, names)] if split == "auto" else []
-        return HuggingFaceSource(splits[chosen], chosen, str(data), notes)
-    sources = [HuggingFaceSource(one, name, str(data)) for name, one in splits.items()]
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
+    def open_split(chosen: str | None, notes: list[str]) -> Source:
+        if chosen is not None:
+            return HuggingFaceSource(splits[chosen], chosen, str(data), notes)
+        sources = [HuggingFaceSource(split, name, str(data)) for name, split in splits.items()]
+        return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
-def splits_of_dataset(data: str | Path) -> list[str]:
-    """The names of a dataset's splits."""
-    return sorted(name for name in _load(data) if name)
+    return Located(str(data), open_split, sorted(name for name in splits if name))
 
 
 def _load(data: str | Path) -> dict[str, Any]:
@@ -77,7 +70,7 @@ def _load(data: str | Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"DATA ({data}) cannot be opened ({reason}); check name and connection") from error
     if isinstance(loaded, datasets.DatasetDict):
-        return {str(name): one for name, one in loaded.items()}
+        return {str(name): split for name, split in loaded.items()}
     return {"": loaded}
 
 
@@ -98,11 +91,14 @@ class HuggingFaceSource(Source):
         from datasets import Image
 
         self.split, self.notes = split, list(notes or [])
-        column = _image_column(dataset, where)
+        columns = Columns.of(dataset.features.arrow_schema, where)
+        column = columns.image
         if len(dataset) == 0:
             raise UserError(f"DATA ({where}) holds no rows; check how it was written")
         self._fingerprint = f"{dataset._fingerprint} {column} {len(dataset)}"
-        self._labels, self.class_names = _labels(dataset)
+        if columns.label is not None:
+            labels = dataset.select_columns([columns.label]).with_format(None)[:][columns.label]
+            self._labels, self.class_names = number_classes(list(labels), columns.class_names)
         images = dataset.select_columns([column]).with_format(None)
         if isinstance(dataset.features[column], Image):
             images = images.cast_column(column, Image(decode=False))
@@ -132,38 +128,3 @@ class HuggingFaceSource(Source):
 
     def summary(self) -> SourceSummary:
         return SourceSummary("Hugging Face dataset", len(self), len(self), notes=list(self.notes))
-
-
-def _image_column(dataset: Any, where: str) -> str:
-    """The first column of images, else of plain bytes."""
-    from datasets import Image
-
-    for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            return str(name)
-    for name, feature in dataset.features.items():
-        if getattr(feature, "dtype", None) in ("binary", "large_binary"):
-            return str(name)
-    hint = nearest("image", dataset.column_names) if dataset.column_names else "it has no columns"
-    raise UserError(f"DATA ({where}) must hold a column of images; {hint}")
-
-
-def _labels(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
-    """The label of each row, -1 where there is none, and the names of the classes; or twice None."""
-    from datasets import ClassLabel
-
-    named = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    plain = [
-        name
-        for name in LABEL_COLUMNS
-        if name in dataset.features and _is_class(getattr(dataset.features[name], "dtype", None))
-    ]
-    column = next(iter([*named, *plain]), None)
-    if column is None:
-        return None, None
-    values = list(dataset.select_columns([column]).with_format(None)[:][column])
-    return number_classes(values, [str(name) for name in dataset.features[column].names] if named else None)
-
-
-def _is_class(kind: str | None) -> bool:
-    return kind is not None and (kind.startswith(("int", "uint")) or kind in ("string", "large_string"))

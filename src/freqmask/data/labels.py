@@ -7,13 +7,14 @@ import csv
 import io
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from freqmask.data.source import Source, SourceSummary, Subset
-from freqmask.data.splits import choose_split, split_note
+from freqmask.data.splits import Located
 from freqmask.errors import UserError, nearest
 
 COLUMNS = ("path", "label", "split", "group")
@@ -101,24 +102,36 @@ def as_text(cell: str) -> str:
         return data.decode("latin-1")
 
 
+def locate_labelled(file: Path, source: Callable[[], Source]) -> Located:
+    """The images that a table lists, with its labels, groups and splits.
+
+    Args:
+        file: the CSV table.
+        source: opens all images; the table's paths are their names.
+
+    Raises:
+        UserError: the table cannot be read, or lacks a column.
+    """
+    splits = sorted({row.split for row in read_labels(file) if row.split})
+    return Located(str(file), lambda split, notes: LabelledSource(source(), file, split, notes), splits)
+
+
 class LabelledSource(Subset):
     """The images that a table lists, with its labels and groups.
 
     Args:
         source: all images; the table's paths are their names (relative to DATA).
         file: the CSV table.
-        split: ``auto``, ``all``, or one of the table's column split.
+        chosen: the split of the table that is used; None for all of it.
+        notes: sentences for the summary.
 
     Raises:
-        UserError: the table names images that are not there, names one twice, or has no such split.
+        UserError: the table names images that are not there, or names one twice.
     """
 
-    def __init__(self, source: Source, file: Path, split: str = "auto") -> None:
-        rows = read_labels(file)
-        splits = {row.split for row in rows if row.split}
-        chosen = choose_split(splits, split, str(file)) if splits or split not in ("auto", "all") else None
-        self.notes = [split_note(chosen, splits)] if chosen and split == "auto" else []
-        rows = rows if chosen is None else [row for row in rows if row.split == chosen]
+    def __init__(self, source: Source, file: Path, chosen: str | None, notes: list[str]) -> None:
+        rows = [row for row in read_labels(file) if chosen is None or row.split == chosen]
+        self.notes = notes
         super().__init__(source, _find(source, rows, file))
         if _FOREIGN.search(decode_table(file.read_bytes())):
             self.notes.append(f"{file.name} is not in UTF-8; it is read as Windows-1252.")

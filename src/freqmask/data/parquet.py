@@ -1,10 +1,17 @@
-"""Images in parquet tables as Hugging Face lays them out: encoded files in one column, labels in another."""
+"""Images in parquet tables as Hugging Face lays them out: encoded files in one column, labels in another.
+
+Tables here and behind URLs are read alike, row group by row group; of those here every row group is kept.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
@@ -14,214 +21,394 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from freqmask.console import readable_bytes
-from freqmask.data.cache import cache_file, replacing
+from freqmask.console import readable_bytes, say
+from freqmask.data.cache import cache_file, piece_of, read_arrays, replacing, text_arrays, write_arrays
 from freqmask.data.decode import open_bytes, suffix_of
-from freqmask.data.parquet_index import (
-    TableIndex,
-    class_names,
-    has_paths,
-    image_column,
-    index_tables,
-    label_column,
-    number_classes,
-    parse_footer,
-    read_columns,
-)
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary
-from freqmask.data.storage import Files, RemoteFiles
-from freqmask.errors import BadImage, UserError
+from freqmask.data.splits import Located, split_of
+from freqmask.data.storage import Files
+from freqmask.errors import BadImage, UserError, nearest
 
-# Beyond this the images are laid out once, uncompressed, in the cache, which processes map and share.
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
+MOST_NUMBERED = (
+    100_000  # numbers up to there are classes by their value; ids beyond are classes by their order
+)
+# Beyond this the images here are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
-KEPT_BYTES = 200_000_000  # of row groups that a process keeps; a larger one is kept alone
+KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
+READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
+VERSION = 2
 
 
-def open_tables(files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> Source:
-    """The images of parquet files: here mapped into memory, behind a URL read row group by row group.
+@dataclass
+class Columns:
+    """Which columns of a table matter.
 
-    Args:
-        files: where they lie.
-        names: which of them, in order.
-        notes: sentences for the summary.
-
-    Raises:
-        UserError: a file is not there, damaged, or holds no images.
-    """
-    if isinstance(files, RemoteFiles):
-        return RemoteTables(files, names, notes)
-    return ParquetSource([Path(files.where) / name for name in names], list(notes))
-
-
-class ParquetSource(Source):
-    """The images of parquet files of one layout.
-
-    Args:
-        files: the files, in order.
-        notes: sentences for the summary.
-
-    Raises:
-        UserError: a file is damaged, or holds no column of images.
+    Attributes:
+        image: the first column of encoded images.
+        leaf: what holds their bytes: ``image.bytes``, or the column itself.
+        label: the column of classes, by its type in the metadata, else by its name; or None.
+        class_names: the names of the classes 0, 1, ..., as the metadata has them; or None.
+        has_paths: whether the images' own files are named beside their bytes.
     """
 
-    def __init__(self, files: list[Path], notes: list[str] | None = None) -> None:
-        self.files, self.notes = files, list(notes or [])
-        self._schema = _opened(files[0]).schema_arrow
-        self.image_column = image_column(self._schema, files[0])
-        self.label_column = label_column(self._schema)
-        self._images: pa.ChunkedArray | None = None
-        self._labels = self._read_labels()
-        self._count = sum(_opened(file).metadata.num_rows for file in files)
-        if self._count == 0:
-            raise UserError(f"DATA ({files[0]}) holds no rows; check how it was written")
+    image: str
+    leaf: str
+    label: str | None
+    class_names: list[str] | None
+    has_paths: bool
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_images": None}  # each process reads or maps the files itself
+    @property
+    def small(self) -> list[str]:
+        """The columns that are read ahead, by their whole paths."""
+        return [f"{self.image}.path"] * self.has_paths + ([self.label] if self.label else [])
+
+    @classmethod
+    def of(cls, schema: pa.Schema, where: object) -> Columns:
+        """The columns of a schema with Hugging Face's metadata or without.
+
+        Raises:
+            UserError: none of them holds images; ``where`` names the file.
+        """
+        structs = [f for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+        plain = [f for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+        if not structs and not plain:
+            hint = nearest("image", schema.names) if schema.names else "it has no columns"
+            raise UserError(
+                f"DATA ({where}) must hold a column of encoded images (a struct of bytes and path, or bytes); {hint}"
+            )
+        image = [*structs, *plain][0]
+        features = _features(schema)
+        kinds = {field.name: field.type for field in schema}
+        named = [name for name in kinds if features.get(name, {}).get("_type") == "ClassLabel"]
+        usual = [name for name in LABEL_COLUMNS if name in kinds and _is_class(kinds[name])]
+        label = next(iter([*named, *usual]), None)
+        names = features.get(label or "", {}).get("names")
+        return cls(
+            image.name,
+            f"{image.name}.bytes" if structs else image.name,
+            label,
+            [str(name) for name in names] if isinstance(names, list) else None,
+            bool(structs) and image.type.get_field_index("path") >= 0,
+        )
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """What Hugging Face's metadata says of the columns, or nothing."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+
+
+def _is_class(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def number_classes(
+    values: Sequence[int | str | None], names: list[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Labels counted from 0, and what they are called.
+
+    Args:
+        values: of each image a name or a number; None or a negative number where there is none.
+        names: of the classes 0, 1, ... where that is known.
+
+    Returns:
+        int64 (image,), -1 where there is none, and the names.
+
+    >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[0].tolist()
+    (['cat', 'dog'], [2, -1, 0])
+    """
+    known = {value for value in values if value is not None and not (isinstance(value, int) and value < 0)}
+    if names is None and all(isinstance(value, int) for value in known):
+        largest = max((int(value) for value in known), default=-1)
+        names = [str(number) for number in range(largest + 1)] if largest < MOST_NUMBERED else None
+    places: dict[Any, int]
+    if names is not None:
+        places = {number: number for number in range(len(names))}
+    else:
+        ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
+        places, names = {value: place for place, value in enumerate(ordered)}, [str(v) for v in ordered]
+    return np.array([places.get(value, -1) for value in values], np.int64), names
+
+
+def tables_of_one(names: Iterable[str], where: str) -> list[str]:
+    """The parquet files among some names, all of one data set.
+
+    Raises:
+        UserError: they lie in several folders, which are the configurations of a data set.
+    """
+    found = sorted(name for name in names if name.lower().endswith(".parquet"))
+    parts = {name: PurePosixPath(name).parts[:-1] for name in found}
+    folders = {"/".join(p for p in parts[name] if p != "data" and not split_of(p)) for name in found}
+    if len(folders) > 1:
+        some = sorted(folder or "the folder itself" for folder in folders)
+        raise UserError(
+            f"DATA ({where}) holds tables of {len(folders)} data sets ({', '.join(some[:8])}); name one: "
+            f"{where.rstrip('/')}/{max(folders)}"
+        )
+    return found
+
+
+def locate_tables(files: Files, tables: Sequence[str], where: str) -> Located:
+    """The images of parquet files, in order; splits by the folders' names, or else by how the files' names begin."""
+    by_split: dict[str, list[str]] = {}
+    for name in tables:
+        path = PurePosixPath(name)
+        split = path.parent.name if split_of(path.parent.name) else re.split(r"[-_.]", path.name)[0]
+        by_split.setdefault(split, []).append(name)
+    return Located(
+        where,
+        lambda split, notes: TableSource(files, tables if split is None else by_split[split], notes),
+        sorted(by_split),
+    )
+
+
+class TableIndex:
+    """The row groups of some parquet files, one behind the other; arrays may be mapped from a file.
+
+    Attributes:
+        files: name and bytes of each.
+        image_leaf: the column of encoded images by its whole path: ``image.bytes``.
+        class_names: by label, or None.
+        starts: (groups + 1,) number of the first image of each row group.
+        group_files: (groups,) which file each lies in.
+        group_numbers: (groups,) which of that file's it is.
+        group_bytes: (groups,) what its images take in memory.
+        labels: (image,) int64, -1 where there is none; empty where there are no classes.
+    """
+
+    def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None) -> None:
+        self.files: list[tuple[str, int]] = [(str(name), int(size)) for name, size in about["files"]]
+        self.image_leaf: str = about["image_leaf"]
+        self.class_names: list[str] | None = about["class_names"]
+        self.file, self._about, self._arrays = file, about, arrays
+        self.starts, self.labels = arrays["starts"], arrays["labels"]
+        self.group_files, self.group_numbers = arrays["group_files"], arrays["group_numbers"]
+        self.group_bytes = arrays["group_bytes"]
 
     def __len__(self) -> int:
-        return self._count
+        return int(self.starts[-1])
 
-    def _read_labels(self) -> np.ndarray | None:
-        """All labels (image,), -1 where missing, or None; sets the names of classes."""
-        if self.label_column is None:
-            return None
-        column = self.label_column
-        values = [value for file in self.files for value in _read_table(file, [column])[column].to_pylist()]
-        labels, self.class_names = number_classes(values, class_names(self._schema, column))
-        return labels
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        if self.file is None:
+            return TableIndex, (self._about, self._arrays, None)
+        return _reopen, (self.file,)  # workers that are not forked map the same file
 
-    def _column(self) -> pa.ChunkedArray:
-        """The column of images, read once a process."""
-        if self._images is None:
-            if sum(_uncompressed_bytes(file) for file in self.files) <= IN_MEMORY_BYTES:
-                tables = [_read_table(file, [self.image_column]) for file in self.files]
-            else:
-                tables = [_mapped(file, self.image_column) for file in self.files]
-            self._images = pa.chunked_array([chunk for t in tables for chunk in t[self.image_column].chunks])
-        return self._images
+    def place(self, image: int) -> tuple[int, int]:
+        """The row group of an image, and its row there."""
+        group = int(self.starts.searchsorted(image, side="right")) - 1
+        return group, image - int(self.starts[group])
 
-    def open(self, index: int) -> Picture:
-        data = self._cell(index)[0]
-        if data is None:
-            raise BadImage("its row holds no bytes, only a path at most")
-        return open_bytes(data)
+    def path(self, image: int) -> str:
+        """The file that the image was, or nothing."""
+        return piece_of(self._arrays, "paths", image).decode("utf-8", "surrogateescape")
 
-    def encoded(self, index: int) -> tuple[bytes, str] | None:
-        data, path = self._cell(index)
-        return None if data is None else (data, suffix_of(data, path or ""))
-
-    def _cell(self, index: int) -> tuple[bytes | None, str | None]:
-        self.check(index)
-        value = self._column()[index].as_py()
-        return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-
-    def name(self, index: int) -> str:
-        path = self._path_column()[index].as_py() if has_paths(self._schema, self.image_column) else None
-        return f"{index}:{path}" if path else str(index)
-
-    def _path_column(self) -> pa.ChunkedArray:
-        return pc.struct_field(self._column(), "path")
-
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=8)
-        for file in self.files:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
-
-    def summary(self) -> SourceSummary:
-        return SourceSummary("parquet table", len(self), len(self), notes=list(self.notes))
+    def footer(self, file: int) -> pq.FileMetaData:
+        """What the end of a file says of it."""
+        return pq.read_metadata(pa.BufferReader(piece_of(self._arrays, "footers", file)))
 
 
-def _opened(file: Path) -> pq.ParquetFile:
-    """A file, its footer read."""
+def _reopen(file: Path) -> TableIndex:
+    read = read_arrays(file, verify=False)
+    if read is None:
+        raise UserError(f"the index of DATA ({file}) was replaced while workers started; start again")
+    return TableIndex(*read, file)
+
+
+def index_tables(files: Files, names: Sequence[str]) -> TableIndex:
+    """The index of some parquet files of one layout, from the cache where they have not changed.
+
+    Raises:
+        UserError: one of them is missing, damaged, or without images; or all are empty.
+    """
     try:
-        return pq.ParquetFile(file)
-    except PermissionError as error:
-        raise UserError(f"DATA ({file}) may not be read: no permission; check its access rights") from error
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"DATA ({file}) is truncated or no parquet file; write or fetch it again") from error
-
-
-def _read_table(file: Path, columns: list[str]) -> pa.Table:
-    try:
-        return pq.read_table(file, columns=columns, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
+        states = [(name, files.state(name)) for name in names]
+        cached = cache_file("tables", VERSION, files.where, states)
+        read = read_arrays(cached)
+        if read is not None:
+            return TableIndex(*read, cached)
+        if files.remote:
+            plural = "s" * (len(names) > 1)
+            say(
+                f"index       reading footers and labels of {len(names):,} table{plural} of {files.where}, once"
+            )
+        about, arrays = _read_index(files, [(name, state[0]) for name, state in states])
+    except FileNotFoundError as error:
         raise UserError(
-            f"DATA ({file}) is damaged or lacks the column {columns[0]} of the first file; fetch it again"
+            f"DATA ({files.where}): {error.filename or error} is not there; check its spelling"
         ) from error
+    return TableIndex(about, arrays, cached if write_arrays(cached, about, arrays) else None)
 
 
-def _uncompressed_bytes(file: Path) -> int:
-    about = _opened(file).metadata
-    return sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
+def _read_index(files: Files, sizes: list[tuple[str, int]]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Footers, labels and paths of all files."""
+    with ThreadPoolExecutor(READERS) as pool:
+        footers = list(pool.map(lambda file: _read_footer(files, file[0]), sizes))
+        columns = Columns.of(footers[0].schema.to_arrow_schema(), files.url(sizes[0][0]))
+        groups = [(k, g) for k, footer in enumerate(footers) for g in range(footer.num_row_groups)]
+        groups = [(k, g) for k, g in groups if footers[k].row_group(g).num_rows]
+        if not groups:
+            raise UserError(f"DATA ({files.url(sizes[0][0])}) holds no rows; check how it was written")
+        for (name, _), footer in zip(sizes, footers, strict=True):
+            there = {footer.schema.column(k).path for k in range(len(footer.schema))}
+            lacking = [column for column in (columns.label, columns.leaf) if column and column not in there]
+            if lacking:
+                raise UserError(f"DATA: {files.url(name)} lacks the column {lacking[0]} of the first file")
+
+        def small(place: tuple[int, int]) -> pa.Table:
+            name = sizes[place[0]][0]
+            try:
+                return _read_group(files, name, footers[place[0]], place[1], columns.small)
+            except FileNotFoundError:
+                raise
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"DATA: {files.url(name)} is damaged; write or fetch it again") from error
+
+        tables = list(pool.map(small, groups)) if columns.small else []
+    labels = [value for t in tables for value in t[columns.label].to_pylist()] if columns.label else []
+    paths = [t for t in tables if columns.has_paths and columns.image in t.column_names]
+    texts = [text or "" for t in paths for text in pc.struct_field(t[columns.image], "path").to_pylist()]
+    numbers, classes = number_classes(labels, columns.class_names)
+    row_groups = [footers[k].row_group(g) for k, g in groups]
+    arrays: dict[str, np.ndarray] = {
+        "starts": np.cumsum([0, *(group.num_rows for group in row_groups)], dtype=np.int64),
+        "group_files": np.array([k for k, _ in groups], np.int32),
+        "group_numbers": np.array([g for _, g in groups], np.int32),
+        "group_bytes": np.array([_image_bytes(group, columns.leaf) for group in row_groups], np.int64),
+        "labels": numbers,
+        **text_arrays("paths", [text.encode("utf-8", "surrogateescape") for text in texts]),
+        **text_arrays("footers", [_serialized(footer) for footer in footers]),
+    }
+    classes_or_none = classes if labels else None
+    return {"files": sizes, "image_leaf": columns.leaf, "class_names": classes_or_none}, arrays
 
 
-def _mapped(file: Path, column: str) -> pa.Table:
-    """One column of a large file, laid out uncompressed in the cache and mapped."""
-    state = file.stat()
-    cached = cache_file("table", str(file.absolute()), state.st_size, state.st_mtime_ns, column)
-    if not cached.exists():
-        try:
-            _lay_out(file, column, cached)
-        except pa.ArrowException as error:
-            raise UserError(f"DATA ({file}) is damaged; fetch it again") from error
-        except OSError as error:
-            raise UserError(
-                f"DATA ({file}) cannot be laid out in {cached.parent} ({error.strerror or error}); make room "
-                "there, or name another place by XDG_CACHE_HOME"
-            ) from error
-    return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
+def _read_footer(files: Files, name: str) -> pq.FileMetaData:
+    where = files.url(name)
+    try:
+        with files.stream(name, 0) as file:
+            return pq.ParquetFile(file).metadata
+    except PermissionError as error:
+        raise UserError(f"DATA ({where}) may not be read: no permission; check its access rights") from error
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"DATA ({where}) is truncated or no parquet file; write or fetch it again") from error
 
 
-def _lay_out(file: Path, column: str, cached: Path) -> None:
-    about = _opened(file)
-    schema = pa.schema([about.schema_arrow.field(column)])
-    with (
-        replacing(cached) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
-        for batch in about.iter_batches(batch_size=256, columns=[column]):
-            writer.write_batch(batch)
+def _read_group(
+    files: Files, name: str, footer: pq.FileMetaData, group: int, leaves: Sequence[str]
+) -> pa.Table:
+    """Some columns of a row group, by their whole paths; a request for those that lie side by side."""
+    with files.stream(name, 0) as file:
+        table = pq.ParquetFile(file, metadata=footer, pre_buffer=True)
+        return table.read_row_group(group, columns=list(leaves), use_threads=False)
 
 
-class RemoteTables(Source):
-    """The images of parquet files behind a URL; names, labels and fingerprint are those of a copy here.
+def _serialized(footer: pq.FileMetaData) -> bytes:
+    sink = pa.BufferOutputStream()
+    footer.write_metadata_file(sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _image_bytes(group: Any, leaf: str) -> int:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
+
+
+class TableSource(Source):
+    """The images of some parquet files of one layout, in order.
 
     Args:
         files: where they lie.
-        names: which of them, in order.
+        names: which of them.
         notes: sentences for the summary.
 
     Raises:
-        UserError: a file is not there, damaged, or holds no images.
+        UserError: one of them is missing, damaged, or without images; or all are empty.
     """
 
     def __init__(self, files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> None:
         self.files, self.notes = files, list(notes)
         self.index = index_tables(files, names)
         self.class_names = self.index.class_names
+        sizes = self.index.group_bytes
+        self.window = min(max(KEPT_BYTES // max(int(sizes.max()), 1), 1), WINDOW_BLOCKS)
+        self._most_kept = self.window if files.remote else len(sizes)
+        self._laid_out = not files.remote and int(sizes.sum()) > IN_MEMORY_BYTES
+        self._begin()
+
+    def _begin(self) -> None:
         self._labels = self.index.labels if self.class_names is not None else None
-        self._reader = GroupReader(files, self.index)
+        self._kept: OrderedDict[int, pa.ChunkedArray] = (
+            OrderedDict()
+        )  # each process reads or maps them itself
+        self._footers: dict[int, pq.FileMetaData] = {}
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        here_only = ("_labels", "_kept", "_footers", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in here_only}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def __len__(self) -> int:
         return len(self.index)
 
     def open(self, index: int) -> Picture:
-        return open_bytes(self.encoded(index)[0])
+        return open_bytes(self._bytes(index))
 
     def encoded(self, index: int) -> tuple[bytes, str]:
-        self.check(index)
-        group, row = self.index.place(index)
-        data = self._reader.images(group)[row].as_py()
-        if data is None:
-            raise BadImage("its row holds no bytes, only a path at most")
+        data = self._bytes(index)
         return data, suffix_of(data, self.index.path(index))
 
-    def blocks(self) -> Blocks:
+    def _bytes(self, index: int) -> bytes:
+        self.check(index)
+        group, row = self.index.place(index)
+        data: bytes | None = self._images(group)[row].as_py()
+        if data is None:
+            raise BadImage("its row holds no bytes, only a path at most")
+        return data
+
+    def _images(self, group: int) -> pa.ChunkedArray:
+        """The encoded images of a row group, bytes or null."""
+        with self._lock:  # threads that want the same row group wait for one request
+            if group not in self._kept:
+                self._kept |= self._fetch(group)
+                while len(self._kept) > self._most_kept:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(group)
+            return self._kept[group]
+
+    def _fetch(self, group: int) -> dict[int, pa.ChunkedArray]:
+        """The images of a row group; of a file that is laid out, of all of its row groups."""
+        file, number = int(self.index.group_files[group]), int(self.index.group_numbers[group])
+        name = self.index.files[file][0]
+        try:
+            if self._laid_out:
+                images = _mapped(Path(self.files.url(name)), self.index.image_leaf)
+                groups = np.flatnonzero(self.index.group_files == file)
+                first, starts = self.index.starts[groups[0]], self.index.starts
+                return {int(g): images.slice(starts[g] - first, starts[g + 1] - starts[g]) for g in groups}
+            if file not in self._footers:
+                self._footers[file] = self.index.footer(file)
+            table = _read_group(self.files, name, self._footers[file], number, [self.index.image_leaf])
+            return {group: _bytes_of_cells(table.column(0))}
+        except FileNotFoundError as error:
+            raise BadImage(f"the table {name} is gone") from error
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise BadImage(f"the table {name} is damaged in its row group {number}") from error
+
+    def blocks(self) -> Blocks | None:
         sizes = np.diff(self.index.starts)
-        return Blocks(np.repeat(np.arange(len(sizes)), sizes), self._reader.window, whole=True)
+        numbers = np.repeat(np.arange(len(sizes)), sizes)
+        return Blocks(numbers, self.window, whole=True) if self.files.remote else None
 
     def name(self, index: int) -> str:
         path = self.index.path(index)
@@ -234,68 +421,46 @@ class RemoteTables(Source):
         return digest.hexdigest()
 
     def summary(self) -> SourceSummary:
-        count, largest = len(self.index.files), readable_bytes(int(self.index.group_bytes.max()))
-        window = self._reader.window
-        note = (
-            f"Tables are read over the network in row groups of up to {largest}, the images of {window} of them mixed; "
-            "the order depends on the number of processes and workers."
-        )
-        kind = f"{count:,} parquet table{'s' * (count > 1)} at {self.files.where}"
-        return SourceSummary(kind, len(self), len(self), notes=[*self.notes, note])
+        count, notes = len(self.index.files), list(self.notes)
+        kind = f"{count:,} parquet table{'s' * (count > 1)}"
+        if self.files.remote:
+            kind += f" at {self.files.where}"
+            largest = readable_bytes(int(self.index.group_bytes.max()))
+            notes.append(
+                f"Tables are read over the network in row groups of up to {largest}, the images of {self.window} of "
+                "them mixed; the order depends on the number of processes and workers."
+            )
+        return SourceSummary(kind, len(self), len(self), notes=notes)
 
 
-class GroupReader:
-    """Row groups as they are asked for; those used last are kept.
+def _bytes_of_cells(cells: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    return pc.struct_field(cells, "bytes") if pa.types.is_struct(cells.type) else cells
 
-    Args:
-        files: where the tables lie.
-        index: what lies where in them.
-    """
 
-    def __init__(self, files: Files, index: TableIndex) -> None:
-        self.files, self.index = files, index
-        largest = max(int(index.group_bytes.max()), 1)
-        self.window = min(max(KEPT_BYTES // largest, 1), WINDOW_BLOCKS)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
-        self._footers: dict[int, pq.FileMetaData] = {}
-        self._lock = Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"files": self.files, "index": self.index, "window": self.window}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
-
-    def images(self, group: int) -> pa.ChunkedArray:
-        """The encoded images of a row group, bytes or null.
-
-        Raises:
-            BadImage: the row group is damaged, or its file is gone.
-            UserError: it cannot be read, however often it is tried.
-        """
-        with self._lock:  # threads that want the same row group wait for one request
-            if group not in self._kept:
-                images = self._fetch(group)
-                while len(self._kept) >= self.window:
-                    self._kept.popitem(last=False)
-                self._kept[group] = images
-            self._kept.move_to_end(group)
-            return self._kept[group]
-
-    def _fetch(self, group: int) -> pa.ChunkedArray:
-        file, number = int(self.index.group_files[group]), int(self.index.group_numbers[group])
-        name = self.index.files[file][0]
-        if file not in self._footers:
-            self._footers[file] = parse_footer(self.index.footer(file), name)
+def _mapped(file: Path, leaf: str) -> pa.ChunkedArray:
+    """The images of a large file, laid out uncompressed in the cache and mapped."""
+    state = file.stat()
+    cached = cache_file("images", str(file.absolute()), state.st_size, state.st_mtime_ns, leaf)
+    if not cached.exists():
         try:
-            table = read_columns(self.files, name, self._footers[file], number, [self.index.image_leaf])
-            cells = table.column(0)
-            return pc.struct_field(cells, "bytes") if pa.types.is_struct(cells.type) else cells
-        except FileNotFoundError as error:
-            raise BadImage(f"the table {name} is gone") from error
-        except (pa.ArrowException, OSError, IndexError) as error:
-            raise BadImage(f"the table {name} is damaged in its row group {number}") from error
+            _lay_out(file, leaf, cached)
+        except pa.ArrowException as error:
+            raise UserError(f"DATA ({file}) is damaged; fetch it again") from error
+        except OSError as error:
+            raise UserError(
+                f"DATA ({file}) cannot be laid out in {cached.parent} ({error.strerror or error}); make room "
+                "there, or name another place by XDG_CACHE_HOME"
+            ) from error
+    return pa.ipc.open_file(pa.memory_map(str(cached))).read_all().column(0)
+
+
+def _lay_out(file: Path, leaf: str, cached: Path) -> None:
+    schema = pa.schema([("images", pa.large_binary())])
+    with (
+        replacing(cached) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=[leaf]):
+            images = _bytes_of_cells(batch.column(0)).cast(pa.large_binary())
+            writer.write_batch(pa.record_batch([images], schema))

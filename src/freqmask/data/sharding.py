@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from pyarrow import feather
 from torch.utils.data import Dataset
 
-from freqmask.data.cache import bytes_of
+from freqmask.data.cache import bytes_of, replacing
 from freqmask.data.encode import EncodedImage, encode_picture
 from freqmask.data.loader import as_bad_image, make_loader
 from freqmask.data.sampler import block_shuffle, some_images
-from freqmask.data.shard_index import Row, ShardIndex, ShardRows, join_indexes, load_index, make_index
+from freqmask.data.shard_index import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
 from freqmask.data.source import JoinedSource, Pages, Source
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.storage import INDEX_NAME, MANIFEST
@@ -293,8 +294,10 @@ def _write_missing(
         tally = _Tally()
         rows = write_shard(out / shard.name, _counted(islice(images, len(shard.items)), tally, report))
         size = (out / shard.name).stat().st_size
-        index = make_index([ShardRows(shard.name, size, shard.split, rows)], parts.class_names)
-        _save(index, _part_file(out, shard), **asdict(tally))
+        written = asdict(tally) | {"bytes": size}
+        with replacing(_part_file(out, shard)) as temporary:
+            table = pack_rows(rows).replace_schema_metadata({"written": json.dumps(written)})
+            feather.write_feather(table, str(temporary))
 
 
 def _counted(
@@ -310,20 +313,24 @@ def _counted(
         yield packed
 
 
-def _save(index: ShardIndex, file: Path, **extra: Any) -> None:
-    if not index.save(file, **extra):  # it makes a cache's silence of a full disk, which is no cache here
-        raise OSError(errno.ENOSPC, "cannot be written", str(file))
-
-
 def _part_file(out: Path, shard: PlannedShard) -> Path:
     """What is known of a finished shard, until the index of all is written."""
     return out / PARTS / f"{shard.name}.index"
 
 
+def _read_part(out: Path, shard: PlannedShard) -> tuple[ShardRows, _Tally]:
+    """What is known of a finished shard; OSError or ValueError (Arrow's, too) where it is not whole."""
+    table = feather.read_table(str(_part_file(out, shard)))
+    if table.schema.metadata is None or not table.schema.equals(SCHEMA):
+        raise ValueError(f"{shard.name}: its rows were written by another version")
+    written = json.loads(table.schema.metadata[b"written"])
+    size = written.pop("bytes")
+    return ShardRows(shard.name, size, shard.split, table), _Tally(**written)
+
+
 def _is_finished(out: Path, shard: PlannedShard) -> bool:
     try:
-        _, size, _ = load_index(_part_file(out, shard)).shards[0]
-        return (out / shard.name).stat().st_size == size
+        return (out / shard.name).stat().st_size == _read_part(out, shard)[0].bytes
     except (ValueError, OSError):
         return False
 
@@ -337,19 +344,21 @@ def images_there(out: Path, parts: Parts, settings: Settings) -> int:
 def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedShard]) -> Outcome:
     """The index of all shards, the list of bad images, the manifest; then what was kept on the way goes."""
     try:
-        indexes = [load_index(_part_file(out, shard)) for shard in planned]
-    except ValueError as error:
+        written, tallies = zip(*(_read_part(out, shard) for shard in planned), strict=True)
+    except (ValueError, OSError) as error:
         raise UserError(
             f"out ({out}) was changed meanwhile, perhaps by the same command started twice; start it again, once"
         ) from error
-    skipped = [(str(name), str(why)) for index in indexes for name, why in index.extra["skipped"]]
-    reductions = [float(reduction) for index in indexes for reduction in index.extra["reductions"]]
-    index = join_indexes(indexes, parts.class_names)
+    skipped = [(name, reason) for tally in tallies for name, reason in tally.skipped]
+    reductions = [reduction for tally in tallies for reduction in tally.reductions]
+    index = make_index(written, parts.class_names)
     if len(index) == 0:
         raise UserError(
             f"not one of the {parts.count:,} images can be read; {skipped[0][0]}: {skipped[0][1]}"
         )
-    _save(index, out / INDEX_NAME, reductions=reductions)
+    if not index.save(out / INDEX_NAME, reductions=reductions):
+        # it makes a cache's silence of a full disk, which is no cache here
+        raise OSError(errno.ENOSPC, "cannot be written", str(out / INDEX_NAME))
     shutil.copymode(out / planned[0].name, out / INDEX_NAME)  # a web server or a colleague reads it, too
     if skipped:
         replace_atomically(out / SKIPPED, lambda path: _write_skipped(path, skipped))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from threading import Lock
 from typing import Any
 
@@ -18,16 +18,17 @@ from freqmask.data.pixels import Picture
 from freqmask.data.shard_index import (
     VERSION,
     ShardIndex,
-    join_indexes,
+    ShardRows,
+    folder_classes,
     load_index,
     make_index,
     read_headers,
-    with_folder_classes,
 )
 from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary, Subset
-from freqmask.data.splits import choose_split, split_note
-from freqmask.data.storage import INDEX_NAME, Files, LocalFiles
+from freqmask.data.splits import Located
+from freqmask.data.storage import INDEX_NAME, Files
 from freqmask.errors import BadImage, UserError
+from freqmask.rng import identity_of
 
 BLOCK_BYTES = 4_000_000
 # What a lane's window needs, and a few more for a window that ends while the next one begins.
@@ -127,7 +128,8 @@ def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIn
     try:
         return load_index(cached)
     except ValueError:
-        index = with_folder_classes(join_indexes(_read_all_headers(files, listed)))
+        shards = _read_all_headers(files, listed)
+        index = make_index(shards, labels=folder_classes(shards))
     if index.save(cached):
         index.file = cached
     return index
@@ -150,29 +152,29 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
         return None
     for name in () if files.remote else names or sizes:  # asking a server for each would take long
         try:
-            there = files.size(name)
+            size = files.state(name)[0]
         except FileNotFoundError as error:
             raise UserError(
                 f"DATA ({where}) lacks the shard {name}, which its {INDEX_NAME} lists; fetch it, or name those "
                 "that are there by a pattern"
             ) from error
-        if there != sizes[name]:
+        if size != sizes[name]:
             raise UserError(
-                f"DATA ({where}): the shard {name} has {there:,} bytes, not the {sizes[name]:,} of its "
+                f"DATA ({where}): the shard {name} has {size:,} bytes, not the {sizes[name]:,} of its "
                 f"{INDEX_NAME}; fetch it again, or delete {INDEX_NAME} to have it made anew"
             )
     return index
 
 
-def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardIndex]:
+def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
     """What the headers of each shard tell, in their order."""
-    sizes = [files.size(name) for name in names]
+    sizes = [files.state(name)[0] for name in names]
     if files.remote or sum(sizes) > SPOKEN_BYTES:
         say(f"index       reading the headers of {len(names):,} shards of {files.where}, once")
 
-    def read(name: str, size: int) -> ShardIndex:
+    def read(name: str, size: int) -> ShardRows:
         with files.stream(name) as file:
-            return make_index([read_headers(name, file, size)])
+            return read_headers(name, file, size)
 
     with ThreadPoolExecutor(HEADER_READERS) as pool:
         return list(pool.map(read, names, sizes))
@@ -233,8 +235,6 @@ class ShardSource(Source):
         return named or f"{self._shard(index).removesuffix('.tar')}/{self.index.text('members', index)}"
 
     def identity(self, index: int) -> int:
-        from freqmask.rng import identity_of
-
         shard = PurePosixPath(self._shard(index)).name
         return identity_of(f"{shard}/{self.index.text('members', index)}".encode(errors="surrogateescape"))
 
@@ -265,29 +265,16 @@ class ShardSource(Source):
         return SourceSummary(kind, len(self), len(self), dict(self.index.ignored), notes)
 
 
-def has_shards(folder: Path) -> bool:
-    """Whether a folder is one of shards: it has their index, or tars and no images."""
-    if (folder / INDEX_NAME).is_file():
-        return True
-    if not LocalFiles(folder).names():
-        return False
-    from freqmask.data.decode import read_suffixes
-    from freqmask.data.index import index_folder
-
-    return len(index_folder(folder, read_suffixes())) == 0
-
-
-def open_shards(files: Files, names: Sequence[str] | None, split: str, where: str) -> Source:
-    """The images of shards.
+def locate_shards(files: Files, names: Sequence[str] | None, where: str) -> Located:
+    """The images of shards; their splits are those of the folders that they lie in, or in their own names.
 
     Args:
         files: where they lie.
         names: which of them; None for all.
-        split: ``auto``, ``all`` or a split's name: of the folder that the shard lies in, or in its own name.
         where: DATA as it was typed.
 
     Raises:
-        UserError: one of them is missing or no tar, or there is no such split, or no image in them.
+        UserError: one of them is missing or no tar, or there is no image in them.
     """
     index = find_index(files, names, where)
     if len(index) == 0:
@@ -295,20 +282,15 @@ def open_shards(files: Files, names: Sequence[str] | None, split: str, where: st
             f"{count:,} {suffix or 'without suffix'}" for suffix, count in index.ignored.items()
         )
         raise UserError(f"DATA ({where}) holds no images ({counts or 'the shards are empty'})")
-    source = ShardSource(files, index)
-    splits = index.splits(names)
-    chosen = choose_split(splits, split, where) if splits or split not in ("auto", "all") else None
-    used = [
-        (chosen is None or shard_split == chosen) and (names is None or name in names)
-        for name, _, shard_split in index.shards
-    ]
-    if all(used):
-        return source
-    if chosen is not None and split == "auto":
-        index.notes = [*index.notes, split_note(chosen, splits)]
-    return Subset(source, np.flatnonzero(np.repeat(used, np.diff(index.starts))))
 
+    def open_split(chosen: str | None, notes: list[str]) -> Source:
+        used = [
+            (chosen is None or split == chosen) and (names is None or name in names)
+            for name, _, split in index.shards
+        ]
+        if all(used):
+            return ShardSource(files, index)
+        index.notes = [*index.notes, *notes]
+        return Subset(ShardSource(files, index), np.flatnonzero(np.repeat(used, np.diff(index.starts))))
 
-def splits_in_shards(files: Files, names: Sequence[str] | None, where: str) -> list[str]:
-    """The names of the splits that some shards have."""
-    return find_index(files, names, where).splits(names)
+    return Located(where, open_split, index.splits(names))

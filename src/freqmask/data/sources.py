@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from freqmask.data.arrays import locate_array
+from freqmask.data.builtin import open_builtin
+from freqmask.data.decode import read_suffixes
+from freqmask.data.huggingface import is_saved_dataset, locate_dataset
+from freqmask.data.image_folder import locate_folder
+from freqmask.data.index import index_folder
+from freqmask.data.labels import locate_labelled
+from freqmask.data.parquet import locate_tables, tables_of_one
+from freqmask.data.shards import locate_shards
 from freqmask.data.source import JoinedSource, Pages, Source, SourceSummary, Subset
-from freqmask.data.splits import choose_split, split_note
+from freqmask.data.splits import Located
 from freqmask.data.storage import (
     INDEX_NAME,
     MANIFEST,
     Files,
+    LocalFiles,
     RemoteFiles,
+    files_of,
     is_pattern,
-    local_files,
-    remote_files,
     unpacker_of,
 )
 from freqmask.errors import UserError, nearest
@@ -30,18 +38,6 @@ REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 ARRAY_SUFFIXES = (".npy", ".npz")
 HUB = "hf://"
 ON_HUB = (f"{HUB}datasets/", f"{HUB}buckets/")
-
-
-class Located(NamedTuple):
-    """What a text names.
-
-    Attributes:
-        splits: lists the names of its splits.
-        open: the source of a split; also of ``auto`` and ``all``.
-    """
-
-    splits: Callable[[], Iterable[str]]
-    open: Callable[[str], Source]
 
 
 def open_source(
@@ -72,13 +68,11 @@ def open_source(
             f"pages ({pages}) must be channels or images; {nearest(pages, ['channels', 'images'])}"
         )
     if labels is not None:
-        from freqmask.data.labels import LabelledSource
-
-        return LabelledSource(open_source(data, pages, "all"), Path(labels), split)
+        return locate_labelled(Path(labels), lambda: open_source(data, pages, "all")).source(split)
     several = [data] if isinstance(data, (str, Path, Source)) else list(data)
     if not several:
         raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
-    opened = [one if isinstance(one, Source) else locate(one, pages).open(split) for one in several]
+    opened = [part if isinstance(part, Source) else locate(part, pages).source(split) for part in several]
     return opened[0] if len(opened) == 1 else JoinedSource(opened)
 
 
@@ -93,10 +87,12 @@ def splits_there(data: str | Path | Source, labels: str | Path | None = None) ->
         UserError: the file or the table cannot be read.
     """
     if labels is not None:
-        from freqmask.data.labels import read_labels
-
-        return sorted({row.split for row in read_labels(Path(labels)) if row.split})
-    return [] if isinstance(data, Source) else sorted(locate(data, "channels").splits())
+        located = locate_labelled(Path(labels), lambda: open_source(data))
+    elif isinstance(data, Source):
+        return []
+    else:
+        located = locate(data, "channels")
+    return sorted(located.splits or ()) if located.certain else []
 
 
 def locate(data: str | Path, pages: Pages) -> Located:
@@ -110,24 +106,28 @@ def locate(data: str | Path, pages: Pages) -> Located:
         UserError: it names nothing.
     """
     text = str(data).removeprefix("file://")
+    far = bool(REMOTE.match(text))
     if text.startswith("builtin:"):
-        from freqmask.data.builtin import open_builtin
-
-        return Located(tuple, lambda split: open_builtin(text))
-    if text.startswith("hf:") and not REMOTE.match(text):
-        return _dataset(text)
+        return Located(text, lambda split, notes: open_builtin(text))
+    if text.startswith("hf:") and not far:
+        return locate_dataset(text)
     path = Path(text).expanduser()
-    if not path.is_dir():
-        _refuse_packed(text)
-    here = path.exists() or (is_pattern(text) and not REMOTE.match(text))
-    if here and text.lower().endswith((".tar", ".parquet")) and not path.is_dir():
-        return _named_files(*local_files(text), text, pages)
+    if path.is_dir():
+        return _locate_folder(path, pages)
+    _refuse_packed(text)
+    if text.lower().endswith((".tar", ".parquet")) and (path.exists() or (is_pattern(text) and not far)):
+        return _named_files(text, pages)
+    if path.suffix.lower() in ARRAY_SUFFIXES and path.exists():
+        return locate_array(path)
     if path.exists():
-        return _path(path, pages)
-    if REMOTE.match(text):
-        return _remote(text, pages)
+        raise UserError(
+            f"DATA ({path}) must be a folder, a .tar, .npy, .npz or .parquet file; "
+            f"for one image name its folder: {path.parent}"
+        )
+    if far:
+        return _locate_remote(text, pages)
     if IMPORT_PATH.fullmatch(text):
-        return Located(tuple, lambda split: import_source(text))
+        return Located(text, lambda split, notes: import_source(text))
     raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
 
 
@@ -141,37 +141,20 @@ def _refuse_packed(text: str) -> None:
         )
 
 
-def _path(path: Path, pages: Pages) -> Located:
-    """A folder, or a file of arrays."""
-    if path.is_dir():
-        return _folder(path, pages)
-    if path.suffix.lower() in ARRAY_SUFFIXES:
-        from freqmask.data.arrays import open_array, splits_in_array
-
-        return Located(lambda: splits_in_array(path), lambda split: open_array(path, split))
-    raise UserError(
-        f"DATA ({path}) must be a folder, a .tar, .npy, .npz or .parquet file; "
-        f"for one image name its folder: {path.parent}"
-    )
-
-
-def _folder(path: Path, pages: Pages) -> Located:
+def _locate_folder(path: Path, pages: Pages) -> Located:
     """A folder of this machine: of shards, of a saved dataset, of tables, or of images."""
-    from freqmask.data.huggingface import is_saved_dataset
-    from freqmask.data.image_folder import open_folder, split_folders, tables_in
-    from freqmask.data.shards import has_shards
-
-    if has_shards(path):
-        return _shards(*local_files(str(path)), str(path), pages)
+    files = LocalFiles(path)
+    if files.index_file() is not None or (files.names() and not len(index_folder(path, read_suffixes()))):
+        return _shards(files, None, str(path), pages)
     if is_saved_dataset(path):
-        return _dataset(path)
-    tables = tables_in(path)
-    if tables:
-        return _tables(local_files(str(path))[0], str(path), tables)
-    return Located(lambda: split_folders(path), lambda split: open_folder(path, pages, split))
+        return locate_dataset(path)
+    tables = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    if tables and not len(index_folder(path, read_suffixes())):
+        return locate_tables(files, [table.relative_to(path).as_posix() for table in tables], str(path))
+    return locate_folder(path, pages)
 
 
-def _remote(text: str, pages: Pages) -> Located:
+def _locate_remote(text: str, pages: Pages) -> Located:
     """What a URL names: shards, tables, or a folder of images."""
     if pages == "images":
         raise UserError(f"pages (images) is for files on this machine; copy {text} here first")
@@ -180,19 +163,12 @@ def _remote(text: str, pages: Pages) -> Located:
             f"DATA ({text}) is no data set; Hugging Face's are {HUB}datasets/NAME, read where they are, and hf:NAME, "
             "fetched first"
         )
-    name = PurePosixPath(urlsplit(text).path).name
     if text.endswith((".tar", ".parquet")):
-        return _named_files(*remote_files(text), text, pages)
-    files = RemoteFiles(text.rpartition("/")[0] if name in (INDEX_NAME, MANIFEST) else text)
-    if name in (INDEX_NAME, MANIFEST) or files.index_file() is not None or files.names():
+        return _named_files(text, pages)
+    of_prepare = PurePosixPath(urlsplit(text).path).name in (INDEX_NAME, MANIFEST)
+    files = RemoteFiles(text.rpartition("/")[0] if of_prepare else text)
+    if of_prepare or files.index_file() is not None or files.names():
         return _shards(files, None, text, pages)
-    return _remote_folder(files, text)
-
-
-def _remote_folder(files: RemoteFiles, text: str) -> Located:
-    from freqmask.data.decode import read_suffixes
-    from freqmask.data.image_folder import chosen_part, remote_layout
-
     listing = files.listing()
     if not listing:
         raise UserError(
@@ -201,52 +177,25 @@ def _remote_folder(files: RemoteFiles, text: str) -> Located:
         )
     suffixes = {PurePosixPath(path).suffix.lower() for path in listing}
     if ".parquet" in suffixes and not suffixes & read_suffixes():
-        from freqmask.data.parquet_index import tables_of_one
-
-        return _tables(files, text, tables_of_one(listing, text))
-    layout = remote_layout(files, listing)
-    return Located(
-        lambda: layout.splits if layout.certain else [], lambda split: chosen_part(files, layout, split)
-    )
+        return locate_tables(files, tables_of_one(listing, text), text)
+    return locate_folder(files, listing=listing)
 
 
-def _named_files(files: Files, names: list[str] | None, text: str, pages: Pages) -> Located:
+def _named_files(text: str, pages: Pages) -> Located:
+    """One or several tars or tables, here or behind a URL."""
+    files, names = files_of(text)
     if text.lower().endswith(".tar"):
         return _shards(files, names, text, pages)
-    return _tables(files, text, names or [])
+    return locate_tables(files, names or [], text)
 
 
 def _shards(files: Files, names: list[str] | None, text: str, pages: Pages) -> Located:
-    from freqmask.data.shards import open_shards, splits_in_shards
-
     if pages == "images":
         raise UserError(
             f"pages (images) is for files, DATA ({text}) is shards; freqmask prepare --pages images makes "
             "an image of each page"
         )
-    return Located(
-        lambda: splits_in_shards(files, names, text), lambda split: open_shards(files, names, split, text)
-    )
-
-
-def _tables(files: Files, text: str, tables: Sequence[str]) -> Located:
-    from freqmask.data.parquet import open_tables
-    from freqmask.data.parquet_index import files_by_split
-
-    by_split = files_by_split(tables)
-
-    def open_split(split: str) -> Source:
-        chosen = choose_split(by_split, split, text)
-        notes = [split_note(chosen, by_split)] if chosen and split == "auto" else []
-        return open_tables(files, list(tables) if chosen is None else by_split[chosen], notes)
-
-    return Located(lambda: by_split, open_split)
-
-
-def _dataset(data: str | Path) -> Located:
-    from freqmask.data.huggingface import open_hugging_face, splits_of_dataset
-
-    return Located(lambda: splits_of_dataset(data), lambda split: open_hugging_face(data, split))
+    return locate_shards(files, names, text)
 
 
 def import_source(text: str) -> Source:
@@ -268,8 +217,8 @@ def import_source(text: str) -> Source:
     if not hasattr(module, name):
         hint = nearest(name, [known for known in vars(module) if not known.startswith("_")])
         raise UserError(f"DATA ({text}): {module_name} has no {name}; {hint}")
-    found = getattr(module, name)
-    source = found() if not isinstance(found, Source) and callable(found) else found
+    named = getattr(module, name)
+    source = named() if not isinstance(named, Source) and callable(named) else named
     if not isinstance(source, Source):
         raise UserError(f"DATA ({text}) must be a freqmask.data.sources.Source, or return one when called")
     return source

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -54,24 +55,44 @@ def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
     Raises:
         UserError: there is no split of that name.
     """
-    there = sorted(names)
+    known = sorted(names)
     if split == "all":
         return None
     wanted = "train" if split == "auto" else split_of(split) or split
-    found = [name for name in there if split in (name, name.lower())] or [
-        name for name in there if split_of(name) == wanted
+    found = [name for name in known if split in (name, name.lower())] or [
+        name for name in known if split_of(name) == wanted
     ]
     if split == "auto":
-        return found[0] if found and any(split_of(name) in ("val", "test") for name in there) else None
+        return found[0] if found and any(split_of(name) in ("val", "test") for name in known) else None
     if not found:
-        raise UserError(f"split ({split}) must be one that {where} holds; {nearest(split, [*there, 'all'])}")
+        raise UserError(f"split ({split}) must be one that {where} holds; {nearest(split, [*known, 'all'])}")
     return found[0]
 
 
-def split_note(chosen: str, names: Iterable[str]) -> str:
-    """The sentence that says what ``auto`` left out."""
-    others = " and ".join(sorted(name for name in names if name != chosen))
-    return f"Only {chosen} is used, not {others} beside it (--split all takes everything)."
+@dataclass
+class Located:
+    """What DATA names, before an image is read.
+
+    Attributes:
+        where: DATA as it was typed.
+        open: (split or None for all, sentences for the summary) -> its images.
+        splits: the names of its splits; None where there cannot be any, and any split is everything.
+        certain: False where the splits may as well be classes and are taken by their names only.
+    """
+
+    where: str
+    open: Callable[[str | None, list[str]], Source]
+    splits: Sequence[str] | None = None
+    certain: bool = True
+
+    def source(self, split: str) -> Source:
+        """The images of a split; of ``auto``, with a sentence on what that leaves out; of ``all``."""
+        asked = self.certain or split not in ("auto", "all")
+        names = list(self.splits or ()) if asked else []
+        chosen = None if self.splits is None else choose_split(names, split, self.where)
+        others = " and ".join(sorted(name for name in names if name != chosen))
+        note = f"Only {chosen} is used, not {others} beside it (--split all takes everything)."
+        return self.open(chosen, [note] if chosen and split == "auto" else [])
 
 
 def split_indices(

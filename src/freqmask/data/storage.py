@@ -10,10 +10,11 @@ import logging
 import re
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from freqmask.data.cache import cache_file, replacing
@@ -79,22 +80,36 @@ def expand_braces(pattern: str) -> list[str]:
     return [f"{pattern[: found.start()]}{choice}{tail}" for choice in choices for tail in rest]
 
 
-def names_of(pattern: str, matching: Callable[[str], list[str]]) -> list[str]:
-    """The files of a pattern; what its braces name is kept, whether it is there or not, to be missed by its name.
+def files_of(text: str) -> tuple[Files, list[str] | None]:
+    """Where the shards or tables of a text lie, and which of them it names; None for all of a folder here.
 
-    Args:
-        pattern: relative to where the files lie.
-        matching: finds the files whose names fit ``*``, ``?`` and ``[]``.
+    What braces name is kept, whether it is there or not, to be missed by its name.
+
+    Raises:
+        UserError: no file fits the pattern.
     """
-    return [
+    scheme, mark, rest = text.rpartition("://")
+    path = Path(text).expanduser()
+    if not mark and path.is_dir():
+        return LocalFiles(path), None
+    if not mark and path.is_file():
+        return LocalFiles(path.parent), [path.name]
+    root, pattern = split_pattern(rest if mark else str(path))
+    files = RemoteFiles(f"{scheme}://{root}") if mark else LocalFiles(Path(root or "."))
+    names = [
         name
         for part in expand_braces(pattern)
-        for name in (matching(part) if re.search(r"[*?\[]", part) else [part])
+        for name in (files.matching(part) if re.search(r"[*?\[]", part) else [part])
     ]
+    if not names:
+        raise UserError(
+            f"DATA ({text}): no file fits the pattern; quote it, and check its folder and numbers"
+        )
+    return files, names
 
 
-class Files(Protocol):
-    """Where shards and tables lie: a folder here, or a place behind a URL.
+class Files(ABC):
+    """Where shards and tables lie: a folder here, or a place behind a URL. Names are paths relative to it.
 
     Attributes:
         where: the place in words.
@@ -104,94 +119,73 @@ class Files(Protocol):
     where: str
     remote: bool
 
+    @abstractmethod
+    def url(self, name: str) -> str:
+        """The whole path or address of a file."""
+
+    @abstractmethod
     def names(self) -> list[str]:
-        """The tars there, and in folders named as splits, sorted; paths relative to the place."""
+        """The tars there and in folders named as splits, sorted."""
 
-    def size(self, name: str) -> int:
-        """Bytes of a file; raises FileNotFoundError."""
+    @abstractmethod
+    def matching(self, pattern: str) -> list[str]:
+        """The files whose paths fit a pattern with ``*``, ``?`` and ``[]``, sorted."""
 
-    def state(self, name: str) -> tuple[object, ...]:
-        """What changes when the file does."""
+    @abstractmethod
+    def state(self, name: str) -> tuple[int, ...]:
+        """The bytes of a file, and whatever else changes when it does; raises FileNotFoundError."""
 
+    @abstractmethod
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Some of its bytes; fewer where it ends before."""
+        """Some bytes of a file; fewer where it ends before."""
 
-    def stream(self, name: str) -> BinaryIO:
+    @abstractmethod
+    def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
         """The file, to be read here and there."""
 
+    @abstractmethod
     def index_file(self) -> Path | None:
         """The index beside the shards, on this machine; None where there is none."""
 
 
-class LocalFiles:
-    """Shards in a folder of this machine.
-
-    Args:
-        root: the folder.
-    """
+class LocalFiles(Files):
+    """Files below a folder of this machine."""
 
     remote = False
 
     def __init__(self, root: Path) -> None:
         self.root, self.where = root, str(root)
 
+    def url(self, name: str) -> str:
+        return str(self.root / name)
+
     def names(self) -> list[str]:
-        """The tars of the folder and of its train, val and test."""
         folders = [folder for folder in self.root.iterdir() if split_of(folder.name) and folder.is_dir()]
         found = [tar for folder in (self.root, *folders) for tar in folder.glob("*.tar")]
         return sorted(path.relative_to(self.root).as_posix() for path in found if path.name[0] != ".")
 
     def matching(self, pattern: str) -> list[str]:
-        """The files whose names fit a pattern with ``*`` and ``?``."""
         return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
 
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return (self.root / name).stat().st_size
-
-    def state(self, name: str) -> tuple[object, ...]:
-        """Size and time of the last change."""
+    def state(self, name: str) -> tuple[int, ...]:
         state = (self.root / name).stat()
         return state.st_size, state.st_mtime_ns
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Opened for every image: 15 microseconds, and no limit of open files to run into."""
+        # opened for every image: 15 microseconds, and no limit of open files to run into
         with (self.root / name).open("rb", buffering=0) as file:
             file.seek(start)
             return file.read(stop - start)
 
-    def stream(self, name: str) -> BinaryIO:
-        """The file, opened."""
-        return (self.root / name).open("rb")
+    def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
+        return (self.root / name).open("rb", buffering)
 
     def index_file(self) -> Path | None:
-        """The index in the same folder."""
         file = self.root / INDEX_NAME
         return file if file.is_file() else None
 
 
-def local_files(text: str) -> tuple[Files, list[str] | None]:
-    """The folder, and which of its shards or tables a text names; None for all.
-
-    Raises:
-        UserError: no file fits the pattern.
-    """
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return LocalFiles(path), None
-    if path.is_file():
-        return LocalFiles(path.parent), [path.name]
-    root, pattern = split_pattern(str(path))
-    files = LocalFiles(Path(root or "."))
-    names = names_of(pattern, files.matching)
-    if not names:
-        raise UserError(
-            f"DATA ({text}): no file fits the pattern; quote it, and check its folder and numbers"
-        )
-    return files, names
-
-
-class RemoteFiles:
+class RemoteFiles(Files):
     """Files below a URL. Cheap to pickle: connections are made in the process that reads.
 
     Args:
@@ -202,13 +196,11 @@ class RemoteFiles:
     remote = True
 
     def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/") if urlsplit(root).path.strip("/") else root
-        self.where = self.root
+        self.root = self.where = root.rstrip("/") if urlsplit(root).path.strip("/") else root
         self._sizes: dict[str, int | None] = {}
         self._index: Path | None = None
 
     def url(self, name: str) -> str:
-        """The whole address of a file."""
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -234,37 +226,21 @@ class RemoteFiles:
 
         return with_retries(url, fetch)
 
-    def size(self, name: str) -> int:
-        """Bytes of a file.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            UserError: the server does not tell.
-        """
+    def state(self, name: str) -> tuple[int, ...]:
+        """The size; servers do not agree on times of change, and one that tells no size is a UserError."""
         if self._sizes.get(name) is None:
-            self._sizes[name] = with_retries(self.url(name), lambda: self._info(name))["size"]
+            system, path = _system(self.url(name))
+            self._sizes[name] = with_retries(self.url(name), lambda: system.info(path))["size"]
         size = self._sizes[name]
         if size is None:
             raise UserError(f"{self.url(name)}: the server does not tell its size; copy it here first")
-        return size
+        return (size,)
 
-    def _info(self, name: str) -> dict[str, Any]:
-        system, path = _system(self.url(name))
-        about: dict[str, Any] = system.info(path)
-        return about
-
-    def state(self, name: str) -> tuple[object, ...]:
-        """The size; servers do not agree on times of change."""
-        return (self.size(name),)
-
-    def stream(self, name: str) -> BinaryIO:
-        """The file, to be read here and there in small pieces."""
-        return cast(
-            BinaryIO, io.BufferedReader(RangeFile(partial(self.read, name), self.size(name)), HEADER_BYTES)
-        )
+    def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
+        raw = RangeFile(partial(self.read, name), self.state(name)[0])
+        return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)
 
     def names(self) -> list[str]:
-        """The tars below, directly or in folders named as splits."""
         return sorted(
             name
             for name in self.listing(levels=2)
@@ -272,7 +248,6 @@ class RemoteFiles:
         )
 
     def matching(self, pattern: str) -> list[str]:
-        """The files whose paths fit a pattern with ``*`` and ``?``."""
         return sorted(fnmatch.filter(self.listing(pattern.count("/") + 1), pattern))
 
     def listing(self, levels: int | None = None) -> dict[str, int | None]:
@@ -290,48 +265,29 @@ class RemoteFiles:
         def find() -> dict[str, Any]:
             listed: dict[str, Any] = system.find(path, maxdepth=levels, detail=True)
             if not listed:
-                system.info(path)  # fsspec passes over a server that does not answer; this tells
+                system.info(path)  # fsspec passes over a server that does not answer; this raises
             return listed
 
         found: dict[str, Any] = with_retries(self.root, find, gone={})
-        sizes: dict[str, int | None] = {
-            full.removeprefix(base): about.get("size")
-            for full, about in found.items()
-            if full.startswith(base)
+        sizes = {
+            full.removeprefix(base): info.get("size") for full, info in found.items() if full.startswith(base)
         }
         self._sizes.update(sizes)
         return sizes
 
     def index_file(self) -> Path | None:
-        """The index beside the shards, fetched into the cache; None where there is none."""
         if self._index is not None:
             return self._index
         try:
             data = self.read(INDEX_NAME)
         except FileNotFoundError:
             return None
-        self._index = file = cache_file(
-            "remote-index", self.root, len(data), hashlib.blake2b(data, digest_size=8).hexdigest()
-        )
+        digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+        self._index = file = cache_file("remote-index", self.root, len(data), digest)
         if not file.exists():
             with replacing(file) as temporary:
                 temporary.write_bytes(data)
         return file
-
-
-def remote_files(text: str) -> tuple[RemoteFiles, list[str]]:
-    """The place behind a URL, and which of its shards or tables the URL names.
-
-    Raises:
-        UserError: no file fits the pattern.
-    """
-    scheme, _, rest = text.partition("://")
-    root, pattern = split_pattern(rest)
-    files = RemoteFiles(f"{scheme}://{root}")
-    names = names_of(pattern, files.matching)
-    if not names:
-        raise UserError(f"DATA ({text}): no file fits the pattern; quote it, and check its folder")
-    return files, names
 
 
 class _NoRangesError(Exception):
@@ -339,12 +295,7 @@ class _NoRangesError(Exception):
 
 
 class RangeFile(io.RawIOBase):
-    """A file whose bytes are read where one looks.
-
-    Args:
-        read: the bytes from a first one to the one before another.
-        size: bytes of the whole.
-    """
+    """A file of ``size`` bytes, each read of which is a call of ``read(start, stop)``."""
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         super().__init__()
@@ -391,7 +342,7 @@ def with_retries(url: str, work: Callable[[], Result], gone: Result | None = Non
         except FileNotFoundError as error:
             hidden = _hidden_in(error)
             if hidden is not None:
-                _wait_or_tell(url, hidden, pause)
+                _wait_or_raise(url, hidden, pause)
             elif gone is not None:
                 return gone
             else:
@@ -403,11 +354,11 @@ def with_retries(url: str, work: Callable[[], Result], gone: Result | None = Non
                 f"{url} cannot be read in parts: its server ignores byte ranges; copy it here first"
             ) from None
         except (NotImplementedError, ImportError) as error:
-            raise UserError(f"{url} cannot be opened ({_words(error)})") from error
+            raise UserError(f"{url} cannot be opened ({_reason(error)})") from error
         except (AttributeError, NameError, TypeError):
             raise  # a mistake in a program, which trying again would only hide
         except Exception as error:  # aiohttp's, botocore's, httpx's and the system's share no ancestor
-            _wait_or_tell(url, error, pause)
+            _wait_or_raise(url, error, pause)
     raise AssertionError("the last try returns or raises")
 
 
@@ -421,13 +372,12 @@ def _hidden_in(error: FileNotFoundError) -> BaseException | None:
     return cause if (status not in (404, 410) if status is not None else of_connection) else None
 
 
-def _wait_or_tell(url: str, error: BaseException, pause: float | None) -> None:
-    """Waits before the next try, or says why there is none."""
+def _wait_or_raise(url: str, error: BaseException, pause: float | None) -> None:
     if _is_final(error):
-        raise UserError(f"{url} is refused ({_words(error)}); check address and rights") from error
+        raise UserError(f"{url} is refused ({_reason(error)}); check address and rights") from error
     if pause is None:
         raise UserError(
-            f"{url} cannot be read after {len(BACKOFF) + 1} tries ({_words(error)}); check the connection, "
+            f"{url} cannot be read after {len(BACKOFF) + 1} tries ({_reason(error)}); check the connection, "
             "then the same command goes on"
         ) from error
     time.sleep(pause)
@@ -447,14 +397,14 @@ def _status(error: BaseException) -> int | None:
     return next((status for status in found if isinstance(status, int)), None)
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     status = _status(error)
     if status is not None:
         return f"status {status}"
     chain = (error, error.__cause__, error.__context__)
-    if errno.ECONNREFUSED in {getattr(one, "errno", None) for one in chain}:
+    if errno.ECONNREFUSED in {getattr(link, "errno", None) for link in chain}:
         return "the connection was refused: nothing listens there"
-    if any(isinstance(one, socket.gaierror) for one in chain):
+    if any(isinstance(link, socket.gaierror) for link in chain):
         return "no host of that name was found"
     if isinstance(error, TimeoutError):
         return f"nothing came for {TIMEOUT} seconds"
@@ -472,7 +422,7 @@ def _system(url: str) -> tuple[Any, str]:
         package = EXTRAS.get(protocol, protocol)
         raise UserError(f"{url} needs {package}; pip install 'freqmask[data]'") from error
     except ValueError as error:
-        raise UserError(f"DATA ({url}): {_words(error)}") from error
+        raise UserError(f"DATA ({url}): {_reason(error)}") from error
 
 
 def _options(protocol: str) -> dict[str, Any]:
