@@ -262,7 +262,7 @@ def test_words_become_names_and_mistakes_sentences() -> None:
 
 def test_a_dataset_shows_the_same_corrupted_image_to_every_model(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", random().integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
-    source = open_source(tmp_path / "images.npy", "all")
+    source = open_source(tmp_path / "images.npy", split="all")
     corruption = Corruption("snow", 2, strengths_for(16))
     views = []
     for seed in (0, 1):
