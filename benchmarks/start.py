@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "start.csv"
 PARTS = {  # what is timed: module and name; each includes no other
     "index": ("freqmask.pretraining.job", "part"),
     "survey of values": ("freqmask.pretraining.resolve", "survey"),
-    "measuring an image": ("freqmask.pretraining.resolve", "measure"),
+    "measuring an image": ("freqmask.training.auto", "measure_cost"),
     "plan.png": ("freqmask.pretraining.job", "_draw_plan"),
 }
 

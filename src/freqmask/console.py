@@ -1,21 +1,29 @@
-"""The one place that prints for the user."""
+"""The one place that speaks to the user: texts, the progress bar, and libraries that shall be silent."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # torchrun, Lightning, SLURM, LSF
 _QUIET = "FREQMASK_QUIET"  # in the environment, so that processes started by us inherit it
+_LOUD = (
+    "lightning",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning.pytorch.utilities.rank_zero",
+    "timm",
+)
+LINES_A_RUN = 20  # how often a run without a terminal speaks
 
 
 def say(text: str = "") -> None:
-    """Writes one text and a newline to standard output: by the first process only, and not when quiet.
+    """Writes a text and a newline to standard output: by the first process only, and not when quiet.
 
     What the terminal's encoding cannot show (file names may hold anything) is escaped rather than raised.
-
-    Args:
-        text: what the user shall read; several lines are fine.
     """
     if is_quiet() or rank() != 0:
         return
@@ -25,11 +33,7 @@ def say(text: str = "") -> None:
 
 
 def be_quiet(quiet: bool = True) -> None:
-    """Silences ``say`` in this process and in those that it starts.
-
-    Args:
-        quiet: False lets ``say`` speak again.
-    """
+    """Silences ``say`` in this process and in those that it starts; False lets it speak again."""
     if quiet:
         os.environ[_QUIET] = "1"
     else:
@@ -44,13 +48,10 @@ def is_quiet() -> bool:
 def rank() -> int:
     """The number of this process among those of a distributed run, 0 without one.
 
-    Read from the launcher's environment variables, because it is asked before anything is initialised.
+    Read from the launcher's environment variables, because it is asked before anything is initialized.
     """
-    for name in _RANKS:
-        value = os.environ.get(name, "")
-        if value.isdigit():
-            return int(value)
-    return 0
+    ranks = (os.environ.get(name, "") for name in _RANKS)
+    return next((int(value) for value in ranks if value.isdigit()), 0)
 
 
 def readable_time(seconds: float) -> str:
@@ -75,3 +76,87 @@ def readable_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count / 1e3:.0f} kB"
+
+
+class Progress:
+    """How far a training is: a bar after :meth:`start` on a terminal, elsewhere a line now and then.
+
+    Args:
+        total: optimizer steps of the training.
+        done: steps made before this start.
+        shown: names of the values to show, in order, each with its format.
+        unit: what is counted.
+        lines: how often a whole run speaks where there is no terminal.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        shown: Mapping[str, str],
+        unit: str = "step",
+        lines: int = LINES_A_RUN,
+    ) -> None:
+        self.total, self.done, self.shown, self.unit = total, done, dict(shown), unit
+        self._between = max(total // lines, 1)
+        self._spoken = done
+        self._bar: Any = None
+
+    def start(self) -> None:
+        """Draw the bar, where there is a terminal to draw on."""
+        from tqdm import tqdm
+
+        if rank() == 0 and not is_quiet() and sys.stdout.isatty():
+            self._bar = tqdm(
+                total=self.total,
+                initial=self.done,
+                unit=self.unit,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} left {remaining} {postfix}",
+            )
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Move to ``step`` and show the newest values."""
+        text = ", ".join(form.format(values[name]) for name, form in self.shown.items() if name in values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self.done)
+        elif step == self.total or step - self._spoken >= self._between:
+            self._spoken = step
+            say(f"{self.unit} {step:,} of {self.total:,}" + (f": {text}" if text else ""))
+        self.done = step
+
+    def note(self, text: str) -> None:
+        """Say something without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            say(text)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextmanager
+def silence_third_party_loggers() -> Iterator[None]:
+    """Silence other libraries inside the block, unless FREQMASK_DEBUG is set, and put all back afterwards."""
+    import logging
+    import warnings
+
+    if os.environ.get("FREQMASK_DEBUG"):
+        yield
+        return
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOUD)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -12,7 +12,7 @@ from freqmask.commands.parser import read_words
 from freqmask.commands.pretrain import pretrain
 from freqmask.commands.recipes import recipes
 from freqmask.errors import UserError
-from freqmask.pretraining.settings import check_options
+from freqmask.pretraining.resolve import check_options
 from freqmask.recipes import STATES, read_recipe, recipe_names
 
 ROWS = {

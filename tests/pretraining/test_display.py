@@ -13,7 +13,7 @@ from PIL import Image
 
 from freqmask.artifacts import MARKER
 from freqmask.images import psnr
-from freqmask.pretraining.display import Palette, centred, new_sheet, save_sheet, show_image, spectrum_levels
+from freqmask.pretraining.figures import Palette, centered, new_sheet, save_sheet, show_image, spectrum_levels
 
 
 def random_images(channels: int, seed: int = 0) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_a_faint_image_is_brightened_and_says_by_how_much() -> None:
 def test_a_signed_image_is_shown_around_grey() -> None:
     images = random_images(3)
     colours, note = Palette.of(images).show(0.2 * (images[0] - 0.5))
-    assert note == "around grey x5.1"
+    assert note == "around gray x5.1"
     assert abs(colours.mean() - 0.5) < 0.05
 
 
@@ -75,9 +75,9 @@ def test_a_black_or_broken_image_is_shown_black() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9), (6, 5), (5, 8)])
-def test_a_centred_mask_is_the_whole_spectrums(height: int, width: int) -> None:
+def test_a_centered_mask_is_the_whole_spectrums(height: int, width: int) -> None:
     magnitude = torch.fft.fft2(torch.rand(height, width, dtype=torch.float64)).abs()
-    shown = centred(magnitude[:, : width // 2 + 1], width)
+    shown = centered(magnitude[:, : width // 2 + 1], width)
     torch.testing.assert_close(shown, torch.fft.fftshift(magnitude))
 
 

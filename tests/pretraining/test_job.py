@@ -232,7 +232,7 @@ def test_without_out_the_newest_unfinished_run_goes_on(
     with pytest.raises(RuntimeError):
         train_until_without_out(4)
     run = freqmask.pretrain("builtin:digits", **{**TINY, "checkpoint_every_steps": 2})
-    assert "goes on from step-00000002.ckpt" in capsys.readouterr().out
+    assert "resumes from step-00000002.ckpt" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
     second = freqmask.pretrain("builtin:digits", **{**TINY, "checkpoint_every_steps": 2})
     assert second.name != run.name
@@ -399,7 +399,7 @@ def test_where_compiling_fails_the_run_goes_on_and_says_so(
     monkeypatch.setattr(torch.nn.Module, "compile", refuse)
     run = freqmask.pretrain("builtin:digits", **TINY, compile=True, out=str(tmp_path / "run"))
     assert (
-        "torch.compile cannot be used here (no compiler here); going on without it" in capsys.readouterr().out
+        "torch.compile cannot be used here (no compiler here); training without it" in capsys.readouterr().out
     )
     assert (run / "summary.json").is_file()
 
@@ -439,7 +439,7 @@ def test_ctrl_c_and_sigterm_save_first_and_say_how_to_go_on(number: int, code: i
     process.send_signal(number)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == code, shown
-    assert "the same command goes on" in shown
+    assert "the same command resumes" in shown
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     assert "Traceback" not in shown
 

@@ -8,13 +8,7 @@ import freqmask
 from freqmask.commands.given import declared, given_values
 from freqmask.errors import UserError
 from freqmask.methods import METHODS
-from freqmask.pretraining.settings import (
-    check_options,
-    in_steps,
-    method_defaults,
-    method_settings,
-    parse_image_size,
-)
+from freqmask.pretraining.resolve import check_options, method_defaults, method_settings, parse_image_size
 
 KNOWN = declared(freqmask.pretrain)
 
@@ -47,11 +41,10 @@ def test_what_a_method_has_beside_the_options_given_is_recorded_as_the_filter_us
 
 def test_a_method_counts_in_steps_and_a_person_in_epochs() -> None:
     options = {"method": "folk", "freeze_last_layer_epochs": 2.0, "outputs": 64, "lr": 0.1}
-    settings = method_settings(options)
-    assert in_steps(settings, "folk", 50.5) == {"outputs": 64, "freeze_last_layer_steps": 101}
-    assert in_steps(settings, "folk", None) == {"outputs": 64}
-    assert in_steps({}, "folk", 50.0) == {"freeze_last_layer_steps": 50}
-    assert in_steps({}, "mfm", 50.0) == {}
+    assert method_settings(options, 50.5) == {"outputs": 64, "freeze_last_layer_steps": 101}
+    assert method_settings(options) == {"outputs": 64}
+    assert method_settings({"method": "folk"}, 50.0) == {"freeze_last_layer_steps": 50}
+    assert method_settings({"method": "mfm"}, 50.0) == {}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +77,10 @@ def test_what_cannot_be_is_named_with_the_way_out(changes: dict[str, Any], words
         check(**changes)
 
 
+def test_an_option_of_a_filter_belongs_to_methods_that_use_it_otherwise() -> None:
+    check(method="words", radius=8)
+
+
 def test_all_problems_come_in_one_message() -> None:
     with pytest.raises(UserError) as caught:
         check(steps=-1, lr=-1)
@@ -100,7 +97,7 @@ def test_image_sizes_are_sides_or_height_by_width(text: Any, size: object) -> No
     assert parse_image_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["big", "1x2x3", "64x"])
-def test_other_image_sizes_are_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["big", "1x2x3", "64x", 0, "64x0", -4])
+def test_other_image_sizes_are_refused(text: Any) -> None:
     with pytest.raises(UserError, match="image_size"):
         parse_image_size(text)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from freqmask.console import readable_time
 from freqmask.training import auto
 from freqmask.training.auto import Cost
 
@@ -87,4 +88,4 @@ def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("seconds", "words"), [(20, "20 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours")])
 def test_durations_read_as_a_person_says_them(seconds: float, words: str) -> None:
-    assert auto.readable_time(seconds) == words
+    assert readable_time(seconds) == words

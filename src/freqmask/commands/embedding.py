@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 
-from freqmask.console import say
+from freqmask.console import Progress, say
 from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.interop.feature_parts import Embedding, Place, Wanted, finish, plan_parts, work_through
 from freqmask.interop.feature_tables import task_of
 from freqmask.interop.models import OpenedModel
-from freqmask.pretraining.resolve import pick_device
-from freqmask.pretraining.settings import check_accelerator
-from freqmask.training.auto import check_started_once, choose_devices, choose_workers
-from freqmask.training.progress import Progress
+from freqmask.training.auto import check_started_once, choose_devices, choose_workers, pick_device
 from freqmask.training.worker_pool import DiedError, WorkerPool
 
 _SHOWN_SKIPPED = 3
@@ -58,9 +55,8 @@ def choose_place(
     Raises:
         UserError: a device that is not here, or a number out of range.
     """
-    check_accelerator(accelerator)
-    check_started_once("embed")
     device = pick_device(accelerator)
+    check_started_once("embed")
     chosen = choose_devices(devices, device, accelerator)
     batch = (256 if device.type == "cuda" else 32) if batch_size == "auto" else batch_size
     loaders = workers

@@ -170,8 +170,8 @@ def _say_size(parts: Any, size: int, mean: float, out: Path) -> None:
 
 def _progress(parts: Any, settings: Any, out: Path) -> tuple[Any, Any]:
     """The bar, and what moves it."""
+    from freqmask.console import Progress
     from freqmask.data.sharding import images_there
-    from freqmask.training.progress import Progress
 
     there, began = images_there(out, parts, settings), time.monotonic()
     if there:

@@ -28,7 +28,7 @@ def pretrain(data: list[Any] | None = None, *, config: str | None = None, **opti
     """Pre-train a backbone on images without labels.
 
     With no argument at all it trains a small ViT on photographs that come with scikit-image: three minutes
-    on a laptop that show what the method does. Interrupted, it goes on where it was when you type the same
+    on a laptop that show what the method does. Interrupted, it resumes where it was when you type the same
     command again.
 
     Args:

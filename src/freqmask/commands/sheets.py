@@ -16,15 +16,15 @@ from freqmask.interop.feature_parts import still_images
 from freqmask.interop.feature_tables import nearest_neighbours
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.reconstruction import Band
-from freqmask.pretraining.display import (
+from freqmask.pretraining.figures import (
     Palette,
+    filter_names,
     new_sheet,
     save_sheet,
     show_image,
     spectrum_levels,
     spectrum_scale,
 )
-from freqmask.pretraining.figures import filter_names
 from freqmask.pretraining.plan import printable
 from freqmask.rng import combine, identity_of, sample_key
 

@@ -45,8 +45,7 @@ def spectra(
     import torch
 
     from freqmask.filters import build_filter
-    from freqmask.pretraining.display import read_squares
-    from freqmask.pretraining.figures import apply_filter, draw_filters, filter_table
+    from freqmask.pretraining.figures import apply_filter, draw_filters, filter_table, read_squares
     from freqmask.rng import identity_of, sample_key
     from freqmask.training.files import check_writable
 

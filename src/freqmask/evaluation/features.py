@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freqmask.console import say
+from freqmask.console import Progress, say
 from freqmask.data.cache import cache_file, cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler
@@ -21,8 +21,13 @@ from freqmask.data.source import Source, Subset
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.images import as_float
-from freqmask.training.auto import check_started_once, choose_devices, choose_workers, usable_cores
-from freqmask.training.progress import Progress
+from freqmask.training.auto import (
+    check_started_once,
+    choose_devices,
+    choose_workers,
+    pick_device,
+    usable_cores,
+)
 from freqmask.training.worker_pool import Work, WorkerPool
 
 _LAYOUT = 1  # raised when the same key would mean other numbers
@@ -102,21 +107,6 @@ class ComputeConfig:
         """End the processes of the other devices, if there are any."""
         if self.replicas is not None:
             self.replicas.close()
-
-
-def pick_device(accelerator: str) -> torch.device:
-    """The device of an accelerator's name; ``auto`` is CUDA, then Apple's, then the CPU.
-
-    Raises:
-        UserError: it is not here.
-    """
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = "cuda" if accelerator == "gpu" else accelerator
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))
-    if not here.get(name):
-        raise UserError(f"accelerator ({accelerator}) is not here; try --accelerator cpu")
-    return torch.device(name)
 
 
 def _describe_devices(devices: Sequence[torch.device]) -> str:

@@ -17,7 +17,7 @@ from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import choose_split, split_indices, split_of
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import pixel_hashes
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 
 DATA_WITH_LABELS = (
     "a folder with one folder a class, a parquet file with a label column, an .npz with labels, "

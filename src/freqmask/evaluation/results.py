@@ -28,8 +28,7 @@ from freqmask.evaluation.scores import (
     segmentation_score,
     segmented_classes,
 )
-from freqmask.training.checkpoint import replace_atomically
-from freqmask.training.files import append_row, check_writable
+from freqmask.training.files import append_row, check_writable, replace_atomically
 from freqmask.training.run_folder import now
 
 RESULTS = "results.csv"

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 
 from freqmask import __version__
-from freqmask.console import rank, readable_bytes, readable_time, say
+from freqmask.console import rank, readable_bytes, readable_time, say, silence_third_party_loggers
 from freqmask.data.source import Source
 from freqmask.errors import UserError
-from freqmask.evaluation.features import pick_device
-from freqmask.training.auto import Choice, Cost, choose_precision, choose_row, choose_workers
+from freqmask.training.auto import Choice, Cost, choose_machine, choose_row, pick_device
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.failures import silence_third_party_loggers
 from freqmask.training.loop import images_at_once
 from freqmask.training.run_folder import RunFolder, comparable, heading, now
 
@@ -68,10 +66,8 @@ class Numbers:
         """
         device = pick_device(self.asked["accelerator"])
         self.values |= {"accelerator": device.type, "num_nodes": 1, "strategy": strategy}
-        count = torch.cuda.device_count() if device.type == "cuda" else 1
-        self.take("devices", Choice(count, "all of them" if count > 1 else "one device here"))
-        self.take("workers", choose_workers(device.type == "cuda"))
-        self.take("precision", choose_precision(device.type))
+        for name, choice in choose_machine(device).items():
+            self.take(name, choice)
         return device
 
     def take_records(self) -> None:

@@ -23,7 +23,7 @@ from freqmask.errors import UserError
 from freqmask.interop.feature_space import features_by_name
 from freqmask.interop.feature_tables import join_parts
 from freqmask.interop.models import OpenedModel
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 
 _PART_BYTES = 256 * 2**20  # of features in memory before a part is written
 _MOST_IMAGES = 8192  # of a part: no more than these are computed again after a crash

@@ -21,7 +21,7 @@ from torch import Tensor
 from freqmask.errors import UserError
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.timm_folder import OURS, write_tensors
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 
 PLAIN, CENTERED, WHITENED = "plain", "centered", "whitened"
 KINDS = (PLAIN, CENTERED, WHITENED)

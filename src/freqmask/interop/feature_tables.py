@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
 from freqmask.errors import UserError
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 
 SUFFIXES = (".parquet", ".npy")
 _ROWS = 8192  # read at once when a file is searched

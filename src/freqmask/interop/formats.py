@@ -29,7 +29,8 @@ from freqmask.interop.models import OpenedClassifier, OpenedModel
 from freqmask.interop.outputs import check_out, new_folder
 from freqmask.interop.timm_folder import DECODER, Pooled, write_timm_folder
 from freqmask.interop.weights import run_state
-from freqmask.training.checkpoint import replace_atomically, save_atomically
+from freqmask.training.checkpoint import save_atomically
+from freqmask.training.files import replace_atomically
 from freqmask.training.run_folder import RunFolder
 
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, nearest
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 from freqmask.training.run_folder import RunFolder
 
 CONFIG = "config.json"

@@ -213,8 +213,7 @@ def typed_options(known: Mapping[str, Option]) -> dict[str, Option]:
     found = {}
     for own in known.values():
         if own.epochs is not None:
-            name = own.name.replace("_steps", "_epochs")
-            own = replace(own, name=name, kind=float, default=own.epochs, help=f"epochs {own.help}")
+            own = replace(own, name=own.typed, kind=float, default=own.epochs, help=f"epochs {own.help}")
         if own.name in FROM_DATA:
             found[own.name] = own
             continue

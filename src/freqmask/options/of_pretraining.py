@@ -25,7 +25,7 @@ class First:
         "`--patch_size` are passed on to it",
     )
     image_size: int | list[int] | str = option(
-        "auto", "side in pixels that the network sees, or HEIGHTxWIDTH; auto goes by the median image"
+        "auto", "input size in pixels: a side, or HEIGHTxWIDTH; auto goes by the median image"
     )
     hours: float | None = option(
         None,
@@ -58,7 +58,7 @@ class First:
     )
     out: str | None = option(
         None,
-        "folder of the run; without it the newest unfinished run of the same options goes on, else "
+        "folder of the run; without it the newest unfinished run of the same options is resumed, else "
         "runs/METHOD-BACKBONE-N is new",
     )
     dry_run: bool = option(False, "print the plan, draw plan.png, and stop")
@@ -69,7 +69,7 @@ class Images:
     """Images."""
 
     channels: int | Auto = option(
-        "auto", "channels that the network sees; auto is the commonest count among the images", least=1
+        "auto", "channels of the input; auto is the commonest count among the images", least=1
     )
     convert_channels: bool | Auto = option(
         "auto",
@@ -176,7 +176,7 @@ class RunRecords(Records):
     probe_data: list[str] | None = option(
         None,
         "images with labels (a folder a class, or as for `freqmask evaluate`) on which k-NN and a small linear head "
-        "are measured while the training goes on; they are never learnt from",
+        "are measured during the training; they are never trained on",
     )
     probe_every_epochs: float | Auto = option(
         "auto", "how often, and how often the rank of held-out features is; auto is ten times a run", above=0

@@ -111,6 +111,11 @@ class Option:
     shown: str | None = None
 
     @property
+    def typed(self) -> str:
+        """Its name as a person types it, who counts in epochs."""
+        return self.name if self.epochs is None else self.name.replace("_steps", "_epochs")
+
+    @property
     def title(self) -> str:
         """What it is called on a command line."""
         return self.name.upper() if self.positional else f"--{self.name}"

@@ -1,8 +1,12 @@
-"""Figures: a run's inputs before the first step, what it fills in while it learns, and what filters do to an image."""
+"""Images, spectra and filters made visible: `plan.png`, previews, the picture of every filter.
+
+Any number of channels, faint and signed images are shown, each with a note of what was done to make it visible.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,49 +16,234 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from freqmask.backbones import eval_no_grad
+from freqmask.data.decode import open_file
+from freqmask.errors import BadImage, UserError
 from freqmask.images import as_float, psnr
-from freqmask.pretraining.display import (
-    Palette,
-    centred,
-    new_sheet,
-    save_sheet,
-    show_image,
-    spectrum_levels,
-    spectrum_scale,
-)
 from freqmask.rng import combine
-from freqmask.spectrum import pair_weights, power, rfft2
+from freqmask.spectrum import full_spectrum, log_magnitude, pair_weights, power, rfft2
+from freqmask.training.files import replace_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from freqmask.filters import Filter
+
+
+_PIXELS = 20_000  # enough to find three principal components, few enough to take no time
+_TEXT: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a file name may hold a dollar sign
+_CAPTION = 0.34  # inches for two lines above a picture
+_HEADING = 0.3  # inches for the title
+_FAINT = 0.5  # an image whose highlights stay below this is brightened
+_SIGNED = 0.25  # an image whose shadows reach this far below zero, as a share of its highlights, is signed
+
+
+@dataclass(frozen=True)
+class Palette:
+    """How images of any number of channels become colours, the same for all pictures of one sheet.
+
+    One channel is shown grey, two as red and cyan, three as they are; more by their first three principal
+    components, found on the reference images.
+
+    Attributes:
+        weights: ``(3, C)`` or ``(1, C)``, from channels to colours.
+        low: what becomes 0 after weighing, one number a colour.
+        high: what becomes 1 after weighing, one number a colour.
+        center: the image value around which signed images are shown, one number a channel.
+        spread: how far from the center an image may go, in image units.
+    """
+
+    weights: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    center: np.ndarray
+    spread: float
+
+    @classmethod
+    def of(cls, images: Float[Tensor, "batch channel height width"]) -> Palette:
+        """The palette for images like these, in [0, 1]."""
+        channels = images.shape[1]
+        if channels <= 3:
+            weights = {1: np.eye(1), 2: np.array([[1.0, 0], [0, 1], [0, 1]]), 3: np.eye(3)}[channels]
+            unit = np.ones(len(weights))
+            return cls(weights, 0 * unit, unit, np.full(channels, 0.5), 0.5)
+        pixels = images.detach().double().movedim(1, -1).flatten(0, -2)
+        pixels = np.nan_to_num(pixels[:: max(1, len(pixels) // _PIXELS)].cpu().numpy())
+        center = pixels.mean(axis=0)
+        _, directions = np.linalg.eigh(np.cov(pixels.T))
+        weights = directions[:, :-4:-1].T  # the three largest, largest first
+        weights = weights * np.where(weights.sum(axis=1, keepdims=True) < 0, -1, 1)  # brighter is more
+        low, high = np.percentile(pixels @ weights.T, (1, 99), axis=0)
+        spread = float(np.percentile(np.abs(pixels - center), 99))
+        return cls(weights, low, np.maximum(high, low + 1e-6), center, max(spread, 1e-6))
+
+    def show(self, image: Float[Tensor, "channel height width"]) -> tuple[np.ndarray, str]:
+        """Colours in [0, 1], ``(H, W, 3)`` or ``(H, W)``, and what was done to make the image visible.
+
+        Args:
+            image: in [0, 1] or, for a part of an image, with negative values.
+
+        Returns:
+            The colours; the note is empty where the image is shown as it is.
+        """
+        values, note = np.nan_to_num(image.detach().float().cpu().numpy(), posinf=0.0, neginf=0.0), ""
+        low, high = np.percentile(values, (1, 99))
+        bright = float(self.center.max()) + self.spread
+        if low < -_SIGNED * max(high, 1e-6):
+            gain = self.spread / max(-low, high)
+            values, note = self.center[:, None, None] + gain * values, f"around gray x{gain:.1f}"
+        elif 0 < high < _FAINT * bright:
+            values, note = bright / high * values, f"brightened x{bright / high:.1f}"
+        colours = np.einsum("kc,chw->hwk", self.weights, values)
+        colours = np.clip((colours - self.low) / (self.high - self.low), 0, 1)
+        return (colours[..., 0] if len(self.weights) == 1 else colours), note
+
+
+def centered(
+    keep: Float[Tensor, "*batch height half_width"], width: int
+) -> Float[Tensor, "*batch height width"]:
+    """A keep mask of half-spectrum bins as the whole spectrum, DC in the center.
+
+    Args:
+        keep: 1 = kept, in ``rfft2``'s layout.
+        width: the images' width in pixels.
+    """
+    return torch.fft.fftshift(full_spectrum(keep, width), dim=(-2, -1))
+
+
+def spectrum_levels(images: Float[Tensor, "*batch channel height width"]) -> np.ndarray:
+    """Decimal logarithm of the magnitude ``(*batch, H, W)``, mean of the channels, DC in the center.
+
+    The floor of 1e-3 is far below the spectrum of 8-bit rounding (ortho-normal), so that a hole is dark.
+    """
+    magnitude = torch.expm1(log_magnitude(images.detach().float().cpu())).mean(dim=-3)
+    return np.log10(np.nan_to_num(magnitude.numpy(), posinf=0.0) + 1e-3)
+
+
+def spectrum_scale(levels: np.ndarray) -> dict[str, Any]:
+    """Colours for the spectra of one image: the original's range, so that a hole is seen as a hole.
+
+    Args:
+        levels: the original's, from ``spectrum_levels``.
+    """
+    from matplotlib import colormaps
+
+    low, high = np.percentile(levels, (2, 99.9))
+    # 16 colours: more are not told apart in noise, and make the file much larger
+    return {
+        "cmap": colormaps["magma"].resampled(16),
+        "interpolation_stage": "data",  # levels are averaged, not colours: no new ones arise
+        "vmin": low - 0.5,
+        "vmax": max(high, low + 1e-3),
+    }
+
+
+def new_sheet(rows: int, columns: int, aspect: float, title: str, cell: float = 1.5) -> tuple[Figure, Any]:
+    """A figure of equal cells, and its axes ``(rows, columns)``, without pyplot's global state.
+
+    Args:
+        rows: of cells.
+        columns: of cells.
+        aspect: height over width of the images shown.
+        title: a line above all.
+        cell: width of a cell in inches.
+    """
+    from matplotlib.figure import Figure
+
+    picture = cell * min(max(aspect, 0.3), 3.0)
+    height = rows * (picture + _CAPTION) + _HEADING
+    figure = Figure(figsize=(columns * cell, height), dpi=100)
+    figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top", parse_math=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    top = 1 - (_HEADING + _CAPTION) / height
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.0, top=top, wspace=0.05, hspace=_CAPTION / picture)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def show_image(axis: Axes, colours: np.ndarray, *lines: str, **scale: Any) -> None:
+    """One image, ``(H, W)`` or ``(H, W, 3)``, with its lines of text above it; empty ones are left out.
+
+    ``scale`` is ``imshow``'s ``vmin``, ``vmax`` and ``cmap``, for what is not an image in [0, 1].
+    """
+    axis.imshow(colours, **{"vmin": 0.0, "vmax": 1.0, "cmap": "gray", **scale})
+    axis.set_title("\n".join(line for line in lines if line), pad=2, **_TEXT)
+
+
+def save_sheet(figure: Figure, path: str | Path) -> Path:
+    """Writes a PNG atomically."""
+    path = Path(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # names in any script
+        replace_atomically(path, lambda unfinished: figure.savefig(unfinished, format="png"))
+    return path
+
+
+def read_squares(files: list[str], image_size: int | None) -> dict[str, Tensor]:
+    """The middle squares of image files, all of one size.
+
+    Args:
+        files: their paths.
+        image_size: side in pixels; None is 224, or the shortest side among the images where that is smaller.
+
+    Returns:
+        (C, size, size) in [0, 1] by the file's name, numbered where two files have the same.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    squares = [_read_square(file) for file in files]
+    size = image_size or min(224, *(square.shape[-1] for square in squares))
+    names = [Path(file).name for file in files]
+    unique = len(set(names)) == len(names)
+    return {
+        name if unique else f"{number} {name}": interpolate(
+            square[None], size=(size, size), mode="bicubic", antialias=True
+        )[0].clamp(0, 1)
+        for number, (name, square) in enumerate(zip(names, squares, strict=True), start=1)
+    }
+
+
+def _read_square(file: str) -> Tensor:
+    try:
+        picture = open_file(Path(file))
+        height, width = picture.size
+        side = min(height, width)
+        pixels = picture.decode(box=((height - side) // 2, (width - side) // 2, side, side))
+    except BadImage as error:
+        raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
+    values = pixels.astype(np.float32)
+    # 8 bits are shown as they are; other types rarely fill their range and are stretched between percentiles
+    low, high = (0.0, 255.0) if pixels.dtype == np.uint8 else np.nanpercentile(values, (0.1, 99.9))
+    values = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    return torch.from_numpy(np.nan_to_num(values, nan=float(np.nanmean(values))))
 
 
 _INPUTS = 8  # columns of plan.png
 _IMAGES = 4  # rows of a preview
 _COLUMNS = (
     "original",
-    "what the model saw",
+    "filtered input",
     "missing part filled in",
     "spectrum: original",
-    "spectrum: seen",
+    "spectrum: filtered",
     "spectrum: filled in",
 )
 
 
 @torch.no_grad()
 def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Int64[Tensor, " batch"]) -> Path:
-    """Draws eight inputs as the method sees them: the view, what is left of it, and what its spectrum keeps.
+    """Draws eight inputs as the method sees them into a PNG: the view, what is left of it, what its spectrum keeps.
 
     Args:
-        path: the PNG to write.
+        path: the PNG; it is returned.
         views: ``n_views`` batches ``(B, C, H, W)``, uint8 in 0..255 or float in [0, 1].
         method: the method that will be trained; its mode and weights are left as they are.
-        keys: the batch's keys, so that the picture shows what a step with them would see.
-
-    Returns:
-        The path written.
+        keys: the batch's keys, so that the figure shows what a step with them would see.
     """
     images = [as_float(view[:_INPUTS]) for view in views]
     palette = Palette.of(torch.cat(images))
@@ -66,29 +255,24 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Int6
     for number, view in enumerate(images):
         view_keys = combine(keys[:_INPUTS], number)
         with eval_no_grad(method):  # in train mode batch norm would take note of these images
-            seen = method.reconstruct(view, view_keys)
+            shown = method.reconstruct(view, view_keys)
         names = filter_names(method, view_keys)
         label = f"view {number + 1}" if len(images) > 1 else ""
         for column, cells in enumerate(axes[3 * number : 3 * number + 3].T):
             _draw_image(cells[0], palette, view[column], label)
-            _draw_image(cells[1], palette, seen["filtered"][column], names[column])
-            _draw_keep(cells[2], seen["keep"][column], seen["filtered"][column])
+            _draw_image(cells[1], palette, shown["filtered"][column], names[column])
+            _draw_keep(cells[2], shown["keep"][column], shown["filtered"][column])
     return save_sheet(figure, path)
 
 
 def draw_preview(path: str | Path, reconstruction: Mapping[str, Tensor], title: str) -> Path:
-    """Draws four images: original, what the model saw, the missing part filled in, and the three spectra.
-
-    Above what the model saw and what it filled in stands their PSNR against the original, in dB.
+    """Draws four images: original, filtered input, the missing part filled in, with their PSNR, and three spectra.
 
     Args:
-        path: the PNG to write.
+        path: the PNG; it is returned.
         reconstruction: from ``method.reconstruct``: ``target``, ``filtered`` and ``filled``
             ``(B, C, H, W)`` in [0, 1].
-        title: what the picture is of.
-
-    Returns:
-        The path written.
+        title: a line above all.
     """
     target, seen, filled = (
         reconstruction[name][:_IMAGES].float().cpu() for name in ("target", "filtered", "filled")
@@ -128,9 +312,9 @@ def _decibel(image: Tensor, target: Tensor) -> str:
 
 
 def _draw_keep(axis: Any, keep: Tensor, seen: Tensor) -> None:
-    mask = centred(keep.mean(dim=0), seen.shape[-1]).float().cpu().numpy()
+    mask = centered(keep.mean(dim=0), seen.shape[-1]).float().cpu().numpy()
     if mask.any():
-        show_image(axis, mask, f"{mask.mean():.1%} kept", vmax=1.12)  # light grey: white has no edge on paper
+        show_image(axis, mask, f"{mask.mean():.1%} kept", vmax=1.12)  # light gray: white has no edge on paper
     else:
         levels = spectrum_levels(seen)
         show_image(axis, levels, "its spectrum", **spectrum_scale(levels))
@@ -153,7 +337,7 @@ class Filtering:
         name: the filter in its own words.
         kept: the filtered image ``(C, H, W)``, not clamped.
         removed: the image less what was kept.
-        keep: the whole spectrum's mask ``(H, W)``, DC in the centre, mean of the channels.
+        keep: the whole spectrum's mask ``(H, W)``, DC in the center, mean of the channels.
         bins: share of the spectrum's bins that is kept, 0 to 1.
         energy: share of the energy that is kept, 0 to 1, the mean (DC) left out of account.
     """
@@ -170,14 +354,7 @@ class Filtering:
 def apply_filter(
     name: str, image_filter: Filter, image: Float[Tensor, "channel height width"], keys: Tensor
 ) -> Filtering:
-    """Passes one image in [0, 1] through a filter and measures what is left of it.
-
-    Args:
-        name: the filter in its own words.
-        image_filter: the filter.
-        image: any number of channels.
-        keys: ``(1,)``, for filters that draw.
-    """
+    """Passes one image in [0, 1] through a filter, with ``(1,)`` keys, and measures what is left of it."""
     kept, keep = image_filter(image[None], keys)
     height, width = image.shape[-2:]
     weights = pair_weights(height, width)
@@ -188,7 +365,7 @@ def apply_filter(
         name=name,
         kept=kept[0],
         removed=image - kept[0],
-        keep=centred(keep[0].mean(dim=0), width),
+        keep=centered(keep[0].mean(dim=0), width),
         bins=float((weights * keep[0].mean(dim=0)).sum() / (height * width)),
         energy=float((energies * keep[0].square()).sum() / total),
     )
@@ -199,23 +376,23 @@ def draw_filters(
     images: Mapping[str, Float[Tensor, "channel height width"]],
     filterings: Sequence[Sequence[Filtering]],
 ) -> Path:
-    """Draws kept part, removed part and spectrum of every filter on every image.
-
-    In the spectra, what is kept is coloured and what is removed is grey.
+    """Draws kept part, removed part and spectrum (kept: colored, removed: gray) of every filter on every image.
 
     Args:
-        path: the PNG to write.
+        path: the PNG; it is returned.
         images: name to image in [0, 1], all of one size.
         filterings: for every filter the images in the same order.
     """
     blocks = max(1, _SHEET_COLUMNS // (3 * len(images)))  # filters side by side
     rows = 1 + -(-len(filterings) // blocks)
     height, width = next(iter(images.values())).shape[-2:]
-    title = "filters: the kept part, the removed part, the spectrum (kept: coloured, removed: grey)"
+    title = "filters: the kept part, the removed part, the spectrum (kept: colored, removed: gray)"
     figure, axes = new_sheet(rows, 3 * blocks * len(images), height / width, title, cell=1.75)
     for number, (name, image) in enumerate(images.items()):
         palette, spectrum = Palette.of(image[None]), spectrum_levels(image)
-        _draw_original(axes[0, 3 * number : 3 * number + 3], palette, image, spectrum, name)
+        colours, note = palette.show(image)
+        show_image(axes[0, 3 * number], colours, name, note)
+        show_image(axes[0, 3 * number + 2], _dimmed(spectrum, np.ones_like(spectrum)), "its spectrum")
         for position, row_of_images in enumerate(filterings):
             row, block = 1 + position // blocks, position % blocks
             first = 3 * (block * len(images) + number)
@@ -238,22 +415,10 @@ def filter_table(images: Sequence[str], filterings: Sequence[Sequence[Filtering]
     return "\n".join(lines)
 
 
-def _draw_original(cells: Any, palette: Palette, image: Tensor, spectrum: np.ndarray, name: str) -> None:
-    colours, note = palette.show(image)
-    show_image(cells[0], colours, name, note)
-    show_image(cells[2], _dimmed(spectrum, np.ones_like(spectrum)), "its spectrum")
-
-
 def _draw_filtering(cells: Any, palette: Palette, filtering: Filtering, spectrum: np.ndarray) -> None:
-    kept, kept_note = palette.show(filtering.kept)
-    removed, removed_note = palette.show(filtering.removed)
-    show_image(cells[0], kept, filtering.name, _joined(f"kept {filtering.energy:.1%}", kept_note))
-    show_image(cells[1], removed, f"removed {1 - filtering.energy:.1%}", removed_note)
+    _draw_image(cells[0], palette, filtering.kept, filtering.name, f"kept {filtering.energy:.1%}")
+    _draw_image(cells[1], palette, filtering.removed, f"removed {1 - filtering.energy:.1%}")
     show_image(cells[2], _dimmed(spectrum, filtering.keep.numpy()), f"{filtering.bins:.1%} of the bins")
-
-
-def _joined(*facts: str) -> str:
-    return ", ".join(fact for fact in facts if fact)
 
 
 def _dimmed(spectrum: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -261,6 +426,6 @@ def _dimmed(spectrum: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
     low, high = np.percentile(spectrum, (1, 99.9))
     level = np.clip((spectrum - low) / max(high - low, 1e-6), 0, 1)
-    coloured = colormaps["viridis"].resampled(16)(level)[..., :3]
-    grey = np.repeat(0.15 + 0.3 * level[..., None], 3, axis=-1)
-    return keep[..., None] * coloured + (1 - keep[..., None]) * grey
+    colored = colormaps["viridis"].resampled(16)(level)[..., :3]
+    gray = np.repeat(0.15 + 0.3 * level[..., None], 3, axis=-1)
+    return keep[..., None] * colored + (1 - keep[..., None]) * gray

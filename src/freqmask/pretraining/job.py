@@ -1,10 +1,10 @@
-"""A pre-training from its options to its end: set up, fit, tell."""
+"""A pre-training from its options to its end: set up or resume, train, report."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from freqmask import __version__
-from freqmask.console import rank, say
+from freqmask.console import rank, say, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
 from freqmask.data.source import Source, Subset
 from freqmask.data.sources import open_source
@@ -21,51 +21,52 @@ from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData, open_labelled
 from freqmask.images import as_float
+from freqmask.interop.weights import load_initial
 from freqmask.options import command_words
 from freqmask.pretraining import plan
 from freqmask.pretraining.cache_on_device import keep_images
 from freqmask.pretraining.figures import draw_plan
 from freqmask.pretraining.pretraining_module import augmented
-from freqmask.pretraining.resolve import Resolved, make_augmentation, make_geometries, make_method, resolve
-from freqmask.pretraining.resume import (
-    CHOSEN_BY_RANK_0,
-    Continued,
-    check_processes,
-    continue_run,
-    find_run,
-    follows,
-    say_finished,
-    without_out,
+from freqmask.pretraining.resolve import (
+    Resolved,
+    check_options,
+    make_augmentation,
+    make_geometries,
+    make_method,
+    parse_image_size,
+    resolve,
 )
-from freqmask.pretraining.settings import check_accelerator, check_options
 from freqmask.pretraining.task import Pretraining, make_dataset
 from freqmask.pretraining.watch import first_batch
+from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
-from freqmask.training.auto import usable_cores
-from freqmask.training.failures import silence_third_party_loggers
+from freqmask.training.auto import launched_processes, pick_device, usable_cores, world_size
+from freqmask.training.checkpoint import newest_usable
 from freqmask.training.files import check_writable
 from freqmask.training.loop import train
-from freqmask.training.run_folder import RUNS, RunFolder, comparable, heading, new_run, now
+from freqmask.training.run_folder import (
+    LOCK,
+    RUNS,
+    STATE,
+    RunFolder,
+    comparable,
+    heading,
+    new_run,
+    newest_unfinished,
+    now,
+)
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
 PASS_RATIO = 0.8  # --overfit: the loss must fall below this share of where it began
-
-
-@dataclass
-class Images:
-    """The images of a run, parted.
-
-    Attributes:
-        source: all of them.
-        train: what is learnt from.
-        held_out: what the loss is measured on; None where there are too few.
-        probed: images with labels to measure features on, if asked for.
-    """
-
-    source: Source
-    train: Source
-    held_out: Source | None
-    probed: LabelledData | None = None
+CHOSEN_BY_RANK_0 = "FREQMASK_RUN"  # in the environment of the processes that Lightning starts
+# These change what is read, shown or kept, and never what is trained.
+HARMLESS = {
+    *("out", "data", "workers", "logger", "max_skipped_share", "dry_run", "keep_checkpoints"),
+    *("log_every_steps", "preview_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"),
+    *("probe_data", "probe_every_epochs"),
+}
+# These keep the data and the draws, but sums are made in another order.
+DIFFERENT_BITS = {"images_from", "devices", "num_nodes", "strategy", "accelerator", "compile", "accumulate"}
 
 
 def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
@@ -79,138 +80,129 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         The run folder.
     """
     with silence_third_party_loggers():
-        return _run(*_with_data(_named(options), _named(given)))
+        options, given = _with_data(_as_words(options), _as_words(given))
+        check_options(options)
+        pick_device(options["accelerator"])
+        world = (
+            1 if os.environ.get(CHOSEN_BY_RANK_0) else launched_processes()
+        )  # not those that Lightning starts
+        check_processes(options, world)
+        if rank() > 0 and world > 1:  # the first process chooses
+            run: RunFolder | None = RunFolder(options["out"]).begun()
+        else:
+            run = find_run(given)
+            if run is None:
+                return _begin(options, given)
+            if run.finished():
+                _say_finished(run)
+                return run.path
+        return _resume(run, given, options)
 
 
-def _run(options: dict[str, Any], given: dict[str, Any]) -> Path:
-    check_options(options)
-    check_accelerator(options["accelerator"])
-    check_processes(options)
-    if follows():
-        return _go_on(continue_run(RunFolder(options["out"]).begun(), given, options))
-    found = find_run(given)
-    if found is not None and found.finished():
-        say_finished(found)
-        return found.path
-    if found is not None:
-        return _go_on(continue_run(found, given, options))
-    return _begin(options, given)
-
-
-def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+def _as_words(options: Mapping[str, Any]) -> dict[str, Any]:
     """Filters and methods given as objects become the words that configuration and checkpoint record."""
-    named = dict(options)
-    if hasattr(named.get("filter"), "describe"):
-        named["filter"] = named["filter"].describe()
-    if isinstance(named.get("method"), type):
-        named["method"] = f"{named['method'].__module__}:{named['method'].__qualname__}"
-    return named
+    words = dict(options)
+    if hasattr(words.get("filter"), "describe"):
+        words["filter"] = words["filter"].describe()
+    if isinstance(words.get("method"), type):
+        words["method"] = f"{words['method'].__module__}:{words['method'].__qualname__}"
+    return words
 
 
 def _with_data(options: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Without any argument the first run's recipe; without DATA, only what a run folder can fill in."""
     if not given:
-        from freqmask.recipes import read_recipe
-
-        recipe = read_recipe(FIRST_RUN).options()
         say(
             "no DATA given: a first look on photographs that come with scikit-image (freqmask recipes photos)"
         )
+        recipe = read_recipe(FIRST_RUN).options()
         return {**options, **recipe}, recipe
     data = options["data"]
-    if data is not None and not isinstance(data, (list, tuple)):
-        options["data"] = [data]
-    if not options["data"] and not (given.get("out") and RunFolder(given["out"]).exists()):
+    if not data and not (given.get("out") and RunFolder(given["out"]).exists()):
         words = command_words({**given, "data": ["builtin:photos"]}, first="data")
         raise UserError(f"DATA is missing; try freqmask pretrain {words}")
-    if options["data"]:
+    if data:
+        sources = data if isinstance(data, (list, tuple)) else [data]
         given["data"] = options["data"] = [
-            str(one) if isinstance(one, Path) else one for one in options["data"]
+            str(source) if isinstance(source, Path) else source for source in sources
         ]
     return options, given
 
 
-def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
-    """A new run: resolve, tell the plan, draw it, train."""
-    check_writable(options["out"] or RUNS, folder=True)
-    images = part(options)
-    resolved = resolve(options, images.source, len(images.train))
-    run = (
-        RunFolder(options["out"])
-        if options["out"]
-        else new_run(str(options["method"]), resolved.options["backbone"])
-    )
-    run.lock()
-    try:
-        _tell_plan(resolved, images, run, given)
-        state = {
-            "given": without_out(given),
-            "data": images.source.fingerprint(),
-            "images": len(images.train),
-            "held_out_images": 0 if images.held_out is None else len(images.held_out),
-            "probe_images": 0 if images.probed is None else len(images.probed.rounds[0].test),
-            "convert_channels": resolved.options["convert_channels"],
-            "freqmask": __version__,
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-            "cores": usable_cores(),
-            "began": now(),
-        }
-        _draw_plan(run, resolved, images, state["convert_channels"])
-        if options["dry_run"]:
-            say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
-            return run.path
-        kept = _kept(resolved.options, images, state, by_hand=given.get("images_from") == "device")
-        run.begin(_recorded(resolved.options), state, heading("pretrain"))
-        os.environ[CHOSEN_BY_RANK_0] = str(run.path)
-        return _train(run, resolved.options, images, state, kept, None)
-    except BaseException:
-        run.leave_nothing("plan.png")
-        raise
-    finally:
-        os.environ.pop(CHOSEN_BY_RANK_0, None)
-        run.unlock()
-
-
-def _go_on(continued: Continued) -> Path:
-    """An unfinished run: everything from its config, the data compared, train on."""
-    run, options = continued.run, continued.options
-    first = rank() == 0
-    if first:
-        run.lock()
-    try:
-        state = run.state()
-        images = part(options)
-        where = (
-            f"from {continued.checkpoint.name}"
-            if continued.checkpoint
-            else "from its beginning, no checkpoint yet"
+def check_processes(options: Mapping[str, Any], world: int) -> None:
+    """Raises a UserError unless a launcher's processes and the options fit, and the run has a name."""
+    if world == 1:
+        return
+    if not options["out"]:
+        raise UserError(f"out must be given when {world} processes are started from outside: --out RUN")
+    asked, nodes = options["devices"], int(options["num_nodes"])
+    if asked != "auto" and int(asked) * nodes != world:
+        raise UserError(
+            f"devices ({asked}) x num_nodes ({nodes}) must be the {world} processes that were started; "
+            f"try --devices {max(world // nodes, 1)}"
         )
-        say(f"run {run.path} goes on {where}; the plan is in {run.path / 'config.yaml'}")
-        for sentence in continued.sentences:
-            say(f"note: {sentence}")
-        if images.source.fingerprint() != state.get("data"):
-            say(
-                f"note: the images have changed since the run began: {state.get('images'):,} to train on then, "
-                f"{len(images.train):,} now"
-            )
-        if options.get("dry_run"):
-            return run.path
-        os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
-        kept = _kept(options, images, state, by_hand=False)
-        return _train(run, options, images, state, kept, continued.checkpoint)
-    finally:
-        if first:
-            os.environ.pop(CHOSEN_BY_RANK_0, None)
-            run.unlock()
+
+
+def find_run(given: Mapping[str, Any]) -> RunFolder | None:
+    """The run that options continue, as they were given, or None for a new one.
+
+    Raises:
+        UserError: ``out`` is something else than a run.
+    """
+    if os.environ.get(CHOSEN_BY_RANK_0):
+        return RunFolder(os.environ[CHOSEN_BY_RANK_0])
+    out = given.get("out")
+    if out is None:
+        return newest_unfinished(_identity(given))
+    run = RunFolder(out)
+    if run.exists():
+        return run
+    if run.path.is_file():
+        raise UserError(f"out ({out}) is a file; give the path of a folder that may be made")
+    left_by_a_start = ("plan.png", LOCK, STATE)
+    if run.path.is_dir() and any(
+        path.name not in left_by_a_start and path.suffix != ".tmp" for path in run.path.iterdir()
+    ):
+        raise UserError(f"out ({out}) holds other files and no run; give a new or an empty folder")
+    return None
+
+
+def _identity(given: Mapping[str, Any]) -> dict[str, Any]:
+    # where a run is written does not say what it is
+    return dict(comparable({name: value for name, value in given.items() if name not in ("out", "dry_run")}))
+
+
+def _say_finished(run: RunFolder) -> None:
+    summary = run.summary()
+    steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
+    say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
+    say(f"its backbone: {run.backbone}")
+    data = " ".join(map(str, run.config().get("data", [])))
+    say(f"to train on from it: freqmask pretrain {data} --init {run.path} --out {run.path}-continued")
+
+
+@dataclass
+class Images:
+    """The images of a run, parted.
+
+    Attributes:
+        source: all of them.
+        train: training images.
+        held_out: what the loss is measured on; None where there are too few.
+        probed: images with labels to measure features on, if asked for.
+    """
+
+    source: Source
+    train: Source
+    held_out: Source | None
+    probed: LabelledData | None = None
 
 
 def part(options: Mapping[str, Any]) -> Images:
     """Open the data and keep 2 % apart; a run that shall overfit keeps none."""
-    source = open_source(options["data"], pages=options["pages"], split=options["split"])
-    probed = (
-        open_labelled(options["probe_data"], pages=options["pages"]) if options.get("probe_data") else None
-    )
+    pages, probe_data = options["pages"], options.get("probe_data")
+    source = open_source(options["data"], pages=pages, split=options["split"])
+    probed = open_labelled(probe_data, pages=pages) if probe_data else None
     if options["overfit"] is not None:
         train = Subset(source, np.arange(min(int(options["overfit"]), len(source))))
         return Images(source, train, None, probed)
@@ -219,7 +211,51 @@ def part(options: Mapping[str, Any]) -> Images:
     return Images(source, Subset(source, train_indices), held_out_images, probed)
 
 
-def _tell_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
+def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
+    """A new run: resolve, print the plan, draw it, train."""
+    check_writable(options["out"] or RUNS, folder=True)
+    images = part(options)
+    resolved = resolve(options, images.source, len(images.train))
+    options = resolved.options
+    run = (
+        RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), options["backbone"])
+    )
+    run.lock()
+    try:
+        _say_plan(resolved, images, run, given)
+        state = {
+            "given": _identity(given),
+            "data": images.source.fingerprint(),
+            "images": len(images.train),
+            "held_out_images": 0 if images.held_out is None else len(images.held_out),
+            "probe_images": 0 if images.probed is None else len(images.probed.rounds[0].test),
+            "convert_channels": options["convert_channels"],
+            "freqmask": __version__,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "cores": usable_cores(),
+            "began": now(),
+        }
+        _draw_plan(run, resolved, images)
+        if options["dry_run"]:
+            say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
+            return run.path
+        kept = _kept(options, images, state, by_hand=given.get("images_from") == "device")
+        plain = comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
+        # null is the default of every option but this one, where it means something
+        config = {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
+        run.begin(config, state, heading("pretrain"))
+        os.environ[CHOSEN_BY_RANK_0] = str(run.path)
+        return _train(run, options, images, state, kept, None)
+    except BaseException:
+        run.leave_nothing("plan.png")
+        raise
+    finally:
+        os.environ.pop(CHOSEN_BY_RANK_0, None)
+        run.unlock()
+
+
+def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
     held_out = len(images.held_out) if images.held_out is not None else 0
     for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
         say(line)
@@ -230,14 +266,83 @@ def _tell_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mappin
         say(line)
 
 
-def _draw_plan(run: RunFolder, resolved: Resolved, images: Images, convert: bool) -> None:
-    options = resolved.options
-    method: Any = resolved.method
+def _draw_plan(run: RunFolder, resolved: Resolved, images: Images) -> None:
+    options, method = resolved.options, resolved.method
     geometries = make_geometries(options, method.n_views)
-    batch = first_batch(make_dataset(options, images.train, geometries, convert), 8)
+    batch = first_batch(make_dataset(options, images.train, geometries, options["convert_channels"]), 8)
     views = [as_float(view) for view in batch["views"]]
     views = augmented(views, make_augmentation(options, method.n_views), batch["keys"])
     draw_plan(run.path / "plan.png", views, method, batch["keys"])
+
+
+def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str]) -> Path:
+    """An unfinished run: everything from its config, the data compared, train on."""
+    options, notes = continued_options(run, given, known)
+    checkpoint, unusable = newest_usable(run.checkpoints)
+    first = rank() == 0
+    if first:
+        run.lock()
+    try:
+        state = run.state()
+        images = part(options)
+        where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
+        say(f"run {run.path} resumes {where}; the plan is in {run.path / 'config.yaml'}")
+        for note in (*unusable, *notes):
+            say(f"note: {note}")
+        if images.source.fingerprint() != state.get("data"):
+            say(
+                f"note: the images have changed since the run began: {state.get('images'):,} to train on then, "
+                f"{len(images.train):,} now"
+            )
+        if options.get("dry_run"):
+            return run.path
+        os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
+        return _train(run, options, images, state, _kept(options, images, state, by_hand=False), checkpoint)
+    finally:
+        if first:
+            os.environ.pop(CHOSEN_BY_RANK_0, None)
+            run.unlock()
+
+
+def continued_options(
+    run: RunFolder, given: Mapping[str, Any], known: Iterable[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The options of a run that is resumed, and what is worth a note about them.
+
+    Args:
+        run: an unfinished run.
+        given: the options as they were given this time.
+        known: the names of all options; those that the config leaves out are null.
+
+    Raises:
+        UserError: options that change the result differ from the run's; each is named.
+    """
+    config, asked = run.config(), run.state().get("given", {})
+    options, notes, differing = {**dict.fromkeys(known), **config}, [], []
+    for name, value in comparable(dict(given)).items():
+        stored = config.get(name)
+        same = comparable(parse_image_size(value)) if name == "image_size" and value != "auto" else value
+        if name in HARMLESS:
+            options[name] = given[name] if value != "auto" else stored
+        elif value == "auto" or same == stored or value == asked.get(name):
+            continue
+        elif name in DIFFERENT_BITS:
+            options[name] = value
+            notes.append(f"{name} was {stored} and is {value} now: same data and draws, last bits may differ")
+        else:
+            differing.append(f"{name} was {asked.get(name, stored)} and is {value} now")
+    if differing:
+        raise UserError(
+            f"run {run.path} was begun with other settings: {'; '.join(differing)}; leave them out to resume "
+            "the run, or give another --out to begin anew"
+        )
+    if "accumulate" not in given:  # at most as many images at once as before, on however many devices
+        before, images = (int(one["batch_size"]) // world_size(one) for one in (config, options))
+        at_once = before // int(config["accumulate"])
+        options["accumulate"] = next(
+            parts for parts in range(1, images + 1) if images % parts == 0 and images // parts <= at_once
+        )
+    return options, notes
 
 
 def _kept(
@@ -258,63 +363,42 @@ def _train(
     kept: InMemoryImages | None,
     checkpoint: Path | None,
 ) -> Path:
-    """The method with its first weights, trained, and told how it ended."""
-    steps_an_epoch = len(images.train) / options["batch_size"]
+    """The method with its first weights, trained, and how it ended."""
     torch.manual_seed(options["seed"])
-    method = make_method(options, steps_an_epoch)
+    method = make_method(options, len(images.train) / options["batch_size"])
     if options["init"]:
-        from freqmask.interop.weights import load_initial
-
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
-    found = dict(state)
-    training = Pretraining(run, options, images.train, images.held_out, method, found, images.probed, kept)
+    data = data_words(options)
+    training = Pretraining(
+        run, options, images.train, images.held_out, method, dict(state), images.probed, kept
+    )
 
     def stopped(step: int) -> None:
         refresh_report(run.path)
-        say(
-            f"    freqmask pretrain {data_words(options)} --out {shlex.quote(str(run.path))}    (from anywhere)"
-        )
+        say(f"    freqmask pretrain {data} --out {shlex.quote(str(run.path))}    (from anywhere)")
 
     summary = train(training.task(), checkpoint, training.summary, stopped)
     if rank() == 0:
         refresh_report(run.path)
-        _tell_end(run, options, summary)
+        for line in plan.summary_lines(run, summary):
+            say(line)
+        lines = plan.next_lines(run.path, data)
+        for line in lines if options["overfit"] is None else _overfit_lines(summary, int(options["overfit"])):
+            say(line)
     return run.path
 
 
-def _tell_end(run: RunFolder, options: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    previews = sorted(run.previews.glob("step-*.png"))
-    preview = str(previews[-1]) if previews else None
-    for line in plan.summary_lines(run, summary, preview, data_words(options)):
-        say(line)
-    if options["overfit"] is not None:
-        _judge_overfit(summary, int(options["overfit"]))
-    else:
-        for line in plan.next_lines(run.path, data_words(options)):
-            say(line)
-
-
-def _judge_overfit(summary: Mapping[str, Any], count: int) -> None:
+def _overfit_lines(summary: Mapping[str, Any], count: int) -> Iterable[str]:
     ratio = summary["loss"] / summary["first_loss"]
     word = "PASS" if ratio <= PASS_RATIO else "FAIL"
-    say(
-        f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
-    )
+    yield f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
     if word == "FAIL":
-        say("      try a higher --lr or more --steps; if it still fails, the method or the data is broken")
+        yield "      try a higher --lr or more --steps; if it still fails, the method or the data is broken"
 
 
 def data_words(options: Mapping[str, Any]) -> str:
     """DATA as it would be typed; what was made in Python cannot be."""
     return " ".join(
-        shlex.quote(str(one)) if isinstance(one, (str, Path)) else "DATA" for one in options["data"]
+        shlex.quote(str(source)) if isinstance(source, (str, Path)) else "DATA" for source in options["data"]
     )
-
-
-def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    plain = dict(
-        comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
-    )
-    # null is the default of every option but this one, where it means something
-    return {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}

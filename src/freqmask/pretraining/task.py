@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from freqmask import __version__
 from freqmask.backbones import recalibrate_batch_norm
@@ -31,48 +30,15 @@ from freqmask.pretraining.pretraining_module import (
     sharding_strategy,
     whole_method,
 )
-from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_recipe, pick_device
-from freqmask.pretraining.watch import ENOUGH_RANKED, HeldOut, Probe, calibration, steps_between
+from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
+from freqmask.pretraining.watch import ENOUGH_RANKED, HeldOut, Probe, calibration
+from freqmask.training.auto import world_size
 from freqmask.training.loop import Task, ends, images_at_once, make_sampler
 from freqmask.training.monitor import Monitor
 from freqmask.training.run_folder import RunFolder
 
-
-class BackboneExport:
-    """Refreshes ``backbone/`` of a run.
-
-    Args:
-        run: the run folder.
-        calibration: gives normalised, unfiltered batches (B, C, H, W) on the CPU for batch norm.
-        settings: what :func:`write_timm_folder` needs beside the model and the step.
-    """
-
-    def __init__(
-        self, run: RunFolder, calibration: Callable[[], Iterable[Tensor]], settings: dict[str, Any]
-    ) -> None:
-        self.run = run
-        self.calibration = calibration
-        self.settings = settings
-
-    def __call__(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
-        method = whole_method(trainer, module)
-        if trainer.is_global_zero:
-            self.write(method, step)
-
-    def write(self, method: Any, step: int) -> None:
-        """Export what the method exports by default, its batch norm recalibrated on unfiltered images."""
-        backbone = copy.deepcopy(method.backbones()[method.default_backbone])
-        device = next(backbone.parameters()).device
-        # a loader draws its seed from torch's generator, whose state the checkpoint holds already
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            recalibrate_batch_norm(backbone, (batch.to(device) for batch in self.calibration()))
-        height, width = backbone.padded_size if backbone.fixed_size else backbone.image_size
-        settings = {**self.settings, "input_size": (backbone.channels, height, width)}
-        facts = {**settings.pop("facts"), "step": step, "weights": method.default_backbone}
-        pooled = trained_feature(method, backbone)
-        write_timm_folder(backbone.timm_model, self.run.backbone, facts=facts, pooled=pooled, **settings)
-
-
+PROBES_A_RUN = 10
+# metrics in the progress bar
 SHOWN = {
     "images_per_second": "{:.0f} images/s",
     "data_wait_share": "{:.0%} waiting for data",
@@ -86,19 +52,11 @@ SHOWN = {
     "probe_linear": "linear {:.1%}",
     "rankme": "features of rank {:.1f}",
 }
-
-
-LOSSES = ["loss", "reconstruction", "distillation", "relative_loss", "collapse"]
-
-
-HELD_OUT = ["held_out_loss", "held_out_relative_loss"]
-
-
-FEATURES = [
-    "probe_knn",
-    "probe_linear",
-    "rankme",
-]  # the first of each is of the weights that the run began with
+FIRST_AND_LAST = [  # in the summary
+    *("loss", "reconstruction", "distillation", "relative_loss", "collapse"),
+    *("probe_knn", "probe_linear", "rankme"),  # the first of each is of the weights that the run began with
+]
+LAST = ["held_out_loss", "held_out_relative_loss", "pixels_knn", "pixels_linear"]
 
 
 @dataclass
@@ -127,45 +85,39 @@ class Pretraining:
 
     def task(self) -> Task:
         """The same for the loop."""
-        options = self.options
-        optim = make_recipe(options, len(self.train))
+        options, count = self.options, len(self.train)
+        optim = make_optim(options, count)
         module = PretrainingModule(self.method, optim, make_augmentation(options, self.method.n_views))
-        self._prepare(module)
-        processes = int(options["devices"]) * int(options["num_nodes"])
-        sharded = options["strategy"] in SHARDED
+        # layout and compilation, before the optimizer sees the parameters
+        backbones = self.method.backbones().values()
+        if options["accelerator"] in ("cpu", "cuda") and all(backbone.is_cnn for backbone in backbones):
+            module.to(memory_format=torch.channels_last)  # a ResNet-50 in bf16 on a CPU: 1.22 times as fast
+        if options["compile"]:
+            reason = compile_failure(next(iter(backbones)), torch.device(options["accelerator"]))
+            if reason is None:
+                self.method.compile_backbone()
+            else:
+                say(f"note: torch.compile cannot be used here ({reason}); training without it")
+        trainer: dict[str, Any] = {"logger": _logger(options["logger"], self.run)}
+        if options["strategy"] in SHARDED:
+            trainer["strategy"] = sharding_strategy(world_size(options))
         return Task(
             self.run,
             options,
             module,
-            len(self.train),
+            count,
             self._batches,
-            self._export(),
+            self._export,
             self._callbacks,
             SHOWN,
             optim.warmup_steps,
-            trainer={
-                "logger": _logger(options["logger"], self.run),
-                **({"strategy": sharding_strategy(processes)} if sharded else {}),
-            },
+            trainer=trainer,
         )
 
-    def _prepare(self, module: PretrainingModule) -> None:
-        # layout and compilation, before the optimiser sees the parameters
-        backbones = self.method.backbones().values()
-        if self.options["accelerator"] in ("cpu", "cuda") and all(b.is_cnn for b in backbones):
-            module.to(memory_format=torch.channels_last)  # a ResNet-50 in bf16 on a CPU: 1.22 times as fast
-        if self.options["compile"]:
-            reason = compile_failure(next(iter(backbones)), self.options)
-            if reason is None:
-                self.method.compile_backbone()
-            else:
-                say(f"note: torch.compile cannot be used here ({reason}); going on without it")
-
     def _batches(self, trainer: L.Trainer, done: int) -> Any:
-        options = self.options
+        options, workers = self.options, int(self.options["workers"])
         geometries = make_geometries(options, self.method.n_views)
-        blocks = self.train.blocks() if self.kept is None else None  # kept images are equally near
-        workers = int(options["workers"])
+        blocks = self.train.blocks() if self.kept is None else None  # images in memory are equally near
         dealt = self._dealt(trainer, workers) if blocks is not None else None
         sampler = make_sampler(
             options, len(self.train), trainer, done, blocks=blocks, workers=workers, dealt=dealt
@@ -197,44 +149,55 @@ class Pretraining:
 
     def _callbacks(self, monitor: Monitor) -> list[L.Callback]:
         options, held_out, probed = self.options, self.held_out, self.probed
-        enough = held_out is not None and len(held_out) >= ENOUGH_RANKED
+        ranked = self.train if held_out is None or len(held_out) < ENOUGH_RANKED else held_out
         at_once = min(images_at_once(options), 64)
-        probe = Probe(
-            monitor,
-            steps_between(options, len(self.train)),
-            self._still(held_out if enough and held_out is not None else self.train),
-            None if probed is None else self._still(probed.source),
-            probed,
-            at_once,
-        )
-        watch = HeldOut(
-            self.run,
-            monitor,
-            None if held_out is None else self._still(held_out, self.method.n_views),
-            self._still(self.train if held_out is None else held_out),
-            int(options["preview_every_steps"]),
-            at_once,
-        )
-        return [probe, watch]
+        epochs = options.get("probe_every_epochs")
+        if epochs in (None, "auto"):
+            every = options["steps"] // PROBES_A_RUN
+        else:
+            every = round(float(epochs) * len(self.train) / options["batch_size"])
+        labelled = None if probed is None else self._still(probed.source)
+        watched = None if held_out is None else self._still(held_out, self.method.n_views)
+        shown = self._still(self.train if held_out is None else held_out)
+        return [
+            Probe(self._still(ranked), labelled, probed, monitor, max(every, 1), at_once),
+            HeldOut(self.run, watched, shown, monitor, int(options["preview_every_steps"]), at_once),
+        ]
 
-    def _export(self) -> BackboneExport:
-        options, calibrating = self.options, self._still(self.train)
+    def _export(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        """Refresh ``backbone/``, what the method exports by default, its batch norm recalibrated on whole images."""
+        method, options = whole_method(trainer, module), self.options
+        if not trainer.is_global_zero:
+            return
+        backbone = copy.deepcopy(method.backbones()[method.default_backbone])
+        device = next(backbone.parameters()).device
+        # a loader draws its seed from torch's generator, whose state the checkpoint holds already
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            images = calibration(self._still(self.train), self.method)
+            recalibrate_batch_norm(backbone, (batch.to(device) for batch in images))
+        height, width = backbone.padded_size if backbone.fixed_size else backbone.image_size
         metadata = {
             "version": __version__,
             "run": self.run.path.name,
             **{name: options[name] for name in ("method", "value_range", "crop")},
             "data": self.state["data"],
+            "step": step,
+            "weights": method.default_backbone,
         }
-        settings = {"mean": options["mean"], "std": options["std"], "facts": metadata}
-        return BackboneExport(self.run, lambda: calibration(calibrating, self.method), settings)
+        write_timm_folder(
+            backbone.timm_model,
+            self.run.backbone,
+            facts=metadata,
+            pooled=trained_feature(method, backbone),
+            mean=options["mean"],
+            std=options["std"],
+            input_size=(backbone.channels, height, width),
+        )
 
     def summary(self) -> dict[str, Any]:
         """Of the metrics the last values, and of some the first."""
-        return {
-            **{name: self.options[name] for name in ("method", "backbone")},
-            **ends(self.run, [*LOSSES, *FEATURES]),
-            **ends(self.run, [*HELD_OUT, "pixels_knn", "pixels_linear"], firsts=False),
-        }
+        names = {name: self.options[name] for name in ("method", "backbone")}
+        return {**names, **ends(self.run, FIRST_AND_LAST), **ends(self.run, LAST, firsts=False)}
 
 
 def make_dataset(
@@ -248,24 +211,13 @@ def make_dataset(
         geometries: how each view is cut.
         convert: whether images with other channels are converted instead of skipped.
     """
-    return TrainDataset(
-        source,
-        geometries,
-        ValueRange.parse(options["value_range"]),
-        options["channels"],
-        convert_channels=convert,
-        seed=options["seed"],
-    )
+    value_range = ValueRange.parse(options["value_range"])
+    channels, seed = options["channels"], options["seed"]
+    return TrainDataset(source, geometries, value_range, channels, convert_channels=convert, seed=seed)
 
 
-def compile_failure(backbone: Any, options: Mapping[str, Any]) -> str | None:
-    """Why a backbone cannot be compiled here, tried on a copy; None where it can.
-
-    Args:
-        backbone: a :class:`freqmask.backbones.Backbone`.
-        options: resolved options.
-    """
-    device = pick_device(options["accelerator"])
+def compile_failure(backbone: Any, device: torch.device) -> str | None:
+    """Why a backbone cannot be compiled here, tried on a copy; None where it can."""
     trial = copy.deepcopy(backbone).to(device)
     trial.compile()
     images = torch.zeros(2, backbone.channels, *backbone.image_size, device=device)
@@ -288,16 +240,13 @@ def _logger(name: str | None, run: RunFolder) -> Logger | bool:
             return TensorBoardLogger(run.path, name="tensorboard", version="")
         from lightning.pytorch.loggers import WandbLogger
 
+        state = run.state()
+        if "wandb" not in state and rank() == 0:
+            state["wandb"] = secrets.token_hex(4)
+            run.write_state(state)
+        number = str(state.get("wandb", ""))
         return WandbLogger(
-            name=run.path.name, save_dir=run.path, project="freqmask", id=_wandb_id(run), resume="allow"
+            name=run.path.name, save_dir=run.path, project="freqmask", id=number, resume="allow"
         )
     except ModuleNotFoundError as error:
         raise UserError(f"logger ({name}) is not installed; pip install 'freqmask[log]'") from error
-
-
-def _wandb_id(run: RunFolder) -> str:
-    state = run.state()
-    if "wandb" not in state and rank() == 0:
-        state["wandb"] = secrets.token_hex(4)
-        run.write_state(state)
-    return str(state.get("wandb", ""))

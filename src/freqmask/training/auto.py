@@ -1,11 +1,12 @@
-"""The values that `auto` stands for, each with its reason, what a training will cost, and on which devices it runs."""
+"""What `auto` stands for, each value with its reason; what a training costs; on which devices it runs."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -15,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from freqmask.console import rank
-from freqmask.console import readable_bytes as readable_bytes
-from freqmask.console import readable_time as readable_time
-from freqmask.errors import UserError
+from freqmask.errors import UserError, nearest
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -29,6 +28,10 @@ MOST_EPOCHS = 1_600
 BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32
 BYTES_A_FROZEN_WEIGHT = 4
 ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so many, and no more after so long
+LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
+# How many processes torchrun or srun started. SLURM_NTASKS will not do: batch scripts and the shells of salloc have it,
+# too, without having been started so many times.
+_LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 class Choice(NamedTuple):
@@ -69,11 +72,11 @@ def choose_image_size(median_side: int) -> Choice:
     return Choice(fitting[-1], f"the median shorter side is {median_side}")
 
 
-def choose_backbone(image_size: int, on_gpu: bool) -> Choice:
+def choose_backbone(on_gpu: bool) -> Choice:
     """A small ViT: ViT-S where a GPU is at hand, ViT-Ti on a CPU."""
-    width = "small" if on_gpu else "tiny"
-    where = "a GPU is at hand" if on_gpu else "training runs on the CPU"
-    return Choice(f"vit_{width}_patch16_224", f"{where}; any timm name will do")
+    if on_gpu:
+        return Choice("vit_small_patch16_224", "a GPU is at hand; any timm name will do")
+    return Choice("vit_tiny_patch16_224", "training runs on the CPU; any timm name will do")
 
 
 def choose_patch_size(image_size: int, backbone: str) -> Choice | None:
@@ -91,10 +94,10 @@ def choose_batch_size(
 
     Args:
         cost: of an image.
-        images: to learn from.
+        images: training images.
         devices: that share a batch.
         memory: bytes that each may take.
-        seconds: that the training may take; where they hold fewer than 5,000 steps the batch is smaller, down to 64.
+        seconds: of the training; where they hold fewer than 5,000 steps the batch is smaller, down to 64.
     """
     fits = max(int((memory - cost.fixed_bytes) / max(cost.bytes_per_image, 1)), 1) * devices
     most = 1024 if torch.cuda.is_available() else 256
@@ -105,21 +108,17 @@ def choose_batch_size(
     while seconds is not None and value >= 2 * max(SMALL_BATCH, devices):
         if seconds >= ENOUGH_STEPS * cost.seconds(1, value // devices):
             break
-        value, limit = (
-            value // 2,
-            f"the time, so that it holds more steps: little shows before {ENOUGH_STEPS:,}",
-        )
+        value //= 2
+        limit = f"the time, so that it holds more steps: little shows before {ENOUGH_STEPS:,}"
     return Choice(value, f"bounded by {limit}")
 
 
 def choose_accumulation(cost: Cost, batch_a_device: int, memory: int) -> Choice:
     """The fewest parts that a device's batch has to be cut into so that one part fits into memory."""
     for parts in range(1, batch_a_device + 1):
-        if batch_a_device % parts == 0 and cost.peak_bytes(batch_a_device // parts) <= memory:
-            reason = (
-                "the batch fits at once" if parts == 1 else f"{batch_a_device // parts} images fit at once"
-            )
-            return Choice(parts, reason)
+        at_once = batch_a_device // parts
+        if batch_a_device % parts == 0 and cost.peak_bytes(at_once) <= memory:
+            return Choice(parts, "the batch fits at once" if parts == 1 else f"{at_once} images fit at once")
     return Choice(batch_a_device, "even one image at once may not fit into memory")
 
 
@@ -147,6 +146,21 @@ def choose_workers(on_gpu: bool) -> Choice:
     return Choice(max(cores // 4, 1), f"{cores} cores, most of them for the training itself")
 
 
+def choose_machine(device: torch.device) -> dict[str, Choice]:
+    """Devices, loader workers and precision of a training on devices of this kind."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    return {
+        "devices": Choice(count, "all of them" if count > 1 else "one device here"),
+        "workers": choose_workers(device.type == "cuda"),
+        "precision": choose_precision(device.type),
+    }
+
+
+def world_size(numbers: Mapping[str, Any]) -> int:
+    """Processes of a training: devices times nodes."""
+    return int(numbers["devices"]) * int(numbers["num_nodes"])
+
+
 def choose_row(seconds_a_step: float, steps: int) -> Choice:
     """Optimiser steps between rows of metrics.csv: about five seconds, at least twenty rows a run."""
     row = round(SECONDS_A_ROW / max(seconds_a_step, 1e-6))
@@ -159,21 +173,19 @@ def choose_precision(accelerator: str) -> Choice:
         return Choice("bf16-mixed", "this GPU computes bf16 natively")
     if accelerator == "mps":
         return Choice("32-true", "bf16 is no faster on this device")
-    found = [flag for flag in FAST_BF16_FLAGS if flag in cpu_flags()]
-    if accelerator == "cpu" and found:
-        return Choice("bf16-mixed", f"this CPU has {found[0]}")
+    fast = [flag for flag in FAST_BF16_FLAGS if accelerator == "cpu" and flag in cpu_flags()]
+    if fast:
+        return Choice("bf16-mixed", f"this CPU has {fast[0]}")
     return Choice("32-true", f"this {'CPU' if accelerator == 'cpu' else 'device'} has no fast bf16")
 
 
 def cpu_flags() -> set[str]:
     """The instruction sets that the CPU names; empty where the system does not tell."""
     info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return set()
-    for line in info.read_text(errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.split(":", 1)[1].split())
-    return set()
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    return set(
+        next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "").split()
+    )
 
 
 def usable_cores() -> int:
@@ -192,10 +204,6 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device, or in the host for a device without memory of its own."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return _free_host_memory()
-
-
-def _free_host_memory() -> int:
     free = int(psutil.virtual_memory().available)
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         path = Path(limit)
@@ -236,21 +244,59 @@ def measure_cost(
 
 
 def _timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> float:
-    _synchronise(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = perf_counter()
     loss(images).backward()
-    _synchronise(device)
+    wait()
     return perf_counter() - start
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def check_single_image(loss: Callable[[int], Any], backbone: str) -> None:
+    """Raises a UserError where a single image at once leaves batch norm one value a channel: a map of 1x1.
+
+    Args:
+        loss: of a number of images, in train mode.
+        backbone: its name.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            loss(1)
+    except ValueError as error:
+        if LONE_VALUE not in str(error):
+            raise
+        raise lone_image(backbone) from error
 
 
-# How many processes a launcher started: torchrun, srun. SLURM_NTASKS will not do: batch scripts and the shells of
-# salloc have it, too, without having been started so many times.
-_LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+def lone_image(backbone: str) -> UserError:
+    """The sentence for one image at once where batch norm needs two."""
+    return UserError(
+        f"batch_size, devices and accumulate leave one image at once, and {backbone} ends in a map of 1x1, of which "
+        "batch norm needs two; try a larger --batch_size, a smaller --accumulate, or a larger --image_size"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no room left; of the CPU torch says it in a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """The device of an accelerator's name; ``auto`` is CUDA, then Apple's, then the CPU.
+
+    Raises:
+        UserError: it is unknown, or not here.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if accelerator == "auto":
+        return torch.device(next(name for name in here if here[name]))
+    name = "cuda" if accelerator == "gpu" else accelerator
+    if name not in here:
+        raise UserError(f"accelerator ({accelerator}) is unknown; {nearest(name, ('auto', 'gpu', *here))}")
+    if not here[name]:
+        why = ": torch sees no CUDA device" if name == "cuda" else ""
+        raise UserError(f"accelerator ({accelerator}) is not here{why}; try --accelerator cpu")
+    return torch.device(name)
 
 
 def launched_processes() -> int:
@@ -277,7 +323,13 @@ def choose_devices(devices: int | str, first: torch.device, accelerator: str) ->
     if count == 1:
         return [first]
     if first.type == "cpu":
-        _check_cores(count, accelerator)
+        if accelerator != "cpu":
+            raise UserError(
+                f"devices ({count}) must be 1 or auto where no GPU is; --accelerator cpu starts {count} processes"
+            )
+        most = max(usable_cores(), 2)  # two can be tried anywhere
+        if count > most:
+            raise UserError(f"devices ({count}) must be at most {most} on this CPU, one process per core")
         return [first] * count
     if count > here:
         raise UserError(
@@ -286,22 +338,8 @@ def choose_devices(devices: int | str, first: torch.device, accelerator: str) ->
     return [torch.device(first.type, number) for number in range(count)]
 
 
-def _check_cores(count: int, accelerator: str) -> None:
-    if accelerator != "cpu":
-        raise UserError(
-            f"devices ({count}) must be 1 or auto where no GPU is; --accelerator cpu starts {count} processes"
-        )
-    most = max(usable_cores(), 2)  # two can be tried anywhere
-    if count > most:
-        raise UserError(f"devices ({count}) must be at most {most} on this CPU, a process a core")
-
-
 def check_started_once(command: str) -> None:
-    """Raises a UserError where a launcher started this command several times: it starts its processes itself.
-
-    Args:
-        command: its name.
-    """
+    """Raises a UserError where a launcher started this command several times: it starts its processes itself."""
     started = max(rank() + 1, launched_processes())
     if started > 1:
         raise UserError(

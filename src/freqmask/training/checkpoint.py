@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, running nothing when read. Evaluations need this, and no Lightning."""
+"""Checkpoints: written atomically, running nothing when read. Evaluations need this, and no Lightning."""
 
 from __future__ import annotations
 
@@ -11,20 +11,13 @@ from typing import Any
 import torch
 
 from freqmask.errors import UserError
-from freqmask.training.files import replace_atomically as replace_atomically
+from freqmask.training.files import replace_atomically
 
 LAST = "last.ckpt"
 
 
 def load_safely(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of plain tensors, numbers and containers; nothing in the file is run.
-
-    Args:
-        path: a file written by ``torch.save``.
-        map_location: as for ``torch.load``.
-
-    Returns:
-        The dictionary in the file.
+    """The dictionary in a file of ``torch.save``, of plain tensors, numbers and containers; nothing in it is run.
 
     Raises:
         UserError: the file is missing, cut short, or holds objects that would need code to be read.
@@ -37,24 +30,22 @@ def load_safely(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch wonders aloud about odd files before it refuses them
             loaded = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint ({path}) was refused: {_refusal(error)}") from error
+        _, runs, rest = str(error).partition("GLOBAL ")
+        why = f"reading it would run code ({rest.split(' was not', 1)[0].strip()})"
+        if not runs and "Unsupported global" not in str(error):
+            why = f"it is no plain torch file ({_first_line(error)})"
+        raise UserError(f"checkpoint ({path}) was refused: {why}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"checkpoint ({path}) cannot be read, it may be cut short: {_line(error)}") from error
+        raise UserError(
+            f"checkpoint ({path}) cannot be read, it may be cut short: {_first_line(error)}"
+        ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"checkpoint ({path}) holds a {type(loaded).__name__} instead of a dictionary")
     return loaded
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
-def _refusal(error: Exception) -> str:
-    text = str(error)
-    if "Unsupported global" in text or "GLOBAL" in text:
-        culprit = text.split("GLOBAL ", 1)[-1].split(" was not", 1)[0].strip()
-        return f"reading it would run code ({culprit})"
-    return f"it is no plain torch file ({_line(error)})"
 
 
 def save_atomically(content: dict[str, Any], path: str | Path) -> None:
@@ -68,13 +59,7 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def publish(folder: Path, step: int, keep: int) -> None:
-    """Point ``last.ckpt`` at the checkpoint of ``step`` and drop all but the ``keep`` newest.
-
-    Args:
-        folder: the run's ``checkpoints``.
-        step: whose file has just been written.
-        keep: how many step files stay on the disk, at least 1.
-    """
+    """Point ``last.ckpt`` at the checkpoint of ``step``, just written, and drop all but the ``keep`` newest."""
     newest = step_file(folder, step)
     temporary = folder / f".{LAST}.tmp"
     temporary.unlink(missing_ok=True)
@@ -89,13 +74,7 @@ def publish(folder: Path, step: int, keep: int) -> None:
 
 
 def newest_usable(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be read whole.
-
-    Args:
-        folder: the run's ``checkpoints``.
-
-    Returns:
-        The file, or None where there is none, and a sentence for each newer file that had to be passed over.
+    """The newest checkpoint that can be read whole, and a sentence for each newer one that had to be passed over.
 
     Raises:
         UserError: a file would run code when read; that is never passed over in silence.

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,17 +20,18 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from freqmask.console import rank, say
+from freqmask.console import LINES_A_RUN, Progress, rank, say
+from freqmask.data.loader import worker_failure
 from freqmask.data.sampler import TrainSampler
-from freqmask.training.auto import launched_processes
+from freqmask.errors import UserError
+from freqmask.training.auto import LONE_VALUE, is_out_of_memory, launched_processes, lone_image, world_size
 from freqmask.training.checkpoint import load_safely
-from freqmask.training.failures import NotFiniteError, translate_errors
-from freqmask.training.files import cut_back, read_rows
-from freqmask.training.monitor import Monitor, Skipped
+from freqmask.training.files import WriteError, cut_back, read_rows
+from freqmask.training.monitor import Monitor, NotFiniteError, Skipped
 from freqmask.training.optim import Schedule
-from freqmask.training.progress import LINES_A_RUN, Progress
 from freqmask.training.run_folder import RunFolder, now
 from freqmask.training.saving import AtomicCheckpointIO, ExactResume, Export, Saver, StopSignals
 
@@ -39,27 +40,8 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc takes
 _NEVER = 2**31 - 1
 
 
-def tune_malloc() -> bool:
-    """Let the allocator keep what is freed instead of handing it back to the system.
-
-    A step frees its memory in pieces and takes it again, and glibc hands back whatever lies at the end of its heap:
-    9,800 page faults a step of a ViT of width 128, about a tenth of its time (docs/log.md). The process stays as
-    large as it was at the height of a step.
-
-    Returns:
-        Whether this system's allocator was told; other systems have other habits.
-    """
-    if sys.platform != "linux":
-        return False
-    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        # Setting one of the two ends glibc's own adjustment of the other.
-        return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_TRIM_THRESHOLD, _NEVER))
-    return False
-
-
 class ScheduledModule(L.LightningModule):
-    """A module whose optimiser follows a schedule by optimiser steps.
+    """A module whose optimizer follows a schedule by optimizer steps.
 
     Attributes:
         schedule: set by ``configure_optimizers``.
@@ -75,17 +57,17 @@ class ScheduledModule(L.LightningModule):
 
     @property
     def step(self) -> int:
-        """Optimiser steps made so far."""
+        """Optimizer steps made so far."""
         return int(self.trainer.global_step)
 
     def check(self, loss: Tensor) -> None:
-        """Raises a NotFiniteError at once on a CPU; elsewhere a look would be a wait, and the monitor looks later."""
+        """Raises a NotFiniteError at once on a CPU; elsewhere reading it would be a wait, and the monitor reads it."""
         if self.device.type == "cpu" and not torch.isfinite(loss):
             raise NotFiniteError(self.step)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Set the learning rates of this step."""
-        assert self.schedule is not None  # Lightning asks for the optimiser before the first batch
+        assert self.schedule is not None  # Lightning asks for the optimizer before the first batch
         self.schedule.apply(self.step)
 
     def configure_gradient_clipping(
@@ -111,10 +93,10 @@ class Task:
             max_skipped_share.
         module: what is trained.
         images: how many are trained on.
-        batches: the loader of this process, given the Trainer and the optimiser steps that were made before.
+        batches: the loader of this process, given the Trainer and the optimizer steps that were made before.
         export: writes what others load, at every checkpoint.
         callbacks: further ones, given the monitor that takes their numbers into the metrics.
-        shown: metrics in the progress bar, each with its words.
+        shown: metrics in the progress bar, each with its format.
         warmup_steps: no warning of a collapse before their end.
         lines: how often a run speaks where there is no terminal.
         trainer: further arguments of Lightning's Trainer: strategy, logger, sync_batchnorm.
@@ -134,7 +116,7 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole training."""
+        """Optimizer steps of the whole training."""
         return int(self.numbers["steps"])
 
 
@@ -150,7 +132,7 @@ def train(
 
     Args:
         task: what is trained.
-        checkpoint: to go on from.
+        checkpoint: to resume from.
         summarize: what the summary holds beside steps, speed and times.
         stopped: called with the step when a signal has stopped it.
 
@@ -164,7 +146,9 @@ def train(
     with translate_errors(task.run, task.numbers):
         step, rate, stopped_by = fit(task, checkpoint)
     if stopped_by is not None:
-        say(f"stopped at step {step:,} of {task.steps:,}, saved in {task.run.path}; the same command goes on")
+        say(
+            f"stopped at step {step:,} of {task.steps:,}, saved in {task.run.path}; the same command resumes it"
+        )
         if stopped is not None:
             stopped(step)
         leave(stopped_by)
@@ -180,22 +164,15 @@ def fit(task: Task, checkpoint: Path | None) -> tuple[int, float, int | None]:
     """One start of a training.
 
     Returns:
-        The optimiser steps made in all, images a second since this start, and the signal that stopped it (None at
+        The optimizer steps made in all, images a second since this start, and the signal that stopped it (None at
         its proper end).
     """
     numbers, done = task.numbers, int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
     cut_back(task.run.metrics, "step", done if checkpoint else -1)  # rows of steps that will be made again
     progress = Progress(task.steps, done, task.shown, lines=task.lines)
-    images_a_step = int(numbers["batch_size"])
+    batch, every = int(numbers["batch_size"]), int(numbers["log_every_steps"])
     with StopSignals() as signals:
-        monitor = Monitor(
-            task.run,
-            progress,
-            int(numbers["log_every_steps"]),
-            images_a_step,
-            task.images,
-            task.warmup_steps,
-        )
+        monitor = Monitor(task.run, progress, every, batch, task.images, task.warmup_steps)
         # rows of a step are written before its checkpoint: a restart from there will not make them again
         callbacks = [
             ExactResume(int(numbers["accumulate"])),
@@ -212,20 +189,17 @@ def fit(task: Task, checkpoint: Path | None) -> tuple[int, float, int | None]:
         finally:
             progress.close()
     step = int(trainer.global_step)
-    rate = (step - done) * images_a_step / max(time.perf_counter() - began, 1e-9)
+    rate = (step - done) * batch / max(time.perf_counter() - began, 1e-9)
     return step, rate, signals.received if step < task.steps else None
 
 
 def make_trainer(task: Task, callbacks: Sequence[L.Callback]) -> L.Trainer:
-    """Lightning's Trainer, counting optimiser steps; sampler, checkpoints, progress and validation are ours.
-
-    Args:
-        task: what is trained.
-        callbacks: in the order in which they are called.
-    """
+    """Lightning's Trainer, counting optimizer steps; sampler, checkpoints, progress and validation are ours."""
     numbers = task.numbers
     if numbers["accelerator"] == "cpu":
         tune_malloc()
+    # Lightning takes the mere presence of SLURM's variables for having been started by srun; a shell has them, too
+    alone = launched_processes() == 1 and "SLURM_NTASKS" in os.environ
     return L.Trainer(
         accelerator=numbers["accelerator"],
         devices=numbers["devices"],
@@ -235,7 +209,7 @@ def make_trainer(task: Task, callbacks: Sequence[L.Callback]) -> L.Trainer:
         max_epochs=-1,
         accumulate_grad_batches=numbers["accumulate"],
         callbacks=list(callbacks),
-        plugins=[AtomicCheckpointIO(), *_environment()],
+        plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if alone else [])],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -248,28 +222,38 @@ def make_trainer(task: Task, callbacks: Sequence[L.Callback]) -> L.Trainer:
     )
 
 
-def _environment() -> list[LightningEnvironment]:
-    # Lightning takes the mere presence of SLURM's variables for having been started by srun; a shell has them, too
-    return [LightningEnvironment()] if launched_processes() == 1 and "SLURM_NTASKS" in os.environ else []
+def tune_malloc() -> bool:
+    """Let the allocator keep what is freed instead of handing it back to the system; whether it was told to.
+
+    A step frees its memory in pieces and takes it again, and glibc hands back whatever lies at the end of its heap:
+    9,800 page faults a step of a ViT of width 128, about a tenth of its time (docs/log.md). The process stays as
+    large as it was at the height of a step. Other systems than Linux have other habits.
+    """
+    if sys.platform != "linux":
+        return False
+    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        # Setting one of the two ends glibc's own adjustment of the other.
+        return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_TRIM_THRESHOLD, _NEVER))
+    return False
 
 
 def images_at_once(numbers: Mapping[str, Any]) -> int:
     """Images of one part of a step on one device."""
-    processes = int(numbers["devices"]) * int(numbers["num_nodes"])
-    return int(numbers["batch_size"]) // processes // int(numbers["accumulate"])
+    return int(numbers["batch_size"]) // world_size(numbers) // int(numbers["accumulate"])
 
 
 def make_sampler(
     numbers: Mapping[str, Any], images: int, trainer: L.Trainer, done: int, **more: Any
 ) -> TrainSampler:
-    """The order of images for this process, from the optimiser step after ``done`` on."""
+    """The order of images for this process, from the optimizer step after ``done`` on."""
     parts = int(numbers["accumulate"])
     return TrainSampler(
         images,
         numbers["seed"],
         images_at_once(numbers),
         rank=trainer.global_rank,
-        world_size=int(numbers["devices"]) * int(numbers["num_nodes"]),
+        world_size=world_size(numbers),
         start_step=done * parts,
         total_steps=int(numbers["steps"]) * parts,
         **more,
@@ -279,12 +263,12 @@ def make_sampler(
 def ends(run: RunFolder, names: list[str], firsts: bool = True) -> dict[str, float]:
     """The last value of each metric that has one, and its first as ``first_NAME``."""
     rows = read_rows(run.metrics)
-    found: dict[str, float] = {}
+    last_and_first: dict[str, float] = {}
     for name in names:
         values = [float(row[name]) for row in rows if row.get(name)]
         if values:
-            found |= {name: values[-1]} | ({f"first_{name}": values[0]} if firsts else {})
-    return found
+            last_and_first |= {name: values[-1]} | ({f"first_{name}": values[0]} if firsts else {})
+    return last_and_first
 
 
 def leave(stopped_by: int) -> NoReturn:
@@ -292,3 +276,48 @@ def leave(stopped_by: int) -> NoReturn:
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + stopped_by)
+
+
+@contextlib.contextmanager
+def translate_errors(run: RunFolder, numbers: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a training dies of into a UserError with the way out; what is unknown passes as it is."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise UserError(
+            f"{error} (learning rate {numbers['lr']:.3g}, precision {numbers['precision']}, "
+            f"batch {numbers['batch_size']}); {_last_good(run)}; try --lr {numbers['lr'] / 2:.2g} "
+            "or --precision 32-true with another --out"
+        ) from error
+    except WriteError as error:
+        raise UserError(f"{error}; {_last_good(run)}; with room made, the same command resumes it") from error
+    except MisconfigurationException as error:  # devices or nodes that do not fit a launcher or a machine
+        raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        if LONE_VALUE not in str(error):
+            raise
+        raise lone_image(str(numbers.get("backbone", "the backbone"))) from error
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if is_out_of_memory(error):
+            raise UserError(_out_of_memory(numbers)) from error
+        if "--ntasks" in str(error):  # Lightning's rule for srun
+            raise UserError(f"SLURM: {' '.join(str(error).split())}") from error
+        failure = worker_failure(error) if isinstance(error, RuntimeError) else None
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _last_good(run: RunFolder) -> str:
+    kept = sorted(run.checkpoints.glob("step-*.ckpt"))
+    return f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+
+
+def _out_of_memory(numbers: Mapping[str, Any]) -> str:
+    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    return (
+        f"out of memory with {images_at_once(numbers)} images at once; "
+        + (f"the peak was {peak:.1f} GB; " if peak else "")
+        + f"the same batch in smaller parts: --batch_size {numbers['batch_size']} --accumulate "
+        f"{numbers['accumulate'] * 2}"
+    )

@@ -1,7 +1,8 @@
-"""What a run tells of itself while it goes on: metrics, health, skipped images; callbacks that come now and then."""
+"""What a run tells of itself while it trains: metrics, health, skipped images; callbacks that come now and then."""
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,19 +12,23 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from freqmask.console import Progress
 from freqmask.errors import UserError
-from freqmask.training.failures import NotFiniteError
 from freqmask.training.files import append_row, read_rows
-from freqmask.training.progress import Progress
 from freqmask.training.run_folder import RunFolder
+
+COLLAPSE_WARNING = 0.1  # nats, docs/methods.md, small pictures
+
+
+class NotFiniteError(UserError):
+    """The loss became infinite or not a number at a step; the loop adds what to do."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is no longer finite at step {step + 1}")
 
 
 class PeriodicCallback(L.Callback, ABC):
-    """Calls :meth:`look` every so many optimiser steps, and at the end.
-
-    Args:
-        every_steps: optimiser steps between two looks; 0 looks at the end only.
-    """
+    """Calls :meth:`look` every so many optimizer steps (0: never), and at the end."""
 
     def __init__(self, every_steps: int) -> None:
         self.every_steps = every_steps
@@ -31,7 +36,7 @@ class PeriodicCallback(L.Callback, ABC):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """PeriodicCallback, where it is time."""
+        """Look, where it is time."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
@@ -43,9 +48,6 @@ class PeriodicCallback(L.Callback, ABC):
         """What is done; called by every process."""
 
 
-COLLAPSE_WARNING = 0.1  # nats, docs/methods.md, small pictures
-
-
 class Monitor(L.Callback):
     """Writes metrics.csv, moves the progress bar, warns of collapse, stops at a loss that is not finite.
 
@@ -55,8 +57,8 @@ class Monitor(L.Callback):
     Args:
         run: the run folder.
         progress: the bar.
-        log_every: optimiser steps between rows.
-        batch_size: images per optimiser step over all devices.
+        log_every: optimizer steps between rows.
+        batch_size: images per optimizer step over all devices.
         images: images in an epoch.
         warmup_steps: no warning before their end.
     """
@@ -70,22 +72,13 @@ class Monitor(L.Callback):
         images: int,
         warmup_steps: int,
     ) -> None:
-        self.run = run
-        self.progress = progress
-        self.log_every = log_every
-        self.batch_size = batch_size
-        self.images = images
-        self.warmup_steps = warmup_steps
+        self.run, self.progress, self.log_every = run, progress, log_every
+        self.batch_size, self.images, self.warmup_steps = batch_size, images, warmup_steps
         self.latest: dict[str, float] = {}
         self.recorded: dict[str, float] = {}  # stays in the bar until it is measured again
-        self.first_loss: float | None = None
-        self.images_per_second = 0.0
         self._sums: dict[str, Tensor] = {}
-        self._parts = 0
-        self._waited = 0.0
-        self._batch_ended = 0.0
-        self._row_began = 0.0
-        self._steps_at_row = 0
+        self._parts = self._steps_at_row = 0
+        self._waited = self._batch_ended = self._row_began = 0.0
         self._warned = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -103,10 +96,14 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up; at the end of an optimiser step move the bar, at some of them write a row."""
-        self._add(
-            {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
-        )  # Lightning divides it
+        """Add up; at the end of an optimizer step move the bar, at some of them write a row."""
+        if not self._parts:
+            self._sums = {}
+        self._parts += 1
+        whole = {"loss": outputs["loss"] * trainer.accumulate_grad_batches}  # Lightning divides it
+        for name, value in {**outputs, **whole}.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             step = trainer.global_step
             if self._is_logged(trainer, step):
@@ -128,43 +125,29 @@ class Monitor(L.Callback):
     def _is_logged(self, trainer: L.Trainer, step: int) -> bool:
         return step % self.log_every == 0 or step == trainer.max_steps or step == 1
 
-    def _ask_for_details(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        watched: Any = module
-        watched.want_details = self._is_logged(trainer, trainer.global_step + 1)
-
-    def _add(self, outputs: dict[str, Tensor]) -> None:
-        if not self._parts:
-            self._sums = {}
-        self._parts += 1
-        for name, value in outputs.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def _ask_for_details(self, trainer: L.Trainer, module: Any) -> None:
+        module.want_details = self._is_logged(trainer, trainer.global_step + 1)
 
     def _write_row(self, trainer: L.Trainer, module: Any, step: int) -> None:
         means = self._means(trainer, module)
-        if not torch.isfinite(torch.tensor(means["loss"])):
+        if not math.isfinite(means["loss"]):
             raise NotFiniteError(step - 1)
         now = time.perf_counter()
         elapsed = max(now - self._row_began, 1e-9)
-        steps = step - self._steps_at_row
-        self.images_per_second = steps * self.batch_size / elapsed
-        optimizer = trainer.optimizers[0]
-        values = {
+        groups = trainer.optimizers[0].param_groups
+        self.latest = {
             **means,
-            "lr": max(float(group["lr"]) for group in optimizer.param_groups),  # of the last layer
-            "weight_decay": max(float(group["weight_decay"]) for group in optimizer.param_groups),
-            "grad_norm": float(module.gradient_norm) if module.gradient_norm is not None else float("nan"),
-            "images_per_second": self.images_per_second,
+            "lr": max(float(group["lr"]) for group in groups),  # of the last layer
+            "weight_decay": max(float(group["weight_decay"]) for group in groups),
+            "grad_norm": float("nan") if module.gradient_norm is None else float(module.gradient_norm),
+            "images_per_second": (step - self._steps_at_row) * self.batch_size / elapsed,
             "data_wait_share": min(self._waited / elapsed, 1.0),
         }
-        row = {"step": step, "epoch": step * self.batch_size / self.images, **values}
+        row = {"epoch": step * self.batch_size / self.images, **self.latest}
         if trainer.is_global_zero:
-            append_row(self.run.metrics, row)
+            append_row(self.run.metrics, {"step": step, **row})
         for logger in trainer.loggers:
-            logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=step)
-        self.latest = values
-        if self.first_loss is None:
-            self.first_loss = values["loss"]
+            logger.log_metrics(row, step=step)
         self._warn_of_collapse(step)
         self._parts, self._waited, self._row_began, self._steps_at_row = 0, 0.0, now, step
 
@@ -172,11 +155,11 @@ class Monitor(L.Callback):
         names = sorted(self._sums)
         values = torch.stack([self._sums[name].to(module.device) for name in names])
         values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
-        counts = [1 if _is_detail(name) else self._parts for name in names]
-        last = trainer.accumulate_grad_batches  # details are asked for in all parts of the logged step
+        # details are asked for in all parts of the logged step, losses in all parts since the last row
+        last = min(trainer.accumulate_grad_batches, self._parts)
         return {
-            name: float(value) / (min(last, self._parts) if _is_detail(name) else count)
-            for name, value, count in zip(names, values.tolist(), counts, strict=True)
+            name: value / (last if name.startswith(("relative_loss", "collapse")) else self._parts)
+            for name, value in zip(names, values.tolist(), strict=True)
         }
 
     def _warn_of_collapse(self, step: int) -> None:
@@ -190,23 +173,11 @@ class Monitor(L.Callback):
         )
 
 
-def _is_detail(name: str) -> bool:
-    return name.startswith("relative_loss") or name == "collapse"
-
-
 class Skipped(L.Callback):
-    """Writes skipped.csv and watches its length.
-
-    Args:
-        path: the table.
-        images: images that are trained on.
-        max_share: share of them at which the run stops.
-    """
+    """Writes skipped.csv, and stops the run once ``max_share`` of the ``images`` trained on stand in it."""
 
     def __init__(self, path: Path, images: int, max_share: float) -> None:
-        self.path = path
-        self.images = images
-        self.max_share = max_share
+        self.path, self.images, self.max_share = path, images, max_share
         self.known = {row["name"] for row in read_rows(path)}
 
     def on_train_batch_start(

@@ -1,4 +1,4 @@
-"""When a training writes checkpoints and stops, and how it goes on exactly where it was."""
+"""When a training writes checkpoints and stops, and how it resumes exactly where it was."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to disk, made atomic on writing and safe on reading."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the checkpoint whole or not at all."""
+        """Write the checkpoint atomically."""
         save_atomically(checkpoint, path)
 
     def load_checkpoint(
@@ -36,10 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM become a wish that the training grants after the step it is in.
-
-    A second Ctrl-C ends the process at once.
-    """
+    """Ctrl-C and SIGTERM stop the training after the step it is in; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -72,10 +69,9 @@ class Saver(L.Callback):
 
     Args:
         run: the run folder.
-        signals: who wants the training to stop.
-        monitor: whose clock leaves out the time that saving takes.
-        numbers: how often and how many: checkpoint_every_steps, checkpoint_every_minutes (whichever comes first),
-            keep_checkpoints.
+        signals: say whether the training shall stop.
+        monitor: its clock leaves out the time that saving takes.
+        numbers: checkpoint_every_steps and checkpoint_every_minutes (whichever comes first), keep_checkpoints.
         export: writes what others load, given the trainer, the module and the step; called by every process.
     """
 
@@ -87,18 +83,15 @@ class Saver(L.Callback):
         numbers: Mapping[str, Any],
         export: Export,
     ) -> None:
-        self.run = run
-        self.signals = signals
-        self.monitor = monitor
+        self.run, self.signals, self.monitor, self.export = run, signals, monitor, export
         self.every_steps = int(numbers["checkpoint_every_steps"])
         self.every_minutes = float(numbers["checkpoint_every_minutes"])
         self.keep = int(numbers["keep_checkpoints"])
-        self.export = export
         self._saved_step = -1
         self._saved_time = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Start the clock; from now on a signal is granted after a step."""
+        """Start the clock; from now on a signal stops the training after a step."""
         self.signals.take()
         self._saved_time = time.monotonic()
         self._saved_step = trainer.global_step
@@ -110,7 +103,7 @@ class Saver(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        stop, due = self._wishes(trainer, step)
+        stop, due = self._stop_and_due(trainer, step)
         if stop or due or step % self.every_steps == 0 or step == trainer.max_steps:
             self.save(trainer, module)
         if stop:
@@ -130,14 +123,13 @@ class Saver(L.Callback):
         self._saved_step, self._saved_time = step, time.monotonic()
         self.monitor.pause(time.perf_counter() - began)
 
-    def _wishes(self, trainer: L.Trainer, step: int) -> tuple[bool, bool]:
+    def _stop_and_due(self, trainer: L.Trainer, step: int) -> tuple[bool, bool]:
         stop = self.signals.received is not None
         due = time.monotonic() - self._saved_time > 60 * self.every_minutes
         if trainer.world_size == 1:
             return stop, due
-        if (
-            step % self.monitor.log_every
-        ):  # agreeing costs a round trip, so several processes do it now and then
+        # agreeing costs a round trip, so several processes do it now and then
+        if step % self.monitor.log_every:
             return False, False
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         return stop, bool(trainer.strategy.broadcast(due))
@@ -147,10 +139,10 @@ class ExactResume(L.Callback):
     """Keeps what Lightning's checkpoints leave out: torch's generator (dropout, drop path) and the batches seen.
 
     Args:
-        batches_a_step: parts that an optimiser step is made of now; it may differ from what it was.
+        batches_a_step: parts that an optimizer step is made of now; it may differ from what it was.
     """
 
-    def __init__(self, batches_a_step: int = 1) -> None:
+    def __init__(self, batches_a_step: int) -> None:
         self.batches_a_step = batches_a_step
         self._random_state: Tensor | None = None
         self._gpu_random_state: Tensor | None = None
@@ -171,11 +163,8 @@ class ExactResume(L.Callback):
         self._gpu_random_state = checkpoint.get("gpu_random_state")
         batches = int(checkpoint["global_step"]) * self.batches_a_step
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (
-            progress["total"],
-            progress["current"],
-        ):  # the batch may be cut into other parts than before
-            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+        for name in ("total", "current"):  # the batch may be cut into other parts than before
+            progress[name].update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int

@@ -27,9 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqmask.console import be_quiet
+from freqmask.console import be_quiet, silence_third_party_loggers
 from freqmask.errors import UserError
-from freqmask.training.failures import silence_third_party_loggers
 
 _LASTING, _TENSOR = "lasting", "tensor"
 

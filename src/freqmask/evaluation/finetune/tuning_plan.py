@@ -29,8 +29,7 @@ from freqmask.evaluation.finetune.hyperparameters import (
 from freqmask.evaluation.trainings import AUTO, Numbers
 from freqmask.interop.models import OpenedModel
 from freqmask.training import auto
-from freqmask.training.auto import Choice
-from freqmask.training.failures import check_single_image
+from freqmask.training.auto import Choice, check_single_image
 from freqmask.training.run_folder import RunFolder
 
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from freqmask import __version__
 from freqmask.backbones import eval_no_grad
-from freqmask.console import rank, say
+from freqmask.console import LINES_A_RUN, rank, say
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import OrderedSampler
 from freqmask.data.source import Source
@@ -41,7 +41,6 @@ from freqmask.rng import sample_key
 from freqmask.training.loop import ScheduledModule, Task, ends, make_sampler, train
 from freqmask.training.monitor import Monitor, PeriodicCallback
 from freqmask.training.optim import OptimConfig, Schedule, update_ema
-from freqmask.training.progress import LINES_A_RUN
 from freqmask.training.run_folder import RunFolder, comparable
 
 BETAS = (0.9, 0.999)

@@ -29,7 +29,7 @@ from freqmask.evaluation.segmentation.mask_files import (
     parts_of,
     read_mask,
 )
-from freqmask.training.checkpoint import replace_atomically
+from freqmask.training.files import replace_atomically
 
 IGNORED = -1  # in targets: counted neither in a loss nor in a score
 UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored

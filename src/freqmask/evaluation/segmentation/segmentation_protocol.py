@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from freqmask.backbones import Backbone
-from freqmask.console import rank, say
+from freqmask.console import rank, say, silence_third_party_loggers
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import seen_in_pretraining
 from freqmask.evaluation.eval_model import check_models
-from freqmask.evaluation.features import pick_device
 from freqmask.evaluation.protocol import (
     EvalConfig,
     Protocol,
@@ -37,7 +36,7 @@ from freqmask.evaluation.segmentation.segmentation_task import SegmentationJob, 
 from freqmask.evaluation.segmentation.upernet import decoder_class
 from freqmask.evaluation.trainings import AUTO, digest, run_names
 from freqmask.interop.models import stage_features
-from freqmask.training.failures import silence_third_party_loggers
+from freqmask.training.auto import pick_device
 from freqmask.training.files import check_writable
 from freqmask.training.run_folder import RUNS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from freqmask.training.progress import Progress
+from freqmask.console import Progress
 
 
 def test_a_step_without_values_yet_ends_without_a_colon(capsys: pytest.CaptureFixture[str]) -> None:
