@@ -74,7 +74,7 @@ def test_other_images_are_refused(photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--resize", "8"], "resize (8) must be none or at least 32"),
+        (["--resize", "8"], "resize (8) must be a whole number at least 32, or none"),
         (["--shard_size", "0"], "shard_size (0)"),
         (["--workers", "-1"], "workers (-1)"),
         (["--split", "val"], "split (val)"),
@@ -117,5 +117,5 @@ def test_a_killed_command_goes_on(photos, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out" / "shards.index").exists()
     again = subprocess.run(command("out"), check=True, capture_output=True, text=True)
-    assert "goes on" in again.stdout
+    assert "resumes" in again.stdout
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -45,21 +45,29 @@ def command(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function take texts as well as values, and options from a YAML file where it has a ``config``.
 
+    Inside the function :func:`given_options` and :func:`running_options` tell them.
+
     Args:
         *groups: options beside those of the function's signature, for its ``**options``: dataclasses, or options by
             name. The function is called with all of them.
         more: what ``method`` names -> options that it brings along.
-
-    Returns:
-        A decorator; inside the function :func:`given_options` and :func:`running_options` tell them.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Result:
             named = {**inspect.signature(function).bind_partial(*args).arguments, **kwargs}
-            made: Result = _run(function, named, known_options(call, named))
-            return made
+            known = known_options(call, named)
+            given = given_values(named, known)
+            for option in known.values():
+                if option.default is REQUIRED and option.name not in given:
+                    raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
+            every = {name: option.default for name, option in known.items() if name != "config"} | given
+            token = _running.set((given, every))
+            try:
+                return function(**every)
+            finally:
+                _running.reset(token)
 
         call.groups, call.more = groups, more  # type: ignore[attr-defined]
         if groups:
@@ -67,19 +75,6 @@ def command(
         return call
 
     return decorate
-
-
-def _run(function: Function, named: Mapping[str, Any], known: Mapping[str, Option]) -> Any:
-    given = given_values(named, known)
-    for option in known.values():
-        if option.default is REQUIRED and option.name not in given:
-            raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
-    every = {name: option.default for name, option in known.items() if name != "config"} | given
-    token = _running.set((given, every))
-    try:
-        return function(**every)
-    finally:
-        _running.reset(token)
 
 
 def describe(call: Function, function: Function) -> None:
@@ -108,12 +103,7 @@ def declared(command: Function) -> dict[str, Option]:
 
 
 def known_options(command: Function, named: Mapping[str, Any]) -> Mapping[str, Option]:
-    """The options of a command, those of a foreign method among them.
-
-    Args:
-        command: decorated with :func:`command`.
-        named: name to text or value; of these ``method`` and ``config`` are looked at.
-    """
+    """The options of a command, with those of a method of one's own that ``method`` or ``config`` names."""
     known = declared(command)
     more = getattr(command, "more", None)
     if more is None:
@@ -126,10 +116,6 @@ def known_options(command: Function, named: Mapping[str, Any]) -> Mapping[str, O
 
 def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
     """What was given, each value by its option, those of ``config`` below those beside it.
-
-    Args:
-        named: name to text or value.
-        known: the options of the command.
 
     Raises:
         UserError: an option is unknown, is none of its kind, or excludes another.

@@ -10,16 +10,7 @@ from importlib import metadata
 from freqmask.commands.given import command
 from freqmask.console import say
 
-_LIBRARIES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "lightning",
-    "numpy",
-    "pillow",
-    "tifffile",
-    "matplotlib",
-)
+_LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "tifffile", "matplotlib")
 _FOR_DEVELOPERS = ("dev", "docs", "bench")
 
 
@@ -30,20 +21,22 @@ def info() -> dict[str, str]:
     Returns:
         One text per line printed, by its title.
     """
-    facts = {**_versions(), **_devices(), **_extras(), "cache folder": _cache_folder()}
+    from freqmask import __version__
+    from freqmask.data.cache import cache_folder
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    facts = {
+        "freqmask": __version__,
+        "python": python,
+        **{name: _version(name) or "missing" for name in _LIBRARIES},
+        **_devices(),
+        **_extras(),
+        "cache folder": str(cache_folder()),
+    }
     width = max(map(len, facts))
     for title, text in facts.items():
         say(f"{title:{width}}  {text}")
     return facts
-
-
-def _versions() -> dict[str, str]:
-    from freqmask import __version__
-
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"freqmask": __version__, "python": python} | {
-        name: _version(name) or "missing" for name in _LIBRARIES
-    }
 
 
 def _version(distribution: str) -> str | None:
@@ -56,29 +49,23 @@ def _version(distribution: str) -> str | None:
 def _devices() -> dict[str, str]:
     import torch
 
+    from freqmask.training.auto import usable_cores
+
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus.append("Apple GPU (mps)")
-    return {"cores": _cores(), "cpu": ", ".join(_cpu_capabilities()), "gpu": ", ".join(gpus) or "none"}
-
-
-def _cores() -> str:
-    from freqmask.training.auto import usable_cores
-
     usable, total = usable_cores(), os.cpu_count() or 1
-    return f"{usable}" if usable == total else f"{usable} of {total}"
-
-
-def _cpu_capabilities() -> list[str]:
-    """The instruction sets that PyTorch uses here; the last two compute bfloat16 fast."""
-    import torch
-
+    # the instruction sets that PyTorch uses here; the last two compute bfloat16 fast
     capabilities = [torch.backends.cpu.get_cpu_capability()]
     # Private names of PyTorch's: a version without them just names less.
     for words, question in (("AVX512-bf16", "_is_avx512_bf16_supported"), ("AMX", "_is_amx_tile_supported")):
         if getattr(torch.cpu, question, bool)():
             capabilities.append(words)
-    return capabilities
+    return {
+        "cores": f"{usable}" if usable == total else f"{usable} of {total}",
+        "cpu": ", ".join(capabilities),
+        "gpu": ", ".join(gpus) or "none",
+    }
 
 
 def _extras() -> dict[str, str]:
@@ -97,9 +84,3 @@ def _presence(extra: str, names: list[str]) -> str:
     if missing:
         return f"without {', '.join(missing)}; pip install 'freqmask[{extra}]'"
     return "present: " + ", ".join(names)
-
-
-def _cache_folder() -> str:
-    from freqmask.data.cache import cache_folder
-
-    return str(cache_folder())

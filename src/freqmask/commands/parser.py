@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import re
@@ -22,12 +23,7 @@ _INDENT, _WIDTH = 28, 100  # of the help
 
 
 def call(program: str, function: Callable[..., Any], words: Sequence[str]) -> Any:
-    """Read ``words`` by the function's declaration and call it.
-
-    Args:
-        program: the name that help shows.
-        function: a command.
-        words: what was typed after the command's name.
+    """Read the words that were typed after a command's name, by its function's declaration, and call it.
 
     Raises:
         UserError: an unknown option or a value of the wrong kind.
@@ -35,10 +31,14 @@ def call(program: str, function: Callable[..., Any], words: Sequence[str]) -> An
     if any(word in _HELP for word in words):
         say(help_text(program, function, _peeked(words)))
         return None
+    import yaml
+
     known = known_options(function, _peeked(words))
     given = read_words(known, words)
     if given.pop("print_config", None) is not None:
-        _print_config(given_values(given, known), known)
+        every = {option.name: option.default for option in known.values()} | given_values(given, known)
+        shown = {name: every[name] for name in known if name != "config" and every[name] is not REQUIRED}
+        say(yaml.safe_dump(shown, sort_keys=False))
         return None
     return function(**given)
 
@@ -59,10 +59,6 @@ def _peeked(words: Sequence[str]) -> dict[str, Any]:
 def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, Any]:
     """Name to text, or to several texts; what they mean is the options' to say.
 
-    Args:
-        known: the options of the command.
-        words: as typed.
-
     Raises:
         UserError: an option is unknown or lacks its value, or a word is more than the command takes.
     """
@@ -81,7 +77,12 @@ def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, A
             option = _known(name, known)
             value = text if equals else _values(name, option, rest)
             given[name] = [*given.get(name, []), value] if name == "config" else value
-    return {**given, **_placed(loose, known)}
+    for option in known.values():
+        if option.positional and loose:
+            given[option.name], loose = (loose, []) if option.many else (loose[0], loose[1:])
+    if loose:
+        raise UserError(f"{loose[0]!r} is more than this command takes; options begin with --")
+    return given
 
 
 def _known(name: str, known: Mapping[str, Option]) -> Option:
@@ -99,8 +100,7 @@ def _values(name: str, option: Option, rest: list[str]) -> str | list[str]:
         return "true"
     taken: list[str] = []
     if option.many and rest and not rest[0].startswith("["):
-        fits = _is_number if option.of_kind(int, float) else _is_value
-        taken = list(itertools.takewhile(fits, rest))
+        taken = list(itertools.takewhile(_is_number if option.of_kind(int, float) else _is_value, rest))
         del rest[: len(taken)]
     if taken:
         return taken
@@ -114,53 +114,30 @@ def _is_value(word: str) -> bool:
 
 
 def _is_number(word: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _placed(loose: list[str], known: Mapping[str, Option]) -> dict[str, Any]:
-    """The words without an option's name, given to the arguments that take such."""
-    placed: dict[str, Any] = {}
-    for name in (option.name for option in known.values() if option.positional):
-        if loose:
-            placed[name], loose = (loose, []) if known[name].many else (loose[0], loose[1:])
-    if loose:
-        raise UserError(f"{loose[0]!r} is more than this command takes; options begin with --")
-    return placed
-
-
-def _print_config(given: Mapping[str, Any], known: Mapping[str, Option]) -> None:
-    import yaml
-
-    every = {name: given.get(name, option.default) for name, option in known.items() if name != "config"}
-    say(
-        yaml.safe_dump(
-            {name: value for name, value in every.items() if value is not REQUIRED}, sort_keys=False
-        )
-    )
+        return True
+    return False
 
 
 def help_text(program: str, function: Callable[..., Any], named: Mapping[str, Any] | None = None) -> str:
     """What ``--help`` prints: usage, what the command does, every option."""
     known = known_options(function, named or {})
-    places = [name for name, option in known.items() if option.positional]
+    places = [option for option in known.values() if option.positional]
+    options = [option for option in known.values() if not option.positional]
     usage = [program]
-    for name in places:
-        word = name.upper() + (" ..." if known[name].many else "")
-        usage.append(word if known[name].default is REQUIRED else f"[{word}]")
+    for option in places:
+        word = option.title + (" ..." if option.many else "")
+        usage.append(word if option.default is REQUIRED else f"[{word}]")
     description = re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(function) or "")[0]
     lines = [f"usage: {' '.join(usage)} [OPTIONS]", "", description, ""]
-    for name in places:
-        lines += _entry(name.upper(), known[name])
-    options = [option for name, option in known.items() if name not in places]
+    for option in places:
+        lines += _entry(option.title, option)
     for group in dict.fromkeys(option.group or FIRST_GROUP for option in options):
         lines += ["", f"{group}:"]
         for option in options:
             if (option.group or FIRST_GROUP) == group:
-                lines += _entry(f"--{option.name} {_metavar(option)}", option)
+                lines += _entry(f"{option.title} {'|'.join(filter(None, map(_short, option.kinds)))}", option)
     lines += _entry("--help", Option("help", bool, None, "show this"))
     if "config" in known:
         lines += _entry("--print_config", Option("print_config", bool, None, "print the options and stop"))
@@ -181,11 +158,6 @@ def _entry(title: str, option: Option) -> list[str]:
     return [start, *(" " * _INDENT + line for line in wrapped)]
 
 
-def _metavar(option: Option) -> str:
-    """What stands for an option's value in the help: ``X|auto``."""
-    return "|".join(word for kind in option.kinds if (word := _short(kind)))
-
-
 def _short(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "|".join(map(str, typing.get_args(kind)))
@@ -196,12 +168,7 @@ def _short(kind: Any) -> str:
 
 
 def completions(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
-    """What may stand where the last of these words is being typed: options, or the values of the one before it.
-
-    Args:
-        function: the command.
-        words: those after the command's name.
-    """
+    """What may stand where the last of the words after a command's name is typed: options, or one option's values."""
     known = declared(function)
     before = words[-2] if len(words) > 1 else ""
     option = known.get(before[2:].replace("-", "_")) if before.startswith("--") else None

@@ -45,11 +45,7 @@ def _list() -> list[str]:
     width = max(len(recipe.name) for recipe in shipped)
     for recipe in shipped:
         say(f"{recipe.name:{width}}  {recipe.state}")
-        say(
-            textwrap.fill(
-                recipe.cost, 100, initial_indent=" " * (width + 2), subsequent_indent=" " * (width + 2)
-            )
-        )
+        say(textwrap.indent(textwrap.fill(recipe.cost, 98 - width), " " * (width + 2)))
     say("\nfreqmask recipes NAME shows one; freqmask recipes NAME --copy FILE copies it;")
     say("freqmask pretrain DATA --config NAME (or FILE) runs it.")
     return [recipe.name for recipe in shipped]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
-from freqmask.options import Seed
+from freqmask.options import Range, Seed
 
 _MOST_IMAGES = 4  # side by side; more would be too small to see
 
@@ -17,7 +18,7 @@ def spectra(
     image: list[str],
     *,
     out: str = "spectra.png",
-    image_size: int | None = None,
+    image_size: Annotated[int | None, Range(least=8)] = None,
     filters: list[str] | None = None,
     seed: Seed = 0,
 ) -> Path:
@@ -49,12 +50,8 @@ def spectra(
     from freqmask.rng import identity_of, sample_key
     from freqmask.training.files import check_writable
 
-    if isinstance(image, str):
-        image = [image]
     if not 1 <= len(image) <= _MOST_IMAGES:
         raise UserError(f"image ({len(image)} files) must be 1 to {_MOST_IMAGES} files; name fewer")
-    if image_size is not None and image_size < 8:
-        raise UserError(f"image_size ({image_size}) must be at least 8 pixels; try --image_size 224")
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"out ({out}) must be a .png file; try --out {Path(out).with_suffix('.png')}")
     check_writable(out)
@@ -73,11 +70,7 @@ def spectra(
 
 
 def default_filters(size: int) -> list[str]:
-    """One filter of every kind, its radii scaled from those meant for 224 pixels.
-
-    Args:
-        size: side of the images in pixels.
-    """
+    """One filter of every kind, its radii scaled to a side in pixels from those meant for 224."""
     inner, outer = max(1, round(8 * size / 224)), max(2, round(32 * size / 224))
     return [
         "lowpass",

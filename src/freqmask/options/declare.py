@@ -51,7 +51,8 @@ def options_of(declaration: Callable[..., Any]) -> dict[str, Option]:
     """
     if dataclasses.is_dataclass(declaration):
         return _options_of_group(declaration)
-    hints = typing.get_type_hints(_signed(declaration), include_extras=True)
+    signed = vars(declaration).get("__init__", declaration) if isinstance(declaration, type) else declaration
+    hints = typing.get_type_hints(signed, include_extras=True)
     helps = _argument_helps(inspect.getdoc(declaration) or "")
     found = {}
     for name, parameter in inspect.signature(declaration).parameters.items():
@@ -63,10 +64,6 @@ def options_of(declaration: Callable[..., Any]) -> dict[str, Option]:
                 name, kind, parameter.default, helps.get(name, ""), positional=positional, **more
             )
     return found
-
-
-def _signed(declaration: Any) -> Any:
-    return vars(declaration).get("__init__", declaration) if isinstance(declaration, type) else declaration
 
 
 def _options_of_group(group: Any) -> dict[str, Option]:
@@ -93,11 +90,7 @@ def _taken_apart(hint: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def read_group(group: type[Group], values: Mapping[str, Any]) -> Group:
-    """A group with values, its defaults for those that are not given.
-
-    Args:
-        group: a dataclass of options.
-        values: name to value.
+    """A group of options with values by name, its defaults for those that are not given.
 
     Raises:
         UserError: a name is unknown, or a value is none of its option; all in one message.
@@ -128,14 +121,10 @@ def _argument_helps(docstring: str) -> dict[str, str]:
 
 
 def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
-    """Values by the declaration of their options; all problems in one message.
-
-    Args:
-        values: name to text or value.
-        known: the options.
+    """Values, or texts, by the declaration of their options.
 
     Raises:
-        UserError: a name is unknown or a value is none of its option.
+        UserError: a name is unknown or a value is none of its option; all problems in one message.
     """
     unknown = [name for name in values if name not in known]
     if unknown:
@@ -152,12 +141,6 @@ def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict
     return found
 
 
-def rivals(name: str, known: Mapping[str, Option]) -> set[str]:
-    """The options that exclude an option."""
-    group = known[name].rivals if name in known else None
-    return {other for other, option in known.items() if group and option.rivals == group} - {name}
-
-
 def overridden(
     below: Mapping[str, Any], above: Mapping[str, Any], known: Mapping[str, Option]
 ) -> dict[str, Any]:
@@ -168,16 +151,14 @@ def overridden(
         above: name to value as typed; ``NAME.KEY`` sets one key of a mapping.
         known: all options.
     """
-    gone = set().union(*(rivals(name, known) for name, value in above.items() if value is not None))
+    typed = {name for name, value in above.items() if name in known and value is not None}
+    groups = {known[name].rivals for name in typed} - {None}
+    gone = {name for name, option in known.items() if option.rivals in groups}
     merged = {name: value for name, value in below.items() if name not in gone}
     for name, value in above.items():
         whole, dot, key = name.partition(".")
         if dot and whole in known:
-            before = merged.get(whole) or {}
-            merged[whole] = {
-                **(parse_yaml(before) if isinstance(before, str) else before),
-                key: parse_yaml(value),
-            }
+            merged[whole] = {**parse_yaml(merged.get(whole) or {}), key: parse_yaml(value)}
         else:
             merged[name] = value
     return merged

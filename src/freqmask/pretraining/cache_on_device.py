@@ -26,22 +26,20 @@ SECONDS_OF_SILENCE = 10.0
 
 
 def choose_place(options: Mapping[str, Any], survey: Survey, images: int) -> auto.Choice:
-    """Whether images stay on the device, with the reason.
+    """``device`` or ``loader``, with the reason.
 
     Args:
         options: all resolved but ``images_from``.
         survey: what the images are like.
         images: how many are trained on.
 
-    Returns:
-        ``device`` or ``loader``.
-
     Raises:
         UserError: they shall stay on the device and cannot.
     """
     if options["images_from"] == "loader":
         return auto.Choice("loader", "as asked")
-    size = images * survey.mean_pixels * options["channels"] * _itemsize(survey)
+    itemsize = max(np.dtype(dtype).itemsize for dtype in survey.dtypes)
+    size = images * survey.mean_pixels * options["channels"] * itemsize
     passes = options["steps"] * options["batch_size"] / images
     obstacle = _obstacle(survey, size, memory_limit(options))
     if options["images_from"] == "device":
@@ -82,30 +80,31 @@ def keep_images(
 
     Returns:
         The images, still in the host's memory; None where they come from the loader.
-
-    Raises:
-        UserError: they were asked to stay on the device and cannot.
     """
     if options["images_from"] != "device":
         return None
     limits = Limits(2**31 if by_hand else largest_side(options), memory_limit(options))
-    progress = _Reading(len(source))
+    decoders = 0
+    if int(options["workers"]) and len(source) >= FEW_IMAGES:
+        decoders = max(int(options["workers"]), auto.usable_cores() // int(options["devices"]))
+    began = spoke = time.monotonic()
+
+    def report(count: int) -> None:
+        nonlocal spoke
+        if time.monotonic() - spoke > SECONDS_OF_SILENCE:
+            spoke = time.monotonic()
+            say(f"            {count:,} of {len(source):,} images read")
+
     try:
-        images = read_images(
-            source,
-            [geometry],
-            limits,
-            options["channels"],
-            convert,
-            _decoders(options, source),
-            progress.tell,
-        )
+        images = read_images(source, [geometry], limits, options["channels"], convert, decoders, report)
     except DoesNotFitError as reason:
         if by_hand:
             raise UserError(f"images_from (device) cannot be: {reason}; try --images_from loader") from reason
         say(f"note: images come from the loader after all: {reason}")
         return None
-    progress.end(images)
+    took = readable_time(time.monotonic() - began)
+    bad = f", {len(images.bad):,} cannot be used" if images.bad else ""
+    say(f"read        {len(source):,} images in {took}, {readable_bytes(images.bytes)}{bad}")
     return images
 
 
@@ -128,31 +127,3 @@ def _no_gain(options: Mapping[str, Any], survey: Survey, passes: float) -> str |
     if passes < FEWEST_PASSES:
         return f"each is seen {passes:.1f} times, too few to decode all ahead"
     return None
-
-
-def _itemsize(survey: Survey) -> int:
-    return max(np.dtype(dtype).itemsize for dtype in survey.dtypes)
-
-
-def _decoders(options: Mapping[str, Any], source: Source) -> int:
-    if not int(options["workers"]) or len(source) < FEW_IMAGES:
-        return 0
-    return max(int(options["workers"]), auto.usable_cores() // int(options["devices"]))
-
-
-class _Reading:
-    """Says how far the reading is, now and then."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.began = total, time.monotonic()
-        self.spoke = self.began
-
-    def tell(self, count: int) -> None:
-        if time.monotonic() - self.spoke > SECONDS_OF_SILENCE:
-            self.spoke = time.monotonic()
-            say(f"            {count:,} of {self.total:,} images read")
-
-    def end(self, images: InMemoryImages) -> None:
-        took = readable_time(time.monotonic() - self.began)
-        bad = f", {len(images.bad):,} cannot be used" if images.bad else ""
-        say(f"read        {self.total:,} images in {took}, {readable_bytes(images.bytes)}{bad}")

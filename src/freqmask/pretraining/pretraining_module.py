@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from freqmask.images import as_float
@@ -23,42 +23,30 @@ SHARDED = ("fsdp", "model_parallel")
 
 
 def sharding_strategy(processes: int) -> ModelParallelStrategy:
-    """Weights, gradients and optimiser state over all processes; a checkpoint is still one file.
-
-    Args:
-        processes: devices times nodes.
-    """
+    """Weights, gradients and optimizer state over all processes; a checkpoint is still one file."""
     return ModelParallelStrategy(
         data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
     )
 
 
 def shard(method: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread a method over the mesh, in place: each block of a backbone is gathered by itself when its turn comes.
+    """Spread a method over the devices that share the data, in place: each block is gathered when its turn comes.
 
-    Args:
-        method: teacher and student are cut alike, so that the moving average needs no communication.
-        mesh: the devices that share the data.
+    Teacher and student are cut alike, so that the moving average needs no communication.
     """
     for part in method.modules():
         if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
             for block in part:
-                if any(parameter.ndim > 1 for parameter in block.parameters()) and not _is_sharded(block):
+                sharded = any(isinstance(inner, FSDPModule) for inner in block.modules())
+                if any(parameter.ndim > 1 for parameter in block.parameters()) and not sharded:
                     fully_shard(block, mesh=mesh)
     fully_shard(method, mesh=mesh)
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
 def whole_method(trainer: L.Trainer, module: Any) -> Any:
-    """The method with all its weights in this process.
+    """The method with all its weights; under sharding a copy on the CPU in the first process, in the others None.
 
-    Without sharding that is the method itself. With it every process has to call this; the first gets a copy on
-    the CPU, the others None.
+    Every process has to call this.
     """
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return module.method
@@ -71,46 +59,36 @@ def whole_method(trainer: L.Trainer, module: Any) -> Any:
 
 
 class PretrainingModule(ScheduledModule):
-    """Trains a method by a recipe.
+    """Trains a method.
 
     Args:
         method: an ``nn.Module`` with the contract of :mod:`freqmask.methods`.
-        recipe: how the weights are moved.
+        optim: how the weights are moved.
         augmentation: photometric augmentation of one view each, ``(images, keys) -> images``; empty for none.
     """
 
     def __init__(
-        self, method: nn.Module, recipe: OptimConfig, augmentation: list[nn.Module] | None = None
+        self, method: nn.Module, optim: OptimConfig, augmentation: list[nn.Module] | None = None
     ) -> None:
         super().__init__()
         self.method: Any = method
-        self.recipe = recipe
+        self.optim = optim
         self.augmentation = nn.ModuleList(augmentation or [])
         self._sharded = False
-
-    def views(self, batch: dict[str, Any]) -> list[Tensor]:
-        """The batch's views as the method takes them: float in [0, 1], augmented on the device.
-
-        Args:
-            batch: from :func:`freqmask.data.loader.make_loader`.
-
-        Returns:
-            A list of (B, C, H, W).
-        """
-        return augmented([as_float(view) for view in batch["views"]], list(self.augmentation), batch["keys"])
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """One part of an optimiser step: the method's loss and its parts."""
         with torch.no_grad():
-            views = self.views(batch)
+            views = [as_float(view) for view in batch["views"]]
+            views = augmented(views, list(self.augmentation), batch["keys"])
         parts: dict[str, Tensor] = self.method(views, batch["keys"], details=self.want_details)
         self.check(parts["loss"])
         return parts
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, its learning rate set by the schedule at every step."""
-        optimizer = build_optimizer(self.method, self.recipe)
-        self.schedule = Schedule(optimizer, self.recipe)
+        optimizer = build_optimizer(self.method, self.optim)
+        self.schedule = Schedule(optimizer, self.optim)
         return optimizer
 
     def configure_model(self) -> None:
@@ -127,9 +105,9 @@ class PretrainingModule(ScheduledModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Let the method drop gradients (FOLK's frozen layer), then clip the rest by their norm."""
-        self.method.before_optimizer_step(self.step, self.recipe.total_steps)
+        self.method.before_optimizer_step(self.step, self.optim.total_steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.recipe.clip_grad if self.recipe.clip_grad is not None else float("inf")
+        limit = self.optim.clip_grad if self.optim.clip_grad is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -138,7 +116,7 @@ class PretrainingModule(ScheduledModule):
     ) -> None:
         """Step, then what the method does after a step (FOLK's moving average)."""
         optimizer.step(closure=optimizer_closure)
-        self.method.after_step(self.step, self.recipe.total_steps)
+        self.method.after_step(self.step, self.optim.total_steps)
 
 
 def augmented(views: list[Tensor], augmentation: list[nn.Module], keys: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tables that grow by rows. No torch here: quick commands use them, too."""
+"""Files that are replaced atomically, and tables that grow by rows. No torch here: quick commands use them, too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from freqmask.artifacts import mark
 from freqmask.errors import UserError, describe_os_error
 
+_CSV: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 _PLENTY = 2**28  # bytes; with as much room a write fails for a quota or a limit on file sizes
 
 
@@ -120,8 +121,9 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     if missing:
         header = [*header, *missing]
         _rewrite(path, header, read_rows(path))
-    with writing(path), path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerow([_cell(row.get(name, "")) for name in header])
+    cells = [row.get(name, "") for name in header]
+    with writing(path), path.open("a", **_CSV) as file:
+        csv.writer(file).writerow(f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -129,9 +131,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     text = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-    return [_renamed(row) for row in csv.DictReader(io.StringIO(text))]
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    return [
+        {name if name is None else current_name(name): value for name, value in row.items()} for row in rows
+    ]
 
 
 def current_name(column: str) -> str:
@@ -141,10 +144,6 @@ def current_name(column: str) -> str:
     'held_out_relative_loss'
     """
     return column.replace("loss_over_zero", "relative_loss")
-
-
-def _renamed(row: dict[str, str]) -> dict[str, str]:
-    return {name if name is None else current_name(name): value for name, value in row.items()}
 
 
 def cut_back(path: Path, column: str, largest: int) -> None:
@@ -158,19 +157,13 @@ def cut_back(path: Path, column: str, largest: int) -> None:
 def _header(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(**_CSV) as file:
         return next(csv.reader(file), [])
 
 
 def _rewrite(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows([[row.get(name) or "" for name in header] for row in rows])
+        with temporary.open("w", **_CSV) as file:
+            csv.writer(file).writerows([header, *([row.get(name) or "" for name in header] for row in rows)])
 
     replace_atomically(path, write)
-
-
-def _cell(value: Any) -> Any:
-    return f"{value:.7g}" if isinstance(value, float) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,8 @@ class OptimConfig:
         lr: learning rate that the warm-up leads to.
         min_lr: learning rate at the last step.
         warmup_lr: learning rate at the first step.
-        warmup_steps: optimiser steps of linear warm-up; the cosine runs underneath it, as in the release.
-        total_steps: optimiser steps of the whole training.
+        warmup_steps: optimizer steps of linear warm-up; the cosine runs underneath it, as in the release.
+        total_steps: optimizer steps of the whole training.
         weight_decay: for weights with two or more dimensions; biases, norms, positions and tokens get none.
         weight_decay_end: where a cosine leads the weight decay; equal to ``weight_decay`` keeps it constant.
         betas: AdamW's.
@@ -66,7 +65,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         weight_decay: for the first group; vectors, positions and tokens form the second, with 0.
 
     Returns:
-        Parameter groups for a torch optimiser, empty ones left out.
+        Parameter groups for a torch optimizer, empty ones left out.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -82,53 +81,50 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, recipe: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the module's parameter groups, fused where the device has a fused kernel."""
-    groups = parameter_groups(module, recipe.weight_decay)
-    fused = _can_fuse(parameter for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
-
-
-def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in parameters)
+    groups = parameter_groups(module, optim.weight_decay)
+    fused = all(
+        parameter.device.type in ("cpu", "cuda") and not isinstance(parameter, DTensor)
+        for group in groups
+        for parameter in group["params"]
+    )
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
 
 
 class Schedule:
     """Learning rate and weight decay as functions of the step; it has no state of its own to save."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, recipe: OptimConfig) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
         self.optimizer = optimizer
-        self.recipe = recipe
+        self.optim = optim
         for group in optimizer.param_groups:
-            group["initial_lr"] = recipe.lr
+            group["initial_lr"] = optim.lr
         shared: dict[str, Any] = {
-            "t_initial": max(recipe.total_steps, 2),  # timm warns of a cosine over a single step
-            "lr_min": recipe.min_lr,
-            "warmup_t": recipe.warmup_steps,
-            "warmup_lr_init": recipe.warmup_lr,
+            "t_initial": max(optim.total_steps, 2),  # timm warns of a cosine over a single step
+            "lr_min": optim.min_lr,
+            "warmup_t": optim.warmup_steps,
+            "warmup_lr_init": optim.warmup_lr,
             "t_in_epochs": False,
             "initialize": False,
         }
         self._decay = (
             CosineLRScheduler(optimizer, **shared)
-            if recipe.power is None
-            else PolyLRScheduler(optimizer, power=recipe.power, **shared)
+            if optim.power is None
+            else PolyLRScheduler(optimizer, power=optim.power, **shared)
         )
 
     def apply(self, step: int) -> None:
-        """Set every group's learning rate and weight decay for optimiser step ``step``, counted from 0."""
+        """Set every group's learning rate and weight decay for optimizer step ``step``, counted from 0."""
         self._decay.step_update(step)
-        if self.recipe.weight_decay_end == self.recipe.weight_decay:
+        if self.optim.weight_decay_end == self.optim.weight_decay:
             return
-        decay = self._weight_decay(step)
+        start, end = self.optim.weight_decay, self.optim.weight_decay_end
+        share = min(step / max(self.optim.total_steps, 1), 1.0)
+        decay = end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
         for group in self.optimizer.param_groups:
             if group["weight_decay"] > 0:
                 group["weight_decay"] = decay
-
-    def _weight_decay(self, step: int) -> float:
-        start, end = self.recipe.weight_decay, self.recipe.weight_decay_end
-        share = min(step / max(self.recipe.total_steps, 1), 1.0)
-        return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
 
 
 @torch.no_grad()
@@ -136,11 +132,6 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Sets teacher = momentum teacher + (1 - momentum) student, for every parameter, in place.
 
     Buffers are left alone: a teacher in train mode gathers batch statistics from what it sees itself.
-
-    Args:
-        teacher: of the student's shape.
-        student: any module.
-        momentum: how much of the teacher remains, in [0, 1].
     """
     followers: list[Tensor] = list(teacher.parameters())
     leaders: list[Tensor] = list(student.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import time
@@ -24,49 +25,36 @@ SUMMARY = "summary.json"
 LOCK = "run.lock"
 SKIPPED = "skipped.csv"
 PATIENCE = (
-    1800.0  # seconds that other processes wait for the first one to look at the data and to write its plan
+    1800.0  # seconds that other processes wait until the first has looked at the data and written its plan
 )
 
 
 class RunFolder:
-    """One run on the disk. Reading is free; :meth:`lock` before writing."""
+    """One run on the disk. Reading is free; :meth:`lock` before writing.
+
+    Attributes:
+        path: the folder.
+        checkpoints: the folder of training states.
+        previews: the folder of preview figures.
+        backbone: the exported backbone, in timm's local-dir layout.
+        metrics: the table of metrics, a row a logged step.
+        skipped: the table of images that could not be read, each with its reason.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.checkpoints, self.previews, self.backbone, self.metrics, self.skipped = (
+            self.path / name for name in ("checkpoints", "previews", "backbone", "metrics.csv", SKIPPED)
+        )
         self._lock: BaseFileLock | None = None
         self._made: list[Path] = []
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where training states live."""
-        return self.path / "checkpoints"
-
-    @property
-    def previews(self) -> Path:
-        """Where preview pictures live."""
-        return self.path / "previews"
-
-    @property
-    def backbone(self) -> Path:
-        """The exported backbone, in timm's local-dir layout."""
-        return self.path / "backbone"
-
-    @property
-    def metrics(self) -> Path:
-        """The table of metrics, a row a logged step."""
-        return self.path / "metrics.csv"
-
-    @property
-    def skipped(self) -> Path:
-        """The table of images that could not be read, each with its reason."""
-        return self.path / SKIPPED
 
     def exists(self) -> bool:
         """Whether a run has been begun here."""
         return (self.path / CONFIG).is_file()
 
     def begun(self) -> RunFolder:
-        """The same run, once another process has begun it, or goes on with it.
+        """The same run, once another process has begun it, or resumes it.
 
         Raises:
             UserError: it did not appear.
@@ -104,7 +92,7 @@ class RunFolder:
         write_text(self.path / CONFIG, "".join(f"# {line}\n" for line in heading.splitlines()) + body)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
-        """Replace the state whole."""
+        """Replace the state atomically."""
         write_text(self.path / STATE, json.dumps(dict(state), indent=1) + "\n")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -129,26 +117,29 @@ class RunFolder:
         """
         check_writable(self.path, folder=True)
         self.make()
-        lock = _lock_of(self.path)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
+        self._lock = self._acquired()
+        if self._lock is None:
             raise UserError(
                 f"run folder ({self.path}) is in use by another process; wait for it, or give another --out"
-            ) from error
-        self._lock = lock
+            )
+
+    def _acquired(self) -> BaseFileLock | None:
+        # a lock of its own each time: taken twice in one process it must be refused, too
+        lock = FileLock(self.path / LOCK, thread_local=False, is_singleton=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+        return lock
 
     def is_locked(self) -> bool:
         """Whether a living process trains here."""
         if not (self.path / LOCK).exists():
             return False
-        lock = _lock_of(self.path)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        lock = self._acquired()
+        if lock is not None:
+            lock.release()
+        return lock is None
 
     def unlock(self) -> None:
         """Give the run free again."""
@@ -171,21 +162,15 @@ class RunFolder:
                 folder.rmdir()
 
 
-def _lock_of(folder: Path) -> BaseFileLock:
-    # a lock of its own each time: taken twice in one process it must be refused, too
-    return FileLock(folder / LOCK, thread_local=False, is_singleton=False)
-
-
 def new_run(method: str, backbone: str, root: Path = RUNS) -> RunFolder:
     """The first free ``runs/METHOD-BACKBONE-N``; the folder is made, so that no other process takes it."""
     stem = re.sub(r"[^\w.-]+", "_", f"{method}-{backbone}")
-    number = 1
-    while True:
+    for number in itertools.count(1):
         run = RunFolder(root / f"{stem}-{number}")
         with contextlib.suppress(FileExistsError):
             run.make(exist_ok=False)
-            return run
-        number += 1
+            break
+    return run
 
 
 def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder | None:
@@ -211,13 +196,13 @@ def comparable(value: Any) -> Any:
 
     An object of Python's, such as a source of images, becomes the import path of its class.
     """
-    return json.loads(json.dumps(value, default=_word))
 
+    def word(value: Any) -> str:
+        kind = type(value)
+        has_words = any("__str__" in vars(base) or "__repr__" in vars(base) for base in kind.__mro__[:-1])
+        return str(value) if has_words else f"{kind.__module__}:{kind.__qualname__}"
 
-def _word(value: Any) -> str:
-    kind = type(value)
-    has_words = any("__str__" in vars(one) or "__repr__" in vars(one) for one in kind.__mro__[:-1])
-    return str(value) if has_words else f"{kind.__module__}:{kind.__qualname__}"
+    return json.loads(json.dumps(value, default=word))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -240,12 +225,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file whole."""
-    replace_atomically(path, lambda temporary: _write(temporary, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    """Replace a small text file atomically."""
+    replace_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

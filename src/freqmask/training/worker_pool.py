@@ -1,7 +1,8 @@
-"""The same work on several devices: a process each, fed from this one, whose answers come back here.
+"""The same work on several devices: one process each, fed from this one, whose results come back here.
 
 Kept beside joblib and ``ProcessPoolExecutor``: those bind no worker to a device, give a task's results only at its end,
-send what all tasks share with each of them, and do not tell by which signal a worker died.
+send what all tasks share with each of them, do not tell by which signal a worker died, and leave workers behind when
+this process is killed.
 """
 
 from __future__ import annotations
@@ -29,39 +30,39 @@ from torch import Tensor, nn
 
 from freqmask.console import be_quiet, silence_third_party_loggers
 from freqmask.errors import UserError
+from freqmask.training.auto import is_out_of_memory
 
+Work = Callable[..., Iterable[Any]]
+
+_CHECK_EVERY = 1.0  # seconds after which a process that sends nothing is looked after
+_PATIENCE = 5.0  # seconds that a process has to leave by itself
+_TERMINATED = 143  # as a shell tells SIGTERM
 _LASTING, _TENSOR = "lasting", "tensor"
+_RESULT, _DONE, _FAILED = "result", "done", "failed"
 
 
 class Packer:
     """Writes objects for other processes and knows which of them need not be sent again."""
 
     def __init__(self) -> None:
-        self._lasting: list[tuple[int, object]] = []
+        self._lasting: dict[int, object] = {}
         self._numbers = itertools.count()  # never used twice: a receiver may still hold what we have dropped
 
     def keep(self, objects: Iterable[object]) -> list[int]:
-        """Name what is sent once, by object and not by value; what was kept before and is not named is dropped.
+        """The numbers of what is sent once, by object and not by value; what is not named any more is dropped.
 
         Args:
             objects: they must not change while they are kept.
-
-        Returns:
-            The number of each.
         """
-        known = {id(one): number for number, one in self._lasting}
-        self._lasting = [
-            (known[id(one)] if id(one) in known else next(self._numbers), one) for one in objects
-        ]
-        return [number for number, _ in self._lasting]
+        known = {id(item): number for number, item in self._lasting.items()}
+        self._lasting = {
+            known[id(item)] if id(item) in known else next(self._numbers): item for item in objects
+        }
+        return list(self._lasting)
 
     def pack_lasting(self, number: int) -> bytes:
-        """A kept object, whole.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        return _written(dict(self._lasting)[number], {})
+        """A kept object, whole."""
+        return _written(self._lasting[number], {})
 
     def pack(self, thing: object) -> bytes:
         """Any object; kept ones in it are named by their number.
@@ -69,7 +70,7 @@ class Packer:
         Raises:
             UserError: it cannot be written.
         """
-        return _written(thing, {id(one): number for number, one in self._lasting})
+        return _written(thing, {id(item): number for number, item in self._lasting.items()})
 
 
 class Unpacker:
@@ -84,26 +85,23 @@ class Unpacker:
         self._lasting: dict[int, object] = {}
 
     def keep(self, numbers: Iterable[int], packed: Mapping[int, bytes]) -> None:
-        """Hold what lasts, and nothing else any more.
-
-        Args:
-            numbers: of all that lasts.
-            packed: those that are new.
-        """
-        held = self._lasting
-        self._lasting = {}  # first: two models need not fit into the memory of the device
+        """Hold the objects of these numbers, those in ``packed`` being new, and nothing else any more."""
+        held, self._lasting = (
+            self._lasting,
+            {},
+        )  # first: two models need not fit into the memory of the device
         self._lasting.update((number, held[number]) for number in numbers if number in held)
         held.clear()
-        self._lasting.update((number, self.unpack(parcel)) for number, parcel in packed.items())
+        self._lasting.update((number, self.unpack(message)) for number, message in packed.items())
 
-    def unpack(self, parcel: bytes) -> Any:
+    def unpack(self, message: bytes) -> Any:
         """The object.
 
         Raises:
             UserError: it is defined where another process cannot find it.
         """
         try:
-            return _Reader(io.BytesIO(parcel), self.device, self._lasting).load()
+            return _Reader(io.BytesIO(message), self.device, self._lasting).load()
         except (AttributeError, ImportError) as error:
             raise UserError(
                 f"another process cannot find what it needs ({error}); define it in a module of its own rather "
@@ -145,28 +143,13 @@ def _written(thing: object, numbers: Mapping[int, int]) -> bytes:
     return file.getvalue()
 
 
-Work = Callable[..., Iterable[Any]]
-
-_LOOK = 1.0  # seconds after which a process that says nothing is looked after
-_PATIENCE = 5.0  # seconds that a process has to leave by itself
-_TERMINATED = 143  # as a shell tells SIGTERM
-_RESULT, _DONE, _FAILED = "result", "done", "failed"
-
-
 class DiedError(UserError):
     """A process is gone, with what it was at."""
 
 
 @dataclass
 class _Member:
-    """One process.
-
-    Attributes:
-        process: it.
-        connection: to it.
-        device: that it works on.
-        held: numbers of the lasting objects that it has.
-    """
+    """One process, and the numbers of the lasting objects that it has."""
 
     process: SpawnProcess
     connection: Connection
@@ -175,7 +158,7 @@ class _Member:
 
 
 class WorkerPool:
-    """Processes that do the same work on different images, one a device.
+    """Processes that do the same work on different images, one per device.
 
     Nothing is started before the first `run` that needs it. On one device the work is done in this process.
 
@@ -188,7 +171,7 @@ class WorkerPool:
         self._members: list[_Member] = []
         self._packer = Packer()
         self._busy = False
-        self._ending = weakref.finalize(self, _end, self._members)  # at the latest when Python ends
+        weakref.finalize(self, _end, self._members)  # at the latest when Python ends
 
     def __len__(self) -> int:
         return len(self.devices)
@@ -235,76 +218,64 @@ class WorkerPool:
 
     def _send(self, work: Work, arguments: Sequence[tuple[Any, ...]], lasting: Sequence[object]) -> None:
         numbers = self._packer.keep(lasting)
-        parcels = [self._packer.pack((work, one)) for one in arguments]
+        messages = [self._packer.pack((work, own)) for own in arguments]
         while len(self._members) < len(arguments):
             self._members.append(_start(self.devices[len(self._members)]))
-        new = {
-            number
-            for member in self._members[: len(arguments)]
-            for number in numbers
-            if number not in member.held
-        }
+        members = self._members[: len(arguments)]
+        new = {number for member in members for number in numbers if number not in member.held}
         packed = {number: self._packer.pack_lasting(number) for number in new}
-        for member, parcel in zip(self._members, parcels, strict=False):
+        for member, message in zip(members, messages, strict=True):
             lacking = {number: packed[number] for number in numbers if number not in member.held}
             try:
-                member.connection.send_bytes(pickle.dumps((numbers, lacking, parcel)))
+                member.connection.send_bytes(pickle.dumps((numbers, lacking, message)))
             except (BrokenPipeError, ConnectionResetError) as error:
                 raise self._died(member) from error
             member.held = set(numbers)
 
     def _gather(self, count: int) -> Iterator[Any]:
-        working = {member.connection: member for member in self._members[:count]}
+        working: dict[Any, _Member] = {member.connection: member for member in self._members[:count]}
         while working:
-            for connection in wait(list(working), timeout=_LOOK):
-                member = working[connection]  # type: ignore[index]
-                kind, result = self._receive(member)
+            for connection in wait(list(working), timeout=_CHECK_EVERY):
+                member = working[connection]
+                try:
+                    kind, result = pickle.loads(member.connection.recv_bytes())
+                except (EOFError, ConnectionResetError) as error:
+                    raise self._died(member) from error
                 if kind == _RESULT:
                     yield result
                 elif kind == _DONE:
-                    del working[member.connection]
+                    del working[connection]
                 else:
-                    raise self._failed(member, *result)
+                    error, text = result
+                    if not isinstance(error, UserError):
+                        error.__cause__ = RuntimeError(f"in {self._name(member)}:\n{text}")
+                    raise error
             for member in working.values():
                 # its loader workers hold the line open for seconds after its death
                 if not member.process.is_alive() and not member.connection.poll():
                     raise self._died(member)
 
-    def _receive(self, member: _Member) -> tuple[str, Any]:
-        try:
-            message: tuple[str, Any] = pickle.loads(member.connection.recv_bytes())
-        except (EOFError, ConnectionResetError) as error:
-            raise self._died(member) from error
-        return message
-
     def _died(self, member: _Member) -> DiedError:
         member.process.join(_PATIENCE)
         code = member.process.exitcode or 0
-        how = (
-            f"was killed by signal {-code}, most often for want of memory"
-            if code < 0
-            else f"ended with code {code}"
-        )
+        how = f"ended with code {code}"
+        if code < 0:
+            how = f"was killed by signal {-code}, most often for want of memory"
         return DiedError(
             f"{self._name(member)} {how}; try fewer --devices, fewer --workers or a smaller --batch_size"
         )
-
-    def _failed(self, member: _Member, error: Exception, text: str) -> Exception:
-        if not isinstance(error, UserError):
-            error.__cause__ = RuntimeError(f"in {self._name(member)}:\n{text}")
-        return error
 
     def _name(self, member: _Member) -> str:
         return f"process {self._members.index(member) + 1} of {len(self)} ({member.device})"
 
 
 def _start(device: torch.device) -> _Member:
-    here, there = Pipe()
+    here, theirs = Pipe()
     threads = torch.get_num_threads()  # not fewer: their number shows in the last bits of convolutions
-    with _undisturbed(), _without_script():
-        process = SpawnContext().Process(target=_serve, args=(there, str(device), threads))
+    with _deaf_and_without_script():
+        process = SpawnContext().Process(target=_serve, args=(theirs, str(device), threads))
         process.start()
-    there.close()  # ours, or we would not notice when the other end closes
+    theirs.close()  # ours, or we would not notice when the other end closes
     return _Member(process, here, device)
 
 
@@ -323,31 +294,27 @@ def _end(members: list[_Member], at_once: bool = True) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # started inside, Python before 3.12 would let the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _without_script() -> Iterator[None]:
+def _deaf_and_without_script() -> Iterator[None]:
+    """A process that is started inside leaves Ctrl-C to this one, and does not run the user's script again."""
     script = sys.modules["__main__"]
+    before = None
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # started inside, Python before 3.12 would let the signal through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = script
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: Connection, device_name: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit()
+    )  # an exception, so that loader workers are ended, too
     be_quiet()
     torch.set_num_threads(threads)
     device = torch.device(device_name)
@@ -368,40 +335,30 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
     os._exit(code)  # taking torch apart takes seconds, and nothing is left to be done
 
 
-def _leave(*_: Any) -> None:
-    raise SystemExit  # an exception, so that loader workers are ended, too
-
-
 def _answer(unpacker: Unpacker, message: bytes) -> Generator[bytes]:
     try:
-        numbers, packed, parcel = pickle.loads(message)
+        numbers, packed, call = pickle.loads(message)
         with _translate_memory_errors(unpacker.device):
             unpacker.keep(numbers, packed)
-            work, arguments = unpacker.unpack(parcel)
+            work, arguments = unpacker.unpack(call)
             for result in work(unpacker.device, *arguments):
                 yield pickle.dumps((_RESULT, result), pickle.HIGHEST_PROTOCOL)
         yield pickle.dumps((_DONE, None))
     except Exception as error:
-        yield _failure(error)
-
-
-def _failure(error: Exception) -> bytes:
-    text = traceback.format_exc()
-    try:
-        message = pickle.dumps((_FAILED, (error, text)))
-        pickle.loads(message)
-    except Exception:  # exceptions with constructors of their own do not survive the journey
-        message = pickle.dumps((_FAILED, (RuntimeError(str(error)), text)))
-    return message
+        text = traceback.format_exc()
+        try:
+            failure = pickle.dumps((_FAILED, (error, text)))
+            pickle.loads(failure)
+        except Exception:  # exceptions with constructors of their own do not survive the journey
+            failure = pickle.dumps((_FAILED, (RuntimeError(str(error)), text)))
+        yield failure
 
 
 @contextmanager
 def _translate_memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"out of memory on {device}; try a smaller --batch_size") from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # the CPU's own way to say it
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise UserError(f"out of memory on {device}; try a smaller --batch_size") from error
         raise
