@@ -23,9 +23,10 @@ from pathlib import Path
 import timm
 import torch
 
+from freqmask.commands.embedding import ComputeConfig, Embedding, compute_share, plan_parts
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
-from freqmask.interop.feature_parts import Place, Wanted, compute_parts, finish, plan_parts
+from freqmask.interop.feature_files import join_parts
 from freqmask.interop.models import OpenedModel, open_model
 
 RESULTS = Path(__file__).parent / "results" / "embed.csv"
@@ -37,27 +38,28 @@ def synchronise(device: str) -> None:
 
 
 @torch.inference_mode()
-def bare(opened: OpenedModel, images: int, place: Place) -> float:
+def bare(opened: OpenedModel, images: int, batch_size: int, device: str) -> float:
     """Images a second of the forward pass alone."""
-    batch = torch.rand(place.batch_size, *opened.input_size, device=place.device)
-    synchronise(place.device)
+    batch = torch.rand(batch_size, *opened.input_size, device=device)
+    synchronise(device)
     began = time.perf_counter()
-    for _ in range(images // place.batch_size):
+    for _ in range(images // batch_size):
         opened.module(batch)
-    synchronise(place.device)
+    synchronise(device)
     return images / (time.perf_counter() - began)
 
 
-def embed(opened: OpenedModel, source: Subset, place: Place) -> float:
+def embed(opened: OpenedModel, source: Subset, config: ComputeConfig, device: str) -> float:
     """Images a second from files to a parquet file."""
     with tempfile.TemporaryDirectory() as scratch:
-        out, wanted = Path(scratch) / "out.parquet", Wanted()
-        parts = plan_parts(opened, source, out, wanted)
+        task = Embedding(opened)
+        parts = plan_parts(task, source, Path(scratch) / "out.parquet")
         parts.begin()
         began = time.perf_counter()
-        compute_parts(opened, source, parts, wanted, place)
-        written = finish(opened, out, parts, wanted, len(source))
-        return written.rows / (time.perf_counter() - began)
+        for _ in compute_share(torch.device(device), task, source, parts, config):
+            pass
+        rows, _ = join_parts(parts)
+        return rows / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -77,12 +79,12 @@ def main() -> None:
     whole = open_source(arguments.data, split="all")
     images = min(arguments.images, len(whole)) // arguments.batch * arguments.batch
     source = Subset(whole, [number * len(whole) // images for number in range(images)])
-    place = Place(arguments.device, batch_size=arguments.batch, workers=arguments.workers)
-    bare(opened, arguments.batch, place)
+    config = ComputeConfig(arguments.batch, arguments.workers)
+    bare(opened, arguments.batch, arguments.batch, arguments.device)
     rates: dict[str, list[float]] = {"bare timm": [], "embed": []}
     for _ in range(arguments.repeats):
-        rates["bare timm"].append(bare(opened, images, place))
-        rates["embed"].append(embed(opened, source, place))
+        rates["bare timm"].append(bare(opened, images, arguments.batch, arguments.device))
+        rates["embed"].append(embed(opened, source, config, arguments.device))
     ratio = statistics.median(e / b for e, b in zip(rates["embed"], rates["bare timm"], strict=True))
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine()
     facts = f"torch {torch.__version__}, timm {timm.__version__}, {device}, {torch.get_num_threads()} threads"

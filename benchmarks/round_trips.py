@@ -64,7 +64,7 @@ def make(name: str, folder: Path, image_size: int = SIZE, **arguments: object) -
         input_size=(3, image_size, image_size),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
-        facts={"method": "mfm"},
+        metadata={"method": "mfm"},
         pooled="mean",
         decoder=head.state_dict(),
     )

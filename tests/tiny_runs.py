@@ -50,7 +50,7 @@ def make_run(folder: Path, **options: Any) -> RunFolder:
         input_size=(options["channels"], height, width),
         mean=options["mean"],
         std=options["std"],
-        facts={
+        metadata={
             "run": folder.name,
             "method": options["method"],
             "value_range": options["value_range"],

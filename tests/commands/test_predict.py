@@ -88,3 +88,17 @@ def test_what_cannot_predict_is_one_sentence():
     shutil.rmtree("trained")
     with pytest.raises(UserError, match="was built on trained/mfm"):
         run(["predict", "segmented/mfm-seed0", "shards", "--out", "x"])
+
+
+def test_a_prediction_that_was_cut_short_is_not_computed_again(monkeypatch, capsys):
+    words = ["predict", "tuned/mfm-seed0", "labelled.npz", "--split", "test", "--workers", "0", "--out"]
+    with monkeypatch.context() as power_cut:
+        power_cut.setattr("freqmask.commands.prediction.rows_of", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run([*words, "x.csv"])
+    assert not Path("x.csv").exists()
+    run([*words, "x.csv"])
+    assert "resumes     1 of 1 parts" in capsys.readouterr().out
+    run([*words, "y.csv"])
+    assert Path("x.csv").read_bytes() == Path("y.csv").read_bytes()
+    assert not list(Path().glob(".*.parts"))

@@ -227,7 +227,7 @@ def test_the_classifier_s_folder_is_one_that_timm_loads(tuned: Path) -> None:
     checkpoint = torch.load(tuned / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     trained = {name.removeprefix("model."): value for name, value in checkpoint.items()}
     assert all(torch.equal(value, trained[name]) for name, value in weights(tuned).items())
-    assert open_model(tuned).facts["method"] == "finetune"
+    assert open_model(tuned).metadata["method"] == "finetune"
 
 
 def test_bands_ask_the_classifier_itself(tuned: Path, there: Path, tmp_path: Path) -> None:

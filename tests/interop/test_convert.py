@@ -84,7 +84,7 @@ def test_a_pre_trained_mfm_vit_computes_what_its_tensors_say(tmp_path, new):
     assert torch.equal(converted.decoder["0.weight"], state["decoder.0.weight"])
     assert converted.image_size == (32, 32)
     assert converted.mean == (0.485, 0.456, 0.406)
-    assert converted.facts["epoch"] == 299
+    assert converted.metadata["epoch"] == 299
     assert "not taken: optimizer" in converted.notes
 
 

@@ -8,33 +8,37 @@ import pytest
 import torch
 from tiny_runs import make_run
 
+from freqmask.commands.embedding import ComputeConfig, EmbedConfig, Embedding, compute_share, plan_parts
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.images import as_float
-from freqmask.interop.feature_parts import (
-    Parts,
-    Place,
-    Wanted,
-    compute_parts,
-    finish,
-    plan_parts,
-    still_images,
-)
-from freqmask.interop.feature_tables import nearest_neighbours, task_of
-from freqmask.interop.models import open_model
+from freqmask.interop.feature_files import Parts, join_parts, nearest_neighbors, task_of
+from freqmask.interop.models import open_model, still_images
+
+CPU = torch.device("cpu")
 
 
-def run(opened, source, out, wanted=None, **place):
-    wanted = wanted or Wanted()
-    parts = plan_parts(opened, source, out, wanted)
-    parts.begin()
-    computed = compute_parts(opened, source, parts, wanted, Place(batch_size=4, **place))
-    return finish(opened, out, parts, wanted, computed)
+def planned(opened, source, out, config=None):
+    task = Embedding(opened, config)
+    parts = plan_parts(task, source, out)
+    return task, parts, parts.begin()
+
+
+def share(task, source, parts, batch_size=4, workers=0, **place):
+    return compute_share(CPU, task, source, parts, ComputeConfig(batch_size, workers), **place)
+
+
+def run(opened, source, out, config=None, **place):
+    task, parts, _ = planned(opened, source, out, config)
+    computed = sum(share(task, source, parts, **place))
+    rows, skipped = join_parts(parts, task.grid if task.config.patches else None)
+    assert computed == len(source)
+    return rows, skipped
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr("freqmask.interop.feature_parts._FEWEST_IMAGES", 3)
+    monkeypatch.setattr("freqmask.interop.feature_files._FEWEST_IMAGES", 3)
 
 
 def expected_features(opened, source, index):
@@ -48,10 +52,10 @@ def test_a_row_is_the_feature_of_its_image_and_bad_images_are_left_out(
     vit_run, photographs, tmp_path, small_parts, workers
 ):
     opened, source = open_model(vit_run.path), open_source(photographs)
-    written = run(opened, source, tmp_path / "x.parquet", workers=workers)
+    rows, skipped = run(opened, source, tmp_path / "x.parquet", workers=workers)
     table = pq.read_table(tmp_path / "x.parquet")
-    assert (written.rows, table.num_rows) == (6, 6)
-    assert [name for name, _ in written.skipped] == ["cats/9.png"]
+    assert (rows, table.num_rows) == (6, 6)
+    assert [name for name, _ in skipped] == ["cats/9.png"]
     assert table["path"].to_pylist() == [
         "cats/1.png",
         "cats/3.png",
@@ -69,7 +73,7 @@ def test_a_row_is_the_feature_of_its_image_and_bad_images_are_left_out(
 
 def test_patches_and_blocks_come_along(vit_run, photographs, tmp_path):
     opened, source = open_model(vit_run.path), open_source(photographs)
-    run(opened, source, tmp_path / "x.parquet", Wanted(patches=True, blocks=(0, 1)))
+    run(opened, source, tmp_path / "x.parquet", EmbedConfig(patches=True, blocks=(0, 1)))
     row = pq.read_table(tmp_path / "x.parquet").to_pylist()[2]
     features = expected_features(opened, source, row["index"])
     patches = torch.tensor(row["patches"]).reshape(4, 4, 64)
@@ -88,33 +92,26 @@ def test_a_npy_holds_one_array_and_names_its_rows(vit_run, photographs, tmp_path
     with (tmp_path / "x.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows][:2] == ["cats/1.png", "cats/3.png"]
-    run(opened, source, tmp_path / "patches.npy", Wanted(patches=True))
+    run(opened, source, tmp_path / "patches.npy", EmbedConfig(patches=True))
     assert np.load(tmp_path / "patches.npy").shape == (6, 4, 4, 64)
-    run(opened, source, tmp_path / "blocks.npy", Wanted(blocks=(0, 1)))
+    run(opened, source, tmp_path / "blocks.npy", EmbedConfig(blocks=(0, 1)))
     assert np.load(tmp_path / "blocks.npy").shape == (6, 2, 64)
 
 
 def test_a_start_that_was_cut_short_goes_on_and_ends_the_same(vit_run, photographs, tmp_path, small_parts):
     opened, source = open_model(vit_run.path), open_source(photographs)
     run(opened, source, tmp_path / "whole.parquet")
-    out, wanted = tmp_path / "x.parquet", Wanted()
-
-    class PowerCutError(Exception):
-        pass
-
-    def cut(done):
-        if done >= 4:
-            raise PowerCutError
-
-    parts = plan_parts(opened, source, out, wanted)
-    parts.begin()
-    with pytest.raises(PowerCutError):
-        compute_parts(opened, source, parts, wanted, Place(batch_size=1), cut)
+    out = tmp_path / "x.parquet"
+    task, parts, _ = planned(opened, source, out)
+    batches = share(task, source, parts, batch_size=1)
+    done = sum(next(batches) for _ in range(4))
+    batches.close()  # as a power cut would
+    assert done == 4
     assert not out.exists()
-    parts = plan_parts(opened, source, out, wanted)
-    assert parts.begin() == 1
-    assert compute_parts(opened, source, parts, wanted, Place(batch_size=1)) == 4
-    finish(opened, out, parts, wanted, 4)
+    task, parts, whole = planned(opened, source, out)
+    assert whole == 1
+    assert sum(share(task, source, parts, batch_size=1)) == 4
+    join_parts(parts)
     one, two = (pq.read_table(tmp_path / name) for name in ("whole.parquet", "x.parquet"))
     assert one["path"].equals(two["path"])
     a, b = (np.array(table["features"].to_pylist()) for table in (one, two))
@@ -126,38 +123,33 @@ def test_parts_of_other_weights_or_images_are_not_taken(vit_run, photographs, tm
     source = open_source(photographs)
     for seed, expected in ((0, 0), (0, 3), (1, 0)):
         opened = open_model(f"random:{vit_run.path}", seed=seed)
-        parts = plan_parts(opened, source, tmp_path / "x.parquet", Wanted())
-        assert parts.begin() == expected
-        compute_parts(opened, source, parts, Wanted(), Place(batch_size=4))
+        task, parts, whole = planned(opened, source, tmp_path / "x.parquet")
+        assert whole == expected
+        list(share(task, source, parts))
 
 
 def test_several_processes_share_the_parts(vit_run, photographs, tmp_path, small_parts):
-    opened, source, wanted = open_model(vit_run.path), open_source(photographs), Wanted()
-    parts = plan_parts(opened, source, tmp_path / "x.parquet", wanted)
-    parts.begin()
-    done = [
-        compute_parts(opened, source, parts, wanted, Place(batch_size=2, rank=rank, world_size=2))
-        for rank in range(2)
-    ]
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    task, parts, _ = planned(opened, source, tmp_path / "x.parquet")
+    done = [sum(share(task, source, parts, batch_size=2, rank=rank, world_size=2)) for rank in range(2)]
     assert done == [4, 3]
-    assert finish(opened, tmp_path / "x.parquet", parts, wanted, 7).rows == 6
+    assert join_parts(parts)[0] == 6
 
 
 def test_a_file_says_what_it_was_made_from(vit_run, photographs, tmp_path):
     opened, source = open_model(vit_run.path), open_source(photographs)
     run(opened, source, tmp_path / "x.parquet")
     task = task_of(tmp_path / "x.parquet")
-    assert task == plan_parts(opened, source, tmp_path / "x.parquet", Wanted()).task
+    assert task == plan_parts(Embedding(opened), source, tmp_path / "x.parquet").task
     assert task["weights"] == opened.weights_hash
     assert task_of(photographs / "cats" / "1.png") is None
 
 
 def test_a_part_that_is_missing_at_the_end_is_named(vit_run, photographs, tmp_path):
     opened, source = open_model(vit_run.path), open_source(photographs)
-    parts = plan_parts(opened, source, tmp_path / "x.parquet", Wanted())
-    parts.begin()
+    _, parts, _ = planned(opened, source, tmp_path / "x.parquet")
     with pytest.raises(UserError, match="1 parts of"):
-        finish(opened, tmp_path / "x.parquet", parts, Wanted(), 0)
+        join_parts(parts)
     assert not (tmp_path / "x.parquet").exists()
 
 
@@ -169,8 +161,8 @@ def test_parts_cover_every_image_once(tmp_path, images, row_bytes):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".npy"])
-def test_nearest_neighbours_are_those_of_a_plain_search(vit_run, photographs, tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr("freqmask.interop.feature_tables._ROWS", 4)
+def test_nearest_neighbors_are_those_of_a_plain_search(vit_run, photographs, tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("freqmask.interop.feature_files._ROWS", 4)
     opened, source = open_model(vit_run.path), open_source(photographs)
     run(opened, source, tmp_path / "x.parquet")
     table = pq.read_table(tmp_path / "x.parquet")
@@ -180,13 +172,13 @@ def test_nearest_neighbours_are_those_of_a_plain_search(vit_run, photographs, tm
     features = features - features.mean(axis=0)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     numbers = np.array(table["index"])
-    found, scores = nearest_neighbours(tmp_path / f"x{suffix}", queries=6, neighbours=3)
+    found, scores = nearest_neighbors(tmp_path / f"x{suffix}", queries=6, neighbors=3)
     similarity = features @ features.T
     np.fill_diagonal(similarity, np.inf)
     expected = numbers[np.argsort(-similarity, axis=1)[:, :4]]
     assert np.array_equal(found, expected)
     np.testing.assert_allclose(scores[:, 1:], -np.sort(-similarity, axis=1)[:, 1:4], atol=1e-4)
-    padded, _ = nearest_neighbours(tmp_path / f"x{suffix}", queries=2, neighbours=9)
+    padded, _ = nearest_neighbors(tmp_path / f"x{suffix}", queries=2, neighbors=9)
     assert padded.shape == (2, 10)
     assert (padded[:, 6:] == -1).all()
 

@@ -42,7 +42,7 @@ def write(name, folder, pooled="mean"):
         input_size=(3, 64, 64),
         mean=[0.5] * 3,
         std=[0.5] * 3,
-        facts={},
+        metadata={},
         pooled=pooled,
     )
     return backbone

@@ -47,7 +47,7 @@ def test_random_of_a_run_has_its_architecture_and_other_weights(vit_run):
         n: t.shape for n, t in fresh.module.state_dict().items()
     }
     assert run.weights_hash != fresh.weights_hash
-    assert (fresh.kind, fresh.mean, fresh.facts) == ("random", run.mean, {})
+    assert (fresh.kind, fresh.mean, fresh.metadata) == ("random", run.mean, {})
 
 
 def test_opening_a_random_model_leaves_the_global_generator_alone():
@@ -82,10 +82,10 @@ def test_teacher_and_student_of_folk_can_be_chosen(folk_run):
     normalised = method.normalise(images())
     for weights, backbone in method.backbones().items():
         opened = open_model(folk_run.path, weights=weights)
-        assert opened.facts["weights"] == weights
+        assert opened.metadata["weights"] == weights
         expected = backbone(normalised).class_token
         torch.testing.assert_close(opened.backbone(normalised).class_token, expected, atol=1e-6, rtol=0)
-    assert open_model(folk_run.path).facts["weights"] == "student"
+    assert open_model(folk_run.path).metadata["weights"] == "student"
     with pytest.raises(UserError, match="did you mean 'teacher'"):
         open_model(folk_run.path, weights="teacherr")
     with pytest.raises(UserError, match="a run folder only"):

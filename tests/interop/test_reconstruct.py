@@ -28,7 +28,7 @@ def test_a_converted_mfm_checkpoint_reconstructs_as_its_run_does(vit_run, tmp_pa
         input_size=(3, 32, 32),
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.25, 0.3),
-        facts=converted.facts,
+        metadata=converted.metadata,
         decoder=converted.decoder,
     )
     run, _ = open_method(str(vit_run.path))

@@ -16,7 +16,7 @@ from freqmask.interop.timm_folder import write_timm_folder
 
 def test_a_network_that_trains_channels_last_is_written_as_any_other(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=0).eval().to(memory_format=torch.channels_last)
-    write_timm_folder(model, tmp_path, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.2,) * 3, facts={})
+    write_timm_folder(model, tmp_path, input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.2,) * 3, metadata={})
     assert not model.conv1[0].weight.is_contiguous()  # the model that is trained stays as it is
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.rand(2, 3, 32, 32)
@@ -29,7 +29,7 @@ def test_a_folder_says_how_to_get_embeds_features_where_a_plain_call_does_not(tm
     torch.manual_seed(0)
     backbone = Backbone(name, size).eval()
     write_timm_folder(
-        backbone.timm_model, tmp_path, input_size=(3, size, size), mean=[0.5] * 3, std=[0.5] * 3, facts={}
+        backbone.timm_model, tmp_path, input_size=(3, size, size), mean=[0.5] * 3, std=[0.5] * 3, metadata={}
     )
     text = (tmp_path / "README.md").read_text()
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()

@@ -42,8 +42,8 @@ def convert(
         UserError: the file is broken, refused or does not fit; tensors that do not are named.
     """
     from freqmask.interop.foreign_weights import convert_file
-    from freqmask.interop.outputs import check_out, new_folder
     from freqmask.interop.timm_folder import write_timm_folder
+    from freqmask.training.files import check_out, new_folder
 
     path = check_out(out, overwrite, folder=True)
     converted = convert_file(file, backbone, image_size, model_args, key)
@@ -54,7 +54,7 @@ def convert(
             input_size=(len(converted.mean), *converted.image_size),
             mean=converted.mean,
             std=converted.std,
-            facts=converted.facts,
+            metadata=converted.metadata,
             pooled="mean" if converted.decoder else None,
             decoder=converted.decoder or None,
         )

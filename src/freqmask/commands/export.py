@@ -79,8 +79,9 @@ def export(
 
 def _open(model: str, image_size: int | None, weights: str | None, format: str) -> Any:
     """A classifier with its head, a segmentation network as a graph, or a backbone."""
-    from freqmask.commands.predict import open_segmenter, segmentation_graph
-    from freqmask.interop.models import PUBLIC, RANDOM, open_classifier, open_model
+    from freqmask.commands.prediction import open_segmenter, segmentation_graph
+    from freqmask.interop.models import open_classifier, open_model
+    from freqmask.interop.weights import PUBLIC, RANDOM
 
     segmenter = open_segmenter(model)
     if segmenter is not None:

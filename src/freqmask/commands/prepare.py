@@ -60,9 +60,8 @@ def prepare(
         prepare_shards,
         read_manifest,
     )
-    from freqmask.interop.outputs import check_out
     from freqmask.training.auto import usable_cores
-    from freqmask.training.files import check_writable
+    from freqmask.training.files import check_out, check_writable
 
     side = None if resize == "none" else resize
     path = Path(out).expanduser()

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from freqmask.data.source import Source
 from freqmask.images import as_float, psnr
-from freqmask.interop.feature_parts import still_images
-from freqmask.interop.feature_tables import nearest_neighbours
-from freqmask.interop.models import OpenedModel
+from freqmask.interop.feature_files import nearest_neighbors
+from freqmask.interop.models import OpenedModel, still_images
 from freqmask.interop.reconstruction import Band
 from freqmask.pretraining.figures import (
     Palette,
@@ -43,7 +42,7 @@ _COLUMNS = (
 _GAIN = 4  # errors are a few hundredths
 
 
-def draw_neighbours(path: Path, opened: OpenedModel, source: Source, queries: int, neighbours: int) -> Path:
+def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int, neighbors: int) -> Path:
     """Some images, each with the images whose features are nearest.
 
     Args:
@@ -51,29 +50,29 @@ def draw_neighbours(path: Path, opened: OpenedModel, source: Source, queries: in
         opened: the model that made it.
         source: its images.
         queries: rows.
-        neighbours: columns beside the first.
+        neighbors: columns beside the first.
 
     Returns:
         The PNG.
     """
-    indices, scores = nearest_neighbours(path, queries, neighbours)
+    indices, scores = nearest_neighbors(path, queries, neighbors)
     dataset = still_images(opened, source)
     images = {
         int(n): as_float(dataset[0, int(n), int(n)].views[0]) for n in {*indices.flatten().tolist()} if n >= 0
     }
     palette = Palette.of(torch.stack(list(images.values())))
     height, width = opened.backbone.image_size
-    title = f"nearest neighbours by {opened.name}: left an image, then the most similar ones (cosine)"
-    figure, axes = new_sheet(len(indices), 1 + neighbours, height / width, title)
+    title = f"nearest neighbors by {opened.name}: left an image, then the most similar ones (cosine)"
+    figure, axes = new_sheet(len(indices), 1 + neighbors, height / width, title)
     for row, (found, similarities) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True)):
         for column, (index, score) in enumerate(zip(found, similarities, strict=True)):
             if index < 0:
                 continue
-            colours, _ = palette.show(images[index])
+            colors, _ = palette.show(images[index])
             heading = (
                 _short(source.name(index)) if column == 0 else f"{_similarity(score)}{_label(source, index)}"
             )
-            show_image(axes[row, column], colours, heading)
+            show_image(axes[row, column], colors, heading)
     return save_sheet(figure, path.with_suffix(".neighbours.png"))
 
 
@@ -105,8 +104,8 @@ def _draw_row(axes: Any, shown: dict[str, Tensor], facts: tuple[str, str], headi
         "filled": f"{psnr(shown['filled'], target):.1f} dB",
     }
     for column, (key, line) in enumerate(lines.items()):
-        colours, _ = palette.show(shown[key].clamp(0, 1))
-        show_image(axes[column], colours, headings[column], line)
+        colors, _ = palette.show(shown[key].clamp(0, 1))
+        show_image(axes[column], colors, headings[column], line)
     error = (shown["filled"].clamp(0, 1) - target).abs().mean(dim=0)
     show_image(axes[4], (_GAIN * error).clamp(0, 1).numpy(), headings[4], f"mean {float(error.mean()):.3f}")
     scale = spectrum_scale(spectrum_levels(target[None])[0])

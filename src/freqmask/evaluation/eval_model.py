@@ -15,14 +15,12 @@ from torch import Tensor
 from freqmask.backbones import Features, recalibrate_batch_norm
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
-from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.images import as_float
-from freqmask.interop.feature_parts import MiddleWindow
-from freqmask.interop.models import PUBLIC, RANDOM, OpenedModel, hash_weights, open_model
+from freqmask.interop.models import OpenedModel, hash_weights, open_model, still_images
 from freqmask.interop.timm_folder import CLASSIFIER, LOCAL, OURS, find_backbone, read_config
-from freqmask.interop.weights import check_public
+from freqmask.interop.weights import PUBLIC, RANDOM, check_public
 from freqmask.timm_models import check_name
 from freqmask.training.run_folder import RunFolder
 
@@ -82,15 +80,7 @@ class EvalModel(ABC):
 
     def dataset(self, source: Source) -> TrainDataset:
         """The images as it is shown them, uint8 or in [0, 1]: one window each, neither random nor flipped."""
-        kind = MiddleWindow if self.crop == "native" else Geometry
-        geometry = kind(
-            image_size=self.input_size[1:],
-            crop=self.crop,
-            horizontal_flip=0.0,
-            center_share=self.crop_share,
-        )
-        values = ValueRange.parse(self.value_range) or ValueRange()
-        return TrainDataset(source, [geometry], values, self.input_size[0], convert_channels=True)
+        return still_images(self, source, self.crop)
 
     def normalise(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
         """Images in [0, 1] become what the model takes."""

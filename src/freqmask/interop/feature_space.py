@@ -139,12 +139,8 @@ def save_space(space: FeatureSpace, opened: OpenedModel) -> Path:
     about = {"parts": list(space.parts), "kind": space.kind, "weights_hash": opened.weights_hash}
     config[OURS] = {**config.get(OURS, {}), KEY: about}
     text = json.dumps(config, indent=2) + "\n"
-    replace_atomically(folder / "config.json", lambda path: _write(path, text))
+    replace_atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     return folder / FILE
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def load_space(opened: OpenedModel) -> FeatureSpace | None:
@@ -153,7 +149,7 @@ def load_space(opened: OpenedModel) -> FeatureSpace | None:
     Raises:
         UserError: its file is missing or broken.
     """
-    about = opened.facts.get(KEY)
+    about = opened.metadata.get(KEY)
     if opened.folder is None or not about or about.get("weights_hash") != opened.weights_hash:
         return None
     try:

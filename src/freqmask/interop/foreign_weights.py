@@ -77,7 +77,7 @@ class Converted:
         std: of the channels.
         decoder: tensors of the reconstruction head; empty where there is none.
         notes: whole sentences on what was assumed, left out or interpolated.
-        facts: for config.json.
+        metadata: for config.json.
     """
 
     model: Any
@@ -87,7 +87,7 @@ class Converted:
     std: tuple[float, ...]
     decoder: dict[str, Tensor]
     notes: list[str]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def convert_file(
@@ -121,15 +121,15 @@ def convert_file(
         model, said = _resized(model, name, arguments, image_size)
         notes.append(said)
         size = (image_size, image_size)
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "version": __version__,
         "converted_from": Path(path).name,
         "value_range": "dtype",
     }
     if weights.epoch is not None:
-        facts["epoch"] = weights.epoch
+        metadata["epoch"] = weights.epoch
     mean, std, said = _statistics(model, weights)
-    return Converted(model, name, size, mean, std, weights.decoder, [*weights.notes, said, *notes], facts)
+    return Converted(model, name, size, mean, std, weights.decoder, [*weights.notes, said, *notes], metadata)
 
 
 def read_weights(path: str | Path, key: str | None = None, backbone: str | None = None) -> Weights:

@@ -26,11 +26,10 @@ from freqmask.errors import UserError, nearest
 from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.mfm_layout import mfm_encoder, mfm_state
 from freqmask.interop.models import OpenedClassifier, OpenedModel
-from freqmask.interop.outputs import check_out, new_folder
 from freqmask.interop.timm_folder import DECODER, Pooled, write_timm_folder
 from freqmask.interop.weights import run_state
 from freqmask.training.checkpoint import save_atomically
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import check_out, new_folder, replace_atomically
 from freqmask.training.run_folder import RunFolder
 
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
@@ -96,13 +95,13 @@ def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
     if isinstance(opened, OpenedClassifier):
         module = Exported(opened.module, opened.mean, opened.std)
         fixed = bool(opened.module.pretrained_cfg.get("fixed_input_size"))
-        notes |= {**_facts_of_classifier(opened), "class_names": opened.class_names}
+        notes |= {**_classifier_metadata(opened), "class_names": opened.class_names}
         outputs = {"logits": f"(B, {len(opened.class_names)} classes, named in the metadata)"}
         return Graph(module, outputs, opened.input_size, notes, None if fixed else 32)
     module = Exported(_PooledAndMap(opened.backbone), opened.mean, opened.std)
     outputs = {"features": "(B, D)", "feature_map": "(B, D, h, w)"}
     multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
-    return Graph(module, outputs, opened.input_size, {**notes, **exported_facts(opened)}, multiple)
+    return Graph(module, outputs, opened.input_size, {**notes, **exported_metadata(opened)}, multiple)
 
 
 def export_model(
@@ -139,12 +138,13 @@ def export_model(
     return write(opened, path)
 
 
-def pooled_of(method: str | None, opened: OpenedModel) -> Pooled:
+def pooled_of(opened: OpenedModel) -> Pooled:
     """What a loaded backbone shall give when it is called: FOLK trains the class token, the others the map."""
-    pinned = opened.facts.get("pooled")
+    pinned = opened.metadata.get("pooled")
     if pinned in ("mean", "class_token"):
         return pinned
-    return "class_token" if method == "folk" and opened.backbone.has_class_token else "mean"
+    is_token = opened.metadata.get("method") == "folk" and opened.backbone.has_class_token
+    return "class_token" if is_token else "mean"
 
 
 def decoder_of(opened: OpenedModel) -> dict[str, Tensor]:
@@ -181,8 +181,8 @@ def _write_timm(opened: OpenedModel | OpenedClassifier, path: Path) -> list[str]
             input_size=opened.input_size,
             mean=opened.mean,
             std=opened.std,
-            facts=exported_facts(opened),
-            pooled=pooled_of(opened.facts.get("method"), opened),
+            metadata=exported_metadata(opened),
+            pooled=pooled_of(opened),
             decoder=decoder_of(opened) or None,
         )
         if opened.folder is not None and load_space(opened) is not None:
@@ -198,7 +198,7 @@ def _write_classifier(opened: OpenedClassifier, path: Path) -> list[str]:
             input_size=opened.input_size,
             mean=opened.mean,
             std=opened.std,
-            facts=_facts_of_classifier(opened),
+            metadata=_classifier_metadata(opened),
             crop_pct=opened.crop_share,
             label_names=opened.class_names,
         )
@@ -208,17 +208,17 @@ def _write_classifier(opened: OpenedClassifier, path: Path) -> list[str]:
     ]
 
 
-def _facts_of_classifier(opened: OpenedClassifier) -> dict[str, Any]:
-    known = {"version": __version__, "from": opened.name, **opened.facts}
+def _classifier_metadata(opened: OpenedClassifier) -> dict[str, Any]:
+    known = {"version": __version__, "from": opened.name, **opened.metadata}
     return {**known, "value_range": opened.value_range}
 
 
-def exported_facts(opened: OpenedModel) -> dict[str, Any]:
+def exported_metadata(opened: OpenedModel) -> dict[str, Any]:
     """What traces weights back, for config.json and the metadata of files."""
     return {
         "version": __version__,
         "from": opened.name,
-        **opened.facts,
+        **opened.metadata,
         "value_range": opened.value_range,
         "stage": opened.backbone.stage,
         **({"crop": opened.trained_crop} if opened.trained_crop else {}),
@@ -239,11 +239,11 @@ def _write_mfm(opened: OpenedModel, path: Path) -> list[str]:
 
 
 def _epoch(opened: OpenedModel) -> int:
-    if "epoch" in opened.facts or opened.folder is None:
-        return int(opened.facts.get("epoch", 0))
+    if "epoch" in opened.metadata or opened.folder is None:
+        return int(opened.metadata.get("epoch", 0))
     run = RunFolder(opened.folder.resolve().parent)
     images = run.state().get("images") if run.exists() else None
-    return int(opened.facts.get("step", 0) * run.config()["batch_size"] / images) if images else 0
+    return int(opened.metadata.get("step", 0) * run.config()["batch_size"] / images) if images else 0
 
 
 def _write_onnx(graph: Graph, path: Path) -> list[str]:

@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, Features, ImageSize
+from freqmask.data.loader import TrainDataset
+from freqmask.data.pixels import Box
+from freqmask.data.source import Source
+from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
@@ -26,11 +31,10 @@ from freqmask.interop.timm_folder import (
     read_config,
     run_options,
 )
-from freqmask.interop.weights import check_public, with_weights
+from freqmask.interop.weights import PUBLIC, RANDOM, check_public, with_weights
 from freqmask.timm_models import check_name
 
 Kind = Literal["run", "folder", "timm", "random"]
-PUBLIC, RANDOM = "timm:", "random:"
 
 
 @dataclass
@@ -40,13 +44,13 @@ class OpenedModel:
     Attributes:
         name: what tables call it: the run's or folder's name, or MODEL as it was typed.
         kind: which form of MODEL it was.
-        backbone: in evaluation mode and float32; called with normalised images it gives the last stage's (or
+        backbone: in evaluation mode and float32; called with normalized images it gives the last stage's (or
             the trained stage's) map, its mean and the class token.
         input_size: channels, height and width that it was trained for or asked at.
         mean: of each channel in [0, 1].
         std: of each channel.
         value_range: what became [0, 1] in training, as ``--value_range`` takes it.
-        facts: plain values on where the weights come from: method, run, step, data ...
+        metadata: plain values on where the weights come from: method, run, step, data ...
         folder: of the weights, None for ``timm:`` and ``random:``.
         trained_crop: ``--crop`` of its training; empty where nobody knows.
         space: what becomes of its features, from :func:`freqmask.interop.feature_space.load_space`; None leaves them.
@@ -59,7 +63,7 @@ class OpenedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     value_range: str = "dtype"
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     trained_crop: str = ""
     space: Any = None
@@ -68,11 +72,6 @@ class OpenedModel:
     def module(self) -> Any:
         """The plain timm module."""
         return self.backbone.timm_model
-
-    @property
-    def values(self) -> ValueRange:
-        """The value range, parsed."""
-        return ValueRange.parse(self.value_range) or ValueRange()
 
     @property
     def weights_hash(self) -> str:
@@ -87,15 +86,67 @@ class OpenedModel:
         return (images - mean[:, None, None]) / std[:, None, None]
 
     def stages(
-        self, normalised: Float[Tensor, "batch channel height width"], indices: Sequence[int] | None = None
+        self, normalized: Float[Tensor, "batch channel height width"], indices: Sequence[int] | None = None
     ) -> list[Features]:
-        """What every stage says (for a ViT a stage is a block), before the model's final normalisation.
+        """What :func:`stage_features` says of its backbone."""
+        return stage_features(self.backbone, normalized, indices)
 
-        Args:
-            normalised: as for the backbone.
-            indices: of the stages, counted as timm does; None takes all.
-        """
-        return stage_features(self.backbone, normalised, indices)
+
+@dataclass
+class OpenedClassifier:
+    """A timm model with its own classifier, on the CPU, in evaluation mode.
+
+    Attributes:
+        name: what tables call it.
+        module: the timm module with its head.
+        class_names: of its outputs, in order.
+        input_size: channels, height and width.
+        mean: of each channel in [0, 1].
+        std: of each channel.
+        value_range: what became [0, 1] in training.
+        crop_share: share of an image's side that the centered test window keeps.
+        metadata: where the weights come from.
+    """
+
+    name: str
+    module: Any
+    class_names: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    value_range: str = "dtype"
+    crop_share: float = 1.0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class MiddleWindow(Geometry):
+    """The middle of an image at its own resolution, for models that were trained with ``--crop native``."""
+
+    def box(self, picture_size: tuple[int, int], key: int, attempt: int = 0) -> Box:
+        """The window of the view's size in the middle."""
+        _, _, height, width = super().box(picture_size, key, attempt)
+        return ((picture_size[0] - height) // 2, (picture_size[1] - width) // 2, height, width)
+
+
+def still_geometry(model: Any, crop: str = "auto") -> Geometry:
+    """One window of the model's size, neither random nor flipped.
+
+    Args:
+        model: anything with ``input_size``, and perhaps ``trained_crop`` and ``crop_share``.
+        crop: ``center``, ``whole`` (distorted to the size), ``native`` (the middle at its own resolution), or ``auto``:
+            native where it was trained so, else center.
+    """
+    if crop == "auto":
+        crop = "native" if getattr(model, "trained_crop", "") == "native" else "center"
+    kind = MiddleWindow if crop == "native" else Geometry
+    share = getattr(model, "crop_share", 1.0)
+    return kind(image_size=model.input_size[1:], crop=crop, horizontal_flip=0.0, center_share=share)
+
+
+def still_images(model: Any, source: Source, crop: str = "auto") -> TrainDataset:
+    """The images as an evaluation shows them to a model, see :func:`still_geometry`."""
+    values, channels = ValueRange.parse(model.value_range) or ValueRange(), model.input_size[0]
+    return TrainDataset(source, [still_geometry(model, crop)], values, channels, convert_channels=True)
 
 
 def open_model(
@@ -128,7 +179,7 @@ def open_model(
     """
     text = str(text)
     if text.startswith(PUBLIC):
-        return _open_named(text, PUBLIC, image_size, channels, wishes)
+        return _open_named(text, image_size, channels, wishes)
     if text.startswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -156,33 +207,6 @@ def load_backbone(
     return module.requires_grad_(True)
 
 
-@dataclass
-class OpenedClassifier:
-    """A timm model with its own classifier.
-
-    Attributes:
-        name: what tables call it.
-        module: the timm module with its head, on the CPU, in evaluation mode.
-        class_names: of its outputs, in order.
-        input_size: channels, height and width.
-        mean: of each channel in [0, 1].
-        std: of each channel.
-        value_range: what became [0, 1] in training.
-        crop_share: share of an image's side that the centered test window keeps.
-        facts: where the weights come from.
-    """
-
-    name: str
-    module: Any
-    class_names: tuple[str, ...]
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    value_range: str = "dtype"
-    crop_share: float = 1.0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 def open_classifier(text: str | Path) -> OpenedClassifier | None:
     """The classifier behind MODEL, or None where it has none.
 
@@ -192,9 +216,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
     Raises:
         UserError: there is no such model, or its files are broken.
     """
-    import timm
-
-    text, facts = str(text), {}
+    text, metadata = str(text), {}
     if text.startswith(RANDOM):
         return None
     if text.startswith(PUBLIC):
@@ -207,7 +229,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
         config = read_config(folder)
         if not config.get("num_classes"):
             return None
-        name, facts = _name(Path(text), folder), dict(config.get(OURS, {}))
+        name, metadata = _name(Path(text), folder), dict(config.get(OURS, {}))
         try:
             module = timm.create_model(LOCAL + str(folder), pretrained=True)
         except Exception as error:  # timm raises whatever it pleases
@@ -225,9 +247,9 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
         (channels, height, width),
         tuple(config["mean"]),
         tuple(config["std"]),
-        str(facts.get("value_range", "dtype")),
+        str(metadata.get("value_range", "dtype")),
         float(config.get("crop_pct") or 1.0),
-        facts,
+        metadata,
     )
 
 
@@ -276,36 +298,26 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def _open_named(
-    text: str,
-    prefix: str,
-    image_size: ImageSize | None,
-    channels: int | None,
-    wishes: Mapping[str, Any] | None,
+    text: str, image_size: ImageSize | None, channels: int | None, wishes: Mapping[str, Any] | None
 ) -> OpenedModel:
     """``timm:NAME`` and ``random:NAME``."""
-    import timm
-
-    name = text.removeprefix(prefix)
+    is_public = text.startswith(PUBLIC)
+    name = text.removeprefix(PUBLIC if is_public else RANDOM)
     check_name(name)
-    if prefix == PUBLIC:
+    if is_public:
         check_public(name, f"model ({text})")
     config = timm.models.get_pretrained_cfg(name)
-    own_channels, height, width = config.input_size if config is not None else (3, 224, 224)
+    own_channels, *own_size = config.input_size if config is not None else (3, 224, 224)
     channels = own_channels if channels is None else channels
+    size = (own_size[0], own_size[1]) if image_size is None else image_size
     try:
-        backbone = Backbone(
-            name,
-            (height, width) if image_size is None else image_size,
-            channels,
-            pretrained=prefix == PUBLIC,
-            wishes=wishes,
-        )
+        backbone = Backbone(name, size, channels, pretrained=is_public, wishes=wishes)
     except UserError as error:
         raise UserError(f"model ({text}): {error}") from error
     mean = config.mean if config is not None else IMAGENET_MEAN
     std = config.std if config is not None else IMAGENET_STD
-    kind: Kind = "timm" if prefix == PUBLIC else "random"
-    return _opened(text, kind, backbone, fitted(mean, channels), fitted(std, channels))
+    statistics = fitted(mean, channels), fitted(std, channels)
+    return _opened(text, "timm" if is_public else "random", backbone, *statistics)
 
 
 def _open_random(
@@ -313,95 +325,69 @@ def _open_random(
 ) -> OpenedModel:
     like = text.removeprefix(RANDOM)
     if not Path(like).is_dir():
-        return _open_named(text, RANDOM, image_size, channels, wishes)
-    folder = find_backbone(like)
-    config = read_config(folder)
+        return _open_named(text, image_size, channels, wishes)
+    config, options = read_config(find_backbone(like)), run_options(like)
+    size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))
     arguments = dict(config.get("model_args", {}))
-    trained_size = tuple(config["pretrained_cfg"]["input_size"])
-    options = run_options(like)
     for ours in ("img_size", "in_chans", "num_classes"):
         arguments.pop(ours, None)
     backbone = Backbone(
         str(config["architecture"]),
-        trained_size[1:] if image_size is None else image_size,
-        trained_size[0],
+        size[1:] if image_size is None else image_size,
+        size[0],
         patch_size=arguments.pop("patch_size", None),
         stage=_stage(options, config),
         model_args=arguments,
         initialisation=options.get("initialisation") or "mfm",
         wishes=wishes,
     )
-    return _opened(text, "random", backbone, *_statistics(config), config=config)
+    value_range = str(config.get(OURS, {}).get("value_range", "dtype"))
+    return _opened(text, "random", backbone, mean, std, value_range=value_range)
 
 
 def _open_folder(
     text: str, image_size: ImageSize | None, weights: str | None, wishes: Mapping[str, Any] | None
 ) -> OpenedModel:
     folder = find_backbone(text)
-    config = read_config(folder)
-    trained_size = tuple(config["pretrained_cfg"]["input_size"])
-    options = run_options(text)
-    facts = dict(config.get(OURS, {}))
-    exported = weights in (None, facts.get("weights"))
-    with nullcontext(folder) if exported else with_weights(text, folder, str(weights)) as read:
+    config, options = read_config(folder), run_options(text)
+    size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))
+    metadata = dict(config.get(OURS, {}))
+    is_exported = weights in (None, metadata.get("weights"))
+    with nullcontext(folder) if is_exported else with_weights(text, folder, str(weights)) as read:
         try:
             backbone = Backbone(
                 LOCAL + str(read),
-                trained_size[1:] if image_size is None else image_size,
-                trained_size[0],
+                size[1:] if image_size is None else image_size,
+                size[0],
                 stage=_stage(options, config),
                 pretrained=True,
                 wishes=wishes,
             )
         except UserError as error:
             raise UserError(f"model ({text}) cannot be opened: {error}") from error
-    if not exported:
-        facts["weights"] = weights
-    is_run = folder != Path(text)
-    opened = _opened(
+    return _opened(
         _name(Path(text), folder),
-        "run" if is_run else "folder",
+        "folder" if folder == Path(text) else "run",
         backbone,
-        *_statistics(config),
-        config=config,
-    )
-    opened.facts, opened.folder = facts, folder
-    opened.trained_crop = str(facts.get("crop") or options.get("crop") or "")
-    return opened
-
-
-def _opened(
-    name: str,
-    kind: Kind,
-    backbone: Backbone,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    config: dict[str, Any] | None = None,
-) -> OpenedModel:
-    facts = dict((config or {}).get(OURS, {}))
-    backbone.eval().float().requires_grad_(False)
-    return OpenedModel(
-        name,
-        kind,
-        backbone,
-        (backbone.channels, *backbone.image_size),
         mean,
         std,
-        str(facts.get("value_range", "dtype")),
-        facts if kind != "random" else {},
+        value_range=str(metadata.get("value_range", "dtype")),
+        metadata=metadata if is_exported else {**metadata, "weights": weights},
+        folder=folder,
+        trained_crop=str(metadata.get("crop") or options.get("crop") or ""),
     )
+
+
+def _opened(name: str, kind: Kind, backbone: Backbone, mean: Any, std: Any, **more: Any) -> OpenedModel:
+    backbone.eval().float().requires_grad_(False)
+    return OpenedModel(name, kind, backbone, (backbone.channels, *backbone.image_size), mean, std, **more)
 
 
 def _name(path: Path, folder: Path) -> str:
-    if folder.name in ("backbone", CLASSIFIER):
-        return folder.resolve().parent.name
-    return path.resolve().name
+    inside = folder.name in ("backbone", CLASSIFIER)
+    return folder.resolve().parent.name if inside else path.resolve().name
 
 
-def _stage(options: dict[str, Any], config: dict[str, Any]) -> int:
+def _stage(options: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     stage = options.get("stage")
     return int(config.get(OURS, {}).get("stage", -1) if stage is None else stage)
-
-
-def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(config["pretrained_cfg"]["mean"]), tuple(config["pretrained_cfg"]["std"])

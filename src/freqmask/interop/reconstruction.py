@@ -17,12 +17,12 @@ from torch import Tensor
 from freqmask.data.decode import open_file
 from freqmask.data.pixels import convert_channels, fill_missing, missing_pixels
 from freqmask.data.transforms import decode_windows
+from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
 from freqmask.filters import build_filter
 from freqmask.images import as_float, decibel
-from freqmask.interop.feature_parts import still_geometry
 from freqmask.interop.formats import decoder_of
-from freqmask.interop.models import OpenedModel, open_model
+from freqmask.interop.models import OpenedModel, open_model, still_geometry
 from freqmask.interop.weights import load_method
 from freqmask.methods import MFM
 from freqmask.methods.health import band_edges
@@ -113,7 +113,9 @@ def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channe
         box = geometry.box(picture.size, key=0)
         (window,) = decode_windows(picture, [box], [geometry.at_least()])
         filled = fill_missing(window, missing_pixels(window, picture.nodata))
-        scaled = opened.values.apply(convert_channels(filled, opened.input_size[0]))
+        scaled = (ValueRange.parse(opened.value_range) or ValueRange()).apply(
+            convert_channels(filled, opened.input_size[0])
+        )
     except BadImage as error:
         raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
     view = geometry.finish(torch.from_numpy(np.array(scaled)), key=0)  # a copy: a file's map is not writable

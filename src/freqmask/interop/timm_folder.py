@@ -22,7 +22,11 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 DECODER = "decoder.safetensors"  # ours: timm and transformers pass it over
 README = "README.md"  # only where a plain call needs words
-OURS = "freqmask"  # the key of config.json under which our own facts stand; timm passes it over
+OURS = "freqmask"  # the key of config.json under which our own metadata stand; timm passes it over
+
+CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
+LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
+_LARGEST_CONFIG = 10_000_000  # bytes; a real one has a few thousand
 
 Pooled = Literal["mean", "class_token"]
 
@@ -34,7 +38,7 @@ def write_timm_folder(
     input_size: tuple[int, int, int],
     mean: Sequence[float],
     std: Sequence[float],
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     pooled: Pooled | None = None,
     decoder: Mapping[str, Tensor] | None = None,
     crop_pct: float = 1.0,
@@ -48,7 +52,7 @@ def write_timm_folder(
         input_size: channels, height and width that the model was trained for.
         mean: of the channels in [0, 1], taken off before the model.
         std: of the channels, divided by after that.
-        facts: plain values that trace the weights back (run, step, value range); they stand in config.json
+        metadata: plain values that trace the weights back (run, step, value range); they stand in config.json
             under ``freqmask`` and in the weights' metadata.
         pooled: what calling the loaded model gives: the mean of the map (what MFM trains) or the class
             token; None leaves what the model gives now.
@@ -61,22 +65,22 @@ def write_timm_folder(
         # neither kind of weights: they follow below, with our metadata and replaced whole
         save_for_hf(model, scratch, safe_serialization=None, data_config=data_config)  # type: ignore[arg-type]
         config = json.loads((Path(scratch) / CONFIG).read_text())
-    facts = {**facts, **_pin_pooling(config, model, pooled)}
+    metadata = {**metadata, **_pin_pooling(config, model, pooled)}
     notes = [] if label_names is not None else plain_call_notes(model, input_size)
     if notes:
-        facts["notes"] = notes
-    config[OURS] = facts
+        metadata["notes"] = notes
+    config[OURS] = metadata
     if label_names is not None:
         config["label_names"] = list(label_names)
-    metadata = {"format": "pt", **{f"freqmask_{name}": json.dumps(value) for name, value in facts.items()}}
+    metadata = {"format": "pt", **{f"freqmask_{name}": json.dumps(value) for name, value in metadata.items()}}
     write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
     if decoder is not None:
         write_tensors(folder / DECODER, decoder, metadata)
     text = json.dumps(config, indent=2) + "\n"
-    replace_atomically(folder / CONFIG, lambda path: _write(path, text))
+    replace_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     if notes:
         readme = "\n\n".join(["# How this backbone is called", *notes]) + "\n"
-        replace_atomically(folder / README, lambda path: _write(path, readme))
+        replace_atomically(folder / README, lambda path: path.write_text(readme, encoding="utf-8"))
 
 
 def plain_call_notes(model: Any, input_size: tuple[int, int, int]) -> list[str]:
@@ -139,15 +143,6 @@ def _pin_pooling(config: dict[str, Any], model: nn.Module, pooled: Pooled | None
     arguments["global_pool"] = config["global_pool"] = "avg" if pooled == "mean" else "token"
     arguments[norm] = False
     return {"pooled": pooled}
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
-LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
-_LARGEST_CONFIG = 10_000_000  # bytes; a real one has a few thousand
 
 
 def find_backbone(text: str | Path, option: str = "model") -> Path:

@@ -29,6 +29,8 @@ from freqmask.timm_models import check_name
 from freqmask.training.checkpoint import LAST, load_safely
 from freqmask.training.run_folder import RunFolder
 
+PUBLIC, RANDOM = "timm:", "random:"
+
 _SECONDS = 5.0
 _ENDPOINT = "https://huggingface.co"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -195,9 +197,6 @@ def backbones_in(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if name.startswith(_METHOD) and inside and "." not in backbone:
             found.setdefault(backbone, {})[rest] = tensor
     return found
-
-
-PUBLIC = "timm:"
 
 
 def initial_backbone(

@@ -187,7 +187,7 @@ class Pretraining:
         write_timm_folder(
             backbone.timm_model,
             self.run.backbone,
-            facts=metadata,
+            metadata=metadata,
             pooled=trained_feature(method, backbone),
             mean=options["mean"],
             std=options["std"],

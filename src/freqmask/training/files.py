@@ -109,6 +109,45 @@ def check_writable(path: str | Path, option: str = "out", *, folder: bool = Fals
         raise UserError(f"{option} ({path}) cannot be written: {describe_os_error(error)}") from error
 
 
+def check_out(out: str | Path, overwrite: bool, *, folder: bool) -> Path:
+    """The path to write, refused where something would be lost.
+
+    Args:
+        out: where to write.
+        overwrite: True lets go what is there.
+        folder: whether a folder is written, or a file.
+
+    Raises:
+        UserError: it exists, or cannot be written.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and folder == path.is_dir() and not overwrite and (not folder or any(path.iterdir())):
+        raise UserError(f"out ({out}) exists already; give another --out, or --overwrite")
+    check_writable(path, folder=folder)
+    return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder that takes the place of ``path``, whole, at the end, unless something goes wrong before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield scratch
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o777 & ~mask)  # mkdtemp's is the user's alone
+        if not path.exists():
+            scratch.replace(path)
+            return
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        path.replace(old / "old")
+        scratch.replace(path)
+        shutil.rmtree(old)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row; a column that the table lacks is added, with empty cells above.
 

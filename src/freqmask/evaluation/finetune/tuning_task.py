@@ -272,7 +272,7 @@ class Finetuning:
             input_size=(tuning.channels, height, width),
             mean=tuning.mean,
             std=tuning.std,
-            facts={**self.metadata, "value_range": tuning.value_range, "step": step},
+            metadata={**self.metadata, "value_range": tuning.value_range, "step": step},
             crop_pct=tuning.crop_share,
             label_names=self.class_names,
         )

@@ -1,0 +1,301 @@
+"""Files of features: written in parts that survive a kill, joined into one, searched for nearest neighbors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import ArrowInvalid
+
+from freqmask.data.source import Source
+from freqmask.errors import UserError
+from freqmask.training.files import replace_atomically
+
+SUFFIXES = (".parquet", ".npy")
+_PART_BYTES = 256 * 2**20  # of features in memory before a part is written
+_MOST_IMAGES = 8192  # of a part: no more than these are computed again after a crash
+_FEWEST_IMAGES = 64
+_ROWS = 8192  # read at once when a file is searched
+_NAMES = ("path", "index", "label", "class")
+
+
+class Parts:
+    """The scratch folder beside the file, with a note of what its parts are.
+
+    Args:
+        out: the file to be written.
+        task: plain values that decide what the file will hold.
+        images: in the source.
+        row_bytes: of one image's features.
+    """
+
+    def __init__(self, out: Path, task: dict[str, Any], images: int, row_bytes: int) -> None:
+        self.out, self.task, self.images = out, task, images
+        self.folder = out.with_name(f".{out.name}.parts")
+        # at least some thirty parts, so that there is one for every device
+        most = min(_MOST_IMAGES, _PART_BYTES // max(row_bytes, 1), max(_FEWEST_IMAGES, images // 32))
+        self.size = max(1, most)
+        self.count = -(-images // self.size)
+
+    def begin(self) -> int:
+        """Make the folder, or keep what an earlier start of the same task left; how many parts are whole."""
+        note, task = self.folder / "task.json", {**self.task, "part_size": self.size}
+        if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != task:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            replace_atomically(note, lambda path: path.write_text(json.dumps(task), encoding="utf-8"))
+        return self.count - len(self.missing())
+
+    def path(self, number: int) -> Path:
+        """Where a part lives."""
+        return self.folder / f"part-{number:06d}.parquet"
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """The parts that a process has still to compute."""
+        return [number for number in range(rank, self.count, world_size) if not self.path(number).is_file()]
+
+    def indices(self, number: int) -> range:
+        """The images of a part."""
+        return range(number * self.size, min((number + 1) * self.size, self.images))
+
+    def remove(self) -> None:
+        """Drop what was computed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def whole(self) -> tuple[list[Path], list[tuple[str, str]]]:
+        """All parts, and name and reason of images that could not be read.
+
+        Raises:
+            UserError: a part is missing.
+        """
+        missing = self.missing()
+        if missing:
+            raise UserError(f"{len(missing)} parts of {self.out} are missing; the same command computes them")
+        paths = [self.path(number) for number in range(self.count)]
+        notes = [(pq.read_schema(path).metadata or {}).get(b"skipped", b"[]") for path in paths]
+        return paths, [(str(name), str(reason)) for note in notes for name, reason in json.loads(note)]
+
+
+class PartWriter:
+    """Gathers the rows of parts, batch by batch in order, and writes each part when its last image has come."""
+
+    def __init__(self, source: Source, parts: Parts) -> None:
+        self.source, self.parts = source, parts
+        self.tables: list[pa.Table] = []
+        self.skipped: dict[str, str] = {}
+
+    def add(
+        self,
+        wanted: np.ndarray,
+        is_read: np.ndarray,
+        features: Mapping[str, np.ndarray],
+        labels: np.ndarray,
+        reasons: Mapping[str, str],
+    ) -> None:
+        """Take a batch; rows whose image could not be read are dropped.
+
+        Args:
+            wanted: indices (rows,) of the images.
+            is_read: False where another image was read instead.
+            features: (rows, D) by name.
+            labels: (rows,), -1 where there is none.
+            reasons: name of an image to why it cannot be read.
+        """
+        owners = wanted // self.parts.size
+        for number in np.unique(owners):
+            is_own = owners == number
+            self.tables.append(self._table(wanted, labels, features, is_own & is_read))
+            unread = [self.source.name(int(index)) for index in wanted[is_own & ~is_read]]
+            self.skipped |= {name: reasons.get(name, "it cannot be read") for name in unread}
+            if wanted[is_own][-1] == self.parts.indices(int(number))[-1]:
+                table = pa.concat_tables(self.tables).replace_schema_metadata(
+                    {"skipped": json.dumps(list(self.skipped.items()))}
+                )
+                replace_atomically(self.parts.path(int(number)), partial(pq.write_table, table))
+                self.tables, self.skipped = [], {}
+
+    def _table(
+        self, indices: np.ndarray, labels: np.ndarray, features: Mapping[str, np.ndarray], rows: np.ndarray
+    ) -> pa.Table:
+        classes, labels = self.source.class_names, labels[rows]
+        names = [self.source.name(int(index)) for index in indices[rows]]
+        columns: dict[str, pa.Array] = {
+            "path": pa.array([_as_utf8(name) for name in names], pa.string()),
+            "index": pa.array(indices[rows], pa.int64()),
+            "label": pa.array(labels, pa.int64(), mask=labels < 0),
+        }
+        if classes is not None:
+            known = [classes[n] if 0 <= n < len(classes) else None for n in labels]
+            columns["class"] = pa.array(known, pa.string())
+        for name, values in features.items():
+            flat = pa.array(np.ascontiguousarray(values[rows]).reshape(-1), pa.float32())
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        return pa.table(columns)
+
+
+def _as_utf8(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def join_parts(parts: Parts, grid: tuple[int, ...] | None = None) -> tuple[int, list[tuple[str, str]]]:
+    """One file of many parts, which are dropped; never more than one part is in memory.
+
+    A ``.npy`` holds one array: the patches (N, h, w, D) if they were asked for, else the blocks (N, K, D), else
+    the features (N, D); beside it stands ``NAME.csv`` with path, index and label of each row. A parquet file holds
+    all columns, and in its metadata what it was made from.
+
+    Args:
+        parts: all computed.
+        grid: (h, w, D) of the patches, where a ``.npy`` shall hold them.
+
+    Returns:
+        The rows written, and (name, reason) of images that could not be read.
+
+    Raises:
+        UserError: a part is missing.
+    """
+    paths, skipped = parts.whole()
+    rows = sum(pq.read_metadata(path).num_rows for path in paths)
+    if parts.out.suffix == ".npy":
+        replace_atomically(parts.out.with_suffix(".csv"), lambda path: _write_names(paths, path))
+        replace_atomically(parts.out, lambda path: _write_npy(paths, path, rows, grid))
+    else:
+        schema = pq.read_schema(paths[0]).with_metadata({"freqmask": json.dumps(parts.task)})
+        replace_atomically(parts.out, lambda path: _write_parquet(paths, path, schema))
+    parts.remove()
+    return rows, skipped
+
+
+def task_of(path: Path) -> dict[str, Any] | None:
+    """What a file of features was made from; None where it does not say, as a ``.npy`` never does."""
+    if path.suffix != ".parquet" or not path.is_file():
+        return None
+    try:
+        note = (pq.read_schema(path).metadata or {}).get(b"freqmask")
+        return dict(json.loads(note)) if note else None
+    except (ArrowInvalid, OSError, ValueError):
+        return None
+
+
+def _write_parquet(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part).cast(schema))
+
+
+def _write_npy(parts: Sequence[Path], path: Path, rows: int, grid: tuple[int, ...] | None) -> None:
+    blocks = [name for name in pq.read_schema(parts[0]).names if name.startswith("block_")]
+    with path.open("wb") as file:
+        for part in parts:
+            table = pq.read_table(part)
+            if grid is not None:
+                array = matrix(table, "patches").reshape(table.num_rows, *grid)
+            elif not blocks:
+                array = matrix(table, "features")
+            else:
+                arrays = [matrix(table, name) for name in blocks]
+                if len({array.shape[1] for array in arrays}) > 1:
+                    raise UserError(
+                        "the blocks' features differ in width, which a .npy cannot hold; --out FILE.parquet can"
+                    )
+                array = np.stack(arrays, axis=1)
+            if part == parts[0]:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (rows, *array.shape[1:])}
+                np.lib.format.write_array_header_2_0(file, header)
+            file.write(np.ascontiguousarray(array).data)
+
+
+def matrix(table: Any, name: str) -> np.ndarray:
+    """A column of features as (rows, D)."""
+    column = table.column(name)
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return np.asarray(column.flatten()).reshape(-1, column.type.list_size)
+
+
+def rows_of(parts: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The cells of some columns, row by row."""
+    for part in parts:
+        table = pq.read_table(part, columns=list(names))
+        yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
+
+
+def _write_names(parts: Sequence[Path], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        names = [name for name in _NAMES if name in pq.read_schema(parts[0]).names]
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(rows_of(parts, names))
+
+
+def _pieces(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features (rows, D) and indices (rows,) a piece at a time; of a ``.npy`` all but the first axis is one feature."""
+    if path.suffix == ".parquet":
+        with pq.ParquetFile(path) as parquet:
+            for batch in parquet.iter_batches(_ROWS, columns=["features", "index"]):
+                yield matrix(batch, "features"), np.asarray(batch.column("index"))
+        return
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    with path.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        indices = np.array([int(row["index"]) for row in csv.DictReader(file)])
+    for start in range(0, len(array), _ROWS):
+        rows = np.asarray(array[start : start + _ROWS])
+        yield rows.reshape(len(rows), -1), indices[start : start + _ROWS]
+
+
+def nearest_neighbors(path: Path, queries: int, neighbors: int) -> tuple[np.ndarray, np.ndarray]:
+    """For some images, spread evenly over the file, the most similar others.
+
+    Similarity is the cosine after the mean of all features is taken off, which they have in common. The search goes
+    through the file piece by piece: scikit-learn's ``NearestNeighbors`` would hold all features in memory.
+
+    Args:
+        path: the file, parquet or npy.
+        queries: how many images.
+        neighbors: how many each.
+
+    Returns:
+        Indices in the data (query, 1 + neighbors), each query first, and the similarities; -1 where there are
+        too few images.
+    """
+    total, count = np.zeros(1), 0
+    for rows, _ in _pieces(path):
+        total, count = total + rows.sum(axis=0, dtype=np.float64), count + len(rows)
+    if count == 0:
+        return np.empty((0, 1 + neighbors), int), np.empty((0, 1 + neighbors))
+    mean = (total / count).astype(np.float32)
+    chosen = np.unique(np.linspace(0, count - 1, min(queries, count)).round().astype(int))
+    asked, own = _rows_at(path, chosen, mean)
+    # too few images leave -1 in the last columns
+    found = np.full((len(chosen), 1 + neighbors), -1)
+    scores = np.full((len(chosen), 1 + neighbors), -np.inf, np.float32)
+    for rows, indices in _pieces(path):
+        similarity = asked @ _unit(rows - mean).T
+        similarity[own[:, None] == indices[None]] = np.inf  # itself comes first
+        scores = np.concatenate([scores, similarity], axis=1)
+        found = np.concatenate([found, np.broadcast_to(indices, similarity.shape)], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : 1 + neighbors]
+        scores, found = np.take_along_axis(scores, best, 1), np.take_along_axis(found, best, 1)
+    return found, scores
+
+
+def _rows_at(path: Path, chosen: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The features at some rows, of unit length, and their indices in the data."""
+    found, start = [], 0
+    for rows, indices in _pieces(path):
+        places = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
+        found.append((_unit(rows[places] - mean), indices[places]))
+        start += len(rows)
+    features, numbers = zip(*found, strict=True)
+    return np.concatenate(features), np.concatenate(numbers)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
