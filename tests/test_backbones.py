@@ -245,11 +245,11 @@ def test_recalibration_reads_nothing_where_there_is_no_batch_norm() -> None:
     recalibrate_batch_norm(nn.Linear(2, 2), batches())
 
 
-def test_wishes_are_granted_where_the_family_knows_them() -> None:
-    wishes = {"dynamic_img_size": True, "drop_path_rate": 0.5}
+def test_optional_model_args_are_granted_where_the_family_knows_them() -> None:
+    optional_model_args = {"dynamic_img_size": True, "drop_path_rate": 0.5}
     tiny = {"depth": 2, "embed_dim": 32, "num_heads": 1}
-    vit = Backbone("vit_tiny_patch16_224", 32, model_args=tiny, wishes=wishes)
+    vit = Backbone("vit_tiny_patch16_224", 32, model_args=tiny, optional_model_args=optional_model_args)
     assert not vit.fixed_size
     assert vit(torch.rand(1, 3, 48, 64)).feature_map.shape[2:] == (3, 4)
     assert vit.timm_model.blocks[1].drop_path1.drop_prob == 0.5
-    assert Backbone("resnet18", 32, wishes=wishes).fixed_size is False
+    assert Backbone("resnet18", 32, optional_model_args=optional_model_args).fixed_size is False

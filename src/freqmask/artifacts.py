@@ -24,7 +24,8 @@ _IN_A_RUN = frozenset({b"plan.png", b"previews", b"backbone", b"checkpoints"})
 
 def mark(path: Path) -> None:
     """Note that we write a file which a source could take for data; a note that fails loses nothing but itself."""
-    if path.suffix.lower() not in LIKE_DATA or _is_in_run(path.parent):
+    in_run = any((folder / "run.lock").exists() for folder in (path.parent, path.parent.parent))
+    if path.suffix.lower() not in LIKE_DATA or in_run:  # a run's folders are known without a marker
         return
     line = json.dumps(path.name).encode()
     marker = path.parent / MARKER
@@ -33,11 +34,6 @@ def mark(path: Path) -> None:
             # Appending a short line is atomic, so two processes may write beside each other.
             with marker.open("ab") as file:
                 file.write(line + b"\n")
-
-
-def _is_in_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or its previews: known without a marker."""
-    return any((one / "run.lock").exists() for one in (folder, folder.parent))
 
 
 def marked(marker: bytes) -> set[bytes]:
@@ -57,5 +53,5 @@ def is_own_folder(entries: Collection[bytes]) -> bool:
 
 
 def is_part_of_run(name: bytes) -> bool:
-    """Whether an entry of a run folder holds pictures or arrays of the run."""
+    """Whether an entry of a run folder holds figures or arrays of the run."""
     return name in _IN_A_RUN

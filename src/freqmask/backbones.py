@@ -59,7 +59,7 @@ class Backbone(nn.Module):
         pretrained: start from timm's public weights.
         initialisation: ``"mfm"`` initializes a ViT as MFM's authors do and leaves other families as timm
             makes them; ``"timm"`` leaves all of them. Public weights stay as they are.
-        wishes: like ``model_args``, but left out where the family does not know them.
+        optional_model_args: like ``model_args``, but left out where the family does not know them.
 
     Attributes:
         timm_model: the plain timm module.
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
         model_args: Mapping[str, Any] | None = None,
         pretrained: bool = False,
         initialisation: Literal["mfm", "timm"] = "mfm",
-        wishes: Mapping[str, Any] | None = None,
+        optional_model_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if initialisation not in ("mfm", "timm"):
@@ -99,14 +99,16 @@ class Backbone(nn.Module):
         }
         self.timm_model: Any  # timm's methods are its own, nn.Module's type knows none of them
         self.timm_model, self.fixed_size = create_model(
-            name, self.image_size, channels, patch_size, model_args, pretrained, wishes
+            name, self.image_size, channels, patch_size, model_args, pretrained, optional_model_args
         )
         stage_strides = strides(self.timm_model)
-        _check_stage(name, stage, len(stage_strides))
+        count = len(stage_strides)
+        if not -count <= stage < count:
+            raise UserError(f"stage ({stage}) must be between {-count} and {count - 1} for {name}")
         self._reads_the_end = stage in (-1, len(stage_strides) - 1)
         # A model of fixed size has to divide its own coarsest grid, whichever stage is read.
         self._multiple = max(stage_strides) if self.fixed_size else stage_strides[stage]
-        self._look_once()
+        self._pass_one_image()
         self.is_vit = len(set(stage_strides)) == 1 and has_attending_blocks(self.timm_model)
         self.is_cnn = self._ends_in_map and not attends_anywhere(self.timm_model)
         has_own_weights = pretrained or ":" in name
@@ -122,7 +124,7 @@ class Backbone(nn.Module):
         """Feature map (B, D, h, w), its mean (B, D) and the class token (B, D) or None."""
         weights = next(self.timm_model.parameters())
         padded = self.padded(images)
-        with few_tokens_attention(images, padded.shape[-2] * padded.shape[-1] // self.stride**2):
+        with few_tokens_attention(images, padded[0, 0].numel() // self.stride**2):
             feature_map, class_token = self._read(padded.to(weights.dtype))  # bf16-true: no autocast casts
         return Features(feature_map, feature_map.mean(dim=(2, 3)), class_token)
 
@@ -208,14 +210,14 @@ class Backbone(nn.Module):
             return feature_map, prefix[:, 0]
         return stage, None
 
-    def _look_once(self) -> None:
-        """Passes one image through, to learn the map's shape and which parameters it never reaches."""
+    def _pass_one_image(self) -> None:
+        """Finds out the map's shape and which parameters it never reaches."""
         model = self.timm_model
         model.eval()  # running statistics stay untouched, and one image is enough for batch norm
         image = torch.zeros(1, self.channels, *self.padded_size)
         try:
             with torch.enable_grad():
-                self._learn_the_interface(image)
+                self._find_interface(image)
                 feature_map, class_token = self._read(image)
         except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
             raise cannot(self.name, f"images of {self.image_size[0]}x{self.image_size[1]}", error) from error
@@ -232,7 +234,7 @@ class Backbone(nn.Module):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter in reached)
 
-    def _learn_the_interface(self, image: Tensor) -> None:
+    def _find_interface(self, image: Tensor) -> None:
         """Finds out how this family is asked: timm's share one way, but not all of its arguments."""
         model = self.timm_model
         offered = inspect.signature(model.forward_intermediates).parameters
@@ -302,24 +304,26 @@ def recalibrate_batch_norm(
     ]
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     count = 0
-    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     with eval_no_grad(backbone):  # dropout off
         try:
             for count, images in enumerate(_without_lone_images(batches), start=1):
                 if count == 1:
-                    _start_cumulative_mean(norms)
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # the cumulative mean
+                        norm.train()
                 backbone(images)
         except ValueError:
             if len(images) > 1:
                 raise
-            for norm, state in zip(
+            for norm, (_, state) in zip(
                 norms, before, strict=True
-            ):  # a single image and a map of 1x1: no variance
+            ):  # one image and a map of 1x1: no variance
                 norm.load_state_dict(state)
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, (momentum, _) in zip(norms, before, strict=True):
                 norm.momentum = momentum
     if count == 0:
         raise UserError("batches (none) must hold at least one batch of images to recalibrate batch norm")
@@ -351,13 +355,6 @@ def eval_no_grad(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _start_cumulative_mean(norms: list[_BatchNorm]) -> None:
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-
-
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:
     """(height, width) in pixels of a side or a pair.
 
@@ -368,8 +365,3 @@ def height_and_width(image_size: ImageSize) -> tuple[int, int]:
     if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
         raise UserError(f"image_size ({image_size}) must be a side in pixels or (height, width), such as 224")
     return sides[0], sides[1]
-
-
-def _check_stage(name: str, stage: int, count: int) -> None:
-    if not -count <= stage < count:
-        raise UserError(f"stage ({stage}) must be between {-count} and {count - 1} for {name}")

@@ -28,20 +28,12 @@ def create_model(
     patch_size: int | None = None,
     model_args: Mapping[str, Any] | None = None,
     pretrained: bool = False,
-    wishes: Mapping[str, Any] | None = None,
+    optional_args: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, bool]:
     """A timm model without classifier, drop path off, for images of one size.
 
-    A model of fixed size is made for the next size that its coarsest stride divides.
-
-    Args:
-        name: a timm model, or ``local-dir:PATH`` or ``hf-hub:NAME``.
-        image_size: (height, width) in pixels.
-        channels: channels of the images.
-        patch_size: side of a patch in pixels; None leaves the model's own.
-        model_args: further arguments of timm's.
-        pretrained: load timm's public weights.
-        wishes: arguments that are left out where the family does not know them, such as ``drop_path_rate``.
+    A model of fixed size is made for the next size that its coarsest stride divides. Arguments as for
+    :class:`freqmask.backbones.Backbone`.
 
     Returns:
         The model, and whether it works at this image size only.
@@ -54,18 +46,18 @@ def create_model(
     if patch_size is not None:
         asked["patch_size"] = patch_size
     try:
-        model, taken = _create(name, asked, image_size, pretrained, wishes)
+        model, taken = _create(name, asked, image_size, pretrained, optional_args)
         padded = round_up(image_size, max(strides(model)))
     except UserError:
         if all(side % 32 == 0 for side in image_size):
             raise
         # Some families refuse a size that their stride does not divide before one can ask for the stride.
-        model, taken = _create(name, asked, None, False, wishes)
+        model, taken = _create(name, asked, None, False, optional_args)
         padded = round_up(image_size, max(strides(model)))
-        model, taken = _create(name, asked, padded, pretrained, wishes)
+        model, taken = _create(name, asked, padded, pretrained, optional_args)
     takes_size = "img_size" in taken
     if takes_size and padded != image_size:
-        model, _ = _create(name, asked, padded, pretrained, wishes)
+        model, _ = _create(name, asked, padded, pretrained, optional_args)
     return model, takes_size and not taken.get("dynamic_img_size", False)
 
 
@@ -187,10 +179,10 @@ def _create(
     asked: dict[str, Any],
     image_size: tuple[int, int] | None,
     pretrained: bool,
-    wishes: Mapping[str, Any] | None,
+    optional_args: Mapping[str, Any] | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     # what was not asked for may be refused, one argument at a time; the arguments that were taken come back
-    wanted: dict[str, Any] = {"drop_path_rate": 0.0, "num_classes": 0, **(wishes or {})}
+    wanted: dict[str, Any] = {"drop_path_rate": 0.0, "num_classes": 0, **(optional_args or {})}
     if image_size is not None:
         wanted["img_size"] = image_size
     while True:

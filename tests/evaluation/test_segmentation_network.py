@@ -85,5 +85,5 @@ def test_the_loss_is_the_decoder_s_plus_two_fifths_of_the_auxiliary_head_s() -> 
 
 
 def test_a_vit_that_may_takes_images_of_any_size() -> None:
-    network = UperNet(opened(vit(8, 32, wishes={"dynamic_img_size": True})), 2, 8).eval()
+    network = UperNet(opened(vit(8, 32, optional_model_args={"dynamic_img_size": True})), 2, 8).eval()
     assert network(torch.rand(1, 3, 40, 64)).decoder.shape == (1, 2, 10, 16)

@@ -93,13 +93,13 @@ def describe(call: Function, function: Function) -> None:
 @functools.cache
 def declared(command: Function) -> dict[str, Option]:
     """The options of a command by name: those of its signature, then those of its groups."""
-    found = options_of(inspect.unwrap(command))
+    options = options_of(inspect.unwrap(command))
     for group in getattr(command, "groups", ()):
         for name, option in (group if isinstance(group, Mapping) else options_of(group)).items():
-            own = found.setdefault(name, option)
+            own = options.setdefault(name, option)
             if not own.help:  # one that every command of a kind has, such as MODEL, is described once
-                found[name] = replace(own, help=option.help)
-    return found
+                options[name] = replace(own, help=option.help)
+    return options
 
 
 def known_options(command: Function, named: Mapping[str, Any]) -> Mapping[str, Option]:
@@ -145,7 +145,7 @@ def read_config(
         UserError: there is no such file, it is no YAML of options, or has one that is unknown.
     """
     if isinstance(config, (list, tuple)):
-        several = (read_config(one, known, below) for one in config)
+        several = (read_config(each, known, below) for each in config)
         return functools.reduce(lambda first, second: overridden(first, second, known or {}), several)
     path = config_path(config)
     if path.resolve() in below:

@@ -45,15 +45,15 @@ def call(program: str, function: Callable[..., Any], words: Sequence[str]) -> An
 
 def _peeked(words: Sequence[str]) -> dict[str, Any]:
     """What ``--method`` and ``--config`` say, which decides what other options there are."""
-    found: dict[str, Any] = {}
+    peeked: dict[str, Any] = {}
     for word, after in itertools.zip_longest(words, words[1:]):
         name, equals, text = word.partition("=")
         value = text if equals else after
         if name == "--method":
-            found["method"] = value
+            peeked["method"] = value
         elif name == "--config" and value is not None:
-            found["config"] = [*found.get("config", []), value]
-    return found
+            peeked["config"] = [*peeked.get("config", []), value]
+    return peeked
 
 
 def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, Any]:

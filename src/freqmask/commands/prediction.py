@@ -134,9 +134,11 @@ def open_segmenter(model: str) -> Segmenter | None:
     if not (run.path / NETWORK).is_file():
         raise UserError(f"model ({model}) has no network yet; its command resumes it")
     training, classes = training_of(config), config["classes"]
-    wishes = {"drop_path_rate": 0.0, "dynamic_img_size": True}
+    optional_model_args = {"drop_path_rate": 0.0, "dynamic_img_size": True}
     try:
-        opened = open_model(config["model"], image_size=training.crop, wishes=wishes)
+        opened = open_model(
+            config["model"], image_size=training.crop, optional_model_args=optional_model_args
+        )
     except UserError as error:
         raise UserError(
             f"model ({model}) was built on {config['model']}, whose architecture is needed: {error}"

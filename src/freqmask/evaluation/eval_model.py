@@ -278,7 +278,7 @@ def open_eval_model(
     weights: str | None = None,
     value_range: str | None = None,
     crop: str = "auto",
-    wishes: Mapping[str, Any] | None = None,
+    optional_model_args: Mapping[str, Any] | None = None,
 ) -> EvalModel:
     """Open MODEL for an evaluation.
 
@@ -292,7 +292,7 @@ def open_eval_model(
         value_range: what becomes [0, 1]; None is the model's own, or for weights from outside that of
             the images.
         crop: ``auto``, ``center``, ``whole`` or ``native``.
-        wishes: timm's arguments for a training, as for :func:`freqmask.interop.models.open_model`.
+        optional_model_args: timm's arguments for a training, as for :func:`freqmask.interop.models.open_model`.
 
     Raises:
         UserError: there is no such model.
@@ -306,7 +306,14 @@ def open_eval_model(
     is_run = not foreign and RunFolder(text).exists()
     chosen = weights if is_run else None
     many = None if seen.channels in CONVERTIBLE else seen.channels
-    opened = open_model(text, image_size=image_size, channels=many, seed=seed, weights=chosen, wishes=wishes)
+    opened = open_model(
+        text,
+        image_size=image_size,
+        channels=many,
+        seed=seed,
+        weights=chosen,
+        optional_model_args=optional_model_args,
+    )
     if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).is_dir():
         opened.mean, opened.std = tuple(seen.mean), tuple(seen.std)  # ImageNet's are those of three colors
     if value_range is not None or (foreign and opened.value_range == "dtype"):

@@ -156,7 +156,7 @@ def open_model(
     channels: int | None = None,
     weights: str | None = None,
     seed: int = 0,
-    wishes: Mapping[str, Any] | None = None,
+    optional_model_args: Mapping[str, Any] | None = None,
 ) -> OpenedModel:
     """Open MODEL.
 
@@ -168,7 +168,7 @@ def open_model(
         channels: of the images, for ``timm:`` and ``random:NAME``; None is the model's own.
         weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
         seed: of fresh weights.
-        wishes: arguments of timm's for a training, such as ``drop_path_rate``; left out where the family does
+        optional_model_args: arguments of timm's for a training, such as ``drop_path_rate``; left out where the family does
             not know them.
 
     Returns:
@@ -179,12 +179,12 @@ def open_model(
     """
     text = str(text)
     if text.startswith(PUBLIC):
-        return _open_named(text, image_size, channels, wishes)
+        return _open_named(text, image_size, channels, optional_model_args)
     if text.startswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _open_random(text, image_size, channels, wishes)
-    return _open_folder(text, image_size, weights, wishes)
+            return _open_random(text, image_size, channels, optional_model_args)
+    return _open_folder(text, image_size, weights, optional_model_args)
 
 
 def load_backbone(
@@ -298,7 +298,10 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def _open_named(
-    text: str, image_size: ImageSize | None, channels: int | None, wishes: Mapping[str, Any] | None
+    text: str,
+    image_size: ImageSize | None,
+    channels: int | None,
+    optional_model_args: Mapping[str, Any] | None,
 ) -> OpenedModel:
     """``timm:NAME`` and ``random:NAME``."""
     is_public = text.startswith(PUBLIC)
@@ -311,7 +314,9 @@ def _open_named(
     channels = own_channels if channels is None else channels
     size = (own_size[0], own_size[1]) if image_size is None else image_size
     try:
-        backbone = Backbone(name, size, channels, pretrained=is_public, wishes=wishes)
+        backbone = Backbone(
+            name, size, channels, pretrained=is_public, optional_model_args=optional_model_args
+        )
     except UserError as error:
         raise UserError(f"model ({text}): {error}") from error
     mean = config.mean if config is not None else IMAGENET_MEAN
@@ -321,11 +326,14 @@ def _open_named(
 
 
 def _open_random(
-    text: str, image_size: ImageSize | None, channels: int | None, wishes: Mapping[str, Any] | None
+    text: str,
+    image_size: ImageSize | None,
+    channels: int | None,
+    optional_model_args: Mapping[str, Any] | None,
 ) -> OpenedModel:
     like = text.removeprefix(RANDOM)
     if not Path(like).is_dir():
-        return _open_named(text, image_size, channels, wishes)
+        return _open_named(text, image_size, channels, optional_model_args)
     config, options = read_config(find_backbone(like)), run_options(like)
     size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))
     arguments = dict(config.get("model_args", {}))
@@ -339,14 +347,17 @@ def _open_random(
         stage=_stage(options, config),
         model_args=arguments,
         initialisation=options.get("initialisation") or "mfm",
-        wishes=wishes,
+        optional_model_args=optional_model_args,
     )
     value_range = str(config.get(OURS, {}).get("value_range", "dtype"))
     return _opened(text, "random", backbone, mean, std, value_range=value_range)
 
 
 def _open_folder(
-    text: str, image_size: ImageSize | None, weights: str | None, wishes: Mapping[str, Any] | None
+    text: str,
+    image_size: ImageSize | None,
+    weights: str | None,
+    optional_model_args: Mapping[str, Any] | None,
 ) -> OpenedModel:
     folder = find_backbone(text)
     config, options = read_config(folder), run_options(text)
@@ -361,7 +372,7 @@ def _open_folder(
                 size[0],
                 stage=_stage(options, config),
                 pretrained=True,
-                wishes=wishes,
+                optional_model_args=optional_model_args,
             )
         except UserError as error:
             raise UserError(f"model ({text}) cannot be opened: {error}") from error

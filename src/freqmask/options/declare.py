@@ -40,35 +40,27 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 
 def options_of(declaration: Callable[..., Any]) -> dict[str, Option]:
-    """The options that a dataclass, or a function's signature and docstring, declare.
-
-    Args:
-        declaration: a dataclass of :func:`option` fields, or a function (or any class) whose arguments have annotations
-            and defaults, each with a line under ``Args:``.
-
-    Returns:
-        Name to option, in order.
-    """
+    """Name to option of a dataclass of :func:`option` fields, or of a callable by its signature and ``Args:``."""
     if dataclasses.is_dataclass(declaration):
         return _options_of_group(declaration)
     signed = vars(declaration).get("__init__", declaration) if isinstance(declaration, type) else declaration
     hints = typing.get_type_hints(signed, include_extras=True)
     helps = _argument_helps(inspect.getdoc(declaration) or "")
-    found = {}
+    options = {}
     for name, parameter in inspect.signature(declaration).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             hint = hints.get(name, type(parameter.default) if parameter.default is not None else Any)
             kind, more = _taken_apart(hint)
             positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            found[name] = Option(
+            options[name] = Option(
                 name, kind, parameter.default, helps.get(name, ""), positional=positional, **more
             )
-    return found
+    return options
 
 
 def _options_of_group(group: Any) -> dict[str, Option]:
     hints = typing.get_type_hints(group, include_extras=True)
-    found = {}
+    options = {}
     for field in dataclasses.fields(group):
         kind, more = _taken_apart(hints[field.name])
         more |= {name: value for name, value in field.metadata.items() if name != "range" or str(value)}
@@ -76,8 +68,8 @@ def _options_of_group(group: Any) -> dict[str, Option]:
             cls for cls in reversed(group.__mro__) if field.name in vars(cls).get("__annotations__", {})
         )
         title = (home.__doc__ or "").partition("\n")[0].rstrip(".")
-        found[field.name] = Option(field.name, kind, field.default, group=title, **more)
-    return found
+        options[field.name] = Option(field.name, kind, field.default, group=title, **more)
+    return options
 
 
 def _taken_apart(hint: Any) -> tuple[Any, dict[str, Any]]:
@@ -116,8 +108,8 @@ def _argument_helps(docstring: str) -> dict[str, str]:
     """Name to text of the ``Args:`` section."""
     _, _, tail = docstring.partition("Args:\n")
     section = re.split(r"^\S", tail, maxsplit=1, flags=re.MULTILINE)[0]
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in found}
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
@@ -128,17 +120,17 @@ def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict
     """
     unknown = [name for name in values if name not in known]
     if unknown:
-        told = (f"option (--{name}) is unknown; {nearest(str(name), known)}" for name in unknown)
-        raise CallError("; ".join(told))
-    problems, found = [], {}
+        sentences = (f"option (--{name}) is unknown; {nearest(str(name), known)}" for name in unknown)
+        raise CallError("; ".join(sentences))
+    problems, read = [], {}
     for name, value in values.items():
         try:
-            found[name] = known[name].read(value)
+            read[name] = known[name].read(value)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
-    return found
+    return read
 
 
 def overridden(
@@ -198,7 +190,7 @@ def _value_words(name: str, value: Any) -> list[str]:
 
         return [shlex.quote(yaml.safe_dump(dict(value), default_flow_style=True, width=10_000).strip())]
     if isinstance(value, (list, tuple)):
-        return [word for one in value for word in _value_words(name, one)]
+        return [word for item in value for word in _value_words(name, item)]
     if value is not None and not isinstance(value, (str, os.PathLike, int, float)):
         return [name.upper()]
     return [shlex.quote(as_typed(value))]

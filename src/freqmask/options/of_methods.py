@@ -210,29 +210,29 @@ def options_of_class(method: type) -> dict[str, Option]:
 
 def typed_options(known: Mapping[str, Option]) -> dict[str, Option]:
     """Options of a method as ``freqmask pretrain`` takes them: not given is the method's default, steps are epochs."""
-    found = {}
+    options = {}
     for own in known.values():
         if own.epochs is not None:
             own = replace(own, name=own.typed, kind=float, default=own.epochs, help=f"epochs {own.help}")
         if own.name in FROM_DATA:
-            found[own.name] = own
+            options[own.name] = own
             continue
         plain = own.default in (None, REQUIRED)
         kind = own.kind | None if own.kind is not Any else Any
         shown = None if plain else as_typed(own.default)
-        found[own.name] = replace(own, kind=kind, default=None, shown=shown, positional=False)
-    return found
+        options[own.name] = replace(own, kind=kind, default=None, shown=shown, positional=False)
+    return options
 
 
 def built_in_options() -> dict[str, Option]:
     """The options of all methods together, each with the defaults in which they differ."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for method, group in METHOD_OPTIONS.items():
         for name, own in typed_options(options_of(group)).items():
-            known = found.setdefault(name, own)
+            known = options.setdefault(name, own)
             if own.help not in known.help:
                 known = replace(known, help=f"{known.help}; {own.help}")
             if own.shown != (known.shown or "").partition(";")[0] and own.shown is not None:
                 known = replace(known, shown=f"{known.shown}; {method}: {own.shown}")
-            found[name] = known
-    return found
+            options[name] = known
+    return options

@@ -148,18 +148,18 @@ class Option:
             (value,) = value  # one word of a command line that takes several is the number itself
         for kind in self.kinds:
             try:
-                found = _READERS[_sort(kind)](value, kind, self)
+                result = _READERS[_sort(kind)](value, kind, self)
             except (ValueError, TypeError, OverflowError):
                 continue
-            if not self.range.holds(found):
+            if not self.range.holds(result):
                 break
-            return found
+            return result
         raise UserError(f"{self.name} ({_shown(value)}) must be {self.rule()}{self._hint(value)}")
 
     def _hint(self, value: Any) -> str:
-        """The choice that is spelt most like a value."""
-        kinds = (kind if _element(kind) is None else _element(kind) for kind in self.kinds)
-        choices = [str(word) for kind in kinds for word in typing.get_args(kind) if isinstance(word, str)]
+        """The choice that is spelled most like a value."""
+        kinds = (_element(kind) or kind for kind in self.kinds)
+        choices = [word for kind in kinds for word in typing.get_args(kind) if isinstance(word, str)]
         hint = nearest(_shown(value), choices) if len(choices) > 1 else ""
         return f"; {hint}" if hint.startswith("did you mean") else ""
 
@@ -169,26 +169,22 @@ class Option:
         >>> Option("lr", float | Auto, "auto", range=Range(above=0)).rule()
         'a number above 0, or auto'
         """
-        bounds = f" {self.range}" if str(self.range) else ""
-        words = []
+        bounds, words = str(self.range), []
         for kind in self.kinds:
-            if kind is type(None):
-                continue
-            word = _words(kind)
-            if bounds and _sort(kind) in (int, float, list):
-                word = str(self.range) if self.range.length else word + bounds
-            words.append(word)
+            if kind is not type(None):
+                word = _words(kind)
+                if bounds and _sort(kind) in (int, float, list):
+                    word = bounds if self.range.length else f"{word} {bounds}"
+                words.append(word)
         if type(None) in self.kinds and self.default is not None:
             words.append("null")
         return ", or ".join(dict.fromkeys(words))
 
 
 def parse_yaml(text: Any, texts: bool = False) -> Any:
-    """YAML whose numbers may be written 1e-3.
+    """YAML whose numbers may be written 1e-3; what is no text passes.
 
-    Args:
-        text: of a file or a word; what is no text passes.
-        texts: leave scalars as they are written, so that an option's type decides what they mean.
+    With ``texts`` scalars stay as they are written, so that an option's type decides what they mean.
     """
     import yaml
 
@@ -272,14 +268,14 @@ def _read_list(value: Any, kind: Any, option: Option) -> list[Any]:
         if value is None or (isinstance(value, str) and value.lower() in _NULL):
             raise ValueError
         value = [value]
-    return [_READERS[_sort(element)](one, element, option) for one in value]
+    return [_READERS[_sort(element)](item, element, option) for item in value]
 
 
 def _read_dict(value: Any, kind: Any, option: Option) -> dict[Any, Any]:
-    found = parse_yaml(value)
-    if not isinstance(found, Mapping):
+    mapping = parse_yaml(value)
+    if not isinstance(mapping, Mapping):
         raise ValueError
-    return dict(found)
+    return dict(mapping)
 
 
 def _read_text(value: Any, kind: Any, option: Option) -> str:
@@ -308,7 +304,6 @@ _READERS: dict[Any, Callable[[Any, Any, Option], Any]] = {
 
 
 def _words(kind: Any) -> str:
-    """A type in words."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         return str(choices[0]) if len(choices) == 1 else "one of " + ", ".join(map(repr, choices))
@@ -327,18 +322,10 @@ def _words(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it was written, cut where it is long.
-
-    >>> _shown(None), _shown([0.5, 1])
-    ('null', '0.5 1')
-    """
-    text = (
-        "null"
-        if value is None
-        else " ".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else str(value)
-    )
+    # as it was written, cut where it is long
+    if value is None:
+        return "null"
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -1,4 +1,4 @@
-"""Images, spectra and filters made visible: `plan.png`, previews, the picture of every filter.
+"""Images, spectra and filters made visible: `plan.png`, previews, the figure of every filter.
 
 Any number of channels, faint and signed images are shown, each with a note of what was done to make it visible.
 """
@@ -43,15 +43,15 @@ _SIGNED = 0.25  # an image whose shadows reach this far below zero, as a share o
 
 @dataclass(frozen=True)
 class Palette:
-    """How images of any number of channels become colours, the same for all pictures of one sheet.
+    """How images of any number of channels become colors, the same for all images of one sheet.
 
-    One channel is shown grey, two as red and cyan, three as they are; more by their first three principal
+    One channel is shown gray, two as red and cyan, three as they are; more by their first three principal
     components, found on the reference images.
 
     Attributes:
-        weights: ``(3, C)`` or ``(1, C)``, from channels to colours.
-        low: what becomes 0 after weighing, one number a colour.
-        high: what becomes 1 after weighing, one number a colour.
+        weights: ``(3, C)`` or ``(1, C)``, from channels to colors.
+        low: what becomes 0 after weighing, one number a color.
+        high: what becomes 1 after weighing, one number a color.
         center: the image value around which signed images are shown, one number a channel.
         spread: how far from the center an image may go, in image units.
     """
@@ -87,7 +87,7 @@ class Palette:
             image: in [0, 1] or, for a part of an image, with negative values.
 
         Returns:
-            The colours; the note is empty where the image is shown as it is.
+            The colors; the note is empty where the image is shown as it is.
         """
         values, note = np.nan_to_num(image.detach().float().cpu().numpy(), posinf=0.0, neginf=0.0), ""
         low, high = np.percentile(values, (1, 99))
@@ -97,9 +97,9 @@ class Palette:
             values, note = self.center[:, None, None] + gain * values, f"around gray x{gain:.1f}"
         elif 0 < high < _FAINT * bright:
             values, note = bright / high * values, f"brightened x{bright / high:.1f}"
-        colours = np.einsum("kc,chw->hwk", self.weights, values)
-        colours = np.clip((colours - self.low) / (self.high - self.low), 0, 1)
-        return (colours[..., 0] if len(self.weights) == 1 else colours), note
+        colors = np.einsum("kc,chw->hwk", self.weights, values)
+        colors = np.clip((colors - self.low) / (self.high - self.low), 0, 1)
+        return (colors[..., 0] if len(self.weights) == 1 else colors), note
 
 
 def centered(
@@ -132,10 +132,10 @@ def spectrum_scale(levels: np.ndarray) -> dict[str, Any]:
     from matplotlib import colormaps
 
     low, high = np.percentile(levels, (2, 99.9))
-    # 16 colours: more are not told apart in noise, and make the file much larger
+    # 16 colors: more are not told apart in noise, and make the file much larger
     return {
         "cmap": colormaps["magma"].resampled(16),
-        "interpolation_stage": "data",  # levels are averaged, not colours: no new ones arise
+        "interpolation_stage": "data",  # levels are averaged, not colors: no new ones arise
         "vmin": low - 0.5,
         "vmax": max(high, low + 1e-3),
     }
@@ -153,24 +153,26 @@ def new_sheet(rows: int, columns: int, aspect: float, title: str, cell: float = 
     """
     from matplotlib.figure import Figure
 
-    picture = cell * min(max(aspect, 0.3), 3.0)
-    height = rows * (picture + _CAPTION) + _HEADING
+    height_in_inches = cell * min(max(aspect, 0.3), 3.0)
+    height = rows * (height_in_inches + _CAPTION) + _HEADING
     figure = Figure(figsize=(columns * cell, height), dpi=100)
     figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top", parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     top = 1 - (_HEADING + _CAPTION) / height
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.0, top=top, wspace=0.05, hspace=_CAPTION / picture)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, bottom=0.0, top=top, wspace=0.05, hspace=_CAPTION / height_in_inches
+    )
     for axis in axes.flat:
         axis.set_axis_off()
     return figure, axes
 
 
-def show_image(axis: Axes, colours: np.ndarray, *lines: str, **scale: Any) -> None:
+def show_image(axis: Axes, colors: np.ndarray, *lines: str, **scale: Any) -> None:
     """One image, ``(H, W)`` or ``(H, W, 3)``, with its lines of text above it; empty ones are left out.
 
     ``scale`` is ``imshow``'s ``vmin``, ``vmax`` and ``cmap``, for what is not an image in [0, 1].
     """
-    axis.imshow(colours, **{"vmin": 0.0, "vmax": 1.0, "cmap": "gray", **scale})
+    axis.imshow(colors, **{"vmin": 0.0, "vmax": 1.0, "cmap": "gray", **scale})
     axis.set_title("\n".join(line for line in lines if line), pad=2, **_TEXT)
 
 
@@ -321,9 +323,9 @@ def _draw_keep(axis: Any, keep: Tensor, seen: Tensor) -> None:
 
 
 def _draw_image(axis: Any, palette: Palette, image: Tensor, *lines: str) -> None:
-    colours, note = palette.show(image)
+    colors, note = palette.show(image)
     heading, *facts = lines
-    show_image(axis, colours, heading, ", ".join(fact for fact in (*facts, note) if fact))
+    show_image(axis, colors, heading, ", ".join(fact for fact in (*facts, note) if fact))
 
 
 _SHEET_COLUMNS = 6  # two filters side by side where there is one image
@@ -390,8 +392,8 @@ def draw_filters(
     figure, axes = new_sheet(rows, 3 * blocks * len(images), height / width, title, cell=1.75)
     for number, (name, image) in enumerate(images.items()):
         palette, spectrum = Palette.of(image[None]), spectrum_levels(image)
-        colours, note = palette.show(image)
-        show_image(axes[0, 3 * number], colours, name, note)
+        colors, note = palette.show(image)
+        show_image(axes[0, 3 * number], colors, name, note)
         show_image(axes[0, 3 * number + 2], _dimmed(spectrum, np.ones_like(spectrum)), "its spectrum")
         for position, row_of_images in enumerate(filterings):
             row, block = 1 + position // blocks, position % blocks

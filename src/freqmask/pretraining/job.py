@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from freqmask import __version__
 from freqmask.console import rank, say, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
-from freqmask.data.source import Source, Subset
+from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
-from freqmask.evaluation.labelled import LabelledData, open_labelled
+from freqmask.evaluation.labelled import open_labelled
 from freqmask.images import as_float
 from freqmask.interop.weights import load_initial
 from freqmask.options import command_words
@@ -36,7 +35,7 @@ from freqmask.pretraining.resolve import (
     parse_image_size,
     resolve,
 )
-from freqmask.pretraining.task import Pretraining, make_dataset
+from freqmask.pretraining.task import Images, Pretraining, make_dataset
 from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
@@ -181,23 +180,6 @@ def _say_finished(run: RunFolder) -> None:
     say(f"to train on from it: freqmask pretrain {data} --init {run.path} --out {run.path}-continued")
 
 
-@dataclass
-class Images:
-    """The images of a run, parted.
-
-    Attributes:
-        source: all of them.
-        train: training images.
-        held_out: what the loss is measured on; None where there are too few.
-        probed: images with labels to measure features on, if asked for.
-    """
-
-    source: Source
-    train: Source
-    held_out: Source | None
-    probed: LabelledData | None = None
-
-
 def part(options: Mapping[str, Any]) -> Images:
     """Open the data and keep 2 % apart; a run that shall overfit keeps none."""
     pages, probe_data = options["pages"], options.get("probe_data")
@@ -337,7 +319,7 @@ def continued_options(
             "the run, or give another --out to begin anew"
         )
     if "accumulate" not in given:  # at most as many images at once as before, on however many devices
-        before, images = (int(one["batch_size"]) // world_size(one) for one in (config, options))
+        before, images = (int(each["batch_size"]) // world_size(each) for each in (config, options))
         at_once = before // int(config["accumulate"])
         options["accumulate"] = next(
             parts for parts in range(1, images + 1) if images % parts == 0 and images // parts <= at_once
@@ -370,9 +352,7 @@ def _train(
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
     data = data_words(options)
-    training = Pretraining(
-        run, options, images.train, images.held_out, method, dict(state), images.probed, kept
-    )
+    training = Pretraining(run, options, images, method, dict(state), kept)
 
     def stopped(step: int) -> None:
         refresh_report(run.path)

@@ -99,7 +99,7 @@ def _data_lines(summary: SourceSummary, survey: Survey) -> Iterator[str]:
     for name, reason in survey.bad[:3]:
         yield f"            cannot be used: {printable(name)}: {reason}"
     if len(survey.bad) > 3:
-        yield f"            ... and {len(survey.bad) - 3} more of the {survey.count} looked at"
+        yield f"            ... and {len(survey.bad) - 3} more of the {survey.count} checked"
 
 
 def _counts(counts: Mapping[Any, int]) -> str:

@@ -287,7 +287,7 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     options["hours"] = options["epochs"] = None  # from here on steps say it, exactly
     steps = int(options["steps"])
     resolved.choose(
-        warmup_epochs=auto.choose_warmup_epochs(steps * batch / images),
+        warmup_epochs=Choice(round(steps * batch / images / 15, 3), "a fifteenth, as published (20 of 300)"),
         log_every_steps=auto.choose_row(a_step, steps),
         checkpoint_every_steps=Choice(max(steps // CHECKPOINTS_A_RUN, 1), "fifty times a run"),
         preview_every_steps=Choice(max(steps // PREVIEWS_A_RUN, 1), "ten times a run"),

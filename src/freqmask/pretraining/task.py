@@ -60,32 +60,45 @@ LAST = ["held_out_loss", "held_out_relative_loss", "pixels_knn", "pixels_linear"
 
 
 @dataclass
+class Images:
+    """The images of a run, parted.
+
+    Attributes:
+        source: all of them.
+        train: training images.
+        held_out: what the loss is measured on; None where there are too few.
+        probed: images with labels to measure features on, if asked for.
+    """
+
+    source: Source
+    train: Source
+    held_out: Source | None
+    probed: LabelledData | None = None
+
+
+@dataclass
 class Pretraining:
     """What a pre-training is made of.
 
     Attributes:
         run: the run folder, locked.
         options: resolved options.
-        train: training images.
-        held_out: images to measure the loss on, or None.
+        images: of the run.
         method: what is trained.
         state: the run's state, traced in the export.
-        probed: images with labels to measure features on, or None.
         kept: the decoded training images where they stay on the device, or None.
     """
 
     run: RunFolder
     options: Mapping[str, Any]
-    train: Source
-    held_out: Source | None
+    images: Images
     method: Any
     state: dict[str, Any]
-    probed: LabelledData | None = None
     kept: InMemoryImages | None = None
 
     def task(self) -> Task:
         """The same for the loop."""
-        options, count = self.options, len(self.train)
+        options, count = self.options, len(self.images.train)
         optim = make_optim(options, count)
         module = PretrainingModule(self.method, optim, make_augmentation(options, self.method.n_views))
         # layout and compilation, before the optimizer sees the parameters
@@ -117,18 +130,20 @@ class Pretraining:
     def _batches(self, trainer: L.Trainer, done: int) -> Any:
         options, workers = self.options, int(self.options["workers"])
         geometries = make_geometries(options, self.method.n_views)
-        blocks = self.train.blocks() if self.kept is None else None  # images in memory are equally near
+        blocks = (
+            self.images.train.blocks() if self.kept is None else None
+        )  # images in memory are equally near
         dealt = self._dealt(trainer, workers) if blocks is not None else None
         sampler = make_sampler(
-            options, len(self.train), trainer, done, blocks=blocks, workers=workers, dealt=dealt
+            options, len(self.images.train), trainer, done, blocks=blocks, workers=workers, dealt=dealt
         )
         if self.kept is None:
             return make_loader(
-                self._dataset(self.train, geometries), sampler, images_at_once(options), workers
+                self._dataset(self.images.train, geometries), sampler, images_at_once(options), workers
             )
         images = self.kept.to(trainer.strategy.root_device)
         value_range = ValueRange.parse(options["value_range"])
-        return InMemoryBatches(images, self.train, sampler, geometries, value_range, options["seed"])
+        return InMemoryBatches(images, self.images.train, sampler, geometries, value_range, options["seed"])
 
     def _dealt(self, trainer: L.Trainer, workers: int) -> tuple[int, int]:
         """How images that are read in blocks were dealt out when the run began: their order depends on it."""
@@ -148,20 +163,27 @@ class Pretraining:
         return self._dataset(source, [geometry] * views)
 
     def _callbacks(self, monitor: Monitor) -> list[L.Callback]:
-        options, held_out, probed = self.options, self.held_out, self.probed
-        ranked = self.train if held_out is None or len(held_out) < ENOUGH_RANKED else held_out
+        options, images, probed = self.options, self.images, self.images.probed
+        held_out = images.train if images.held_out is None else images.held_out
+        ranked = images.train if len(held_out) < ENOUGH_RANKED else held_out
         at_once = min(images_at_once(options), 64)
         epochs = options.get("probe_every_epochs")
         if epochs in (None, "auto"):
             every = options["steps"] // PROBES_A_RUN
         else:
-            every = round(float(epochs) * len(self.train) / options["batch_size"])
+            every = round(float(epochs) * len(images.train) / options["batch_size"])
         labelled = None if probed is None else self._still(probed.source)
-        watched = None if held_out is None else self._still(held_out, self.method.n_views)
-        shown = self._still(self.train if held_out is None else held_out)
+        watched = None if images.held_out is None else self._still(held_out, self.method.n_views)
         return [
             Probe(self._still(ranked), labelled, probed, monitor, max(every, 1), at_once),
-            HeldOut(self.run, watched, shown, monitor, int(options["preview_every_steps"]), at_once),
+            HeldOut(
+                self.run,
+                watched,
+                self._still(held_out),
+                monitor,
+                int(options["preview_every_steps"]),
+                at_once,
+            ),
         ]
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
@@ -173,7 +195,7 @@ class Pretraining:
         device = next(backbone.parameters()).device
         # a loader draws its seed from torch's generator, whose state the checkpoint holds already
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            images = calibration(self._still(self.train), self.method)
+            images = calibration(self._still(self.images.train), self.method)
             recalibrate_batch_norm(backbone, (batch.to(device) for batch in images))
         height, width = backbone.padded_size if backbone.fixed_size else backbone.image_size
         metadata = {

@@ -35,7 +35,7 @@ _LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 class Choice(NamedTuple):
-    """A resolved value and the reason for it, which is printed."""
+    """A resolved value and the reason for it."""
 
     value: Any
     reason: str
@@ -131,11 +131,6 @@ def choose_epochs(images: int, batch_size: int) -> Choice:
     if needed <= MOST_EPOCHS:
         return Choice(needed, f"{TARGET_STEPS:,} steps, since little shows before 5,000")
     return Choice(MOST_EPOCHS, f"the most we give to {images:,} images")
-
-
-def choose_warmup_epochs(epochs: float) -> Choice:
-    """The published 20 of 300, and the same share of a shorter or longer training."""
-    return Choice(round(epochs / 15, 3), "a fifteenth of the training, as published (20 of 300)")
 
 
 def choose_workers(on_gpu: bool) -> Choice:

@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     text = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    rows: Iterable[dict[str, str]] = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     return [
         {name if name is None else current_name(name): value for name, value in row.items()} for row in rows
     ]

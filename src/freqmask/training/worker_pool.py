@@ -246,10 +246,10 @@ class WorkerPool:
                 elif kind == _DONE:
                     del working[connection]
                 else:
-                    error, text = result
-                    if not isinstance(error, UserError):
-                        error.__cause__ = RuntimeError(f"in {self._name(member)}:\n{text}")
-                    raise error
+                    failure, text = result
+                    if not isinstance(failure, UserError):
+                        failure.__cause__ = RuntimeError(f"in {self._name(member)}:\n{text}")
+                    raise failure
             for member in working.values():
                 # its loader workers hold the line open for seconds after its death
                 if not member.process.is_alive() and not member.connection.poll():

@@ -217,7 +217,7 @@ class SegmentationJob:
             image_size=side,
             weights=self.asked["weights"],
             value_range=self.asked["value_range"],
-            wishes={"drop_path_rate": rate, "dynamic_img_size": True},
+            optional_model_args={"drop_path_rate": rate, "dynamic_img_size": True},
         )
         assert isinstance(subject, BackboneModel)  # pixels were refused
         deep = len(subject.opened.module.feature_info) > 1  # the first block of all never drops
