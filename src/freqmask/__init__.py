@@ -27,22 +27,10 @@ if TYPE_CHECKING:
     from freqmask.interop.models import load_backbone
     from freqmask.interop.weights import load_method
 
-_MODULES = {"evaluate": "freqmask.commands.evaluate"}  # freqmask.evaluate.knn(...), one function a protocol
-_PUBLIC = {
-    "pretrain": "freqmask.commands.pretrain",
-    "embed": "freqmask.commands.embed",
-    "export": "freqmask.commands.export",
-    "convert": "freqmask.commands.convert",
-    "predict": "freqmask.commands.predict",
-    "prepare": "freqmask.commands.prepare",
-    "reconstruct": "freqmask.commands.reconstruct",
+_PIECES = {  # beside the commands
+    "UserError": "freqmask.errors",
     "load_backbone": "freqmask.interop.models",
     "load_method": "freqmask.interop.weights",
-    "report": "freqmask.commands.report",
-    "runs": "freqmask.commands.report",
-    "spectra": "freqmask.commands.spectra",
-    "info": "freqmask.commands.info",
-    "UserError": "freqmask.errors",
 }
 __all__ = [
     "UserError",
@@ -65,10 +53,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use: ``import freqmask`` must not wait for torch."""
-    if name in _MODULES:
-        value: Any = importlib.import_module(_MODULES[name])
-    elif name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _PIECES:
+        value: Any = getattr(importlib.import_module(_PIECES[name]), name)
+    elif name in __all__:
+        command = importlib.import_module("freqmask.cli").COMMANDS[name]
+        module = importlib.import_module(command.module)
+        # freqmask.evaluate.knn(...), one function a protocol
+        value = module if command.parts else getattr(module, name)
     else:
         raise AttributeError(f"module 'freqmask' has no attribute {name!r}")
     globals()[name] = value
@@ -76,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_PUBLIC})
+    return sorted({*globals(), *__all__})

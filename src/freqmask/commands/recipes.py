@@ -9,6 +9,7 @@ from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.recipes import Recipe, read_recipe, recipe_names
+from freqmask.training.files import writing
 
 
 @command()
@@ -57,13 +58,9 @@ def _copy(recipe: Recipe, target: Path) -> Path:
         target = target / recipe.path.name
     if target.exists():
         raise UserError(f"--copy ({target}) exists already; name another file")
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
             file.write(recipe.text)
-    except OSError as error:
-        raise UserError(
-            f"--copy ({target}) cannot be written: {error.strerror}; name another place"
-        ) from error
     say(f"{target} holds the recipe; run it with: freqmask pretrain DATA --config {target}")
     return target

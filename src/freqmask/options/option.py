@@ -30,21 +30,13 @@ MOST_SEED = 2**63 - 1  # what torch, numpy and our 64-bit keys all take
 
 @dataclass(frozen=True)
 class Range:
-    """What a number must keep to; a list's numbers each.
+    """What a number must keep to; a list's numbers each."""
 
-    Attributes:
-        least: at least this.
-        above: more than this.
-        most: at most this.
-        below: less than this.
-        length: how many values a list holds.
-    """
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    length: int | None = None
+    least: float | None = None  # at least this
+    above: float | None = None  # more than this
+    most: float | None = None  # at most this
+    below: float | None = None  # less than this
+    length: int | None = None  # how many values a list holds
 
     def holds(self, value: Any) -> bool:
         """Whether a value keeps to it; what is no number does."""
@@ -82,33 +74,20 @@ Seeds = Annotated[list[int] | None, Range(least=0, below=MOST_SEED + 1)]
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a command or a method.
+    """One option of a command or a method."""
 
-    Attributes:
-        name: with underscores, everywhere.
-        kind: its type.
-        default: ``REQUIRED`` where it has none.
-        help: what it does, in a few words.
-        range: what its numbers must keep to.
-        rivals: the name of a group of options that exclude each other.
-        group: the heading in ``--help``.
-        positional: whether its values are typed without its name.
-        filter: the one filter that uses it, of an option of a method.
-        epochs: its default where a person counts in epochs (``NAME_epochs``) and the code in steps (``NAME_steps``).
-        shown: its default in words, where that is not the same for all.
-    """
-
-    name: str
-    kind: Any
-    default: Any = REQUIRED
-    help: str = ""
-    range: Range = field(default_factory=Range)
-    rivals: str | None = None
-    group: str = ""
-    positional: bool = False
-    filter: str | None = None
+    name: str  # with underscores, everywhere
+    kind: Any  # its type
+    default: Any = REQUIRED  # ``REQUIRED`` where it has none
+    help: str = ""  # what it does, in a few words
+    range: Range = field(default_factory=Range)  # what its numbers must keep to
+    rivals: str | None = None  # the name of a group of options that exclude each other
+    group: str = ""  # the heading in ``--help``
+    positional: bool = False  # whether its values are typed without its name
+    filter: str | None = None  # the one filter that uses it, of an option of a method
+    # its default where a person counts in epochs (``NAME_epochs``) and the code in steps (``NAME_steps``)
     epochs: float | None = None
-    shown: str | None = None
+    shown: str | None = None  # its default in words, where that is not the same for all
 
     @property
     def typed(self) -> str:

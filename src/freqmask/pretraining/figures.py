@@ -47,20 +47,13 @@ class Palette:
 
     One channel is shown gray, two as red and cyan, three as they are; more by their first three principal
     components, found on the reference images.
-
-    Attributes:
-        weights: ``(3, C)`` or ``(1, C)``, from channels to colors.
-        low: what becomes 0 after weighing, one number a color.
-        high: what becomes 1 after weighing, one number a color.
-        center: the image value around which signed images are shown, one number a channel.
-        spread: how far from the center an image may go, in image units.
     """
 
-    weights: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    center: np.ndarray
-    spread: float
+    weights: np.ndarray  # ``(3, C)`` or ``(1, C)``, from channels to colors
+    low: np.ndarray  # what becomes 0 after weighing, one number a color
+    high: np.ndarray  # what becomes 1 after weighing, one number a color
+    center: np.ndarray  # the image value around which signed images are shown, one number a channel
+    spread: float  # how far from the center an image may go, in image units
 
     @classmethod
     def of(cls, images: Float[Tensor, "batch channel height width"]) -> Palette:
@@ -333,23 +326,14 @@ _SHEET_COLUMNS = 6  # two filters side by side where there is one image
 
 @dataclass(frozen=True)
 class Filtering:
-    """One image through one filter.
+    """One image through one filter."""
 
-    Attributes:
-        name: the filter in its own words.
-        kept: the filtered image ``(C, H, W)``, not clamped.
-        removed: the image less what was kept.
-        keep: the whole spectrum's mask ``(H, W)``, DC in the center, mean of the channels.
-        bins: share of the spectrum's bins that is kept, 0 to 1.
-        energy: share of the energy that is kept, 0 to 1, the mean (DC) left out of account.
-    """
-
-    name: str
-    kept: Tensor
-    removed: Tensor
-    keep: Tensor
-    bins: float
-    energy: float
+    name: str  # the filter in its own words
+    kept: Tensor  # the filtered image ``(C, H, W)``, not clamped
+    removed: Tensor  # the image less what was kept
+    keep: Tensor  # the whole spectrum's mask ``(H, W)``, DC in the center, mean of the channels
+    bins: float  # share of the spectrum's bins that is kept, 0 to 1
+    energy: float  # share of the energy that is kept, 0 to 1, the mean (DC) left out of account
 
 
 @torch.no_grad()

@@ -137,21 +137,14 @@ def parse_image_size(value: int | str | Sequence[int]) -> int | tuple[int, int]:
 
 @dataclass
 class Resolved:
-    """A training without any `auto` left.
+    """A training without any `auto` left."""
 
-    Attributes:
-        options: every option of ``pretrain`` by name, plain values.
-        reasons: name of an option to the reason for its value, for those that were resolved.
-        survey: what the images are like.
-        cost: what an image costs.
-        method: the method, freshly initialized.
-    """
-
-    options: dict[str, Any]
+    options: dict[str, Any]  # every option of ``pretrain`` by name, plain values
+    # name of an option to the reason for its value, for those that were resolved
     reasons: dict[str, str] = field(default_factory=dict)
-    survey: Survey = field(init=False)
-    cost: auto.Cost = field(init=False)
-    method: Any = field(init=False)
+    survey: Survey = field(init=False)  # what the images are like
+    cost: auto.Cost = field(init=False)  # what an image costs
+    method: Any = field(init=False)  # the method, freshly initialized
 
     def choose(self, **choices: Choice | None) -> None:
         """Put choices where the options still say auto."""

@@ -61,40 +61,24 @@ LAST = ["held_out_loss", "held_out_relative_loss", "pixels_knn", "pixels_linear"
 
 @dataclass
 class Images:
-    """The images of a run, parted.
+    """The images of a run, parted."""
 
-    Attributes:
-        source: all of them.
-        train: training images.
-        held_out: what the loss is measured on; None where there are too few.
-        probed: images with labels to measure features on, if asked for.
-    """
-
-    source: Source
-    train: Source
-    held_out: Source | None
-    probed: LabelledData | None = None
+    source: Source  # all of them
+    train: Source  # training images
+    held_out: Source | None  # what the loss is measured on; None where there are too few
+    probed: LabelledData | None = None  # images with labels to measure features on, if asked for
 
 
 @dataclass
 class Pretraining:
-    """What a pre-training is made of.
+    """What a pre-training is made of."""
 
-    Attributes:
-        run: the run folder, locked.
-        options: resolved options.
-        images: of the run.
-        method: what is trained.
-        state: the run's state, traced in the export.
-        kept: the decoded training images where they stay on the device, or None.
-    """
-
-    run: RunFolder
-    options: Mapping[str, Any]
-    images: Images
-    method: Any
-    state: dict[str, Any]
-    kept: InMemoryImages | None = None
+    run: RunFolder  # the run folder, locked
+    options: Mapping[str, Any]  # resolved options
+    images: Images  # of the run
+    method: Any  # what is trained
+    state: dict[str, Any]  # the run's state, traced in the export
+    kept: InMemoryImages | None = None  # the decoded training images where they stay on the device, or None
 
     def task(self) -> Task:
         """The same for the loop."""

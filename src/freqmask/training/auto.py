@@ -43,17 +43,11 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs in training, measured on this device.
+    """What one image costs in training, measured on this device."""
 
-    Attributes:
-        seconds_per_image: forward and backward of one image (all its views).
-        bytes_per_image: what the forward keeps for the backward.
-        fixed_bytes: weights, gradients and optimiser state.
-    """
-
-    seconds_per_image: float
-    bytes_per_image: int
-    fixed_bytes: int
+    seconds_per_image: float  # forward and backward of one image (all its views)
+    bytes_per_image: int  # what the forward keeps for the backward
+    fixed_bytes: int  # weights, gradients and optimiser state
 
     def seconds(self, steps: int, images_a_step_a_device: int) -> float:
         """Wall time of the training where the loader keeps up."""

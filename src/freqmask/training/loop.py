@@ -84,34 +84,26 @@ class ScheduledModule(L.LightningModule):
 
 @dataclass
 class Task:
-    """One training as the loop takes it.
+    """One training as the loop takes it."""
 
-    Attributes:
-        run: the run folder, locked.
-        numbers: resolved options: steps, batch_size, accumulate, seed, lr; accelerator, devices, num_nodes, strategy,
-            precision; log_every_steps, checkpoint_every_steps, checkpoint_every_minutes, keep_checkpoints,
-            max_skipped_share.
-        module: what is trained.
-        images: how many are trained on.
-        batches: the loader of this process, given the Trainer and the optimizer steps that were made before.
-        export: writes what others load, at every checkpoint.
-        callbacks: further ones, given the monitor that takes their numbers into the metrics.
-        shown: metrics in the progress bar, each with its format.
-        warmup_steps: no warning of a collapse before their end.
-        lines: how often a run speaks where there is no terminal.
-        trainer: further arguments of Lightning's Trainer: strategy, logger, sync_batchnorm.
-    """
-
-    run: RunFolder
+    run: RunFolder  # the run folder, locked
+    # resolved options: steps, batch_size, accumulate, seed, lr; accelerator, devices, num_nodes, strategy,
+    # precision; log_every_steps, checkpoint_every_steps, checkpoint_every_minutes, keep_checkpoints,
+    # max_skipped_share
     numbers: Mapping[str, Any]
-    module: ScheduledModule
-    images: int
+    module: ScheduledModule  # what is trained
+    images: int  # how many are trained on
+    # the loader of this process, given the Trainer and the optimizer steps that were made before
     batches: Callable[[L.Trainer, int], Any]
-    export: Export
+    export: Export  # writes what others load, at every checkpoint
+    # further ones, given the monitor that takes their numbers into the metrics
     callbacks: Callable[[Monitor], Sequence[L.Callback]] = lambda monitor: ()
-    shown: Mapping[str, str] = field(default_factory=dict)
-    warmup_steps: int = 0
-    lines: int = LINES_A_RUN
+    shown: Mapping[str, str] = field(
+        default_factory=dict
+    )  # metrics in the progress bar, each with its format
+    warmup_steps: int = 0  # no warning of a collapse before their end
+    lines: int = LINES_A_RUN  # how often a run speaks where there is no terminal
+    # further arguments of Lightning's Trainer: strategy, logger, sync_batchnorm
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -21,31 +21,22 @@ NEVER_DECAYED = ("pos_embed", "cls_token", "reg_token", "dist_token", "relative_
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights are moved.
+    """How the weights are moved."""
 
-    Attributes:
-        lr: learning rate that the warm-up leads to.
-        min_lr: learning rate at the last step.
-        warmup_lr: learning rate at the first step.
-        warmup_steps: optimizer steps of linear warm-up; the cosine runs underneath it, as in the release.
-        total_steps: optimizer steps of the whole training.
-        weight_decay: for weights with two or more dimensions; biases, norms, positions and tokens get none.
-        weight_decay_end: where a cosine leads the weight decay; equal to ``weight_decay`` keeps it constant.
-        betas: AdamW's.
-        clip_grad: largest norm of the gradient; None does not clip.
-        power: None decays along half a cosine, a number as ``(1 - step / total_steps)^power``.
-    """
-
-    lr: float
-    min_lr: float
-    warmup_lr: float
-    warmup_steps: int
-    total_steps: int
+    lr: float  # learning rate that the warm-up leads to
+    min_lr: float  # learning rate at the last step
+    warmup_lr: float  # learning rate at the first step
+    warmup_steps: int  # optimizer steps of linear warm-up; the cosine runs underneath it, as in the release
+    total_steps: int  # optimizer steps of the whole training
+    # for weights with two or more dimensions; biases, norms, positions and tokens get none
     weight_decay: float = 0.05
+    # where a cosine leads the weight decay; equal to ``weight_decay`` keeps it constant
     weight_decay_end: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_grad: float | None = 3.0
-    power: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
+    clip_grad: float | None = 3.0  # largest norm of the gradient; None does not clip
+    power: float | None = (
+        None  # None decays along half a cosine, a number as ``(1 - step / total_steps)^power``
+    )
 
 
 def scaled_lr(base: float, batch_size: int, reference: int = REFERENCE_BATCH) -> float:
