@@ -168,8 +168,8 @@ def open_model(
         channels: of the images, for ``timm:`` and ``random:NAME``; None is the model's own.
         weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
         seed: of fresh weights.
-        optional_model_args: arguments of timm's for a training, such as ``drop_path_rate``; left out where the family does
-            not know them.
+        optional_model_args: arguments of timm's for a training, such as ``drop_path_rate``; left out where the family
+            does not know them.
 
     Returns:
         The model on the CPU, in evaluation mode.
