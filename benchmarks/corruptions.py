@@ -27,8 +27,7 @@ from record import write_record
 
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry, decode_windows
-from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
-from freqmask.evaluation.corruptions import CORRUPTIONS, Corruption
+from freqmask.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, strengths_for
 
 RESULTS = Path(__file__).parent / "results" / "corruptions.csv"
 SIDE, DRAWS = 224, 3

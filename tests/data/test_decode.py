@@ -16,7 +16,7 @@ from PIL import Image
 
 from freqmask.data.decode import count_images, open_bytes, open_file
 from freqmask.errors import BadImage
-from freqmask.evaluation.segmentation.mask_files import read_mask
+from freqmask.evaluation.mask_files import read_mask
 
 CASES = all_cases()
 

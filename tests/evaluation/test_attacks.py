@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.evaluation.attacks import Attack, in_words, make_attacks, random_point, size_of_change
+from freqmask.evaluation.attacks import Attack, format_level, make_attacks, random_point, size_of_change
 
 
 def images_of(count: int, side: int = 6) -> Tensor:
@@ -174,7 +174,7 @@ def test_budgets_are_read_as_typed() -> None:
     (far,) = make_attacks(["pgd"], "l2", "128/255", 3, 0.1, False)
     assert (far.epsilon, far.step, far.name) == (128 / 255, 0.1, "pgd l2 128/255")
     assert make_attacks(["none"], "linf", "auto", 10, "auto", True) == []
-    assert in_words(0.3) == "0.3"
+    assert format_level(0.3) == "0.3"
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,17 @@ from freqmask.data.transforms import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation import corruption_functions as functions
 from freqmask.evaluation import weather
-from freqmask.evaluation.corruption_constants import PUBLISHED, strengths_for
 from freqmask.evaluation.corruptions import (
     COMMON,
     CORRUPTIONS,
     EXTRA,
+    PUBLISHED,
+    CorruptedDataset,
     Corruption,
     check_severities,
     choose_corruptions,
+    strengths_for,
 )
-from freqmask.evaluation.robustness import CorruptedDataset
 
 
 def photograph(side: int) -> torch.Tensor:

@@ -15,11 +15,9 @@ from freqmask.data.cache import cache_folder
 from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.evaluation import features
-from freqmask.evaluation.corruption_constants import strengths_for
-from freqmask.evaluation.corruptions import Corruption
+from freqmask.evaluation.corruptions import CorruptedModel, Corruption, strengths_for
 from freqmask.evaluation.eval_model import EvalModel, open_eval_model
 from freqmask.evaluation.features import ComputeConfig, FeatureTable, compute_features, not_finite, prune
-from freqmask.evaluation.robustness import CorruptedModel
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,11 @@ from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import OrderedSampler
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
+from freqmask.evaluation.classifier import AugmentedGeometry, Mixer, make_classifier
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel
-from freqmask.evaluation.finetune.classifier import AugmentedGeometry, Mixer, make_classifier
-from freqmask.evaluation.finetune.hyperparameters import tuning_of
-from freqmask.evaluation.finetune.tuning_task import FinetuneModule, layer_groups
+from freqmask.evaluation.finetune_numbers import Tuning
+from freqmask.evaluation.finetune_task import FinetuneModule
+from freqmask.evaluation.trainings import layer_groups
 from freqmask.interop.models import open_model
 from freqmask.training.run_folder import RunFolder
 
@@ -156,7 +157,7 @@ def test_layers_learn_more_slowly_the_lower_they_are(there: Path) -> None:
 
 
 def test_the_schedule_keeps_the_layers_apart(tuned: Path, there: Path) -> None:
-    tuning = tuning_of(RunFolder(tuned).config())
+    tuning = Tuning.read(RunFolder(tuned).config())
     model = make_classifier(open_model(there / "mine"), 2, 0.0, 0).model
     module = FinetuneModule(model, dataclasses.replace(tuning, warmup_steps=0, steps=100), 2)
     optimizer = module.configure_optimizers()
@@ -304,7 +305,7 @@ def test_randaugment_is_for_eight_bit_colour_only(there: Path, tmp_path: Path) -
     finetune(there, tmp_path / "out", data=deep, steps=1, value_range="0,65535")
     assert RunFolder(tmp_path / "out" / "mine-seed0").config()["augment"] == "none"
     with pytest.raises(
-        UserError, match="RandAugment is for 8-bit colour images, and these have 3 channels of uint16"
+        UserError, match="RandAugment is for 8-bit color images, and these have 3 channels of uint16"
     ):
         finetune(there, tmp_path / "other", data=deep, augment="rand-m9", value_range="0,65535")
     assert not (tmp_path / "other").exists()
@@ -378,5 +379,5 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     assert finetune(there, tmp_path / "out", dry_run=True) == []
     shown = capsys.readouterr().out
     assert "fresh: fc_norm, head; left out: norm" in shown
-    assert "rand-m5-mstd0.5-inc1 (pictures below 96 pixels)" in shown
+    assert "rand-m5-mstd0.5-inc1 (images below 96 pixels)" in shown
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ def test_autocast_changes_no_answer_of_knn_nor_of_a_linear_head(dtype: torch.dty
 
     def answers() -> list[torch.Tensor]:
         sweep = linear.Sweep({"x": bank}, labels, 4, heads, epochs=1)
-        judged, losses = sweep.judge({"x": queries}, labels[:60])
+        judged, losses = sweep.evaluate({"x": queries}, labels[:60])
         similarity, places = knn.nearest(queries, bank, 5)
         found = [knn.predict(queries, bank, labels, 4, [20])[20], sweep.predict({"x": queries})]
         return [

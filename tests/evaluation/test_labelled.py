@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from freqmask.errors import UserError
-from freqmask.evaluation.labelled import Parting, open_labelled
+from freqmask.evaluation.labelled import SplitConfig, open_labelled
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def write_classes(root: Path, count: int = 10) -> Path:
     return root
 
 
-def parting(tmp_path: Path, **options: object) -> Parting:
-    return Parting(folder=tmp_path / "splits", **options)  # type: ignore[arg-type]
+def parting(tmp_path: Path, **options: object) -> SplitConfig:
+    return SplitConfig(folder=tmp_path / "splits", **options)  # type: ignore[arg-type]
 
 
 def test_train_and_val_folders_are_used(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_train_and_val_folders_are_used(tmp_path: Path) -> None:
 
 def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "tree")
-    first = open_labelled(folder, parting=parting(tmp_path))
+    first = open_labelled(folder, config=parting(tmp_path))
     (file,) = (tmp_path / "splits").iterdir()
     assert np.bincount(first.labels[first.rounds[0].test]).tolist() == [2, 2]
     lines = file.read_text().splitlines()
@@ -51,15 +51,15 @@ def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) ->
         line.replace(",test,", ",X,").replace(",train,", ",test,").replace(",X,", ",train,") for line in lines
     ]
     file.write_text("\n".join(swapped) + "\n")
-    again = open_labelled(folder, parting=parting(tmp_path))
+    again = open_labelled(folder, config=parting(tmp_path))
     assert np.array_equal(again.rounds[0].test, first.rounds[0].train)
 
 
 def test_folds_test_every_image_once(tmp_path: Path) -> None:
-    data = open_labelled(write_classes(tmp_path / "tree"), parting=parting(tmp_path, folds=5))
+    data = open_labelled(write_classes(tmp_path / "tree"), config=parting(tmp_path, folds=5))
     assert sorted(data.tested.tolist()) == list(range(20))
     assert all(len(np.intersect1d(one.train, one.test)) == 0 for one in data.rounds)
-    again = open_labelled(tmp_path / "tree", parting=parting(tmp_path, folds=5))
+    again = open_labelled(tmp_path / "tree", config=parting(tmp_path, folds=5))
     assert all(np.array_equal(a.test, b.test) for a, b in zip(data.rounds, again.rounds, strict=True))
 
 
@@ -67,9 +67,9 @@ def test_identical_images_are_refused_or_kept_together(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "tree")
     (folder / "cat" / "copy.png").write_bytes((folder / "cat" / "3.png").read_bytes())
     with pytest.raises(UserError, match="identical to others"):
-        open_labelled(folder, parting=parting(tmp_path))
+        open_labelled(folder, config=parting(tmp_path))
     for seed in range(4):
-        data = open_labelled(folder, parting=parting(tmp_path, duplicates="together", seed=seed))
+        data = open_labelled(folder, config=parting(tmp_path, duplicates="together", seed=seed))
         names = {data.source.name(int(index)) for index in data.rounds[0].test}
         assert ("cat/copy.png" in names) == ("cat/3.png" in names)
 
@@ -111,7 +111,7 @@ def test_where_nothing_is_learnt_everything_but_train_is_tested(
 ) -> None:
     for part in parts:
         write_classes(tmp_path / "data" / part, 1)
-    data = open_labelled(tmp_path / "data", parting=parting(tmp_path, learn=False))
+    data = open_labelled(tmp_path / "data", config=parting(tmp_path, train=False))
     names = [data.source.name(int(index)) for index in data.tested]
     assert [name.removeprefix("1:") for name in names] == [f"{tested}cat/0.png", f"{tested}dog/0.png"]
     assert all(len(one.train) == 0 for one in data.rounds)
@@ -134,4 +134,4 @@ def test_images_beside_class_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no labels: 1 images \(first 'loose.png'\) lie beside the class folders"
     ):
-        open_labelled(tmp_path / "data", parting=parting(tmp_path))
+        open_labelled(tmp_path / "data", config=parting(tmp_path))

@@ -13,11 +13,9 @@ import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.evaluation import linear
-from freqmask.evaluation.corruption_constants import SEVERITIES
-from freqmask.evaluation.corruptions import COMMON
+from freqmask.evaluation.corruptions import COMMON, SEVERITIES
 from freqmask.evaluation.results import ClassificationResult, summarize
-from freqmask.evaluation.robustness import RobustnessEval, together
-from freqmask.evaluation.robustness_folders import find_folders
+from freqmask.evaluation.robustness import RobustnessEval, find_folders, together
 from freqmask.evaluation.robustness_results import ALEXNET, corruption_errors, mce_applies
 from tests.evaluation.test_classifier import write_classifier
 
@@ -223,7 +221,7 @@ def test_the_mean_of_several_results_draws_whole_images(data: str) -> None:
     from freqmask.evaluation.protocol import EvalConfig, open_experiment
 
     experiment = open_experiment(EvalConfig(models=["pixels"], data=[data]))
-    opened, model = experiment.data, PixelModel(experiment.seen)
+    opened, model = experiment.data, PixelModel(experiment.survey)
     tested = opened.tested
     half = np.where(np.arange(10) < 5, opened.labels[tested], 1 - opened.labels[tested])
     results = [

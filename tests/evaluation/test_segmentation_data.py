@@ -12,15 +12,15 @@ from evaluation.segmentation_images import blocks, make_data, make_pairs, write
 
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.segmentation.crops import PairDataset, RandomCrop, nearest
-from freqmask.evaluation.segmentation.mask_data import (
+from freqmask.evaluation.mask_data import (
     IGNORED,
     Labels,
-    SegmentationConfig,
+    MaskConfig,
     open_segmentation,
     read_classes,
 )
-from freqmask.evaluation.segmentation.mask_files import PairSource, Part, read_mask
+from freqmask.evaluation.mask_files import PairSource, Part, read_mask
+from freqmask.evaluation.mask_views import PairDataset, RandomCrop, nearest
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +33,7 @@ def test_both_ways_to_lay_out_splits_hold_the_same_pairs(tmp_path: Path) -> None
     make_data(tmp_path / "one", 3, 2)
     for split, count, first in (("train", 3, 0), ("test", 2, 100)):
         make_pairs(tmp_path / "other" / split / "images", tmp_path / "other" / split / "labels", count, first)
-    one, other = (
-        open_segmentation(SegmentationConfig(data=str(tmp_path / name))) for name in ("one", "other")
-    )
+    one, other = (open_segmentation(MaskConfig(data=str(tmp_path / name))) for name in ("one", "other"))
     assert (len(one.train), len(one.test)) == (len(other.train), len(other.test)) == (3, 2)
     assert one.labels == other.labels == Labels((0, 1), ("0", "1"), (255,), False)
 
@@ -47,21 +45,21 @@ def test_ade20k_ignores_zero_and_begins_with_one(tmp_path: Path) -> None:
             mask = np.asarray(read_mask(path), np.uint8) + 1
             mask[:4] = 0
             write(path, mask)
-    data = open_segmentation(SegmentationConfig(data=str(tmp_path), class_names=["wall", "sky"]))
+    data = open_segmentation(MaskConfig(data=str(tmp_path), class_names=["wall", "sky"]))
     assert data.labels == Labels((1, 2), ("wall", "sky"), (0, 255), True)
     assert data.labels.lookup()[[0, 1, 2, 255]].tolist() == [IGNORED, 0, 1, IGNORED]
     assert data.split == "training / validation"
     (tmp_path / "classes.txt").write_text("wall\nsky\n")
-    assert open_segmentation(SegmentationConfig(data=str(tmp_path))).labels == data.labels
+    assert open_segmentation(MaskConfig(data=str(tmp_path))).labels == data.labels
     (tmp_path / "classes.txt").unlink()
-    plain = open_segmentation(SegmentationConfig(data=str(tmp_path), layout="plain"))
+    plain = open_segmentation(MaskConfig(data=str(tmp_path), layout="plain"))
     assert plain.labels.values == (0, 1, 2)
 
 
 def test_a_class_called_void_is_ignored_and_numbers_may_stand_before_names(tmp_path: Path) -> None:
     data = make_data(tmp_path)
     (data / "classes.txt").write_text("1 Road\n0 Sky\n11 Unlabelled\n")
-    labels = open_segmentation(SegmentationConfig(data=str(data))).labels
+    labels = open_segmentation(MaskConfig(data=str(data))).labels
     assert (labels.values, labels.names, labels.ignored) == ((0, 1), ("Sky", "Road"), (11, 255))
     (data / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t5\t1\t1\twall, plain\n"
@@ -73,7 +71,7 @@ def test_without_a_test_part_images_are_held_out_once_and_for_all(tmp_path: Path
     make_pairs(tmp_path / "images", tmp_path / "masks", 10)
     write(tmp_path / "images" / "twin.png", np.asarray(_pixels(tmp_path / "images" / "000.png")))
     write(tmp_path / "masks" / "twin_mask.png", blocks(0))
-    first, again = (open_segmentation(SegmentationConfig(data=str(tmp_path))) for _ in range(2))
+    first, again = (open_segmentation(MaskConfig(data=str(tmp_path))) for _ in range(2))
     names = [{part.name(n) for n in range(len(part))} for part in (first.train, first.test)]
     assert names == [{part.name(n) for n in range(len(part))} for part in (again.train, again.test)]
     assert not names[0] & names[1]
@@ -91,7 +89,7 @@ def _pixels(path: Path) -> np.ndarray:
 def test_folders_may_be_named_one_by_one(tmp_path: Path) -> None:
     make_pairs(tmp_path / "a", tmp_path / "b", 6)
     data = open_segmentation(
-        SegmentationConfig(images=str(tmp_path / "a"), masks=str(tmp_path / "b"), test_share=0.5)
+        MaskConfig(images=str(tmp_path / "a"), masks=str(tmp_path / "b"), test_share=0.5)
     )
     assert len(data.train) == len(data.test) == 3
 
@@ -163,7 +161,7 @@ def spoilt(folder: Path, how: str) -> None:
 def test_what_does_not_fit_is_one_sentence(how: str, sentence: str, tmp_path: Path) -> None:
     spoilt(make_data(tmp_path, 4, 2), how)
     with pytest.raises(UserError, match=sentence):
-        open_segmentation(SegmentationConfig(data=str(tmp_path)))
+        open_segmentation(MaskConfig(data=str(tmp_path)))
     assert not Path("runs").exists()
 
 
@@ -172,7 +170,7 @@ def test_an_image_that_cannot_be_opened_is_left_out_and_named(
 ) -> None:
     make_data(tmp_path, 4, 2)
     (tmp_path / "images" / "train" / "002.png").write_bytes(b"no image")
-    assert len(open_segmentation(SegmentationConfig(data=str(tmp_path))).train) == 3
+    assert len(open_segmentation(MaskConfig(data=str(tmp_path))).train) == 3
     assert "left out    train/002.png" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from freqmask.interop.models import OpenedModel
 
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask[seg]'")
 
-from freqmask.evaluation.segmentation.upernet import FeaturePyramid, UperNet, segmentation_losses
+from freqmask.evaluation.upernet import FeaturePyramid, UperNet, segmentation_losses
 
 TINY: dict[str, Any] = {"depth": 4, "embed_dim": 16, "num_heads": 1}
 RESNET: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 16)}
@@ -68,7 +68,7 @@ def test_an_ignored_pixel_has_no_gradient_and_a_batch_of_them_no_loss() -> None:
     masks = torch.zeros(1, 4, 4, dtype=torch.int64)
     masks[0, 0] = -1
 
-    from freqmask.evaluation.segmentation.upernet import Logits
+    from freqmask.evaluation.upernet import Logits
 
     segmentation_losses(Logits(logits, None), masks)["loss"].backward()
     assert logits.grad is not None

@@ -14,7 +14,7 @@ from freqmask.evaluation.scores import (
     segmentation_score,
     segmented_classes,
 )
-from freqmask.evaluation.segmentation.inference import classes_at, places, segment_whole, segment_windows
+from freqmask.evaluation.segmentation import classes_at, segment_whole, segment_windows, window_starts
 
 
 def maps(count: int = 3, classes: int = 4) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -45,7 +45,9 @@ def test_mean_iou_is_that_of_a_slow_loop_over_all_pixels_of_all_images() -> None
     found = segmentation_score(counts.sum(0))
     assert np.isnan(ious[3])
     assert found.mean_iou == pytest.approx(np.nanmean(ious))
-    assert [one.iou for one in segmented_classes(counts.sum(0), "abcd")] == pytest.approx(ious, nan_ok=True)
+    assert [one.iou for one in segmented_classes(counts.sum(0), "abcd", range(4))] == pytest.approx(
+        ious, nan_ok=True
+    )
     counted = np.concatenate([t.ravel() for t in truths]) >= 0
     right = np.concatenate([(t == a).ravel() for t, a in zip(truths, answers, strict=True)])[counted]
     assert found.pixel_accuracy == pytest.approx(right.mean())
@@ -72,7 +74,7 @@ def test_the_interval_holds_the_score_and_vanishes_where_images_are_alike() -> N
     ("length", "window", "stride"), [(100, 40, 30), (101, 40, 17), (40, 40, 5), (7, 40, 30)]
 )
 def test_windows_cover_each_pixel_and_stay_inside(length: int, window: int, stride: int) -> None:
-    starts = places(length, window, stride)
+    starts = window_starts(length, window, stride)
     covered = np.zeros(max(length, window), int)
     for start in starts:
         covered[start : start + window] += 1

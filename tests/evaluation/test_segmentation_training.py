@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from freqmask.errors import UserError
 
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask[seg]'")
 
-from freqmask.evaluation.segmentation.segmentation_task import SegmentationModule, groups_of
+from freqmask.evaluation.segmentation_task import SegmentationModule, groups_of, open_network
+from freqmask.training.run_folder import RunFolder
 
 TINY: dict[str, Any] = {
     "crop": 32,
@@ -114,6 +116,16 @@ def test_a_finished_network_is_taken_and_other_settings_are_refused(
         freqmask.evaluate.segment([run], data=data, **{**options, "lr": 0.1})
 
 
+def test_a_network_is_opened_without_the_model_it_began_from(run: str, data: str, tmp_path: Path) -> None:
+    freqmask.evaluate.segment([run], data=data, out="out", **{**TINY, "steps": 1, "overlays": 0})
+    shutil.rmtree(run)
+    folder = RunFolder(tmp_path / "out" / "mine-seed0")
+    network, training = open_network(folder)
+    stored = load_file(folder.path / "network.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in network.state_dict().items())
+    assert (training.crop, network(torch.rand(1, 3, 48, 64)).decoder.shape[1]) == (32, 2)
+
+
 def test_layers_learn_slower_the_deeper_they_lie(
     run: str, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +143,7 @@ def test_layers_learn_slower_the_deeper_they_lie(
             assert scales["pyramid.backbone.timm_model.patch_embed.proj.weight"] == pytest.approx(0.65**3)
         return groups
 
-    monkeypatch.setattr("freqmask.evaluation.segmentation.segmentation_task.groups_of", note)
+    monkeypatch.setattr("freqmask.evaluation.segmentation_task.groups_of", note)
     freqmask.evaluate.segment([run, f"random:{run}"], data=data, **{**TINY, "steps": 1, "overlays": 0})
     assert seen == [0.65, 1.0]
 

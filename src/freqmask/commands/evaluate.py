@@ -136,7 +136,7 @@ def fewshot(
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     if tune != "frozen":
-        from freqmask.evaluation.finetune.finetune_protocol import TunedFewshot
+        from freqmask.evaluation.finetune import TunedFewshot
 
         return _measured(TunedFewshot(running_options()))
     if epochs is not None:
@@ -252,7 +252,7 @@ def finetune(
     Raises:
         UserError: a model or the data cannot be opened, the labels do not fit, or an option cannot be.
     """
-    from freqmask.evaluation.finetune.finetune_protocol import Finetune
+    from freqmask.evaluation.finetune import Finetune
 
     return _measured(Finetune(running_options()))
 
@@ -283,7 +283,7 @@ def segment(
     Raises:
         UserError: a model or the data cannot be opened, masks do not fit their images, or an option cannot be.
     """
-    from freqmask.evaluation.segmentation.segmentation_protocol import Segment
+    from freqmask.evaluation.segmentation import Segment
 
     return _measured(Segment(running_options()))
 

@@ -26,11 +26,10 @@ from freqmask.data.pixels import missing_pixels
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
-from freqmask.errors import UserError
-from freqmask.evaluation.segmentation.crops import scaled_size
+from freqmask.evaluation.mask_views import scaled_size
 from freqmask.interop.feature_files import rows_of
 from freqmask.interop.formats import Exported, Graph
-from freqmask.interop.models import OpenedClassifier, hash_weights, open_model, still_images
+from freqmask.interop.models import OpenedClassifier, hash_weights, still_images
 from freqmask.training.files import new_folder, replace_atomically
 from freqmask.training.run_folder import RunFolder
 
@@ -118,34 +117,18 @@ def open_segmenter(model: str) -> Segmenter | None:
     """The network of a finished segmentation run, or None where MODEL is something else.
 
     Raises:
-        UserError: it is not finished, or the model that it began from is gone.
+        UserError: it is not finished; of a run of 0.1.0, the model that it began from is gone.
     """
     run = RunFolder(Path(model).expanduser())
     config = run.config() if run.exists() else {}
     if config.get("method") != "segment":
         return None
-    # here and not above: Lightning comes with them, and classifiers do not wait for it
-    from safetensors.torch import load_file
+    # here and not above: Lightning comes with it, and classifiers do not wait for it
+    from freqmask.evaluation.segmentation_task import open_network
 
-    from freqmask.evaluation.segmentation.segmentation_plan import training_of
-    from freqmask.evaluation.segmentation.segmentation_task import NETWORK
-    from freqmask.evaluation.segmentation.upernet import UperNet
-
-    if not (run.path / NETWORK).is_file():
-        raise UserError(f"model ({model}) has no network yet; its command resumes it")
-    training, classes = training_of(config), config["classes"]
-    optional_model_args = {"drop_path_rate": 0.0, "dynamic_img_size": True}
-    try:
-        opened = open_model(
-            config["model"], image_size=training.crop, optional_model_args=optional_model_args
-        )
-    except UserError as error:
-        raise UserError(
-            f"model ({model}) was built on {config['model']}, whose architecture is needed: {error}"
-        ) from error
-    network = UperNet(opened, len(classes), training.decoder_channels)
-    network.load_state_dict(load_file(run.path / NETWORK))
-    return Segmenter(network.eval(), training, tuple(map(int, classes)), tuple(map(str, classes.values())))
+    network, training = open_network(run)
+    labels: dict[int, str] = config["classes"]
+    return Segmenter(network, training, tuple(map(int, labels)), tuple(map(str, labels.values())))
 
 
 class _Enlarged(nn.Module):
@@ -203,15 +186,14 @@ def write_masks(
         config: windows at once, and loader processes.
         device: of torch.
     """
-    from freqmask.evaluation.segmentation.inference import Predictor
+    from freqmask.evaluation.segmentation import Predictor
 
     training = segmenter.training
     geometry = Geometry(training.crop, crop="whole", horizontal_flip=0.0)
     values = ValueRange.parse(training.value_range) or ValueRange()
     dataset = _WholeImages(source, [geometry], values, training.channels, convert_channels=True)
     dataset.shorter_side = training.image_size
-    stride = max(1, round(training.crop * 2 / 3))
-    predictor = Predictor(segmenter.network, training, device, stride, config.batch_size)
+    predictor = Predictor(segmenter.network, training, device, config.batch_size)
     labels = np.array(segmenter.labels, np.uint16 if max(segmenter.labels) > 255 else np.uint8)
     skipped: list[tuple[str, str]] = []
     one = ComputeConfig(batch_size=1, workers=config.workers)  # sizes differ

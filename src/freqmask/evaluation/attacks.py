@@ -35,36 +35,27 @@ _REACH = 2.5  # PGD's steps together over epsilon (arXiv 1706.06083): 10 steps o
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack and its budget.
+    """One attack and its budget."""
 
-    Attributes:
-        kind: ``fgsm`` or ``pgd``.
-        norm: of the budget: ``linf`` (largest change of a value) or ``l2`` (Euclidean, over the image).
-        epsilon: budget, images being in [0, 1].
-        steps: of PGD.
-        step: length of a step of PGD, in the norm.
-        random_start: whether PGD begins at a random point of the ball.
-    """
-
-    kind: str
-    norm: Norm = "linf"
-    epsilon: float = 4 / 255
-    steps: int = 10
-    step: float = 1 / 255
-    random_start: bool = True
+    kind: str  # fgsm or pgd
+    norm: Norm = "linf"  # of the budget: linf (largest change of a value) or l2 (Euclidean, over the image)
+    epsilon: float = 4 / 255  # budget, images being in [0, 1]
+    steps: int = 10  # of PGD
+    step: float = 1 / 255  # length of a step of PGD, in the norm
+    random_start: bool = True  # whether PGD begins at a random point of the ball
 
     @property
     def name(self) -> str:
         """For tables and records, such as ``pgd linf 4/255``."""
-        return f"{self.kind} {self.norm} {in_words(self.epsilon)}"
+        return f"{self.kind} {self.norm} {format_level(self.epsilon)}"
 
     def describe(self) -> str:
         """Everything that defines it, in words."""
-        budget = f"{self.kind.upper()}: {self.norm}, epsilon {in_words(self.epsilon)}"
+        budget = f"{self.kind.upper()}: {self.norm}, epsilon {format_level(self.epsilon)}"
         if self.kind == "fgsm":
             return budget
         start = "random start" if self.random_start else "start at the image"
-        return f"{budget}, {self.steps} steps of {in_words(self.step)}, {start}"
+        return f"{budget}, {self.steps} steps of {format_level(self.step)}, {start}"
 
     def run(
         self,
@@ -73,7 +64,7 @@ class Attack:
         labels: Int64[Tensor, " batch"],
         keys: Int64[Tensor, " batch"],
     ) -> Images:
-        """The adversarial images, in [0, 1] and within the budget.
+        """The adversarial images, in [0, 1] and within the budget: of each the iterate of the largest loss.
 
         Args:
             classify: images in [0, 1] -> logits, differentiable.
@@ -81,55 +72,32 @@ class Attack:
             labels: their true classes.
             keys: one an image, of the random start.
         """
-        if self.kind == "fgsm":
-            return _climb(classify, images, images, labels, self, 1, self.epsilon)
-        start = images
-        if self.random_start:
-            start = (images + random_point(images, keys, self.norm, self.epsilon)).clamp(0, 1)
-        return _climb(classify, images, start, labels, self, self.steps, self.step)
-
-
-def _climb(
-    classify: Classifier,
-    images: Images,
-    start: Images,
-    labels: Tensor,
-    attack: Attack,
-    steps: int,
-    step: float,
-) -> Images:
-    """Steps uphill from ``start``; the iterate of the largest loss of each image."""
-    best = images
-    best_loss = torch.full((len(images),), -math.inf, device=images.device)
-    if start is not images:
-        best_loss = _loss(classify, images, labels)
-    now = start
-    for number in range(steps + 1):
-        loss, gradient = _slope(classify, now, labels, wanted=number < steps)
-        better = loss > best_loss
-        best = torch.where(better[:, None, None, None], now, best)
-        best_loss = torch.where(better, loss, best_loss)
-        if gradient is not None:
-            moved = now + step * direction(gradient, attack.norm)
-            now = (images + projected(moved - images, attack.norm, attack.epsilon)).clamp(0, 1)
-    return best
-
-
-def _loss(classify: Classifier, images: Images, labels: Tensor) -> Float[Tensor, " batch"]:
-    with torch.no_grad():
-        return F.cross_entropy(classify(images).float(), labels, reduction="none")
+        one_step = self.kind == "fgsm"
+        steps, step = (1, self.epsilon) if one_step else (self.steps, self.step)
+        best, best_loss = images, torch.full((len(images),), -math.inf, device=images.device)
+        now = images
+        if self.random_start and not one_step:
+            now = (images + random_point(images, keys, self.norm, self.epsilon)).clamp(0, 1)
+            best_loss, _ = _slope(classify, images, labels, with_gradient=False)
+        for number in range(steps + 1):
+            loss, gradient = _slope(classify, now, labels, with_gradient=number < steps)
+            better = loss > best_loss
+            best = torch.where(better[:, None, None, None], now, best)
+            best_loss = torch.where(better, loss, best_loss)
+            if gradient is not None:
+                moved = now + step * direction(gradient, self.norm)
+                now = (images + projected(moved - images, self.norm, self.epsilon)).clamp(0, 1)
+        return best
 
 
 def _slope(
-    classify: Classifier, images: Images, labels: Tensor, wanted: bool
+    classify: Classifier, images: Images, labels: Tensor, with_gradient: bool
 ) -> tuple[Float[Tensor, " batch"], Images | None]:
-    """The loss of each image and, where wanted, its gradient."""
-    if not wanted:
-        return _loss(classify, images, labels), None
-    with torch.enable_grad():
-        leaf = images.detach().requires_grad_(True)
+    """The loss of each image and its gradient."""
+    with torch.set_grad_enabled(with_gradient):
+        leaf = images.detach().requires_grad_(with_gradient)
         losses = F.cross_entropy(classify(leaf).float(), labels, reduction="none")
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        gradient = torch.autograd.grad(losses.sum(), leaf)[0] if with_gradient else None
     return losses.detach(), gradient
 
 
@@ -171,15 +139,7 @@ def size_of_change(change: Images, norm: Norm) -> Float[Tensor, " batch"]:
 def make_attacks(
     kinds: list[str], norm: str, epsilon: str | float, steps: int, step: str | float, random_start: bool
 ) -> list[Attack]:
-    """Attacks from what a user typed.
-
-    Args:
-        kinds: ``fgsm`` and ``pgd``; ``none`` for neither.
-        norm: ``linf`` or ``l2``.
-        epsilon: such as 4/255, or auto: 4/255 for linf, 1/2 for l2.
-        steps: of PGD.
-        step: of PGD, or auto: 2.5 epsilon over the steps.
-        random_start: of PGD.
+    """Attacks from what a user typed: numbers also as fractions such as 4/255, or auto.
 
     Raises:
         UserError: one of them is out of its range.
@@ -211,10 +171,10 @@ def _number(name: str, text: str | float) -> float:
     return value
 
 
-def in_words(value: float) -> str:
+def format_level(value: float) -> str:
     """A number of 255ths where it is one below 1, else with three digits.
 
-    >>> in_words(4 / 255), in_words(0.5)
+    >>> format_level(4 / 255), format_level(0.5)
     ('4/255', '0.5')
     """
     levels = round(255 * value)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from freqmask.errors import UserError
 from freqmask.evaluation import knn
-from freqmask.evaluation.eval_model import ClassifierModel, EvalModel
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.linear import fit_head
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Protocol, finish_report, say_blocks
@@ -34,7 +33,7 @@ from freqmask.filters.filter import Filter
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the highest frequency along an axis
 HEADS = ("linear", "knn", "own")
 KINDS = {"low": "low-pass: below", "high": "high-pass: from", "band": "band-pass: around"}
-_NEIGHBOURS = 20
+_NEIGHBORS = 20
 
 Predictor = Callable[[dict[str, np.ndarray]], Int64[np.ndarray, " image"]]
 Curves = dict[str, list[tuple[float, Summary]]]  # kind -> (cycles per pixel, summary), by frequency
@@ -42,17 +41,11 @@ Curves = dict[str, list[tuple[float, Summary]]]  # kind -> (cycles per pixel, su
 
 @dataclass(frozen=True)
 class Band:
-    """One filter of the curves.
+    """One filter of the curves."""
 
-    Attributes:
-        kind: whole, low, high or band.
-        low: inner radius in bins of the image that the model sees.
-        high: outer radius in bins.
-    """
-
-    kind: str
-    low: float
-    high: float
+    kind: str  # whole, low, high or band
+    low: float  # inner radius in bins of the image that the model sees
+    high: float  # outer radius in bins
 
     @property
     def name(self) -> str:
@@ -118,20 +111,14 @@ class Bands(Protocol):
     def __init__(self, head: str = "linear", radii: Sequence[float] | None = None) -> None:
         self.head, self.radii = head, radii
         self.title = f"accuracy on filtered test images, {head} head"
-        self.opens_models = head != "own"
+        self.own_heads = head == "own"
 
     def open(self, config: EvalConfig) -> Any:
-        """As for every protocol; the radii must fit the size that each model is shown."""
+        """As for every protocol; the radii must fit the input size of each model."""
         experiment = super().open(config)
         for text in experiment.models:
-            bands_of(self.open_model(experiment, text, config.seeds[0]).input_size[1:], self.radii)
+            bands_of(experiment.open_model(text, config.seeds[0]).input_size[1:], self.radii)
         return experiment
-
-    def open_model(self, experiment: Any, text: str, seed: int) -> EvalModel:
-        """A backbone, or a classifier."""
-        if self.head == "own":
-            return ClassifierModel(text, experiment.data.class_names, experiment.config.crop)
-        return super().open_model(experiment, text, seed)
 
     def evaluate(self, context: EvalContext, seed: int) -> list[Result]:
         """One row a band; the head of each round predicts its own test images."""
@@ -158,7 +145,7 @@ class Bands(Protocol):
             head = fit_head(context, self.head, one, seed)
             return lambda values: head.table_logits(context, values).argmax(dim=1).cpu().numpy()
         bank, labels = context.tensor(context.end("mean"), one.train), context.labels(one.train)
-        k = min(_NEIGHBOURS, len(one.train))
+        k = min(_NEIGHBORS, len(one.train))
         return lambda values: (
             knn.predict(context.tensor(values["end/mean"]), bank, labels, context.classes, [k])[k]
             .cpu()

@@ -1,7 +1,7 @@
 """Noise, blur and what editing and storing do: common corruptions of images, one function each.
 
 All take an image (height, width, channel) float32 in [0, 1], a generator that belongs to the image and the numbers of
-their severity (`corruption_constants`), and return the same, not yet clipped.
+their severity (`corruptions`), and return the same, not yet clipped.
 """
 
 from __future__ import annotations
@@ -54,14 +54,7 @@ def gaussian_blur(image: Image, random: np.random.Generator, deviation: float) -
 
 
 def defocus_blur(image: Image, random: np.random.Generator, radius: float, edge: float) -> Image:
-    """The disc of a lens out of focus; the border is reflected.
-
-    Args:
-        image: in [0, 1].
-        random: not used.
-        radius: of the disc in pixels.
-        edge: standard deviation in pixels of the Gaussian that smooths its edge.
-    """
+    """The disc of a lens out of focus, its edge smoothed by a Gaussian (both in pixels); the border is reflected."""
     kernel = disc(radius, edge)
     margin = len(kernel) // 2
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="reflect")
@@ -81,17 +74,10 @@ def disc(radius: float, edge: float) -> np.ndarray:
 def glass_blur(
     image: Image, random: np.random.Generator, deviation: float, farthest: float, passes: float
 ) -> Image:
-    """Frosted glass: a slight blur, pixels replaced by neighbours, the blur again.
+    """Frosted glass: a slight blur, pixels replaced by neighbors at most ``farthest`` away, the blur again.
 
     The paper speaks of pixels that are shuffled; the program meant to swap them and copies one over the other,
     because both sides of its assignment are views of one array. The published images are copies, so are ours.
-
-    Args:
-        image: in [0, 1].
-        random: the image's.
-        deviation: of the blur in pixels.
-        farthest: how far away in rows and columns a pixel may be taken from, in pixels.
-        passes: how often this is done to the whole image.
     """
     height, width, channels = image.shape
     blurred = gaussian_blur(image, random, deviation)
@@ -103,7 +89,7 @@ def glass_blur(
 
 
 def _copy(order: list[int], size: tuple[int, int], reach: int, random: np.random.Generator) -> None:
-    """Replace every pixel but those at the border, last first, by one at most ``reach`` away, in place.
+    """Replace pixels but those at the border, last first, in place.
 
     One after the other, because copies are copied again; lists are faster here than arrays.
     """
@@ -111,8 +97,8 @@ def _copy(order: list[int], size: tuple[int, int], reach: int, random: np.random
     rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
     here = (rows[:, None] * width + columns).ravel()
     down, right = random.integers(-reach, reach, (2, len(here)))
-    for one, other in zip(here.tolist(), (here + down * width + right).tolist(), strict=True):
-        order[one] = order[other]
+    for target, source in zip(here.tolist(), (here + down * width + right).tolist(), strict=True):
+        order[target] = order[source]
 
 
 def motion_blur(image: Image, random: np.random.Generator, radius: float, deviation: float) -> Image:
@@ -123,11 +109,7 @@ def motion_blur(image: Image, random: np.random.Generator, radius: float, deviat
 def streaked(image: Image, radius: float, deviation: float, angle: float) -> Image:
     """The image drawn out to one side, by half a Gaussian, as ImageMagick's motion blur does.
 
-    Args:
-        image: any channels.
-        radius: of the streak in pixels; it has 2 radius + 1 taps.
-        deviation: of the Gaussian in pixels.
-        angle: in degrees.
+    A radius in pixels has 2 radius + 1 taps; the angle is in degrees.
     """
     taps = 2 * math.ceil(radius) + 1
     weights = np.exp(-0.5 * (np.arange(taps) / deviation) ** 2)
@@ -152,12 +134,7 @@ def zoom_blur(image: Image, random: np.random.Generator, *factors: float) -> Ima
 
 
 def enlarged(image: Image, factor: float) -> Image:
-    """The middle of the image, bilinearly enlarged to its whole size.
-
-    Args:
-        image: any channels.
-        factor: at least 1.
-    """
+    """The middle of the image, bilinearly enlarged by a factor of at least 1 to its whole size."""
     height, width = image.shape[:2]
     rows, columns = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - rows) // 2, (width - columns) // 2

@@ -1,12 +1,14 @@
 """The common corruptions of images: 15, and 4 more, in five severities each (arXiv 1903.12261).
 
-Written anew on numpy, scipy, scikit-image and torch; the constants are the published ones. What departs from
-the authors' programs is listed in docs/evaluating.md.
+Written anew on numpy, scipy, scikit-image and torch. The constants are facts from Hendrycks and Dietterich,
+"Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", as their programs that made
+ImageNet-C, Tiny-ImageNet-C and CIFAR-10-C hold them. What departs from those programs is listed in docs/robustness.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,64 +18,101 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from freqmask.data.loader import Sample, TrainDataset
+from freqmask.data.sampler import Item
+from freqmask.data.source import Source
 from freqmask.errors import UserError, nearest
-from freqmask.evaluation import corruption_functions as functions
-from freqmask.evaluation import weather
-from freqmask.evaluation.corruption_constants import SEVERITIES, Strengths
+from freqmask.evaluation import corruption_functions, weather
+from freqmask.evaluation.eval_model import EvalModel
 from freqmask.rng import identity_of, sample_key
 
-FAMILIES: dict[str, dict[str, Callable[..., functions.Image]]] = {
-    "noise": {
-        "gaussian_noise": functions.gaussian_noise,
-        "shot_noise": functions.shot_noise,
-        "impulse_noise": functions.impulse_noise,
-    },
-    "blur": {
-        "defocus_blur": functions.defocus_blur,
-        "glass_blur": functions.glass_blur,
-        "motion_blur": functions.motion_blur,
-        "zoom_blur": functions.zoom_blur,
-    },
-    "weather": {
-        "snow": weather.snow,
-        "frost": weather.frost,
-        "fog": weather.fog,
-        "brightness": functions.brightness,
-    },
-    "digital": {
-        "contrast": functions.contrast,
-        "elastic_transform": functions.elastic_transform,
-        "pixelate": functions.pixelate,
-        "jpeg_compression": functions.jpeg_compression,
-    },
-    "extra": {
-        "speckle_noise": functions.speckle_noise,
-        "gaussian_blur": functions.gaussian_blur,
-        "spatter": weather.spatter,
-        "saturate": functions.saturate,
-    },
+FAMILIES = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    "extra": ("speckle_noise", "gaussian_blur", "spatter", "saturate"),
 }
-CORRUPTIONS = {name: function for family in FAMILIES.values() for name, function in family.items()}
-EXTRA = tuple(FAMILIES["extra"])
+EXTRA = FAMILIES["extra"]
+CORRUPTIONS = tuple(name for family in FAMILIES.values() for name in family)
 COMMON = tuple(name for name in CORRUPTIONS if name not in EXTRA)
+SEVERITIES = (1, 2, 3, 4, 5)
+AUTO = "auto"
 _LAYOUT = 1  # raised when the same settings would give other images
+# Which of the numbers that a corruption takes are lengths in pixels, by their place.
+LENGTHS: dict[str, tuple[int, ...]] = {
+    "gaussian_blur": (0,),
+    "defocus_blur": (0, 1),
+    "glass_blur": (0, 1),
+    "motion_blur": (0, 1),
+    "snow": (2, 4, 5),
+    "frost": (2,),
+    "elastic_transform": (0, 1, 2),
+    "spatter": (2, 4),
+}
+Strength = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """The constants of one data set."""
+
+    title: str  # what the data set is called
+    side: int  # of its images in pixels
+    table: Mapping[str, Sequence[Strength]]  # corruption -> what its function takes, by severity from 1 to 5
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Constants for images of one size."""
+
+    published: str  # the data set whose constants they are
+    stretch: float  # what lengths in pixels are multiplied by
+
+    def of(self, corruption: str, severity: int) -> Strength:
+        """What the function of a corruption takes in a severity from 1 to 5."""
+        values = PUBLISHED[self.published].table[corruption][severity - 1]
+        lengths = LENGTHS.get(corruption, ())
+        return tuple(value * self.stretch if k in lengths else value for k, value in enumerate(values))
+
+    def describe(self) -> str:
+        """For the user and the records."""
+        title = PUBLISHED[self.published].title
+        return f"{title}'s" if self.stretch == 1 else f"{title}'s, lengths x {self.stretch:.3g}"
+
+
+def strengths_for(side: int, published: str = AUTO) -> Strengths:
+    """The constants for images of a size.
+
+    Those of the data set whose images are nearest in size, as a ratio: up to 45 pixels CIFAR-10-C's, up to
+    119 Tiny-ImageNet-C's, above ImageNet-C's. Lengths in pixels (radii, widths, shifts) are scaled by the
+    side over that of the data set, which is our rule; amplitudes, shares and qualities stay. At 32, 64 and
+    224 pixels everything is as published.
+
+    Raises:
+        UserError: there are no such constants.
+
+    >>> strengths_for(32).describe(), strengths_for(128).describe()
+    ("CIFAR-10-C's", "ImageNet-C's, lengths x 0.571")
+    """
+    if published == AUTO:
+        published = min(PUBLISHED, key=lambda name: abs(math.log(side / PUBLISHED[name].side)))
+    if published not in PUBLISHED:
+        raise UserError(
+            f"constants ({published}) must be auto or one of {', '.join(PUBLISHED)}; "
+            f"{nearest(published, [AUTO, *PUBLISHED])}"
+        )
+    return Strengths(published, side / PUBLISHED[published].side)
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """What is done to every image; a function of the image, its key and these settings.
+    """What is done to every image; a function of the image, its key and these settings."""
 
-    Attributes:
-        name: one of `CORRUPTIONS`.
-        severity: 1 to 5.
-        strengths: the constants for the images' size.
-        frost: folder of photographs of frost, or None.
-    """
-
-    name: str
-    severity: int
-    strengths: Strengths
-    frost: str | None = None
+    name: str  # one of `CORRUPTIONS`
+    severity: int  # 1 to 5
+    strengths: Strengths  # the constants for the images' size
+    frost: str | None = None  # folder of photographs of frost, or None
 
     def describe(self) -> str:
         """Tells apart all that changes the images."""
@@ -97,7 +136,7 @@ class Corruption:
         """
         whole = image.dtype == torch.uint8
         values = np.ascontiguousarray(image.numpy().transpose(1, 2, 0).astype(np.float32))
-        function: Any = CORRUPTIONS[self.name]
+        function: Any = getattr(weather, self.name, None) or getattr(corruption_functions, self.name)
         if self.name == "frost":
             function = partial(function, pictures=self.frost)
         strength = self.strengths.of(self.name, self.severity)
@@ -118,6 +157,55 @@ class Corruption:
         return np.random.Generator(np.random.Philox(key=own % (1 << 64)))
 
 
+class CorruptedDataset(TrainDataset):
+    """A dataset whose images are corrupted in the loader's workers, after they are cut to the model's size.
+
+    The draws follow from the identity of the image alone: every model of one size sees the same images.
+    """
+
+    def __init__(self, dataset: TrainDataset, corruption: Corruption) -> None:
+        super().__init__(
+            dataset.source,
+            dataset.geometries,
+            dataset.value_range,
+            dataset.channels,
+            dataset.convert_channels,
+            dataset.seed,
+        )
+        self.corruption = corruption
+        corruption.warm(self.geometries[0].size)
+
+    def __getitem__(self, item: Item) -> Sample:
+        sample = super().__getitem__(item)
+        key = sample_key(0, 0, self.source.identity(sample.index))
+        sample.views = [self.corruption(view, key) for view in sample.views]
+        return sample
+
+
+class CorruptedModel(EvalModel):
+    """A prepared model that is shown corrupted images: what `compute_features` needs to measure, and cache, them."""
+
+    def __init__(self, clean: EvalModel, corruption: Corruption) -> None:
+        self.clean, self.corruption = clean, corruption
+        self.text, self.name, self.kind = clean.text, clean.name, clean.kind
+        self.input_size, self.results = clean.input_size, clean.results
+
+    def key(self) -> dict[str, Any]:
+        """The model's, and the corruption."""
+        return {**self.clean.key(), "corruption": self.corruption.describe()}
+
+    def identity(self) -> dict[str, Any]:
+        return self.clean.identity()
+
+    def dataset(self, source: Source) -> TrainDataset:
+        """The images as the model sees them, corrupted."""
+        return CorruptedDataset(self.clean.dataset(source), self.corruption)
+
+    def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
+        """The model's."""
+        return self.clean.features(images, what)
+
+
 def choose_corruptions(words: Sequence[str]) -> list[str]:
     """Names of corruptions from what a user typed.
 
@@ -132,9 +220,9 @@ def choose_corruptions(words: Sequence[str]) -> list[str]:
     """
     groups: dict[str, Sequence[str]] = {
         "common": COMMON,
-        "all": tuple(CORRUPTIONS),
+        "all": CORRUPTIONS,
         "none": (),
-        **{family: tuple(members) for family, members in FAMILIES.items()},
+        **FAMILIES,
     }
     chosen: set[str] = set()
     for word in words:
@@ -158,3 +246,103 @@ def check_severities(severities: Sequence[int]) -> list[int]:
     if wrong or not severities:
         raise UserError(f"severities ({' '.join(map(str, severities))}) must be some of 1 2 3 4 5")
     return sorted(set(severities))
+
+
+def _parse(cell: str) -> Strength:
+    """The numbers of one severity; 1.1:0.05 stands for 1, 1.05, 1.1."""
+    if ":" not in cell:
+        return tuple(float(number) for number in cell.split())
+    last, step = (float(number) for number in cell.split(":"))
+    return tuple(round(1 + step * number, 4) for number in range(round((last - 1) / step) + 1))
+
+
+def _read(dataset: str) -> dict[str, tuple[Strength, ...]]:
+    lines = (line.split(maxsplit=2) for line in _TABLE.strip().splitlines() if not line.startswith("#"))
+    return {name: tuple(map(_parse, cells.split("|"))) for name, of, cells in lines if of == dataset}
+
+
+_TABLE = """
+# standard deviation in [0, 1]
+gaussian_noise    cifar-10-c      0.04 | 0.06 | 0.08 | 0.09 | 0.1
+gaussian_noise    tiny-imagenet-c 0.04 | 0.08 | 0.12 | 0.15 | 0.18
+gaussian_noise    imagenet-c      0.08 | 0.12 | 0.18 | 0.26 | 0.38
+# photons of a white pixel
+shot_noise        cifar-10-c      500 | 250 | 100 | 75 | 50
+shot_noise        tiny-imagenet-c 250 | 100 | 50 | 30 | 15
+shot_noise        imagenet-c      60 | 25 | 12 | 5 | 3
+# share of the values that become 0 or 1
+impulse_noise     cifar-10-c      0.01 | 0.02 | 0.03 | 0.05 | 0.07
+impulse_noise     tiny-imagenet-c 0.01 | 0.02 | 0.05 | 0.08 | 0.14
+impulse_noise     imagenet-c      0.03 | 0.06 | 0.09 | 0.17 | 0.27
+# standard deviation over the value
+speckle_noise     cifar-10-c      0.06 | 0.1 | 0.12 | 0.16 | 0.2
+speckle_noise     tiny-imagenet-c 0.15 | 0.2 | 0.25 | 0.3 | 0.35
+speckle_noise     imagenet-c      0.15 | 0.2 | 0.35 | 0.45 | 0.6
+# standard deviation
+gaussian_blur     cifar-10-c      0.4 | 0.6 | 0.7 | 0.8 | 1
+gaussian_blur     tiny-imagenet-c 0.5 | 0.75 | 1 | 1.25 | 1.5
+gaussian_blur     imagenet-c      1 | 2 | 3 | 4 | 6
+# radius of the disc, standard deviation of its edge
+defocus_blur      cifar-10-c      0.3 0.4 | 0.4 0.5 | 0.5 0.6 | 1 0.2 | 1.5 0.1
+defocus_blur      tiny-imagenet-c 0.5 0.6 | 1 0.1 | 1.5 0.1 | 2.5 0.01 | 3 0.1
+defocus_blur      imagenet-c      3 0.1 | 4 0.5 | 6 0.5 | 8 0.5 | 10 0.5
+# standard deviation, farthest swap, passes
+glass_blur        cifar-10-c      0.05 1 1 | 0.25 1 1 | 0.4 1 1 | 0.25 1 2 | 0.4 1 2
+glass_blur        tiny-imagenet-c 0.1 1 1 | 0.5 1 1 | 0.6 1 2 | 0.7 2 1 | 0.9 2 2
+glass_blur        imagenet-c      0.7 1 2 | 0.9 2 1 | 1 2 3 | 1.1 3 2 | 1.5 4 2
+# radius, standard deviation along the way
+motion_blur       cifar-10-c      6 1 | 6 1.5 | 6 2 | 8 2 | 9 2.5
+motion_blur       tiny-imagenet-c 10 1 | 10 1.5 | 10 2 | 10 2.5 | 12 3
+motion_blur       imagenet-c      10 3 | 15 5 | 15 8 | 15 12 | 20 15
+# LAST:STEP of the factors that are averaged, from 1 on; a step more than meant in the first, as numpy's arange of the
+# program gives
+zoom_blur         cifar-10-c      1.06:0.01 | 1.11:0.01 | 1.15:0.01 | 1.2:0.01 | 1.25:0.01
+zoom_blur         tiny-imagenet-c 1.06:0.01 | 1.11:0.01 | 1.15:0.01 | 1.2:0.01 | 1.25:0.01
+zoom_blur         imagenet-c      1.11:0.01 | 1.15:0.01 | 1.2:0.02 | 1.24:0.02 | 1.3:0.03
+# mean and deviation of the layer, size of a flake, threshold, radius and deviation of the fall, share of the image
+snow              cifar-10-c      0.1 0.2 1 0.6 8 3 0.95 | 0.1 0.2 1 0.5 10 4 0.9 | 0.15 0.3 1.75 0.55 10 4 0.9 | 0.25 0.3 2.25 0.6 12 6 0.85 | 0.3 0.3 1.25 0.65 14 12 0.8
+snow              tiny-imagenet-c 0.1 0.2 1 0.6 8 3 0.8 | 0.1 0.2 1 0.5 10 4 0.8 | 0.15 0.3 1.75 0.55 10 4 0.7 | 0.25 0.3 2.25 0.6 12 6 0.65 | 0.3 0.3 1.25 0.65 14 12 0.6
+snow              imagenet-c      0.1 0.3 3 0.5 10 4 0.8 | 0.2 0.3 2 0.5 12 4 0.7 | 0.55 0.3 4 0.9 12 8 0.7 | 0.55 0.3 4.5 0.85 12 8 0.65 | 0.55 0.3 2.5 0.85 12 12 0.55
+# share of the image, share of the frost, scale of the photograph
+frost             cifar-10-c      1 0.2 0.2 | 1 0.3 0.2 | 0.9 0.4 0.2 | 0.85 0.4 0.2 | 0.75 0.45 0.2
+frost             tiny-imagenet-c 1 0.3 0.3 | 0.9 0.4 0.3 | 0.8 0.45 0.3 | 0.75 0.5 0.3 | 0.7 0.55 0.3
+frost             imagenet-c      1 0.4 1 | 0.8 0.6 1 | 0.7 0.7 1 | 0.65 0.7 1 | 0.6 0.75 1
+# density, by how much finer fog is fainter (see `plasma`)
+fog               cifar-10-c      0.2 3 | 0.5 3 | 0.75 2.5 | 1 2 | 1.5 1.75
+fog               tiny-imagenet-c 0.4 3 | 0.7 3 | 1 2.5 | 1.5 2 | 2 1.75
+fog               imagenet-c      1.5 2 | 2 2 | 2.5 1.7 | 2.5 1.5 | 3 1.4
+# added to the value of HSV
+brightness        cifar-10-c      0.05 | 0.1 | 0.15 | 0.2 | 0.3
+brightness        tiny-imagenet-c 0.1 | 0.2 | 0.3 | 0.4 | 0.5
+brightness        imagenet-c      0.1 | 0.2 | 0.3 | 0.4 | 0.5
+# what distances from the mean are multiplied by
+contrast          cifar-10-c      0.75 | 0.5 | 0.4 | 0.3 | 0.15
+contrast          tiny-imagenet-c 0.4 | 0.3 | 0.2 | 0.1 | 0.05
+contrast          imagenet-c      0.4 | 0.3 | 0.2 | 0.1 | 0.05
+# size and smoothness of the displacement, shift of the corners; 244 is the authors' slip for 224
+elastic_transform cifar-10-c      0 0 2.56 | 1.6 6.4 2.24 | 2.56 1.92 1.92 | 3.2 1.28 1.6 | 3.2 0.96 0.96
+elastic_transform tiny-imagenet-c 0 0 5.12 | 3.2 19.2 3.84 | 6.4 5.12 3.84 | 6.4 1.92 1.92 | 10.24 1.92 1.28
+elastic_transform imagenet-c      488 170.8 24.4 | 488 19.52 48.8 | 12.2 2.44 4.88 | 17.08 2.44 4.88 | 29.28 2.44 4.88
+# side of the reduced image over that of the image
+pixelate          cifar-10-c      0.95 | 0.9 | 0.85 | 0.75 | 0.65
+pixelate          tiny-imagenet-c 0.9 | 0.8 | 0.7 | 0.6 | 0.5
+pixelate          imagenet-c      0.6 | 0.5 | 0.4 | 0.3 | 0.25
+# quality
+jpeg_compression  cifar-10-c      80 | 65 | 58 | 50 | 40
+jpeg_compression  tiny-imagenet-c 65 | 58 | 50 | 40 | 25
+jpeg_compression  imagenet-c      25 | 18 | 15 | 10 | 7
+# mean, deviation and smoothness of the layer, threshold, strength of water or smoothness of mud, 1 for mud
+spatter           cifar-10-c      0.62 0.1 0.7 0.7 0.5 0 | 0.65 0.1 0.8 0.7 0.5 0 | 0.65 0.3 1 0.69 0.5 0 | 0.65 0.1 0.7 0.69 0.6 1 | 0.65 0.1 0.5 0.68 0.6 1
+spatter           tiny-imagenet-c 0.62 0.1 0.7 0.7 0.6 0 | 0.65 0.1 0.8 0.7 0.6 0 | 0.65 0.3 1 0.69 0.6 0 | 0.65 0.1 0.7 0.68 0.6 1 | 0.65 0.1 0.5 0.67 0.6 1
+spatter           imagenet-c      0.65 0.3 4 0.69 0.6 0 | 0.65 0.3 3 0.68 0.6 0 | 0.65 0.3 2 0.68 0.5 0 | 0.65 0.3 1 0.65 1.5 1 | 0.67 0.4 1 0.65 1.5 1
+# factor and summand of the saturation of HSV
+saturate          cifar-10-c      0.3 0 | 0.1 0 | 1.5 0 | 2 0.1 | 2.5 0.2
+saturate          tiny-imagenet-c 0.3 0 | 0.1 0 | 2 0 | 5 0.1 | 30 0.2
+saturate          imagenet-c      0.3 0 | 0.1 0 | 2 0 | 5 0.1 | 20 0.2
+"""  # noqa: E501
+
+PUBLISHED = {
+    "cifar-10-c": Published("CIFAR-10-C", 32, _read("cifar-10-c")),
+    "tiny-imagenet-c": Published("Tiny-ImageNet-C", 64, _read("tiny-imagenet-c")),
+    "imagenet-c": Published("ImageNet-C", 224, _read("imagenet-c")),
+}

@@ -1,4 +1,4 @@
-"""Identical images: within a data set, and between the images of a test and those of a pre-training."""
+"""Identical images: within a data set, and between test images and those of a pre-training."""
 
 from __future__ import annotations
 
@@ -20,16 +20,10 @@ MOST_COMPARED = 200_000  # images of a pre-training; beyond it a look at all of 
 
 
 def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[int]:
-    """A 64-bit number of each image's pixels: the same for identical images, whatever they are called.
+    """A 64-bit number of the pixels of each image, or of some: the same for identical images, whatever they are called.
 
-    All images of a source are hashed once and cached by the source's fingerprint.
-
-    Args:
-        source: the images.
-        indices: which of them; None takes all.
-
-    Returns:
-        One number an image; images that cannot be read each have one of their own.
+    All images of a source are hashed once and cached by the source's fingerprint; those that cannot be read each have
+    a number of their own.
     """
     file = cache_file("pixels", source.fingerprint(), len(source))
     cached = read_arrays(file)
@@ -63,7 +57,7 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
     Args:
         run: a run folder; its config names what it was trained on.
         source: the images of the evaluation.
-        tested: which of them are judged on.
+        tested: which of them are test images.
     """
     config = RunFolder(run).config()
     data = config.get("data") or []
@@ -73,7 +67,7 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
         return f"{run.name}: its pre-training images ({data}) are no longer there to be compared with the test images"
     if len(trained) > MOST_COMPARED:
         return f"{run.name}: {len(trained):,} pre-training images are too many to be compared with the test images"
-    learnt = None if config.get("overfit") else hold_out(trained, seed=int(config.get("seed", 0)))[0]
-    known = set(pixel_hashes(trained, learnt))
+    used = None if config.get("overfit") else hold_out(trained, seed=int(config.get("seed", 0)))[0]
+    known = set(pixel_hashes(trained, used))
     count = sum(value in known for value in pixel_hashes(source, tested))
     return f"{run.name}: pre-trained on {count:,} of the {len(tested):,} test images (labels unseen)"

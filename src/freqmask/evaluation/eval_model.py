@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,16 @@ from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.images import as_float
-from freqmask.interop.models import OpenedModel, hash_weights, open_model, still_images
-from freqmask.interop.timm_folder import CLASSIFIER, LOCAL, OURS, find_backbone, read_config
-from freqmask.interop.weights import PUBLIC, RANDOM, check_public
-from freqmask.timm_models import check_name
+from freqmask.interop.models import (
+    OpenedClassifier,
+    OpenedModel,
+    hash_weights,
+    open_classifier,
+    open_model,
+    still_images,
+)
+from freqmask.interop.timm_folder import CLASSIFIER
+from freqmask.interop.weights import PUBLIC, RANDOM
 from freqmask.training.run_folder import RunFolder
 
 PIXELS = "pixels"
@@ -34,45 +41,26 @@ _CALIBRATION_IMAGES = 256
 
 
 class EvalModel(ABC):
-    """Something that turns images into features.
+    """Something that turns images into features."""
 
-    Attributes:
-        text: MODEL as it was typed.
-        name: what tables call it.
-        kind: run, folder, timm, random or pixels.
-        input_size: channels, height and width of what it is shown.
-        mean: of each channel in [0, 1], taken off before the model.
-        std: of each channel.
-        value_range: what becomes [0, 1].
-        crop: ``center`` (the largest centered window), ``whole`` (the image, distorted) or ``native`` (the middle at
-            its own resolution).
-        crop_share: of the side that the centered window keeps.
-        blocks: stages inside whose features can be had too.
-        results: the folder where its results go unless told otherwise; None where it has none.
-    """
-
-    text: str
-    name: str
-    kind: str
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    value_range: str
+    text: str  # MODEL as it was typed
+    name: str  # what tables call it
+    kind: str  # run, folder, timm, random or pixels
+    input_size: tuple[int, int, int]  # channels, height and width of what it is shown
+    mean: tuple[float, ...]  # of each channel in [0, 1], taken off before the model
+    std: tuple[float, ...]  # of each channel
+    value_range: str  # what becomes [0, 1]
+    # center (the largest centered window), whole (the image, distorted) or native (the middle at its own resolution)
     crop: str
-    crop_share: float = 1.0
-    blocks: Sequence[int] = ()
+    crop_share: float = 1.0  # of the side that the centered window keeps
+    blocks: Sequence[int] = ()  # stages inside whose features can be had too
+    # the folder where its results go unless told otherwise; None where it has none
     results: Path | None = None
 
     def key(self) -> dict[str, Any]:
         """Plain values on which the features depend, beside the images: weights and preprocessing."""
-        return {
-            **self.identity(),
-            "input_size": list(self.input_size),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "value_range": self.value_range,
-            "crop": self.crop,
-        }
+        shape = {name: list(getattr(self, name)) for name in ("input_size", "mean", "std")}
+        return {**self.identity(), **shape, "value_range": self.value_range, "crop": self.crop}
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -82,7 +70,7 @@ class EvalModel(ABC):
         """The images as it is shown them, uint8 or in [0, 1]: one window each, neither random nor flipped."""
         return still_images(self, source, self.crop)
 
-    def normalise(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
+    def normalize(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
         """Images in [0, 1] become what the model takes."""
         mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
         return (images - mean[:, None, None]) / std[:, None, None]
@@ -101,37 +89,25 @@ class EvalModel(ABC):
 
 
 class PixelModel(EvalModel):
-    """Raw pixels, made smaller where they are many.
+    """Raw pixels, reduced to a side in pixels where they are many."""
 
-    Args:
-        seen: what the images are like.
-        side: of the reduced image in pixels.
-        crop: ``auto``, ``center``, ``whole`` or ``native``.
-    """
-
-    def __init__(self, seen: Survey, side: int | None = None, crop: str = "auto") -> None:
+    def __init__(self, survey: Survey, side: int | None = None, crop: str = "auto") -> None:
         self.text = self.name = self.kind = PIXELS
-        side = side or min(_PIXEL_SIDE, *seen.median_size)
-        self.input_size, self.crop = (seen.channels, side, side), _usual(crop)
-        self.mean, self.std = tuple(seen.mean), tuple(seen.std)
-        self.value_range = seen.value_range.describe()
+        side = side or min(_PIXEL_SIDE, *survey.median_size)
+        self.input_size, self.crop = (survey.channels, side, side), _usual(crop)
+        self.mean, self.std = tuple(survey.mean), tuple(survey.std)
+        self.value_range = survey.value_range.describe()
 
     def identity(self) -> dict[str, Any]:
         return {"weights": PIXELS}
 
     def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
-        """Every pixel, normalised by the channel."""
-        return {"end/mean": self.normalise(images).flatten(1)}
+        """Every pixel, normalized by the channel."""
+        return {"end/mean": self.normalize(images).flatten(1)}
 
 
 class BackboneModel(EvalModel):
-    """A backbone.
-
-    Args:
-        text: MODEL as it was typed.
-        opened: the model.
-        crop: ``auto``, ``center``, ``whole`` or ``native``.
-    """
+    """A backbone: MODEL as it was typed, and opened."""
 
     def __init__(self, text: str, opened: OpenedModel, crop: str = "auto") -> None:
         self.text, self.name, self.kind = text, opened.name, opened.kind
@@ -158,7 +134,7 @@ class BackboneModel(EvalModel):
         places = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
         items: Any = [(0, place, place) for place in places]
         for batch in make_loader(images, items, min(64, len(items)), workers=0, pin_memory=False):
-            yield self.normalise(as_float(batch["views"][0].to(device)))
+            yield self.normalize(as_float(batch["views"][0].to(device)))
 
     def identity(self) -> dict[str, Any]:
         if self._hash is None:
@@ -171,14 +147,12 @@ class BackboneModel(EvalModel):
 
     def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
         """The mean of the map and the class token: of the end, or of the blocks at 1/2 and 3/4."""
-        normalised = self.normalise(images)
+        normalized = self.normalize(images)
         if what == "end":
-            return _named("end", self.opened.backbone(normalised))
-        found: dict[str, Tensor] = {}
-        stages = self.opened.stages(normalised, self.blocks)
-        for number, stage in zip(self.blocks, stages, strict=True):
-            found |= _named(f"block{number + 1}", stage)
-        return found
+            return _named("end", self.opened.backbone(normalized))
+        stages = self.opened.stages(normalized, self.blocks)
+        named = [_named(f"block{k + 1}", stage) for k, stage in zip(self.blocks, stages, strict=True)]
+        return {name: values for features in named for name, values in features.items()}
 
 
 class ClassifierModel(EvalModel):
@@ -194,18 +168,17 @@ class ClassifierModel(EvalModel):
     """
 
     def __init__(self, text: str, class_names: Sequence[str], crop: str = "auto") -> None:
-        self.text, self.crop = text, _usual(crop)
-        self.classifier, self.value_range = _open_classifier(text)
+        opened = None if text == PIXELS else open_classifier(text)
+        if opened is None:
+            raise UserError(f"model ({text}) has no classifier of its own; try --head linear")
+        self.text, self.crop, self.classifier = text, _usual(crop), opened.module
         self.kind = "timm" if text.startswith(PUBLIC) else "folder"
         path = Path(text).resolve()
         folder = path.parent if path.name == CLASSIFIER else path
         self.name = text if self.kind == "timm" else folder.name
-        config = self.classifier.pretrained_cfg
-        self.crop_share = float(config.get("crop_pct") or 1.0)
-        channels, height, width = (int(side) for side in config["input_size"])
-        self.input_size = (channels, height, width)
-        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
-        self.columns = torch.tensor(_columns(self.classifier, text, class_names))
+        self.crop_share, self.value_range = opened.crop_share, opened.value_range
+        self.input_size, self.mean, self.std = opened.input_size, opened.mean, opened.std
+        self.columns = torch.tensor(_columns(opened, text, class_names))
         self._hash = hash_weights(self.classifier)
 
     def prepare(self, train: Source, device: torch.device) -> None:
@@ -221,57 +194,32 @@ class ClassifierModel(EvalModel):
 
     def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
         """Logits (B, classes of DATA)."""
-        logits = self.classifier(self.normalise(images))
+        logits = self.classifier(self.normalize(images))
         return {LOGITS: logits[:, self.columns.to(logits.device)]}
 
 
-def _open_classifier(text: str) -> tuple[Any, str]:
-    """The timm model in evaluation mode, and the value range that became [0, 1] in its training."""
-    import timm
-
-    model: Any
-    value_range = "dtype"
-    if text == PIXELS or text.startswith(RANDOM):
-        raise UserError(f"model ({text}) has no classifier of its own; try --head linear")
-    if text.startswith(PUBLIC):
-        name = text.removeprefix(PUBLIC)
-        check_name(name)
-        check_public(name, f"model ({text})")
-        model = timm.create_model(name, pretrained=True)
-    else:
-        folder = find_backbone(text)
-        value_range = str(read_config(folder).get(OURS, {}).get("value_range", value_range))
-        model = timm.create_model(LOCAL + str(folder), pretrained=True)
-    if model.num_classes < 1:
-        raise UserError(f"model ({text}) has no classifier of its own; try --head linear")
-    return model.eval().requires_grad_(False), value_range
-
-
-def _columns(model: Any, text: str, class_names: Sequence[str]) -> list[int]:
+def _columns(opened: OpenedClassifier, text: str, class_names: Sequence[str]) -> list[int]:
     """Which of the model's outputs stands for each class of DATA.
 
     By name where the model tells names or is ImageNet's and DATA has WordNet numbers, else by order where
     the counts agree.
     """
-    names = [str(name) for name in model.pretrained_cfg.get("label_names") or ()]
-    if not names and model.num_classes == 1000:
-        from timm.data.imagenet_info import ImageNetInfo
-
-        names = list(ImageNetInfo("imagenet-1k").label_names())
-    if set(class_names) <= set(names):
+    named, count = bool(opened.module.pretrained_cfg.get("label_names")), opened.module.num_classes
+    names = list(opened.class_names)
+    if (named or count == 1000) and set(class_names) <= set(names):
         return [names.index(name) for name in class_names]
-    if not model.pretrained_cfg.get("label_names") and model.num_classes == len(class_names):
-        return list(range(model.num_classes))
+    if not named and count == len(class_names):
+        return list(range(count))
     missing = next((name for name in class_names if name not in names), class_names[0])
     raise UserError(
-        f"model ({text}) classifies {model.num_classes} classes and DATA has {len(class_names)}, {missing!r} not "
+        f"model ({text}) classifies {count} classes and DATA has {len(class_names)}, {missing!r} not "
         "among the model's; name DATA's folders as the model's classes (ImageNet: n01440764 ...), or try --head linear"
     )
 
 
 def open_eval_model(
     text: str | Path,
-    seen: Survey,
+    survey: Survey,
     *,
     seed: int = 0,
     image_size: int | None = None,
@@ -284,7 +232,7 @@ def open_eval_model(
 
     Args:
         text: as for :func:`freqmask.interop.models.open_model`, or ``pixels``.
-        seen: what the images are like; ``timm:NAME`` and ``random:NAME`` are made for their channels where these
+        survey: what the images are like; ``timm:NAME`` and ``random:NAME`` are made for their channels where these
             cannot become three.
         seed: of fresh weights.
         image_size: side in pixels; None is what the model was trained at.
@@ -299,13 +247,13 @@ def open_eval_model(
     """
     text = str(text)
     if value_range is not None:
-        seen = Survey(**{**vars(seen), "value_range": ValueRange.parse(value_range) or seen.value_range})
+        survey = replace(survey, value_range=ValueRange.parse(value_range) or survey.value_range)
     if text == PIXELS:
-        return PixelModel(seen, image_size, crop)
+        return PixelModel(survey, image_size, crop)
     foreign = text.startswith((PUBLIC, RANDOM))
     is_run = not foreign and RunFolder(text).exists()
     chosen = weights if is_run else None
-    many = None if seen.channels in CONVERTIBLE else seen.channels
+    many = None if survey.channels in CONVERTIBLE else survey.channels
     opened = open_model(
         text,
         image_size=image_size,
@@ -315,24 +263,19 @@ def open_eval_model(
         optional_model_args=optional_model_args,
     )
     if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).is_dir():
-        opened.mean, opened.std = tuple(seen.mean), tuple(seen.std)  # ImageNet's are those of three colors
+        opened.mean, opened.std = (
+            tuple(survey.mean),
+            tuple(survey.std),
+        )  # ImageNet's are those of three colors
     if value_range is not None or (foreign and opened.value_range == "dtype"):
-        opened.value_range = seen.value_range.describe()
+        opened.value_range = survey.value_range.describe()
     return BackboneModel(text, opened, crop)
 
 
-def what_differs(model: EvalModel, seen: Survey) -> list[str]:
-    """What of the images a model is not shown, and what it is shown otherwise than it was trained.
-
-    Args:
-        model: opened.
-        seen: what the images are like.
-
-    Returns:
-        Sentences for the user.
-    """
+def what_differs(model: EvalModel, survey: Survey) -> list[str]:
+    """Sentences on what of the images a model is not shown, and what it is shown otherwise than it was trained."""
     channels, height, width = model.input_size
-    rows, columns = seen.median_size
+    rows, columns = survey.median_size
     lines = []
     scale = min(rows / height, columns / width)  # of the largest centered window of the model's shape
     cut = 1 - (height * scale) * (width * scale) / (rows * columns)
@@ -351,8 +294,8 @@ def what_differs(model: EvalModel, seen: Survey) -> list[str]:
             f"{model.name} was trained on windows of {width}x{height} pixels as they are (crop native), and is shown "
             f"images of {columns}x{rows} reduced to that size; --crop native shows the middle as it is"
         )
-    if channels != seen.channels and model.kind != PIXELS:
-        lines.append(f"images of {seen.channels} channel(s) are shown to {model.name} as {channels}")
+    if channels != survey.channels and model.kind != PIXELS:
+        lines.append(f"images of {survey.channels} channel(s) are shown to {model.name} as {channels}")
     return lines
 
 
@@ -384,7 +327,5 @@ def disambiguate(models: Iterable[EvalModel]) -> None:
 
 
 def _named(place: str, features: Features) -> dict[str, Tensor]:
-    found = {f"{place}/mean": features.pooled}
-    if features.class_token is not None:
-        found[f"{place}/token"] = features.class_token
-    return found
+    token = {} if features.class_token is None else {f"{place}/token": features.class_token}
+    return {f"{place}/mean": features.pooled, **token}

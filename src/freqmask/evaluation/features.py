@@ -37,31 +37,20 @@ _READ = "read"  # the array beside the features that tells which images could be
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Where features are computed.
+    """Where features are computed."""
 
-    Attributes:
-        device: of torch; the first of several: heads learn there.
-        batch_size: images at once on a device; None goes by their size.
-        workers: loader processes of each device.
-        bf16: autocast to bfloat16.
-        cache: whether features are looked for in the cache, and kept there.
-        replicas: the devices among which images are parted; None is the one device alone.
-    """
-
+    # of torch; the first of several: heads learn there
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    batch_size: int | None = None
-    workers: int = 0
-    bf16: bool = False
-    cache: bool = True
+    batch_size: int | None = None  # images at once on a device; None goes by their size
+    workers: int = 0  # loader processes of each device
+    bf16: bool = False  # autocast to bfloat16
+    cache: bool = True  # whether features are looked for in the cache, and kept there
+    # the devices that share the images; None is the one device alone
     replicas: WorkerPool | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], parted: bool = False) -> ComputeConfig:
-        """Where to compute, by the options of a command.
-
-        Args:
-            options: accelerator, batch_size, workers, precision and cache; devices where ``parted``.
-            parted: whether images are parted among the devices of ``--devices``.
+    def of(cls, options: Mapping[str, Any], parallel: bool = False) -> ComputeConfig:
+        """Where to compute, by the options of a command; on all of ``--devices`` where ``parallel``.
 
         Raises:
             UserError: there is no such device, or a number is out of its range.
@@ -74,7 +63,7 @@ class ComputeConfig:
             if value is not None and (not isinstance(value, int) or value < least):
                 raise UserError(f"{name} ({value}) must be a whole number of at least {least}, or auto")
         compute = cls(device, batch, int(loaders), options["precision"] == "bf16", options["cache"])
-        if not parted:
+        if not parallel:
             return compute
         check_started_once("evaluate")
         devices = choose_devices(options["devices"], device, options["accelerator"])
@@ -90,12 +79,8 @@ class ComputeConfig:
     ) -> Iterator[Any]:
         """Call ``work(device, range of images, *arguments)`` for all images, a part of them on each device.
 
-        Args:
-            work: yields something for each batch of its images; no more is promised of their order.
-            images: how many.
-            size: of a batch.
-            arguments: further ones.
-            lasting: see :meth:`freqmask.training.worker_pool.WorkerPool.run`.
+        It yields something for each batch of ``size`` images; no more is promised of their order. ``lasting`` as for
+        :meth:`freqmask.training.worker_pool.WorkerPool.run`.
         """
         if self.replicas is None:
             yield from work(self.device, range(images), *arguments)
@@ -120,12 +105,9 @@ def _describe_devices(devices: Sequence[torch.device]) -> str:
 
 
 def part_images(images: int, size: int, parts: int) -> list[range]:
-    """Images parted into ranges of whole batches: the same batches, and so the same numbers, as in one range.
+    """Ranges of images of whole batches: the same batches, and so the same numbers, as in one range.
 
-    Args:
-        images: how many.
-        size: of a batch.
-        parts: how many are wanted; fewer where there are fewer batches.
+    There are fewer parts where there are fewer batches.
     """
     batches = -(-images // size)
     parts = min(parts, batches)
@@ -135,17 +117,11 @@ def part_images(images: int, size: int, parts: int) -> list[range]:
 
 @dataclass
 class FeatureTable:
-    """Features of all images of a source.
+    """Features of all images of a source."""
 
-    Attributes:
-        values: name -> (image, dim) float32; rows of unreadable images are zero.
-        read: (image,) whether each could be read.
-        skipped: (name, reason) of those that could not.
-    """
-
-    values: dict[str, np.ndarray]
-    read: np.ndarray
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    values: dict[str, np.ndarray]  # name -> (image, dim) float32; rows of unreadable images are zero
+    read: np.ndarray  # (image,) whether each could be read
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of those that could not
 
     @property
     def error(self) -> str:
@@ -173,12 +149,9 @@ def compute_features(
         source: the images.
         what: ``end`` or ``blocks``.
         compute: where.
-        change: done to images in [0, 1] before the model sees them, such as a filter.
+        change: done to images in [0, 1] before the model, such as a filter.
         change_name: tells changes apart in the cache.
-        quiet: say nothing of how long it took.
-
-    Returns:
-        The table.
+        quiet: do not print how long it took.
     """
     key = {
         **model.key(),
@@ -219,7 +192,9 @@ def _compute(
     if progress is not None:
         progress.start()
     done = 0
-    size = _batch_size(model, source, compute)
+    height, width = model.input_size[1:]
+    usual = 256 if compute.device.type == "cuda" or height * width <= 128**2 else 32
+    size = min(compute.batch_size or usual, len(source))
     arguments = (model, source, what, size, compute.workers, compute.bf16, change)
     for batch in compute.run(_batches, len(source), size, arguments, shared_objects(model, source)):
         reasons.update(batch.skipped)
@@ -249,27 +224,12 @@ def shared_objects(model: EvalModel, source: Source) -> list[object]:
     return [getattr(model, "clean", model), source]  # of a `CorruptedModel` the model within
 
 
-def _batch_size(model: EvalModel, source: Source, compute: ComputeConfig) -> int:
-    height, width = model.input_size[1:]
-    size = compute.batch_size or (256 if compute.device.type == "cuda" or height * width <= 128**2 else 32)
-    return min(size, len(source))
-
-
 @dataclass(frozen=True)
 class _Batch:
-    """The features of a batch.
-
-    Attributes:
-        asked: (image,) numbers of the images asked for.
-        found: (image,) whether each is there; another one stands in for one that cannot be read.
-        features: name -> (image, dim) float32.
-        skipped: (name, reason) of those that cannot be read.
-    """
-
-    asked: np.ndarray
-    found: np.ndarray
-    features: dict[str, np.ndarray]
-    skipped: list[tuple[str, str]]
+    asked: np.ndarray  # (image,) numbers of the images asked for
+    found: np.ndarray  # (image,) whether each is there; another one stands in for one that cannot be read
+    features: dict[str, np.ndarray]  # name -> (image, dim) float32
+    skipped: list[tuple[str, str]]  # (name, reason) of those that cannot be read
 
 
 def _batches(

@@ -1,11 +1,9 @@
-"""k-NN: neighbours by cosine vote for their classes, near ones more."""
+"""k-NN: neighbors by cosine vote for their classes, near ones more."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,34 +17,25 @@ from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Experiment, Prediction, Protocol
 from freqmask.interop.feature_space import KINDS, PLAIN, FeatureSpace, save_space
 
-NEIGHBOURS = (10, 20, 100, 200)
+NEIGHBORS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 MOST_WHITENED = 2_048  # numbers; the covariance of more (raw pixels) takes minutes
-MOST_CHOOSING, CHOOSING_SHARE = (
-    10_000,
-    0.3,
-)  # training images that choose the features; those held out among them
+MOST_CHOOSING = 10_000  # training images that choose the features
+CHOOSING_SHARE = 0.3  # of them, held out
 _QUERIES = 1024  # at once: 1,024 x 1,000 classes of votes are 4 MB
 _BANK = 32_768  # images of the bank at once: 1,024 x 32,768 similarities are 134 MB
-Arguments = ParamSpec("Arguments")
-Returned = TypeVar("Returned")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def outside_autocast(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+def outside_autocast(function: Function) -> Function:
     """A function whose matrix products keep the precision of its arguments wherever it is called.
 
     The probe of a training stands inside bf16 autocast, where similarities have three digits: k-NN fell from 89.3 % to
     58.7 % on the same features.
     """
-
-    @functools.wraps(function)
-    def exact(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-        with ExitStack() as stack:
-            for device in ("cpu", "cuda", "mps"):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            return function(*args, **kwargs)
-
-    return exact
+    for device in ("cpu", "cuda", "mps"):
+        function = torch.autocast(device, enabled=False)(function)
+    return function
 
 
 @outside_autocast
@@ -55,21 +44,21 @@ def predict(
     bank: Float[Tensor, "image dim"],
     labels: Int64[Tensor, " image"],
     classes: int,
-    neighbours: Sequence[int] = NEIGHBOURS,
+    neighbors: Sequence[int] = NEIGHBORS,
     temperature: float = TEMPERATURE,
     chunk: tuple[int, int] = (_QUERIES, _BANK),
 ) -> dict[int, Int64[Tensor, " query"]]:
     """The class that the nearest images of the bank vote for.
 
-    A neighbour of cosine similarity s adds ``exp(s / temperature)`` to its class, as published for DINO. Of
+    A neighbor of cosine similarity s adds ``exp(s / temperature)`` to its class, as published for DINO. Of
     classes with the same votes the first wins. Memory: the bank, and one chunk of similarities.
 
     Args:
-        queries: features of any length; they are normalised here.
+        queries: features of any length; they are normalized here.
         bank: features of the images whose classes are known.
         labels: their classes, 0 to ``classes - 1``.
         classes: how many there are.
-        neighbours: numbers k of neighbours that vote, each at most the size of the bank.
+        neighbors: numbers k of neighbors that vote, each at most the size of the bank.
         temperature: of the votes, above 0.
         chunk: queries and images of the bank at once.
 
@@ -79,18 +68,18 @@ def predict(
     Raises:
         UserError: a k is out of its range.
     """
-    most = max(neighbours)
-    if min(neighbours) < 1 or most > len(bank):
+    most = max(neighbors)
+    if min(neighbors) < 1 or most > len(bank):
         raise UserError(
-            f"k ({min(neighbours)} to {most}) must be from 1 to the {len(bank):,} images of the bank"
+            f"k ({min(neighbors)} to {most}) must be from 1 to the {len(bank):,} images of the bank"
         )
     queries, bank = queries.float(), torch.nn.functional.normalize(bank.float(), dim=1)
-    found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    found: dict[int, list[Tensor]] = {k: [] for k in neighbors}
     for part in queries.split(chunk[0]):
         similarity, places = nearest(torch.nn.functional.normalize(part, dim=1), bank, most, chunk[1])
         weights = torch.exp((similarity - similarity[:, :1]) / temperature)  # relative: exp(1/0.07) is 1.6e6
         voters = labels[places]
-        for k in neighbours:
+        for k in neighbors:
             votes = weights.new_zeros(len(part), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
             found[k].append(votes.argmax(dim=1))
     return {k: torch.cat(parts) for k, parts in found.items()}
@@ -100,16 +89,9 @@ def predict(
 def nearest(
     queries: Float[Tensor, "query dim"], bank: Float[Tensor, "image dim"], count: int, chunk: int = _BANK
 ) -> tuple[Float[Tensor, "query count"], Int64[Tensor, "query count"]]:
-    """The most similar images of the bank, the most similar first, found chunk by chunk.
+    """Similarities and places of the ``count`` most similar images of the bank, the most similar first.
 
-    Args:
-        queries: normalised.
-        bank: normalised.
-        count: how many are wanted.
-        chunk: images of the bank at once.
-
-    Returns:
-        Their similarities and places.
+    Queries and bank are normalized; ``chunk`` images of the bank are taken at once.
     """
     best = queries.new_empty(len(queries), 0)
     places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -122,9 +104,9 @@ def nearest(
     return best, places
 
 
-def usable(neighbours: Sequence[int], images: int) -> list[int]:
+def usable(neighbors: Sequence[int], images: int) -> list[int]:
     """The numbers k that a bank of so many images can serve; all of its images where none can."""
-    return [k for k in neighbours if k <= images] or [images]
+    return [k for k in neighbors if k <= images] or [images]
 
 
 def candidates(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -197,19 +179,15 @@ class Knn(Protocol):
         feature: str = "mean",
         features: str = PLAIN,
     ) -> None:
-        self.k, self.temperature, self.feature, self.features = (
-            list(k or NEIGHBOURS),
-            temperature,
-            feature,
-            features,
-        )
+        self.k, self.temperature = list(k or NEIGHBORS), temperature
+        self.feature, self.features = feature, features
         self.title = f"k-NN by cosine, temperature {temperature:g}"
         self.headline = f"k={20 if 20 in self.k else min(self.k)}"
         self.blocks = features != PLAIN
 
     def open(self, config: EvalConfig) -> Experiment:
         """As for every protocol; what is kept comes from one training part."""
-        if self.features == "save" and config.parting.folds:
+        if self.features == "save" and config.split.folds:
             raise UserError(
                 "features (save) needs one training part and --folds makes several; leave one out"
             )
@@ -224,10 +202,7 @@ class Knn(Protocol):
         if self.features != PLAIN:
             space = self._choose(context, one)
             inside = context.inside()
-            train, test = (
-                space.apply({name: context.tensor(rows, part) for name, rows in inside.items()})
-                for part in (one.train, one.test)
-            )
+            train, test = (space.apply(context.tensors(inside, part)) for part in (one.train, one.test))
             chosen = self._vote(context, one, train, test, space.describe())
             predictions |= {f"{variant}, chosen": found for variant, found in chosen.items()}
         return predictions
@@ -244,7 +219,7 @@ class Knn(Protocol):
 
     def _choose(self, context: EvalContext, one: Round) -> FeatureSpace:
         features = {name: context.tensor(rows, one.train) for name, rows in context.inside().items()}
-        labels, groups = context.labels(one.train), context.groups(one.train)
+        labels, groups = context.labels(one.train), context.data.groups_of(one.train)
         space, accuracy = choose_space(features, labels, context.classes, groups, self.temperature)
         say(f"features    {context.model.name}: {space.describe()}")
         say(f"            ({100 * accuracy:.1f} % of held-out training images)")

@@ -16,7 +16,7 @@ from freqmask.evaluation.eval_model import LOGITS
 from freqmask.evaluation.knn import outside_autocast
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.protocol import EvalContext, Prediction, Protocol
-from freqmask.evaluation.scores import score
+from freqmask.evaluation.scores import margins, score
 
 LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
 DECAY = 1e-3  # weight decay times learning rate, see `Sweep`
@@ -27,17 +27,11 @@ IMBALANCED = 1.2  # largest over smallest class from which class weights make a 
 
 @dataclass(frozen=True)
 class Head:
-    """One head of the sweep.
+    """One head of the sweep."""
 
-    Attributes:
-        inputs: names of the features that it reads, side by side.
-        rate: peak learning rate on features of variance 1, taken implicitly (see `Sweep`).
-        weighted: whether rare classes count more, so that all count the same.
-    """
-
-    inputs: tuple[str, ...]
-    rate: float
-    weighted: bool = False
+    inputs: tuple[str, ...]  # names of the features that it reads, side by side
+    rate: float  # peak learning rate on features of variance 1, taken implicitly (see `Sweep`)
+    weighted: bool = False  # whether rare classes count more, so that all count the same
 
     def describe(self) -> str:
         """For the records."""
@@ -46,17 +40,11 @@ class Head:
 
 @dataclass
 class Columns:
-    """One input of some heads: features side by side, standardised as they are read.
+    """One input of some heads: features side by side, standardised as they are read."""
 
-    Attributes:
-        parts: the features (image, dim), as many as stand side by side.
-        mean: of each number over the training images.
-        scale: that makes the variance of each number 1.
-    """
-
-    parts: list[Tensor]
-    mean: Tensor
-    scale: Tensor
+    parts: list[Tensor]  # the features (image, dim), as many as stand side by side
+    mean: Tensor  # of each number over the training images
+    scale: Tensor  # that makes the variance of each number 1
 
     @classmethod
     def of(cls, parts: list[Tensor]) -> Columns:
@@ -151,7 +139,12 @@ class Sweep:
             names: [number for number, head in enumerate(heads) if head.inputs == names]
             for names in self.inputs
         }
-        self.weights = self._train(labels, seed, epochs)
+        batch = min(BATCH, len(labels))
+        steps = max(math.ceil(epochs * len(labels) / batch), LEAST_STEPS)
+        self.weights = {
+            names: self._train(names, labels, _batches(len(labels), batch, steps, seed), steps)
+            for names in self.inputs
+        }
         # the training images have served, and heads travel to other processes
         self.columns = {names: columns.like([]) for names, columns in self.columns.items()}
 
@@ -174,7 +167,7 @@ class Sweep:
         return (columns.rows(every) @ self.weights[names]).unflatten(1, (-1, self.classes))[:, place]
 
     @outside_autocast
-    def judge(
+    def evaluate(
         self, features: Mapping[str, Float[Tensor, "image dim"]], labels: Int64[Tensor, " image"]
     ) -> tuple[Int64[np.ndarray, "head image"], list[float]]:
         """The classes of each head, and its mean cross-entropy in nats."""
@@ -195,69 +188,33 @@ class Sweep:
                 logits = columns.rows(images) @ self.weights[names]
                 yield members, images, logits.view(len(images), len(members), self.classes)
 
-    def _train(self, labels: Tensor, seed: int, epochs: float) -> dict[tuple[str, ...], Tensor]:
-        count = len(labels)
-        batch = min(BATCH, count)
-        steps = max(math.ceil(epochs * count / batch), LEAST_STEPS)
-        groups = {names: self._group(names, labels) for names in self.inputs}
-        for step, images in enumerate(_batches(count, batch, steps, seed)):
-            pace = 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in groups.values():
-                group.step(images.to(labels.device), labels, pace)
-        return {names: group.directions @ group.weights.flatten(1) for names, group in groups.items()}
-
-    def _group(self, names: tuple[str, ...], labels: Tensor) -> _Group:
-        """The heads of one input, at zero."""
-        heads = [self.heads[number] for number in self.members[names]]
-        directions, variances = self.columns[names].principal()
+    def _train(self, names: tuple[str, ...], labels: Tensor, batches: Iterator[Tensor], steps: int) -> Tensor:
+        """The weights (column, head x class) of the heads of one input, in the basis of its principal directions."""
+        heads, columns = [self.heads[number] for number in self.members[names]], self.columns[names]
+        directions, variances = columns.principal()
+        features, importance = columns.along(directions), self._importance(labels, heads)
         rates = torch.tensor([head.rate for head in heads], device=labels.device)
-        paces = 1 / (variances[:, None] + 1 / rates)  # (direction, head)
-        return _Group(
-            self.columns[names].along(directions),
-            directions,
-            paces[:, :, None],
-            # the bias is free; after sorting its direction is the one that ends in 1
-            ((1 - directions[-1:].T.square()) * DECAY / rates)[:, :, None],
-            self._importance(labels, heads),
-        )
+        paces = (1 / (variances[:, None] + 1 / rates))[:, :, None]  # of each weight (direction, head, 1)
+        # the bias is free; after sorting its direction is the one that ends in 1
+        decays = ((1 - directions[-1:].T.square()) * DECAY / rates)[:, :, None]
+        weights = torch.zeros(*paces.shape[:2], self.classes, device=labels.device)
+        speeds = torch.zeros_like(weights)
+        for step, chosen in enumerate(batches):
+            images = chosen.to(labels.device)
+            rows, truth = features[images], labels[images]
+            error = (rows @ weights.flatten(1)).view(len(rows), len(heads), self.classes).softmax(dim=2)
+            error[torch.arange(len(rows), device=rows.device), :, truth] -= 1  # d loss / d logits
+            error *= importance[:, truth].T[:, :, None] / len(rows)
+            gradient = (rows.T @ error.flatten(1)).view_as(weights)
+            speeds.mul_(MOMENTUM).add_(gradient).addcmul_(decays, weights)
+            weights -= 0.5 * (1 + math.cos(math.pi * step / steps)) * paces * speeds
+        return directions @ weights.flatten(1)
 
     def _importance(self, labels: Tensor, heads: Sequence[Head]) -> Float[Tensor, "head class"]:
-        counts = torch.bincount(labels, minlength=self.classes).clamp_min(1)
-        present = int((torch.bincount(labels, minlength=self.classes) > 0).sum())
-        balancing = len(labels) / (present * counts)
+        """Of the images of each class for each head."""
+        counts = torch.bincount(labels, minlength=self.classes)
+        balancing = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1))
         return torch.stack([balancing if head.weighted else torch.ones_like(balancing) for head in heads])
-
-
-class _Group:
-    """Heads of one input while they are trained, in the basis of its principal directions.
-
-    Args:
-        rows: the training images in that basis (image, direction).
-        directions: the basis (columns, direction).
-        paces: step of each weight (direction, head, 1).
-        decays: weight decay of each weight (direction, head, 1).
-        importance: of the images of each class for each head (head, class).
-    """
-
-    def __init__(
-        self, rows: Tensor, directions: Tensor, paces: Tensor, decays: Tensor, importance: Tensor
-    ) -> None:
-        self.rows, self.directions, self.importance = rows, directions, importance
-        self.paces, self.decays = paces, decays
-        self.weights = torch.zeros(*paces.shape[:2], importance.shape[1], device=rows.device)
-        self._speeds = torch.zeros_like(self.weights)
-
-    def step(self, images: Tensor, labels: Tensor, pace: float) -> None:
-        """One step of all heads on some images; ``pace`` is the schedule's, 1 to 0."""
-        rows, truth = self.rows[images], labels[images]
-        logits = (rows @ self.weights.flatten(1)).view(len(rows), *self.importance.shape)
-        error = logits.softmax(dim=2)
-        error[torch.arange(len(rows), device=rows.device), :, truth] -= 1  # d loss / d logits
-        error *= self.importance[:, truth].T[:, :, None] / len(rows)
-        self._speeds.mul_(MOMENTUM).add_((rows.T @ error.flatten(1)).view_as(self.weights)).addcmul_(
-            self.decays, self.weights
-        )
-        self.weights -= pace * self.paces * self._speeds
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -274,18 +231,11 @@ def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
 def sweep_of(names: Sequence[str], weighted: bool, rates: Sequence[float] = LEARNING_RATES) -> list[Head]:
     """Learning rates × {mean patch, class token, both} × places, without and with class weights.
 
-    Args:
-        names: of the features, ``PLACE/mean`` and ``PLACE/token``.
-        weighted: whether heads with class weights come along.
-        rates: peak learning rates.
+    Features are called ``PLACE/mean`` and ``PLACE/token``.
     """
-    places = list(dict.fromkeys(name.split("/")[0] for name in names))
-    inputs: list[tuple[str, ...]] = [(name,) for name in names]
-    inputs += [
-        (f"{place}/mean", f"{place}/token")
-        for place in places
-        if {f"{place}/mean", f"{place}/token"} <= set(names)
-    ]
+    places = dict.fromkeys(name.split("/")[0] for name in names)
+    pairs = [(f"{place}/mean", f"{place}/token") for place in places]
+    inputs = [*((name,) for name in names), *(pair for pair in pairs if set(pair) <= set(names))]
     kinds = (False, True) if weighted else (False,)
     return [Head(one, rate, kind) for kind in kinds for one in inputs for rate in rates]
 
@@ -327,14 +277,14 @@ def choose_and_fit(
     )
     heads = sweep_of(list(features), weighted, rates)
     sweep = Sweep(_rows(features, fitted), labels[fitted], classes, heads, seed, epochs)
-    predicted, losses = sweep.judge(_rows(features, held), labels[held])
+    predicted, losses = sweep.evaluate(_rows(features, held), labels[held])
     truth = labels[held].cpu().numpy()
     chosen = {}
     for name, kind in (("plain", False), ("class weights", True)):
         if kind and not weighted:
             continue
         among = [number for number, head in enumerate(heads) if head.weighted == kind]
-        best = max(among, key=lambda number: _merit(truth, predicted[number], losses[number], classes, kind))
+        best = max(among, key=lambda k: _rank(margins(truth, predicted[k], classes), losses[k], kind))
         chosen[name] = (heads[best], Sweep(features, labels, classes, [heads[best]], seed, epochs))
     return chosen
 
@@ -348,29 +298,21 @@ def held_out_share(images: int) -> float:
     return min(max(HELD_OUT, ENOUGH / images), MOST_HELD_OUT)
 
 
-def _merit(
-    truth: np.ndarray, predicted: np.ndarray, loss: float, classes: int, balanced: bool
-) -> tuple[float, float]:
+def _rank(counts: np.ndarray, loss: float, balanced: bool) -> tuple[float, float]:
     """Accuracy, and among equals the loss: few images leave many heads with the same accuracy."""
     if not math.isfinite(loss):
         return -1.0, -math.inf
-    scores = score(truth, predicted, classes)
+    scores = score(counts)
     return (scores.balanced_accuracy if balanced else scores.accuracy), -loss
 
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """What turns the features of a model into logits.
+    """What turns the features of a model into logits."""
 
-    Attributes:
-        sweep: the chosen linear head alone; None where the features are logits already.
-        chosen: which head was chosen on held-out training images.
-        n_train: training images.
-    """
-
-    sweep: Sweep | None = None
-    chosen: str = ""
-    n_train: int = 0
+    sweep: Sweep | None = None  # the chosen linear head alone; None where the features are logits already
+    chosen: str = ""  # which head was chosen on held-out training images
+    n_train: int = 0  # training images
 
     def logits(self, features: Mapping[str, Tensor]) -> Float[Tensor, "batch class"]:
         """Of features (batch, dim) by name, differentiable in them."""
@@ -383,28 +325,18 @@ class ClassifierHead:
     ) -> Float[Tensor, "image class"]:
         """Of features as they lie in a table (image, dim), on the context's device."""
         with torch.no_grad():
-            return self.logits({name: context.tensor(rows) for name, rows in values.items()})
+            return self.logits(context.tensors(values))
 
 
 def fit_head(context: EvalContext, head: str, one: Round, seed: int) -> ClassifierHead:
-    """The classifier of a model.
-
-    Args:
-        context: the model and its images.
-        head: ``own``, or ``linear``: trained on the last features of whole images.
-        one: whose training images.
-        seed: of the head.
-    """
+    """The classifier of a model: its ``own``, or ``linear``, trained on the last features of a round's images."""
     if head == "own":
         return ClassifierHead()
-    features = {
-        name: context.tensor(values, one.train) for name, values in context.table("end").values.items()
-    }
     chosen, sweep = choose_and_fit(
-        features,
+        context.tensors(context.table("end").values, one.train),
         context.labels(one.train),
         context.classes,
-        groups=context.groups(one.train),
+        groups=context.data.groups_of(one.train),
         seed=seed,
         weighted=False,
     )["plain"]
@@ -429,15 +361,15 @@ class Linear(Protocol):
         """The plain head and, where classes differ in size, the one with class weights."""
         inside = context.inside()
         chosen = choose_and_fit(
-            {name: context.tensor(values, one.train) for name, values in inside.items()},
+            context.tensors(inside, one.train),
             context.labels(one.train),
             context.classes,
-            groups=context.groups(one.train),
+            groups=context.data.groups_of(one.train),
             seed=seed,
             rates=self.rates,
             epochs=self.epochs,
         )
-        test = {name: context.tensor(values, one.test) for name, values in inside.items()}
+        test = context.tensors(inside, one.test)
         return {
             variant: Prediction(sweep.predict(test)[0].cpu().numpy(), head.describe(), len(one.train))
             for variant, (head, sweep) in chosen.items()

@@ -1,4 +1,4 @@
-"""The contract of every way to judge a model, and how one is carried out: open, measure every model, report."""
+"""The contract of every evaluation, and how one is carried out: open, measure every model, report."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ from freqmask.console import rank, say
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import seen_in_pretraining
-from freqmask.evaluation.eval_model import EvalModel, check_models, open_eval_model, what_differs
+from freqmask.evaluation.eval_model import (
+    ClassifierModel,
+    EvalModel,
+    check_models,
+    open_eval_model,
+    what_differs,
+)
 from freqmask.evaluation.features import ComputeConfig, FeatureTable, ImageChange, compute_features
-from freqmask.evaluation.labelled import LabelledData, Parting, Round, open_labelled, subset
+from freqmask.evaluation.labelled import LabelledData, Round, SplitConfig, open_labelled, subset
 from freqmask.evaluation.results import ClassificationResult, Result, ResultTable, Summary, check_results
 
 _SHOWN_SKIPPED = 3
@@ -30,115 +36,82 @@ LONG = 5.0  # seconds after which silence seems a standstill
 
 @dataclass
 class EvalConfig:
-    """What all protocols share, as the commands' options give it.
+    """What all protocols share, as the commands' options give it."""
 
-    Attributes:
-        models: MODEL as typed.
-        data: DATA.
-        labels: a CSV table, or None.
-        parting: how the images are split.
-        pages: what the pages of a TIFF are.
-        seeds: of heads, draws and fresh weights.
-        image_size: side in pixels; None is each model's own.
-        weights: teacher or student of FOLK runs.
-        value_range: what becomes [0, 1]; None is each model's own.
-        crop: auto, center, whole or native.
-        compute: where to compute.
-        out: folder of the results, or None.
-        options: those of the command, to repeat it.
-    """
-
-    models: list[str]
+    models: list[str]  # MODEL as typed
     data: Any
-    labels: str | None = None
-    parting: Parting = field(default_factory=Parting)
-    pages: Any = "channels"
-    seeds: Sequence[int] = (0,)
-    image_size: int | None = None
-    weights: str | None = None
-    value_range: str | None = None
-    crop: str = "auto"
+    labels: str | None = None  # a CSV table
+    split: SplitConfig = field(default_factory=SplitConfig)
+    pages: Any = "channels"  # what the pages of a TIFF are
+    seeds: Sequence[int] = (0,)  # of heads, draws and fresh weights
+    image_size: int | None = None  # side in pixels; None is each model's own
+    weights: str | None = None  # teacher or student of FOLK runs
+    value_range: str | None = None  # what becomes [0, 1]; None is each model's own
+    crop: str = "auto"  # auto, center, whole or native
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    out: Path | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    out: Path | None = None  # folder of the results
+    options: Mapping[str, Any] = field(default_factory=dict)  # those of the command, to repeat it
 
     @classmethod
     def of(
-        cls, options: Mapping[str, Any], seeds: Sequence[int] = (0, 1, 2), parted: bool = True
+        cls, options: Mapping[str, Any], seeds: Sequence[int] = (0, 1, 2), parallel: bool = True
     ) -> EvalConfig:
         """The options that all commands share.
 
         Args:
             options: of the command.
             seeds: where none are given.
-            parted: whether images are parted among the devices of ``--devices``.
+            parallel: whether images are divided among the devices of ``--devices``.
         """
         data, out = options["data"], options["out"]
+        split = ("train_split", "test_split", "test_share", "folds", "split_seed", "duplicates")
+        shared = ("labels", "pages", "image_size", "weights", "value_range", "crop")
         return cls(
             models=check_models(options["model"]),
             data=list(data) if isinstance(data, (list, tuple)) else [data],
-            labels=options["labels"],
-            parting=Parting(
-                options["train_split"],
-                options["test_split"],
-                options["test_share"],
-                options["folds"],
-                options["split_seed"],
-                options["duplicates"],
-            ),
-            pages=options["pages"],
+            split=SplitConfig(*(options[name] for name in split)),
             seeds=options["seeds"] or seeds,
-            image_size=options["image_size"],
-            weights=options["weights"],
-            value_range=options["value_range"],
-            crop=options["crop"],
-            compute=ComputeConfig.of(options, parted),
+            compute=ComputeConfig.of(options, parallel),
             out=None if out is None else Path(out),
             options=options,
+            **{name: options[name] for name in shared},
         )
 
 
 @dataclass
 class Experiment:
-    """Everything opened, before the first model is measured.
-
-    Attributes:
-        config: what is asked.
-        models: MODEL, each once.
-        data: images, labels, splits.
-        seen: what the images are like.
-    """
+    """Everything opened, before the first model is measured."""
 
     config: EvalConfig
-    models: list[str]
+    models: list[str]  # MODEL, each once
     data: LabelledData
-    seen: Survey
+    survey: Survey  # what the images are like
+
+    own_heads: bool = False  # whether each MODEL is measured with its own classifier
+    # models with a classifier of their own, by model and classes
+    classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel] = field(default_factory=dict)
 
     def open_model(self, text: str, seed: int) -> EvalModel:
         """One MODEL as the config wants it."""
-        config = self.config
-        return open_eval_model(
-            text,
-            self.seen,
-            seed=seed,
-            image_size=config.image_size,
-            weights=config.weights,
-            value_range=config.value_range,
-            crop=config.crop,
-        )
+        if self.own_heads:
+            return self.classifier(text, self.data)
+        names = ("image_size", "weights", "value_range", "crop")
+        shared: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        return open_eval_model(text, self.survey, seed=seed, **shared)
+
+    def classifier(self, text: str, data: LabelledData) -> ClassifierModel:
+        """A model with its own classifier, predicting the classes of some images."""
+        key = (text, tuple(data.class_names))
+        if key not in self.classifiers:
+            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.crop)
+        return self.classifiers[key]
 
 
 @dataclass
 class EvalContext:
-    """A model and the images it is measured on; features are computed when they are first asked for.
+    """A model and the images it is measured on; features are computed when they are first asked for."""
 
-    Attributes:
-        model: on the device of ``compute``.
-        data: images, labels, splits.
-        compute: where features are computed.
-    """
-
-    model: EvalModel
+    model: EvalModel  # on the device of ``compute``
     data: LabelledData
     compute: ComputeConfig
     _tables: dict[str, FeatureTable] = field(default_factory=dict)
@@ -152,9 +125,8 @@ class EvalContext:
     def end(self, feature: str) -> np.ndarray:
         """The last features (image, dim): ``mean``, or ``class_token`` where the model has one."""
         values = self.table("end").values
-        return (
-            values["end/token"] if feature == "class_token" and "end/token" in values else values["end/mean"]
-        )
+        token = feature == "class_token" and "end/token" in values
+        return values["end/token" if token else "end/mean"]
 
     def inside(self) -> dict[str, np.ndarray]:
         """All features by name, of the end and of the blocks inside."""
@@ -170,6 +142,12 @@ class EvalContext:
         rows = values if images is None else values[images]
         return torch.from_numpy(np.ascontiguousarray(rows)).to(self.compute.device)
 
+    def tensors(
+        self, values: Mapping[str, np.ndarray], images: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """The same of several arrays by name."""
+        return {name: self.tensor(rows, images) for name, rows in values.items()}
+
     def labels(self, images: np.ndarray) -> Tensor:
         """The classes of some images on the device."""
         return self.tensor(self.data.labels, images)
@@ -179,18 +157,14 @@ class EvalContext:
         """How many there are."""
         return len(self.data.class_names)
 
-    def groups(self, images: np.ndarray) -> list[str | None] | None:
-        """The groups of some images."""
-        return None if self.data.groups is None else [self.data.groups[int(index)] for index in images]
-
     def by_round(self, values: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Features of the tested images, cut into those of each round."""
+        """Features of the test images, cut into those of each round."""
         ends = np.cumsum([len(one.test) for one in self.data.rounds])[:-1]
         parts = np.split(np.arange(len(self.data.tested)), ends)
         return [{name: rows[part] for name, rows in values.items()} for part in parts]
 
     def result(self, variant: str, seed: int, predicted: np.ndarray, **metadata: Any) -> ClassificationResult:
-        """Predictions of all tested images as a row."""
+        """Predictions of all test images as a row."""
         return ClassificationResult(
             self.model, self.data, variant, seed, self.data.tested, predicted, metadata=metadata
         )
@@ -203,40 +177,25 @@ class EvalContext:
 
 @dataclass
 class Prediction:
-    """The predictions of one head for the test images of a round.
+    """The predictions of one head for the test images of a round."""
 
-    Attributes:
-        predicted: (test,) class of each test image.
-        chosen: what was chosen on a held-out part of the training images.
-        n_train: training images of the head.
-    """
-
-    predicted: Int64[np.ndarray, " test"]
-    chosen: str = ""
-    n_train: int = 0
+    predicted: Int64[np.ndarray, " test"]  # class of each test image
+    chosen: str = ""  # what was chosen on a held-out part of the training images
+    n_train: int = 0  # training images of the head
 
 
 class Protocol(ABC):
-    """A way to judge models: its fields are its own options, `evaluate` its rows.
+    """A way to evaluate models: its fields are its own options, `evaluate` its rows.
 
     A protocol on frozen features gives `predict`, once a round; another one its own `evaluate`.
-
-    Attributes:
-        name: of the command.
-        title: above its table.
-        headline: the variant whose interval and further scores the table shows.
-        seeded: whether its result depends on the seed, the model being the same.
-        blocks: whether it reads the blocks inside, too.
-        opens_models: whether each MODEL is opened as a backbone before any work.
-        figure: file name of its figures, without the suffix.
     """
 
-    name: ClassVar[str]
-    title: str
-    headline: str
-    seeded: bool = True
-    blocks: bool = False
-    opens_models: bool = True
+    name: ClassVar[str]  # of the command
+    title: str  # above its table
+    headline: str  # the variant whose interval and further scores the table shows
+    seeded: bool = True  # whether its result depends on the seed, the model being the same
+    blocks: bool = False  # whether it reads the blocks inside, too
+    own_heads: bool = False  # whether each MODEL is measured with its own classifier, and nothing is trained
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         """What the protocol shares with every other, by the options of its command."""
@@ -248,45 +207,38 @@ class Protocol(ABC):
         Raises:
             UserError: whatever is wrong with models, data, seeds or the protocol's own options.
         """
-        return open_experiment(config, self.opens_models)
+        return open_experiment(config, self.own_heads)
 
     def contexts(self, experiment: Any, text: str) -> Any:
         """(context, seed) of each measurement of a model; seeds that nothing depends on are left out."""
         context = None
         for seed in experiment.config.seeds:
             if context is None or context.model.kind == "random":
-                context = prepare_context(
-                    self.open_model(experiment, text, seed), experiment.data, experiment.config.compute
-                )
+                model = experiment.open_model(text, seed)
+                context = prepare_context(model, experiment.data, experiment.config.compute)
             yield context, seed
             if not self.seeded and context.model.kind != "random":
                 return
 
-    def open_model(self, experiment: Any, text: str, seed: int) -> EvalModel:
-        """One MODEL."""
-        model: EvalModel = experiment.open_model(text, seed)
-        return model
-
     def evaluate(self, context: Any, seed: int) -> list[Result]:
         """The rows of one model and seed: one a variant, put together from all rounds."""
-        tables = [
-            context.table(what)
-            for what in ("end", *(["blocks"] if self.blocks and context.model.blocks else []))
-        ]
+        tables = [context.table("end")]
+        if self.blocks and context.model.blocks:
+            tables.append(context.table("blocks"))
         if error := next((table.error for table in tables if table.error), ""):
             return [context.failed(self.headline, seed, error)]
         began = time.monotonic()
-        found: dict[str, list[Prediction]] = {}
+        by_variant: dict[str, list[Prediction]] = {}
         for one in context.data.rounds:
             for variant, prediction in self.predict(context, one, seed).items():
-                found.setdefault(variant, []).append(prediction)
+                by_variant.setdefault(variant, []).append(prediction)
         if (seconds := time.monotonic() - began) > LONG:
             say(f"{self.name:<11} {context.model.name}: seed {seed} in {seconds:.0f} s")
         return [
             context.result(
                 variant, seed, np.concatenate([one.predicted for one in parts]), **metadata_of(parts)
             )
-            for variant, parts in found.items()
+            for variant, parts in by_variant.items()
             if len(parts) == len(context.data.rounds)
         ]
 
@@ -297,18 +249,17 @@ class Protocol(ABC):
     def report(self, experiment: Any, results: Sequence[Result]) -> list[Summary]:
         """The table, the rows, the figures."""
         table = ResultTable(self.name, self.title, self.headline, results)
-        lines = table.class_lines()
-        say_blocks(table.lines(), lines, table.warnings())
+        say_blocks(table.lines(), table.class_lines(), table.warnings())
         folder = table.folder(experiment.config.out)
         figures = [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"]
-        table.draw_bars(figures[0])
+        table.draw_chart(figures[0])
         table.write_classes(figures[1], self.headline)
         finish_report([table], experiment.config, figures)
         return table.summaries
 
 
 def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary]:
-    """Measure all models by a protocol, show one table, append to results.csv, draw figures.
+    """Measure all models by a protocol, print one table, append to results.csv, draw figures.
 
     Args:
         protocol: how.
@@ -330,12 +281,8 @@ def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary
     return protocol.report(experiment, results) if results and rank() == 0 else []
 
 
-def open_experiment(config: EvalConfig, opens_models: bool = True) -> Experiment:
-    """Models, data and the folder of the results, each tried once.
-
-    Args:
-        config: what, on what, where.
-        opens_models: whether each MODEL is opened as a backbone.
+def open_experiment(config: EvalConfig, own_heads: bool = False) -> Experiment:
+    """Models (with their own classifiers, where ``own_heads``), data and the folder of the results, each tried once.
 
     Raises:
         UserError: whatever is wrong with them.
@@ -344,14 +291,14 @@ def open_experiment(config: EvalConfig, opens_models: bool = True) -> Experiment
     check_seeds_differ(config.seeds)
     if config.out is not None:
         check_results(config.out)
-    parting = replace(config.parting, learn=opens_models)  # a classifier of its own needs no training images
-    data = open_labelled(config.data, config.labels, parting, config.pages)
-    experiment = Experiment(config, models, data, survey(data.source))
+    split = replace(config.split, train=not own_heads)  # a classifier of its own needs no training images
+    data = open_labelled(config.data, config.labels, split, config.pages)
+    experiment = Experiment(config, models, data, survey(data.source), own_heads)
     differences: dict[str, None] = {}
-    for text in models if opens_models else []:
+    for text in [] if own_heads else models:
         model = experiment.open_model(text, config.seeds[0])
         check_results(config.out or model.results or Path())
-        differences |= dict.fromkeys(what_differs(model, experiment.seen))
+        differences |= dict.fromkeys(what_differs(model, experiment.survey))
         if model.kind == "run" and model.results is not None:
             say(seen_in_pretraining(model.results, data.source, data.tested))
     n_train = len(np.unique(np.concatenate([one.train for one in data.rounds])))
@@ -372,9 +319,8 @@ def check_seeds_differ(seeds: Sequence[int]) -> None:
 
 def prepare_context(model: EvalModel, data: LabelledData, compute: ComputeConfig) -> EvalContext:
     """A model on its device, the images that it cannot read taken out."""
-    model.prepare(
-        subset(data, data.rounds[0].train if len(data.rounds[0].train) else data.tested), compute.device
-    )
+    images = data.rounds[0].train if len(data.rounds[0].train) else data.tested
+    model.prepare(subset(data, images), compute.device)
     context = EvalContext(model, data, compute)
     table = context.table("end")
     say_skipped(table.skipped)
@@ -410,5 +356,5 @@ def finish_report(tables: Sequence[ResultTable], config: EvalConfig, figures: Se
     """Append the rows and say where everything is."""
     files = dict.fromkeys(file for table in tables for file in table.append_rows(config.options, config.out))
     say()
-    say(f"rows        {', '.join(map(str, files))}")
+    say(f"results     {', '.join(map(str, files))}")
     say(f"figures     {', '.join(map(str, figures))}")

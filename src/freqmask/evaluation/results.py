@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from freqmask import __version__
 from freqmask.evaluation.eval_model import EvalModel, disambiguate
 from freqmask.evaluation.scores import (
+    Margins,
     accuracy_of,
     accuracy_units,
     bootstrap_interval,
@@ -28,7 +28,7 @@ from freqmask.evaluation.scores import (
     segmentation_score,
     segmented_classes,
 )
-from freqmask.training.files import append_row, check_writable, replace_atomically
+from freqmask.training.files import append_row, check_writable, replace_atomically, write_rows
 from freqmask.training.run_folder import now
 
 RESULTS = "results.csv"
@@ -38,31 +38,22 @@ _CLASSES_SHOWN = 40
 
 @dataclass
 class Result(ABC):
-    """What one model predicted under one seed and variant; a row of results.csv.
+    """What one model predicted under one seed and variant; a row of results.csv."""
 
-    Attributes:
-        model: that predicted.
-        data: the images: their name, split, source and classes.
-        variant: of the protocol, such as ``k=20``.
-        seed: of the heads and of fresh weights.
-        images: numbers of the images that were predicted, as often as each was.
-        metadata: further cells of the row: what was chosen, how many training images.
-        error: why there is no number; empty where there is one.
-        group: which of the tables of a protocol it stands in.
-    """
-
-    model: EvalModel
-    data: Any
-    variant: str
-    seed: int
-    images: np.ndarray
+    model: EvalModel  # that predicted
+    data: Any  # the images: their name, split, source and classes
+    variant: str  # of the protocol, such as k=20
+    seed: int  # of the heads and of fresh weights
+    images: np.ndarray  # numbers of the images that were predicted, as often as each was
+    # further cells of the row: what was chosen, how many training images
     metadata: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    error: str = field(default="", kw_only=True)
-    group: str = field(default="", kw_only=True)
+    error: str = field(default="", kw_only=True)  # why there is no number; empty where there is one
+    group: str = field(default="", kw_only=True)  # which of the tables of a protocol it stands in
 
     METRIC: ClassVar[str] = "accuracy"  # the one of the table; of it is the interval
     OTHERS: ClassVar[dict[str, str]] = {"balanced_accuracy": "balanced", "macro_f1": "macro-F1"}
     CLASS_METRIC: ClassVar[str] = "recall"
+    UNIT: ClassVar[str] = "image"  # what is classified
 
     @abstractmethod
     def scores(self) -> Any:
@@ -73,8 +64,8 @@ class Result(ABC):
         """A dataclass of scores of each class, ``name`` first."""
 
     @abstractmethod
-    def margins(self) -> np.ndarray:
-        """(3, class): how many are predicted rightly, there are, are predicted."""
+    def margins(self) -> Margins:
+        """Of each class how many are predicted rightly, there are, are predicted."""
 
     @classmethod
     @abstractmethod
@@ -90,12 +81,9 @@ class Result(ABC):
 
 @dataclass
 class ClassificationResult(Result):
-    """A class for each image.
+    """A class for each image."""
 
-    Attributes:
-        predicted: (prediction,) of ``images``; empty where there is no result.
-    """
-
+    # (prediction,) of images; empty where there is no result
     predicted: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @property
@@ -105,21 +93,21 @@ class ClassificationResult(Result):
         return labels
 
     def scores(self) -> Any:
-        return score(self.truth, self.predicted, len(self.class_names))
+        return score(self.margins())
 
     def classes(self) -> list[Any]:
-        return list(per_class(self.truth, self.predicted, self.class_names))
+        return list(per_class(self.margins(), self.class_names))
 
-    def margins(self) -> np.ndarray:
+    def margins(self) -> Margins:
         return margins(self.truth, self.predicted, len(self.class_names))
 
     @classmethod
     def interval(cls, results: Sequence[ClassificationResult]) -> tuple[float, float]:
         first = results[0]
         correct = np.mean([result.predicted == result.truth for result in results], axis=0)
-        groups: Sequence[object] | None = None
-        if first.data.groups is not None:
-            groups = [first.data.groups[int(index)] or f"image {index}" for index in first.images]
+        groups: Sequence[object] | None = first.data.groups_of(first.images)
+        if groups is not None:
+            groups = [group or f"image {index}" for group, index in zip(groups, first.images, strict=True)]
         elif len(np.unique(first.images)) < len(first.images):  # an image in several versions is drawn whole
             groups = first.images.tolist()
         return bootstrap_interval(accuracy_units(correct, groups), accuracy_of)
@@ -127,12 +115,9 @@ class ClassificationResult(Result):
 
 @dataclass
 class SegmentationResult(Result):
-    """A class for each pixel of each image.
+    """A class for each pixel of each image."""
 
-    Attributes:
-        counts: (image, 3, class) the margins of each image.
-    """
-
+    # (image, 3, class) the margins of each image
     counts: np.ndarray = field(default_factory=lambda: np.empty((0, 3, 0)))
 
     METRIC = "mean_iou"
@@ -140,7 +125,7 @@ class SegmentationResult(Result):
         "pixel_accuracy": "pixel accuracy",
         "mean_accuracy": "mean accuracy",
     }
-    CLASS_METRIC = "iou"
+    CLASS_METRIC, UNIT = "iou", "pixel"
 
     def scores(self) -> Any:
         return segmentation_score(self.margins())
@@ -148,7 +133,7 @@ class SegmentationResult(Result):
     def classes(self) -> list[Any]:
         return list(segmented_classes(self.margins(), self.class_names, self.data.labels.values))
 
-    def margins(self) -> np.ndarray:
+    def margins(self) -> Margins:
         total: np.ndarray = self.counts.sum(axis=0)
         return total
 
@@ -160,25 +145,16 @@ class SegmentationResult(Result):
 
 @dataclass
 class Summary:
-    """One model and variant over all seeds, in [0, 1].
+    """One model and variant over all seeds, in [0, 1]."""
 
-    Attributes:
-        name: of the model.
-        variant: of the protocol.
-        values: accuracy, or mean IoU, by seed.
-        interval: 95 % over test images, or over groups.
-        scores: all scores, means over seeds; None where there is no number.
-        classes: name of a class -> recall, or IoU, mean over seeds.
-        error: why there is no number.
-    """
-
-    name: str
-    variant: str
-    values: list[float] = field(default_factory=list)
-    interval: tuple[float, float] = (float("nan"), float("nan"))
-    scores: Any = None
+    name: str  # of the model
+    variant: str  # of the protocol
+    values: list[float] = field(default_factory=list)  # accuracy, or mean IoU, by seed
+    interval: tuple[float, float] = (float("nan"), float("nan"))  # 95 % over test images, or over groups
+    scores: Any = None  # all scores, means over seeds; None where there is no number
+    # name of a class -> recall, or IoU, mean over seeds
     classes: dict[str, float] = field(default_factory=dict)
-    error: str = ""
+    error: str = ""  # why there is no number
 
     @property
     def accuracies(self) -> list[float]:
@@ -239,19 +215,12 @@ def _summary(family: Sequence[Result]) -> Summary:
 
 @dataclass
 class ResultTable:
-    """The results of one protocol over models, variants and seeds.
+    """The results of one protocol over models, variants and seeds."""
 
-    Attributes:
-        protocol: the command's name.
-        title: above the table.
-        headline: the variant whose interval and further scores the table shows.
-        results: in the order of the rows.
-    """
-
-    protocol: str
-    title: str
-    headline: str
-    results: Sequence[Result]
+    protocol: str  # the command's name
+    title: str  # above the table
+    headline: str  # the variant whose interval and further scores the table shows
+    results: Sequence[Result]  # in the order of the rows
 
     @cached_property
     def summaries(self) -> list[Summary]:
@@ -260,31 +229,35 @@ class ResultTable:
 
     def models(self) -> dict[str, dict[str, Summary]]:
         """Model -> variant -> summary."""
-        found: dict[str, dict[str, Summary]] = {}
+        models: dict[str, dict[str, Summary]] = {}
         for one in self.summaries:
-            found.setdefault(one.name, {})[one.variant] = one
-        return found
+            models.setdefault(one.name, {})[one.variant] = one
+        return models
 
     def lines(self) -> list[str]:
         """One table over all models: a column a variant, then more on the headline variant. In per cent."""
         variants = list(dict.fromkeys(one.variant for one in self.summaries if not one.error))
         headline = self.headline if self.headline in variants else (variants[0] if variants else "")
-        kind = type(self.results[0])
-        rows = [["model", *variants, "95 % interval", *kind.OTHERS.values()]]
-        for name, found in self.models().items():
-            main = found.get(headline)
-            cells = [found[variant].percent() if variant in found else "-" for variant in variants]
-            if main is None or main.error:
-                error = next((one.error for one in found.values() if one.error), "no result")
-                some = any(cell != "-" for cell in cells)
-                rows.append([name, *cells, "-", *["-"] * len(kind.OTHERS)] if some else [name, error])
-                continue
-            others = [f"{100 * getattr(main.scores, score):.1f}" for score in kind.OTHERS]
-            rows.append([name, *cells, main.interval_text(), *others])
-        metric = kind.METRIC.replace("_", " ").replace("iou", "IoU")
-        further = " and ".join(kind.OTHERS.values())
-        note = f"({metric} in %; interval, {further} are those of {headline})"
+        others = type(self.results[0]).OTHERS
+        rows = [["model", *variants, "95 % interval", *others.values()]]
+        for name, summaries in self.models().items():
+            main = summaries.get(headline)
+            cells = [summaries[variant].percent() if variant in summaries else "-" for variant in variants]
+            if main is not None and not main.error:
+                more = [f"{100 * getattr(main.scores, score):.1f}" for score in others]
+                rows.append([name, *cells, main.interval_text(), *more])
+            elif any(cell != "-" for cell in cells):
+                rows.append([name, *cells, "-", *["-"] * len(others)])
+            else:
+                rows.append([name, next((one.error for one in summaries.values() if one.error), "no result")])
+        further = " and ".join(others.values())
+        note = f"({self.metric} in %; interval, {further} are those of {headline})"
         return [self.title, *aligned(rows), *([note] if headline else [])]
+
+    @property
+    def metric(self) -> str:
+        """What the table shows, in words."""
+        return self.results[0].METRIC.replace("_", " ").replace("iou", "IoU")
 
     def class_lines(self) -> list[str]:
         """Recall (IoU) of each class by model, in per cent, where there are few enough classes to read."""
@@ -300,27 +273,18 @@ class ResultTable:
 
     def warnings(self) -> list[str]:
         """A sentence for every result that takes everything for one class: its number says nothing of the model."""
-        lines = []
-        for result in (one for one in self.results if not one.error):
-            _, there, said = result.margins()
-            if (alone := one_class(said, there)) is not None:
-                what = "pixel" if isinstance(result, SegmentationResult) else "image"
-                lines.append(
-                    f"warning: {result.model.name} ({result.variant}, seed {result.seed}) takes every {what} for "
-                    f"{result.class_names[alone]!r}: its {result.METRIC.replace('_', ' ')} follows from how common "
-                    "that class is, not from what was learned"
-                )
-        return lines
+        return [
+            f"warning: {result.model.name} ({result.variant}, seed {result.seed}) takes every {result.UNIT} "
+            f"for {result.class_names[alone]!r}: its {result.METRIC.replace('_', ' ')} follows from how common that "
+            "class is, not from what was learned"
+            for result in self.results
+            if not result.error and (alone := one_class(result.margins())) is not None
+        ]
 
     def append_rows(self, options: Mapping[str, Any], out: Path | None) -> list[Path]:
         """Append a row a result to ``out/results.csv``, else to that of the model's run, else to ./results.csv.
 
-        Args:
-            options: those that were given, to repeat the rows.
-            out: a folder, or None.
-
-        Returns:
-            The files written to.
+        The options are those that were given, to repeat the rows. Returns the files written to.
         """
         written: dict[Path, None] = {}
         for result in self.results:
@@ -332,36 +296,22 @@ class ResultTable:
 
     def write_classes(self, path: Path, variant: str | None = None) -> None:
         """A CSV of the scores of every class, model and seed, of one variant or (None) of all."""
-        rows = [
-            {
-                "model": result.model.name,
-                "variant": result.variant,
-                "seed": result.seed,
-                **{
-                    ("class" if name == "name" else name): _four_digits(value)
-                    for name, value in vars(one).items()
-                },
-            }
-            for result in self.results
-            if variant in (None, result.variant) and not result.error
-            for one in result.classes()
-        ]
+        rows = []
+        for result in self.results:
+            about = {"model": result.model.name, "variant": result.variant, "seed": result.seed}
+            if variant in (None, result.variant) and not result.error:
+                for one in result.classes():
+                    name, *numbers = vars(one).items()
+                    cells = {key: _four_digits(value) for key, value in numbers}
+                    rows.append({**about, "class": name[1], **cells})
+        write_rows(path, list(rows[0]) if rows else ["model", "variant", "seed", "class"], rows)
 
-        def write(unfinished: Path) -> None:
-            with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                table = csv.DictWriter(file, list(rows[0]) if rows else ["model", "variant", "seed", "class"])
-                table.writeheader()
-                table.writerows(rows)
-
-        replace_atomically(path, write)
-
-    def draw_bars(self, path: Path) -> None:
+    def draw_chart(self, path: Path) -> None:
         """Bars by model, side by side for the variants, with their intervals; nothing where there are none."""
         measured = [one for one in self.summaries if not one.error]
         if measured:
-            metric = self.results[0].METRIC.replace("_", " ").replace("iou", "IoU")
             title = f"{self.title}\n{self.results[0].data.name}"
-            draw_bar_chart(path, title, f"{metric} in %", measured)
+            draw_bar_chart(path, title, f"{self.metric} in %", measured)
 
     def folder(self, out: Path | None) -> Path:
         """Where figures go: ``out``, else the first run that was measured, else here."""
@@ -388,13 +338,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of results.csv: when, who, how good, on what, and all that repeats it.
-
-    Args:
-        result: whose row.
-        protocol: the command's name.
-        options: those that were given.
-    """
+    """A row of results.csv: when, who, how good, on what, and all that repeats it."""
     scores: dict[str, Any] = {result.METRIC: "", "error": result.error}
     if not result.error:
         low, high = type(result).interval([result])
@@ -465,33 +409,34 @@ def draw_bar_chart(path: Path, title: str, label: str, summaries: Sequence[Summa
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(one.name for one in summaries))
-    variants = list(dict.fromkeys(one.variant for one in summaries))[:_MOST_BARS]
+    series: dict[str, dict[str, Summary]] = {}
+    for one in summaries:
+        series.setdefault(one.variant, {})[one.name] = one
+    series = dict(list(series.items())[:_MOST_BARS])
     figure = Figure(figsize=(max(4.0, 1.6 + 1.3 * len(names)), 3.6), dpi=120, layout="constrained")
     axis = figure.add_subplot()
-    width = 0.8 / len(variants)
-    for one in summaries:
-        if one.variant not in variants or not one.values:
-            continue
-        place = variants.index(one.variant)
-        mean, (low, high) = 100 * one.mean, (100 * end for end in one.interval)
-        axis.bar(
-            names.index(one.name) + (place - (len(variants) - 1) / 2) * width,
-            mean,
-            width * 0.92,
-            yerr=[[max(mean - low, 0.0)], [max(high - mean, 0.0)]],
-            color=f"C{place}",
-            ecolor="0.3",
-            label=one.variant if one.name == names[0] else None,
-        )
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
+    draw_bars(axis, names, series)
     axis.set_xticks(range(len(names)), map(shortened, names), rotation=20, ha="right", parse_math=False)
     axis.set_ylabel(label)
     axis.set_title(
         "\n".join(shortened(line, 60) for line in title.splitlines()), fontsize=9, parse_math=False
     )
-    if len(variants) > 1:
-        axis.legend(
-            fontsize=8, frameon=False, ncols=len(variants), loc="upper left", bbox_to_anchor=(0, -0.25)
-        )
+    if len(series) > 1:
+        axis.legend(fontsize=8, frameon=False, ncols=len(series), loc="upper left", bbox_to_anchor=(0, -0.25))
     save_figure(figure, path)
+
+
+def draw_bars(axis: Any, names: Sequence[str], series: Mapping[str, Mapping[str, Summary]]) -> None:
+    """A group of bars a name, one a series, with the intervals; a series is label -> name -> summary."""
+    width = 0.8 / max(len(series), 1)
+    for number, (label, bars) in enumerate(series.items()):
+        known = {name: one for name, one in bars.items() if one.values}
+        places = [names.index(name) + (number - (len(series) - 1) / 2) * width for name in known]
+        heights = [100 * one.mean for one in known.values()]
+        ends = np.array([one.interval for one in known.values()]).reshape(-1, 2).T * 100
+        errors = np.clip([heights - ends[0], ends[1] - heights], 0, None)
+        color = f"C{number}"
+        style = {"color": color, "ecolor": "0.3", "label": shortened(label, 40)}
+        axis.bar(places, heights, 0.92 * width, yerr=errors, **style)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)

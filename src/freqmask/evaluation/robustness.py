@@ -1,11 +1,10 @@
-"""How well a classifier does on images that were made harder: corrupted, attacked, or collected by others."""
+"""Robustness: accuracy on images that are corrupted, attacked, or test sets of others (ImageNet-C, -A, -R, -Sketch)."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freqmask.console import say
-from freqmask.data.loader import Sample, TrainDataset, make_loader
-from freqmask.data.sampler import ChosenSampler, Item
+from freqmask.data.loader import make_loader
+from freqmask.data.sampler import ChosenSampler
 from freqmask.data.source import Source
+from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.evaluation.attacks import Attack, size_of_change
-from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
-from freqmask.evaluation.corruptions import COMMON, Corruption
-from freqmask.evaluation.eval_model import ClassifierModel, EvalModel, check_models
-from freqmask.evaluation.features import FeatureTable, compute_features, shared_objects
+from freqmask.evaluation.corruptions import (
+    COMMON,
+    CORRUPTIONS,
+    FAMILIES,
+    SEVERITIES,
+    CorruptedModel,
+    Corruption,
+    strengths_for,
+)
+from freqmask.evaluation.eval_model import EvalModel, check_models
+from freqmask.evaluation.features import compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.linear import ClassifierHead, fit_head
 from freqmask.evaluation.protocol import (
@@ -37,13 +44,6 @@ from freqmask.evaluation.protocol import (
     say_blocks,
 )
 from freqmask.evaluation.results import ClassificationResult, Result, Summary
-from freqmask.evaluation.robustness_folders import (
-    TestFolder,
-    all_tested,
-    check_tree,
-    find_folders,
-    open_folder,
-)
 from freqmask.evaluation.robustness_results import (
     CLEAN,
     CORRUPTED,
@@ -57,40 +57,113 @@ from freqmask.evaluation.robustness_results import (
 )
 from freqmask.evaluation.weather import check_frost
 from freqmask.images import as_float
-from freqmask.rng import sample_key
 
 _ATTACKED_AT_ONCE = 64  # images; gradients need several times the memory of features
 
 
+@dataclass(frozen=True)
+class TestFolder:
+    """One folder of classes that is tested on."""
+
+    __test__ = False  # for pytest
+
+    name: str  # for tables: that of the folder, or the corruption and its severity
+    folder: Path  # classes lie in it
+    corruption: tuple[str, int] | None = None  # which, and in what severity; None for a natural test set
+
+
+def find_folders(folder: Path, corruptions: Sequence[str], severities: Sequence[int]) -> list[TestFolder]:
+    """What a folder holds.
+
+    ImageNet-C's layout is CORRUPTION/SEVERITY/CLASS/image, where the corruptions may lie in folders of their
+    families (noise, blur, weather, digital, extra), as the archives unpack. Anything else is one set of class
+    folders.
+
+    Raises:
+        UserError: there is no such folder, or what is wanted is not in it.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"folder ({folder}) must be a folder: of ImageNet-C, or of classes as ImageNet-A, -R, -Sketch"
+        )
+    parents = [folder, *(folder / family for family in FAMILIES)]
+    by_name = {
+        name: parent / name
+        for name in CORRUPTIONS
+        for parent in parents
+        if any((parent / name / str(severity)).is_dir() for severity in SEVERITIES)
+    }
+    if not by_name:
+        return [TestFolder(folder.resolve().name, folder)]
+    wanted = [(name, severity) for name in corruptions for severity in severities]
+    missing = [
+        f"{name}/{severity}"
+        for name, severity in wanted
+        if name not in by_name or not (by_name[name] / str(severity)).is_dir()
+    ]
+    if missing:
+        raise UserError(
+            f"folder ({folder}) has no {missing[0]} ({len(missing)} missing); there are "
+            f"{', '.join(by_name)}; name those wanted with --corruptions and --severities"
+        )
+    return [
+        TestFolder(f"{name} {severity}", by_name[name] / str(severity), (name, severity))
+        for name, severity in wanted
+    ]
+
+
+def open_folder(folder: TestFolder, known: Sequence[str] | None) -> LabelledData:
+    """The images of a folder of classes, all of them to test, and all classes among the ``known`` ones of a head.
+
+    Raises:
+        UserError: it has no classes, or some that the head does not know.
+    """
+    source, name = open_source(folder.folder, split="all"), str(folder.folder)
+    if source.class_names is None:
+        raise UserError(f"folder ({name}) must hold two folders or more, one a class (n01440764 ...)")
+    unknown = [one for one in source.class_names if known is not None and one not in known]
+    if unknown:
+        raise UserError(
+            f"folder ({name}) has {len(unknown)} classes that DATA lacks ({', '.join(unknown[:3])}); "
+            "they must be a part of DATA's"
+        )
+    names = list(source.class_names)
+    return all_tested(LabelledData(source, source.all_labels(), None, names, [], name, "all tested"))
+
+
+def all_tested(data: LabelledData) -> LabelledData:
+    """The same images, all of them to test and none to train on."""
+    every = np.arange(len(data.source))
+    return replace(data, rounds=[Round(every[:0], every)])
+
+
+def check_tree(folders: Sequence[tuple[TestFolder, LabelledData]]) -> None:
+    """All folders of an ImageNet-C tree hold the same images, or their mean would be of nothing."""
+    trees = [(folder, data) for folder, data in folders if folder.corruption]
+    if len({folder.corruption for folder, _ in trees}) < len(trees):
+        raise UserError("folder names two ImageNet-C trees; measure one after the other")
+    for folder, data in trees[1:]:
+        first, same = trees[0]
+        if not np.array_equal(data.labels, same.labels) or data.class_names != same.class_names:
+            raise UserError(f"folder ({folder.folder}) must hold the same images as {first.folder}")
+
+
 @dataclass
 class RobustnessExperiment(Experiment):
-    """Everything opened, before the first model is measured.
+    """Everything opened, before the first model is measured."""
 
-    Attributes:
-        folders: test sets of others with their images; where DATA is missing ``data`` is the first of them.
-        has_data: whether DATA is measured.
-        classifiers: models with a classifier of their own, by model and classes.
-    """
-
+    # test sets of others with their images; where DATA is missing data is the first of them
     folders: list[tuple[TestFolder, LabelledData]] = field(default_factory=list)
-    has_data: bool = True
-    classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel] = field(default_factory=dict)
+    has_data: bool = True  # whether DATA is measured
 
     @property
     def reads_corruptions(self) -> bool:
         """Whether corrupted images are read from a folder rather than made."""
         return any(folder.corruption for folder, _ in self.folders)
 
-    def classifier(self, text: str, data: LabelledData) -> ClassifierModel:
-        """A model with its own classifier, predicting the classes of some images."""
-        key = (text, tuple(data.class_names))
-        if key not in self.classifiers:
-            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.crop)
-        return self.classifiers[key]
-
 
 class Robustness(Protocol):
-    """Accuracy on corrupted, attacked and other people's images.
+    """Accuracy on corrupted, attacked and other test images.
 
     Args:
         head: ``linear``, trained on DATA, or ``own``, the model's own classifier.
@@ -120,7 +193,8 @@ class Robustness(Protocol):
         self.attacks, self.folders, self.constants = attacks, folders, constants
         self.frost, self.test_images = frost, test_images
         self.title = f"robustness, {head} head; accuracy in %"
-        self.seeded = self.opens_models = head != "own"
+        self.own_heads = head == "own"
+        self.seeded = not self.own_heads
 
     def open(self, config: EvalConfig) -> RobustnessExperiment:
         """Open models, DATA (may be missing where nothing is trained) and folders."""
@@ -128,10 +202,10 @@ class Robustness(Protocol):
             raise UserError(f"test_images ({self.test_images}) must be at least 1, or left out for all")
         check_frost(self.frost)
         strengths_for(224, self.constants)
-        experiment = RobustnessExperiment(config, check_models(config.models), None, None)  # type: ignore[arg-type]
+        experiment = RobustnessExperiment(config, check_models(config.models), None, None, self.own_heads)  # type: ignore[arg-type]
         if config.data and config.data != [None]:
-            opened = open_experiment(config, self.opens_models)
-            experiment.data, experiment.seen = self._thinned(opened.data), opened.seen
+            opened = open_experiment(config, self.own_heads)
+            experiment.data, experiment.survey = self._thinned(opened.data), opened.survey
         elif self.head != "own" or not self.folders:
             raise UserError("data is missing; --data DATA, or --head own with --folder alone")
         else:
@@ -148,7 +222,7 @@ class Robustness(Protocol):
         if not experiment.has_data:
             experiment.data = experiment.folders[0][1]
         for text in experiment.models:
-            self.open_model(experiment, text, config.seeds[0])
+            experiment.open_model(text, config.seeds[0])
         return experiment
 
     def _thinned(self, data: LabelledData) -> LabelledData:
@@ -157,28 +231,18 @@ class Robustness(Protocol):
         if self.test_images is not None and self.test_images < every:
             share = self.test_images / every
             counts = [max(1, round(share * len(one.test))) for one in rounds]
-            rounds = [
-                Round(one.train, _spread(one.test, count)) for one, count in zip(rounds, counts, strict=True)
+            places = [
+                np.linspace(0, len(one.test) - 1, count).round().astype(np.int64)
+                for one, count in zip(rounds, counts, strict=True)
             ]
+            rounds = [Round(one.train, one.test[some]) for one, some in zip(rounds, places, strict=True)]
             say(f"note: {sum(counts):,} of {every:,} test images, evenly taken.")
-        data = dataclasses.replace(data, rounds=rounds)
+        data = replace(data, rounds=rounds)
         if self.head != "own":
             return data
         images = data.tested
-        return all_tested(
-            dataclasses.replace(
-                data,
-                source=subset(data, images),
-                labels=data.labels[images],
-                groups=None if data.groups is None else [data.groups[int(image)] for image in images],
-            )
-        )
-
-    def open_model(self, experiment: RobustnessExperiment, text: str, seed: int) -> EvalModel:
-        """A backbone, or a classifier."""
-        if self.head == "own":
-            return experiment.classifier(text, experiment.data)
-        return super().open_model(experiment, text, seed)
+        source, labels, groups = subset(data, images), data.labels[images], data.groups_of(images)
+        return all_tested(replace(data, source=source, labels=labels, groups=groups))
 
     def contexts(self, experiment: RobustnessExperiment, text: str) -> Iterator[tuple[RobustnessEval, int]]:
         """A model with what it is asked; its heads are trained seed by seed."""
@@ -199,7 +263,7 @@ class Robustness(Protocol):
         draw_curves(figures[0], tables)
         if experiment.has_data and self.corruptions and not experiment.reads_corruptions:
             figures.append(folder / "corruptions.png")
-            model = self.open_model(experiment, experiment.models[0], experiment.config.seeds[0])
+            model = experiment.open_model(experiment.models[0], experiment.config.seeds[0])
             names = (self.corruptions, self.severities, self.constants, self.frost)
             draw_sheet(figures[-1], model, experiment.data, *names)
         finish_report(list(tables.values()), experiment.config, figures)
@@ -208,38 +272,25 @@ class Robustness(Protocol):
 
 @dataclass
 class RobustnessEval:
-    """One model, the images, and everything that is asked of it.
-
-    Attributes:
-        protocol: what is asked.
-        experiment: what was opened.
-        context: the model, prepared, and the images of DATA.
-        heads: what classifies, one a round.
-        seed: of the heads.
-    """
+    """One model, the images, and everything that is asked of it."""
 
     protocol: Robustness
-    experiment: RobustnessExperiment
-    context: EvalContext
-    heads: list[ClassifierHead] = field(default_factory=list)
-    seed: int = 0
+    experiment: RobustnessExperiment  # what was opened
+    context: EvalContext  # the model, prepared, and the images of DATA
+    heads: list[ClassifierHead] = field(default_factory=list)  # what classifies, one a round
+    seed: int = 0  # of the heads
 
     @property
     def model(self) -> EvalModel:
-        """That is measured."""
+        """The one that is measured."""
         return self.context.model
-
-    @property
-    def side(self) -> int:
-        """The shorter one of the images that the model is shown."""
-        return min(self.model.input_size[1:])
 
     def measure(self, seed: int) -> list[Result]:
         """DATA clean, corrupted and attacked, then the folders."""
         context, self.seed = self.context, seed
-        say(f"\n{self.model.name}, {self.side} pixels")
+        say(f"\n{self.model.name}, {min(self.model.input_size[1:])} pixels")
         if error := context.table("end").error:
-            return [dataclasses.replace(context.failed(CLEAN, seed, error), group=DATA)]
+            return [replace(context.failed(CLEAN, seed, error), group=DATA)]
         self.heads = [fit_head(context, self.protocol.head, one, seed) for one in context.data.rounds]
         results: list[Result] = []
         if self.experiment.has_data:
@@ -273,8 +324,8 @@ class RobustnessEval:
     def attacked(self, attack: Attack) -> ClassificationResult:
         """Adversarial test images, made against this model and its heads."""
         rounds = zip(self.context.data.rounds, self.heads, strict=True)
-        found = [self._attack(attack, one, head) for one, head in rounds]
-        predicted, losses, harder, change = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        measured = [self._attack(attack, one, head) for one, head in rounds]
+        predicted, losses, harder, change = (np.concatenate(parts) for parts in zip(*measured, strict=True))
         metadata = {
             "attack": attack.describe(),
             "loss": float(losses.mean()),
@@ -285,14 +336,14 @@ class RobustnessEval:
 
     def _all_corrupted(self) -> Iterator[ClassificationResult]:
         """A result a corruption and severity; a line for each corruption tells how far it is."""
-        strengths = strengths_for(self.side, self.protocol.constants)
+        strengths = strengths_for(min(self.model.input_size[1:]), self.protocol.constants)
         say(f"constants   {strengths.describe()}")
         for name in self.protocol.corruptions:
-            began, found = time.monotonic(), []
+            began, results = time.monotonic(), []
             for severity in self.protocol.severities:
-                found.append(self.corrupted(Corruption(name, severity, strengths, self.protocol.frost)))
-                yield found[-1]
-            _say_accuracy(name, found, time.monotonic() - began)
+                results.append(self.corrupted(Corruption(name, severity, strengths, self.protocol.frost)))
+                yield results[-1]
+            _say_accuracy(name, results, time.monotonic() - began)
 
     def _all_attacked(self) -> Iterator[ClassificationResult]:
         for attack in self.protocol.attacks:
@@ -308,10 +359,8 @@ class RobustnessEval:
         size = min(compute.batch_size or _ATTACKED_AT_ONCE, count)
         arguments = (attack, self.model, head, source, labels, size, compute.workers)
         shared = [*shared_objects(self.model, source), head]
-        found = dict(compute.run(_attack_images, count, size, arguments, shared))
-        return [
-            np.concatenate(parts) for parts in zip(*(found[first] for first in sorted(found)), strict=True)
-        ]
+        batches = dict(compute.run(_attack_images, count, size, arguments, shared))
+        return [np.concatenate(parts) for parts in zip(*(batches[k] for k in sorted(batches)), strict=True)]
 
     def _result(
         self, variant: str, values: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
@@ -322,7 +371,7 @@ class RobustnessEval:
 
     def _row(self, variant: str, predicted: np.ndarray, metadata: Mapping[str, Any]) -> ClassificationResult:
         cells = {"head": self.protocol.head, **metadata_of(self.heads), **metadata}
-        return dataclasses.replace(self.context.result(variant, self.seed, predicted, **cells), group=DATA)
+        return replace(self.context.result(variant, self.seed, predicted, **cells), group=DATA)
 
     def _all_folders(self) -> list[Result]:
         """The natural test sets, then an ImageNet-C tree, its mean first."""
@@ -344,7 +393,7 @@ class RobustnessEval:
             model.prepare(data.source, context.compute.device)
         else:
             columns = [context.data.class_names.index(name) for name in data.class_names]
-        table: FeatureTable = compute_features(model, data.source, "end", context.compute, quiet=True)
+        table = compute_features(model, data.source, "end", context.compute, quiet=True)
         images = np.flatnonzero(table.read)
         metadata: dict[str, Any] = {"head": self.protocol.head}
         if folder.corruption:
@@ -397,7 +446,7 @@ def together(results: Sequence[ClassificationResult]) -> ClassificationResult:
     kept = ("head", "train_images", "chosen", "constants")
     names = dict.fromkeys(str(result.metadata.get("corruption", "")) for result in results)
     severities = sorted({int(result.metadata.get("severity", 0)) for result in results})
-    return dataclasses.replace(
+    return replace(
         first,
         variant=CORRUPTED,
         images=np.concatenate([result.images for result in results]),
@@ -414,65 +463,3 @@ def together(results: Sequence[ClassificationResult]) -> ClassificationResult:
 def _say_accuracy(name: str, results: Sequence[ClassificationResult], seconds: float = 0) -> None:
     numbers = " ".join(f"{100 * result.scores().accuracy:5.1f}" for result in results)
     say(f"  {name:<18} {numbers}" + (f"   ({seconds:.0f} s)" if seconds > 1 else ""))
-
-
-def _spread(images: np.ndarray, most: int) -> np.ndarray:
-    return images[np.linspace(0, len(images) - 1, most).round().astype(np.int64)]
-
-
-class CorruptedDataset(TrainDataset):
-    """A dataset whose images are corrupted in the loader's workers, after they are cut to the model's size.
-
-    The draws follow from the identity of the image alone: every model of one size sees the same images.
-
-    Args:
-        dataset: of the clean images, one view each.
-        corruption: what is done to them.
-    """
-
-    def __init__(self, dataset: TrainDataset, corruption: Corruption) -> None:
-        super().__init__(
-            dataset.source,
-            dataset.geometries,
-            dataset.value_range,
-            dataset.channels,
-            dataset.convert_channels,
-            dataset.seed,
-        )
-        self.corruption = corruption
-        corruption.warm(self.geometries[0].size)
-
-    def __getitem__(self, item: Item) -> Sample:
-        sample = super().__getitem__(item)
-        key = sample_key(0, 0, self.source.identity(sample.index))
-        sample.views = [self.corruption(view, key) for view in sample.views]
-        return sample
-
-
-class CorruptedModel(EvalModel):
-    """A prepared model that is shown corrupted images: what `compute_features` needs to measure, and cache, them.
-
-    Args:
-        clean: the model.
-        corruption: what is done to its images.
-    """
-
-    def __init__(self, clean: EvalModel, corruption: Corruption) -> None:
-        self.clean, self.corruption = clean, corruption
-        self.text, self.name, self.kind = clean.text, clean.name, clean.kind
-        self.input_size, self.results = clean.input_size, clean.results
-
-    def key(self) -> dict[str, Any]:
-        """The model's, and the corruption."""
-        return {**self.clean.key(), "corruption": self.corruption.describe()}
-
-    def identity(self) -> dict[str, Any]:
-        return self.clean.identity()
-
-    def dataset(self, source: Source) -> TrainDataset:
-        """The images as the model sees them, corrupted."""
-        return CorruptedDataset(self.clean.dataset(source), self.corruption)
-
-    def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
-        """The model's."""
-        return self.clean.features(images, what)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from freqmask.evaluation.corruption_constants import SEVERITIES, strengths_for
-from freqmask.evaluation.corruptions import COMMON, CORRUPTIONS, Corruption
+from freqmask.evaluation.corruptions import COMMON, CORRUPTIONS, SEVERITIES, Corruption, strengths_for
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.results import (
@@ -17,6 +16,7 @@ from freqmask.evaluation.results import (
     ResultTable,
     Summary,
     aligned,
+    draw_bars,
     plain_texts,
     save_figure,
     shortened,
@@ -51,14 +51,8 @@ ALEXNET: dict[str, Sequence[float]] = {
 }
 
 
-def mce_applies(classes: Sequence[str], side: int, measured: Mapping[tuple[str, int], float]) -> bool:
-    """Whether AlexNet's errors may be divided by: ImageNet's 1,000 classes, 224 pixels, everything measured.
-
-    Args:
-        classes: names of the classes that were predicted.
-        side: of the images that were corrupted, in pixels.
-        measured: (corruption, severity) -> accuracy.
-    """
+def mce_applies(classes: Sequence[str], side: int, measured: Points) -> bool:
+    """Whether AlexNet's errors may be divided by: ImageNet's 1,000 classes, 224 pixels, everything measured."""
     from timm.data.imagenet_info import ImageNetInfo
 
     everything = {(name, severity) for name in COMMON for severity in SEVERITIES}
@@ -67,11 +61,10 @@ def mce_applies(classes: Sequence[str], side: int, measured: Mapping[tuple[str, 
     return set(classes) == set(ImageNetInfo("imagenet-1k").label_names())
 
 
-def corruption_errors(measured: Mapping[tuple[str, int], float]) -> dict[str, float]:
+def corruption_errors(measured: Points) -> dict[str, float]:
     """CE of each of the 15 (arXiv 1903.12261, section 4.2): the sum of the errors over severities, over AlexNet's.
 
-    Args:
-        measured: (corruption, severity) -> accuracy in [0, 1]; all 15 in all 5.
+    ``measured`` is (corruption, severity) -> accuracy in [0, 1], all 15 in all 5.
     """
     return {
         name: sum(1 - measured[name, severity] for severity in SEVERITIES) / sum(ALEXNET[name])
@@ -79,7 +72,7 @@ def corruption_errors(measured: Mapping[tuple[str, int], float]) -> dict[str, fl
     }
 
 
-def mean_corruption_error(measured: Mapping[tuple[str, int], float]) -> float:
+def mean_corruption_error(measured: Points) -> float:
     """The mean of the 15 corruption errors, mCE; that of AlexNet is 1.
 
     >>> alexnet = {(name, severity): 1 - ALEXNET[name][severity - 1] for name in COMMON for severity in SEVERITIES}
@@ -168,10 +161,8 @@ def corruption_lines(table: ResultTable) -> list[str]:
         return []
     rows = [["mean over severities", *models]]
     for name in _measured_corruptions(table):
-        found = [
-            [accuracy for (one, _), accuracy in points.items() if one == name] for points in models.values()
-        ]
-        rows.append([name, *(f"{100 * np.mean(values):.1f}" if values else "-" for values in found)])
+        by_model = [[points[key] for key in points if key[0] == name] for points in models.values()]
+        rows.append([name, *(f"{100 * np.mean(values):.1f}" if values else "-" for values in by_model)])
     return aligned(rows)
 
 
@@ -220,23 +211,15 @@ def _draw_curve(axis: Any, name: str, table: ResultTable, models: Sequence[str])
 
 def _draw_bars(axis: Any, tables: Tables, models: Sequence[str]) -> None:
     """Clean, corrupted, attacked, other test sets, side by side for the models."""
-    found: dict[str, dict[str, float]] = {model: {} for model in models}
+    series: dict[str, dict[str, Summary]] = {model: {} for model in models}
     for group, table in tables.items():
         for model, summaries in table.models().items():
-            found[model] |= {
-                title: one.mean for title, one in _headlines(group, summaries).items() if one.values
-            }
-    names = list(dict.fromkeys(name for bars in found.values() for name in bars))
-    width = 0.8 / max(len(models), 1)
-    for number, (model, bars) in enumerate(found.items()):
-        places = [names.index(name) + (number - (len(models) - 1) / 2) * width for name in bars]
-        heights = [100 * value for value in bars.values()]
-        axis.bar(places, heights, 0.92 * width, color=f"C{number}", label=shortened(model, 40))
+            series[model] |= _headlines(group, summaries)
+    names = list(dict.fromkeys(name for bars in series.values() for name in bars))
+    draw_bars(axis, names, series)
     words = [shortened(name, 18) for name in names]
     axis.set_xticks(range(len(names)), words, rotation=40, ha="right", fontsize=6, parse_math=False)
     axis.tick_params(axis="y", labelsize=7)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
 
 
 def draw_sheet(

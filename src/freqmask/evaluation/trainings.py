@@ -1,150 +1,67 @@
-"""What evaluations that train have in common: their runs' names, beginning, resuming, and how numbers come about."""
+"""One lifecycle for every evaluation that trains: its numbers, its plan, its run begun, resumed or found finished."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.console import rank, readable_bytes, readable_time, say, silence_third_party_loggers
 from freqmask.data.source import Source
+from freqmask.data.values import Survey
 from freqmask.errors import UserError
-from freqmask.training.auto import Choice, Cost, choose_machine, choose_row, pick_device
+from freqmask.evaluation.eval_model import PIXELS, BackboneModel
+from freqmask.training import auto
+from freqmask.training.auto import Choice, Cost, pick_device
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.loop import images_at_once
+from freqmask.training.loop import Task, ends, images_at_once, train
+from freqmask.training.optim import OptimConfig
 from freqmask.training.run_folder import RunFolder, comparable, heading, now
 
 AUTO = "auto"
+BETAS = (0.9, 0.999)
 CHECKPOINTS = 20  # a run
 # Options that say nothing of how a training is repeated, or that --config of the repeating command has not.
 _NOT_REPEATED = ("model", "seeds", "out", "dry_run", "config", "tune", "strength", "feature", "cache")
+# Those of the machine may differ when a run is resumed: they do not change what it becomes.
 _MACHINE = (
     *("accelerator", "devices", "strategy", "workers", "checkpoint_every_steps", "checkpoint_every_minutes"),
-    *("keep_checkpoints", "max_skipped_share"),
+    *("keep_checkpoints", "max_skipped_share", "log_every_steps"),
 )
 _AS_ASKED = ("image_size", "train_size")  # an option is a side, a resolved number a height and a width
 
 
-@dataclass
-class Numbers:
-    """The numbers of a training as they come together.
-
-    Attributes:
-        asked: the options as they were given.
-        values: name of a number to its value.
-        reasons: name to the reason, for those that were not given.
-        cost: of an image.
-    """
-
-    asked: Mapping[str, Any]
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    cost: Cost | None = None
-
-    def take(self, name: str, choice: Choice) -> None:
-        """What was asked for, else the choice."""
-        asked = self.asked.get(name)
-        if asked in (None, AUTO):
-            self.values[name], self.reasons[name] = choice
-        else:
-            self.values[name] = asked
-
-    def take_machine(self, strategy: str) -> torch.device:
-        """Accelerator, devices, precision and loader workers.
-
-        Args:
-            strategy: Lightning's.
-        """
-        device = pick_device(self.asked["accelerator"])
-        self.values |= {"accelerator": device.type, "num_nodes": 1, "strategy": strategy}
-        for name, choice in choose_machine(device).items():
-            self.take(name, choice)
-        return device
-
-    def take_records(self) -> None:
-        """How often metrics and checkpoints are written, once steps and cost are known."""
-        steps, batch = int(self.values["steps"]), int(self.values["batch_size"])
-        assert self.cost is not None
-        a_step = self.cost.seconds(1, batch // int(self.values["devices"]))
-        self.take("log_every_steps", choose_row(a_step, steps))
-        self.take("checkpoint_every_steps", Choice(max(steps // CHECKPOINTS, 1), "twenty times"))
-        for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
-            self.values[name] = self.asked[name]
-
-    def why(self, name: str) -> str:
-        """The reason for a number, in brackets; nothing where it was given."""
-        return f" ({self.reasons[name]})" if self.reasons.get(name) else ""
-
-    def machine_lines(self, training: TrainingNumbers) -> Iterator[str]:
-        """The plan's lines on where it runs and what it costs."""
-        parts = f", batch in {training.accumulate} parts" if training.accumulate > 1 else ""
-        yield (
-            f"machine     {training.devices} x {training.accelerator}, {training.precision}{self.why('precision')}, "
-            f"{training.workers} loader workers{parts}"
-        )
-        if self.cost is not None:
-            a_device = training.images_at_once * training.accumulate
-            yield (
-                f"cost        about {readable_time(self.cost.seconds(training.steps, a_device))} (measured, where "
-                f"loading keeps up), {readable_bytes(self.cost.peak_bytes(training.images_at_once))} of memory"
-            )
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingNumbers:
-    """What every training of an evaluation is told, without any ``auto``, as its ``config.yaml`` records it.
+    """Every number of a training, without any ``auto``, as its ``config.yaml`` records it."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: images an optimiser step over all devices and parts.
-        accumulate: parts that a device's batch is cut into.
-        lr: peak learning rate, of the last layer.
-        warmup_steps: of linear warm-up.
-        weight_decay: on weights with two dimensions or more.
-        layer_decay: factor on the learning rate from a layer of the backbone to the one below.
-        drop_path: share of residual branches dropped in the last block.
-        flip: whether half of the images are mirrored.
-        channels: of the images.
-        mean: of the channels in [0, 1].
-        std: of the channels.
-        value_range: what becomes [0, 1].
-        seed: of fresh weights, order, crops and augmentation.
-        accelerator: cpu, cuda or mps.
-        devices: how many.
-        num_nodes: machines.
-        strategy: Lightning's.
-        precision: Lightning's.
-        workers: loader processes.
-        log_every_steps: steps between rows of metrics.csv.
-        checkpoint_every_steps: and
-        checkpoint_every_minutes: whichever comes first.
-        keep_checkpoints: that stay on the disk.
-        max_skipped_share: of unreadable images at which it stops.
-    """
-
-    steps: int
-    batch_size: int
-    accumulate: int
-    lr: float
+    steps: int  # optimizer steps
+    batch_size: int  # images per optimizer step, over all devices and parts
+    accumulate: int  # parts that a device's batch is cut into
+    lr: float  # peak learning rate, of the last layer
     warmup_steps: int
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
+    weight_decay: float  # on weights with two dimensions or more
+    layer_decay: float  # factor on the learning rate from a layer of the backbone to the one below
+    drop_path: float  # share of residual branches dropped in the last block
     flip: bool
     channels: int
-    mean: Sequence[float]
+    mean: Sequence[float]  # of the channels in [0, 1]
     std: Sequence[float]
-    value_range: str
-    seed: int
+    value_range: str  # what becomes [0, 1]
+    seed: int  # of fresh weights, order, crops and augmentation
     accelerator: str
     devices: int
     num_nodes: int
@@ -157,10 +74,316 @@ class TrainingNumbers:
     keep_checkpoints: int
     max_skipped_share: float
 
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Self:
+        """The numbers that a run's ``config.yaml`` records; what else stands there is passed over."""
+        values: dict[str, Any] = {name: config.get(name) for name in cls.__dataclass_fields__}
+        return cls(**values)
+
     @property
     def images_at_once(self) -> int:
         """Images of one part of a step on one device."""
         return images_at_once(vars(self))
+
+    def optim(self, min_lr: float, warmup_lr: float, power: float | None = None) -> OptimConfig:
+        """Learning rate and weight decay over the steps, as ``Schedule`` takes them."""
+        decay = self.weight_decay
+        return OptimConfig(
+            self.lr, min_lr, warmup_lr, self.warmup_steps, self.steps, decay, decay, BETAS, None, power
+        )
+
+
+@dataclass
+class Plan:
+    """The numbers of a training as they come together, each with the reason for those that were not given."""
+
+    asked: Mapping[str, Any]  # the options as they were given
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    cost: Cost | None = None  # of an image
+
+    def take(self, name: str, value: Any, reason: str = "") -> None:
+        """What was asked for, else this value."""
+        asked = self.asked.get(name)
+        if asked in (None, AUTO):
+            self.values[name], self.reasons[name] = value, reason
+        else:
+            self.values[name] = asked
+
+    def why(self, name: str) -> str:
+        """The reason for a number, in brackets; nothing where it was given."""
+        return f" ({self.reasons[name]})" if self.reasons.get(name) else ""
+
+    def take_machine(self, strategy: str) -> torch.device:
+        """Accelerator, devices, precision and loader workers."""
+        device = pick_device(self.asked["accelerator"])
+        self.values |= {"accelerator": device.type, "num_nodes": 1, "strategy": strategy}
+        for name, choice in auto.choose_machine(device).items():
+            self.take(name, *choice)
+        return device
+
+    def take_cost(
+        self, module: nn.Module, shape: Sequence[int], loss: Callable[[Any, Tensor], Tensor], images: int
+    ) -> Callable[[int], Tensor]:
+        """Measure time and memory of an image, on a copy so that the module stays as it was.
+
+        Args:
+            module: what will be trained.
+            shape: (channels, height, width) of a training image.
+            loss: of the copy and random images.
+            images: how many at once.
+
+        Returns:
+            The copy's loss for a number of random images.
+        """
+        device, precision = torch.device(self.values["accelerator"]), str(self.values["precision"])
+        trial = copy.deepcopy(module).to(device).train()
+        kind = torch.bfloat16 if "bf16" in precision else torch.float16
+
+        def trial_loss(count: int) -> Tensor:
+            samples = torch.rand(count, *shape, device=device)
+            with torch.autocast(device.type, kind, enabled="mixed" in precision):
+                return loss(trial, samples)
+
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self.cost = auto.measure_cost(trial, trial_loss, device, images)
+        return trial_loss
+
+    def take_batch(self, choose: Callable[[Cost, int, int], Choice]) -> tuple[int, int]:
+        """Batch size and its parts, from the cost, the devices and their memory.
+
+        Returns:
+            Images of a part, and those that do not divide.
+        """
+        values, cost = self.values, self.cost
+        assert cost is not None
+        memory, devices = auto.usable_memory(torch.device(values["accelerator"])), int(values["devices"])
+        self.take("batch_size", *choose(cost, devices, memory))
+        batch = int(values["batch_size"])
+        if batch % devices:
+            raise UserError(f"batch_size ({batch}) must be a multiple of the {devices} devices")
+        self.take("accumulate", *auto.choose_accumulation(cost, batch // devices, memory))
+        return divmod(batch // devices, int(values["accumulate"]))
+
+    def take_records(self) -> None:
+        """How often metrics and checkpoints are written, once steps and cost are known."""
+        steps, batch = int(self.values["steps"]), int(self.values["batch_size"])
+        assert self.cost is not None
+        step_seconds = self.cost.seconds(1, batch // int(self.values["devices"]))
+        self.take("log_every_steps", *auto.choose_row(step_seconds, steps))
+        self.take("checkpoint_every_steps", max(steps // CHECKPOINTS, 1), "twenty times")
+        for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
+            self.values[name] = self.asked[name]
+
+    def length_lines(
+        self, numbers: TrainingNumbers, images: int, unit: str, optimizer: str, end: str
+    ) -> Iterator[str]:
+        """The plan's lines on steps, learning rate and decays."""
+        why, epochs = self.why, numbers.steps * numbers.batch_size / images
+        yield (
+            f"training    {numbers.steps:,} steps of {numbers.batch_size} {unit}{why('batch_size')} = "
+            f"{epochs:,.1f} epochs{why('steps')}"
+        )
+        yield (
+            f"            {optimizer}, learning rate {numbers.lr:.3g}{why('lr')}, {numbers.warmup_steps:,} steps of "
+            f"warm-up{why('warmup_steps')}, {end}"
+        )
+        yield (
+            f"            weight decay {numbers.weight_decay:g}, layer decay {numbers.layer_decay:g}"
+            f"{why('layer_decay')}, drop path {numbers.drop_path:g}"
+        )
+
+    def machine_lines(self, numbers: TrainingNumbers) -> Iterator[str]:
+        """The plan's lines on where it runs and what it costs."""
+        parts = f", batch in {numbers.accumulate} parts" if numbers.accumulate > 1 else ""
+        yield (
+            f"machine     {numbers.devices} x {numbers.accelerator}, {numbers.precision}{self.why('precision')}, "
+            f"{numbers.workers} loader workers{parts}"
+        )
+        if self.cost is not None:
+            seconds = self.cost.seconds(numbers.steps, numbers.images_at_once * numbers.accumulate)
+            yield (
+                f"cost        about {readable_time(seconds)} (measured, where "
+                f"loading keeps up), {readable_bytes(self.cost.peak_bytes(numbers.images_at_once))} of memory"
+            )
+
+
+@dataclass
+class TrainingJob(ABC):
+    """One training of an evaluation; what differs between fine-tuning and segmentation."""
+
+    model: BackboneModel  # as it was pre-trained
+    data: Any  # images, labels or masks, splits
+    survey: Survey  # what the images are like
+    seed: int
+    folder: Path  # of the run
+    asked: Mapping[str, Any]  # the command's options
+
+    method: ClassVar[str]  # in config.yaml
+    command: ClassVar[str]  # such as ``evaluate finetune``
+    product: ClassVar[str]  # what a finished run leaves behind
+    metrics: ClassVar[list[str]]  # whose first and last values the summary holds
+    numbers: ClassVar[type[TrainingNumbers]]
+    decides: ClassVar[Sequence[str]]  # options that decide what a training becomes
+    resumes_with: ClassVar[
+        Sequence[str]
+    ] = ()  # options beside those of the machine that a resumed run may change
+
+    @abstractmethod
+    def images_decide(self) -> dict[str, Any]:
+        """Plain values of the data on which the result depends."""
+
+    @abstractmethod
+    def plan(self) -> tuple[TrainingNumbers, dict[str, Any], Source]:
+        """Resolve every number and print the plan; the numbers, what else the config holds, the training images."""
+
+    @abstractmethod
+    def task(self, run: RunFolder, numbers: Any) -> Task:
+        """The training as the loop takes it."""
+
+    @abstractmethod
+    def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        """Print how the training ended."""
+
+    def deciding(self) -> dict[str, Any]:
+        """Plain values on which the result depends; a run is resumed only where they are the same."""
+        values = {name: self.asked[name] for name in self.decides if name in self.asked}
+        weights = self.model.key()["weights"]
+        return dict(
+            comparable({**values, "seed": self.seed, "weights of the model": weights, **self.images_decide()})
+        )
+
+
+def run_training(job: TrainingJob) -> RunFolder:
+    """Train, or resume, or find that all is done; a dry run writes nothing.
+
+    Raises:
+        UserError: the folder holds another run, or the training cannot be resumed.
+    """
+    run, dry_run = RunFolder(job.folder), job.asked["dry_run"]
+    if rank() > 0:
+        run.begun()
+    _check_folder(run)
+    deciding = job.deciding()  # before training: the model's weights are hashed as they were
+    if run.exists():
+        check_same(run, deciding)
+    if run.finished():
+        say(f"run {run.path} is finished; its {job.product} is taken")
+        return run
+    with _held(run, dry_run):
+        checkpoint = None
+        if run.exists():
+            numbers, checkpoint = _numbers_to_resume(run, job), _find_checkpoint(run)
+        else:
+            numbers = _begin(run, job, deciding)
+        if not dry_run:
+            summary = train(
+                job.task(run, numbers), checkpoint, lambda: {"method": job.method, **ends(run, job.metrics)}
+            )
+            if rank() == 0:
+                job.end(run, summary)
+    return run
+
+
+def _check_folder(run: RunFolder) -> None:
+    if run.path.is_file():
+        raise UserError(f"out: {run.path} is a file; give the path of a folder that may be made")
+    if not run.exists() and (run.path / "model.safetensors").exists():
+        raise UserError(f"out: {run.path} holds a model and no training; give another --out")
+
+
+def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
+    """Raises a UserError where a run was begun with other values than these plain ones."""
+    before = run.state().get("deciding", {})
+    other = [name for name in asked if before.get(name) != asked[name]]
+    if other:
+        changes = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)
+        raise UserError(f"run {run.path} was begun with other settings: {changes}; give another --out")
+
+
+@contextmanager
+def _held(run: RunFolder, dry_run: bool) -> Iterator[None]:
+    """The run is this process's own inside; one that fails before it has begun leaves nothing behind."""
+    with ExitStack() as stack:
+        stack.enter_context(silence_third_party_loggers())
+        if rank() == 0 and not dry_run:
+            run.lock()
+            stack.callback(run.leave_nothing)
+            stack.callback(run.unlock)
+        yield
+
+
+def _find_checkpoint(run: RunFolder) -> Path | None:
+    checkpoint, warnings = newest_usable(run.checkpoints)
+    for warning in warnings:
+        say(f"note: {warning}")
+    where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
+    say(f"run {run.path} goes on {where}")
+    return checkpoint
+
+
+def _numbers_to_resume(run: RunFolder, job: TrainingJob) -> TrainingNumbers:
+    asked = {name: job.asked.get(name) for name in (*_MACHINE, *job.resumes_with)}
+    given = {name: value for name, value in asked.items() if value not in (None, AUTO)}
+    return job.numbers.read({**run.config(), **given})
+
+
+def _begin(run: RunFolder, job: TrainingJob, deciding: Mapping[str, Any]) -> TrainingNumbers:
+    numbers, about, images = job.plan()
+    if job.asked["dry_run"]:
+        say(f"run         {run.path}    (--dry_run: nothing was trained)")
+        return numbers
+    say(f"run         {run.path}, seed {job.seed}")
+    shared = {
+        "method": job.method,
+        "model": job.model.text,
+        "backbone": str(job.model.opened.module.pretrained_cfg["architecture"]),
+    }
+    state = {
+        "deciding": dict(deciding),
+        "images": len(images),
+        "data": images.fingerprint(),
+        "freqmask": __version__,
+        "torch": str(torch.__version__),
+        "began": now(),
+    }
+    plain = comparable(asdict(numbers))
+    run.begin({**shared, **about, **plain, **_to_repeat(job, plain)}, state, heading(job.command))
+    return numbers
+
+
+def _to_repeat(job: TrainingJob, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config.yaml`` holds so that ``freqmask COMMAND --config`` repeats this one training."""
+    options = {name: value for name, value in job.asked.items() if name not in _NOT_REPEATED}
+    options |= {name: numbers[name] for name in options if name in numbers and name not in _AS_ASKED}
+    options |= {"epochs": None}  # the steps say it
+    given = {name: value for name, value in comparable(options).items() if value is not None}
+    return {"command": job.command, "options": {"model": [job.model.text], "seeds": [job.seed], **given}}
+
+
+def check_no_problems(models: Sequence[str], use: str, baseline: str, problems: Iterator[str]) -> None:
+    """Raises a UserError with all that is wrong with the options of a training, raw pixels among MODEL included."""
+    no_weights = f"model (pixels) must have weights to be {use}; random:NAME is the {baseline}"
+    found = [*([no_weights] if PIXELS in models else []), *problems]
+    if found:
+        raise UserError("; ".join(found))
+
+
+def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameters by layer, each with the factor on its learning rate (``lr_scale``) and its weight decay.
+
+    Vectors, positions and tokens get no weight decay. The head's factor is 1, that of the layer below it
+    ``layer_decay``, and so on down to the patch embedding.
+    """
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    return list(
+        param_groups_layer_decay(model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
+    )
+
+
+def make_adamw(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.AdamW:
+    """AdamW, fused where the device can."""
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=device.type in ("cpu", "cuda"))
 
 
 def run_names(models: Sequence[str]) -> dict[str, str]:
@@ -188,114 +411,3 @@ def _stem(text: str) -> str:
 def digest(*decides: Any) -> str:
     """Tells series of trainings apart: the same command finds its own again."""
     return hashlib.blake2b(json.dumps(decides, default=str).encode(), digest_size=4).hexdigest()
-
-
-def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
-    """A run goes on, or is taken as it is, only where it was asked for in the same words.
-
-    Args:
-        run: begun.
-        asked: the plain values on which its result depends.
-
-    Raises:
-        UserError: one differs.
-    """
-    before = run.state().get("deciding", {})
-    other = [name for name in asked if before.get(name) != asked[name]]
-    if other:
-        told = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)
-        raise UserError(f"run {run.path} was begun with other settings: {told}; give another --out")
-
-
-def to_repeat(
-    command: str, model: str, seed: int, asked: Mapping[str, Any], numbers: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What ``config.yaml`` holds so that ``freqmask COMMAND --config`` repeats this one training.
-
-    Args:
-        command: such as ``evaluate finetune``.
-        model: MODEL as typed.
-        seed: of the training.
-        asked: the options of the command.
-        numbers: name to value of those that were resolved.
-    """
-    options = {name: value for name, value in asked.items() if name not in _NOT_REPEATED}
-    options |= {name: numbers[name] for name in options if name in numbers and name not in _AS_ASKED}
-    options |= {"epochs": None}  # the steps say it
-    given = {name: value for name, value in comparable(options).items() if value is not None}
-    return {"command": command, "options": {"model": [model], "seeds": [seed], **given}}
-
-
-def where_to_go_on(run: RunFolder) -> Path | None:
-    """The checkpoint from which an unfinished run goes on, and says so; None for its beginning."""
-    checkpoint, complaints = newest_usable(run.checkpoints)
-    if rank() == 0:
-        for complaint in complaints:
-            say(f"note: {complaint}")
-        where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
-        say(f"run {run.path} goes on {where}")
-    return checkpoint
-
-
-def numbers_to_resume(run: RunFolder, asked: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """The numbers of an unfinished run: those of its config, but what the machine is like, which the command says.
-
-    Args:
-        run: begun.
-        asked: the options of the command.
-        more: further options that may differ without changing what is learnt.
-    """
-    machine = {name: asked.get(name) for name in (*_MACHINE, *more)}
-    return {**run.config(), **{name: value for name, value in machine.items() if value not in (None, AUTO)}}
-
-
-@contextmanager
-def held(run: RunFolder, dry_run: bool) -> Iterator[None]:
-    """The run is this process's own inside; one that fails before it has begun leaves nothing behind."""
-    with ExitStack() as stack:
-        stack.enter_context(silence_third_party_loggers())
-        if rank() == 0 and not dry_run:
-            run.lock()
-            stack.callback(run.leave_nothing)
-            stack.callback(run.unlock)
-        yield
-
-
-def begin_run(
-    run: RunFolder,
-    command: str,
-    who: tuple[str, int],
-    asked: Mapping[str, Any],
-    numbers: Mapping[str, Any],
-    about: Mapping[str, Any],
-    deciding: Mapping[str, Any],
-    train: Source,
-    fingerprint: str,
-) -> None:
-    """Write what a run is asked for, or say where it would be after ``--dry_run``.
-
-    Args:
-        run: a new run.
-        command: such as ``evaluate finetune``.
-        who: MODEL as typed and the seed.
-        asked: the options of the command.
-        numbers: every number, resolved.
-        about: what else the config holds.
-        deciding: plain values on which the result depends.
-        train: training images.
-        fingerprint: of the data.
-    """
-    if asked["dry_run"]:
-        say(f"run         {run.path}    (--dry_run: nothing was trained)")
-        return
-    say(f"run         {run.path}, seed {who[1]}")
-    repeated = to_repeat(command, *who, asked, numbers)
-    state = {
-        "deciding": dict(deciding),
-        "images": len(train),
-        "data": fingerprint,
-        "freqmask": __version__,
-        "torch": str(torch.__version__),
-        "began": now(),
-    }
-    run.begin({**about, **comparable(dict(numbers)), **repeated}, state, heading(command))

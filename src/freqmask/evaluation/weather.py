@@ -37,7 +37,7 @@ _PANE = (360, 540)  # pixels, about the size of the photographs
 _DIRECTIONS = 9
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LUMA = np.array(LUMA, np.float32)
-_WATER, _MUD = (175, 238, 238), (63, 42, 20)  # red, green, blue of 255
+_WATER, _MUD = (np.array(levels, np.float32) / 255 for levels in ((175, 238, 238), (63, 42, 20)))
 _EDGES = (50, 150)  # gradients of 8-bit images; an edge goes on at the first, somewhere it has the second
 _DROP = 20.0  # pixels from its edge at which a drop is as deep as it gets
 _RELIEF = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])  # light from the upper left
@@ -57,16 +57,8 @@ def snow(
 ) -> Image:
     """Falling flakes over an image that has turned pale.
 
-    Args:
-        image: in [0, 1].
-        random: the image's.
-        mean: of the noise that flakes are cut from.
-        deviation: of that noise.
-        flake: how much it is enlarged.
-        threshold: above which it is snow.
-        radius: of the streaks in pixels.
-        fall: standard deviation of the streaks in pixels.
-        share: of the image; the rest is its pale copy.
+    Flakes are noise of a mean and a deviation, enlarged ``flake`` times, cut off below the threshold and drawn out
+    (radius and deviation ``fall`` in pixels); ``share`` is that of the image, the rest its pale copy.
     """
     height, width = image.shape[:2]
     layer = (mean + deviation * random.standard_normal((height, width, 1))).astype(np.float32)
@@ -85,19 +77,16 @@ def frost(
     scale: float,
     pictures: str | None = None,
 ) -> Image:
-    """Seen through a frozen pane: the image and a random window of a picture of frost, added.
+    """Seen through a frozen pane: shares of the image and of a random window of a picture of frost, added.
 
-    Args:
-        image: in [0, 1].
-        random: the image's.
-        share: of the image.
-        ice: share of the frost.
-        scale: of the pictures: 1 is their own size.
-        pictures: a folder of photographs of frost; None takes drawn frost.
+    ``scale`` and ``pictures`` as ``frost_pictures`` takes them.
     """
     choices = frost_pictures(pictures, scale, max(image.shape[:2]))
-    seen = window(choices[random.integers(len(choices))], image.shape[:2], random)
-    return share * image + ice * in_channels(seen, image.shape[2])
+    picture, (height, width) = choices[random.integers(len(choices))], image.shape[:2]
+    top = random.integers(picture.shape[0] - height + 1)
+    left = random.integers(picture.shape[1] - width + 1)
+    window = picture[top : top + height, left : left + width]
+    return share * image + ice * in_channels(window, image.shape[2])
 
 
 def fog(image: Image, random: np.random.Generator, density: float, decay: float) -> Image:
@@ -118,26 +107,19 @@ def spatter(
     strength: float,
     is_mud: float,
 ) -> Image:
-    """Drops on the lens: shining water, or mud.
+    """Drops on the lens: shining water, or (``is_mud`` 1) mud.
 
-    Args:
-        image: in [0, 1].
-        random: the image's.
-        mean: of the noise that drops are cut from.
-        deviation: of that noise.
-        smoothness: standard deviation in pixels of the Gaussian that it is blurred by.
-        threshold: above which it is a drop.
-        strength: of the water's shine; of mud the blur of its edge in pixels.
-        is_mud: 1 for mud, 0 for water.
+    Drops are noise of a mean and a deviation, blurred (``smoothness`` in pixels) and cut off below the threshold;
+    ``strength`` is that of the water's shine, of mud the blur of its edge in pixels.
     """
     layer = mean + deviation * random.standard_normal(image.shape[:2])
     layer = gaussian_filter(layer, smoothness, mode="nearest", truncate=4.0)
     if is_mud:
         mud = gaussian_filter((layer > threshold).astype(float), strength, mode="nearest", truncate=4.0)
         mud = np.where(mud < 0.8, 0, mud).astype(np.float32)[..., None]
-        return image * (1 - mud) + mud * in_channels(_color(_MUD), image.shape[2])
+        return image * (1 - mud) + mud * in_channels(_MUD, image.shape[2])
     shine = (strength * _shine(np.where(layer < threshold, 0, layer)))[..., None].astype(np.float32)
-    return image + shine * in_channels(_color(_WATER), image.shape[2])
+    return image + shine * in_channels(_WATER, image.shape[2])
 
 
 def _shine(drops: np.ndarray) -> np.ndarray:
@@ -169,22 +151,14 @@ def in_channels(colors: np.ndarray, channels: int) -> np.ndarray:
     return colors if channels == 3 else colors.mean(axis=-1, keepdims=True)
 
 
-def _color(levels: tuple[int, int, int]) -> np.ndarray:
-    return np.array(levels, np.float32) / 255
-
-
 def find_edges(
     levels: UInt8[np.ndarray, "height width"], low: float, high: float
 ) -> Bool[np.ndarray, "height width"]:
     """Canny's edges: pixels whose gradient is the largest across the edge and connected with one above ``high``.
 
-    At the very pixels where the drops of the published spatter have them. scikit-image's finds them too, but half of
-    them a pixel further out, and the shine of a drop is a matter of a few pixels: drops would shine half as much.
-
-    Args:
-        levels: 8-bit image.
-        low: gradient (sum of the magnitudes of both Sobel derivatives) of an edge at least.
-        high: that it must reach somewhere.
+    The gradient is the sum of the magnitudes of both Sobel derivatives. Edges lie at the very pixels where the drops
+    of the published spatter have them. scikit-image's finds them too, but half of them a pixel further out, and the
+    shine of a drop is a matter of a few pixels: drops would shine half as much.
     """
     down, right = (sobel(levels.astype(np.int32), axis, mode="nearest") for axis in (0, 1))
     size = np.abs(down) + np.abs(right)
@@ -196,7 +170,7 @@ def find_edges(
 
     level, upright = np.abs(down) < _FLAT * np.abs(right), np.abs(right) < _FLAT * np.abs(down)
     falling = down * right > 0
-    # of two equal neighbours the upper or left one is the edge
+    # of two equal neighbors the upper or left one is the edge
     largest = np.select(
         [level, upright, falling],
         [
@@ -212,13 +186,9 @@ def find_edges(
 def plasma(side: int, decay: float, random: np.random.Generator) -> Float[np.ndarray, "side side"]:
     """A random surface in [0, 1], by the diamond-square algorithm on a torus.
 
-    A grid is halved until its step is one pixel. Every new point is the mean of its four neighbours plus a
-    uniform displacement, which begins at 1 and is divided by decay^2 at every halving.
-
-    Args:
-        side: of the surface in pixels; the algorithm works on the next power of two, of which this is a part.
-        decay: the larger, the smoother.
-        random: where the displacements come from.
+    A grid is halved until its step is one pixel. Every new point is the mean of its four neighbors plus a
+    uniform displacement, which begins at 1 and is divided by decay^2 at every halving. It works on the next power of
+    two above ``side``, of which the surface is a part.
     """
     whole = 1 << max(1, (side - 1).bit_length())
     surface = np.zeros((whole, whole))
@@ -246,13 +216,10 @@ def _halve(surface: np.ndarray, step: int, size: float, random: np.random.Genera
 
 @lru_cache(maxsize=4)
 def frost_pictures(folder: str | None, scale: float, least: int) -> tuple[Picture, ...]:
-    """Pictures of frost in [0, 1], reduced or enlarged.
+    """Pictures of frost in [0, 1] from a folder of photographs (PNG, JPEG), or drawn ones, at a scale of their size.
 
-    Args:
-        folder: of photographs (PNG, JPEG); None for drawn ones.
-        scale: of the pictures: 1 is their own size. Reducing takes single pixels, as the published program
-            does, so that frost stays sharp.
-        least: pixels that the shorter side has at least, whatever the scale.
+    Reducing takes single pixels, as the published program does, so that frost stays sharp; the shorter side has at
+    least ``least`` pixels, whatever the scale.
 
     Raises:
         UserError: the folder holds no pictures.
@@ -261,19 +228,8 @@ def frost_pictures(folder: str | None, scale: float, least: int) -> tuple[Pictur
     return tuple(_scaled(picture, scale, least) for picture in originals)
 
 
-def window(picture: Picture, size: tuple[int, int], random: np.random.Generator) -> Picture:
-    """A random window of a picture that is large enough."""
-    top = random.integers(picture.shape[0] - size[0] + 1)
-    left = random.integers(picture.shape[1] - size[1] + 1)
-    return picture[top : top + size[0], left : left + size[1]]
-
-
 def check_frost(folder: str | None) -> None:
-    """Refuses a folder without photographs.
-
-    Raises:
-        UserError: it holds none.
-    """
+    """Raises a UserError for a folder without photographs."""
     if folder is not None:
         _files(Path(folder))
 
@@ -289,14 +245,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _photographs(folder: Path) -> list[Picture]:
-    found = []
+    pictures = []
     for file in _files(folder):
         try:
             with PillowImage.open(file, formats=["PNG", "JPEG"]) as opened:
-                found.append(np.asarray(opened.convert("RGB"), np.float32) / 255)
+                pictures.append(np.asarray(opened.convert("RGB"), np.float32) / 255)
         except OSError as error:
             raise UserError(f"frost ({file}) cannot be read as an image; take it away") from error
-    return found
+    return pictures
 
 
 def _scaled(picture: Picture, scale: float, least: int) -> Picture:
@@ -329,15 +285,14 @@ def _needles(random: np.random.Generator) -> Float[np.ndarray, "height width"]:
         off = (angle - np.pi * number / _DIRECTIONS + np.pi / 2) % np.pi - np.pi / 2
         along = np.exp(-0.5 * (off / 0.13) ** 2) * _falling(frequency, 1.1, 0.015)
         needles = np.abs(_filtered(random, along))
-        there = np.exp(3.5 * _filtered(random, _falling(frequency, 2.0, 0.01)))
-        ice, total = ice + there * needles, total + there
+        patch = np.exp(3.5 * _filtered(random, _falling(frequency, 2.0, 0.01)))
+        ice, total = ice + patch * needles, total + patch
     light = _filtered(random, _falling(frequency, 2.0, 0.003))
-    pane = _standard(ice / total) + 0.5 * light
-    return _standard(pane)
+    return _standard(_standard(ice / total) + 0.5 * light)
 
 
-def _falling(frequency: np.ndarray, power: float, from_: float) -> np.ndarray:
-    return np.where(frequency > 0, np.maximum(frequency, from_) ** -power, 0)
+def _falling(frequency: np.ndarray, power: float, flat_below: float) -> np.ndarray:
+    return np.where(frequency > 0, np.maximum(frequency, flat_below) ** -power, 0)
 
 
 def _filtered(random: np.random.Generator, amplitudes: np.ndarray) -> np.ndarray:

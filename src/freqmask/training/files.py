@@ -159,7 +159,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     missing = [name for name in row if name not in header]
     if missing:
         header = [*header, *missing]
-        _rewrite(path, header, read_rows(path))
+        write_rows(path, header, read_rows(path))
     cells = [row.get(name, "") for name in header]
     with writing(path), path.open("a", **_CSV) as file:
         csv.writer(file).writerow(f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells)
@@ -190,7 +190,7 @@ def cut_back(path: Path, column: str, largest: int) -> None:
     if not path.is_file():
         return
     rows = [row for row in read_rows(path) if row.get(column) and int(row[column]) <= largest]
-    _rewrite(path, [current_name(name) for name in _header(path)], rows)
+    write_rows(path, [current_name(name) for name in _header(path)], rows)
 
 
 def _header(path: Path) -> list[str]:
@@ -200,9 +200,11 @@ def _header(path: Path) -> list[str]:
         return next(csv.reader(file), [])
 
 
-def _rewrite(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+def write_rows(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table, replaced whole; cells that a row lacks stay empty."""
+
     def write(temporary: Path) -> None:
         with temporary.open("w", **_CSV) as file:
-            csv.writer(file).writerows([header, *([row.get(name) or "" for name in header] for row in rows)])
+            csv.writer(file).writerows([header, *([row.get(name) for name in header] for row in rows)])
 
     replace_atomically(path, write)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from jaxtyping import Int32, Shaped
 from PIL import Image
 
 from freqmask.data.decode import quiet_pillow
-from freqmask.data.image_folder import FolderSource
-from freqmask.data.index import FolderIndex, index_folder
+from freqmask.data.image_folder import IMAGE_WORDS, MASK_WORDS, FolderSource
+from freqmask.data.index import MASK_FILE, FolderIndex, index_folder
 from freqmask.data.pixels import EXIF_TAG, Box, Orientation, Picture, orientation_of
 from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import split_of
@@ -23,10 +24,7 @@ from freqmask.errors import BadImage, UserError
 # Lossless ones only: JPEG and its like invent labels along every edge.
 MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".npy"})
 MOST_LABEL = 65_535
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
-MASK_FOLDERS = ("masks", "mask", "annotations", "annotation", "labels", "label", "segmentationclass", "gt")
-# What tools put behind a mask's name; CamVid's own masks end in _L.
-MASK_ENDINGS = ("", "_mask", "-mask", "_label", "_labels", "_seg", "_gt", "_L")
+_MASK_FOLDERS = ("masks", "mask", *MASK_WORDS)  # beside masks, annotations may hold boxes
 LAYOUTS = (
     "images/SPLIT beside masks/SPLIT, SPLIT/images beside SPLIT/masks, or images beside masks without splits "
     "(annotations or labels will do for masks)"
@@ -34,21 +32,18 @@ LAYOUTS = (
 
 
 def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
-    """The labels of a mask as its file says them; a palette's numbers, not its colours.
-
-    Args:
-        path: a PNG, TIFF, BMP, GIF, PGM or ``.npy`` file.
+    """The labels of a mask (PNG, TIFF, BMP, GIF, PGM, ``.npy``) as its file has them: of a palette the numbers.
 
     Raises:
-        BadImage: it cannot be read, holds colours or fractions, or a label is out of 0 to 65,535.
+        BadImage: it cannot be read, holds colors or fractions, or a label is out of 0 to 65,535.
     """
     try:
-        found = _read(path)
+        stored = _read(path)
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on broken files
         raise BadImage(f"it cannot be read ({' '.join(str(error).split())[:120]})") from error
-    labels = _single_plane(found)
+    labels = _single_plane(stored)
     if labels.dtype.kind not in "iub":
         raise BadImage(f"it holds numbers of the type {labels.dtype}; labels are whole numbers")
     if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= MOST_LABEL:
@@ -59,44 +54,38 @@ def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
 
 
 def _read(path: Path) -> np.ndarray:
-    """The numbers in a file, turned as it says that it is shown, because its image is turned so, too."""
+    """The numbers in a file, turned as its metadata says, because its image is turned so, too."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
         array: np.ndarray = np.load(path, allow_pickle=False)
         return array
     if suffix in (".tif", ".tiff"):
         with open_tifffile(path) as tiff:
-            return _shown(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
+            return _turned(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
     # Labels are numbers as stored, so that neither palettes nor key colors are looked at
     with quiet_pillow(), Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
-        return _shown(np.asarray(image), orientation_of(image.getexif().get(EXIF_TAG)))
+        return _turned(np.asarray(image), orientation_of(image.getexif().get(EXIF_TAG)))
 
 
-def _shown(array: np.ndarray, orientation: Orientation) -> np.ndarray:
+def _turned(array: np.ndarray, orientation: Orientation) -> np.ndarray:
     planes = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     return array if array.ndim not in (2, 3) else np.moveaxis(orientation.show(planes), 0, -1)
 
 
-def _single_plane(found: np.ndarray) -> Shaped[np.ndarray, "height width"]:
-    """Grey that was saved as colour is grey; real colours are no labels."""
-    array = found[..., 0] if found.ndim == 3 and found.shape[-1] == 1 else np.squeeze(found)
+def _single_plane(stored: np.ndarray) -> Shaped[np.ndarray, "height width"]:
+    """Gray that was saved as color is gray; real colors are no labels."""
+    array = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else np.squeeze(stored)
     if array.ndim == 3 and array.shape[-1] in (3, 4) and (array[..., :1] == array[..., :3]).all():
         array = array[..., 0]
     if array.ndim != 2:
-        shape = "×".join(map(str, found.shape))
-        raise BadImage(f"it holds {shape} values, which is more than one class number a pixel (colours?)")
+        shape = "×".join(map(str, stored.shape))
+        raise BadImage(f"it holds {shape} values, which is more than one class number a pixel (colors?)")
     return array
 
 
 @dataclass(frozen=True)
 class Part:
-    """The folders of one part of the images.
-
-    Attributes:
-        name: of the split, empty where there is none.
-        images: folder of images.
-        masks: folder of masks.
-    """
+    """The folders of one split of the images; its name is empty where there is none."""
 
     name: str
     images: Path
@@ -104,31 +93,25 @@ class Part:
 
 
 def find_parts(folder: Path) -> list[Part]:
-    """The parts below DATA.
-
-    Args:
-        folder: DATA.
-
-    Returns:
-        One part a split, sorted by name, or a single part without a name.
+    """One part a split below DATA, sorted by name, or a single part without a name.
 
     Raises:
         UserError: DATA is laid out otherwise.
     """
     if not folder.is_dir():
         raise UserError(f"DATA ({folder}) must be a folder with images and masks: {LAYOUTS}")
-    images, masks = _named(folder, IMAGE_FOLDERS), _named(folder, MASK_FOLDERS)
+    images, masks = _named(folder, IMAGE_WORDS), _named(folder, _MASK_FOLDERS)
     if images is not None and masks is not None:
         return parts_of(images, masks)
     parts = []
     for split in _folders(folder):
-        images, masks = _named(split, IMAGE_FOLDERS), _named(split, MASK_FOLDERS)
+        images, masks = _named(split, IMAGE_WORDS), _named(split, _MASK_FOLDERS)
         if split_of(split.name) and images is not None and masks is not None:
             parts.append(Part(split.name, images, masks))
     if not parts:
-        there = ", ".join(path.name for path in _folders(folder)[:6]) or "no folder"
+        held = ", ".join(path.name for path in _folders(folder)[:6]) or "no folder"
         raise UserError(
-            f"DATA ({folder}) holds {there}; it must hold {LAYOUTS}; or name both folders with --images and --masks"
+            f"DATA ({folder}) holds {held}; it must hold {LAYOUTS}; or name both folders with --images and --masks"
         )
     return parts
 
@@ -145,11 +128,11 @@ def parts_of(images: Path, masks: Path) -> list[Part]:
     splits = [path for path in _folders(images) if split_of(path.name)]
     if not splits:
         return [Part("", images, masks)]
-    there = {path.name.lower(): path for path in _folders(masks)}
+    by_name = {path.name.lower(): path for path in _folders(masks)}
     parts = []
     for split in splits:
-        partner = there.get(split.name.lower()) or next(
-            (path for name, path in there.items() if split_of(name) == split_of(split.name)), None
+        partner = by_name.get(split.name.lower()) or next(
+            (path for name, path in by_name.items() if split_of(name) == split_of(split.name)), None
         )
         # A test split whose masks nobody published is left out; the others are what can be measured on.
         if partner is not None:
@@ -167,25 +150,21 @@ def is_ade20k(parts: Iterable[Part]) -> bool:
 
 
 def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
-    """The number of each image's mask.
-
-    Args:
-        images: paths relative to the folder of images.
-        masks: paths relative to the folder of masks.
-        part: whose they are, for the message.
+    """The number of each image's mask, by paths relative to their folders.
 
     Raises:
         UserError: an image without a mask, a mask without an image, or two masks for an image.
     """
-    by_stem: dict[str, int] = {}
+    exact: dict[str, int] = {}
     for number, name in enumerate(masks):
-        if _stem(name) in by_stem:
+        if _stem(name) in exact:
             raise UserError(f"masks ({part.masks}) hold {name} in two file formats; remove one of them")
-        by_stem[_stem(name)] = number
-    found = [_partner(_stem(name), by_stem) for name in images]
-    alone = [name for name, number in zip(images, found, strict=True) if number is None]
+        exact[_stem(name)] = number
+    marked = {_unmarked(stem): number for stem, number in exact.items()}
+    found = [exact.get(_stem(name), marked.get(_stem(name))) for name in images]
     partners = [number for number in found if number is not None]
     used = set(partners)
+    alone = [name for name, number in zip(images, found, strict=True) if number is None]
     spare = [name for number, name in enumerate(masks) if number not in used]
     problems = [
         f"{_some(names)} in {where} without {other}"
@@ -193,9 +172,7 @@ def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
         if names
     ]
     if len(used) < len(partners) and not problems:
-        twice = next(
-            name for name, number in zip(images, partners, strict=True) if partners.count(number) > 1
-        )
+        twice = next(name for name, number in zip(images, found, strict=True) if found.count(number) > 1)
         problems = [f"{part.images / twice} and another image would share one mask"]
     if problems:
         raise UserError(
@@ -204,13 +181,14 @@ def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
     return partners
 
 
-def _partner(stem: str, by_stem: dict[str, int]) -> int | None:
-    return next((by_stem[stem + end] for end in MASK_ENDINGS if stem + end in by_stem), None)
-
-
 def _stem(name: str) -> str:
     head, slash, tail = name.rpartition("/")
     return head + slash + (tail.rpartition(".")[0] or tail)
+
+
+def _unmarked(stem: str) -> str:
+    marked = MASK_FILE.fullmatch(os.fsencode(stem))
+    return os.fsdecode(marked[1]) if marked else stem
 
 
 def _some(names: list[str]) -> str:
@@ -219,8 +197,8 @@ def _some(names: list[str]) -> str:
 
 
 def _named(folder: Path, names: Iterable[str]) -> Path | None:
-    there = {path.name.lower(): path for path in _folders(folder)}
-    return next((there[name] for name in names if name in there), None)
+    by_name = {path.name.lower(): path for path in _folders(folder)}
+    return next((by_name[name] for name in names if name in by_name), None)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -229,12 +207,7 @@ def _folders(path: Path) -> list[Path]:
 
 @dataclass
 class PairedPicture(Picture):
-    """An image that knows its mask.
-
-    Args:
-        picture: the image.
-        mask_path: file of the mask.
-    """
+    """An image that knows the file of its mask."""
 
     picture: Picture
     mask_path: Path
@@ -274,8 +247,7 @@ class PairSource(Source):
                 f"masks ({part.masks}) must hold files of {', '.join(sorted(MASK_SUFFIXES))} with one class "
                 f"number a pixel; it holds {ignored}"
             )
-        same = part.images.resolve() == part.masks.resolve()
-        if same:
+        if part.images.resolve() == part.masks.resolve():
             raise UserError(f"images and masks ({part.images}) must be two folders")
         names = [self.images.index.relative(number) for number in range(len(self.images))]
         masks = [self.masks.relative(number) for number in range(len(self.masks))]

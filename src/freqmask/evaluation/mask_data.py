@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -17,10 +15,11 @@ from jaxtyping import Int16, Int64
 from freqmask.console import say
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
-from freqmask.data.splits import choose_split, split_indices, split_of
+from freqmask.data.splits import choose_split, split_indices
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.duplicates import pixel_hashes
-from freqmask.evaluation.segmentation.mask_files import (
+from freqmask.evaluation.labelled import SPLITS, default_splits, parts_by_path, split_file
+from freqmask.evaluation.mask_files import (
     MOST_LABEL,
     PairSource,
     Part,
@@ -29,14 +28,13 @@ from freqmask.evaluation.segmentation.mask_files import (
     parts_of,
     read_mask,
 )
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import read_rows, write_rows
 
 IGNORED = -1  # in targets: counted neither in a loss nor in a score
 UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's own
-SPLITS = Path("runs") / "splits"
 LAYOUT_NAMES = ("auto", "plain", "ade20k")
 _LAYOUT = 1  # raised when the cached arrays would mean something else
 _NUMBERED = re.compile(r"(\d+)\s*[\s,:;]\s*(\S.*)")
@@ -44,19 +42,12 @@ _NUMBERED = re.compile(r"(\d+)\s*[\s,:;]\s*(\S.*)")
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes 0, 1, ... of an evaluation.
+    """The classes 0, 1, ... of an evaluation."""
 
-    Attributes:
-        values: the label of each class in the masks.
-        names: of the classes.
-        ignored: labels that are not looked at.
-        named: whether the names were given; else they are the labels themselves.
-    """
-
-    values: tuple[int, ...]
+    values: tuple[int, ...]  # the label of each class in the masks
     names: tuple[str, ...]
     ignored: tuple[int, ...]
-    named: bool
+    named: bool  # whether the names were given; else they are the labels themselves
 
     def __len__(self) -> int:
         return len(self.values)
@@ -74,9 +65,7 @@ class Labels:
 
 
 def read_classes(path: Path) -> dict[int, str]:
-    """Label -> name, from a file with a name a line, or with ``NUMBER NAME`` lines.
-
-    ADE20K's ``objectInfo150.txt`` is read as well.
+    """Label -> name, from a file with a name a line, with ``NUMBER NAME`` lines, or ADE20K's ``objectInfo150.txt``.
 
     Raises:
         UserError: it is empty, or numbers stand in some lines only or twice.
@@ -91,13 +80,12 @@ def read_classes(path: Path) -> dict[int, str]:
     if lines[0].split("\t")[0] == "Idx":
         rows = [line.split("\t") for line in lines[1:]]
         return {int(row[0]): row[-1].split(",")[0].split(";")[0].strip() for row in rows}
-    numbered = [_NUMBERED.fullmatch(line) for line in lines]
-    found = [(int(match[1]), match[2]) for match in numbered if match]
-    if not found:
+    numbered = [(int(match[1]), match[2]) for line in lines if (match := _NUMBERED.fullmatch(line))]
+    if not numbered:
         return dict(enumerate(lines))
-    if len(found) < len(lines) or len(dict(found)) < len(found):
+    if len(numbered) < len(lines) or len(dict(numbered)) < len(numbered):
         raise UserError(f"class_names ({path}) must number every line or none, and no number twice")
-    return dict(found)
+    return dict(numbered)
 
 
 def name_labels(
@@ -129,37 +117,36 @@ def name_labels(
 
 
 def _named(class_names: Sequence[str] | None, folder: Path | None, first: int) -> dict[int, str] | None:
-    if class_names and len(class_names) == 1 and Path(class_names[0]).expanduser().is_file():
-        return _shifted(read_classes(Path(class_names[0]).expanduser()), first)
+    files = [] if folder is None else [folder / name for name in CLASS_FILES]
     if class_names:
-        return {first + number: name for number, name in enumerate(class_names)}
-    files = [] if folder is None else [folder / name for name in CLASS_FILES if (folder / name).is_file()]
-    return _shifted(read_classes(files[0]), first) if files else None
-
-
-def _shifted(named: dict[int, str], first: int) -> dict[int, str]:
+        files = [Path(class_names[0]).expanduser()]
+        if len(class_names) > 1 or not files[0].is_file():
+            return {first + number: name for number, name in enumerate(class_names)}
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    named = read_classes(file)
     # names that count from 0 belong to the labels from ``first`` on, unless the first is that of the void
     starts_below = min(named) < first and named[min(named)].lower() not in VOID_NAMES
     return {label + first: name for label, name in named.items()} if starts_below else named
 
 
 def labels_of(
-    named: dict[int, str] | None, ignored: tuple[int, ...], seen: Int64[np.ndarray, " label"]
+    named: dict[int, str] | None, ignored: tuple[int, ...], present: Int64[np.ndarray, " label"]
 ) -> Labels:
     """The classes: those that are named, else the labels that training masks hold.
 
     Args:
         named: label -> name, or None.
         ignored: labels that are none.
-        seen: labels of the training masks.
+        present: labels of the training masks.
 
     Raises:
         UserError: there are fewer than two classes.
     """
-    values = sorted(named) if named is not None else [int(x) for x in seen if int(x) not in ignored]
-    there = [value for value in values if value in set(seen.tolist())]
-    if len(there) < 2:
-        held = ", ".join(str(int(label)) for label in seen[:5]) or "nothing"
+    values = sorted(named) if named is not None else [int(x) for x in present if int(x) not in ignored]
+    if sum(value in set(present.tolist()) for value in values) < 2:
+        held = ", ".join(str(int(label)) for label in present[:5]) or "nothing"
         raise UserError(
             f"the training masks hold fewer than two classes (labels: {held}; ignored: "
             f"{', '.join(map(str, ignored)) or 'none'}); say which labels count for nothing with --ignore_label, "
@@ -171,21 +158,16 @@ def labels_of(
 
 @dataclass
 class MaskSurvey:
-    """What the masks of a source hold.
-
-    Attributes:
-        source: images and masks.
-        pixels: (entry, 3) of image number, label, and how many pixels of the mask have it.
-        unreadable: number of an image that cannot be opened -> reason.
-    """
+    """What the masks of a source hold."""
 
     source: PairSource
-    pixels: Int64[np.ndarray, "entry 3"]
-    unreadable: dict[int, str]
+    pixels: Int64[np.ndarray, "entry 3"]  # image number, label, how many pixels of the mask have it
+    unreadable: dict[int, str]  # number of an image that cannot be opened -> reason
 
-    def labels(self) -> Int64[np.ndarray, " label"]:
-        """Labels that some mask holds, sorted."""
-        return np.unique(self.pixels[:, 1])
+    def labels(self, images: np.ndarray | None = None) -> Int64[np.ndarray, " label"]:
+        """Labels that some mask holds, sorted; of some images, or of all."""
+        pixels = self.pixels if images is None else self.pixels[np.isin(self.pixels[:, 0], images)]
+        return np.unique(pixels[:, 1])
 
     def share(self, label: int) -> float:
         """Of all pixels."""
@@ -194,6 +176,10 @@ class MaskSurvey:
     def usable(self) -> Int64[np.ndarray, " image"]:
         """Numbers of the images that can be opened."""
         return np.array([n for n in range(len(self.source)) if n not in self.unreadable], np.int64)
+
+    def readable(self) -> Source:
+        """The images that can be opened."""
+        return self.source if not self.unreadable else Subset(self.source, self.usable())
 
 
 def survey_masks(source: PairSource) -> MaskSurvey:
@@ -208,22 +194,22 @@ def survey_masks(source: PairSource) -> MaskSurvey:
         about, arrays = cached
         return MaskSurvey(source, np.array(arrays["pixels"]), {int(n): r for n, r in about["unreadable"]})
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders let go of the interpreter's lock
-        looks = list(pool.map(lambda index: _look(source, index), range(len(source))))
-    unreadable = {number: look for number, look in enumerate(looks) if isinstance(look, str)}
-    found = [
-        np.column_stack([np.full(len(look), number), look])
-        for number, look in enumerate(looks)
-        if not isinstance(look, str)
-    ]
-    if not found:
+        counts = list(pool.map(lambda index: _count_labels(source, index), range(len(source))))
+    unreadable = {number: reason for number, reason in enumerate(counts) if isinstance(reason, str)}
+    if len(unreadable) == len(counts):
         number, reason = next(iter(unreadable.items()))
         raise UserError(f"none of the {len(source)} images can be opened; {source.name(number)}: {reason}")
-    pixels = np.concatenate(found).astype(np.int64)
+    entries = [
+        np.column_stack([np.full(len(count), number), count])
+        for number, count in enumerate(counts)
+        if not isinstance(count, str)
+    ]
+    pixels = np.concatenate(entries).astype(np.int64)
     write_arrays(file, {"unreadable": list(unreadable.items())}, {"pixels": pixels})
     return MaskSurvey(source, pixels, unreadable)
 
 
-def _look(source: PairSource, index: int) -> np.ndarray | str:
+def _count_labels(source: PairSource, index: int) -> np.ndarray | str:
     """(label, 2) of labels and pixels of one mask, or why its image cannot be opened."""
     try:
         size = source.images.open(index).size
@@ -242,8 +228,8 @@ def _look(source: PairSource, index: int) -> np.ndarray | str:
             "have the same size"
         )
     counts = np.bincount(mask.ravel())
-    there = np.flatnonzero(counts)
-    return np.column_stack([there, counts[there]])
+    present = np.flatnonzero(counts)
+    return np.column_stack([present, counts[present]])
 
 
 def check_labels(survey: MaskSurvey, labels: Labels) -> None:
@@ -264,55 +250,34 @@ def check_labels(survey: MaskSurvey, labels: Labels) -> None:
 
 
 @dataclass(frozen=True)
-class SegmentationConfig:
-    """Which images and masks, as the command's options give it.
+class MaskConfig:
+    """Which images and masks, as the command's options give it."""
 
-    Attributes:
-        data: DATA, or None where both folders are named.
-        images: folder of images, or None.
-        masks: folder of masks, or None.
-        layout: auto, plain or ade20k (label 0 counts for nothing, names begin with label 1).
-        class_names: of the labels in order, or one file; None looks for classes.txt.
-        ignore_label: labels that count for nothing; None takes the usual ones.
-        train_split: a split, or auto.
-        test_split: a split, or auto (test, else val).
-        test_share: of a split of ours, in (0, 1).
-        split_seed: of a split of ours.
-        pages: what the pages of a TIFF are.
-    """
-
-    data: str | None = None
+    data: str | None = None  # DATA, or None where both folders are named
     images: str | None = None
     masks: str | None = None
-    layout: str = "auto"
-    class_names: Sequence[str] | None = None
-    ignore_label: Sequence[int] | None = None
+    layout: str = "auto"  # auto, plain or ade20k (label 0 counts for nothing, names begin with label 1)
+    class_names: Sequence[str] | None = (
+        None  # of the labels in order, or one file; None looks for classes.txt
+    )
+    ignore_label: Sequence[int] | None = None  # labels that count for nothing; None takes the usual ones
     train_split: str = "auto"
-    test_split: str = "auto"
-    test_share: float = 0.2
+    test_split: str = "auto"  # auto is test, else val
+    test_share: float = 0.2  # of a split of ours, in (0, 1)
     split_seed: int = 0
     pages: Pages = "channels"
 
 
 @dataclass
 class SegmentationData:
-    """Images and masks, parted.
-
-    Attributes:
-        train: what is learnt from.
-        test: what is judged on.
-        labels: the classes.
-        name: as it was typed.
-        split: how the images were parted, in a few words.
-        notes: sentences for the user.
-    """
+    """Images and masks, split."""
 
     train: Source
     test: Source
     labels: Labels
-    name: str
-    split: str
-    notes: list[str] = field(default_factory=list)
+    name: str  # as it was typed
+    split: str  # how the images were split, in a few words
+    notes: list[str] = field(default_factory=list)  # sentences for the user
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -325,54 +290,53 @@ class SegmentationData:
         return JoinedSource([self.train, self.test])
 
 
-def open_segmentation(wanted: SegmentationConfig) -> SegmentationData:
-    """Find the images, pair them with their masks, look at all labels, part them.
+def open_segmentation(config: MaskConfig) -> SegmentationData:
+    """Find the images, pair them with their masks, look at all labels, split them.
 
     Raises:
         UserError: a folder is missing or empty, a file has no partner, a mask does not fit its image, holds an
             unknown label, or there are fewer than two classes.
     """
-    parts, name, folder = _parts(wanted)
-    first = _first_label(wanted.layout, parts)
-    named, ignored = name_labels(wanted.class_names, folder, wanted.ignore_label, first)
+    parts, name, folder = _parts(config)
+    if config.layout not in LAYOUT_NAMES:
+        raise UserError(f"layout ({config.layout}) must be one of {', '.join(LAYOUT_NAMES)}")
+    first = int(config.layout == "ade20k" or (config.layout == "auto" and is_ade20k(parts)))
+    named, ignored = name_labels(config.class_names, folder, config.ignore_label, first)
     if len(parts) == 1 and not parts[0].name:
-        return _part_ourselves(parts[0], wanted, name, named, ignored)
-    train, test = (survey_masks(PairSource(part, wanted.pages)) for part in _chosen(parts, wanted, name))
+        return _split_ourselves(parts[0], config, name, named, ignored)
+    train, test = (survey_masks(PairSource(part, config.pages)) for part in _chosen(parts, config, name))
     labels = labels_of(named, ignored, train.labels())
     for one in (train, test):
         check_labels(one, labels)
-    notes = [*_notes(labels, train, test.labels()), *_unused(parts, train, test)]
+    notes = _notes(labels, train, train.labels(), test.labels())
+    used = {train.source.part.name, test.source.part.name}
+    if others := [part.name for part in parts if part.name not in used]:
+        notes.append(f"The part {' and '.join(others)} is not used.")
     split = f"{train.source.part.name} / {test.source.part.name}"
-    return SegmentationData(_usable(train), _usable(test), labels, name, split, notes)
+    return SegmentationData(train.readable(), test.readable(), labels, name, split, notes)
 
 
-def _parts(wanted: SegmentationConfig) -> tuple[list[Part], str, Path | None]:
+def _parts(config: MaskConfig) -> tuple[list[Part], str, Path | None]:
     """The parts, what the data is called, and the folder that may hold classes.txt."""
-    if (wanted.images is None) != (wanted.masks is None):
+    if (config.images is None) != (config.masks is None):
         raise UserError("images and masks must be given together, or DATA with both in it by --data")
-    if wanted.images is not None and wanted.masks is not None:
-        if wanted.data is not None:
+    if config.images is not None and config.masks is not None:
+        if config.data is not None:
             raise UserError("data must not be given beside --images and --masks; leave one of them out")
-        images, masks = Path(wanted.images).expanduser(), Path(wanted.masks).expanduser()
-        return parts_of(images, masks), wanted.images, masks.parent
-    if wanted.data is None:
+        images, masks = Path(config.images).expanduser(), Path(config.masks).expanduser()
+        return parts_of(images, masks), config.images, masks.parent
+    if config.data is None:
         raise UserError("DATA is missing; name a folder with images and masks by --data")
-    folder = Path(wanted.data).expanduser()
-    return find_parts(folder), wanted.data, folder
+    folder = Path(config.data).expanduser()
+    return find_parts(folder), config.data, folder
 
 
-def _first_label(layout: str, parts: Sequence[Part]) -> int:
-    if layout not in LAYOUT_NAMES:
-        raise UserError(f"layout ({layout}) must be one of {', '.join(LAYOUT_NAMES)}")
-    return int(layout == "ade20k" or (layout == "auto" and is_ade20k(parts)))
-
-
-def _chosen(parts: Sequence[Part], wanted: SegmentationConfig, where: str) -> tuple[Part, Part]:
-    """The part to learn from and the one to judge on."""
+def _chosen(parts: Sequence[Part], config: MaskConfig, where: str) -> tuple[Part, Part]:
+    """The training and the test part."""
     by_name = {part.name: part for part in parts}
-    kinds = {split_of(name): name for name in reversed(list(by_name))}
-    test = wanted.test_split if wanted.test_split != "auto" else kinds.get("test") or kinds.get("val")
-    train = wanted.train_split if wanted.train_split != "auto" else kinds.get("train")
+    usual = default_splits(list(by_name))
+    train = usual["train"] if config.train_split == "auto" else config.train_split
+    test = usual["test"] if config.test_split == "auto" else config.test_split
     if train is None or test is None:
         raise UserError(
             f"DATA ({where}) has masks for {', '.join(by_name)} only; it must have a train and a test or val "
@@ -384,20 +348,17 @@ def _chosen(parts: Sequence[Part], wanted: SegmentationConfig, where: str) -> tu
     return by_name[names[0]], by_name[names[1]]
 
 
-def _usable(survey: MaskSurvey) -> Source:
-    return survey.source if not survey.unreadable else Subset(survey.source, survey.usable())
-
-
-def _notes(labels: Labels, train: MaskSurvey, tested: np.ndarray) -> list[str]:
-    """What the user should know of the labels."""
-    there = [label for label in labels.ignored if label in set(train.labels().tolist())]
+def _notes(labels: Labels, survey: MaskSurvey, train: np.ndarray, test: np.ndarray) -> list[str]:
+    """What the user should know of the labels of the training and of the test masks."""
     notes = [
-        f"Label {label} counts for nothing: {train.share(label):.1%} of the training pixels."
-        for label in there
+        f"Label {label} counts for nothing: {survey.share(label):.1%} of the training pixels."
+        for label in labels.ignored
+        if label in survey.labels()
     ]
-    learnt = set(train.labels().tolist())
-    for which, seen in (("training", learnt), ("test", set(tested.tolist()))):
-        missing = [name for value, name in zip(labels.values, labels.names, strict=True) if value not in seen]
+    for which, present in (("training", set(train.tolist())), ("test", set(test.tolist()))):
+        missing = [
+            name for value, name in zip(labels.values, labels.names, strict=True) if value not in present
+        ]
         if missing:
             notes.append(
                 f"No {which} mask holds {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}."
@@ -405,64 +366,34 @@ def _notes(labels: Labels, train: MaskSurvey, tested: np.ndarray) -> list[str]:
     return notes
 
 
-def _unused(parts: Sequence[Part], *used: MaskSurvey) -> list[str]:
-    others = [part.name for part in parts if part.name not in {one.source.part.name for one in used}]
-    return [f"The part {' and '.join(others)} is not used."] if others else []
-
-
-def _part_ourselves(
-    part: Part, wanted: SegmentationConfig, name: str, named: dict[int, str] | None, ignored: tuple[int, ...]
+def _split_ourselves(
+    part: Part, config: MaskConfig, name: str, named: dict[int, str] | None, ignored: tuple[int, ...]
 ) -> SegmentationData:
     """Hold a share of the images out; identical images stay on one side."""
-    if not 0 < wanted.test_share < 1:
-        raise UserError(f"test_share ({wanted.test_share}) must be above 0 and below 1; try 0.2")
-    whole = survey_masks(PairSource(part, wanted.pages))
+    if not 0 < config.test_share < 1:
+        raise UserError(f"test_share ({config.test_share}) must be above 0 and below 1; try 0.2")
+    source = PairSource(part, config.pages)
+    whole = survey_masks(source)
     images = whole.usable()
-    file = _split_file(whole.source, wanted)
-    is_test = _read_split(file, whole.source, images)
-    if is_test is None:
-        hashes = [str(number) for number in pixel_hashes(whole.source, images.tolist())]
-        shares = [1 - wanted.test_share, wanted.test_share]
+    names = [source.name(int(index)) for index in images]
+    key = f"{source.fingerprint()} {config.test_share} {config.split_seed}"
+    file = split_file(SPLITS, part.images.parent.name or "masks", key.encode())
+    if file.is_file():
+        known = {row["path"]: row["split"] for row in read_rows(file)}
+        is_test = parts_by_path(file, known, names, {"train": 0, "test": 1}) == 1
+    else:
+        hashes = [str(number) for number in pixel_hashes(source, images.tolist())]
+        shares = [1 - config.test_share, config.test_share]
         is_test = np.zeros(len(images), bool)
-        is_test[split_indices(None, hashes, shares, wanted.split_seed)[1]] = True
-        _write_split(file, whole.source, images, is_test)
-    learnt = np.unique(whole.pixels[np.isin(whole.pixels[:, 0], images[~is_test]), 1])
-    labels = labels_of(named, ignored, learnt)
+        is_test[split_indices(None, hashes, shares, config.split_seed)[1]] = True
+        rows = zip(names, is_test.tolist(), strict=True)
+        table = [{"path": path, "split": "test" if test else "train"} for path, test in rows]
+        write_rows(file, ["path", "split"], table)
+    train, test = whole.labels(images[~is_test]), whole.labels(images[is_test])
+    labels = labels_of(named, ignored, train)
     check_labels(whole, labels)
-    tested = np.unique(whole.pixels[np.isin(whole.pixels[:, 0], images[is_test]), 1])
-    words = f"{wanted.test_share:.0%} held out"
-    notes = [f"DATA has no test part: {words} by us, written to {file}.", *_notes(labels, whole, tested)]
-    train, test = Subset(whole.source, images[~is_test]), Subset(whole.source, images[is_test])
-    return SegmentationData(train, test, labels, name, f"{words}, {file}", notes)
-
-
-def _split_file(source: PairSource, wanted: SegmentationConfig) -> Path:
-    key = f"{source.fingerprint()} {wanted.test_share} {wanted.split_seed}"
-    digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
-    stem = "".join(letter if letter.isalnum() else "-" for letter in source.part.images.parent.name)[:40]
-    return SPLITS / f"{stem or 'masks'}-{digest}.csv"
-
-
-def _read_split(file: Path, source: Source, images: Int64[np.ndarray, " image"]) -> np.ndarray | None:
-    """Whether each image is judged on, as it was written; None where there is no such file."""
-    if not file.is_file():
-        return None
-    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as handle:
-        parts = {row.get("path"): row.get("split") for row in csv.DictReader(handle)}
-    found = [parts.get(source.name(int(index))) for index in images]
-    if not set(found) == {"train", "test"}:
-        raise UserError(
-            f"split ({file}) must say train or test for every image; delete it to have it drawn again"
-        )
-    return np.array([part == "test" for part in found])
-
-
-def _write_split(file: Path, source: Source, images: np.ndarray, is_test: np.ndarray) -> None:
-    def write(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
-            table = csv.writer(handle)
-            table.writerow(["path", "split"])
-            for index, test in zip(images.tolist(), is_test.tolist(), strict=True):
-                table.writerow([source.name(index), "test" if test else "train"])
-
-    replace_atomically(file, write)
+    words = f"{config.test_share:.0%} held out"
+    notes = [f"DATA has no test part: {words} by us, written to {file}."]
+    notes += _notes(labels, whole, whole.labels(), test)
+    parts = (Subset(source, images[~is_test]), Subset(source, images[is_test]))
+    return SegmentationData(*parts, labels, name, f"{words}, {file}", notes)

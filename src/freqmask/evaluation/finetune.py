@@ -15,9 +15,9 @@ from freqmask.evaluation import fewshot
 from freqmask.evaluation.eval_model import LOGITS, PIXELS, BackboneModel, ClassifierModel
 from freqmask.evaluation.features import ComputeConfig, compute_features, not_finite
 from freqmask.evaluation.fewshot import Fewshot
-from freqmask.evaluation.finetune.hyperparameters import DECIDING, check_tuning, with_defaults
-from freqmask.evaluation.finetune.tuning_task import FinetuneJob, fine_tune
-from freqmask.evaluation.labelled import LabelledData, Round, subset
+from freqmask.evaluation.finetune_numbers import DECIDING, check_tuning, with_defaults
+from freqmask.evaluation.finetune_task import FinetuneJob
+from freqmask.evaluation.labelled import LabelledData, subset
 from freqmask.evaluation.protocol import (
     EvalConfig,
     EvalContext,
@@ -36,26 +36,90 @@ from freqmask.evaluation.results import (
     draw_bar_chart,
     summarize,
 )
-from freqmask.evaluation.trainings import digest, run_names
+from freqmask.evaluation.trainings import digest, run_names, run_training
 from freqmask.training.files import check_writable
 from freqmask.training.run_folder import RUNS, RunFolder
-
-ALL = "all labels"
 
 
 @dataclass
 class FinetuneExperiment(Experiment):
-    """A series of fine-tunings on the same data.
+    """A series of fine-tunings on the same data."""
 
-    Attributes:
-        root: the folder of the runs.
-        names: MODEL to what its runs are called.
-        told: models whose plan has been shown.
+    root: Path = Path()  # the folder of the runs
+    names: dict[str, str] = field(default_factory=dict)  # MODEL to what its runs are called
+    planned: set[str] = field(default_factory=set)  # models whose plan has been printed
+
+
+@dataclass
+class FinetuneContext:
+    """A model that is to be fine-tuned, and the series it belongs to."""
+
+    model: BackboneModel
+    experiment: FinetuneExperiment
+
+    def measure(self, options: Mapping[str, Any], seed: int, variant: str, suffix: str = "") -> list[Result]:
+        """One classifier a round, and their predictions of all test images as one row.
+
+        Args:
+            options: of the fine-tuning.
+            seed: of it.
+            variant: of the row.
+            suffix: of the run folder's name.
+        """
+        experiment, model, parts, metadata = self.experiment, self.model, [], []
+        data, compute, shots = experiment.data, experiment.config.compute, options.get("shots")
+        for number, fold in enumerate(data.rounds):
+            words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
+            folder = experiment.root / f"{experiment.names[model.text]}-{words}{suffix}"
+            train = fold.train
+            if shots is not None:
+                train = train[fewshot.draw(data.labels[train], str(shots), seed)]
+            short = model.text in experiment.planned
+            job = FinetuneJob(model, data, experiment.survey, seed, folder, options, short, train=train)
+            run = run_training(job)
+            experiment.planned.add(model.text)
+            if rank() == 0 and not options["dry_run"]:
+                parts.append(predict_images(run, data, fold.test, compute, experiment.config.crop))
+                metadata.append((run, len(train)))
+        if not parts:
+            return []
+        error = next((error for _, _, error in parts if error), "")
+        images = np.concatenate([images for _, images, _ in parts])
+        predicted = np.empty(0) if error else np.concatenate([predicted for predicted, _, _ in parts])
+        cells = _metadata(metadata)
+        return [
+            ClassificationResult(model, data, variant, seed, images, predicted, metadata=cells, error=error)
+        ]
+
+
+def predict_images(
+    run: RunFolder, data: LabelledData, test: np.ndarray, compute: ComputeConfig, crop: str
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """What a run's classifier predicts of test images.
+
+    Returns:
+        The class of each image that could be read, the numbers of those images, and what is wrong, if anything.
     """
+    model, source = ClassifierModel(str(run.path), data.class_names, crop), subset(data, test)
+    model.prepare(source, compute.device)
+    table = compute_features(model, source, "end", compute)
+    say_skipped(table.skipped)
+    logits = table.values[LOGITS][table.read]
+    broken = not_finite(logits)
+    error = f"the logits of {broken:,} images are not finite; no result" if broken else ""
+    return logits.argmax(axis=1), test[table.read], error
 
-    root: Path = Path()
-    names: dict[str, str] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+
+def _metadata(runs: Sequence[tuple[RunFolder, int]]) -> dict[str, Any]:
+    config, summaries = runs[0][0].config(), [run.summary() for run, _ in runs]
+    measured = [summary["held_out_accuracy"] for summary in summaries if "held_out_accuracy" in summary]
+    return {
+        "train_images": " ".join(str(count) for _, count in runs),
+        "classifier": " ".join(str(run.path) for run, _ in runs),
+        **{name: config[name] for name in ("recipe", "steps", "lr")},
+        "step_images": config["batch_size"],
+        **({"held_out_accuracy": float(np.mean(measured))} if measured else {}),
+    }
 
 
 class Finetune(Protocol):
@@ -70,14 +134,12 @@ class Finetune(Protocol):
 
     def __init__(self, options: Mapping[str, Any], frozen_too: bool = False) -> None:
         self.options, self.frozen_too = options, frozen_too
-        self.headline = ALL if options["shots"] is None else fewshot.shot_name(str(options["shots"]))
+        self.headline = "all labels" if options["shots"] is None else fewshot.shot_name(str(options["shots"]))
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         """Batch size and precision are those of the training; classifiers are tested as frozen features are."""
         features = {"batch_size": "auto", "precision": "32", "cache": True}
-        config = EvalConfig.of({**options, **features}, seeds=(0,), parted=False)
-        config.options = options
-        return config
+        return replace(EvalConfig.of({**options, **features}, seeds=(0,), parallel=False), options=options)
 
     def open(self, config: EvalConfig) -> FinetuneExperiment:
         """Everything opened and checked before any work."""
@@ -97,102 +159,11 @@ class Finetune(Protocol):
             if model is None or model.kind == "random":
                 model = experiment.open_model(text, seed)
             assert isinstance(model, BackboneModel)  # pixels were refused
-            yield FinetuneContext(model, experiment.data, experiment.config.compute, experiment), seed
+            yield FinetuneContext(model, experiment), seed
 
     def evaluate(self, context: FinetuneContext, seed: int) -> list[Result]:
         """The classifiers of all rounds as one row."""
         return context.measure(self.options, seed, self.headline)
-
-
-@dataclass
-class FinetuneContext:
-    """A model that is to be fine-tuned.
-
-    Attributes:
-        model: as it was pre-trained.
-        data: images, labels, splits.
-        compute: where classifiers are tested.
-        experiment: the series it belongs to.
-    """
-
-    model: BackboneModel
-    data: LabelledData
-    compute: ComputeConfig
-    experiment: FinetuneExperiment
-
-    def measure(self, options: Mapping[str, Any], seed: int, variant: str, suffix: str = "") -> list[Result]:
-        """One classifier a round, and their predictions of all test images as one row.
-
-        Args:
-            options: of the fine-tuning.
-            seed: of it.
-            variant: of the row.
-            suffix: of the run folder's name.
-        """
-        experiment, found, runs, n_train = self.experiment, [], [], []
-        for number, one in enumerate(self.data.rounds):
-            fold = f"-fold{number}" if len(self.data.rounds) > 1 else ""
-            folder = experiment.root / f"{experiment.names[self.model.text]}-seed{seed}{fold}{suffix}"
-            train = training_images(self.data, one, options.get("shots"), seed)
-            briefly = self.model.text in experiment.told
-            run = fine_tune(
-                FinetuneJob(self.model, self.data, experiment.seen, train, seed, folder, options, briefly)
-            )
-            experiment.told.add(self.model.text)
-            if rank() == 0 and not options["dry_run"]:
-                found.append(predictions(run, self.data, one.test, self.compute, experiment.config.crop))
-                runs.append(run)
-                n_train.append(len(train))
-        if not runs:
-            return []
-        error = next((error for _, _, error in found if error), "")
-        images = np.concatenate([images for _, images, _ in found])
-        predicted = np.empty(0) if error else np.concatenate([predicted for predicted, _, _ in found])
-        metadata = _metadata(runs, n_train)
-        return [
-            ClassificationResult(
-                self.model, self.data, variant, seed, images, predicted, metadata=metadata, error=error
-            )
-        ]
-
-
-def predictions(
-    run: RunFolder, data: LabelledData, test: np.ndarray, compute: ComputeConfig, crop: str
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """What a run's classifier predicts of test images.
-
-    Returns:
-        The class of each image that could be read, the numbers of those images, and what is wrong, if anything.
-    """
-    model, source = ClassifierModel(str(run.path), data.class_names, crop), subset(data, test)
-    model.prepare(source, compute.device)
-    table = compute_features(model, source, "end", compute)
-    say_skipped(table.skipped)
-    logits = table.values[LOGITS][table.read]
-    broken = not_finite(logits)
-    error = f"the logits of {broken:,} images are not finite; no result" if broken else ""
-    return logits.argmax(axis=1), test[table.read], error
-
-
-def training_images(data: LabelledData, one: Round, shots: Any, seed: int) -> np.ndarray:
-    """Training images whose labels are used: the draw of ``fewshot``."""
-    if shots is None:
-        return one.train
-    return one.train[fewshot.draw(data.labels[one.train], str(shots), seed)]
-
-
-def _metadata(runs: Sequence[RunFolder], n_train: Sequence[int]) -> dict[str, Any]:
-    config, summaries = runs[0].config(), [run.summary() for run in runs]
-    watched = [summary["held_out_accuracy"] for summary in summaries if "held_out_accuracy" in summary]
-    cells: dict[str, Any] = {
-        "train_images": " ".join(str(count) for count in n_train),
-        "classifier": " ".join(str(run.path) for run in runs),
-        **{name: config[name] for name in ("recipe", "steps", "lr")},
-        "step_images": config["batch_size"],
-    }
-    if watched:
-        cells["held_out_accuracy"] = float(np.mean(watched))
-    return cells
 
 
 EPOCHS = 50.0  # of the first two settings: the publication names the third one's only
@@ -206,11 +177,7 @@ FROZEN, AVERAGE, BEST = "frozen", "average", "best"
 
 
 class TunedFewshot(Finetune):
-    """Fine-tuning on few labels, with or without the frozen features beside it.
-
-    Args:
-        options: those of the command ``fewshot``.
-    """
+    """Fine-tuning on few labels, with or without the frozen features beside it, by the options of ``fewshot``."""
 
     name = "fewshot"
 
@@ -224,7 +191,7 @@ class TunedFewshot(Finetune):
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         """As for frozen features."""
-        return EvalConfig.of(options, parted=False)
+        return EvalConfig.of(options, parallel=False)
 
     def open(self, config: EvalConfig) -> FinetuneExperiment:
         """Everything opened and checked before any work."""
@@ -263,12 +230,11 @@ class TunedFewshot(Finetune):
         summaries: list[Summary] = []
         averages: list[Summary] = []
         for words in map(fewshot.shot_name, self.shots):
-            here = summarize_settings(results, words)
             table = ResultTable(self.name, f"few labels: {words}", AVERAGE, results)
-            table.summaries = here
+            table.summaries = summarize_settings(results, words)
             say_blocks(table.lines())
-            averages += [replace(one, variant=words) for one in here if one.variant == AVERAGE]
-            summaries += [replace(one, variant=f"{words}, {one.variant}") for one in here]
+            averages += [replace(one, variant=words) for one in table.summaries if one.variant == AVERAGE]
+            summaries += [replace(one, variant=f"{words}, {one.variant}") for one in table.summaries]
         say(
             f"({BEST}: the setting that is best on the test images, as published; {AVERAGE} is the fair number)"
         )
@@ -294,12 +260,15 @@ def _check_frozen(options: Mapping[str, Any]) -> None:
 
 
 def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    shared = {
-        name: value for name, value in options.items() if name not in ("batch_size", "precision", "shots")
-    }
+    dropped = ("batch_size", "precision", "shots")
     epochs = EPOCHS if options["epochs"] is None else options["epochs"]
     tuned = with_defaults(
-        {**shared, "held_out": 0.0, "epochs": epochs, "seeds": options["seeds"] or [0, 1, 2]}
+        {
+            **{name: value for name, value in options.items() if name not in dropped},
+            "held_out": 0.0,
+            "epochs": epochs,
+            "seeds": options["seeds"] or [0, 1, 2],
+        }
     )
     check_tuning({**tuned, "model": [text for text in tuned["model"] if text != PIXELS]})
     return tuned
@@ -318,7 +287,7 @@ def summarize_settings(results: Sequence[Result], words: str) -> list[Summary]:
         for result in results
         if result.variant.startswith(beginning)
     ]
-    found = summarize(here)
+    summaries = summarize(here)
     for text in dict.fromkeys(result.model.text for result in here if result.variant != FROZEN):
         family = [result for result in here if result.model.text == text and result.variant != FROZEN]
         if any(result.error for result in family):
@@ -326,6 +295,6 @@ def summarize_settings(results: Sequence[Result], words: str) -> list[Summary]:
         (mean,) = summarize([replace(result, variant=AVERAGE) for result in family])
         settings = summarize(family)
         by_seed = np.mean([one.values for one in settings], axis=0)
-        found.append(replace(mean, values=[float(value) for value in by_seed]))
-        found.append(replace(max(settings, key=lambda one: one.mean), variant=BEST))
-    return found
+        summaries.append(replace(mean, values=[float(value) for value in by_seed]))
+        summaries.append(replace(max(settings, key=lambda one: one.mean), variant=BEST))
+    return summaries

@@ -1,4 +1,4 @@
-"""What the network sees of an image and its mask: one random scale, crop and flip for both, or all of it."""
+"""Training and test views of an image and its mask: one random scale, crop and flip for both, or the whole."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from freqmask.data.pixels import Box, Picture, missing_pixels
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
-from freqmask.evaluation.segmentation.mask_data import IGNORED
-from freqmask.evaluation.segmentation.mask_files import PairedPicture
+from freqmask.evaluation.mask_data import IGNORED
+from freqmask.evaluation.mask_files import PairedPicture
 from freqmask.rng import uniform_numbers
 
 MOST_OF_ONE_CLASS = 0.75  # a crop that holds more of it is drawn again, as mmsegmentation's recipes do
@@ -25,27 +25,19 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """How a training sample is cut: scaled by a random factor, cropped, mirrored half of the time.
+    """How a training sample is cut: scaled by a random factor, cropped, mirrored half of the time."""
 
-    Args:
-        crop: side of the sample in pixels.
-        scale: smallest and largest factor, drawn uniformly.
-        image_size: shorter side that every image is brought to before; None leaves images as large as they are.
-        flip: probability of mirroring left and right.
-    """
-
-    crop: int
-    scale: tuple[float, float] = (0.5, 2.0)
-    image_size: int | None = None
-    flip: float = 0.5
+    crop: int  # side of the sample in pixels
+    scale: tuple[float, float] = (0.5, 2.0)  # smallest and largest factor, drawn uniformly
+    image_size: int | None = (
+        None  # shorter side that images are brought to before; None leaves them as they are
+    )
+    flip: float = 0.5  # probability
 
     def window(self, size: tuple[int, int], key: int, attempt: int = 0) -> tuple[Box, tuple[int, int]]:
-        """The window of an image, and what it is resampled to: the crop, or less where the image ends before.
+        """The window of an image of (height, width), and what it is resampled to: the crop, or less of a small image.
 
-        Args:
-            size: (height, width) of the image.
-            key: of the sample.
-            attempt: another number draws another place.
+        Another ``attempt`` draws another place.
         """
         drawn, _ = uniform_numbers(key, "scale", 2)
         factor = self.scale[0] + drawn * (self.scale[1] - self.scale[0])
@@ -58,10 +50,6 @@ class RandomCrop:
             box.append((int(where * (side - length + 1)), length))
             shown.append(part)
         return (box[0][0], box[1][0], box[0][1], box[1][1]), (shown[0], shown[1])
-
-    def mirrors(self, key: int) -> bool:
-        """Whether this sample is mirrored."""
-        return uniform_numbers(key, "flip", 1)[0] < self.flip
 
 
 def scaled_size(size: tuple[int, int], image_size: int | None, factor: float = 1.0) -> tuple[int, int]:
@@ -105,7 +93,6 @@ class PairDataset(TrainDataset):
         self.fill = np.array(fill or [0.5] * channels, np.float32)
 
     def _views(self, picture: Picture, keys: Sequence[int]) -> list[Tensor]:
-        """The image and its classes, cut alike."""
         assert isinstance(picture, PairedPicture)
         classes = self.lookup[picture.mask()]
         if self.crop is None:
@@ -120,7 +107,7 @@ class PairDataset(TrainDataset):
         image = resize(self._image(picture, box), shown)
         target = nearest(window, shown)
         image, target = self._padded(image, target, crop.crop)
-        if crop.mirrors(key):
+        if uniform_numbers(key, "flip", 1)[0] < crop.flip:
             image, target = image.flip(-1), target.flip(-1)
         return [image, target]
 
@@ -163,7 +150,7 @@ class PairDataset(TrainDataset):
 def nearest(
     mask: Shaped[np.ndarray, "old_height old_width"], size: tuple[int, int]
 ) -> Int16[Tensor, "height width"]:
-    """A mask at another size: every pixel takes the class of the old pixel in whose middle it lies."""
+    """A mask at another size: every pixel takes the class of the old pixel in which its center lies."""
     rows, columns = (
         np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
         for new, old in zip(size, mask.shape, strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError
-from freqmask.evaluation.segmentation.mask_data import IGNORED
+from freqmask.evaluation.mask_data import IGNORED
 from freqmask.interop.models import OpenedModel, stage_features
 from freqmask.timm_models import parameters_behind, strides
 
@@ -20,12 +20,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class Rescale(nn.Module):
-    """A map made 2^steps times as large (BEiT's transposed convolutions), as it is, or pooled.
-
-    Args:
-        channels: of the map, and of what comes out.
-        steps: doublings; halvings where negative.
-    """
+    """A map made 2^steps times as large (BEiT's transposed convolutions), as it is, or pooled (negative steps)."""
 
     def __init__(self, channels: int, steps: int) -> None:
         super().__init__()
@@ -74,26 +69,25 @@ class FeaturePyramid(nn.Module):
             self.stages = list(range(max(count - 4, 0), count))
         if len(self.stages) < 2:
             raise UserError(f"model ({backbone.name}) has one stage only; segmentation needs two or more")
-        maps = self._look_once()
-        self.channels = [one.shape[1] for one in maps]
+        self.channels = [one.shape[1] for one in self._probe()]
         self.rescale = nn.ModuleList()
         if self.is_plain:
             for channels, wanted in zip(self.channels, STRIDES, strict=True):
                 self.rescale.append(Rescale(channels, round(math.log2(backbone.stride / wanted))))
 
-    def forward(self, normalised: Float[Tensor, "batch channel height width"]) -> list[Tensor]:
-        """The maps of normalised images."""
-        maps = self._maps(normalised)
+    def forward(self, normalized: Float[Tensor, "batch channel height width"]) -> list[Tensor]:
+        """The maps of normalized images."""
+        maps = self._maps(normalized)
         return [scale(one) for scale, one in zip(self.rescale, maps, strict=True)] if self.is_plain else maps
 
-    def _maps(self, normalised: Tensor) -> list[Tensor]:
+    def _maps(self, normalized: Tensor) -> list[Tensor]:
         wanted = sorted(set(self.stages))  # a ViT of less than four blocks gives some of them twice
-        found = stage_features(self.backbone, normalised, wanted)
-        by_stage = {stage: features.feature_map for stage, features in zip(wanted, found, strict=True)}
+        features = stage_features(self.backbone, normalized, wanted)
+        by_stage = {stage: one.feature_map for stage, one in zip(wanted, features, strict=True)}
         return [by_stage[stage] for stage in self.stages]
 
-    def _look_once(self) -> list[Tensor]:
-        """Learns the channels, and which parameters are trained: DDP refuses those without a gradient."""
+    def _probe(self) -> list[Tensor]:
+        """The maps of an empty image; what they do not depend on is not trained: DDP refuses it."""
         backbone = self.backbone
         backbone.requires_grad_(True).eval()
         with torch.enable_grad():
@@ -111,7 +105,7 @@ CNN_CHANNELS = 512  # of UperNet's decoder; with a plain ViT, BEiT takes the ViT
 
 
 class Logits(NamedTuple):
-    """What the decoder says, and what the auxiliary head says in training; None elsewhere."""
+    """Of the decoder, and in training of the auxiliary head; None elsewhere."""
 
     decoder: Float[Tensor, "batch classes rows columns"]
     auxiliary: Float[Tensor, "batch classes rows columns"] | None

@@ -1,11 +1,11 @@
-"""A classifier made of a backbone, and what a training image goes through: timm's augmentations, from keys."""
+"""A classifier made of a backbone, and timm's augmentations of its training images, from keys."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,42 +28,27 @@ from freqmask.rng import sample_key
 from freqmask.timm_models import REFUSED, cannot, parameters_behind
 
 HEAD_STD, HEAD_SCALE = 0.02, 0.001  # docs/evaluating.md, Fine-tuning
-_DROPPED = ("norm.", "attn_pool.")  # a ViT's own end, which the mean of its patches goes round
+_DROPPED = ("norm.", "attn_pool.")  # a ViT's own end, which the mean of its patches bypasses
 
 
 @dataclass
 class Network:
-    """A classifier before its first step.
+    """A classifier before its first step."""
 
-    Attributes:
-        model: a timm model.
-        image_size: (height, width) that it takes.
-        fresh: parameters that begin from nothing.
-        dropped: pre-trained parameters that have no place in it.
-        fixed_size: whether it takes this size only.
-        notes: sentences for the user.
-    """
-
-    model: Any
-    image_size: tuple[int, int]
-    fresh: list[str]
-    dropped: list[str]
-    fixed_size: bool
-    notes: list[str]
+    model: Any  # timm's
+    image_size: tuple[int, int]  # (height, width) that it takes
+    fresh: list[str]  # parameters that begin from nothing
+    dropped: list[str]  # pre-trained parameters that have no place in it
+    fixed_size: bool  # whether it takes this size only
+    notes: list[str]  # sentences for the user
 
 
 def make_classifier(opened: OpenedModel, classes: int, drop_path: float, seed: int) -> Network:
     """The model's own timm architecture with its weights and a fresh head.
 
-    A ViT is read as MFM reads it: the mean of the patch tokens through a fresh normalisation (``fc_norm``), its
+    A ViT is read as MFM reads it: the mean of the patch tokens through a fresh normalization (``fc_norm``), its
     pre-trained final one left out; the head is normal with std 0.02, cut at two, times 0.001. Other families
-    keep their own end, with timm's initialisation of the head.
-
-    Args:
-        opened: the backbone.
-        classes: of the data.
-        drop_path: share of residual branches that is dropped in the last block.
-        seed: of the fresh parameters.
+    keep their own end, with timm's initialization of the head.
 
     Raises:
         UserError: the architecture has no classifier, or its weights do not fit.
@@ -118,9 +103,7 @@ def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
     lost += [name for name in dropped if not name.startswith(_DROPPED)]
     lost += [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
     if lost:
-        shapes = ", ".join(
-            f"{name} {_shape(theirs.get(name))} -> {_shape(ours.get(name))}" for name in lost[:3]
-        )
+        shapes = ", ".join(f"{name} {_shape(theirs, name)} -> {_shape(ours, name)}" for name in lost[:3])
         raise UserError(
             f"model ({opened.name}): {len(lost)} of its parameters do not fit a classifier of the same "
             f"architecture ({shapes}); export it again, or take another model"
@@ -131,14 +114,14 @@ def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
 
 def _heads(model: Any) -> list[nn.Module]:
     head = model.get_classifier()
-    found = [part for part in (head if isinstance(head, tuple) else (head,)) if isinstance(part, nn.Module)]
-    if not any(list(part.parameters()) for part in found):
+    heads = [part for part in (head if isinstance(head, tuple) else (head,)) if isinstance(part, nn.Module)]
+    if not any(list(part.parameters()) for part in heads):
         raise UserError(f"model ({type(model).__name__}) has no classifier in timm; take another backbone")
-    return found
+    return heads
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "nothing" if tensor is None else "x".join(map(str, tensor.shape)) or "scalar"
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
+    return "x".join(map(str, state[name].shape)) or "scalar" if name in state else "nothing"
 
 
 def _leave_out_unreached(model: Any, image: Tensor, name: str) -> None:
@@ -160,14 +143,9 @@ _RANDAUGMENT = 1  # the view's number in the key of its RandAugment: other numbe
 
 @contextmanager
 def randomness_from(key: int, torch_too: bool = False, device: torch.device | None = None) -> Iterator[None]:
-    """Python's and numpy's global generators start from a key inside, and are as before afterwards.
+    """Python's, numpy's and (``torch_too``) torch's generators start from a signed 64-bit key; restored afterwards.
 
-    timm draws from them; so a picture's changes follow from its key alone, whatever the worker or a restart.
-
-    Args:
-        key: a signed 64-bit number.
-        torch_too: whether torch's generators do the same.
-        device: of torch, whose generator is put back beside the CPU's.
+    timm draws from them; so an image's changes follow from its key alone, whatever the worker or a restart.
     """
     before = random.getstate(), np.random.get_state()
     random.seed(key)
@@ -187,20 +165,15 @@ def randomness_from(key: int, torch_too: bool = False, device: torch.device | No
 
 @dataclass(frozen=True)
 class AugmentedGeometry(Geometry):
-    """A view that RandAugment changes after it is cut and mirrored.
+    """A view that RandAugment changes after it is cut and mirrored."""
 
-    Args:
-        augment: as timm writes it, such as ``rand-m9-mstd0.5-inc1``; ``none`` leaves the view as it is.
-        fill: colour of what comes in from outside the picture, three levels of 0 to 255.
-    """
-
-    augment: str = NO_AUGMENT
-    fill: tuple[int, int, int] = (124, 116, 104)
+    augment: str = NO_AUGMENT  # as timm writes it, such as rand-m9-mstd0.5-inc1
+    fill: tuple[int, int, int] = (124, 116, 104)  # color of what comes in from outside the image, 0 to 255
 
     def finish(
         self, window: Shaped[Tensor, "channel window_height window_width"], key: int
     ) -> Shaped[Tensor, "channel height width"]:
-        """The view, changed by numbers from its key; only 8-bit colour can be."""
+        """The view, changed by numbers from its key; 8-bit color only."""
         view = super().finish(window, key)
         if self.augment == NO_AUGMENT:
             return view
@@ -217,14 +190,14 @@ def _randaugment(text: str, side: int, fill: tuple[int, int, int]) -> RandAugmen
 
 
 class Mixer:
-    """Erases rectangles and mixes the pictures of a batch with each other.
+    """Erases rectangles and mixes the images of a batch with each other.
 
     Args:
         classes: of the data.
         mixup: alpha; 0 for none.
         cutmix: alpha; 0 for none.
         smoothing: of the labels.
-        erasing: probability that a picture loses a rectangle to noise.
+        erasing: probability that an image loses a rectangle to noise.
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float, smoothing: float, erasing: float) -> None:
@@ -239,15 +212,9 @@ class Mixer:
         labels: Int64[Tensor, " batch"],
         key: int,
     ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch class"]]:
-        """The batch as the classifier learns from it.
+        """The batch as the classifier is trained on it: images, and how much of each class they are.
 
-        Args:
-            images: normalised; changed in place.
-            labels: their classes.
-            key: of the batch.
-
-        Returns:
-            Images, and how much of each class they are.
+        The normalized images are changed in place.
         """
         with randomness_from(key, torch_too=self.erasing > 0, device=images.device):
             if self.erasing:

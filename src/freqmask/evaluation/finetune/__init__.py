@@ -1,1 +1,0 @@
-"""Fine-tuning: a backbone with a fresh head becomes a classifier; all its weights learn."""

@@ -1,0 +1,383 @@
+"""The numbers of a fine-tuning: what was published, and every ``auto`` resolved once, with its reason, and printed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqmask.console import say
+from freqmask.data.values import Survey
+from freqmask.errors import UserError
+from freqmask.evaluation.classifier import NO_AUGMENT, Network
+from freqmask.evaluation.fewshot import parse_shots
+from freqmask.evaluation.trainings import AUTO, Plan, TrainingNumbers, check_no_problems
+from freqmask.interop.models import OpenedModel
+from freqmask.options.of_evaluation import FineTuned, FineTuning
+from freqmask.training import auto
+from freqmask.training.auto import Choice, Cost, check_single_image
+
+
+@dataclass(frozen=True)
+class Published:
+    """The numbers of a publication."""
+
+    words: str  # whose they are
+    optimizer: str  # adamw or lamb
+    loss: str  # cross_entropy (soft targets) or binary (a yes or no for each class)
+    lr: float  # peak learning rate at ``lr_batch`` images a step
+    lr_batch: int
+    lr_rule: str  # how ``lr`` follows another batch: linear, or sqrt as timm does for LAMB
+    min_lr: float  # at the end, at that batch
+    warmup_lr: float  # at the first step, at that batch
+    epochs: float
+    warmup_epochs: float
+    weight_decay: float
+    layer_decay: float  # 1 is none
+    drop_path: float
+    mixup: float  # alpha
+    cutmix: float  # alpha
+    smoothing: float
+    augment: str  # RandAugment, as timm writes it
+    erasing: float  # probability that a rectangle is replaced by noise
+    crop_share: float  # of the side that the centered test window keeps
+    train_share: float = 1.0  # side of the training images over that of the test images
+
+    def scaled(self, rate: float, batch_size: int) -> float:
+        """A learning rate of this recipe at another batch."""
+        ratio = batch_size / self.lr_batch
+        return rate * (math.sqrt(ratio) if self.lr_rule == "sqrt" else ratio)
+
+
+# ResNet strikes back (Wightman, Touvron, Jegou 2021), table 2, procedures A3 and A2: what both share.
+_RSB = partial(
+    Published,
+    optimizer="lamb",
+    loss="binary",
+    lr_batch=2048,
+    lr_rule="sqrt",
+    min_lr=1e-6,
+    warmup_lr=1e-4,
+    warmup_epochs=5.0,
+    weight_decay=0.02,
+    layer_decay=1.0,
+    mixup=0.1,
+    cutmix=1.0,
+    smoothing=0.0,
+    erasing=0.0,
+    crop_share=0.95,
+)
+PUBLISHED = {
+    # MFM's fine-tuning of a ViT (docs/evaluating.md, Fine-tuning); its ViT-S had 200 epochs.
+    "vit": Published(
+        "MFM's recipe for a ViT",
+        "adamw",
+        "cross_entropy",
+        lr=2e-3,
+        lr_batch=512,
+        lr_rule="linear",
+        min_lr=2.5e-7,
+        warmup_lr=2.5e-7,
+        epochs=100.0,
+        warmup_epochs=5.0,
+        weight_decay=0.05,
+        layer_decay=0.8,
+        drop_path=0.1,
+        mixup=0.8,
+        cutmix=1.0,
+        smoothing=0.1,
+        augment="rand-m9-mstd0.5-inc1",
+        erasing=0.25,
+        crop_share=224 / 256,
+    ),
+    "a3": _RSB(
+        "RSB A3",
+        lr=8e-3,
+        epochs=100.0,
+        drop_path=0.0,
+        augment="rand-m6-mstd0.5-inc1",
+        train_share=160 / 224,
+    ),
+    "a2": _RSB(
+        "RSB A2 (without its repeated augmentation)",
+        lr=5e-3,
+        epochs=300.0,
+        drop_path=0.05,
+        augment="rand-m7-mstd0.5-inc1",
+    ),
+}
+SMALL_SIDE = 96  # pixels; below it, what was published for 224 hides too much of an image
+# What replaces the published numbers below SMALL_SIDE pixels (docs/evaluating.md, Fine-tuning).
+SMALL_IMAGES = {
+    "augment": "rand-m5-mstd0.5-inc1",
+    "erasing": 0.1,
+    "crop_scale": [0.5, 1.0],
+    "crop_share": 1.0,
+}
+FEW_IMAGES = 10_000  # below it, small images are not mixed (docs/log.md, Fine-tuning)
+# Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
+TINY_WEIGHTS, TINY_LR_BATCH = 8_000_000, 128
+CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
+HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
+VALIDATIONS = 20  # a run
+# The options that decide what a fine-tuning becomes; a run that is resumed must have been asked for the same.
+DECIDING = (
+    *("recipe", "shots", "epochs", "steps", "batch_size", "lr", "min_lr", "warmup_epochs", "weight_decay"),
+    *("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment", "erasing", "crop_scale", "flip"),
+    *("crop_share", "train_size", "ema", "held_out", "precision", "image_size", "value_range", "weights"),
+)
+_AUGMENT = re.compile(r"rand(-(mstd|mmax|inc|m|n|p)\d+(\.\d+)?)+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(TrainingNumbers):
+    """One fine-tuning without any ``auto``, as its ``config.yaml`` records it."""
+
+    recipe: str  # vit, a3 or a2
+    optimizer: str  # adamw or lamb
+    loss: str  # cross_entropy or binary
+    image_size: list[int]  # (height, width) that the classifier is tested at
+    train_size: list[int]  # (height, width) that it is trained at
+    min_lr: float  # at the end
+    warmup_lr: float  # at the first step
+    mixup: float  # alpha, 0 for none
+    cutmix: float  # alpha, 0 for none
+    smoothing: float
+    augment: str  # RandAugment as timm writes it, or none
+    erasing: float  # probability
+    crop_scale: list[float]  # smallest and largest share of the area in a random crop
+    crop_share: float  # of the side in the centered test window
+    ema: float | None  # decay of the moving average that is tested instead of the weights; None for none
+    held_out: float  # share of the training images on which accuracy is measured
+    validate_every_steps: int
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a fine-tuning where a command has some of them only: the others are ``auto``."""
+    return {**asdict(FineTuning()), **asdict(FineTuned()), "shots": None, "keep_checkpoints": 1, **options}
+
+
+def check_tuning(options: Mapping[str, Any]) -> None:
+    """Raises a UserError with all that is wrong with the options."""
+    check_no_problems(options["model"], "fine-tuned", "supervised baseline", _problems(options))
+
+
+def _problems(options: Mapping[str, Any]) -> Iterator[str]:
+    if options.get("shots") is not None:
+        parse_shots([str(options["shots"])])
+    if options["augment"] not in (AUTO, NO_AUGMENT) and not _AUGMENT.fullmatch(str(options["augment"])):
+        yield f"augment ({options['augment']}) must be auto, none, or as timm writes it: rand-m9-mstd0.5-inc1"
+    scale = options["crop_scale"]
+    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        yield f"crop_scale ({scale}) must be two shares of the area, such as 0.08 1"
+
+
+def held_out_share(asked: Any, images: int) -> float:
+    """The share of the training images on which accuracy is measured: a tenth, at most 2,000, none of few."""
+    if asked not in (None, AUTO):
+        return float(asked)
+    return 0.0 if images < HELD_OUT_FROM else round(min(HELD_OUT_SHARE, HELD_OUT_MOST / images), 4)
+
+
+@dataclass
+class FinetunePlan(Plan):
+    """The numbers of one fine-tuning as they come together."""
+
+    opened: OpenedModel = field(kw_only=True)  # the backbone
+    network: Network = field(kw_only=True)  # the classifier made of it
+    survey: Survey = field(kw_only=True)  # what the images are like
+    images: int = field(kw_only=True)  # training images
+    seed: int = field(kw_only=True)
+    held_out: float = field(kw_only=True)  # share of the training images
+
+    def resolve(self) -> Tuning:
+        """Every number.
+
+        Raises:
+            UserError: options that do not fit the model, the images or the machine.
+        """
+        asked, size = self.asked, self.network.image_size
+        cnn = self.opened.backbone.is_cnn
+        self.take("recipe", "a3" if cnn else "vit", "a CNN" if cnn else "it has attention")
+        published = self.published = PUBLISHED[self.values["recipe"]]
+        self.small = min(size) < SMALL_SIDE
+        self.values |= {
+            "optimizer": published.optimizer,
+            "loss": published.loss,
+            "flip": bool(asked["flip"]),
+            "seed": self.seed,
+            "held_out": self.held_out,
+            "ema": asked["ema"],
+            "image_size": list(size),
+            "channels": self.opened.input_size[0],
+            "value_range": self.opened.value_range,
+            "mean": list(self.opened.mean),
+            "std": list(self.opened.std),
+        }
+        self._take_views()
+        self._take_machine()
+        few = self.images < FEW_IMAGES and self.small and published is PUBLISHED["vit"]
+        for name in ("weight_decay", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing"):
+            if few and name in ("mixup", "cutmix"):
+                self.take(name, 0.0, f"fewer than {FEW_IMAGES:,} small images")
+            else:
+                self.take(name, getattr(published, name), published.words)
+        self._take_length()
+        self._take_rates()
+        every, steps = asked["validate_every_epochs"], self.values["steps"]
+        self.values["validate_every_steps"] = (
+            max(steps // VALIDATIONS, 1)
+            if every in (None, AUTO)
+            else max(round(every * self.images / self.values["batch_size"]), 1)
+        )
+        self.take_records()
+        return Tuning(**self.values)
+
+    def _take_views(self) -> None:
+        """How training images are cut and changed."""
+        published, values = self.published, self.values
+        for name in ("augment", "erasing", "crop_scale", "crop_share"):
+            usual = CROP_SCALE if name == "crop_scale" else getattr(published, name)
+            if self.small and not (name in ("augment", "erasing") and usual in (NO_AUGMENT, 0.0)):
+                self.take(name, SMALL_IMAGES[name], f"images below {SMALL_SIDE} pixels")
+            else:
+                self.take(name, usual, published.words)
+        values["crop_scale"] = list(values["crop_scale"])
+        self._take_train_size()
+        colors = set(self.survey.dtypes) == {"uint8"} and values["value_range"] in ("dtype", "0,255")
+        if values["augment"] == NO_AUGMENT or (colors and values["channels"] == 3):
+            return
+        if self.asked["augment"] not in (None, AUTO):
+            raise UserError(
+                f"augment ({values['augment']}) must be none: RandAugment is for 8-bit color images, and these have "
+                f"{values['channels']} channels of {'/'.join(map(str, self.survey.dtypes))}"
+            )
+        values["augment"] = NO_AUGMENT
+        self.reasons["augment"] = "RandAugment is for 8-bit color images"
+
+    def _take_train_size(self) -> None:
+        fixed, size = self.network.fixed_size, list(self.network.image_size)
+        share = 1.0 if self.small or fixed else self.published.train_share
+        usual = [max(32, round(side * share / 32) * 32) for side in size] if share < 1 else size
+        self.take("train_size", usual, self.published.words if share < 1 else "that of the test")
+        chosen = self.values["train_size"]
+        self.values["train_size"] = [chosen, chosen] if isinstance(chosen, int) else list(chosen)
+        if fixed and self.values["train_size"] != size:
+            raise UserError(
+                f"train_size ({chosen}) must be the {size[0]}x{size[1]} pixels that {self.opened.name} is built for; "
+                "leave it out, or give --image_size"
+            )
+
+    def _take_machine(self) -> None:
+        device = self.take_machine(self.asked["strategy"])
+        light = max(self.survey.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
+        if self.values["workers"] and self.asked["workers"] == AUTO and device.type == "cpu" and light:
+            self.values["workers"] = 0
+            self.reasons["workers"] = "small images load faster than they travel"
+
+    def _take_length(self) -> None:
+        """Batch, parts and steps, from what an image costs."""
+        values, asked, published = self.values, self.asked, self.published
+        trial = self.take_cost(
+            self.network.model, (values["channels"], *values["train_size"]), _trial_loss, images=4
+        )
+        part, rest = self.take_batch(self._choose_batch)
+        batch = int(values["batch_size"])
+        if part == 1 and not rest:
+            check_single_image(trial, str(self.opened.name))
+        if rest or (part % 2 and (values["mixup"] or values["cutmix"])):
+            raise UserError(
+                f"batch_size ({batch}) must give every device and part the same even number of images, because images "
+                f"are mixed in pairs (devices {values['devices']}, accumulate {values['accumulate']}); change it, or "
+                "give --mixup 0 --cutmix 0"
+            )
+        epochs = published.epochs if asked["epochs"] is None else float(asked["epochs"])
+        steps = max(math.ceil(epochs * self.images / batch), 1)
+        self.take("steps", steps, f"{epochs:g} epochs, {published.words}" if asked["epochs"] is None else "")
+        epochs = values["steps"] * batch / self.images
+        usual = min(published.warmup_epochs, epochs / 20)
+        warmup = usual if asked["warmup_epochs"] in (None, AUTO) else float(asked["warmup_epochs"])
+        if warmup == usual:
+            whole = f"{published.warmup_epochs:g} epochs, as published"
+            self.reasons["warmup_steps"] = "a twentieth" if usual < published.warmup_epochs else whole
+        values["warmup_steps"] = min(round(warmup * self.images / batch), values["steps"] - 1)
+
+    def _choose_batch(self, cost: Cost, devices: int, memory: int) -> Choice:
+        return auto.choose_batch_size(cost, self.images, devices, memory)
+
+    def _take_rates(self) -> None:
+        values, published, batch = self.values, self.published, int(self.values["batch_size"])
+        rate, of = published.scaled(published.lr, batch), f"batch/{published.lr_batch}"
+        weights = sum(parameter.nelement() for parameter in self.network.model.parameters())
+        if published.lr_rule == "sqrt":
+            self.take("lr", rate, f"{published.lr:g} x sqrt({of})")
+        elif weights >= TINY_WEIGHTS:
+            self.take("lr", rate, f"{published.lr:g} x {of}")
+        else:
+            reason = f"since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
+            rate = published.lr * batch / TINY_LR_BATCH
+            self.take("lr", rate, f"{published.lr:g} x batch/{TINY_LR_BATCH}, {reason}")
+        peak = float(values["lr"])
+        self.take("min_lr", min(published.scaled(published.min_lr, batch), peak), published.words)
+        values["warmup_lr"] = min(published.scaled(published.warmup_lr, batch), peak)
+        if self.asked["min_lr"] not in (None, AUTO) and float(values["min_lr"]) > peak:
+            raise UserError(f"min_lr ({values['min_lr']:g}) must be at most lr ({peak:g})")
+
+    def lines(self, name: str, tuning: Tuning, network: Network, held_out: int) -> Iterator[str]:
+        """The plan of a new fine-tuning.
+
+        Args:
+            name: of the model.
+            tuning: every number.
+            network: the classifier, with its drop path.
+            held_out: training images that are held out.
+        """
+        why, (height, width) = self.why, tuning.image_size
+        left_out = f"; left out: {_names(network.dropped)}" if network.dropped else ""
+        yield f"model       {name} at {height}x{width} pixels, fresh: {_names(network.fresh)}{left_out}"
+        for note in network.notes:
+            yield f"            {note}"
+        held = f"{held_out:,} held out to be watched" if held_out else "none held out"
+        yield f"images      {self.images:,} for training, {held}; the test images are used once, at the end"
+        yield f"recipe      {self.published.words}{why('recipe')}"
+        optimizer = "AdamW" if tuning.optimizer == "adamw" else "LAMB"
+        average = f", moving average {tuning.ema:g}" if tuning.ema else ""
+        end = f"cosine to {tuning.min_lr:.2g}{average}"
+        yield from self.length_lines(tuning, self.images, "images", optimizer, end)
+        (low, high), size = tuning.crop_scale, "x".join(map(str, tuning.train_size))
+        mirrored = "mirrored half of the time" if tuning.flip else "never mirrored"
+        yield f"views       crops of {low:g} to {high:g} of the area{why('crop_scale')} at {size}, {mirrored}"
+        augment = "no RandAugment" if tuning.augment == NO_AUGMENT else tuning.augment
+        yield f"            {augment}{why('augment')}, erasing {tuning.erasing:g}{why('erasing')}"
+        yield (
+            f"            mixup {tuning.mixup:g}{why('mixup')}, cutmix {tuning.cutmix:g}{why('cutmix')}, "
+            f"smoothing {tuning.smoothing:g}"
+        )
+        yield f"            tested on the centered {tuning.crop_share:.3g} of the side{why('crop_share')}"
+        yield from self.machine_lines(tuning)
+
+
+def say_short_plan(tuning: Tuning, images: int) -> None:
+    """What tells a run from the one whose plan was printed before."""
+    say()
+    say(
+        f"training    {images:,} images, {tuning.steps:,} steps of {tuning.batch_size}, learning rate {tuning.lr:.3g}, "
+        f"{tuning.warmup_steps:,} steps of warm-up; the rest as before"
+    )
+
+
+def _trial_loss(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    logits = model(images)
+    return torch.nn.functional.cross_entropy(
+        logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), reduction="sum"
+    )
+
+
+def _names(parameters: list[str]) -> str:
+    return ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name in parameters)) or "nothing"

@@ -1,0 +1,321 @@
+"""Fine-tuning as a task of the loop: its module, its data, and its job."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from timm.loss.binary_cross_entropy import BinaryCrossEntropy
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from timm.optim.lamb import Lamb
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from freqmask import __version__
+from freqmask.backbones import eval_no_grad
+from freqmask.console import LINES_A_RUN, readable_time, say
+from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.sampler import OrderedSampler
+from freqmask.data.source import Source
+from freqmask.data.splits import split_indices
+from freqmask.data.transforms import Geometry
+from freqmask.data.values import ValueRange
+from freqmask.errors import UserError
+from freqmask.evaluation.classifier import AugmentedGeometry, Mixer, Network, make_classifier
+from freqmask.evaluation.finetune_numbers import (
+    DECIDING,
+    FinetunePlan,
+    Tuning,
+    held_out_share,
+    say_short_plan,
+)
+from freqmask.evaluation.labelled import LabelledData, subset
+from freqmask.evaluation.trainings import AUTO, TrainingJob, layer_groups, make_adamw
+from freqmask.images import as_float
+from freqmask.interop.timm_folder import CLASSIFIER, write_timm_folder
+from freqmask.rng import sample_key
+from freqmask.training.loop import ScheduledModule, Task, make_sampler
+from freqmask.training.monitor import Monitor, PeriodicCallback
+from freqmask.training.optim import Schedule, update_ema
+from freqmask.training.run_folder import RunFolder, comparable
+
+_PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
+_FEW_LINES = 4  # without a terminal a series of runs would be all progress
+SHOWN = {
+    "images_per_second": "{:.0f} images/s",
+    "data_wait_share": "{:.0%} waiting for data",
+    "loss": "loss {:.4g}",
+    "held_out_accuracy": "held out {:.1%}",
+}
+
+
+class FinetuneModule(ScheduledModule):
+    """Trains a timm classifier."""
+
+    def __init__(self, model: nn.Module, tuning: Tuning, classes: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.average: Any = (
+            copy.deepcopy(model).requires_grad_(False).eval() if tuning.ema is not None else None
+        )
+        self.tuning = tuning
+        self.mixer = Mixer(classes, tuning.mixup, tuning.cutmix, tuning.smoothing, tuning.erasing)
+        binary = tuning.loss == "binary"
+        self.loss = BinaryCrossEntropy(target_threshold=_PRESENT) if binary else SoftTargetCrossEntropy()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(tuning.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(tuning.std)[:, None, None], persistent=False)
+
+    @property
+    def tested(self) -> Any:
+        """The classifier that is tested: the moving average where there is one."""
+        return self.model if self.average is None else self.average
+
+    def normalize(self, view: Tensor) -> Tensor:
+        """A view (B, C, H, W), uint8 or in [0, 1], as the classifier takes it."""
+        return (as_float(view) - self.mean) / self.std
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """One part of an optimizer step."""
+        with torch.no_grad():
+            part = batch_index % self.tuning.accumulate
+            key = sample_key(self.tuning.seed, self.step, self.trainer.global_rank, part)
+            images, targets = self.mixer(self.normalize(batch["views"][0]), batch["labels"], key)
+        loss = self.loss(self.model(images).float(), targets)
+        self.check(loss)
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW or LAMB, the layers at learning rates of their own."""
+        tuning = self.tuning
+        groups = layer_groups(self.model, tuning.weight_decay, tuning.layer_decay)
+        optimizer: torch.optim.Optimizer
+        if tuning.optimizer == "lamb":
+            optimizer = Lamb(groups, lr=tuning.lr, weight_decay=tuning.weight_decay)
+        else:
+            optimizer = make_adamw(groups, tuning.lr, self.device)
+        self.schedule = Schedule(optimizer, tuning.optim(tuning.min_lr, tuning.warmup_lr))
+        return optimizer
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, then let the moving average follow."""
+        optimizer.step(closure=optimizer_closure)
+        if self.average is None:
+            return
+        # young averages follow faster, or of a short training its beginning would be tested
+        momentum = min(float(self.tuning.ema or 0), (1 + self.step) / (10 + self.step))
+        update_ema(self.average, self.model, momentum)
+        for follower, leader in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            follower.copy_(leader)
+
+
+class HeldOutAccuracy(PeriodicCallback):
+    """Every so often, and at the end: the accuracy of the classifier on held-out images.
+
+    Args:
+        monitor: takes it into the metrics.
+        images: the held-out images as a test sees them.
+        every_steps: optimizer steps between two measurements.
+        batch_size: images at once.
+    """
+
+    def __init__(self, monitor: Monitor, images: TrainDataset, every_steps: int, batch_size: int) -> None:
+        super().__init__(every_steps)
+        self.monitor, self.images, self.batch_size = monitor, images, batch_size
+
+    def look(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        """Measure and record the accuracy of this step."""
+        began = time.perf_counter()
+        devices = [module.device] if module.device.type == "cuda" else []
+        # a loader draws its seed from torch's generator, which belongs to the training
+        with torch.random.fork_rng(devices=devices), eval_no_grad(module):
+            correct, total = self._count(trainer, module)
+        if trainer.is_global_zero:
+            self.monitor.record(step, {"held_out_accuracy": float(correct / total)})
+        self.monitor.pause(time.perf_counter() - began)
+
+    def _count(self, trainer: L.Trainer, module: Any) -> tuple[Tensor, Tensor]:
+        sampler = OrderedSampler(len(self.images), trainer.global_rank, trainer.world_size)
+        counts = torch.zeros(2, device=module.device)
+        for batch in make_loader(self.images, sampler, min(self.batch_size, len(sampler)), workers=0):
+            images = module.normalize(batch["views"][0].to(module.device))
+            labels = batch["labels"].to(module.device)
+            with trainer.precision_plugin.forward_context():
+                predicted = module.tested(images).argmax(dim=1)
+            counts += torch.stack([(predicted == labels).sum(), torch.ones_like(labels).sum()])
+        counts = trainer.strategy.reduce(counts, reduce_op="sum") if trainer.world_size > 1 else counts
+        return counts[0], counts[1]
+
+
+@dataclass
+class FinetuneJob(TrainingJob):
+    """A fine-tuning of one model on some of the training images."""
+
+    data: LabelledData
+    train: np.ndarray = field(kw_only=True)  # numbers of the training images whose labels are used
+    short: bool = (
+        False  # whether the plan of such a run was printed already, with another seed or other labels
+    )
+    _classifier: Network | None = None
+
+    method, command, product = "finetune", "evaluate finetune", "classifier"
+    metrics, numbers, decides = ["loss", "held_out_accuracy"], Tuning, DECIDING
+
+    def images_decide(self) -> dict[str, Any]:
+        """The images whose labels are used."""
+        return {"images": subset(self.data, self.train).fingerprint()}
+
+    def plan(self) -> tuple[Tuning, dict[str, Any], Source]:
+        """Resolve every number and print the plan."""
+        asked = self.asked
+        share = held_out_share(asked["held_out"], len(self.train))
+        train, held_out = self._parts(share)
+        plan = FinetunePlan(
+            asked,
+            opened=self.model.opened,
+            network=self._make(0.0),
+            survey=self.survey,
+            images=len(train),
+            seed=self.seed,
+            held_out=share,
+        )
+        tuning = plan.resolve()
+        network = self._classifier = self._make(tuning.drop_path)
+        if network.notes and asked["drop_path"] not in (None, AUTO):
+            raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {network.notes[0]}")
+        if self.short:
+            say_short_plan(tuning, len(train))
+        else:
+            say()
+            for line in plan.lines(self.model.name, tuning, network, len(held_out)):
+                say(line)
+        about = {
+            "data": comparable(asked["data"]),
+            **{name: asked[name] for name in ("labels", "pages")},
+            "split": asked["train_split"],
+        }
+        return tuning, about, subset(self.data, train)
+
+    def task(self, run: RunFolder, numbers: Tuning) -> Task:
+        """The training as the loop takes it."""
+        network = self._classifier or self._make(numbers.drop_path)
+        train, held_out = (subset(self.data, part) for part in self._parts(numbers.held_out))
+        torch.manual_seed(numbers.seed)  # of drop path
+        module = FinetuneModule(network.model, numbers, len(self.data.class_names))
+        if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
+            module.to(memory_format=torch.channels_last)
+        normed = any(isinstance(part, _BatchNorm) for part in network.model.modules())
+        several = numbers.devices > 1 and numbers.accelerator == "cuda"
+
+        def batches(trainer: L.Trainer, done: int) -> Any:
+            dataset = make_dataset(train, training_geometry(numbers), numbers)
+            sampler = make_sampler(asdict(numbers), len(train), trainer, done)
+            return make_loader(dataset, sampler, numbers.images_at_once, numbers.workers)
+
+        def callbacks(monitor: Monitor) -> list[L.Callback]:
+            if not len(held_out):
+                return []
+            images = make_dataset(held_out, test_geometry(numbers), numbers)
+            at_once = max(numbers.images_at_once, 64)
+            return [HeldOutAccuracy(monitor, images, numbers.validate_every_steps, at_once)]
+
+        def export(trainer: L.Trainer, module: Any, step: int) -> None:
+            if trainer.is_global_zero:
+                self._write(run, numbers, module.tested, step)
+
+        return Task(
+            run,
+            asdict(numbers),
+            module,
+            len(train),
+            batches,
+            export,
+            callbacks,
+            SHOWN,
+            numbers.warmup_steps,
+            _FEW_LINES if self.short else LINES_A_RUN,
+            {"sync_batchnorm": several and normed},
+        )
+
+    def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        """Print how it ended and where its classifier lies."""
+        measured = summary.get("held_out_accuracy")
+        accuracy = f", {measured:.1%} right on held-out images" if measured is not None else ""
+        say(f"done        {summary['steps']:,} steps in {readable_time(summary['seconds'])}{accuracy}")
+        say(f"classifier  {run.path / CLASSIFIER}")
+
+    def _make(self, drop_path: float) -> Network:
+        return make_classifier(self.model.opened, len(self.data.class_names), drop_path, self.seed)
+
+    def _parts(self, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the images that are trained on, and of those held out."""
+        if share == 0:
+            return self.train, self.train[:0]
+        groups = self.data.groups_of(self.train)
+        parts = split_indices(self.data.labels[self.train], groups, (1 - share, share), self.seed)
+        return self.train[parts[0]], self.train[parts[1]]
+
+    def _write(self, run: RunFolder, tuning: Tuning, model: Any, step: int) -> None:
+        """The classifier as a folder that timm loads."""
+        metadata = {
+            "version": __version__,
+            "method": self.method,
+            "model": self.model.text,
+            "run": run.path.name,
+            "recipe": tuning.recipe,
+            "data": self.data.source.fingerprint(),
+            "value_range": tuning.value_range,
+            "step": step,
+        }
+        height, width = tuning.image_size
+        write_timm_folder(
+            model,
+            run.path / CLASSIFIER,
+            input_size=(tuning.channels, height, width),
+            mean=tuning.mean,
+            std=tuning.std,
+            metadata=metadata,
+            crop_pct=tuning.crop_share,
+            label_names=self.data.class_names,
+        )
+
+
+def make_dataset(source: Source, geometry: Geometry, tuning: Tuning) -> TrainDataset:
+    """Images as the classifier sees them, whatever their channels."""
+    values = ValueRange.parse(tuning.value_range)
+    return TrainDataset(source, [geometry], values, tuning.channels, convert_channels=True, seed=tuning.seed)
+
+
+def training_geometry(tuning: Tuning) -> AugmentedGeometry:
+    """How a training image is cut and changed before it becomes part of a batch."""
+    fill = tuple(min(255, round(255 * value)) for value in tuning.mean) if tuning.channels == 3 else (0, 0, 0)
+    return AugmentedGeometry(
+        image_size=_size(tuning.train_size),
+        scale=(tuning.crop_scale[0], tuning.crop_scale[1]),
+        horizontal_flip=0.5 if tuning.flip else 0.0,
+        augment=tuning.augment,
+        fill=fill,  # type: ignore[arg-type]
+    )
+
+
+def test_geometry(tuning: Tuning) -> Geometry:
+    """The centered window of a test."""
+    return Geometry(
+        image_size=_size(tuning.image_size),
+        crop="center",
+        horizontal_flip=0.0,
+        center_share=tuning.crop_share,
+    )
+
+
+def _size(sides: Sequence[int]) -> tuple[int, int]:
+    return sides[0], sides[1]
