@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from freqmask.data.sampler import TrainSampler, block_shuffle, deal, runs_of_images, some_images
-from freqmask.data.source import Blocks, JoinedSource, Subset
+from freqmask.data.source import BlockLayout, JoinedSource, Subset
 
 # 103 images in shards of very different sizes, 4 images a block
 SIZES = (41, 3, 30, 1, 28)
 BLOCKS = np.concatenate([100 * shard + np.arange(size) // 4 for shard, size in enumerate(SIZES)])
-TOGETHER = Blocks(BLOCKS)
+TOGETHER = BlockLayout(BLOCKS)
 COUNT, BATCH = len(BLOCKS), 3
 
 
@@ -85,7 +85,7 @@ def test_workers_of_all_processes_share_the_blocks_among_them(epoch):
 
 def test_a_block_is_read_within_its_window():
     blocks = np.repeat(np.arange(200), 5)
-    order = block_shuffle(Blocks(blocks), 0, 0, 4, 1)
+    order = block_shuffle(BlockLayout(blocks), 0, 0, 4, 1)
     places = defaultdict(list)
     for place, index in enumerate(order):
         places[blocks[index]].append(place)
@@ -104,9 +104,9 @@ def test_passes_and_seeds_differ_and_repeat():
 def test_some_images_come_from_few_blocks_only_where_those_come_whole():
     spread = some_images(50, COUNT, TOGETHER, 0, 3)
     assert spread == sorted(set(spread)) and len(spread) == 50 and len(np.unique(BLOCKS[spread])) > 10
-    near = some_images(50, COUNT, Blocks(BLOCKS, whole=True), 0, 3)
+    near = some_images(50, COUNT, BlockLayout(BLOCKS, whole=True), 0, 3)
     assert len(np.unique(BLOCKS[near])) == 3 and near != some_images(
-        50, COUNT, Blocks(BLOCKS, whole=True), 1, 3
+        50, COUNT, BlockLayout(BLOCKS, whole=True), 1, 3
     )
 
 
@@ -125,7 +125,7 @@ def test_a_restart_goes_on_where_it_was():
 def test_parts_keep_their_blocks(memory_source, photographs):
     class Blocked(memory_source):
         def blocks(self):
-            return Blocks(np.arange(len(self)) // 4, window=3, whole=True)
+            return BlockLayout(np.arange(len(self)) // 4, window=3, whole=True)
 
     source = Blocked(photographs(10))
     assert Subset(source, [9, 0, 5]).blocks().numbers.tolist() == [2, 0, 1]

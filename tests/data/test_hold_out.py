@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from freqmask.data.source import Blocks, Subset
+from freqmask.data.source import BlockLayout, Subset
 from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 
@@ -54,8 +54,8 @@ def test_a_part_speaks_for_its_images(source: Any) -> None:
 
 def test_where_blocks_come_whole_few_of_them_are_held_out_and_stay_so(memory_source: Any) -> None:
     class Blocked(memory_source):  # type: ignore[misc, valid-type]
-        def blocks(self) -> Blocks:
-            return Blocks(np.arange(len(self)) // 20, whole=True)
+        def blocks(self) -> BlockLayout:
+            return BlockLayout(np.arange(len(self)) // 20, whole=True)
 
     source = Blocked(["never opened"] * 1000)
     train, held = hold_out(source, share=0.11)

@@ -107,7 +107,7 @@ def _settings(
     side, size, pages, split = asked
     if before is not None:
         size = before.shard_size if size == "auto" else size
-        settings = Settings(side, size, pages, split, parts.content, before.lanes)
+        settings = Settings(side, size, pages, split, parts.content, before.workers)
         _check_same(settings, before, out)
         return settings
     chosen, mean = choose_shard_size(parts, side)
@@ -122,8 +122,8 @@ def _settings(
         say(
             "note: that may not fit; it stops where the disk is full, and the same command resumes when there is room"
         )
-    lanes = 1 if parts.blocks is None else max(workers, 1)
-    return Settings(side, size, pages, split, parts.content, lanes)
+    dealt = 1 if parts.blocks is None else max(workers, 1)
+    return Settings(side, size, pages, split, parts.content, dealt)
 
 
 def _check_same(settings: Settings, before: Settings, out: Path) -> None:

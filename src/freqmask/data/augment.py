@@ -77,13 +77,10 @@ DINO_VIEWS = (
 
 
 class PhotometricAugmentation(nn.Module):
-    """Changes the colours and sharpness of each image of a batch, by numbers from its key.
+    """Changes the colors and sharpness of each image of a batch, by numbers from its key.
 
-    Hue, saturation, grey and solarise mean something for colour images alone: with other than three channels
+    Hue, saturation, gray and solarize mean something for color images alone: with other than three channels
     only brightness, contrast and blur are done, and :meth:`notes` says so.
-
-    Args:
-        settings: strengths and probabilities.
     """
 
     def __init__(self, settings: PhotometricSettings | None = None) -> None:
@@ -99,15 +96,7 @@ class PhotometricAugmentation(nn.Module):
         return [f"{', '.join(off)} off: these changes are for three channels, the images have {channels}."]
 
     def forward(self, images: Images, keys: Int64[Tensor, " batch"] | None = None) -> Images:
-        """The batch, changed.
-
-        Args:
-            images: floats in [0, 1].
-            keys: one key an image and view; None draws fresh ones.
-
-        Returns:
-            Floats in [0, 1], same shape.
-        """
+        """The batch, floats in [0, 1], changed by one key an image and view; without keys by fresh ones."""
         keys = fresh_keys(len(images), images.device) if keys is None else keys
         settings = (
             self.settings
@@ -162,18 +151,10 @@ def adjust_hue(images: Images, turn: PerImage) -> Images:
 
 
 def gaussian_blur(images: Images, sigma: PerImage, chosen: Bool[Tensor, " batch"] | None = None) -> Images:
-    """Blur each image with its own Gaussian, borders mirrored without repeating the edge.
+    """Blur each image with its own Gaussian (``sigma`` in pixels), borders mirrored without repeating the edge.
 
     Rows and columns are multiplied by a banded matrix each, which holds the mirrored borders: two batched
-    matrix products, the same on every device, instead of one convolution an image.
-
-    Args:
-        images: any number of channels.
-        sigma: standard deviation in pixels.
-        chosen: which images are blurred; None: all.
-
-    Returns:
-        The blurred batch.
+    matrix products, the same on every device, instead of one convolution an image. None in ``chosen`` blurs all.
     """
     with torch.autocast(images.device.type, enabled=False):
         exact = images if images.dtype == torch.float64 else images.float()
@@ -208,7 +189,6 @@ def _blur_matrix(
 
 
 def _jittered(images: Images, keys: Tensor, settings: PhotometricSettings) -> Images:
-    """Brightness, contrast, saturation and hue, each by the image's own strength."""
     drawn = uniform(keys, "colour", (4,))
     strengths = (settings.brightness, settings.contrast, settings.saturation)
     for place, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation)):

@@ -42,11 +42,6 @@ class BuiltinPhotos(Source):
 
     A cut-out shows a window of ``size`` to ``2 size`` pixels, reduced to ``size`` with an antialiased bicubic
     filter, so that the small set has more than one scale. Photographs take turns.
-
-    Args:
-        count: number of cut-outs.
-        size: their side in pixels.
-        seed: decides the windows.
     """
 
     def __init__(self, count: int = 2048, size: int = 128, seed: int = 0) -> None:
@@ -103,10 +98,9 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class BuiltinDigits(Source):
-    """1,797 handwritten digits of 8×8 pixels with labels, enlarged with a bicubic filter.
+    """1,797 handwritten digits of 8×8 pixels with labels, enlarged with a bicubic filter to ``size`` pixels.
 
-    Args:
-        size: side in pixels of the enlarged image. Frequencies beyond 4 cycles a side are empty.
+    Frequencies beyond 4 cycles a side are empty.
     """
 
     def __init__(self, size: int = 32) -> None:
@@ -142,11 +136,7 @@ BUILTINS: dict[str, Callable[[], Source]] = {"photos": BuiltinPhotos, "digits": 
 
 
 def open_builtin(text: str) -> Source:
-    """The set that ``builtin:NAME`` names.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """The set that ``builtin:NAME`` names; a UserError where there is none."""
     name = text.removeprefix("builtin:")
     if name not in BUILTINS:
         hint = nearest(text, [f"builtin:{known}" for known in BUILTINS])

@@ -61,13 +61,7 @@ def bytes_of(array: np.ndarray) -> memoryview:
 
 
 def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
-    """Writes arrays and a JSON description of them; False where the cache folder cannot be written.
-
-    Args:
-        path: the file.
-        about: anything JSON.
-        arrays: name -> array, any shape and plain type.
-    """
+    """Writes arrays of any shape and plain type, and a JSON description of them; False where that is not possible."""
     places, end, checksum = {}, 0, 0
     for name, array in arrays.items():
         places[name] = (array.dtype.str, list(array.shape), end)

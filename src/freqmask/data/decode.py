@@ -68,15 +68,12 @@ def read_suffixes() -> frozenset[str]:
 
 
 def open_file(path: Path, pages: Pages = "channels", page: int = 0) -> Picture:
-    """The image in a file.
+    """The image in a file; BadImage where it cannot be opened or is none.
 
     Args:
         path: the file.
         pages: what the pages of a TIFF are.
         page: which one, with ``images``.
-
-    Raises:
-        BadImage: it cannot be opened or is no image.
     """
     suffix = path.suffix.lower()
     try:
@@ -92,15 +89,10 @@ def open_file(path: Path, pages: Pages = "channels", page: int = 0) -> Picture:
 
 
 def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture:
-    """The image in the bytes of a file, its format told from its beginning.
+    """The image in the bytes of a file, its format told from its beginning; else as `open_file`.
 
     Transparent pixels are laid over white, as a viewer shows them: what lies beneath them is often garbage.
     Palettes, CMYK, YCbCr and Lab become RGB; 16 bits stay 16. Of an animation the first frame is taken.
-
-    Args:
-        data: the whole file.
-        pages: what the pages of a TIFF are.
-        page: which one, with ``images``.
 
     Raises:
         BadImage: no image, cut off in its header, of absurd size, or of a kind that nothing here reads rightly.
@@ -126,11 +118,7 @@ def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        BadImage: it cannot be read; the reason is in plain words.
-    """
+    """The bytes of a file; BadImage with the reason in plain words where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -138,12 +126,7 @@ def read_file(path: Path) -> bytes:
 
 
 def suffix_of(data: bytes, name: str) -> str:
-    """The suffix of a file, by its name or else by how its bytes begin.
-
-    Args:
-        data: the whole file.
-        name: what it is called, perhaps nothing.
-    """
+    """The suffix of a file (its bytes) by its name, perhaps nothing, or else by how the bytes begin."""
     suffix = Path(name).suffix.lower()
     if suffix in read_suffixes():
         return suffix
@@ -169,7 +152,6 @@ def quiet_pillow() -> Iterator[None]:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Pillow's image, its header read."""
     try:
         with quiet_pillow():
             heif = ["HEIF"] if "HEIF" in Image.OPEN else []  # once pillow_heif has been registered
@@ -191,7 +173,6 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _brief(error: Exception) -> str:
-    """A one-line reason of bounded length."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
@@ -205,11 +186,7 @@ def _exif_orientation(image: Image.Image) -> Orientation:
 
 
 class CodedPicture(Picture):
-    """An image that is decoded from its stored frame, then turned as its EXIF says.
-
-    Args:
-        data: the file's bytes.
-    """
+    """An image that is decoded from the stored frame of a file's bytes, then turned as its EXIF says."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -331,16 +308,11 @@ def jpeg_reduction(box: Box, at_least: tuple[int, int] | None) -> int:
 
 
 def shorten_jpeg(data: bytes, rows: int, height: int) -> bytes:
-    """A baseline JPEG whose header claims fewer rows, so that decoders stop early.
+    """A baseline JPEG of ``height`` rows whose header claims fewer, so that decoders stop soon after ``rows``.
 
     Every row above the cut comes out as before: the cut lies one MCU row below what is wanted. A native
     224-pixel window of a 12-megapixel photograph costs half as much on average. Progressive files hold every
     row in every scan and are left alone.
-
-    Args:
-        data: a complete JPEG file.
-        rows: rows that are needed, from the top.
-        height: rows of the image.
     """
     kept = (rows // JPEG_ROW_MULTIPLE + 2) * JPEG_ROW_MULTIPLE
     position = frame_header(data)
@@ -479,7 +451,6 @@ def _refuse_empty(size: int) -> None:
 
 
 def _in_words(error: OSError, path: Path) -> str:
-    """What an error of the file system means."""
     if isinstance(error, FileNotFoundError):
         return "it is a link to a file that is gone" if path.is_symlink() else "the file is gone"
     if isinstance(error, PermissionError):

@@ -29,12 +29,7 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What images must be like to be held in memory.
-
-    Args:
-        side: longest side in pixels.
-        bytes: of all of them together.
-    """
+    """What images must be like to be held in memory: the longest side in pixels, the bytes of all together."""
 
     side: int
     bytes: int
@@ -49,7 +44,7 @@ def read_images(
     workers: int = 0,
     report: Callable[[int], None] = lambda count: None,
 ) -> InMemoryImages:
-    """Decode all images of a source once.
+    """Decode all images of a source once, to be held on the host.
 
     Args:
         source: the images.
@@ -59,9 +54,6 @@ def read_images(
         convert: as for :class:`freqmask.data.loader.TrainDataset`; what cannot be converted is listed as bad.
         workers: processes that decode; 0 for none but this one.
         report: called now and then with the number of images read.
-
-    Returns:
-        The images, on the host.
 
     Raises:
         DoesNotFitError: an image is beyond the limits or has gaps; no more are read.
@@ -117,8 +109,6 @@ class _Decoded:
 
 @dataclass
 class _Decoding(Dataset[_Decoded]):
-    """Decodes runs of images, in a worker."""
-
     source: Source
     geometries: tuple[Geometry, ...]
     side: int
@@ -145,7 +135,6 @@ class _Decoding(Dataset[_Decoded]):
         return whole
 
     def _decode(self, index: int, whole: _Decoded) -> None:
-        """Append one image."""
         size, flat = (0, 0), False
         try:
             with as_bad_image():
@@ -166,7 +155,6 @@ class _Decoding(Dataset[_Decoded]):
         whole.flat.append(flat)
 
     def _too_much(self, picture: Picture) -> str | None:
-        """Why a picture cannot be held, from its header."""
         if max(picture.size) > self.side:
             return f"has {picture.size[0]}x{picture.size[1]} pixels, more than {self.side} a side"
         if picture.dtype != self.dtype:
@@ -193,13 +181,9 @@ class _Decoding(Dataset[_Decoded]):
 
 
 def has_flat_tile(image: Shaped[np.ndarray, "channel height width"], side: int) -> bool:
-    """Whether one of the square tiles of an image holds the same value everywhere.
+    """Whether one of an image's square tiles of ``side`` pixels holds the same value everywhere.
 
     Where none does, no window of ``2 side - 1`` pixels or more is empty, because it holds a whole tile.
-
-    Args:
-        image: any type, without missing values.
-        side: of the tiles in pixels; at most that of the image.
     """
     channels, height, width = image.shape
     rows, columns = height // side, width // side

@@ -31,10 +31,7 @@ def cut_windows(
         starts: where each image begins.
         strides: the width of each image.
         boxes: (top, left, height, width) of each window.
-        padded: (height, width) of the frame, at least that of every window.
-
-    Returns:
-        The frames. Beyond a window they hold whatever lies behind it.
+        padded: (height, width) of the frame, at least that of every window; beyond one it holds whatever lies behind.
     """
     first = starts + boxes[:, 0] * strides + boxes[:, 1]
     lines = first[:, None] + torch.arange(padded[0], device=pixels.device) * strides[:, None]
@@ -64,15 +61,7 @@ def as_numbers(
 def are_empty(
     pixels: Tensor, starts: Tensor, strides: Tensor, boxes: Tensor, frame: tuple[int, int]
 ) -> Shaped[Tensor, " flat"]:
-    """Which windows hold one value only (in each channel).
-
-    Args:
-        pixels: those of all images.
-        starts: where each image begins.
-        strides: the width of each image.
-        boxes: (top, left, height, width) of each window.
-        frame: (height, width), at least that of every window.
-    """
+    """Which windows hold one value only in each channel; arguments as for `cut_windows`."""
     windows = cut_windows(pixels, starts, strides, boxes, frame)  # (flat, height, channel, width)
     outside = (torch.arange(frame[0], device=pixels.device) >= boxes[:, 2, None])[:, :, None] | (
         torch.arange(frame[1], device=pixels.device) >= boxes[:, 3, None]
@@ -97,12 +86,9 @@ def resample(
         sizes: (height, width) of each window in pixels.
         size: (height, width) asked.
         flips: whether each is mirrored, upside_down, and has then rows and columns exchanged.
-        levels: True for values from 0 to 255, which are rounded after each of the two products as Pillow does;
-            False for values in [0, 1].
+        levels: True for values from 0 to 255, which are rounded after each of the two products as Pillow does, and
+            come back as uint8; False for values in [0, 1], which are clamped to it.
         turned: whether rows and columns of any may be exchanged, which wants a square size.
-
-    Returns:
-        uint8 for levels, else float32 clamped to [0, 1].
     """
     batch, height, channels, width = windows.shape
     mirrored, upside_down, exchanged = flips.unbind(1)
@@ -124,20 +110,12 @@ def resample(
 def resampling_matrices(
     lengths: Int64[Tensor, " batch"], padded: int, out: int, reverse: Bool[Tensor, " batch"]
 ) -> Float[Tensor, "batch out padded"]:
-    """What each output pixel of a line takes from each input pixel.
+    """What each of ``out`` pixels of a line takes from each of its ``lengths`` pixels, in ``padded`` columns.
 
     ``w[i, j] = cubic((j + 1/2 - s (i + 1/2)) / max(s, 1))`` with ``s = length / out``, for ``j < length``, each row
     divided by its sum: a line is smoothed where it is reduced, and its ends are not repeated. Only the few weights
-    of a row that can differ from zero are computed, in a third of the time at 64 pixels.
-
-    Args:
-        lengths: pixels of each line, at most ``padded``.
-        padded: columns of the matrices; those from a line's length on are zero.
-        out: pixels asked.
-        reverse: which lines come out backwards.
-
-    Returns:
-        float32 matrices whose rows sum to 1; the identity where length and ``out`` agree.
+    of a row that can differ from zero are computed, in a third of the time at 64 pixels. The identity where length
+    and ``out`` agree; lines in ``reverse`` come out backwards.
     """
     target = torch.arange(out, device=lengths.device) + 0.5
     step = (lengths / out)[:, None]
@@ -154,13 +132,10 @@ def resampling_matrices(
 
 
 def cubic(distance: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Keys' cubic kernel with a = -0.5 (1981, equation 15), 1 at 0 and 0 at every other integer.
+    """Keys' cubic kernel with a = -0.5 (1981, equation 15), 1 at 0 and 0 at every other integer; overwrites its input.
 
     Written as ``t^2 (t - 1) / 2 + s^2 (1 - 2 s)`` with ``t = max(2 - |x|, 0)`` and ``s = max(1 - |x|, 0)``, which
     takes less than half the time of choosing between its two pieces.
-
-    Args:
-        distance: in pixels; overwritten.
     """
     outer = distance.abs_().neg_().add_(2)
     inner = (outer - 1).clamp_(min=0)

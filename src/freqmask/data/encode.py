@@ -57,12 +57,9 @@ def encode_picture(
     JPEG; everything else keeps every bit, as PNG where that can be, as TIFF where not.
 
     Args:
-        picture: the image, its header read.
+        picture: the image, its header read; BadImage where it cannot be decoded.
         original: its own file and suffix, or None.
         shorter_side: pixels of the shorter side at most; None for any.
-
-    Raises:
-        BadImage: it cannot be decoded.
     """
     wanted = reduced_size(picture.size, shorter_side)
     if wanted == picture.size:
@@ -93,18 +90,10 @@ def reduced_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, 
 def reduced(
     pixels: Shaped[np.ndarray, "channel height width"], size: tuple[int, int], nodata: float | None
 ) -> Shaped[np.ndarray, "channel new_height new_width"]:
-    """An image brought to a size with our antialiased bicubic, in its own type and range.
+    """An image brought to (height, width) with our antialiased bicubic, in its own type and range.
 
     Bicubic overshoots; what leaves the range of the image's own values is clamped to it. What is mostly missing
-    stays missing.
-
-    Args:
-        pixels: any of the kept types.
-        size: (height, width) in pixels.
-        nodata: the value that stands for "not measured", or None.
-
-    Raises:
-        BadImage: all of it is missing.
+    (NaN or ``nodata``) stays missing, and an image that is all missing is a BadImage.
     """
     if pixels.dtype == np.uint8 and nodata is None:
         return resize(torch.from_numpy(pixels), size).numpy()
@@ -123,7 +112,6 @@ def reduced(
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:
-    """Baseline JPEG of (1 or 3, height, width) of 8 bits."""
     layout = np.ascontiguousarray(pixels.transpose(1, 2, 0))
     if len(pixels) == 1:
         return bytes(imagecodecs.jpeg8_encode(layout[..., 0], level=JPEG_QUALITY))
@@ -153,14 +141,9 @@ def _lossless(pixels: np.ndarray, nodata: float | None) -> tuple[bytes, str]:
 def empty_octave_share(side: int, view: int = VIEW, scale: tuple[float, float] = SCALE) -> float:
     """How much of a crop's uppermost octave is empty, on average, because the crop had to be enlarged.
 
-    A window of the share s of a square image of ``side`` pixels is enlarged by z = view / (side sqrt(s)) where
-    that is above 1. Its frequencies then end at 0.5 / z cycles a pixel instead of 0.5, which takes
-    2 (1 - 1 / z) of the octave from 0.25 to 0.5. The share s is uniform in ``scale``.
-
-    Args:
-        side: shorter side of the stored images in pixels.
-        view: side of the crop in pixels.
-        scale: smallest and largest share of the area.
+    A window of the share s (uniform in ``scale``) of a square image of ``side`` pixels is enlarged by
+    z = view / (side sqrt(s)) where that is above 1. Its frequencies then end at 0.5 / z cycles a pixel instead of
+    0.5, which takes 2 (1 - 1 / z) of the octave from 0.25 to 0.5.
 
     >>> round(empty_octave_share(448), 2), round(empty_octave_share(256), 2)
     (0.01, 0.31)
@@ -171,7 +154,7 @@ def empty_octave_share(side: int, view: int = VIEW, scale: tuple[float, float] =
 
 
 def spectrum_words(reductions: Sequence[float], images: int, side: int | None) -> list[str]:
-    """Sentences on what became of the images' frequencies.
+    """Sentences on what became of the frequencies of some images.
 
     Args:
         reductions: sides over those of the original, of the images that were reduced.

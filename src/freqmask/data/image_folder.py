@@ -58,12 +58,7 @@ class Layout:
 
 
 def lay_out(index: FolderIndex, is_mask: Callable[[bytes], bool] | None = None) -> Layout:
-    """How the images of a folder are laid out.
-
-    Args:
-        index: its files.
-        is_mask: whether a file looks like a mask; None where files cannot be looked at.
-    """
+    """How the images of a folder are laid out; ``is_mask`` tells of a file, None where none can be looked at."""
     masks = _mask_folders(index, is_mask)
     kept = [
         number
@@ -380,7 +375,6 @@ def _first_images(index: FolderIndex) -> np.ndarray:
 
 
 def _index_notes(index: FolderIndex) -> list[str]:
-    """Sentences on what the index left out."""
     notes = [
         f"{index.ignored[suffix]:,} {suffix} files are not read; pip install '{extra}' reads them."
         for suffix, extra in EXTRAS.items()

@@ -111,7 +111,6 @@ class InMemoryBatches:
             yield from self._batches(ahead, size)
 
     def _batches(self, items: Sequence[Item], size: int) -> Iterator[dict[str, Any]]:
-        """The batches of some steps, whose windows are drawn together."""
         epochs, _, asked = torch.tensor(items).unbind(1)
         keys = sample_keys(self.seed, epochs, self.images.identities[asked])
         pairs = zip(asked.split(size), keys.split(size), strict=True)
@@ -201,14 +200,7 @@ def draw(
     indices: Int64[Tensor, " batch"],
     keys: Int64[Tensor, " batch"],
 ) -> Drawn:
-    """Draw the windows of some samples, on the host.
-
-    Args:
-        images: the images.
-        geometries: how each view is cut.
-        indices: which images.
-        keys: the samples' keys.
-    """
+    """Draw the windows of some images on the host, by the samples' keys."""
     flips = [draw_flips(geometry, combine(keys, view)) for view, geometry in enumerate(geometries)]
     return Drawn(indices, keys, _boxes(geometries, images.sizes[indices], keys, 0), torch.stack(flips))
 
@@ -226,13 +218,7 @@ def _boxes(
 
 
 def make_plan(images: InMemoryImages, geometries: Sequence[Geometry], drawn: Drawn) -> Plan:
-    """Where the pixels of a batch lie, and other windows for images in which the first may be empty.
-
-    Args:
-        images: the images.
-        geometries: how each view is cut.
-        drawn: the samples of the batch.
-    """
+    """Where the pixels of a batch lie, and other windows for images in which the first may be empty."""
     sizes = images.sizes[drawn.indices]
     flat = images.flat[drawn.indices].nonzero()[:, 0]
     others, largest = drawn.boxes[None, :, flat], drawn.boxes[:, :, 2:].amax(dim=(0, 1))
@@ -249,12 +235,6 @@ def cut_views(
 ) -> list[Shaped[Tensor, "batch channel height width"]]:
     """Carry a plan out, on the device and without waiting for it.
 
-    Args:
-        images: the images.
-        plan: the windows.
-        geometries: how each view is cut.
-        value_range: the values that become 0 and 1.
-
     Returns:
         A tensor for each view: uint8 where the values are those of 8 bits, else float32 in [0, 1].
     """
@@ -269,7 +249,6 @@ def cut_views(
 def _cut_on_host(
     images: InMemoryImages, plan: Plan, geometry: Geometry, boxes: Tensor, flips: Tensor, values: ValueRange
 ) -> Tensor:
-    """One view of a batch, window by window as the loader does it."""
     pixels = images.pixels.numpy()
     pixels = pixels.view(np.uint16) if images.dtype == "uint16" else pixels
     views: Tensor | None = None
@@ -292,16 +271,7 @@ def _cut_on_host(
 def cut_on_device(
     images: InMemoryImages, plan: Plan, geometry: Geometry, boxes: Tensor, flips: Tensor, values: ValueRange
 ) -> Tensor:
-    """One view of a batch, all windows together, without a look at any value.
-
-    Args:
-        images: the images.
-        plan: where they lie.
-        geometry: how the view is cut.
-        boxes: (batch, 4) its windows.
-        flips: (batch, 3) how it is mirrored and turned.
-        values: the values that become 0 and 1.
-    """
+    """One view of a batch, all windows together, without a look at any value; ``boxes`` and ``flips`` are its own."""
     limits = values.limits(np.dtype(images.dtype))
     levels = images.dtype == "uint8" and limits == (0.0, 255.0)
     at_once = max(1, _AT_ONCE // (plan.frame[0] * plan.frame[1] * images.pixels.shape[1]))

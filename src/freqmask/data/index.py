@@ -130,19 +130,13 @@ class FolderIndex:
         ]
 
     def select(self, folders: Iterable[int], below: bytes = b"") -> FolderIndex:
-        """Some folders of this index, sharing its arrays.
-
-        Args:
-            folders: their numbers, increasing.
-            below: the relative path of a folder that holds all of them and becomes the root.
-        """
+        """Some folders by their numbers, increasing, sharing the arrays; the one ``below`` becomes the root."""
         chosen = self._chosen[np.asarray(list(folders), np.int64)]
         root = self.root / os.fsdecode(below) if below else self.root
         joined = b"/".join(part for part in (self._below, below) if part)
         return FolderIndex(root, self._about, self._arrays, chosen, joined, self.cached_in)
 
     def _hash(self) -> str:
-        """A hash of all relative paths and sizes."""
         arrays = self._arrays
         places = np.concatenate([
             np.zeros(0, np.int64),
@@ -230,13 +224,7 @@ def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -
 
 
 def index_listing(root: str, files: Mapping[str, int | None], suffixes: frozenset[str]) -> FolderIndex:
-    """The index of files that a server listed.
-
-    Args:
-        root: what their paths are relative to.
-        files: path with ``/`` -> bytes, None where unknown.
-        suffixes: of the files to list, in lower case with their dot.
-    """
+    """The index of the files (path with ``/`` -> bytes, None where unknown) that a server listed below ``root``."""
     members: dict[bytes, dict[bytes, int]] = {b"": {}}
     for path, size in files.items():
         parent, _, name = os.fsencode(path).rpartition(b"/")
@@ -294,7 +282,6 @@ def _walk(
 def _read_folder(
     path: bytes, modified: int, suffixes: frozenset[str], is_root: bool = False, own_too: bool = False
 ) -> _Folder:
-    """One folder as it is now."""
     folder = _Folder(modified, settled=time.time_ns() - modified > SETTLED_NANOSECONDS)
     files: dict[bytes, int] = {}
     names: list[bytes] = []
@@ -413,7 +400,6 @@ def _size(entry: os.DirEntry[bytes]) -> int:
 
 
 def _assemble(found: dict[bytes, _Folder]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The folders as a JSON description and arrays."""
     paths = sorted(found)
     folders = [found[path] for path in paths]
     lengths = np.concatenate([folder.lengths for folder in folders])

@@ -162,7 +162,6 @@ def in_order(labels: set[str]) -> list[str]:
 
 
 def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
-    """The number of the image of each row."""
     if not rows:
         raise UserError(f"labels ({file}) lists no images; it needs a line for each below its header")
     numbers = {source.name(index): index for index in range(len(source))}

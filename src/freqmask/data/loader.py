@@ -90,16 +90,10 @@ class TrainDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, item: Item) -> Sample:
-        """The sample of an item; where its image cannot be read, that of another image.
+        """The sample of an item (epoch, position, index); where its image cannot be read, that of another image.
 
         The key stays that of the image asked for: what stands in, and how it is cut and filtered, follows
-        from it, and an image that stands in is not shown twice alike.
-
-        Args:
-            item: (epoch, position, index) from the sampler.
-
-        Raises:
-            UserError: image after image cannot be read.
+        from it, and an image that stands in is not shown twice alike. A UserError where image after image is bad.
         """
         epoch, _, asked = item
         identity = self.source.identity(asked)
@@ -129,7 +123,6 @@ class TrainDataset(Dataset[Sample]):
         return picture
 
     def _views(self, picture: Picture, keys: Sequence[int]) -> list[Tensor]:
-        """All views of one picture."""
         at_least = [geometry.at_least() for geometry in self.geometries]
         for attempt in range(WINDOWS):
             boxes = [g.box(picture.size, key, attempt) for g, key in zip(self.geometries, keys, strict=True)]
@@ -161,13 +154,7 @@ class TrainDataset(Dataset[Sample]):
 
 
 def candidates(asked: int, key: int, images: int) -> Iterator[int]:
-    """The image asked for, then those that may stand in for it.
-
-    Args:
-        asked: index of the image.
-        key: key of the sample, which decides what stands in.
-        images: how many there are.
-    """
+    """The image asked for, then those that may stand in for it, drawn by the sample's key."""
     yield asked
     for number in uniform_numbers(key, "substitute", MAX_FALLBACKS):
         yield int(number * images)
@@ -193,10 +180,7 @@ def as_bad_image() -> Iterator[None]:
 
 
 def collate(samples: Sequence[Sample] | UserError) -> dict[str, Any] | UserError:
-    """Put samples together.
-
-    Args:
-        samples: what :meth:`TrainDataset.__getitems__` returned.
+    """Put together what :meth:`TrainDataset.__getitems__` returned.
 
     Returns:
         ``views``: a ``(batch, channel, height, width)`` tensor for each view, uint8 (0 to 255) or float32 in
@@ -273,15 +257,12 @@ def _close_all() -> None:
 
 
 def worker_failure(error: BaseException, fetching: bool = False) -> UserError | None:
-    """The sentence for a loader worker that died.
+    """The error to raise for a loader worker that died; None where no worker is to blame.
 
     Args:
         error: whatever was raised.
         fetching: True where it was raised while a batch came in from a worker: one that dies at that moment
             breaks the connection before torch has noticed.
-
-    Returns:
-        The error to raise instead, or None where no worker is to blame.
     """
     text = str(error)
     if fetching and isinstance(error, OSError | EOFError):

@@ -25,7 +25,7 @@ from freqmask.console import readable_bytes, say
 from freqmask.data.cache import cache_file, piece_of, read_arrays, replacing, text_arrays, write_arrays
 from freqmask.data.decode import open_bytes, suffix_of
 from freqmask.data.pixels import Picture
-from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary
+from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary
 from freqmask.data.splits import Located, split_of
 from freqmask.data.storage import Files
 from freqmask.errors import BadImage, UserError, nearest
@@ -405,10 +405,10 @@ class TableSource(Source):
         except (pa.ArrowException, OSError, IndexError) as error:
             raise BadImage(f"the table {name} is damaged in its row group {number}") from error
 
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> BlockLayout | None:
         sizes = np.diff(self.index.starts)
         numbers = np.repeat(np.arange(len(sizes)), sizes)
-        return Blocks(numbers, self.window, whole=True) if self.files.remote else None
+        return BlockLayout(numbers, self.window, whole=True) if self.files.remote else None
 
     def name(self, index: int) -> str:
         path = self.index.path(index)

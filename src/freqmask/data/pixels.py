@@ -57,11 +57,7 @@ class Picture(ABC):
 
 
 def check_box(box: Box | None, size: tuple[int, int]) -> Box:
-    """The box itself, or the whole image.
-
-    Args:
-        box: (top, left, height, width) or None.
-        size: (height, width) of the image.
+    """The box itself, or the whole image of (height, width).
 
     Raises:
         ValueError: the box is empty or leaves the image (a mistake of the caller, not of the file).
@@ -86,10 +82,7 @@ def kept_type(dtype: np.dtype) -> str:
     """The sample type that an image of the given numpy type is handed on in.
 
     Whole numbers that 16 bits cannot hold, half and double precision become float32; truth values
-    become uint8 (0 or 255).
-
-    Raises:
-        BadImage: complex numbers, text or objects.
+    become uint8 (0 or 255). BadImage for complex numbers, text or objects.
     """
     if dtype.name in KEPT_TYPES:
         return dtype.name
@@ -146,7 +139,6 @@ class ArrayPicture(Picture):
         self.channels, self.size = planes.shape[0], (planes.shape[1], planes.shape[2])
 
     def _planes(self) -> np.ndarray:
-        """The array as a (channel, height, width) view."""
         if self.array.ndim == 2:
             return self.array[None]
         axis = channel_axis(self.array.shape) if self.axis is None else self.axis
@@ -301,16 +293,10 @@ class Color:
 
 
 def check_channels(found: int, wanted: int, convert: bool = True) -> None:
-    """Refuse an image whose channels cannot become the wanted ones.
+    """Refuse, as a BadImage, an image whose channels cannot become the wanted ones.
 
-    Args:
-        found: the image's channels.
-        wanted: the channels of the run.
-        convert: False makes only gray and color into each other, and refuses four bands of which nobody said
-            that the fourth is not to be used.
-
-    Raises:
-        BadImage: with the counts and the rule.
+    ``convert=False`` makes only gray and color into each other, and refuses four bands of which nobody said
+    that the fourth is not to be used.
     """
     if found == wanted or {found, wanted} == {1, 3}:
         return
@@ -325,15 +311,7 @@ def convert_channels(
 ) -> Shaped[np.ndarray, "wanted height width"]:
     """Gray to color by repetition, color to gray by luma (ITU-R 601), four channels to three without alpha.
 
-    Args:
-        image: any type and range.
-        wanted: the channels asked for.
-
-    Returns:
-        The image with that many channels, same type and range.
-
-    Raises:
-        BadImage: there is no such conversion.
+    Any type and range, which stay; a BadImage where there is no such conversion.
     """
     found = image.shape[0]
     check_channels(found, wanted)
@@ -350,15 +328,7 @@ def convert_channels(
 def missing_pixels(
     image: Shaped[np.ndarray, "channel height width"], nodata: float | None
 ) -> Shaped[np.ndarray, "channel height width"] | None:
-    """Where nothing was measured: NaN, infinite, or the file's nodata value.
-
-    Args:
-        image: the pixels as decoded.
-        nodata: the value that stands for "not measured", or None.
-
-    Returns:
-        True where a value is missing; None where there cannot be any, which costs nothing to find out.
-    """
+    """Where nothing was measured: NaN, infinite, or the file's nodata value; None, at no cost, where nothing can be."""
     missing = ~np.isfinite(image) if image.dtype.kind == "f" else None
     if nodata is None or np.isnan(nodata):
         return missing
@@ -367,15 +337,7 @@ def missing_pixels(
 
 
 def is_empty(image: Shaped[np.ndarray, "channel height width"], missing: np.ndarray | None) -> str | None:
-    """Why an image holds nothing to learn from.
-
-    Args:
-        image: the pixels as decoded.
-        missing: what :func:`missing_pixels` said of them.
-
-    Returns:
-        The reason: more than nine tenths missing, or one constant value; None for an image with content.
-    """
+    """Why an image holds nothing to learn from: more than nine tenths ``missing``, or one constant value; or None."""
     if missing is not None and missing.any():
         share = float(missing.mean())
         return f"{share:.0%} of its values are missing (NaN or nodata)" if share > MOSTLY_MISSING else None
@@ -389,14 +351,9 @@ def is_empty(image: Shaped[np.ndarray, "channel height width"], missing: np.ndar
 def fill_missing(
     image: Shaped[np.ndarray, "channel height width"], missing: np.ndarray | None
 ) -> Shaped[np.ndarray, "channel height width"]:
-    """Put the channel's mean where nothing was measured; a channel without any value gets the image's mean.
+    """Put the channel's mean where values are ``missing``; a channel without any value gets the image's mean.
 
-    Args:
-        image: the pixels as decoded.
-        missing: what :func:`missing_pixels` said of them; not all of it True.
-
-    Returns:
-        The image itself where nothing is missing, else a filled copy of the same type.
+    The image itself where nothing is missing, else a filled copy of the same type. Not all may be missing.
     """
     if missing is None or not missing.any():
         return image

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from freqmask.data.source import Blocks
+from freqmask.data.source import BlockLayout
 from freqmask.errors import UserError
 
 Item = tuple[int, int, int]  # epoch, position in the epoch, index in the source
@@ -16,13 +16,7 @@ Item = tuple[int, int, int]  # epoch, position in the epoch, index in the source
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the images in one epoch: a permutation that depends on (length, seed, epoch) alone.
 
-    Args:
-        length: number of images.
-        seed: the run's seed.
-        epoch: number of the epoch, from 0.
-
-    Returns:
-        ``(length,)`` int32, or int64 from 2^31 images on; about a second for 14 million.
+    ``(length,)`` int32, or int64 from 2^31 images on; about a second for 14 million.
     """
     kind = np.int32 if length < 2**31 else np.int64
     order = np.arange(length, dtype=kind)
@@ -31,26 +25,26 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def block_shuffle(
-    blocks: Blocks,
+    blocks: BlockLayout,
     seed: int,
     epoch: int,
     batch_size_per_process: int,
-    lanes: int,
+    workers: int,
     first: int | None = None,
 ) -> np.ndarray:
     """The order of the images in one epoch where images that lie together are cheap to read together.
 
-    Blocks are mixed and put one behind the other, and that row is cut into as many pieces as there are lanes:
-    worker processes of all nodes together. Each lane takes its piece from its beginning to its end, images mixed
-    within windows of a few blocks. So every image comes once, all lanes have equally many batches however
+    Blocks are mixed and put one behind the other, and that row is cut into as many pieces as there are worker
+    processes on all nodes together. Each worker takes its piece from its beginning to its end, images mixed
+    within windows of a few blocks. So every image comes once, all workers have equally many batches however
     uneven the shards are, and a block is read by one worker, or by the two between which it was cut.
 
     Args:
         blocks: what lies together.
         seed: the run's seed.
         epoch: number of the epoch, from 0.
-        batch_size_per_process: images of a batch; batches go to the lanes in turn.
-        lanes: processes times the workers of each.
+        batch_size_per_process: images of a batch; batches go to the workers in turn.
+        workers: processes times the workers of each.
         first: images that were dealt out in batches before; None: those of the epochs before.
 
     Returns:
@@ -58,17 +52,18 @@ def block_shuffle(
     """
     generator = np.random.default_rng([seed % 2**64, epoch])
     count = len(blocks.numbers)
-    lane = ((epoch * count if first is None else first) + np.arange(count)) // batch_size_per_process % lanes
+    before = epoch * count if first is None else first
+    worker = (before + np.arange(count)) // batch_size_per_process % workers
     turn = generator.permutation(int(blocks.numbers.max()) + 1)[blocks.numbers]
     row = np.argsort(turn, kind="stable")
-    mixed = np.lexsort((generator.random(count), turn[row] // blocks.window, np.sort(lane)))
+    mixed = np.lexsort((generator.random(count), turn[row] // blocks.window, np.sort(worker)))
     order = np.empty(count, np.int64)
-    order[np.argsort(lane, kind="stable")] = row[mixed]
+    order[np.argsort(worker, kind="stable")] = row[mixed]
     return order
 
 
 def deal(batch_size_per_process: int, world_size: int, workers: int) -> tuple[int, int]:
-    """(images of a batch, lanes) for which blocks are dealt out so that each is read by one worker."""
+    """(images of a batch, workers of all processes) that deal blocks out so that each is read by one worker."""
     return batch_size_per_process, world_size * max(workers, 1)
 
 
@@ -91,7 +86,7 @@ class TrainSampler(Sampler[Item]):
         total_steps: the number of steps of the whole training.
         blocks: which images are cheap to read together; None where that does not matter.
         workers: loader processes of each process, which matter where blocks do.
-        dealt: (images of a batch, lanes) by which blocks were dealt out when the run began, see `deal`. A run that
+        dealt: (images of a batch, workers) by which blocks were dealt out when the run began, see `deal`. A run that
             resumes with other numbers keeps its order; its workers then share blocks, which costs requests.
 
     Raises:
@@ -107,7 +102,7 @@ class TrainSampler(Sampler[Item]):
         world_size: int = 1,
         start_step: int = 0,
         total_steps: int = 1,
-        blocks: Blocks | None = None,
+        blocks: BlockLayout | None = None,
         workers: int = 0,
         dealt: tuple[int, int] | None = None,
     ) -> None:
@@ -153,11 +148,7 @@ class TrainSampler(Sampler[Item]):
 
 
 class ChosenSampler(Sampler[Item]):
-    """The images at given places once, as epoch 0: for pictures.
-
-    Args:
-        places: which images, in order.
-    """
+    """The images at given places once, in that order, as epoch 0: for pictures."""
 
     def __init__(self, places: Sequence[int]) -> None:
         self.places = places
@@ -174,11 +165,6 @@ class OrderedSampler(Sampler[Item]):
 
     Every process gets the same number, so that all make the same number of steps; where the images do not
     divide evenly, a process that has one too few sees one of the first images again.
-
-    Args:
-        length: number of images.
-        rank: this process, from 0.
-        world_size: number of processes.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
@@ -195,7 +181,7 @@ class OrderedSampler(Sampler[Item]):
             yield 0, index, index
 
 
-def some_images(count: int, of: int, blocks: Blocks | None, seed: int, most_blocks: int) -> list[int]:
+def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most_blocks: int) -> list[int]:
     """Images drawn at random, to be looked at; from few blocks where each look fetches a whole one.
 
     Args:
@@ -218,13 +204,10 @@ def some_images(count: int, of: int, blocks: Blocks | None, seed: int, most_bloc
     return [int(index) for index in np.sort(places[drawn])]
 
 
-def runs_of_images(count: int, blocks: Blocks | None, at_once: int) -> list[tuple[int, int]]:
+def runs_of_images(count: int, blocks: BlockLayout | None, at_once: int) -> list[tuple[int, int]]:
     """All images in order, cut where they can be shared out among workers: (first, the one after the last).
 
-    Args:
-        count: how many there are.
-        blocks: what lies together, which is not cut; or None.
-        at_once: images of a run where nothing lies together.
+    Blocks are not cut; where nothing lies together, a run has ``at_once`` images.
     """
     if blocks is None:
         return [(first, min(first + at_once, count)) for first in range(0, count, at_once)]

@@ -160,21 +160,12 @@ class ShardIndex:
         return digest.hexdigest()
 
     def save(self, file: Path, **extra: Any) -> bool:
-        """Write it, whole or not at all; False where the place cannot be written.
-
-        Args:
-            file: where to.
-            extra: anything JSON that the writer wants to find again as `extra`.
-        """
+        """Write it, whole or not at all, with anything JSON as `extra`; False where the place cannot be written."""
         return write_arrays(file, self._about | {"extra": extra}, self.arrays)
 
 
 def load_index(file: Path, verify: bool = True) -> ShardIndex:
-    """An index from its file.
-
-    Args:
-        file: what :meth:`ShardIndex.save` wrote.
-        verify: True to compare its checksum.
+    """An index from the file that :meth:`ShardIndex.save` wrote, its checksum compared with ``verify``.
 
     Raises:
         ValueError: it is damaged, or of another version.
@@ -257,7 +248,7 @@ class _Sample:
 
 
 def read_headers(name: str, file: BinaryIO, size: int) -> ShardRows:
-    """The images of a tar; their pixels are not read.
+    """The images of a tar, whose pixels are not read.
 
     Args:
         name: what the shard is called, relative to its set.

@@ -54,7 +54,7 @@ class Settings:
         pages: what the pages of a TIFF were.
         split: which splits.
         content: hash of the images and labels.
-        lanes: worker processes of the first start, among which images that lie together far away are dealt out;
+        workers: those of the first start, among which images that lie together far away are dealt out;
             it decides their order only.
     """
 
@@ -63,7 +63,7 @@ class Settings:
     pages: str
     split: str
     content: str
-    lanes: int = 1
+    workers: int = 1
 
 
 @dataclass
@@ -143,12 +143,12 @@ class Parts:
             image = error.reason
         return Packed(source.name(index), image, number, class_name, source.group(index))
 
-    def shards(self, size: int, lanes: int = 1) -> list[PlannedShard]:
+    def shards(self, size: int, workers: int = 1) -> list[PlannedShard]:
         """Every split's images, mixed once so that reading in order is reading in no order, cut into shards.
 
         Args:
             size: images of a shard.
-            lanes: worker processes among which images that lie together far away are dealt out.
+            workers: processes among which images that lie together far away are dealt out.
         """
         planned: list[PlannedShard] = []
         before = 0
@@ -157,7 +157,7 @@ class Parts:
             if blocks is None:
                 order = np.random.default_rng(ORDER_SEED).permutation(len(source)).tolist()
             else:
-                order = block_shuffle(blocks, ORDER_SEED, 0, AT_ONCE, lanes, before).tolist()
+                order = block_shuffle(blocks, ORDER_SEED, 0, AT_ONCE, workers, before).tolist()
             before += len(source)
             stem = re.sub(r"[^\w-]", "_", split or "shards")
             for shard, first in enumerate(range(0, len(order), size)):
@@ -169,13 +169,9 @@ class Parts:
 def open_parts(
     data: Sequence[str | Path | Source], pages: Pages, split: str, labels: str | Path | None
 ) -> tuple[Parts, list[str]]:
-    """The images of DATA, split by split, and sentences on what is left out.
+    """The images of DATA (as for `open_source`), split by split, and sentences on what is left out.
 
-    Args:
-        data: as for `open_source`; of several the splits are not kept.
-        pages: what the pages of a TIFF are.
-        split: ``all``, or the name of one.
-        labels: a CSV table with the columns path and label, and optionally split and group.
+    Of several DATA the splits are not kept; ``split`` is ``all`` or the name of one.
     """
     one: Any = data[0] if len(data) == 1 else list(data)
     source = open_source(one, pages, split, labels)
@@ -192,11 +188,7 @@ def open_parts(
 
 
 def choose_shard_size(parts: Parts, shorter_side: int | None) -> tuple[int, float]:
-    """Images in a shard of about 256 MB, and the bytes of one image, from a few of them.
-
-    Raises:
-        UserError: none of those can be read.
-    """
+    """Images in a shard of about 256 MB, and the bytes of one image, from a few; a UserError where none can be read."""
     places = some_images(SAMPLED, parts.count, parts.blocks, ORDER_SEED, SAMPLED_BLOCKS)
     starts = np.cumsum([0, *(len(source) for _, source in parts.parts)])
     numbers = np.searchsorted(starts, places, side="right") - 1
@@ -215,8 +207,6 @@ def choose_shard_size(parts: Parts, shorter_side: int | None) -> tuple[int, floa
 
 
 class _EncodingDataset(Dataset[Any]):
-    """Encodes in a loader worker."""
-
     def __init__(self, parts: Parts, shorter_side: int | None) -> None:
         self.parts, self.shorter_side = parts, shorter_side
 
@@ -251,7 +241,7 @@ def prepare_shards(
     Raises:
         UserError: the disk is full or read-only; no image can be read.
     """
-    planned = parts.shards(settings.shard_size, settings.lanes)
+    planned = parts.shards(settings.shard_size, settings.workers)
     missing = [shard for shard in planned if not _is_finished(out, shard)]
     try:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
@@ -303,7 +293,6 @@ def _write_missing(
 def _counted(
     images: Iterable[tuple[int, Packed]], tally: _Tally, report: Callable[[int], None]
 ) -> Iterator[Packed]:
-    """Images on their way into a shard, reported and counted."""
     for done, packed in images:
         report(done)
         if isinstance(packed.image, str):
@@ -337,7 +326,7 @@ def _is_finished(out: Path, shard: PlannedShard) -> bool:
 
 def images_there(out: Path, parts: Parts, settings: Settings) -> int:
     """How many images lie in finished shards."""
-    planned = parts.shards(settings.shard_size, settings.lanes)
+    planned = parts.shards(settings.shard_size, settings.workers)
     return sum(len(shard.items) for shard in planned if _is_finished(out, shard))
 
 
@@ -397,7 +386,9 @@ def read_manifest(out: Path) -> tuple[Settings, bool] | None:
         return None
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        return Settings(**manifest["settings"]), bool(manifest["shards"]) and (out / INDEX_NAME).is_file()
+        settings = manifest["settings"]
+        settings["workers"] = settings.pop("lanes", None) or settings["workers"]  # as 0.1.0 called them
+        return Settings(**settings), bool(manifest["shards"]) and (out / INDEX_NAME).is_file()
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out / MANIFEST} is damaged; delete {out} and prepare it again") from error
 
@@ -418,12 +409,7 @@ def clear_leftovers(out: Path) -> None:
 def write_shard(path: Path, images: Iterable[Packed]) -> list[Row]:
     """An atomic tar with members in WebDataset's names, always the same bytes for the same images.
 
-    Args:
-        path: the tar.
-        images: in order; those without a file are left out.
-
-    Returns:
-        What lies where in it.
+    Images without a file are left out. Returns what lies where in it.
     """
     rows: list[Row] = []
 
@@ -441,7 +427,6 @@ def write_shard(path: Path, images: Iterable[Packed]) -> list[Row]:
 
 
 def _add(tar: tarfile.TarFile, packed: Packed, image: EncodedImage, key: str) -> Row:
-    """One image, and its label beside it."""
     name = key + image.suffix
     offset = _append(tar, name, image.data)
     if packed.label is not None:
@@ -461,9 +446,7 @@ def _append(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 def member_key(name: str, taken: set[str]) -> str:
     """What a member is called before its suffix: no dots, which part a sample's name in WebDataset, and no twins.
 
-    Args:
-        name: of the image.
-        taken: keys of the shard so far; the new one is added.
+    ``taken`` holds the keys of the shard so far, and the new one from now on.
 
     >>> member_key("cat/my photo.v2.jpg", set())
     'cat/my_photo_v2'

@@ -24,14 +24,14 @@ from freqmask.data.shard_index import (
     make_index,
     read_headers,
 )
-from freqmask.data.source import WINDOW_BLOCKS, Blocks, Source, SourceSummary, Subset
+from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary, Subset
 from freqmask.data.splits import Located
 from freqmask.data.storage import INDEX_NAME, Files
 from freqmask.errors import BadImage, UserError
 from freqmask.rng import identity_of
 
 BLOCK_BYTES = 4_000_000
-# What a lane's window needs, and a few more for a window that ends while the next one begins.
+# What a worker's window needs, and a few more for a window that ends while the next one begins.
 KEPT_BLOCKS = WINDOW_BLOCKS + 8
 SPOKEN_BYTES = 1_000_000_000  # reading the headers of more than this takes long enough to be told
 HEADER_READERS = 8
@@ -50,10 +50,6 @@ class BlockReader:
 
     The first look into a block fetches its image alone, the second one the whole block, which is then kept. So
     pictures here and there cost what they weigh, and reading in order two requests a block.
-
-    Args:
-        files: where the shards lie.
-        index: what lies where in them.
     """
 
     def __init__(self, files: Files, index: ShardIndex) -> None:
@@ -70,14 +66,7 @@ class BlockReader:
         self._kept, self._lock = OrderedDict(), Lock()
 
     def read(self, image: int, shard: str, start: int, stop: int) -> bytes:
-        """The bytes of an image.
-
-        Args:
-            image: its number.
-            shard: where it lies.
-            start: its first byte there.
-            stop: the byte after its last.
-        """
+        """The bytes ``start`` to ``stop`` of a shard, which are those of an image, by its number."""
         block = int(self.numbers[image])
         with self._lock:
             seen = block in self._kept
@@ -96,7 +85,6 @@ class BlockReader:
         return start, self.files.read(shard, start, int(offsets[last - 1] + sizes[last - 1]))
 
     def _keep(self, block: int, content: tuple[int, bytes]) -> None:
-        """Put a block in front; the one not used for longest goes."""
         with self._lock:
             self._kept[block] = content
             self._kept.move_to_end(block)
@@ -105,13 +93,7 @@ class BlockReader:
 
 
 def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex:
-    """The index beside the shards, that in the cache, or a new one from their headers.
-
-    Args:
-        files: where they lie.
-        names: which of them; None for all.
-        where: DATA as it was typed.
-    """
+    """The index beside the shards (None for all of them), that in the cache, or a new one from their headers."""
     beside = _index_beside(files, names, where)
     if beside is not None:
         return beside
@@ -136,7 +118,6 @@ def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIn
 
 
 def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex | None:
-    """The index that was written with the shards, where it fits them."""
     file = files.index_file()
     if file is None:
         return None
@@ -167,7 +148,6 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
 
 
 def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
-    """What the headers of each shard tell, in their order."""
     sizes = [files.state(name)[0] for name in names]
     if files.remote or sum(sizes) > SPOKEN_BYTES:
         say(f"index       reading the headers of {len(names):,} shards of {files.where}, once")
@@ -181,12 +161,7 @@ def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
 
 
 class ShardSource(Source):
-    """The images of some shards.
-
-    Args:
-        files: where they lie.
-        index: what lies where in them.
-    """
+    """The images of some shards, by the index of what lies where in them."""
 
     def __init__(self, files: Files, index: ShardIndex) -> None:
         self.files, self.index = files, index
@@ -208,7 +183,6 @@ class ShardSource(Source):
         return open_bytes(self._bytes(index))
 
     def _bytes(self, index: int) -> bytes:
-        """The image's file."""
         shard, start, stop = self._place(index)
         try:
             if self._reader is None:
@@ -223,8 +197,8 @@ class ShardSource(Source):
             raise BadImage(f"the shard {shard} is truncated")
         return data
 
-    def blocks(self) -> Blocks | None:
-        return None if self._reader is None else Blocks(self._reader.numbers)
+    def blocks(self) -> BlockLayout | None:
+        return None if self._reader is None else BlockLayout(self._reader.numbers)
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         return self._bytes(index), PurePosixPath(self.index.text("members", index)).suffix.lower()

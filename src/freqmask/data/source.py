@@ -16,16 +16,14 @@ from freqmask.data.pixels import Picture
 from freqmask.rng import identity_of
 
 Pages = Literal["channels", "images"]
-LOCAL_BLOCK = (
-    64  # images of a source without blocks that go together where it is mixed with one that has them
-)
-WINDOW_BLOCKS = (
-    16  # blocks whose images a lane mixes: 64 MB of 4 each that a worker keeps, about a thousand images
-)
+# Images of a source without blocks that go together where it is mixed with one that has them.
+LOCAL_BLOCK = 64
+# Blocks whose images a worker mixes: 64 MB of 4 each that it keeps, about a thousand images.
+WINDOW_BLOCKS = 16
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockLayout:
     """Which images lie together.
 
     Attributes:
@@ -109,7 +107,7 @@ class Source(ABC):
         """What the image must never be separated from in a split (patient, scene), or None."""
         return None
 
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> BlockLayout | None:
         """Which images lie so that reading them together is cheaper; None where it makes no difference."""
         return None
 
@@ -126,13 +124,32 @@ class Source(ABC):
         return identity_of(self.name(index).encode(errors="surrogateescape"))
 
 
-class Subset(Source):
-    """Some images of a source, in the order given; names and identities are those of the source.
+class _Selection(Source):
+    """Images of other sources, whose own methods answer."""
 
-    Args:
-        source: the whole.
-        indices: (image,) which of its images.
-    """
+    @abstractmethod
+    def _at(self, index: int) -> tuple[Source, int]:
+        """The source that holds an image, and its number there."""
+
+    def open(self, index: int) -> Picture:
+        source, inner = self._at(index)
+        return source.open(inner)
+
+    def label(self, index: int) -> int | None:
+        source, inner = self._at(index)
+        return source.label(inner)
+
+    def group(self, index: int) -> str | None:
+        source, inner = self._at(index)
+        return source.group(inner)
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        source, inner = self._at(index)
+        return source.encoded(inner)
+
+
+class Subset(_Selection):
+    """Some images of a source, in the order given; names and identities are those of the source."""
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.source, self.indices = source, np.asarray(indices, np.int64)
@@ -141,24 +158,15 @@ class Subset(Source):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def open(self, index: int) -> Picture:
-        return self.source.open(int(self.indices[index]))
-
-    def label(self, index: int) -> int | None:
-        return self.source.label(int(self.indices[index]))
+    def _at(self, index: int) -> tuple[Source, int]:
+        return self.source, int(self.indices[index])
 
     def all_labels(self) -> np.ndarray:
         return self.source.all_labels()[self.indices]
 
-    def group(self, index: int) -> str | None:
-        return self.source.group(int(self.indices[index]))
-
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> BlockLayout | None:
         blocks = self.source.blocks()
         return None if blocks is None else replace(blocks, numbers=blocks.numbers[self.indices])
-
-    def encoded(self, index: int) -> tuple[bytes, str] | None:
-        return self.source.encoded(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
@@ -172,16 +180,11 @@ class Subset(Source):
         return digest.hexdigest()
 
     def summary(self) -> SourceSummary:
-        whole = self.source.summary()
-        return SourceSummary(whole.kind, whole.found, len(self), whole.ignored, whole.notes)
+        return replace(self.source.summary(), used=len(self))
 
 
-class JoinedSource(Source):
-    """Sources one after the other. Classes of the same name are the same class.
-
-    Args:
-        sources: at least one.
-    """
+class JoinedSource(_Selection):
+    """Sources one after the other, at least one. Classes of the same name are the same class."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
@@ -197,36 +200,30 @@ class JoinedSource(Source):
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return part, index - int(self._starts[part])
 
+    def _at(self, index: int) -> tuple[Source, int]:
+        part, inner = self._place(index)
+        return self.sources[part], inner
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def open(self, index: int) -> Picture:
-        part, inner = self._place(index)
-        return self.sources[part].open(inner)
-
     def label(self, index: int) -> int | None:
-        part, inner = self._place(index)
-        label, names = self.sources[part].label(inner), self.sources[part].class_names
+        source, inner = self._at(index)
+        label, names = source.label(inner), source.class_names
         if label is None or names is None or self.class_names is None:
             return None
         return self.class_names.index(names[label])
 
     def all_labels(self) -> np.ndarray:
-        return np.concatenate([self._labels_of(source) for source in self.sources])
+        parts = []
+        for source in self.sources:
+            names = source.class_names if self.class_names is not None else None
+            numbers = [*((self.class_names or []).index(name) for name in names or ()), -1]
+            labels = source.all_labels() if names is not None else np.full(len(source), -1)
+            parts.append(np.array(numbers, np.int64)[labels])  # the last of them where there is none
+        return np.concatenate(parts)
 
-    def _labels_of(self, source: Source) -> np.ndarray:
-        """The labels of a part, by the numbers of the whole."""
-        labels = source.all_labels()
-        if source.class_names is None or self.class_names is None:
-            return np.full(len(source), -1, np.int64)
-        numbers = np.array([self.class_names.index(name) for name in source.class_names] + [-1])
-        return numbers[labels]
-
-    def group(self, index: int) -> str | None:
-        part, inner = self._place(index)
-        return self.sources[part].group(inner)
-
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> BlockLayout | None:
         parts = [source.blocks() for source in self.sources]
         known = [part for part in parts if part is not None]
         if not known:
@@ -237,11 +234,7 @@ class JoinedSource(Source):
             joined.append(own + first)
             first += int(own.max()) + 1
         window, whole = min(part.window for part in known), any(part.whole for part in known)
-        return Blocks(np.concatenate(joined), window, whole)
-
-    def encoded(self, index: int) -> tuple[bytes, str] | None:
-        part, inner = self._place(index)
-        return self.sources[part].encoded(inner)
+        return BlockLayout(np.concatenate(joined), window, whole)
 
     def name(self, index: int) -> str:
         part, inner = self._place(index)
@@ -254,13 +247,10 @@ class JoinedSource(Source):
     def summary(self) -> SourceSummary:
         parts = [source.summary() for source in self.sources]
         kinds = Counter(part.kind for part in parts)
-        ignored: Counter[str] = Counter()
-        for part in parts:
-            ignored.update(part.ignored)
         return SourceSummary(
             kind=", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()),
             found=sum(part.found for part in parts),
             used=sum(part.used for part in parts),
-            ignored=dict(ignored),
+            ignored=dict(sum((Counter(part.ignored) for part in parts), Counter[str]())),
             notes=[note for part in parts for note in part.notes],
         )

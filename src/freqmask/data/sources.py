@@ -96,15 +96,7 @@ def splits_there(data: str | Path | Source, labels: str | Path | None = None) ->
 
 
 def locate(data: str | Path, pages: Pages) -> Located:
-    """What a text names, before any image is read.
-
-    Args:
-        data: one DATA.
-        pages: what the pages of a TIFF are.
-
-    Raises:
-        UserError: it names nothing.
-    """
+    """What a text names, before any image is read; a UserError where it names nothing."""
     text = str(data).removeprefix("file://")
     far = bool(REMOTE.match(text))
     if text.startswith("builtin:"):
@@ -142,7 +134,6 @@ def _refuse_packed(text: str) -> None:
 
 
 def _locate_folder(path: Path, pages: Pages) -> Located:
-    """A folder of this machine: of shards, of a saved dataset, of tables, or of images."""
     files = LocalFiles(path)
     if files.index_file() is not None or (files.names() and not len(index_folder(path, read_suffixes()))):
         return _shards(files, None, str(path), pages)
@@ -200,9 +191,6 @@ def _shards(files: Files, names: list[str] | None, text: str, pages: Pages) -> L
 
 def import_source(text: str) -> Source:
     """The source that an import path names: an object, or a class or function that returns one.
-
-    Args:
-        text: ``package.module:name``.
 
     Raises:
         UserError: it cannot be imported, or is no `Source`.

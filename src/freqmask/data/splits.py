@@ -42,15 +42,12 @@ def split_of(name: str) -> str | None:
 
 
 def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
-    """Which of the splits that there are is to be used.
+    """Which of the splits that there are is to be used, by the name that it bears; None for everything.
 
     Args:
-        names: the splits that there are, by the names that they bear.
+        names: the splits that there are.
         split: ``auto`` (train where there is one beside val or test), ``all``, or a name.
         where: what holds them, for the message.
-
-    Returns:
-        One of ``names``, or None for everything.
 
     Raises:
         UserError: there is no split of that name.

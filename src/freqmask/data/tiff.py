@@ -56,7 +56,6 @@ def _as_bad_image() -> Iterator[None]:
 
 @contextmanager
 def _reopened(handle: tifffile.FileHandle) -> Iterator[None]:
-    """A file whose directories have been read, opened again."""
     handle.open()
     try:
         yield
@@ -71,11 +70,7 @@ def open_tifffile(source: Path | bytes) -> tifffile.TiffFile:
 
 
 def count_tiff_images(source: Path | bytes) -> int:
-    """How many images a TIFF holds when its pages are images; 1 for a file that cannot be read.
-
-    Args:
-        source: path or bytes of the file.
-    """
+    """How many images a TIFF holds when its pages are images; 1 for a file that cannot be read."""
     try:
         with _as_bad_image(), open_tifffile(source) as tiff:
             return max(1, sum(_Layout(series).images for series in _image_series(tiff)))
@@ -84,18 +79,10 @@ def count_tiff_images(source: Path | bytes) -> int:
 
 
 def open_tiff(source: Path | bytes, pages: Pages = "channels", page: int = 0) -> Picture | None:
-    """One image of a TIFF.
+    """One image of a TIFF, by its path or bytes; None for one in a color space of `PILLOW_COLORS`.
 
-    Args:
-        source: path or bytes of the file.
-        pages: ``channels`` stacks all pages into one image; ``images`` takes one of them.
-        page: which one, from 0, with ``images``.
-
-    Returns:
-        The image; None for one in a color space of `PILLOW_COLORS`.
-
-    Raises:
-        BadImage: it cannot be read.
+    ``channels`` stacks all pages into one image; ``images`` takes the one numbered ``page``. BadImage where that
+    cannot be read.
     """
     with _as_bad_image(), open_tifffile(source) as tiff:
         series = tiff.series[0]
@@ -175,13 +162,7 @@ class _Layout:
 
 
 class TiffPicture(Picture):
-    """An image of a TIFF; its file is open while it is read only.
-
-    Args:
-        tiff: the file, open.
-        series: which of its series.
-        image: which of the images in it; None for all of them as channels.
-    """
+    """An image of a TIFF, one of a series or all of it as channels; its file is open while it is read only."""
 
     def __init__(self, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, image: int | None) -> None:
         self._tiff, self._series, self._image = tiff, series, image

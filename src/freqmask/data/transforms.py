@@ -78,15 +78,12 @@ class Geometry:
         return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
 
     def box(self, picture_size: tuple[int, int], key: int, attempt: int = 0) -> Box:
-        """The window of this view.
+        """The window of this view, inside a picture of (height, width).
 
         Args:
-            picture_size: (height, width) of the picture.
+            picture_size: in pixels.
             key: the view's key, from :func:`freqmask.rng.sample_key`.
             attempt: another number draws another window, for when the first one held nothing.
-
-        Returns:
-            (top, left, height, width), inside the picture.
         """
         if self.crop == "whole":
             return (0, 0, *picture_size)
@@ -110,15 +107,7 @@ class Geometry:
     def finish(
         self, window: Shaped[Tensor, "channel window_height window_width"], key: int
     ) -> Shaped[Tensor, "channel height width"]:
-        """Bring a decoded window to the view's size, then mirror and turn it.
-
-        Args:
-            window: uint8, or float32 in [0, 1].
-            key: the view's key.
-
-        Returns:
-            The view, of the window's type; floats clamped to [0, 1] because bicubic overshoots.
-        """
+        """Bring a decoded window (uint8, or float32 in [0, 1]) to the view's size; mirror and turn it by the key."""
         view = resize(window, self.size)
         horizontal, vertical, turn = uniform_numbers(key, "flip", 3)
         if horizontal < self.horizontal_flip:
@@ -135,12 +124,7 @@ def resize(
 ) -> Shaped[Tensor, "channel height width"]:
     """Bicubic (a = -0.5) with antialiasing; for uint8 the same as Pillow's to one level.
 
-    Args:
-        image: uint8, or float32 in [0, 1].
-        size: (height, width) asked, in pixels.
-
-    Returns:
-        The image at that size, same type; floats clamped to [0, 1].
+    uint8 or float32 in [0, 1], which stays; floats are clamped because bicubic overshoots.
     """
     if tuple(image.shape[-2:]) == tuple(size):
         return image
@@ -154,15 +138,12 @@ def decode_windows(
     """Decode several windows of one picture, in one go where they lie close together.
 
     Args:
-        picture: the picture.
+        picture: the picture; BadImage where it cannot be decoded.
         boxes: a window for each view.
         at_least: for each view the pixels that its window must keep, or None for all.
 
     Returns:
         A ``(channel, height, width)`` array for each view.
-
-    Raises:
-        BadImage: the picture cannot be decoded.
     """
     around = _around(boxes)
     # Far apart, the rectangle around them can be a whole 30,000-pixel scan for two small windows.
@@ -262,16 +243,9 @@ def _problems(geometry: Geometry) -> list[str]:
 
 
 def draw_boxes(geometry: Geometry, sizes: Sizes, keys: Int64[Tensor, " batch"], attempt: int = 0) -> Boxes:
-    """``geometry.box`` for every image of a batch.
+    """``geometry.box`` for every image of a batch, by the views' keys.
 
-    Args:
-        geometry: how the view is cut.
-        sizes: (height, width) of each picture, on the host.
-        keys: the views' keys.
-        attempt: another number draws other windows.
-
-    Returns:
-        (top, left, height, width) of each window.
+    ``sizes`` are (height, width) of each picture, on the host; another ``attempt`` draws other windows.
     """
     if geometry.crop == "whole":
         return torch.cat((torch.zeros_like(sizes), sizes), dim=1)
@@ -291,16 +265,10 @@ def draw_boxes(geometry: Geometry, sizes: Sizes, keys: Int64[Tensor, " batch"], 
 
 
 def draw_flips(geometry: Geometry, keys: Int64[Tensor, " batch"]) -> Bool[Tensor, "batch 3"]:
-    """How ``geometry.finish`` mirrors and turns every view of a batch.
+    """How ``geometry.finish`` mirrors and turns every view of a batch, by the views' keys.
 
-    A quarter turn is a mirroring followed by an exchange of rows and columns.
-
-    Args:
-        geometry: how the view is cut.
-        keys: the views' keys.
-
-    Returns:
-        Whether each view is mirrored left to right, top to bottom, and has then its rows and columns exchanged.
+    Whether each is mirrored left to right, top to bottom, and has then its rows and columns exchanged: a quarter
+    turn is a mirroring followed by that.
     """
     horizontal, vertical, turn = uniform(keys, "flip", (3,)).double().unbind(1)
     mirrored = horizontal < geometry.horizontal_flip

@@ -51,13 +51,10 @@ class ValueRange:
 
     @classmethod
     def parse(cls, text: str | Sequence[float]) -> ValueRange | None:
-        """Read the option ``--value_range``.
+        """Read the option ``--value_range``; None for ``auto``, which a survey resolves.
 
         Args:
             text: ``auto``, ``dtype``, ``LOW,HIGH``, ``TYPE:LOW,HIGH/TYPE:LOW,HIGH`` or two numbers.
-
-        Returns:
-            The range; None for ``auto``, which a survey resolves.
 
         Raises:
             UserError: it is none of these.
@@ -101,14 +98,9 @@ class ValueRange:
     def apply(
         self, image: Shaped[np.ndarray, "channel height width"]
     ) -> Shaped[np.ndarray, "channel height width"]:
-        """Map an image to [0, 1].
+        """Map an image of any type, without missing values, to float32 in [0, 1], clamped.
 
-        Args:
-            image: any type, without missing values.
-
-        Returns:
-            float32 in [0, 1], clamped; an 8-bit image with its full range stays uint8, 0 to 255, because the
-            device divides it faster than a worker.
+        An 8-bit image with its full range stays uint8, 0 to 255, because the device divides it faster than a worker.
         """
         low, high = self.limits(image.dtype)
         if image.dtype == np.uint8 and (low, high) == (0.0, 255.0):
@@ -183,9 +175,6 @@ def survey(
         seed: which images are looked at.
         count: how many at most.
 
-    Returns:
-        The survey.
-
     Raises:
         UserError: an option is wrong, or not one of the images can be used.
     """
@@ -239,7 +228,6 @@ def _thumbnail(source: Source, index: int) -> _Thumbnail | str:
 
 
 def _choose_channels(channels: int | str, seen: Sequence[_Thumbnail]) -> tuple[int, str]:
-    """The channels of the run, and a sentence on them."""
     if channels != "auto":
         try:
             wanted = int(channels)
@@ -266,7 +254,6 @@ def _choose_channels(channels: int | str, seen: Sequence[_Thumbnail]) -> tuple[i
 
 
 def _choose_range(thumbnails: Sequence[_Thumbnail]) -> tuple[ValueRange, str]:
-    """What ``auto`` means for these images, and why."""
     kinds = sorted({thumbnail.dtype for thumbnail in thumbnails})
     if kinds == ["uint8"]:
         return ValueRange(), "8 bits a value"
@@ -335,7 +322,6 @@ def _summarize(
     bad: list[tuple[str, str]],
     notes: list[str],
 ) -> Survey:
-    """Put the survey together; mean and std over every pixel kept."""
     values = np.concatenate([_unit_values(thumbnail, channels, value_range) for thumbnail in usable], axis=1)
     sizes = np.array([thumbnail.size for thumbnail in seen])
     height, width = (int(side) for side in np.median(sizes, axis=0))

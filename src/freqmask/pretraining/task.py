@@ -135,8 +135,8 @@ class Pretraining:
             self.state["dealt"] = list(deal(images_at_once(self.options), trainer.world_size, workers))
             if trainer.is_global_zero:
                 self.run.write_state(self.run.state() | {"dealt": self.state["dealt"]})
-        batch, lanes = self.state["dealt"]
-        return int(batch), int(lanes)
+        images, processes = self.state["dealt"]
+        return int(images), int(processes)
 
     def _dataset(self, source: Source, geometries: list[Geometry]) -> TrainDataset:
         return make_dataset(self.options, source, geometries, bool(self.state["convert_channels"]))
