@@ -27,8 +27,7 @@ from record import write_record
 from torch import nn
 
 from freqmask.data import in_memory
-from freqmask.data.decode_ahead import Limits, read_images
-from freqmask.data.in_memory import InMemoryBatches
+from freqmask.data.in_memory import InMemoryBatches, Limits, read_images
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.source import Source

@@ -51,6 +51,11 @@ def describe_os_error(error: OSError) -> str:
     return f"{reason}; {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else reason
 
 
+def brief(error: BaseException, limit: int = 120) -> str:
+    """What an error says, on one line of bounded length."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def name_of(error: OSError) -> str:
     """The file that an operating system's error is about, empty where it does not tell."""
     return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from freqmask.data.device_crops import cubic, resample, resampling_matrices
-from freqmask.data.transforms import resize
+from freqmask.data.transforms import cubic, resample, resampling_matrices, resize
 
 NOT_TURNED = torch.zeros(3, 3, dtype=torch.bool)
 SIZES = torch.tensor([[9, 31], [24, 17], [13, 13]])

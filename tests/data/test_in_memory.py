@@ -11,8 +11,17 @@ import torch
 from PIL import Image
 
 from freqmask.data import in_memory
-from freqmask.data.decode_ahead import DoesNotFitError, Limits, has_flat_tile, read_images
-from freqmask.data.in_memory import InMemoryBatches, InMemoryImages, cut_views, draw, make_plan
+from freqmask.data.in_memory import (
+    DoesNotFitError,
+    InMemoryBatches,
+    InMemoryImages,
+    Limits,
+    cut_views,
+    draw,
+    has_flat_tile,
+    make_plan,
+    read_images,
+)
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.pixels import ArrayPicture
 from freqmask.data.sampler import TrainSampler

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from freqmask.data import parquet, storage
-from freqmask.data.decode_ahead import Limits, read_images
+from freqmask.data.in_memory import Limits, read_images
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
 from freqmask.data.sharding import Settings, open_parts, prepare_shards

@@ -13,7 +13,7 @@ from freqmask.data.cache import bytes_of
 from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import Located, split_of
-from freqmask.errors import BadImage, UserError, nearest
+from freqmask.errors import BadImage, UserError, brief, nearest
 
 IMAGE_KEYS = ("images", "image", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "label", "y", "targets", "arr_1")
@@ -22,13 +22,9 @@ LABEL_KEYS = ("labels", "label", "y", "targets", "arr_1")
 def locate_array(path: Path) -> Located:
     """The images of a ``.npy`` or ``.npz`` file.
 
-    Args:
-        path: a ``.npy`` of (image, height, width[, channel]) or (image, channel, height, width), or a
-            ``.npz`` with such an array as ``images`` (or x, data) and labels as ``labels`` (or y),
-            each also with the name of a split before or after it (``train_images``, ``x_test``).
-
-    Raises:
-        UserError: it is damaged, needs code to be run, or holds no stack of images.
+    A ``.npy`` is (image, height, width[, channel]) or (image, channel, height, width). A ``.npz`` has such an array
+    as ``images`` (or x, data) and labels as ``labels`` (or y), each also with the name of a split before or after it
+    (``train_images``, ``x_test``). A UserError where it is damaged, needs code to be run, or holds no images.
     """
     if path.suffix.lower() == ".npy":
         return Located(str(path), lambda split, notes: ArraySource(path, [(None, None)]))
@@ -47,10 +43,9 @@ def _npz_shapes(path: Path) -> dict[str, int]:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 with archive.open(member) as file:
-                    version = np.lib.format.read_magic(file)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-                    shape = read(file)[0] if read else np.lib.format.read_array_header_2_0(file)[0]
-                    found[member.removesuffix(".npy")] = len(shape)
+                    old = np.lib.format.read_magic(file) == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                    found[member.removesuffix(".npy")] = len(read(file)[0])
     except Exception as error:  # of zipfile, of the file system, of numpy's header
         raise UserError(f"DATA ({path}) is damaged or no numpy archive ({error}); write it again") from error
     return found
@@ -77,13 +72,8 @@ def _find_pairs(axes: dict[str, int], path: Path) -> dict[str, tuple[str, str | 
 class ArraySource(Source):
     """Images stacked along the first axis of one or several arrays of a file.
 
-    A ``.npy`` is mapped, a ``.npz`` read whole, in each process at its first image.
-
-    Args:
-        path: the file.
-        pairs: names of the arrays of images and of labels; one pair of None for a ``.npy``.
-        split: the split that they are, for the names of images.
-        notes: sentences for the summary.
+    A ``.npy`` is mapped, a ``.npz`` read whole, in each process at its first image. ``pairs`` are the names of
+    the arrays of images and of labels, one pair of None for a ``.npy``; ``split`` goes into the images' names.
     """
 
     def __init__(
@@ -176,5 +166,6 @@ def _read(path: Path, key: str | None) -> np.ndarray:
     except PermissionError as error:
         raise UserError(f"DATA ({path}) may not be read: no permission; check its access rights") from error
     except Exception as error:  # numpy parses headers as Python, and hands on whatever that raises
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"DATA ({path}) must be a plain numpy array ({reason}); write it again") from error
+        raise UserError(
+            f"DATA ({path}) must be a plain numpy array ({brief(error, 100)}); write it again"
+        ) from error

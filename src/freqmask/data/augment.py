@@ -1,7 +1,7 @@
-"""Colour jitter, grey, blur and solarise for a whole batch on the device, each image with its own strengths.
+"""Color jitter, gray, blur and solarize for a whole batch on the device, each image with its own strengths.
 
 The results are those of torchvision's functions for floats. Two departures, both so that a batch is one
-computation without a loop over images: the four colour changes come in one order (brightness, contrast,
+computation without a loop over images: the four color changes come in one order (brightness, contrast,
 saturation, hue) instead of a random one, and every image pays for every change, applied to it or not.
 """
 
@@ -22,32 +22,24 @@ PerImage = Float[Tensor, " batch"]
 
 @dataclass(frozen=True)
 class PhotometricSettings:
-    """How strongly and how often a view's colours change. All zero: not at all.
+    """How strongly and how often a view's colors change. All zero: not at all.
 
-    Args:
-        jitter: probability that an image's colours are jittered.
-        brightness: the factor on all values is drawn from 1 - brightness to 1 + brightness, at least 0.
-        contrast: the same for the distance from the image's mean grey.
-        saturation: the same for the distance from each pixel's grey.
-        hue: largest turn of the colour circle to either side, as a share of it, at most 0.5.
-        grey: probability that an image becomes grey.
-        blur: probability that an image is blurred.
-        blur_sigma: smallest and largest sigma of the Gaussian, in pixels.
-        solarise: probability that the values from 0.5 on are inverted.
 
     Raises:
         UserError: all that is out of range, in one message.
     """
 
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grey: float = 0.2
-    blur: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarise: float = 0.0
+    jitter: float = 0.8  # probability that an image's colors are jittered
+    brightness: float = (
+        0.4  # the factor on all values is drawn from 1 - brightness to 1 + brightness, at least 0
+    )
+    contrast: float = 0.4  # the same for the distance from the image's mean gray
+    saturation: float = 0.2  # the same for the distance from each pixel's gray
+    hue: float = 0.1  # largest turn of the color circle to either side, as a share of it, at most 0.5
+    grey: float = 0.2  # probability that an image becomes gray
+    blur: float = 0.5  # probability that an image is blurred
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # smallest and largest sigma of the Gaussian, in pixels
+    solarise: float = 0.0  # probability that the values from 0.5 on are inverted
 
     def __post_init__(self) -> None:
         chances = ("jitter", "grey", "blur", "solarise")
@@ -69,7 +61,7 @@ class PhotometricSettings:
 
 
 NO_CHANGE = PhotometricSettings(jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
-# DINO's two global views (docs/methods.md, FOLK): the first always blurred, the second sometimes solarised.
+# DINO's two global views (docs/methods.md, FOLK): the first always blurred, the second sometimes solarized.
 DINO_VIEWS = (
     PhotometricSettings(blur=1.0, solarise=0.0),
     PhotometricSettings(blur=0.1, solarise=0.2),
@@ -89,8 +81,8 @@ class PhotometricAugmentation(nn.Module):
 
     def notes(self, channels: int) -> list[str]:
         """Sentences on what is switched off for images of that many channels."""
-        colour_only = ("saturation", "hue", "grey", "solarise")
-        off = [name for name in colour_only if getattr(self.settings, name) > 0]
+        color_only = ("saturation", "hue", "grey", "solarise")
+        off = [name for name in color_only if getattr(self.settings, name) > 0]
         if channels == 3 or not off:
             return []
         return [f"{', '.join(off)} off: these changes are for three channels, the images have {channels}."]
@@ -108,13 +100,13 @@ class PhotometricAugmentation(nn.Module):
                 _drawn(keys, "jitter", settings.jitter), _jittered(images, keys, settings), images
             )
         if settings.grey > 0:
-            images = _where(_drawn(keys, "grey", settings.grey), _grey(images).expand_as(images), images)
+            images = _where(_drawn(keys, "grey", settings.grey), _gray(images).expand_as(images), images)
         if settings.blur > 0:
             sigma = _between(uniform(keys, "blur sigma"), *settings.blur_sigma)
             images = gaussian_blur(images, sigma, _drawn(keys, "blur", settings.blur))
         if settings.solarise > 0:
-            solarised = torch.where(images >= 0.5, 1 - images, images)
-            images = _where(_drawn(keys, "solarise", settings.solarise), solarised, images)
+            solarized = torch.where(images >= 0.5, 1 - images, images)
+            images = _where(_drawn(keys, "solarise", settings.solarise), solarized, images)
         return images
 
 
@@ -124,18 +116,18 @@ def adjust_brightness(images: Images, factor: PerImage) -> Images:
 
 
 def adjust_contrast(images: Images, factor: PerImage) -> Images:
-    """Multiply the distance from the image's mean grey by a factor; clamped to [0, 1]."""
-    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    """Multiply the distance from the image's mean gray by a factor; clamped to [0, 1]."""
+    mean = _gray(images).mean(dim=(1, 2, 3), keepdim=True)
     return torch.lerp(mean.expand_as(images), images, _wide(factor)).clamp(0, 1)
 
 
 def adjust_saturation(images: Images, factor: PerImage) -> Images:
-    """Multiply the distance from each pixel's grey by a factor; clamped to [0, 1]. Three channels."""
-    return torch.lerp(_grey(images).expand_as(images), images, _wide(factor)).clamp(0, 1)
+    """Multiply the distance from each pixel's gray by a factor; clamped to [0, 1]. Three channels."""
+    return torch.lerp(_gray(images).expand_as(images), images, _wide(factor)).clamp(0, 1)
 
 
 def adjust_hue(images: Images, turn: PerImage) -> Images:
-    """Turn the colour circle of HSV by a share of it, -0.5 to 0.5. Three channels."""
+    """Turn the color circle of HSV by a share of it, -0.5 to 0.5. Three channels."""
     value, brightest = images.max(dim=1)
     chroma = value - images.amin(dim=1)
     red, green, blue = images.unbind(1)
@@ -189,7 +181,7 @@ def _blur_matrix(
 
 
 def _jittered(images: Images, keys: Tensor, settings: PhotometricSettings) -> Images:
-    drawn = uniform(keys, "colour", (4,))
+    drawn = uniform(keys, "colour", (4,))  # streams keep their names, or old runs would draw anew
     strengths = (settings.brightness, settings.contrast, settings.saturation)
     for place, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation)):
         if strengths[place] > 0:
@@ -199,7 +191,7 @@ def _jittered(images: Images, keys: Tensor, settings: PhotometricSettings) -> Im
     return images
 
 
-def _grey(images: Images) -> Float[Tensor, "batch 1 height width"]:
+def _gray(images: Images) -> Float[Tensor, "batch 1 height width"]:
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]

@@ -31,12 +31,7 @@ def cache_folder() -> Path:
 
 
 def cache_file(kind: str, *key: object) -> Path:
-    """The file that caches something.
-
-    Args:
-        kind: what it caches; begins the file's name.
-        key: everything that the content depends on and that does not change while it is refreshed.
-    """
+    """The file of a kind of cache, by everything that its content depends on."""
     digest = hashlib.blake2b(repr(key).encode(errors="surrogateescape"), digest_size=12).hexdigest()
     return cache_folder() / f"{kind}-{digest}.bin"
 
@@ -84,9 +79,7 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
 def read_arrays(path: Path, verify: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """What `write_arrays` wrote, the arrays mapped read-only; None where it is missing or damaged.
 
-    Args:
-        path: the file.
-        verify: True to read everything once and compare the checksum (about 1 GB/s).
+    ``verify`` reads everything once and compares the checksum (about 1 GB/s).
     """
     try:
         whole = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))

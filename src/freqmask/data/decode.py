@@ -33,7 +33,7 @@ from freqmask.data.pixels import (
 )
 from freqmask.data.source import Pages
 from freqmask.data.tiff import TIFF_BEGINNINGS, count_tiff_images, open_tiff
-from freqmask.errors import BadImage
+from freqmask.errors import BadImage, brief
 
 PILLOW_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -47,7 +47,7 @@ PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 HEIF_MARK = b"ftyp"  # AVIF bears it, too, which Pillow reads by itself
 CODESTREAM = b"\xff\x4f\xff\x51"  # JPEG 2000 begins with it, or holds it in a box of JP2
 END_OF_JPEG = b"\xff\xd9"
-EXTRAS = {".heic": "freqmask[data]", ".heif": "freqmask[data]"}
+EXTRAS = dict.fromkeys(HEIF_SUFFIXES, "freqmask[data]")
 """Suffix -> what to install to have it read."""
 
 # Never all that Pillow knows: of an EPS, whatever its file is called, Pillow has Ghostscript run the program in it.
@@ -68,13 +68,7 @@ def read_suffixes() -> frozenset[str]:
 
 
 def open_file(path: Path, pages: Pages = "channels", page: int = 0) -> Picture:
-    """The image in a file; BadImage where it cannot be opened or is none.
-
-    Args:
-        path: the file.
-        pages: what the pages of a TIFF are.
-        page: which one, with ``images``.
-    """
+    """The image in a file; with ``pages="images"`` the one on that page of a TIFF. BadImage where there is none."""
     suffix = path.suffix.lower()
     try:
         if suffix in ARRAY_SUFFIXES:  # mapped, so that a crop reads only its rows
@@ -169,11 +163,7 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("its content is not an image of any known format") from error
     except Exception as error:
         # A damaged header leads Pillow's parsers to raise SyntaxError, struct.error, ValueError ...
-        raise BadImage(f"its header is damaged ({_brief(error)})") from error
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+        raise BadImage(f"its header is damaged ({brief(error)})") from error
 
 
 def _exif_orientation(image: Image.Image) -> Orientation:
@@ -205,7 +195,7 @@ class CodedPicture(Picture):
         except Exception as error:
             if isinstance(error, OSError) and "truncated" in str(error).lower():
                 raise BadImage("it is truncated: the file ends before the image does") from error
-            raise BadImage(f"it is truncated or damaged ({_brief(error)})") from error
+            raise BadImage(f"it is truncated or damaged ({brief(error)})") from error
         return self._orientation.show(pixels.transpose(2, 0, 1))
 
     def _decode_stored(self, box: Box, at_least: tuple[int, int] | None) -> np.ndarray:
@@ -441,7 +431,7 @@ def _load_array(source: Path | io.BytesIO) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # numpy parses the header as Python, and hands on whatever that raises
-        raise BadImage(f"it is truncated or no plain numpy array ({_brief(error)})") from error
+        raise BadImage(f"it is truncated or no plain numpy array ({brief(error)})") from error
     return array
 
 

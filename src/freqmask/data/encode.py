@@ -29,23 +29,14 @@ MISSING_SHARE = 0.5  # a reduced pixel is missing where this much of what it cam
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as it goes into a shard.
+    """An image as it goes into a shard."""
 
-    Attributes:
-        data: the file.
-        suffix: of its name, with the dot.
-        size: (height, width) as shown.
-        channels: as decoded.
-        bits: of a sample.
-        reduction: its sides over those of the original, at most 1.
-    """
-
-    data: bytes
-    suffix: str
-    size: tuple[int, int]
-    channels: int
-    bits: int
-    reduction: float = 1.0
+    data: bytes  # the file
+    suffix: str  # of its name, with the dot
+    size: tuple[int, int]  # (height, width) as shown
+    channels: int  # as decoded
+    bits: int  # of a sample
+    reduction: float = 1.0  # its sides over those of the original, at most 1
 
 
 def encode_picture(
@@ -154,12 +145,9 @@ def empty_octave_share(side: int, view: int = VIEW, scale: tuple[float, float] =
 
 
 def spectrum_words(reductions: Sequence[float], images: int, side: int | None) -> list[str]:
-    """Sentences on what became of the frequencies of some images.
+    """Sentences on what became of the frequencies of so many images, brought down to a shorter ``side``.
 
-    Args:
-        reductions: sides over those of the original, of the images that were reduced.
-        images: all of them.
-        side: what the shorter side was brought down to; None where nothing was.
+    ``reductions`` are sides over those of the original, of the images that were reduced.
     """
     if not len(reductions) or side is None:
         return ["untouched: no image was reduced, and every one keeps all its bits"]

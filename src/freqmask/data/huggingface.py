@@ -13,7 +13,7 @@ from freqmask.data.parquet import Columns, number_classes
 from freqmask.data.pixels import Picture
 from freqmask.data.source import JoinedSource, Source, SourceSummary
 from freqmask.data.splits import Located
-from freqmask.errors import BadImage, UserError
+from freqmask.errors import BadImage, UserError, brief
 
 HUB = "hf:"
 SAVED = (
@@ -28,14 +28,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def locate_dataset(data: str | Path) -> Located:
-    """The images of a dataset.
-
-    Args:
-        data: ``hf:NAME``, ``hf:NAME:CONFIG``, or a folder of ``datasets.save_to_disk``.
-
-    Raises:
-        UserError: it cannot be fetched or read, or has no column of images.
-    """
+    """The images of ``hf:NAME``, ``hf:NAME:CONFIG``, or a folder of ``datasets.save_to_disk``; else a UserError."""
     splits = _load(data)
 
     def open_split(chosen: str | None, notes: list[str]) -> Source:
@@ -67,24 +60,18 @@ def _load(data: str | Path) -> dict[str, Any]:
             )
             loaded = datasets.load_dataset(*([name, config] if config else [name]))
     except Exception as error:  # the hub, the network, the file system and scripts each raise their own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"DATA ({data}) cannot be opened ({reason}); check name and connection") from error
+        raise UserError(
+            f"DATA ({data}) cannot be opened ({brief(error, 300)}); check name and connection"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         return {str(name): split for name, split in loaded.items()}
     return {"": loaded}
 
 
 class HuggingFaceSource(Source):
-    """One split of a dataset; its images stay encoded until they are asked for.
+    """One split of a ``datasets.Dataset``; its images stay encoded until they are asked for.
 
-    Args:
-        dataset: a ``datasets.Dataset``.
-        split: its name, perhaps empty.
-        where: DATA as it was typed.
-        notes: sentences for the summary.
-
-    Raises:
-        UserError: there is no column of images, or no row.
+    A UserError where there is no column of images, or no row; it names DATA as it was typed in ``where``.
     """
 
     def __init__(self, dataset: Any, split: str, where: str, notes: list[str] | None = None) -> None:

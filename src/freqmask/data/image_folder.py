@@ -36,21 +36,13 @@ _LOOKED_AT = 3  # files of a folder that may hold masks
 
 @dataclass
 class Layout:
-    """How a folder is laid out.
+    """How a folder is laid out."""
 
-    Attributes:
-        index: the images, masks passed over.
-        base: the folder on the way to all of them below which classes or splits begin; empty for the root.
-        splits: names of the folders below the base that are splits.
-        certain: False where those may as well be classes, such as ``test`` beside ``apple``.
-        notes: sentences for the user.
-    """
-
-    index: FolderIndex
-    base: bytes = b""
-    splits: list[str] = field(default_factory=list)
-    certain: bool = False
-    notes: list[str] = field(default_factory=list)
+    index: FolderIndex  # the images, masks passed over
+    base: bytes = b""  # the folder below which classes or splits begin; empty for the root
+    splits: list[str] = field(default_factory=list)  # names of the folders below the base that are splits
+    certain: bool = False  # False where those may as well be classes, such as ``test`` beside ``apple``
+    notes: list[str] = field(default_factory=list)  # sentences for the user
 
     def part(self, split: str) -> str:
         """The relative path of a split."""
@@ -82,14 +74,12 @@ def _find_splits(index: FolderIndex) -> tuple[bytes, list[str], bool]:
     children, base = _children(index), b""
     while True:
         names = children.get(base, [])
-        loose = bool(_files_in(index, base))
         kinds = {os.fsdecode(name): split_of(os.fsdecode(name)) for name in names}
         splits = sorted(name for name, kind in kinds.items() if kind)
         if splits:
             found = {kinds[name] for name in splits}
-            certain = len(splits) == len(names) or ("train" in found and len(found) > 1)
-            return base, splits, certain
-        if len(names) != 1 or loose:
+            return base, splits, len(splits) == len(names) or ("train" in found and len(found) > 1)
+        if len(names) != 1 or _files_in(index, base):
             return base, [], False
         base = _joined(base, names[0])
 
@@ -195,19 +185,21 @@ def classes_of(index: FolderIndex) -> tuple[list[str] | None, np.ndarray, str]:
     parts = [_class_folders(index, top) for top in tops]
     names = sorted({name for part, _ in parts for name in part.values()})
     reason = next((reason for _, reason in parts if reason), "")
-    none = np.full(len(index.folders), -1, np.int64)
+    labels = np.full(len(index.folders), -1, np.int64)
     if len(names) < 2:
-        return None, none, reason
+        return None, labels, reason
     numbers = {name: number for number, name in enumerate(names)}
     for part, _ in parts:
         for folder, name in part.items():
-            none[folder] = numbers[name]
-    return [os.fsdecode(name) for name in names], none, reason
+            labels[folder] = numbers[name]
+    return [os.fsdecode(name) for name in names], labels, reason
 
 
 def _class_folders(index: FolderIndex, top: bytes) -> tuple[dict[int, bytes], str]:
     """Number of a folder with images -> its class; or none, and why."""
-    base = _joined(top, _find_base(index, top))
+    children, base = _children(index), top
+    while len(children.get(base, [])) == 1 and not _files_in(index, base):
+        base = _joined(base, children[base][0])
     depth = base.count(b"/") + 1 if base else 0
     used = {
         number: folder.split(b"/")
@@ -226,30 +218,17 @@ def _class_folders(index: FolderIndex, top: bytes) -> tuple[dict[int, bytes], st
         names = index.names_in(loose[0])
         first = os.fsdecode(_joined(index.folders[loose[0]], names[0]))
         beside = ", ".join(os.fsdecode(name) for name in sorted(set(classes.values()))[:3])
-        return (
-            {},
-            f"{len(names):,} images (first {first!r}) lie beside the class folders ({beside}); move them into one",
-        )
+        where = f"beside the class folders ({beside}); move them into one"
+        return {}, f"{len(names):,} images (first {first!r}) lie {where}"
     return classes, ""
-
-
-def _find_base(index: FolderIndex, top: bytes) -> bytes:
-    """The folders between a split and where its classes begin."""
-    children, base = _children(index), top
-    while len(children.get(base, [])) == 1 and not _files_in(index, base):
-        base = _joined(base, children[base][0])
-    return base[len(top) + 1 :] if top else base
 
 
 def locate_folder(
     root: Path | RemoteFiles, pages: Pages = "channels", listing: Mapping[str, int | None] | None = None
 ) -> Located:
-    """The images of a folder; its splits are the folders below that are named so.
+    """The images of a folder, here or behind a URL; its splits are the folders below that are named so.
 
-    Args:
-        root: the folder, here or behind a URL.
-        pages: what the pages of a TIFF are.
-        listing: all files of a folder behind a URL, with their bytes; there, masks are told by names alone.
+    ``listing`` has all files of a folder behind a URL, with their bytes; there, masks are told by names alone.
     """
     if isinstance(root, Path):
         index = index_folder(root, read_suffixes())
@@ -265,17 +244,11 @@ def locate_folder(
 
 
 class FolderSource(Source):
-    """The images below a folder.
+    """The images below a folder, here or behind a URL, where an image is a request.
 
     Where several folders lie beside each other below the one that holds everything, and no image beside them,
-    those are classes.
-
-    Args:
-        root: the folder, here or behind a URL, where an image is a request.
-        pages: what the pages of a TIFF are.
-        split: the folder below that is used, as a relative path, or None for all.
-        notes: sentences for the summary.
-        layout: of the root; None reads all of its images.
+    those are classes. ``split`` is the folder below that is used, as a relative path; without a ``layout`` all images
+    are.
     """
 
     def __init__(

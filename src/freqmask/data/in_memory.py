@@ -1,14 +1,14 @@
 """Small images in memory: decoded once, on the device, and cut into the batches that the loader would make.
 
 All but the pixels stays on the host, where windows are drawn. On a CPU each window is resampled by the loader's own
-function, bit for bit; on a GPU all windows of a batch at once (`freqmask.data.device_crops`), because a few launches
+function, bit for bit; on a GPU all windows of a batch at once (`freqmask.data.transforms`), because a few launches
 per image would take longer than a step of a small network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,15 +16,37 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from freqmask.data.device_crops import are_empty, as_numbers, cut_windows, resample
-from freqmask.data.loader import WINDOWS, Skipped, candidates, none_usable
-from freqmask.data.sampler import Item, TrainSampler
+from freqmask.console import readable_bytes
+from freqmask.data.loader import (
+    WINDOWS,
+    Skipped,
+    as_bad_image,
+    as_it_is,
+    candidates,
+    make_loader,
+    none_usable,
+)
+from freqmask.data.pixels import check_channels, convert_channels, is_empty, missing_pixels
+from freqmask.data.sampler import Item, TrainSampler, runs_of_images
 from freqmask.data.source import Source
-from freqmask.data.transforms import Geometry, draw_boxes, draw_flips, resize
+from freqmask.data.transforms import (
+    Geometry,
+    are_empty,
+    as_numbers,
+    cut_windows,
+    draw_boxes,
+    draw_flips,
+    resample,
+    resize,
+    smallest_side,
+)
 from freqmask.data.values import ValueRange
+from freqmask.errors import BadImage, UserError
 from freqmask.rng import combine, sample_keys
 
+_HANDED_OVER = 64  # images that a worker hands over together: 5 MB at 160 pixels
 _FRAME = 8  # frames grow in steps of that many pixels, so that batches reuse each other's memory
 _DRAWN_AHEAD = 1024  # samples whose windows are drawn together: as many small operations as for a few
 _AT_ONCE = 2**26  # float values that are resampled together: 256 MB, a batch of 870 windows of 160 pixels
@@ -68,19 +90,191 @@ class InMemoryImages:
         return self
 
 
+class DoesNotFitError(Exception):
+    """The images cannot be held in memory; the message says why, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What images must be like to be held in memory: the longest side in pixels, the bytes of all together."""
+
+    side: int
+    bytes: int
+
+
+def read_images(
+    source: Source,
+    geometries: Sequence[Geometry],
+    limits: Limits,
+    channels: int = 3,
+    convert: bool = True,
+    workers: int = 0,
+    report: Callable[[int], None] = lambda count: None,
+) -> InMemoryImages:
+    """Decode all images of a source once, to be held on the host.
+
+    Args:
+        source: the images.
+        geometries: how the views will be cut.
+        limits: what the images must be like.
+        channels: the channels of the views.
+        convert: as for :class:`freqmask.data.loader.TrainDataset`; what cannot be converted is listed as bad.
+        workers: processes that decode; 0 for none but this one.
+        report: called now and then with the number of images read.
+
+    Raises:
+        DoesNotFitError: an image is beyond the limits or has gaps; no more are read.
+    """
+    dtype = _first_type(source)
+    decoding = _Decoding(source, tuple(geometries), limits.side, dtype, channels, convert)
+    whole = _Decoded()
+    runs: Any = runs_of_images(len(source), source.blocks(), _HANDED_OVER)
+    parts: Any = make_loader(decoding, runs, 1, workers, False, as_it_is)
+    for part in parts:
+        if part.obstacle:
+            raise DoesNotFitError(part.obstacle)
+        whole.append(part)
+        if whole.bytes > limits.bytes:
+            raise DoesNotFitError(
+                f"they take more than the {readable_bytes(limits.bytes)} there are for them"
+            )
+        report(len(whole.sizes))
+    return _as_tensors(whole, source, dtype)
+
+
+def _first_type(source: Source) -> str:
+    """The sample type of the first image that can be opened, which the others must have, too."""
+    for index in range(len(source)):
+        try:
+            with as_bad_image():
+                return source.open(index).dtype
+        except BadImage:
+            continue
+    raise DoesNotFitError("none of them can be opened")
+
+
+@dataclass
+class _Decoded:
+    """Some images one behind the other; ``obstacle`` says why none can be held in memory."""
+
+    pixels: list[np.ndarray] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    identities: list[int] = field(default_factory=list)
+    flat: list[bool] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)
+    obstacle: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self.pixels)
+
+    def append(self, other: _Decoded) -> None:
+        self.bad |= {len(self.sizes) + place: reason for place, reason in other.bad.items()}
+        for name in ("pixels", "sizes", "identities", "flat"):
+            getattr(self, name).extend(getattr(other, name))
+
+
+@dataclass
+class _Decoding(Dataset[_Decoded]):
+    source: Source
+    geometries: tuple[Geometry, ...]
+    side: int
+    dtype: str
+    channels: int
+    convert: bool
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, runs: Sequence[tuple[int, int]]) -> _Decoded | UserError:
+        """The images of a run, which are those of a block where reading a part of one costs as much as all."""
+        whole = _Decoded()
+        try:
+            for index in (index for run in runs for index in range(*run)):
+                size, flat = (0, 0), False
+                try:
+                    pixels, flat = self._decode(index)
+                    size = pixels.shape[:2]
+                    whole.pixels.append(pixels.reshape(-1, pixels.shape[2]))
+                except BadImage as error:
+                    whole.bad[len(whole.sizes)] = error.reason
+                whole.sizes.append(size)
+                whole.identities.append(self.source.identity(index))
+                whole.flat.append(flat)
+        except DoesNotFitError as obstacle:
+            return _Decoded(obstacle=f"{self.source.name(index)} {obstacle}")
+        except UserError as error:
+            return error
+        # one array travels faster than many
+        whole.pixels = [np.concatenate(whole.pixels)] if whole.pixels else []
+        return whole
+
+    def _decode(self, index: int) -> tuple[np.ndarray, bool]:
+        """Pixels (height, width, channel), and whether windows may be empty."""
+        with as_bad_image():
+            picture = self.source.open(index)
+        check_channels(picture.channels, self.channels, self.convert)
+        if max(picture.size) > self.side:
+            height, width = picture.size
+            raise DoesNotFitError(f"has {height}x{width} pixels, more than {self.side} a side")
+        if picture.dtype != self.dtype:
+            raise DoesNotFitError(f"holds {picture.dtype}, others {self.dtype}")
+        with as_bad_image():
+            image = picture.decode()
+        gaps = missing_pixels(image, picture.nodata)
+        if gaps is not None and gaps.any():
+            raise DoesNotFitError("has missing values, which are filled window by window")
+        reason = is_empty(image, None)
+        if reason is not None:
+            raise BadImage(reason)
+        converted = convert_channels(image, self.channels)
+        smallest = min(smallest_side(geometry, picture.size) for geometry in self.geometries)
+        flat = has_flat_tile(converted, (smallest + 1) // 2)
+        if flat and len(image) not in (1, self.channels):  # the loader looks before it leaves channels out
+            raise DoesNotFitError(
+                f"loses channels ({len(image)} to {self.channels}) and may be empty without them"
+            )
+        return converted.transpose(1, 2, 0), flat
+
+
+def has_flat_tile(image: Shaped[np.ndarray, "channel height width"], side: int) -> bool:
+    """Whether one of an image's square tiles of ``side`` pixels holds the same value everywhere.
+
+    Where none does, no window of ``2 side - 1`` pixels or more is empty, because it holds a whole tile.
+    """
+    channels, height, width = image.shape
+    rows, columns = height // side, width // side
+    tiles = image[:, : rows * side, : columns * side].reshape(channels, rows, side, columns, side)
+    flat: np.ndarray = (tiles.max(axis=(2, 4)) == tiles.min(axis=(2, 4))).all(axis=0)
+    return bool(flat.any())
+
+
+def _as_tensors(whole: _Decoded, source: Source, dtype: str) -> InMemoryImages:
+    """The tensors; the list of arrays is emptied on the way, so that the images lie in memory twice at most."""
+    if not whole.pixels:
+        reason = next(iter(whole.bad.values()), "there are none")
+        raise DoesNotFitError(f"none of them can be used ({reason})")
+    pixels = np.concatenate(whole.pixels)
+    whole.pixels.clear()
+    sizes = torch.tensor(whole.sizes)
+    counts = sizes.prod(dim=1)
+    return InMemoryImages(
+        torch.from_numpy(pixels.view(np.int16) if dtype == "uint16" else pixels),
+        dtype,
+        counts.cumsum(0) - counts,
+        sizes.clamp(min=1),
+        torch.tensor(whole.identities),
+        torch.from_numpy(source.all_labels()),
+        torch.tensor(whole.flat),
+        whole.bad,
+    )
+
+
 class InMemoryBatches:
     """The batches of a training, as :func:`freqmask.data.loader.make_loader` makes them from files.
 
     Which image comes when, its key, its windows, what replaces a bad one: all as the loader has it. Views on a CPU
     are the loader's bit for bit, on a GPU to two levels of 255.
-
-    Args:
-        images: the images, their pixels on the device.
-        source: where they come from, for the names of bad ones.
-        sampler: which image comes when.
-        geometries: how each view is cut.
-        value_range: the values that become 0 and 1.
-        seed: the run's seed.
     """
 
     def __init__(
@@ -148,19 +342,12 @@ class InMemoryBatches:
 
 
 class Drawn(NamedTuple):
-    """What the keys of some samples say of their views.
+    """What the keys of some samples say of their views."""
 
-    Attributes:
-        indices: the images.
-        keys: the samples' keys; a view's is ``combine(keys, view)``.
-        boxes: (top, left, height, width) of the windows of each view.
-        flips: mirrored, upside down, rows and columns exchanged, for each view.
-    """
-
-    indices: Int64[Tensor, " batch"]
-    keys: Int64[Tensor, " batch"]
-    boxes: Int64[Tensor, "view batch 4"]
-    flips: Bool[Tensor, "view batch 3"]
+    indices: Int64[Tensor, " batch"]  # the images
+    keys: Int64[Tensor, " batch"]  # the samples' keys; a view's is ``combine(keys, view)``
+    boxes: Int64[Tensor, "view batch 4"]  # (top, left, height, width) of the windows of each view
+    flips: Bool[Tensor, "view batch 3"]  # mirrored, upside down, rows and columns exchanged, for each view
 
     def part(self, places: slice) -> Drawn:
         """Some of the samples."""
@@ -168,25 +355,17 @@ class Drawn(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a batch takes from the images, a few numbers an image and view.
+    """What a batch takes from the images, a few numbers an image and view."""
 
-    Attributes:
-        starts: where each image begins in the pixels.
-        strides: its width.
-        boxes: (top, left, height, width) of the windows of each view.
-        flips: mirrored, upside down, rows and columns exchanged, for each view.
-        flat: places in the batch of images whose windows may be empty.
-        others: for these the windows that are tried, the whole image being the last.
-        frame: (height, width) that hold every window.
-    """
-
-    starts: Int64[Tensor, " batch"]
-    strides: Int64[Tensor, " batch"]
-    boxes: Int64[Tensor, "view batch 4"]
-    flips: Shaped[Tensor, "view batch 3"]
-    flat: Int64[Tensor, " flat"]
-    others: Int64[Tensor, "attempt view flat 4"]
-    frame: tuple[int, int]
+    starts: Int64[Tensor, " batch"]  # where each image begins in the pixels
+    strides: Int64[Tensor, " batch"]  # its width
+    boxes: Int64[Tensor, "view batch 4"]  # (top, left, height, width) of the windows of each view
+    flips: Shaped[Tensor, "view batch 3"]  # mirrored, upside down, rows and columns exchanged, for each view
+    flat: Int64[Tensor, " flat"]  # places in the batch of images whose windows may be empty
+    others: Int64[
+        Tensor, "attempt view flat 4"
+    ]  # for these the windows that are tried, the whole image being the last
+    frame: tuple[int, int]  # (height, width) that hold every window
 
     def to(self, device: torch.device) -> Plan:
         """The plan on a device, which is not waited for."""

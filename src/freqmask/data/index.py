@@ -19,7 +19,7 @@ from freqmask.artifacts import MARKER, is_own_folder, is_part_of_run, marked
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.errors import UserError
 
-VERSION = 2
+VERSION = 3
 # A folder changed within this time before it was read may change again without a new time stamp.
 SETTLED_NANOSECONDS = 2_000_000_000
 # Above this the index travels to loader workers as the name of its cache file, which they map and share.
@@ -47,10 +47,10 @@ class _Folder:
     names: bytes = b""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
-    children: list[bytes] = field(default_factory=list)
-    links: list[bytes] = field(default_factory=list)
+    children: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
-    own: list[bytes] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
     masks: int = 0
     unreadable: bool = False
 
@@ -94,8 +94,9 @@ class FolderIndex:
             ignored.update(entry["ignored"])
         self.ignored = dict(ignored.most_common())
         self.masks = sum(entry["masks"] for entry in entries)
-        self.own: list[str] = about["own"]
-        self.unreadable: list[str] = about["unreadable"]
+        paths = list(zip(about["folders"], about["tree"], strict=True))
+        self.own = sorted(_joined(path, name) for path, entry in paths for name in entry["own"])
+        self.unreadable = [path for path, entry in paths if entry["unreadable"]]
         self.fingerprint = self._hash()
 
     def __len__(self) -> int:
@@ -235,10 +236,10 @@ def index_listing(root: str, files: Mapping[str, int | None], suffixes: frozense
         parts = parent.split(b"/") if parent else []
         above = {b"/".join(parts[: k + 1]) for k in range(len(parts))}
         if above & runs:
-            found[b""].own += [parent] if parent in runs else []
+            found[b""].own += [os.fsdecode(parent)] if parent in runs else []
         elif not any(_is_junk(part) for part in parts):
-            for one in above:
-                found.setdefault(one, _Folder(0, settled=False))
+            for folder in above:
+                found.setdefault(folder, _Folder(0, settled=False))
             _fill(found.setdefault(parent, _Folder(0, settled=False)), names, suffixes)
     return FolderIndex(Path(root), *_assemble(found))
 
@@ -274,8 +275,8 @@ def _walk(
             raise UserError(f"DATA ({root}) may not be opened: no permission; check its access rights")
         found[relative] = folder
         prefix = relative + b"/" if relative else b""
-        real.extend(prefix + child for child in folder.children)
-        links.extend(prefix + child for child in folder.links)
+        real.extend(prefix + os.fsencode(child) for child in folder.children)
+        links.extend(prefix + os.fsencode(child) for child in folder.links)
     return found, changed
 
 
@@ -285,6 +286,9 @@ def _read_folder(
     folder = _Folder(modified, settled=time.time_ns() - modified > SETTLED_NANOSECONDS)
     files: dict[bytes, int] = {}
     names: list[bytes] = []
+    children: list[bytes] = []
+    links: list[bytes] = []
+    own: set[bytes] = set()
     try:
         with os.scandir(path) as entries:
             for entry in entries:
@@ -292,30 +296,26 @@ def _read_folder(
                 if _is_junk(entry.name):
                     continue
                 if _is_folder(entry):
-                    (folder.links if entry.is_symlink() else folder.children).append(entry.name)
+                    (links if entry.is_symlink() else children).append(entry.name)
                 elif entry.is_symlink() or entry.is_file():  # to open a pipe or a socket may wait for ever
                     files[entry.name] = _size(entry)
-        own = marked(_content(path + b"/" + MARKER.encode())) if MARKER.encode() in names else set()
+        if MARKER.encode() in names:
+            own = marked(Path(os.fsdecode(path), MARKER).read_bytes())
     except OSError:
-        folder.unreadable, own = True, set()
+        folder.unreadable = True
     if is_own_folder(names):
         if not is_root:
-            return _Folder(folder.modified, folder.settled, own=[b""])
+            return _Folder(folder.modified, folder.settled, own=[""])
         own |= {name for name in names if is_part_of_run(name)}
-    for name in () if own_too else own & {*files, *folder.children}:
-        folder.own.append(name)
-        files.pop(name, None)
-    folder.children = sorted(name for name in folder.children if name not in folder.own)
-    folder.links.sort()
+    passed_over = set() if own_too else own & {*files, *children}
+    folder.own = [os.fsdecode(name) for name in sorted(passed_over)]
+    folder.children = [os.fsdecode(name) for name in sorted(children) if name not in passed_over]
+    folder.links = [os.fsdecode(name) for name in sorted(links)]
+    files = {name: size for name, size in files.items() if name not in passed_over}
     masks = _masks_of_photographs(path, files) if suffixes & PHOTOGRAPHS else set()
     _fill(folder, {name: size for name, size in files.items() if name not in masks}, suffixes)
     folder.masks += len(masks)
     return folder
-
-
-def _content(path: bytes) -> bytes:
-    with open(path, "rb") as file:  # noqa: PTH123  bytes, which pathlib does not take
-        return file.read()
 
 
 def _fill(folder: _Folder, sizes: Mapping[bytes, int], suffixes: Collection[str]) -> None:
@@ -408,27 +408,12 @@ def _assemble(found: dict[bytes, _Folder]) -> tuple[dict[str, Any], dict[str, np
         "names": np.frombuffer(b"".join(folder.names for folder in folders), np.uint8),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
         "sizes": np.concatenate([folder.sizes for folder in folders]),
-        "modified": np.array([folder.modified for folder in folders], np.int64),
-        "settled": np.array([folder.settled for folder in folders], np.bool_),
     }
-    own = [b"/".join(part for part in (path, name) if part) for path in paths for name in found[path].own]
-    about = {
-        "folders": [os.fsdecode(path) for path in paths],
-        "tree": [_tree_entry(folder) for folder in folders],
-        "own": [os.fsdecode(path) for path in sorted(own)],
-        "unreadable": [os.fsdecode(path) for path in paths if found[path].unreadable],
-    }
-    return about, arrays
-
-
-def _tree_entry(folder: _Folder) -> dict[str, Any]:
-    names = {"children": folder.children, "links": folder.links, "own": folder.own}
-    as_text = {kind: [os.fsdecode(name) for name in group] for kind, group in names.items()}
-    return as_text | {
-        "ignored": folder.ignored,
-        "masks": folder.masks,
-        "unreadable": folder.unreadable,
-    }
+    tree = [
+        {name: value for name, value in vars(folder).items() if name not in ("names", "lengths", "sizes")}
+        for folder in folders
+    ]
+    return {"folders": [os.fsdecode(path) for path in paths], "tree": tree}, arrays
 
 
 def _known_folders(cached: tuple[dict[str, Any], dict[str, np.ndarray]]) -> dict[bytes, _Folder]:
@@ -439,16 +424,13 @@ def _known_folders(cached: tuple[dict[str, Any], dict[str, np.ndarray]]) -> dict
     for k, (path, entry) in enumerate(zip(about["folders"], about["tree"], strict=True)):
         first, last = starts[k], starts[k + 1]
         known[os.fsencode(path)] = _Folder(
-            modified=int(arrays["modified"][k]),
-            settled=bool(arrays["settled"][k]),
             names=arrays["names"][offsets[first] : offsets[last]].tobytes(),
             lengths=np.diff(offsets[first : last + 1]),
             sizes=arrays["sizes"][first:last],
-            children=[os.fsencode(child) for child in entry["children"]],
-            links=[os.fsencode(child) for child in entry["links"]],
-            own=[os.fsencode(name) for name in entry["own"]],
-            ignored=entry["ignored"],
-            masks=entry["masks"],
-            unreadable=entry["unreadable"],
+            **entry,
         )
     return known
+
+
+def _joined(*parts: str) -> str:
+    return "/".join(part for part in parts if part)

@@ -32,10 +32,7 @@ class Row:
 
 
 def read_labels(file: Path) -> list[Row]:
-    """The lines of a table of labels.
-
-    Args:
-        file: CSV with a header; commas, semicolons or tabs; in UTF-8, UTF-16 or Windows-1252.
+    """The lines of a CSV table with a header; commas, semicolons or tabs; in UTF-8, UTF-16 or Windows-1252.
 
     Raises:
         UserError: it cannot be read, or lacks a column.
@@ -67,12 +64,7 @@ def _rows(reader: csv.DictReader[str], file: Path) -> list[Row]:
         return as_text((record.get(columns.get(name, "")) or "").strip()) or None
 
     return [
-        Row(
-            record[columns["path"]].strip(),
-            cell(record, "label"),
-            cell(record, "split"),
-            cell(record, "group"),
-        )
+        Row(record[columns["path"]].strip(), *(cell(record, name) for name in COLUMNS[1:]))
         for record in reader
         if record[columns["path"]]
     ]
@@ -103,27 +95,13 @@ def as_text(cell: str) -> str:
 
 
 def locate_labelled(file: Path, source: Callable[[], Source]) -> Located:
-    """The images that a table lists, with its labels, groups and splits.
-
-    Args:
-        file: the CSV table.
-        source: opens all images; the table's paths are their names.
-
-    Raises:
-        UserError: the table cannot be read, or lacks a column.
-    """
+    """The images that a table lists, with its labels, groups and splits; its paths are names of ``source()``."""
     splits = sorted({row.split for row in read_labels(file) if row.split})
     return Located(str(file), lambda split, notes: LabelledSource(source(), file, split, notes), splits)
 
 
 class LabelledSource(Subset):
-    """The images that a table lists, with its labels and groups.
-
-    Args:
-        source: all images; the table's paths are their names (relative to DATA).
-        file: the CSV table.
-        chosen: the split of the table that is used; None for all of it.
-        notes: sentences for the summary.
+    """Images of a source, by their names, that a split of a table lists (None: all of it), with its labels and groups.
 
     Raises:
         UserError: the table names images that are not there, or names one twice.
@@ -171,11 +149,8 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
     missing = [path for path in paths if path not in numbers]
     if missing:
         close = nearest(missing[0], list(numbers)[:10_000])
-        hint = (
-            close
-            if close.startswith("did you mean")
-            else f"names are relative to DATA, like {source.name(0)!r}"
-        )
+        relative = f"names are relative to DATA, like {source.name(0)!r}"
+        hint = close if close.startswith("did you mean") else relative
         raise UserError(
             f"labels ({file}) names {len(missing)} images that DATA lacks (first {missing[0]!r}); {hint}"
         )
@@ -188,11 +163,10 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
 def _otherwise_spelt(paths: list[str], numbers: dict[str, int]) -> list[str]:
     """Names as DATA has them, where a table writes ü as one character and the disc as two, or in another encoding."""
     composed = {unicodedata.normalize("NFC", name): name for name in numbers}
-    found = []
-    for path in paths:
-        candidates = (path, composed.get(unicodedata.normalize("NFC", as_text(path)), path))
-        found.append(next((name for name in candidates if name in numbers), path))
-    return found
+    return [
+        path if path in numbers else composed.get(unicodedata.normalize("NFC", as_text(path)), path)
+        for path in paths
+    ]
 
 
 def _as_name(path: str, source: Source) -> str:

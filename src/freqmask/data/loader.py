@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ Skipped = list[tuple[str, str]]  # names of images that cannot be read, with rea
 MAX_FALLBACKS = 32  # with a tenth of the images bad, that many bad ones in a row do not happen
 WINDOWS = 4  # windows tried in an image with gaps before the whole image is taken
 _KILLED = (
-    "a loader worker was killed, most often for want of memory; the same command with fewer --workers goes "
-    "on from the last checkpoint"
+    "a loader worker was killed, most often for want of memory; the same command with fewer --workers "
+    "resumes from the last checkpoint"
 )
 
 
@@ -65,7 +65,7 @@ class TrainDataset(Dataset[Sample]):
         geometries: how each view is cut; as many as the method has views.
         value_range: the values that become 0 and 1.
         channels: the channels of every view.
-        convert_channels: True makes grey into colour and the other way round; False skips images that have
+        convert_channels: True makes gray into color and the other way round; False skips images that have
             other channels.
         seed: the run's seed; with epoch and image it makes the sample's key.
     """
@@ -198,12 +198,16 @@ def collate(samples: Sequence[Sample] | UserError) -> dict[str, Any] | UserError
     }
 
 
+def as_it_is(batch: Any) -> Any:
+    """In the place of `collate` where a dataset makes the batches itself."""
+    return batch
+
+
 def _stack(images: Sequence[Tensor]) -> Tensor:
     """One tensor, in shared memory where a worker makes it; float32 where one of the images is."""
     if len({image.dtype for image in images}) > 1:
         images = [as_float(image) for image in images]
-    stacked: Tensor = stack(list(images))
-    return stacked
+    return cast(Tensor, stack(list(images)))
 
 
 class TrainLoader(DataLoader[Any]):
@@ -259,10 +263,8 @@ def _close_all() -> None:
 def worker_failure(error: BaseException, fetching: bool = False) -> UserError | None:
     """The error to raise for a loader worker that died; None where no worker is to blame.
 
-    Args:
-        error: whatever was raised.
-        fetching: True where it was raised while a batch came in from a worker: one that dies at that moment
-            breaks the connection before torch has noticed.
+    ``fetching`` is True where it was raised while a batch came in from a worker: one that dies at that moment
+    breaks the connection before torch has noticed.
     """
     text = str(error)
     if fetching and isinstance(error, OSError | EOFError):

@@ -43,21 +43,13 @@ VERSION = 2
 
 @dataclass
 class Columns:
-    """Which columns of a table matter.
+    """Which columns of a table matter."""
 
-    Attributes:
-        image: the first column of encoded images.
-        leaf: what holds their bytes: ``image.bytes``, or the column itself.
-        label: the column of classes, by its type in the metadata, else by its name; or None.
-        class_names: the names of the classes 0, 1, ..., as the metadata has them; or None.
-        has_paths: whether the images' own files are named beside their bytes.
-    """
-
-    image: str
-    leaf: str
-    label: str | None
-    class_names: list[str] | None
-    has_paths: bool
+    image: str  # the first column of encoded images
+    leaf: str  # what holds their bytes: ``image.bytes``, or the column itself
+    label: str | None  # the column of classes, by its type in the metadata, else by its name; or None
+    class_names: list[str] | None  # the names of the classes 0, 1, ..., as the metadata has them; or None
+    has_paths: bool  # whether the images' own files are named beside their bytes
 
     @property
     def small(self) -> list[str]:

@@ -120,15 +120,10 @@ def channel_axis(shape: tuple[int, ...]) -> int:
 
 @dataclass
 class ArrayPicture(Picture):
-    """An image that is an array already: height and width, and channels first or last where it has any.
+    """An image that is an array already: height and width, and channels first or last where it has any."""
 
-    Args:
-        array: the pixels, any numeric type; a memory-mapped one is read box by box.
-        axis: which of three axes counts channels, 0 or 2; None: the shorter one.
-    """
-
-    array: np.ndarray
-    axis: int | None = None
+    array: np.ndarray  # the pixels, any numeric type; a memory-mapped one is read box by box
+    axis: int | None = None  # which of three axes counts channels, 0 or 2; None: the shorter one
 
     def __post_init__(self) -> None:
         if self.array.ndim not in (2, 3) or 0 in self.array.shape:
@@ -157,17 +152,11 @@ class ArrayPicture(Picture):
 
 @dataclass(frozen=True)
 class Orientation:
-    """How the stored pixels are shown: first transposed, then mirrored in the frame that is shown.
+    """How the stored pixels are shown: first transposed, then mirrored in the frame that is shown."""
 
-    Attributes:
-        transposed: True where rows and columns change places.
-        upside_down: True where rows run from below.
-        mirrored: True where columns run from the right.
-    """
-
-    transposed: bool = False
-    upside_down: bool = False
-    mirrored: bool = False
+    transposed: bool = False  # True where rows and columns change places
+    upside_down: bool = False  # True where rows run from below
+    mirrored: bool = False  # True where columns run from the right
 
     def shown_size(self, stored: tuple[int, int]) -> tuple[int, int]:
         """(height, width) as shown, of (height, width) as stored; the other way round too."""

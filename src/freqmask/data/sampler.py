@@ -185,14 +185,11 @@ def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most
     """Images drawn at random, to be looked at; from few blocks where each look fetches a whole one.
 
     Args:
-        count: how many are wanted.
+        count: how many are wanted, of how many; fewer come where there are not as many.
         of: how many there are.
         blocks: what lies together, or None.
         seed: decides the draw.
         most_blocks: blocks that may be looked into where they come whole.
-
-    Returns:
-        Their numbers, increasing; fewer than asked where there are not as many.
     """
     generator = np.random.default_rng(seed % 2**64)
     places = np.arange(of)

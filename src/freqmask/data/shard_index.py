@@ -20,7 +20,7 @@ from freqmask.data.cache import bytes_of, piece_of, read_arrays, text_arrays, wr
 from freqmask.data.decode import read_suffixes
 from freqmask.data.labels import in_order
 from freqmask.data.splits import split_of
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 
 VERSION = 1
 SCHEMA = pa.schema([
@@ -39,52 +39,30 @@ LARGEST_NOTE = 1_000_000  # bytes of a .cls or .json that is read for its label
 
 
 class Row(NamedTuple):
-    """One image of a shard.
+    """One image of a shard."""
 
-    Attributes:
-        member: its name inside the tar.
-        offset: where its bytes begin in the tar.
-        size: how many there are.
-        label: the name of its class, or None.
-        group: what it must not be separated from, or None.
-        name: what it was called before it was packed; None where that is the member's name.
-        height: in pixels as shown, 0 where unknown.
-        width: the same.
-        channels: 0 where unknown.
-        bits: of a sample, 0 where unknown.
-    """
-
-    member: str
-    offset: int
-    size: int
-    label: str | None = None
-    group: str | None = None
-    name: str | None = None
-    height: int = 0
-    width: int = 0
-    channels: int = 0
-    bits: int = 0
+    member: str  # its name inside the tar
+    offset: int  # where its bytes begin in the tar
+    size: int  # how many there are
+    label: str | None = None  # the name of its class, or None
+    group: str | None = None  # what it must not be separated from, or None
+    name: str | None = None  # what it was called before it was packed; None where that is the member's name
+    height: int = 0  # in pixels as shown, 0 where unknown
+    width: int = 0  # the same
+    channels: int = 0  # 0 where unknown
+    bits: int = 0  # of a sample, 0 where unknown
 
 
 @dataclass
 class ShardRows:
-    """One shard and its images.
+    """One shard and its images."""
 
-    Attributes:
-        name: path relative to where the set lies, with ``/``.
-        bytes: size of the tar.
-        split: name of the split it belongs to, or None.
-        rows: its images, in the order of the tar; see `pack_rows`.
-        ignored: suffix -> members that are not read.
-        notes: sentences for the user.
-    """
-
-    name: str
-    bytes: int
-    split: str | None
-    rows: pa.Table
-    ignored: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    name: str  # path relative to where the set lies, with ``/``
+    bytes: int  # size of the tar
+    split: str | None  # name of the split it belongs to, or None
+    rows: pa.Table  # its images, in the order of the tar; see `pack_rows`
+    ignored: dict[str, int] = field(default_factory=dict)  # suffix -> members that are not read
+    notes: list[str] = field(default_factory=list)  # sentences for the user
 
 
 def pack_rows(rows: Sequence[Row]) -> pa.Table:
@@ -181,12 +159,10 @@ def make_index(
     class_names: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
 ) -> ShardIndex:
-    """The index of shards whose images are known.
+    """The index of at least one shard whose images are known.
 
-    Args:
-        shards: in order, at least one.
-        class_names: the classes in order; None: those that occur, numbers by value, others by the alphabet.
-        labels: the class of each image, in the place of what the rows say.
+    Classes are those given, in that order, or those that occur, numbers by value, others by the alphabet; ``labels``
+    is the class of each image, in the place of what the rows say.
     """
     table = pa.concat_tables([shard.rows for shard in shards])
     named = table["label"] if labels is None else pa.array(map(_raw, labels), pa.binary())
@@ -248,31 +224,24 @@ class _Sample:
 
 
 def read_headers(name: str, file: BinaryIO, size: int) -> ShardRows:
-    """The images of a tar, whose pixels are not read.
-
-    Args:
-        name: what the shard is called, relative to its set.
-        file: the tar, seekable.
-        size: its bytes.
-
-    Raises:
-        UserError: it is compressed, damaged or no tar.
-    """
+    """The images of a tar of so many bytes, whose pixels are not read; a UserError where it is damaged or none."""
     suffixes, ignored = read_suffixes(), Counter[str]()
     rows: list[Row] = []
     others = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for sample in _samples(tar, suffixes, ignored):
-                chosen = _chosen(sample.images)
+                # The image of a sample: 000.jpg, not 000.mask.png; where there are none such, each is its own.
+                plain = [row for row in sample.images if PurePosixPath(row.member).name.count(".") == 1]
+                chosen = plain[:1] or sample.images
                 others += len(sample.images) - len(chosen)
                 rows += [
                     row._replace(label=sample.label, group=sample.group, name=sample.name) for row in chosen
                 ]
     except (tarfile.TarError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"DATA: the shard {name} is truncated, compressed or no tar ({reason}); fetch it again, or unpack it"
+            f"DATA: the shard {name} is truncated, compressed or no tar ({brief(error, 100)}); fetch it again, or "
+            "unpack it"
         ) from error
     notes = [f"Of samples with several images the first is read ({name} and others)."] if others else []
     return ShardRows(name, size, split_of_shard(name), pack_rows(rows), dict(ignored.most_common()), notes)
@@ -298,12 +267,6 @@ def _samples(tar: tarfile.TarFile, suffixes: frozenset[str], ignored: Counter[st
         else:
             ignored[suffix] += 1
     yield sample
-
-
-def _chosen(images: list[Row]) -> list[Row]:
-    """The image of a sample: ``000.jpg``, not ``000.mask.png``; where there are none such, each is its own."""
-    plain = [row for row in images if PurePosixPath(row.member).name.count(".") == 1]
-    return plain[:1] or images
 
 
 def _read_note(sample: _Sample, kind: str, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:

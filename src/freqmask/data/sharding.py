@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from freqmask.data.cache import bytes_of, replacing
 from freqmask.data.encode import EncodedImage, encode_picture
-from freqmask.data.loader import as_bad_image, make_loader
+from freqmask.data.loader import as_bad_image, as_it_is, make_loader
 from freqmask.data.sampler import block_shuffle, some_images
 from freqmask.data.shard_index import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
 from freqmask.data.source import JoinedSource, Pages, Source
@@ -68,37 +68,22 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        index: of all shards.
-        bytes: of all shards.
-        skipped: (name, reason) of images that cannot be read.
-        reductions: sides over those of the original, of the images that were reduced.
-    """
-
-    index: ShardIndex
-    bytes: int
-    skipped: list[tuple[str, str]]
-    reductions: list[float]
+    index: ShardIndex  # of all shards
+    bytes: int  # of all shards
+    skipped: list[tuple[str, str]]  # (name, reason) of images that cannot be read
+    reductions: list[float]  # sides over those of the original, of the images that were reduced
 
 
 class Packed(NamedTuple):
-    """An image on its way into a shard.
+    """An image on its way into a shard."""
 
-    Attributes:
-        name: what it is called in DATA.
-        image: its file; or the reason why there is none.
-        label: number of its class, or None.
-        class_name: name of its class, or None.
-        group: what it must not be separated from, or None.
-    """
-
-    name: str
-    image: EncodedImage | str
-    label: int | None
-    class_name: str | None
-    group: str | None
+    name: str  # what it is called in DATA
+    image: EncodedImage | str  # its file; or the reason why there is none
+    label: int | None  # number of its class, or None
+    class_name: str | None  # name of its class, or None
+    group: str | None  # what it must not be separated from, or None
 
 
 @dataclass
@@ -146,9 +131,7 @@ class Parts:
     def shards(self, size: int, workers: int = 1) -> list[PlannedShard]:
         """Every split's images, mixed once so that reading in order is reading in no order, cut into shards.
 
-        Args:
-            size: images of a shard.
-            workers: processes among which images that lie together far away are dealt out.
+        Images that lie together far away are dealt out among ``workers`` processes.
         """
         planned: list[PlannedShard] = []
         before = 0
@@ -218,10 +201,6 @@ class _EncodingDataset(Dataset[Any]):
             return error
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def prepare_shards(
     parts: Parts,
     settings: Settings,
@@ -229,17 +208,10 @@ def prepare_shards(
     workers: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
-    """Writes all shards that are not there yet, then their index.
+    """Writes all shards that are not there yet in ``workers`` further processes, then their index.
 
-    Args:
-        parts: the images.
-        settings: how; those of the manifest where there is one.
-        out: the folder.
-        workers: processes that encode; 0 for none but this one.
-        report: called with the number of images done now.
-
-    Raises:
-        UserError: the disk is full or read-only; no image can be read.
+    ``settings`` are those of the manifest where there is one; ``report`` is called with the number of images done
+    now. A UserError where the disk is full or read-only, or no image can be read.
     """
     planned = parts.shards(settings.shard_size, settings.workers)
     missing = [shard for shard in planned if not _is_finished(out, shard)]
@@ -253,7 +225,7 @@ def prepare_shards(
         if error.errno in _FULL:
             raise UserError(
                 f"out ({out}) cannot take more: the disk is full; finished shards stay, make room and the same "
-                "command goes on"
+                "command resumes"
             ) from error
         raise UserError(
             f"out ({out}) cannot be written ({error.strerror or error}); give another --out"
@@ -278,7 +250,7 @@ def _write_missing(
 ) -> None:
     items = [item for shard in missing for item in shard.items]
     dataset: Any = _EncodingDataset(parts, settings.resize)
-    batches: Any = make_loader(dataset, items, AT_ONCE, workers, pin_memory=False, together=_as_it_is)  # type: ignore[arg-type]
+    batches: Any = make_loader(dataset, items, AT_ONCE, workers, pin_memory=False, together=as_it_is)  # type: ignore[arg-type]
     images = enumerate((packed for batch in batches for packed in batch), 1)
     for shard in missing:
         tally = _Tally()
@@ -350,7 +322,9 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
         raise OSError(errno.ENOSPC, "cannot be written", str(out / INDEX_NAME))
     shutil.copymode(out / planned[0].name, out / INDEX_NAME)  # a web server or a colleague reads it, too
     if skipped:
-        replace_atomically(out / SKIPPED, lambda path: _write_skipped(path, skipped))
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("name", "reason"), *skipped])
+        _write(out / SKIPPED, text.getvalue().encode("utf-8", "surrogateescape"))
     _write_manifest(out, settings, parts, [list(shard) for shard in index.shards])
     for shard in planned:
         _part_file(out, shard).unlink()
@@ -358,20 +332,17 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
     return Outcome(index, sum(size for _, size, _ in index.shards), skipped, reductions)
 
 
-def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([("name", "reason"), *skipped])
-
-
 def _write_manifest(out: Path, settings: Settings, parts: Parts, shards: list[list[Any]]) -> None:
     """``prepare.json``: the settings, the classes, and the shards once all of them are there."""
     content = {"settings": asdict(settings), "images": parts.count, "class_names": parts.class_names}
-    text = json.dumps({**content, "shards": shards}, indent=1) + "\n"
+    _write(out / MANIFEST, (json.dumps({**content, "shards": shards}, indent=1) + "\n").encode())
 
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
 
-    replace_atomically(out / MANIFEST, write)
+def _write(path: Path, data: bytes) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    replace_atomically(path, write)
 
 
 def read_manifest(out: Path) -> tuple[Settings, bool] | None:
@@ -381,21 +352,18 @@ def read_manifest(out: Path) -> tuple[Settings, bool] | None:
         UserError: the folder holds something else, or its manifest is damaged.
     """
     if not (out / MANIFEST).is_file():
-        if out.exists() and (not out.is_dir() or any(_foreign(path) for path in out.iterdir())):
+        # a kill in the first moment leaves the folder of parts, or a half-written manifest
+        names = [path.name for path in out.iterdir()] if out.is_dir() else [""] * out.exists()
+        if any(name != PARTS and not (name[:1] == "." and name.endswith(".tmp")) for name in names):
             raise UserError(f"out ({out}) holds something else already; give another --out")
         return None
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         settings = manifest["settings"]
-        settings["workers"] = settings.pop("lanes", None) or settings["workers"]  # as 0.1.0 called them
+        settings["workers"] = settings.pop("lanes", settings.get("workers", 1))  # as 0.1.0 called them
         return Settings(**settings), bool(manifest["shards"]) and (out / INDEX_NAME).is_file()
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out / MANIFEST} is damaged; delete {out} and prepare it again") from error
-
-
-def _foreign(path: Path) -> bool:
-    """Whether a file in OUT is not one of ours that a kill left in the first moment."""
-    return path.name != PARTS and not (path.name.startswith(".") and path.suffix == ".tmp")
 
 
 def clear_leftovers(out: Path) -> None:

@@ -73,23 +73,18 @@ class BlockReader:
             kept = self._kept.setdefault(block, None)
         if not seen:
             return self.files.read(shard, start, stop)
-        kept = kept or self._fetch(block, shard)
-        self._keep(block, kept)
-        first, data = kept
-        return data[start - first : stop - first]
-
-    def _fetch(self, block: int, shard: str) -> tuple[int, bytes]:
-        first, last = np.searchsorted(self.numbers, [block, block + 1])
-        offsets, sizes = self.index.arrays["offsets"], self.index.arrays["sizes"]
-        start = int(offsets[first])
-        return start, self.files.read(shard, start, int(offsets[last - 1] + sizes[last - 1]))
-
-    def _keep(self, block: int, content: tuple[int, bytes]) -> None:
+        if kept is None:
+            first, last = np.searchsorted(self.numbers, [block, block + 1])
+            offsets, sizes = self.index.arrays["offsets"], self.index.arrays["sizes"]
+            begin, end = int(offsets[first]), int(offsets[last - 1] + sizes[last - 1])
+            kept = begin, self.files.read(shard, begin, end)
         with self._lock:
-            self._kept[block] = content
+            self._kept[block] = kept
             self._kept.move_to_end(block)
             while len(self._kept) > KEPT_BLOCKS:
                 self._kept.popitem(last=False)
+        begin, data = kept
+        return data[start - begin : stop - begin]
 
 
 def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex:
@@ -240,16 +235,7 @@ class ShardSource(Source):
 
 
 def locate_shards(files: Files, names: Sequence[str] | None, where: str) -> Located:
-    """The images of shards; their splits are those of the folders that they lie in, or in their own names.
-
-    Args:
-        files: where they lie.
-        names: which of them; None for all.
-        where: DATA as it was typed.
-
-    Raises:
-        UserError: one of them is missing or no tar, or there is no image in them.
-    """
+    """The images of shards (None: all); their splits are told by the folders that they lie in, or by their names."""
     index = find_index(files, names, where)
     if len(index) == 0:
         counts = ", ".join(

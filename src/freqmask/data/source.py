@@ -24,17 +24,11 @@ WINDOW_BLOCKS = 16
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Which images lie together.
+    """Which images lie together."""
 
-    Attributes:
-        numbers: (image,) number of the block that holds each image, from 0.
-        window: blocks whose images are mixed, which a worker keeps at once.
-        whole: True where one image cannot be had without all of its block.
-    """
-
-    numbers: np.ndarray
-    window: int = WINDOW_BLOCKS
-    whole: bool = False
+    numbers: np.ndarray  # (image,) number of the block that holds each image, from 0
+    window: int = WINDOW_BLOCKS  # blocks whose images are mixed, which a worker keeps at once
+    whole: bool = False  # True where one image cannot be had without all of its block
 
 
 @dataclass

@@ -79,12 +79,7 @@ def open_source(
 def splits_there(data: str | Path | Source, labels: str | Path | None = None) -> list[str]:
     """The names of the splits that ``open_source(data, split=...)`` takes, sorted; maybe none.
 
-    Args:
-        data: as for `open_source`; several DATA or a `Source` have no splits.
-        labels: a table with a column split, which then decides.
-
-    Raises:
-        UserError: the file or the table cannot be read.
+    Several DATA or a `Source` have no splits; a table of labels with a column split decides.
     """
     if labels is not None:
         located = locate_labelled(Path(labels), lambda: open_source(data))

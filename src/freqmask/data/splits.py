@@ -44,13 +44,8 @@ def split_of(name: str) -> str | None:
 def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
     """Which of the splits that there are is to be used, by the name that it bears; None for everything.
 
-    Args:
-        names: the splits that there are.
-        split: ``auto`` (train where there is one beside val or test), ``all``, or a name.
-        where: what holds them, for the message.
-
-    Raises:
-        UserError: there is no split of that name.
+    ``split`` is ``auto`` (train where there is one beside val or test), ``all``, or a name; a UserError that names
+    ``where`` for any other.
     """
     known = sorted(names)
     if split == "all":
@@ -124,12 +119,17 @@ def split_indices(
     if not total:
         raise UserError("there are no images to split; check DATA")
     shares = np.asarray(fractions, float) / sum(fractions)
-    classes = _class_numbers(labels, total)
+    # Classes counted from 0; unknown ones are a class of their own.
+    known = [0] * total if labels is None else [-1 if label is None else int(label) for label in labels]
+    classes = np.unique(known, return_inverse=True)[1]
     generator = np.random.default_rng(seed)
     if groups is None or all(group is None for group in groups):
         part_of = _deal_images(classes, shares, generator)
     else:
-        part_of = _deal_groups(classes, _group_numbers(groups), shares, generator)
+        # An object of its own as the key of a group-less image: no text can collide with it.
+        keys = [object() if group is None else group for group in groups]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        part_of = _deal_groups(classes, np.array([numbers[key] for key in keys]), shares, generator)
     parts = [np.flatnonzero(part_of == part) for part in range(len(shares))]
     if any(len(part) == 0 for part in parts):
         raise UserError(
@@ -137,22 +137,6 @@ def split_indices(
             f"{', '.join(f'{share:.0%}' for share in shares)}; take larger parts or fewer of them"
         )
     return parts
-
-
-def _class_numbers(labels: Sequence[int | None] | np.ndarray | None, total: int) -> np.ndarray:
-    """Classes counted from 0; unknown ones are a class of their own."""
-    if labels is None:
-        return np.zeros(total, np.int64)
-    known = [-1 if label is None else int(label) for label in labels]
-    return np.unique(known, return_inverse=True)[1]
-
-
-def _group_numbers(groups: Sequence[str | None]) -> np.ndarray:
-    """Groups counted from 0; an image without one is a group of its own."""
-    numbers: dict[object, int] = {}
-    # An object of its own as the key of a group-less image: no text can collide with it.
-    keys = [object() if group is None else group for group in groups]
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def _deal_images(classes: np.ndarray, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:

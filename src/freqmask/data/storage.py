@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from freqmask.data.cache import cache_file, replacing
 from freqmask.data.splits import split_of
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 
 UNPACKERS = {
     ".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".tbz2": "bunzip2", ".xz": "unxz", ".txz": "unxz",
@@ -109,15 +109,10 @@ def files_of(text: str) -> tuple[Files, list[str] | None]:
 
 
 class Files(ABC):
-    """Where shards and tables lie: a folder here, or a place behind a URL. Names are paths relative to it.
+    """Where shards and tables lie: a folder here, or a place behind a URL. Names are paths relative to it."""
 
-    Attributes:
-        where: the place in words.
-        remote: True where a read costs a round trip.
-    """
-
-    where: str
-    remote: bool
+    where: str  # the place in words
+    remote: bool  # True where a read costs a round trip
 
     @abstractmethod
     def url(self, name: str) -> str:
@@ -204,12 +199,7 @@ class RemoteFiles(Files):
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Some bytes of a file, or all of them.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            UserError: it cannot be read, however often it is tried.
-        """
+        """Some bytes of a file, or all of them; FileNotFoundError where it is gone, else as `with_retries`."""
         url = self.url(name)
 
         def fetch() -> bytes:
@@ -251,14 +241,7 @@ class RemoteFiles(Files):
         return sorted(fnmatch.filter(self.listing(pattern.count("/") + 1), pattern))
 
     def listing(self, levels: int | None = None) -> dict[str, int | None]:
-        """Path relative to the root -> bytes of each file below; None where the server does not tell.
-
-        Args:
-            levels: of folders to go down; None for all.
-
-        Raises:
-            UserError: the protocol or the server does not list.
-        """
+        """Path relative to the root -> bytes of each file so many levels below; None where the server does not tell."""
         system, path = _system(self.root)
         base = path.rstrip("/") + "/"
 
@@ -325,15 +308,10 @@ class RangeFile(io.RawIOBase):
 
 
 def with_retries(url: str, work: Callable[[], Result], gone: Result | None = None) -> Result:
-    """Tries again where a connection breaks or a server is busy, then says so.
-
-    Args:
-        url: for the message.
-        work: what may fail.
-        gone: what to return where the address does not exist, instead of raising.
+    """Tries again where a connection to ``url`` breaks or a server is busy, then says so.
 
     Raises:
-        FileNotFoundError: the address does not exist.
+        FileNotFoundError: the address does not exist, and ``gone`` is None, which is returned otherwise.
         UserError: refused, or no success after several tries.
     """
     for pause in (*BACKOFF, None):
@@ -373,21 +351,19 @@ def _hidden_in(error: FileNotFoundError) -> BaseException | None:
 
 
 def _wait_or_raise(url: str, error: BaseException, pause: float | None) -> None:
-    if _is_final(error):
+    status = _status(error)
+    if status is None:
+        final = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
+    else:
+        final = 400 <= status < 500 and status not in TRANSIENT
+    if final:
         raise UserError(f"{url} is refused ({_reason(error)}); check address and rights") from error
     if pause is None:
         raise UserError(
             f"{url} cannot be read after {len(BACKOFF) + 1} tries ({_reason(error)}); check the connection, "
-            "then the same command goes on"
+            "then the same command resumes"
         ) from error
     time.sleep(pause)
-
-
-def _is_final(error: BaseException) -> bool:
-    status = _status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in TRANSIENT
-    return isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
 
 
 def _status(error: BaseException) -> int | None:
@@ -408,7 +384,7 @@ def _reason(error: BaseException) -> str:
         return "no host of that name was found"
     if isinstance(error, TimeoutError):
         return f"nothing came for {TIMEOUT} seconds"
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return brief(error, 160)
 
 
 def _system(url: str) -> tuple[Any, str]:

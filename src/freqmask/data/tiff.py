@@ -29,7 +29,7 @@ from freqmask.data.pixels import (
     refuse_all_nan,
 )
 from freqmask.data.source import Pages
-from freqmask.errors import BadImage
+from freqmask.errors import BadImage, brief
 
 # What tifffile finds odd it logs; what stops it, it raises, and that becomes a reason in words.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -50,8 +50,7 @@ def _as_bad_image() -> Iterator[None]:
     except (BadImage, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds on damaged files
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise BadImage(f"it is truncated, damaged or no TIFF ({reason})") from error
+        raise BadImage(f"it is truncated, damaged or no TIFF ({brief(error)})") from error
 
 
 @contextmanager

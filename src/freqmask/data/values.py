@@ -111,39 +111,24 @@ class ValueRange:
 
 @dataclass
 class Survey:
-    """What up to a thousand images of a source look like.
+    """What up to a thousand images of a source look like."""
 
-    Attributes:
-        count: images looked at.
-        median_size: median height and width in pixels.
-        min_size: smallest height and smallest width.
-        max_size: largest height and largest width.
-        channel_counts: channels -> how many images have them.
-        dtypes: sample type -> how many images have it.
-        channels: the channels of the run.
-        value_range: the range that becomes [0, 1].
-        mean: mean of each channel after that, over pixels.
-        std: standard deviation of each channel after that, over pixels; at least 1/255.
-        bad: (name, reason) of the images that cannot be used.
-        notes: sentences for the user: what was chosen, and why.
-        mean_pixels: mean of height times width.
-        with_gaps: how many have missing values.
-    """
-
-    count: int
-    median_size: tuple[int, int]
-    min_size: tuple[int, int]
-    max_size: tuple[int, int]
-    channel_counts: dict[int, int]
-    dtypes: dict[str, int]
-    channels: int
-    value_range: ValueRange
-    mean: list[float]
-    std: list[float]
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    mean_pixels: float = 0.0
-    with_gaps: int = 0
+    count: int  # images looked at
+    median_size: tuple[int, int]  # median height and width in pixels
+    min_size: tuple[int, int]  # smallest height and smallest width
+    max_size: tuple[int, int]  # largest height and largest width
+    channel_counts: dict[int, int]  # channels -> how many images have them
+    dtypes: dict[str, int]  # sample type -> how many images have it
+    channels: int  # the channels of the run
+    value_range: ValueRange  # the range that becomes [0, 1]
+    mean: list[float]  # mean of each channel after that, over pixels
+    std: list[float]  # standard deviation of each channel after that, over pixels; at least 1/255
+    bad: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (name, reason) of the images that cannot be used
+    notes: list[str] = field(default_factory=list)  # sentences for the user: what was chosen, and why
+    mean_pixels: float = 0.0  # mean of height times width
+    with_gaps: int = 0  # how many have missing values
 
 
 @dataclass
@@ -164,7 +149,7 @@ def survey(
     seed: int = 0,
     count: int = 1000,
 ) -> Survey:
-    """Look at some images to find out what all of them are like.
+    """Look at up to ``count`` images, drawn by the seed, to find out what all of them are like.
 
     Args:
         source: the images.

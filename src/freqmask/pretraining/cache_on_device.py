@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from freqmask.console import readable_bytes, readable_time, say
-from freqmask.data.decode_ahead import DoesNotFitError, Limits, read_images
-from freqmask.data.in_memory import InMemoryImages
+from freqmask.data.in_memory import DoesNotFitError, InMemoryImages, Limits, read_images
 from freqmask.data.source import Source
 from freqmask.data.transforms import OVERSAMPLING, Geometry
 from freqmask.data.values import Survey
