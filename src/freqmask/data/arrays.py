@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from freqmask.data.cache import bytes_of
+from freqmask.data.cache import hash_of
 from freqmask.data.pixels import ArrayPicture, Picture
-from freqmask.data.source import Source, SourceSummary
+from freqmask.data.source import Source
 from freqmask.data.splits import Located, split_of
 from freqmask.errors import BadImage, UserError, brief, nearest
 
@@ -76,6 +75,8 @@ class ArraySource(Source):
     the arrays of images and of labels, one pair of None for a ``.npy``; ``split`` goes into the images' names.
     """
 
+    kind = "numpy array"
+
     def __init__(
         self,
         path: Path,
@@ -83,7 +84,7 @@ class ArraySource(Source):
         split: str | None = None,
         notes: list[str] | None = None,
     ) -> None:
-        self.file, self.pairs, self.notes = path, pairs, list(notes or [])
+        self.file, self.pairs, self.notes = path, pairs, notes or []
         self.split = split
         self._stacks: list[np.ndarray] | None = None
         stacks = self._load()
@@ -124,9 +125,8 @@ class ArraySource(Source):
             part.shape[1] == 1 and part.dtype.kind in "iu" and part.min(initial=0) >= 0 for part in parts
         )
         if not usable or sum(map(len, parts)) != len(self):
-            self.notes.append(
-                f"The labels in {self.file.name} are not one class number an image and are left out."
-            )
+            note = f"The labels in {self.file.name} are not one class number an image and are left out."
+            self.notes = [*self.notes, note]
             return None
         return np.concatenate(parts)[:, 0].astype(np.int64)
 
@@ -144,15 +144,10 @@ class ArraySource(Source):
 
     def fingerprint(self) -> str:
         """A hash of the first and last bytes of every array and their shapes."""
-        digest = hashlib.blake2b(digest_size=8)
+        parts: list[str | np.ndarray] = []
         for stack in self._load():
-            digest.update(f"{stack.shape}{stack.dtype}".encode())
-            for image in (stack[0], stack[len(stack) // 2], stack[-1]):
-                digest.update(bytes_of(image))
-        return digest.hexdigest()
-
-    def summary(self) -> SourceSummary:
-        return SourceSummary("numpy array", len(self), len(self), notes=list(self.notes))
+            parts += [f"{stack.shape}{stack.dtype}", stack[0], stack[len(stack) // 2], stack[-1]]
+        return hash_of(*parts)
 
 
 def _read(path: Path, key: str | None) -> np.ndarray:

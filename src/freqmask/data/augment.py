@@ -30,9 +30,7 @@ class PhotometricSettings:
     """
 
     jitter: float = 0.8  # probability that an image's colors are jittered
-    brightness: float = (
-        0.4  # the factor on all values is drawn from 1 - brightness to 1 + brightness, at least 0
-    )
+    brightness: float = 0.4  # the factor on all values is drawn from 1 - brightness to 1 + brightness
     contrast: float = 0.4  # the same for the distance from the image's mean gray
     saturation: float = 0.2  # the same for the distance from each pixel's gray
     hue: float = 0.1  # largest turn of the color circle to either side, as a share of it, at most 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from freqmask.data.cache import hash_of
 from freqmask.data.pixels import ArrayPicture, Picture
-from freqmask.data.source import Source, SourceSummary
+from freqmask.data.source import Source
 from freqmask.errors import UserError, nearest
 
 # The color photographs inside scikit-image's wheel; its other images would be fetched from the network. The
@@ -44,8 +44,14 @@ class BuiltinPhotos(Source):
     filter, so that the small set has more than one scale. Photographs take turns.
     """
 
+    kind = "built-in photographs"
+
     def __init__(self, count: int = 2048, size: int = 128, seed: int = 0) -> None:
         self.count, self.size, self.seed = count, size, seed
+        self.notes = [
+            f"{count:,} cut-outs of {len(PHOTOGRAPHS)} photographs that come with scikit-image: enough to see that "
+            "training works, too few to learn a useful backbone from."
+        ]
         self.windows = np.random.default_rng(seed).random((count, 3), dtype=np.float32)
 
     def __len__(self) -> int:
@@ -76,16 +82,7 @@ class BuiltinPhotos(Source):
         return Path(self._file(index)).stem
 
     def fingerprint(self) -> str:
-        return hashlib.blake2b(
-            f"photos {self.count} {self.size} {self.seed}".encode(), digest_size=8
-        ).hexdigest()
-
-    def summary(self) -> SourceSummary:
-        note = (
-            f"{self.count:,} cut-outs of {len(PHOTOGRAPHS)} photographs that come with scikit-image: "
-            "enough to see that training works, too few to learn a useful backbone from."
-        )
-        return SourceSummary("built-in photographs", self.count, self.count, notes=[note])
+        return hash_of(f"photos {self.count} {self.size} {self.seed}")
 
 
 @cache
@@ -103,8 +100,11 @@ class BuiltinDigits(Source):
     Frequencies beyond 4 cycles a side are empty.
     """
 
+    kind = "built-in digits"
+
     def __init__(self, size: int = 32) -> None:
         self.size = size
+        self.notes = [f"Digits of 8×8 pixels enlarged to {size}×{size}: their higher frequencies are empty."]
         self.class_names = [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:
@@ -123,13 +123,7 @@ class BuiltinDigits(Source):
         return f"digit-{index:04d}"
 
     def fingerprint(self) -> str:
-        return hashlib.blake2b(f"digits {self.size}".encode(), digest_size=8).hexdigest()
-
-    def summary(self) -> SourceSummary:
-        note = (
-            f"Digits of 8×8 pixels enlarged to {self.size}×{self.size}: their higher frequencies are empty."
-        )
-        return SourceSummary("built-in digits", len(self), len(self), notes=[note])
+        return hash_of(f"digits {self.size}")
 
 
 BUILTINS: dict[str, Callable[[], Source]] = {"photos": BuiltinPhotos, "digits": BuiltinDigits}

@@ -55,6 +55,15 @@ def bytes_of(array: np.ndarray) -> memoryview:
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
+def hash_of(*parts: str | bytes | np.ndarray) -> str:
+    """The first eight bytes, in hex, of the BLAKE2b of some texts and arrays, one behind the other."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        digest.update(bytes_of(data) if isinstance(data, np.ndarray) else data)
+    return digest.hexdigest()
+
+
 def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
     """Writes arrays of any shape and plain type, and a JSON description of them; False where that is not possible."""
     places, end, checksum = {}, 0, 0

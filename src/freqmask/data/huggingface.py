@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from freqmask.console import say
+from freqmask.data.cache import hash_of
 from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.parquet import Columns, number_classes
 from freqmask.data.pixels import Picture
-from freqmask.data.source import JoinedSource, Source, SourceSummary
+from freqmask.data.source import JoinedSource, Source
 from freqmask.data.splits import Located
 from freqmask.errors import BadImage, UserError, brief
 
@@ -74,6 +74,8 @@ class HuggingFaceSource(Source):
     A UserError where there is no column of images, or no row; it names DATA as it was typed in ``where``.
     """
 
+    kind = "Hugging Face dataset"
+
     def __init__(self, dataset: Any, split: str, where: str, notes: list[str] | None = None) -> None:
         from datasets import Image
 
@@ -111,7 +113,4 @@ class HuggingFaceSource(Source):
         return f"{self.split}-{index}" if self.split else str(index)
 
     def fingerprint(self) -> str:
-        return hashlib.blake2b(self._fingerprint.encode(), digest_size=8).hexdigest()
-
-    def summary(self) -> SourceSummary:
-        return SourceSummary("Hugging Face dataset", len(self), len(self), notes=list(self.notes))
+        return hash_of(self._fingerprint)

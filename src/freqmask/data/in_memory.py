@@ -362,9 +362,7 @@ class Plan(NamedTuple):
     boxes: Int64[Tensor, "view batch 4"]  # (top, left, height, width) of the windows of each view
     flips: Shaped[Tensor, "view batch 3"]  # mirrored, upside down, rows and columns exchanged, for each view
     flat: Int64[Tensor, " flat"]  # places in the batch of images whose windows may be empty
-    others: Int64[
-        Tensor, "attempt view flat 4"
-    ]  # for these the windows that are tried, the whole image being the last
+    others: Int64[Tensor, "attempt view flat 4"]  # for these the windows to try, at last the whole image
     frame: tuple[int, int]  # (height, width) that hold every window
 
     def to(self, device: torch.device) -> Plan:

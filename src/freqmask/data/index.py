@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from freqmask.artifacts import MARKER, is_own_folder, is_part_of_run, marked
-from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
+from freqmask.data.cache import cache_file, hash_of, read_arrays, write_arrays
 from freqmask.errors import UserError
 
 VERSION = 3
@@ -144,14 +143,10 @@ class FolderIndex:
             *(np.arange(*arrays["starts"][k : k + 2]) for k in self._chosen),
         ])  # fmt: skip
         ends, starts = arrays["offsets"][1:][places], arrays["offsets"][:-1][places]
-        digest = hashlib.blake2b(b"\0".join(self.folders), digest_size=8)
-        digest.update(bytes_of(self.starts))
-        digest.update(bytes_of(np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])))
-        for k in self._chosen:
-            first, last = arrays["offsets"][arrays["starts"][k : k + 2]]
-            digest.update(bytes_of(arrays["names"][first:last]))
-        digest.update(bytes_of(arrays["sizes"][places]))
-        return digest.hexdigest()
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])
+        pieces = (arrays["offsets"][arrays["starts"][k : k + 2]] for k in self._chosen)
+        names = (arrays["names"][first:last] for first, last in pieces)
+        return hash_of(b"\0".join(self.folders), self.starts, offsets, *names, arrays["sizes"][places])
 
     def __reduce__(self) -> tuple[Callable[..., FolderIndex], tuple[Any, ...]]:
         view = (self._chosen, self._below)

@@ -109,13 +109,13 @@ class LabelledSource(Subset):
 
     def __init__(self, source: Source, file: Path, chosen: str | None, notes: list[str]) -> None:
         rows = [row for row in read_labels(file) if chosen is None or row.split == chosen]
-        self.notes = notes
         super().__init__(source, _find(source, rows, file))
         if _FOREIGN.search(decode_table(file.read_bytes())):
-            self.notes.append(f"{file.name} is not in UTF-8; it is read as Windows-1252.")
+            notes = [*notes, f"{file.name} is not in UTF-8; it is read as Windows-1252."]
         unlisted = len(source) - len(self)
         if unlisted and chosen is None:
-            self.notes.append(f"{unlisted:,} images that {file.name} does not list are left out.")
+            notes = [*notes, f"{unlisted:,} images that {file.name} does not list are left out."]
+        self.notes = notes
         self.class_names = in_order({row.label for row in rows if row.label is not None}) or None
         numbers = {name: number for number, name in enumerate(self.class_names or ())}
         self._labels = np.array([-1 if row.label is None else numbers[row.label] for row in rows], np.int64)

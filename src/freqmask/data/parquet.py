@@ -5,7 +5,6 @@ Tables here and behind URLs are read alike, row group by row group; of those her
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import OrderedDict
@@ -22,7 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from freqmask.console import readable_bytes, say
-from freqmask.data.cache import cache_file, piece_of, read_arrays, replacing, text_arrays, write_arrays
+from freqmask.data.cache import (
+    cache_file,
+    hash_of,
+    piece_of,
+    read_arrays,
+    replacing,
+    text_arrays,
+    write_arrays,
+)
 from freqmask.data.decode import open_bytes, suffix_of
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary
@@ -407,10 +414,7 @@ class TableSource(Source):
         return f"{index}:{path}" if path else str(index)
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=8)
-        for name, size in self.index.files:
-            digest.update(f"{PurePosixPath(name).name}\0{size}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        return hash_of(*(f"{PurePosixPath(name).name}\0{size}\0" for name, size in self.index.files))
 
     def summary(self) -> SourceSummary:
         count, notes = len(self.index.files), list(self.notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tarfile
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from freqmask.data.cache import bytes_of, piece_of, read_arrays, text_arrays, write_arrays
+from freqmask.data.cache import hash_of, piece_of, read_arrays, text_arrays, write_arrays
 from freqmask.data.decode import read_suffixes
 from freqmask.data.labels import in_order
 from freqmask.data.splits import split_of
@@ -132,10 +131,8 @@ class ShardIndex:
 
     def fingerprint(self) -> str:
         """A hash of the shards' names and of what lies where in them."""
-        digest = hashlib.blake2b(repr(self.shards).encode(errors="surrogateescape"), digest_size=8)
-        for column in ("starts", "offsets", "sizes", "members"):
-            digest.update(bytes_of(self.arrays[column]))
-        return digest.hexdigest()
+        columns = (self.arrays[column] for column in ("starts", "offsets", "sizes", "members"))
+        return hash_of(repr(self.shards), *columns)
 
     def save(self, file: Path, **extra: Any) -> bool:
         """Write it, whole or not at all, with anything JSON as `extra`; False where the place cannot be written."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import hashlib
 import io
 import json
 import re
@@ -21,7 +20,7 @@ import psutil
 from pyarrow import feather
 from torch.utils.data import Dataset
 
-from freqmask.data.cache import bytes_of, replacing
+from freqmask.data.cache import hash_of, replacing
 from freqmask.data.encode import EncodedImage, encode_picture
 from freqmask.data.loader import as_bad_image, as_it_is, make_loader
 from freqmask.data.sampler import block_shuffle, some_images
@@ -108,10 +107,7 @@ class Parts:
         self.class_names = whole.class_names
         self.blocks = whole.blocks()
         self.count = len(whole)
-        digest = hashlib.blake2b(whole.fingerprint().encode(), digest_size=8)
-        digest.update(repr(whole.class_names).encode(errors="surrogateescape"))
-        digest.update(bytes_of(whole.all_labels()))
-        self.content = digest.hexdigest()
+        self.content = hash_of(whole.fingerprint(), repr(whole.class_names), whole.all_labels())
 
     def packed(self, item: Item, shorter_side: int | None) -> Packed:
         """One image, encoded, or the reason why it cannot be."""

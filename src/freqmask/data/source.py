@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from freqmask.data.cache import bytes_of
+from freqmask.data.cache import hash_of
 from freqmask.data.pixels import Picture
 from freqmask.rng import identity_of
 
@@ -54,10 +53,14 @@ class Source(ABC):
     """Images by number. Cheap to pickle: files are opened in the process that reads them.
 
     Attributes:
+        kind: what it is in a few words, for its summary.
+        notes: sentences for the user, for its summary.
         class_names: names of the labels 0, 1, ..., or None where there are no classes.
         why_unlabelled: in half a sentence, why a folder has no classes; empty where there is nothing to say.
     """
 
+    kind: str = "images"
+    notes: Sequence[str] = ()
     class_names: list[str] | None = None
     why_unlabelled: str = ""
     _labels: np.ndarray | None = None  # int64 (image,), -1 where there is none; or `label` is overridden
@@ -77,9 +80,9 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A short hash that changes when images are added, removed, renamed or resized; cheap to compute."""
 
-    @abstractmethod
     def summary(self) -> SourceSummary:
         """What was found, used and ignored, and what the user should know of it."""
+        return SourceSummary(self.kind, len(self), len(self), notes=list(self.notes))
 
     def label(self, index: int) -> int | None:
         """The number of the image's class, or None."""
@@ -169,9 +172,7 @@ class Subset(_Selection):
         return self.source.identity(int(self.indices[index]))
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(self.source.fingerprint().encode(), digest_size=8)
-        digest.update(bytes_of(self.indices))
-        return digest.hexdigest()
+        return hash_of(self.source.fingerprint(), self.indices)
 
     def summary(self) -> SourceSummary:
         return replace(self.source.summary(), used=len(self))
@@ -235,8 +236,7 @@ class JoinedSource(_Selection):
         return f"{part}:{self.sources[part].name(inner)}"
 
     def fingerprint(self) -> str:
-        prints = "\0".join(source.fingerprint() for source in self.sources)
-        return hashlib.blake2b(prints.encode(), digest_size=8).hexdigest()
+        return hash_of("\0".join(source.fingerprint() for source in self.sources))
 
     def summary(self) -> SourceSummary:
         parts = [source.summary() for source in self.sources]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import hashlib
 import io
 import logging
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from freqmask.data.cache import cache_file, replacing
+from freqmask.data.cache import cache_file, hash_of, replacing
 from freqmask.data.splits import split_of
 from freqmask.errors import UserError, brief
 
@@ -265,7 +264,7 @@ class RemoteFiles(Files):
             data = self.read(INDEX_NAME)
         except FileNotFoundError:
             return None
-        digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+        digest = hash_of(data)
         self._index = file = cache_file("remote-index", self.root, len(data), digest)
         if not file.exists():
             with replacing(file) as temporary:

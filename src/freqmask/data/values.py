@@ -123,9 +123,7 @@ class Survey:
     value_range: ValueRange  # the range that becomes [0, 1]
     mean: list[float]  # mean of each channel after that, over pixels
     std: list[float]  # standard deviation of each channel after that, over pixels; at least 1/255
-    bad: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # (name, reason) of the images that cannot be used
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of unusable images
     notes: list[str] = field(default_factory=list)  # sentences for the user: what was chosen, and why
     mean_pixels: float = 0.0  # mean of height times width
     with_gaps: int = 0  # how many have missing values
