@@ -129,18 +129,18 @@ def _lossless(pixels: np.ndarray, nodata: float | None) -> tuple[bytes, str]:
     return file.getvalue(), ".tif"
 
 
-def empty_octave_share(side: int, view: int = VIEW, scale: tuple[float, float] = SCALE) -> float:
+def empty_octave_share(side: int) -> float:
     """How much of a crop's uppermost octave is empty, on average, because the crop had to be enlarged.
 
-    A window of the share s (uniform in ``scale``) of a square image of ``side`` pixels is enlarged by
-    z = view / (side sqrt(s)) where that is above 1. Its frequencies then end at 0.5 / z cycles a pixel instead of
+    A window of the share s (uniform in SCALE) of a square image of ``side`` pixels is enlarged by
+    z = VIEW / (side sqrt(s)) where that is above 1. Its frequencies then end at 0.5 / z cycles a pixel instead of
     0.5, which takes 2 (1 - 1 / z) of the octave from 0.25 to 0.5.
 
     >>> round(empty_octave_share(448), 2), round(empty_octave_share(256), 2)
     (0.01, 0.31)
     """
-    shares = np.linspace(*scale, 10_001)
-    enlargement = np.maximum(view / (side * np.sqrt(shares)), 1)
+    shares = np.linspace(*SCALE, 10_001)
+    enlargement = np.maximum(VIEW / (side * np.sqrt(shares)), 1)
     return float(np.minimum(2 * (1 - 1 / enlargement), 1).mean())
 
 

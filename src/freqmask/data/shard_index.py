@@ -106,16 +106,10 @@ class ShardIndex:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         if self.file is None:
-            return self.__dict__
-        return {"file": self.file}  # workers that are not forked map the same file
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if len(state) > 1:
-            self.__dict__.update(state)
-            return
-        self.__dict__.update(vars(load_index(state["file"], verify=False)))
+            return ShardIndex, (self._about, self.arrays)
+        return load_index, (self.file, False)  # workers that are not forked map the same file
 
     def shard_of(self, number: int) -> int:
         """The number of the shard that holds an image."""

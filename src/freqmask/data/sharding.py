@@ -40,8 +40,6 @@ SAMPLED_BLOCKS = 4  # row groups that they come from where those are fetched who
 ORDER_SEED = 0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-Item = tuple[int, int]  # number of the part, number of the image in it
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -87,11 +85,11 @@ class Packed(NamedTuple):
 
 @dataclass
 class PlannedShard:
-    """One shard to be written: the name of its file, its split or None, its images."""
+    """One shard to be written: the name of its file, its split or None, the numbers of its images."""
 
     name: str
     split: str | None
-    items: list[Item]
+    images: list[int]
 
 
 class Parts:
@@ -103,26 +101,22 @@ class Parts:
 
     def __init__(self, parts: list[tuple[str | None, Source]]) -> None:
         self.parts = parts
-        whole = JoinedSource([source for _, source in parts])
-        self.class_names = whole.class_names
-        self.blocks = whole.blocks()
-        self.count = len(whole)
+        self.whole = whole = JoinedSource([source for _, source in parts])
+        self.class_names, self.blocks, self.count = whole.class_names, whole.blocks(), len(whole)
         self.content = hash_of(whole.fingerprint(), repr(whole.class_names), whole.all_labels())
 
-    def packed(self, item: Item, shorter_side: int | None) -> Packed:
+    def packed(self, index: int, shorter_side: int | None) -> Packed:
         """One image, encoded, or the reason why it cannot be."""
-        part, index = item
-        source = self.parts[part][1]
-        label, names = source.label(index), source.class_names
-        class_name = None if label is None or names is None else names[label]
-        number = None if class_name is None else (self.class_names or []).index(class_name)
+        source, inner = self.whole.at(index)
+        label = self.whole.label(index)
+        class_name = None if label is None else (self.class_names or [])[label]
         image: EncodedImage | str
         try:
             with as_bad_image():
-                image = encode_picture(source.open(index), source.encoded(index), shorter_side)
+                image = encode_picture(source.open(inner), source.encoded(inner), shorter_side)
         except BadImage as error:
             image = error.reason
-        return Packed(source.name(index), image, number, class_name, source.group(index))
+        return Packed(source.name(inner), image, label, class_name, source.group(inner))
 
     def shards(self, size: int, workers: int = 1) -> list[PlannedShard]:
         """Every split's images, mixed once so that reading in order is reading in no order, cut into shards.
@@ -131,17 +125,18 @@ class Parts:
         """
         planned: list[PlannedShard] = []
         before = 0
-        for number, (split, source) in enumerate(self.parts):
+        for split, source in self.parts:
             blocks = source.blocks()
             if blocks is None:
-                order = np.random.default_rng(ORDER_SEED).permutation(len(source)).tolist()
+                order = np.random.default_rng(ORDER_SEED).permutation(len(source))
             else:
-                order = block_shuffle(blocks, ORDER_SEED, 0, AT_ONCE, workers, before).tolist()
+                order = block_shuffle(blocks, ORDER_SEED, 0, AT_ONCE, workers, before)
+            images = (before + order).tolist()
             before += len(source)
             stem = re.sub(r"[^\w-]", "_", split or "shards")
-            for shard, first in enumerate(range(0, len(order), size)):
-                items = [(number, index) for index in order[first : first + size]]
-                planned.append(PlannedShard(f"{stem}-{shard:06d}.tar", split, items))
+            for shard, first in enumerate(range(0, len(images), size)):
+                name = f"{stem}-{shard:06d}.tar"
+                planned.append(PlannedShard(name, split, images[first : first + size]))
         return planned
 
 
@@ -168,13 +163,8 @@ def open_parts(
 
 def choose_shard_size(parts: Parts, shorter_side: int | None) -> tuple[int, float]:
     """Images in a shard of about 256 MB, and the bytes of one image, from a few; a UserError where none can be read."""
-    places = some_images(SAMPLED, parts.count, parts.blocks, ORDER_SEED, SAMPLED_BLOCKS)
-    starts = np.cumsum([0, *(len(source) for _, source in parts.parts)])
-    numbers = np.searchsorted(starts, places, side="right") - 1
-    tried = [
-        parts.packed((int(n), place - int(starts[n])), shorter_side)
-        for n, place in zip(numbers, places, strict=True)
-    ]
+    sampled = some_images(SAMPLED, parts.count, parts.blocks, ORDER_SEED, SAMPLED_BLOCKS)
+    tried = [parts.packed(index, shorter_side) for index in sampled]
     sizes = [len(packed.image.data) for packed in tried if isinstance(packed.image, EncodedImage)]
     if not sizes:
         raise UserError(
@@ -189,10 +179,10 @@ class _EncodingDataset(Dataset[Any]):
     def __init__(self, parts: Parts, shorter_side: int | None) -> None:
         self.parts, self.shorter_side = parts, shorter_side
 
-    def __getitems__(self, items: list[Item]) -> list[Packed] | UserError:
+    def __getitems__(self, indices: list[int]) -> list[Packed] | UserError:
         """A batch, or the error for the user: torch buries a raised one in a traceback."""
         try:
-            return [self.parts.packed(item, self.shorter_side) for item in items]
+            return [self.parts.packed(index, self.shorter_side) for index in indices]
         except UserError as error:
             return error
 
@@ -244,13 +234,13 @@ def _write_missing(
     workers: int,
     report: Callable[[int], None],
 ) -> None:
-    items = [item for shard in missing for item in shard.items]
+    indices: Any = [index for shard in missing for index in shard.images]
     dataset: Any = _EncodingDataset(parts, settings.resize)
-    batches: Any = make_loader(dataset, items, AT_ONCE, workers, pin_memory=False, together=as_it_is)  # type: ignore[arg-type]
+    batches: Any = make_loader(dataset, indices, AT_ONCE, workers, pin_memory=False, together=as_it_is)
     images = enumerate((packed for batch in batches for packed in batch), 1)
     for shard in missing:
         tally = _Tally()
-        rows = write_shard(out / shard.name, _counted(islice(images, len(shard.items)), tally, report))
+        rows = write_shard(out / shard.name, _counted(islice(images, len(shard.images)), tally, report))
         size = (out / shard.name).stat().st_size
         written = asdict(tally) | {"bytes": size}
         with replacing(_part_file(out, shard)) as temporary:
@@ -295,7 +285,7 @@ def _is_finished(out: Path, shard: PlannedShard) -> bool:
 def images_there(out: Path, parts: Parts, settings: Settings) -> int:
     """How many images lie in finished shards."""
     planned = parts.shards(settings.shard_size, settings.workers)
-    return sum(len(shard.items) for shard in planned if _is_finished(out, shard))
+    return sum(len(shard.images) for shard in planned if _is_finished(out, shard))
 
 
 def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedShard]) -> Outcome:

@@ -125,23 +125,23 @@ class _Selection(Source):
     """Images of other sources, whose own methods answer."""
 
     @abstractmethod
-    def _at(self, index: int) -> tuple[Source, int]:
+    def at(self, index: int) -> tuple[Source, int]:
         """The source that holds an image, and its number there."""
 
     def open(self, index: int) -> Picture:
-        source, inner = self._at(index)
+        source, inner = self.at(index)
         return source.open(inner)
 
     def label(self, index: int) -> int | None:
-        source, inner = self._at(index)
+        source, inner = self.at(index)
         return source.label(inner)
 
     def group(self, index: int) -> str | None:
-        source, inner = self._at(index)
+        source, inner = self.at(index)
         return source.group(inner)
 
     def encoded(self, index: int) -> tuple[bytes, str] | None:
-        source, inner = self._at(index)
+        source, inner = self.at(index)
         return source.encoded(inner)
 
 
@@ -155,7 +155,7 @@ class Subset(_Selection):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _at(self, index: int) -> tuple[Source, int]:
+    def at(self, index: int) -> tuple[Source, int]:
         return self.source, int(self.indices[index])
 
     def all_labels(self) -> np.ndarray:
@@ -195,7 +195,7 @@ class JoinedSource(_Selection):
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return part, index - int(self._starts[part])
 
-    def _at(self, index: int) -> tuple[Source, int]:
+    def at(self, index: int) -> tuple[Source, int]:
         part, inner = self._place(index)
         return self.sources[part], inner
 
@@ -203,7 +203,7 @@ class JoinedSource(_Selection):
         return int(self._starts[-1])
 
     def label(self, index: int) -> int | None:
-        source, inner = self._at(index)
+        source, inner = self.at(index)
         label, names = source.label(inner), source.class_names
         if label is None or names is None or self.class_names is None:
             return None

@@ -92,7 +92,6 @@ def split_indices(
     groups: Sequence[str | None] | None,
     fractions: Sequence[float],
     seed: int,
-    count: int | None = None,
 ) -> list[np.ndarray]:
     """Divides images into parts with the same mix of classes, never dividing a group.
 
@@ -104,7 +103,6 @@ def split_indices(
         groups: group of each image, None where it belongs to none; None for no groups at all.
         fractions: share of each part, positive; their sum is made 1.
         seed: decides the draw.
-        count: number of images where neither labels nor groups say it.
 
     Returns:
         One sorted int64 array of image numbers a part; together they hold every image once.
@@ -114,8 +112,7 @@ def split_indices(
     """
     if not fractions or min(fractions) <= 0:
         raise UserError(f"fractions ({', '.join(map(str, fractions))}) must all be above 0")
-    sized = labels if labels is not None else groups
-    total = count if sized is None else len(sized)
+    total = len(labels if labels is not None else groups or ())
     if not total:
         raise UserError("there are no images to split; check DATA")
     shares = np.asarray(fractions, float) / sum(fractions)
