@@ -42,15 +42,11 @@ class EncodedImage:
 def encode_picture(
     picture: Picture, original: tuple[bytes, str] | None, shorter_side: int | None
 ) -> EncodedImage:
-    """Decode an image once, so that it is known to be whole, and put it into the form of a shard.
+    """Decode an image once, so that it is known to be whole, and put it into the form of a shard; or a BadImage.
 
-    What needs no reduction and is a file stays that file, byte for byte. A reduced image of 8 bits becomes a
-    JPEG; everything else keeps every bit, as PNG where that can be, as TIFF where not.
-
-    Args:
-        picture: the image, its header read; BadImage where it cannot be decoded.
-        original: its own file and suffix, or None.
-        shorter_side: pixels of the shorter side at most; None for any.
+    What needs no reduction to ``shorter_side`` pixels and has an ``original`` (its file, its suffix) stays that file,
+    byte for byte. A reduced image of 8 bits becomes a JPEG; everything else keeps every bit, as PNG where that can
+    be, as TIFF where not.
     """
     wanted = reduced_size(picture.size, shorter_side)
     if wanted == picture.size:

@@ -55,19 +55,7 @@ class _Folder:
 
 
 class FolderIndex:
-    """The image files below a folder, or in some of its folders; about 30 bytes a file.
-
-    Attributes:
-        root: the folder.
-        folders: relative paths of the folders that lead to images, sorted; ``b""`` is the root itself.
-        starts: (folders + 1,) number of the first file of each folder.
-        ignored: suffix -> number of files that are not read.
-        masks: number of files that are masks of others beside them, which are passed over.
-        own: relative paths of what freqmask wrote there itself, which is passed over.
-        unreadable: relative paths of folders that may not be opened.
-        fingerprint: hash of all relative paths and sizes.
-        cached_in: the file that holds the same arrays, or None.
-    """
+    """The image files below a folder, or in some of its folders; about 30 bytes a file."""
 
     def __init__(
         self,
@@ -85,13 +73,15 @@ class FolderIndex:
         # Empty folders come and go (a run makes some) and say nothing about the images.
         self._chosen = _leading_to_files(every, counts) if chosen is None else chosen
         cut = len(below) + 1 if below else 0
+        # relative paths, sorted, of those that lead to images; b"" is the root itself
         self.folders = [every[number][cut:] for number in self._chosen]
+        # (folders + 1,) number of the first file of each folder
         self.starts = np.cumsum([0, *counts[self._chosen]], dtype=np.int64)
         entries = about["tree"] if chosen is None else [about["tree"][number] for number in self._chosen]
         ignored: Counter[str] = Counter()
         for entry in entries:
             ignored.update(entry["ignored"])
-        self.ignored = dict(ignored.most_common())
+        self.ignored = dict(ignored.most_common())  # suffix -> number of files that are not read
         self.masks = sum(entry["masks"] for entry in entries)
         paths = list(zip(about["folders"], about["tree"], strict=True))
         self.own = sorted(_joined(path, name) for path, entry in paths for name in entry["own"])
@@ -187,18 +177,11 @@ def _reopen(root: Path, cached_in: Path, fingerprint: str, chosen: np.ndarray, b
 
 
 def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -> FolderIndex:
-    """The index of a folder, from the cache as far as folders have kept their time of change.
+    """The index of a folder, from the cache where folders have kept their time of change; a UserError without access.
 
     A file that is rewritten in place under its name is not noticed, since its folder does not change. What
-    freqmask wrote itself is passed over, unless the folder holds nothing else.
-
-    Args:
-        root: the folder.
-        suffixes: of the files to list, in lower case with their dot.
-        use_cache: False to walk everything and write nothing.
-
-    Raises:
-        UserError: the folder may not be opened.
+    freqmask wrote itself is passed over, unless the folder holds nothing else. Suffixes are in lower case with their
+    dot; ``use_cache=False`` walks everything and writes nothing.
     """
     root = root.absolute()
     file = cache_file("index", VERSION, str(root), sorted(suffixes))

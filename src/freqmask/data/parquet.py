@@ -109,14 +109,9 @@ def _is_class(kind: pa.DataType) -> bool:
 def number_classes(
     values: Sequence[int | str | None], names: list[str] | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Labels counted from 0, and what they are called.
+    """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called.
 
-    Args:
-        values: of each image a name or a number; None or a negative number where there is none.
-        names: of the classes 0, 1, ... where that is known.
-
-    Returns:
-        int64 (image,), -1 where there is none, and the names.
+    Values are a name or a number of each image, None or negative without one; names are those of 0, 1, ... if known.
 
     >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[0].tolist()
     (['cat', 'dog'], [2, -1, 0])
@@ -167,27 +162,18 @@ def locate_tables(files: Files, tables: Sequence[str], where: str) -> Located:
 
 
 class TableIndex:
-    """The row groups of some parquet files, one behind the other; arrays may be mapped from a file.
-
-    Attributes:
-        files: name and bytes of each.
-        image_leaf: the column of encoded images by its whole path: ``image.bytes``.
-        class_names: by label, or None.
-        starts: (groups + 1,) number of the first image of each row group.
-        group_files: (groups,) which file each lies in.
-        group_numbers: (groups,) which of that file's it is.
-        group_bytes: (groups,) what its images take in memory.
-        labels: (image,) int64, -1 where there is none; empty where there are no classes.
-    """
+    """The row groups of some parquet files, one behind the other; arrays may be mapped from a file."""
 
     def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None) -> None:
-        self.files: list[tuple[str, int]] = [(str(name), int(size)) for name, size in about["files"]]
-        self.image_leaf: str = about["image_leaf"]
-        self.class_names: list[str] | None = about["class_names"]
         self.file, self._about, self._arrays = file, about, arrays
-        self.starts, self.labels = arrays["starts"], arrays["labels"]
-        self.group_files, self.group_numbers = arrays["group_files"], arrays["group_numbers"]
-        self.group_bytes = arrays["group_bytes"]
+        self.files = [(str(name), int(size)) for name, size in about["files"]]  # name and bytes
+        self.image_leaf: str = about["image_leaf"]  # the column of encoded images: image.bytes
+        self.class_names: list[str] | None = about["class_names"]
+        self.labels = arrays["labels"]  # int64 (image,), -1 where there is none; empty without classes
+        self.starts = arrays["starts"]  # (groups + 1,) number of the first image of each row group
+        self.group_files = arrays["group_files"]  # (groups,) which file each lies in
+        self.group_numbers = arrays["group_numbers"]  # (groups,) which of that file's it is
+        self.group_bytes = arrays["group_bytes"]  # (groups,) what its images take in memory
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -321,11 +307,6 @@ def _image_bytes(group: Any, leaf: str) -> int:
 
 class TableSource(Source):
     """The images of some parquet files of one layout, in order.
-
-    Args:
-        files: where they lie.
-        names: which of them.
-        notes: sentences for the summary.
 
     Raises:
         UserError: one of them is missing, damaged, or without images; or all are empty.

@@ -182,14 +182,9 @@ class OrderedSampler(Sampler[Item]):
 
 
 def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most_blocks: int) -> list[int]:
-    """Images drawn at random, to be looked at; from few blocks where each look fetches a whole one.
+    """Numbers of up to ``count`` of so many images, drawn at random to be looked at, increasing.
 
-    Args:
-        count: how many are wanted, of how many; fewer come where there are not as many.
-        of: how many there are.
-        blocks: what lies together, or None.
-        seed: decides the draw.
-        most_blocks: blocks that may be looked into where they come whole.
+    Where each look fetches a whole block, they come from ``most_blocks`` at most.
     """
     generator = np.random.default_rng(seed % 2**64)
     places = np.arange(of)

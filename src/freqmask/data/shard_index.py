@@ -77,18 +77,7 @@ def _raw(value: Any) -> Any:
 
 
 class ShardIndex:
-    """The images of some shards, about 110 bytes an image; arrays may be mapped from a file.
-
-    Attributes:
-        shards: (name, bytes, split) of each.
-        starts: (shards + 1,) number of the first image of each shard.
-        class_names: by label, or None.
-        group_names: by number, or None.
-        ignored: suffix -> members that are not read.
-        notes: sentences for the user.
-        extra: what the writer kept with it.
-        file: the file that holds the same, or None.
-    """
+    """The images of some shards, about 110 bytes an image; arrays may be mapped from a file."""
 
     def __init__(
         self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
@@ -96,12 +85,12 @@ class ShardIndex:
         self.shards = [(str(name), int(size), split) for name, size, split in about["shards"]]
         self.class_names: list[str] | None = about["class_names"]
         self.group_names: list[str] | None = about["group_names"]
-        self.ignored: dict[str, int] = about["ignored"]
+        self.ignored: dict[str, int] = about["ignored"]  # suffix -> members that are not read
         self.notes: list[str] = about["notes"]
-        self.extra: dict[str, Any] = about.get("extra", {})
+        self.extra: dict[str, Any] = about.get("extra", {})  # what the writer kept with it
         self.file = file
         self._about, self.arrays = about, arrays
-        self.starts = arrays["starts"]
+        self.starts = arrays["starts"]  # (shards + 1,) number of the first image of each shard
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -185,11 +185,7 @@ def _shards(files: Files, names: list[str] | None, text: str, pages: Pages) -> L
 
 
 def import_source(text: str) -> Source:
-    """The source that an import path names: an object, or a class or function that returns one.
-
-    Raises:
-        UserError: it cannot be imported, or is no `Source`.
-    """
+    """The source that an import path names: an object, or a class or function that returns one; else a UserError."""
     module_name, _, name = text.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -105,10 +105,7 @@ def split_indices(
         seed: decides the draw.
 
     Returns:
-        One sorted int64 array of image numbers a part; together they hold every image once.
-
-    Raises:
-        UserError: a part would stay empty, or a fraction is not positive.
+        One sorted int64 array of image numbers a part, none of them empty; together they hold every image once.
     """
     if not fractions or min(fractions) <= 0:
         raise UserError(f"fractions ({', '.join(map(str, fractions))}) must all be above 0")
@@ -186,16 +183,13 @@ def hold_out(
 
     Args:
         source: the images.
-        share: share of the images, in [0, 1).
+        share: share of the images, in [0, 1), but ``at_most`` so many; below ten images none is held out, from ten
+            on at least one, unless either is 0.
         at_most: the largest number of them.
         seed: another seed holds out others.
 
     Returns:
-        Indices to train on and indices held out, both increasing. Below ten images none is held out, from
-        ten on at least one, unless ``share`` or ``at_most`` is 0.
-
-    Raises:
-        UserError: the share is out of its range.
+        Indices to train on and indices held out, both increasing.
     """
     if not 0 <= share < 1:
         raise UserError(f"held-out share ({share}) must be from 0 to below 1; try 0.02")

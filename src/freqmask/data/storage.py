@@ -82,10 +82,7 @@ def expand_braces(pattern: str) -> list[str]:
 def files_of(text: str) -> tuple[Files, list[str] | None]:
     """Where the shards or tables of a text lie, and which of them it names; None for all of a folder here.
 
-    What braces name is kept, whether it is there or not, to be missed by its name.
-
-    Raises:
-        UserError: no file fits the pattern.
+    What braces name is kept, whether it is there or not, to be missed by its name. A UserError where nothing fits.
     """
     scheme, mark, rest = text.rpartition("://")
     path = Path(text).expanduser()

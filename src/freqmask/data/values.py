@@ -51,13 +51,9 @@ class ValueRange:
 
     @classmethod
     def parse(cls, text: str | Sequence[float]) -> ValueRange | None:
-        """Read the option ``--value_range``; None for ``auto``, which a survey resolves.
+        """Read the option ``--value_range``: ``auto``, ``dtype``, ``LOW,HIGH``, ``TYPE:LOW,HIGH/...`` or two numbers.
 
-        Args:
-            text: ``auto``, ``dtype``, ``LOW,HIGH``, ``TYPE:LOW,HIGH/TYPE:LOW,HIGH`` or two numbers.
-
-        Raises:
-            UserError: it is none of these.
+        None for ``auto``, which a survey resolves; a UserError for anything else.
         """
         if text == "auto":
             return None
