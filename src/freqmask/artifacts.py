@@ -10,7 +10,7 @@ from pathlib import Path
 
 MARKER = ".freqmask"
 """The file in a folder that names what freqmask wrote there, a JSON string a line."""
-LIKE_DATA = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".npy"})
+LIKE_DATA = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".npy", ".parquet"})
 
 # Folders that were written before there was a marker, or that somebody copied without it.
 _SIGNATURES = (
@@ -34,6 +34,14 @@ def mark(path: Path) -> None:
             # Appending a short line is atomic, so two processes may write beside each other.
             with marker.open("ab") as file:
                 file.write(line + b"\n")
+
+
+def marked_in(folder: Path) -> set[str]:
+    """The names in a folder of what we wrote there."""
+    try:
+        return set(map(os.fsdecode, marked((folder / MARKER).read_bytes())))
+    except OSError:
+        return set()
 
 
 def marked(marker: bytes) -> set[bytes]:

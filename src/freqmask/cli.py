@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from freqmask import __version__
-from freqmask.console import say
+from freqmask.console import say, say_error
 from freqmask.errors import UserError, describe_os_error, name_of, nearest
 
 
@@ -71,13 +73,17 @@ compdef _freqmask freqmask""",
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with 0, 1 (an error of ours), 2 (an error of the user's) or 130 (interrupted)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.suppress(OSError):  # a folder that is gone
+        if not {"", str(Path.cwd())} & set(sys.path):
+            # loader workers look for modules where this process does, not in the data or the run where it was started
+            os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         run(words)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        say_error(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        say_error("interrupted")
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None  # the reader of our output, such as `head`, has left
@@ -86,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         # read-only places, full disks, limits: nearly always the machine's, and never mended by a traceback
         named = f"{name_of(error)}: " if name_of(error) else ""
-        sys.stderr.write(f"error: {named}{describe_os_error(error)} (FREQMASK_DEBUG=1 shows where)\n")
+        say_error(f"error: {named}{describe_os_error(error)} (FREQMASK_DEBUG=1 shows where)")
         raise SystemExit(2) from None
 
 

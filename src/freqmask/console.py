@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # torchrun, Lightning, SLURM, LSF
 _QUIET = "FREQMASK_QUIET"  # in the environment, so that processes started by us inherit it
@@ -17,19 +19,64 @@ _LOUD = (
     "lightning.pytorch.utilities.rank_zero",
     "timm",
 )
+# What commands a terminal, hides the order of letters, or stands for bytes that are no text; a name of a file, a class
+# or a run may hold anything.
+_UNSHOWN = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
 LINES_A_RUN = 20  # how often a run without a terminal speaks
 
 
 def say(text: str = "") -> None:
     """Writes a text and a newline to standard output: by the first process only, and not when quiet.
 
-    What the terminal's encoding cannot show (file names may hold anything) is escaped rather than raised.
+    What would command the terminal, or what its encoding cannot show, is escaped.
     """
     if is_quiet() or rank() != 0:
         return
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    sys.stdout.flush()  # a run's log is read while the run goes on
+    _write(sys.stdout, text)
+
+
+def say_error(text: str) -> None:
+    """Writes one text and a newline to standard error, escaped as by ``say``; never silenced."""
+    _write(sys.stderr, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(plain(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.flush()  # a run's log is read while the run goes on
+
+
+def plain(text: str) -> str:
+    r"""A text that a terminal shows and does not obey; line breaks stay.
+
+    >>> plain("\x1b[31mred")
+    '\\x1b[31mred'
+    """
+    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def plain_name(name: str) -> str:
+    r"""A name of a file, a class or a run on one line.
+
+    >>> plain_name("two\nlines")
+    'two\\nlines'
+    """
+    return plain(name).replace("\n", "\\n")
+
+
+def shell_word(word: object) -> str:
+    r"""A word of a command on one line, as a shell takes it, whatever bytes it has.
+
+    >>> print(shell_word("my photos"), shell_word("two\nlines"))
+    'my photos' $'two\x0alines'
+    """
+    text = str(word)
+    if plain_name(text) == text:
+        return shlex.quote(text)
+    shown = (chr(n) if 32 <= n < 127 and n not in b"'\\" else f"\\x{n:02x}" for n in os.fsencode(text))
+    return f"$'{''.join(shown)}'"
 
 
 def be_quiet(quiet: bool = True) -> None:
@@ -120,7 +167,7 @@ class Progress:
         """Move to ``step`` and show the newest values."""
         text = ", ".join(form.format(values[name]) for name, form in self.shown.items() if name in values)
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(plain(text), refresh=False)
             self._bar.update(step - self.done)
         elif step == self.total or step - self._spoken >= self._between:
             self._spoken = step
@@ -130,7 +177,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Say something without tearing the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            self._bar.write(plain(text), file=sys.stdout)
         else:
             say(text)
 

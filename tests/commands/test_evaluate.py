@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from broken_runner import attempt
 from tiny_runs import make_run
 
 import freqmask
 from freqmask.cli import COMMANDS, main
 from freqmask.errors import UserError
+from freqmask.interop.weights import load_initial
 
 
 @pytest.fixture(autouse=True)
@@ -114,19 +115,27 @@ def test_linear_fewshot_and_bands_answer(data: str, tmp_path: Path) -> None:
     assert "rate 0.1" in chosen
 
 
-def test_features_that_are_not_finite_are_reported_not_averaged(data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, data: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     run = make_run(tmp_path / "run")
     file = run.backbone / "model.safetensors"
-    save_file(
-        {name: torch.full_like(t, float("nan")) for name, t in load_file(file).items()},
-        file,
-        {"format": "pt"},
-    )
-    (summary,) = freqmask.evaluate.knn(str(run.path), data=data, k=[3], workers=0)
-    assert "not finite" in summary.error
-    assert rows(run.path / "results.csv")[0]["accuracy"] == ""
+    weights = load_file(file)
+    weights["blocks.1.mlp.fc1.bias"][3] = value
+    save_file(weights, file, {"format": "pt"})
+    model, to = str(run.path), ["--workers", "0"]
+    commands = [
+        ["evaluate", "knn", model, "--data", data, *to],
+        ["embed", model, data, "--out", str(tmp_path / "e.parquet"), *to],
+        ["export", model, "--out", str(tmp_path / "exported")],
+    ]
+    for command in commands:
+        code, text = attempt(command)
+        assert code == 2, (command, text)
+        assert "blocks.1.mlp.fc1.bias holds NaN or infinity" in text, (command, text)
+    with pytest.raises(UserError, match=r"init .* blocks\.1\.mlp\.fc1\.bias holds NaN"):
+        load_initial(freqmask.load_method(run.path), str(run.backbone))
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,32 @@ def test_what_cannot_be_read_rightly_is_refused_with_its_reason(name: str) -> No
     data, words = REFUSED[name]
     with pytest.raises(BadImage, match=words):
         open_bytes(data).decode()
+
+
+@pytest.mark.parametrize(
+    ("beginning", "avif", "reason"),
+    [
+        (b"\xff\x0a", True, "it is JPEG XL, which is not read; convert it to PNG or TIFF"),
+        (
+            b"\x00\x00\x00\x0cJXL \r\n\x87\n",
+            True,
+            "it is JPEG XL, which is not read; convert it to PNG or TIFF",
+        ),
+        (b"\x00\x00\x00\x18ftypheic", True, "it is HEIC, which needs a reader; pip install 'freqmask[data]'"),
+        (
+            b"\x00\x00\x00\x18ftypavif",
+            False,
+            "it is AVIF, which this Pillow lacks; pip install --upgrade pillow",
+        ),
+        (b"\x00\x00\x00\x18ftypavif", True, "its content is not an image of any known format"),
+    ],
+)
+def test_formats_without_a_reader_are_named_whatever_the_file_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beginning: bytes, avif: bool, reason: str
+) -> None:
+    monkeypatch.setattr("freqmask.data.decode.AVIF", ("AVIF",) if avif else ())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "a.jpg").write_bytes(beginning + bytes(100))
+    with pytest.raises(BadImage) as told:
+        open_file(tmp_path / "a.jpg")
+    assert told.value.reason == reason

@@ -143,3 +143,13 @@ def test_train_and_test_are_told_by_the_names_of_files_wherever_they_lie(tmp_pat
     assert len(open_source(str(tmp_path / "test" / "t*-0.parquet"), split="test")) == 2
     with pytest.raises(UserError, match="no file fits"):
         open_source(str(tmp_path / "none-*.parquet"))
+
+
+def test_features_that_we_wrote_beside_tables_are_no_data(tmp_path):
+    from freqmask.training.files import replace_atomically
+
+    write(tmp_path / "data" / "train.parquet", 3)
+    for folder in (tmp_path, tmp_path / "data"):
+        features = pa.table({"features": [[0.5]], "index": [0]})
+        replace_atomically(folder / "embeddings.parquet", lambda path: pq.write_table(features, path))  # noqa: B023
+    assert len(open_source(tmp_path)) == 3

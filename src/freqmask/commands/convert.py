@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from freqmask.commands.given import command
-from freqmask.console import say
+from freqmask.console import say, shell_word
 
 
 @command()
@@ -61,7 +61,9 @@ def convert(
     height, width = converted.image_size
     say(f"written     {out}    ({converted.architecture}, {height}x{width} pixels)")
     if converted.decoder:
-        say(f"            with its decoder: freqmask reconstruct {out} IMAGE shows what it fills in")
+        say(
+            f"            with its decoder: freqmask reconstruct {shell_word(out)} IMAGE shows what it fills in"
+        )
     for note in converted.notes:
         say(f"            {note}")
     return path

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freqmask.console import Progress, say
+from freqmask.console import Progress, plain_name, say
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.errors import UserError
@@ -275,7 +275,7 @@ def image_batches(
 def say_left_out(skipped: Sequence[tuple[str, str]]) -> None:
     """Names the first images that could not be read, and how many more there are."""
     for name, reason in skipped[:_SHOWN_SKIPPED]:
-        say(f"            left out: {name}: {reason}")
+        say(f"            left out: {plain_name(name)}: {reason}")
     if len(skipped) > _SHOWN_SKIPPED:
         say(f"            ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from freqmask.errors import CallError, UserError, nearest
+from freqmask.imports import named_by_user
 from freqmask.options import (
     REQUIRED,
     Option,
@@ -57,17 +58,18 @@ def command(
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Result:
             named = {**inspect.signature(function).bind_partial(*args).arguments, **kwargs}
-            known = known_options(call, named)
-            given = given_values(named, known)
-            for option in known.values():
-                if option.default is REQUIRED and option.name not in given:
-                    raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
-            every = {name: option.default for name, option in known.items() if name != "config"} | given
-            token = _running.set((given, every))
-            try:
-                return function(**every)
-            finally:
-                _running.reset(token)
+            with named_by_user(named, named.get("config") or ""):
+                known = known_options(call, named)
+                given = given_values(named, known)
+                for option in known.values():
+                    if option.default is REQUIRED and option.name not in given:
+                        raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
+                every = {name: option.default for name, option in known.items() if name != "config"} | given
+                token = _running.set((given, every))
+                try:
+                    return function(**every)
+                finally:
+                    _running.reset(token)
 
         call.groups, call.more = groups, more  # type: ignore[attr-defined]
         if groups:

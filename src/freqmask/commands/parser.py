@@ -14,6 +14,7 @@ from typing import Any, Literal
 from freqmask.commands.given import declared, given_values, known_options
 from freqmask.console import say
 from freqmask.errors import UserError, nearest
+from freqmask.imports import named_by_user
 from freqmask.options import REQUIRED, Option, as_typed
 
 _HELP = ("-h", "--help")
@@ -28,6 +29,11 @@ def call(program: str, function: Callable[..., Any], words: Sequence[str]) -> An
     Raises:
         UserError: an unknown option or a value of the wrong kind.
     """
+    with named_by_user(words, " ".join(_peeked(words).get("config", []))):
+        return _call(program, function, words)
+
+
+def _call(program: str, function: Callable[..., Any], words: Sequence[str]) -> Any:
     if any(word in _HELP for word in words):
         say(help_text(program, function, _peeked(words)))
         return None

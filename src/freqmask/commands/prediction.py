@@ -30,7 +30,7 @@ from freqmask.evaluation.mask_views import scaled_size
 from freqmask.interop.feature_files import rows_of
 from freqmask.interop.formats import Exported, Graph
 from freqmask.interop.models import OpenedClassifier, hash_weights, still_images
-from freqmask.training.files import new_folder, replace_atomically
+from freqmask.training.files import new_folder, open_table, replace_atomically
 from freqmask.training.run_folder import RunFolder
 
 _MOST_COLUMNS = 50  # classes whose probabilities all stand in the table
@@ -81,7 +81,7 @@ def write_classes(
 
     def write(temporary: Path) -> None:
         nonlocal written
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with open_table(temporary, "w") as file:
             table = csv.writer(file)
             table.writerow(["path", "class", "probability", *columns])
             for name, shares in rows_of(files, ("path", "features")):

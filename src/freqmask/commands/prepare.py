@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from freqmask.commands.given import command
-from freqmask.console import Progress, readable_bytes, say
+from freqmask.console import Progress, plain_name, readable_bytes, say, shell_word
 from freqmask.errors import UserError
 from freqmask.options import Auto, Range
 
@@ -151,9 +150,9 @@ def _summarize(outcome: Outcome, settings: Settings, path: Path) -> None:
     if outcome.skipped:
         say(f"skipped     {len(outcome.skipped):,} images cannot be read; {path / 'skipped.csv'} lists them")
         for name, reason in outcome.skipped[:_SHOWN_SKIPPED]:
-            say(f"            {name}: {reason}")
+            say(f"            {plain_name(name)}: {reason}")
     first, *rest = spectrum_words(outcome.reductions, images, settings.resize)
     say(f"spectrum    {first}")
     for line in rest:
         say(f"            {line}")
-    say(f"use it      freqmask pretrain {shlex.quote(str(path))}")
+    say(f"use it      freqmask pretrain {shell_word(path)}")

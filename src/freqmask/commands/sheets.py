@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freqmask.console import plain_name
 from freqmask.data.source import Source
 from freqmask.images import as_float, psnr
 from freqmask.interop.feature_files import nearest_neighbors
@@ -24,7 +25,6 @@ from freqmask.pretraining.figures import (
     spectrum_levels,
     spectrum_scale,
 )
-from freqmask.pretraining.plan import printable
 from freqmask.rng import combine, identity_of, sample_key
 
 _LONGEST_NAME = 22
@@ -119,7 +119,7 @@ def _similarity(score: float) -> str:
 
 
 def _short(name: str) -> str:
-    plain = printable(name)
+    plain = plain_name(name)
     return plain if len(plain) <= _LONGEST_NAME else "..." + plain[-(_LONGEST_NAME - 3) :]
 
 

@@ -30,6 +30,7 @@ from freqmask.data.pixels import (
     check_size,
     orientation_of,
     refuse_all_nan,
+    unread_format,
 )
 from freqmask.data.source import Pages
 from freqmask.data.tiff import TIFF_BEGINNINGS, count_tiff_images, open_tiff
@@ -160,7 +161,7 @@ def _open(data: bytes) -> Image.Image:
             raise BadImage(
                 f"it is a JPEG of {data[frame + 4]} bits a sample, which is not read; store it as PNG or TIFF"
             ) from error
-        raise BadImage("its content is not an image of any known format") from error
+        raise BadImage(unread_format(data, bool(AVIF))) from error
     except Exception as error:
         # A damaged header leads Pillow's parsers to raise SyntaxError, struct.error, ValueError ...
         raise BadImage(f"its header is damaged ({brief(error)})") from error

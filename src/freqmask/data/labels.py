@@ -64,9 +64,9 @@ def _rows(reader: csv.DictReader[str], file: Path) -> list[Row]:
         return as_text((record.get(columns.get(name, "")) or "").strip()) or None
 
     return [
-        Row(record[columns["path"]].strip(), *(cell(record, name) for name in COLUMNS[1:]))
+        Row(record[columns["path"]], *(cell(record, name) for name in COLUMNS[1:]))
         for record in reader
-        if record[columns["path"]]
+        if (record[columns["path"]] or "").strip()
     ]
 
 
@@ -143,7 +143,8 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
     if not rows:
         raise UserError(f"labels ({file}) lists no images; it needs a line for each below its header")
     numbers = {source.name(index): index for index in range(len(source))}
-    paths = [_as_name(row.path, source) for row in rows]
+    # a name may begin with a space or hold a backslash; more often, they are of the table
+    paths = [row.path if row.path in numbers else _as_name(row.path.strip(), source) for row in rows]
     if any(path not in numbers for path in paths):
         paths = _otherwise_spelt(paths, numbers)
     missing = [path for path in paths if path not in numbers]

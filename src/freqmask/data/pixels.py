@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -351,3 +352,22 @@ def fill_missing(
     overall = present.sum() / counts.sum()
     means = np.where(counts > 0, present.sum(axis=(1, 2)) / np.maximum(counts, 1), overall)
     return np.where(missing, means[:, None, None], image).astype(image.dtype)
+
+
+def unread_format(data: bytes, avif: bool) -> str:
+    """What a file is that nothing here reads, with the way out where there is one.
+
+    Args:
+        data: the whole file.
+        avif: whether AVIF is read here.
+    """
+    if data.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
+        return "it is JPEG XL, which is not read; convert it to PNG or TIFF"
+    if data[4:12] in (b"ftypavif", b"ftypavis") and not avif:
+        return "it is AVIF, which this Pillow lacks; pip install --upgrade pillow"
+    if (
+        data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")
+        and importlib.util.find_spec("pillow_heif") is None
+    ):
+        return "it is HEIC, which needs a reader; pip install 'freqmask[data]'"
+    return "its content is not an image of any known format"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from freqmask.artifacts import marked_in
 from freqmask.data.arrays import locate_array
 from freqmask.data.builtin import open_builtin
 from freqmask.data.decode import read_suffixes
@@ -30,6 +31,7 @@ from freqmask.data.storage import (
     unpacker_of,
 )
 from freqmask.errors import UserError, nearest
+from freqmask.imports import import_object
 
 __all__ = ["JoinedSource", "Pages", "Source", "SourceSummary", "Subset", "open_source", "splits_there"]
 
@@ -134,7 +136,12 @@ def _locate_folder(path: Path, pages: Pages) -> Located:
         return _shards(files, None, str(path), pages)
     if is_saved_dataset(path):
         return locate_dataset(path)
-    tables = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    tables = sorted(
+        table
+        for folder in (path, path / "data")
+        for table in folder.glob("*.parquet")
+        if table.name not in marked_in(folder)  # features that we wrote
+    )
     if tables and not len(index_folder(path, read_suffixes())):
         return locate_tables(files, [table.relative_to(path).as_posix() for table in tables], str(path))
     return locate_folder(path, pages)
@@ -188,16 +195,15 @@ def import_source(text: str) -> Source:
     """The source that an import path names: an object, or a class or function that returns one; else a UserError."""
     module_name, _, name = text.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        found = import_object(text, "data")
     except ImportError as error:
         raise UserError(
             f"DATA ({text}) is neither a folder nor importable ({error}); check its spelling or PYTHONPATH"
         ) from error
-    if not hasattr(module, name):
-        hint = nearest(name, [known for known in vars(module) if not known.startswith("_")])
-        raise UserError(f"DATA ({text}): {module_name} has no {name}; {hint}")
-    named = getattr(module, name)
-    source = named() if not isinstance(named, Source) and callable(named) else named
+    except AttributeError as error:
+        known = [one for one in dir(sys.modules.get(module_name)) if not one.startswith("_")]
+        raise UserError(f"DATA ({text}): {module_name} has no {name}; {nearest(name, known)}") from error
+    source = found() if not isinstance(found, Source) and callable(found) else found
     if not isinstance(source, Source):
         raise UserError(f"DATA ({text}) must be a freqmask.data.sources.Source, or return one when called")
     return source

@@ -13,6 +13,7 @@ from freqmask.data.source import Source
 from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
 from freqmask.errors import BadImage, UserError
+from freqmask.imports import NotNamedError, named_by_user
 from freqmask.training.run_folder import RunFolder
 
 _AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
@@ -62,7 +63,12 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
     config = RunFolder(run).config()
     data = config.get("data") or []
     try:
-        trained = open_source(data, pages=config.get("pages", "channels"), split=config.get("split", "auto"))
+        with named_by_user((), run / "config.yaml"):
+            trained = open_source(
+                data, pages=config.get("pages", "channels"), split=config.get("split", "auto")
+            )
+    except NotNamedError as error:
+        return f"{run.name}: its pre-training images were not compared with the test images: {error}"
     except UserError:
         return f"{run.name}: its pre-training images ({data}) are no longer there to be compared with the test images"
     if len(trained) > MOST_COMPARED:

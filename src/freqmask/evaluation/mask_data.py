@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int16, Int64
 
-from freqmask.console import say
+from freqmask.console import plain_name, say
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
 from freqmask.data.splits import choose_split, split_indices
@@ -246,7 +246,7 @@ def check_labels(survey: MaskSurvey, labels: Labels) -> None:
             f"{' '.join(map(str, [*labels.ignored, label]))}"
         )
     for number, reason in survey.unreadable.items():
-        say(f"left out    {survey.source.name(number)}: {reason}")
+        say(f"left out    {plain_name(survey.source.name(number))}: {reason}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from freqmask.console import rank, say
+from freqmask.console import plain_name, rank, say
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.evaluation.duplicates import seen_in_pretraining
@@ -331,7 +331,7 @@ def prepare_context(model: EvalModel, data: LabelledData, compute: ComputeConfig
 def say_skipped(skipped: Sequence[tuple[str, str]]) -> None:
     """Which images are left out; the first of them with the reason."""
     for name, reason in skipped[:_SHOWN_SKIPPED]:
-        say(f"left out    {name}: {reason}")
+        say(f"left out    {plain_name(name)}: {reason}")
     if len(skipped) > _SHOWN_SKIPPED:
         say(f"left out    ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from freqmask import __version__
+from freqmask.console import plain_name, shell_word
 from freqmask.evaluation.eval_model import EvalModel, disambiguate
 from freqmask.evaluation.scores import (
     Margins,
@@ -34,6 +34,7 @@ from freqmask.training.run_folder import now
 RESULTS = "results.csv"
 _MOST_BARS = 5  # variants side by side in the chart
 _CLASSES_SHOWN = 40
+_WIDEST = 160  # signs of a model's or a class's name in a table on the terminal
 
 
 @dataclass
@@ -326,6 +327,7 @@ def _four_digits(value: Any) -> Any:
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Cells under each other: the first column to the left, numbers to the right; short rows (errors) stick out."""
+    rows = [[shortened(row[0], _WIDEST), *map(plain_name, row[1:])] for row in rows]
     whole = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows)
@@ -375,7 +377,7 @@ def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:
             continue
         several = value if isinstance(value, (list, tuple)) else [value]
         words += [f"--{name}", *(str(one).lower() if isinstance(one, bool) else str(one) for one in several)]
-    return shlex.join(words)
+    return " ".join(map(shell_word, words))
 
 
 def check_results(folder: Path) -> None:
@@ -390,6 +392,7 @@ def shortened(name: str, most: int = 24) -> str:
     >>> shortened("runs/a-very-long-folder/of-runs/mfm-1", 12)
     '...uns/mfm-1'
     """
+    name = plain_name(name)  # a font draws no control characters
     return name if len(name) <= most else "..." + name[3 - most :]
 
 

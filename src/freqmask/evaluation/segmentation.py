@@ -315,7 +315,7 @@ def draw_overlays(path: Path, title: str, overlays: Sequence[Overlay], names: Se
     for axis, words in zip(axes[0][1:], ["truth", *models], strict=True):
         axis.set_title(shortened(words, 30), fontsize=8, parse_math=False)
     figure.suptitle(shortened(title, 90), fontsize=9, parse_math=False)
-    patches = [Patch(color=palette[k], label=names[k]) for k in present[:_MOST_LEGEND]]
+    patches = [Patch(color=palette[k], label=shortened(names[k], 30)) for k in present[:_MOST_LEGEND]]
     patches.append(Patch(color="black", label="does not count"))
     where: dict[str, Any] = {
         "loc": "outside lower center",

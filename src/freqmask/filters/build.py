@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from freqmask.errors import UserError, nearest
 from freqmask.filters.filter import Filter, OneOf
 from freqmask.filters.fixed import BandPass, BandStop, HighPass, LowPass, Rings
 from freqmask.filters.selected import Com, Energy, RandomBins, RCom, REnergy
+from freqmask.imports import import_object
 
 FILTERS: dict[str, type[Filter]] = {
     filter.name: filter
@@ -190,9 +190,8 @@ def _class_of(name: str) -> type[Filter]:
         if name not in FILTERS:
             raise UserError(f"filter ({name!r}) must be a known one; {nearest(name, [*FILTERS, *MIXTURES])}")
         return FILTERS[name]
-    module, _, attribute = name.partition(":")
     try:
-        kind = getattr(importlib.import_module(module), attribute)
+        kind = import_object(name, "filter")
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"filter ({name!r}) must be importable ({error}); is its folder in PYTHONPATH?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from pyarrow import ArrowInvalid
 
 from freqmask.data.source import Source
 from freqmask.errors import UserError
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import open_table, replace_atomically
 
 SUFFIXES = (".parquet", ".npy")
 _PART_BYTES = 256 * 2**20  # of features in memory before a part is written
@@ -133,7 +134,7 @@ class PartWriter:
             "label": pa.array(labels, pa.int64(), mask=labels < 0),
         }
         if classes is not None:
-            known = [classes[n] if 0 <= n < len(classes) else None for n in labels]
+            known = [_as_utf8(classes[n]) if 0 <= n < len(classes) else None for n in labels]
             columns["class"] = pa.array(known, pa.string())
         for name, values in features.items():
             flat = pa.array(np.ascontiguousarray(values[rows]).reshape(-1), pa.float32())
@@ -142,6 +143,7 @@ class PartWriter:
 
 
 def _as_utf8(name: str) -> str:
+    """A name as parquet can hold it: bytes that are no UTF-8 are escaped."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -221,14 +223,22 @@ def matrix(table: Any, name: str) -> np.ndarray:
 
 
 def rows_of(parts: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The cells of some columns, row by row."""
+    """The cells of some columns, row by row, names as the disk has them."""
     for part in parts:
         table = pq.read_table(part, columns=list(names))
-        yield from zip(*(table.column(name).to_pylist() for name in names), strict=True)
+        columns = (table.column(name).to_pylist() for name in names)
+        yield from zip(*([_exact(cell) for cell in column] for column in columns), strict=True)
+
+
+def _exact(cell: Any) -> Any:
+    """Undoes :func:`_as_utf8`."""
+    if not isinstance(cell, str):
+        return cell
+    return re.sub(r"\\x([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), cell)
 
 
 def _write_names(parts: Sequence[Path], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with open_table(path, "w") as file:
         names = [name for name in _NAMES if name in pq.read_schema(parts[0]).names]
         writer = csv.writer(file)
         writer.writerow(names)
@@ -243,7 +253,7 @@ def _pieces(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 yield matrix(batch, "features"), np.asarray(batch.column("index"))
         return
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    with path.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+    with open_table(path.with_suffix(".csv")) as file:
         indices = np.array([int(row["index"]) for row in csv.DictReader(file)])
     for start in range(0, len(array), _ROWS):
         rows = np.asarray(array[start : start + _ROWS])

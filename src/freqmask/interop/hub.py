@@ -16,6 +16,7 @@ from freqmask.errors import UserError
 from freqmask.interop.formats import FORMATS
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.weights import check_reachable
+from freqmask.training.files import open_table
 from freqmask.training.run_folder import RunFolder
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,7 +165,7 @@ def _results(run: RunFolder) -> str:
 
 
 def _table(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_table(path) as file:
         rows = list(csv.DictReader(file))
     columns = [name for name in (rows[0] if rows else {}) if not _LOCAL_COLUMNS.search(name)]
     columns = [name for name in columns if not any(_is_path(row[name]) for row in rows)]

@@ -31,6 +31,7 @@ from freqmask.interop.timm_folder import (
     read_config,
     run_options,
 )
+from freqmask.interop.torch_file import check_finite
 from freqmask.interop.weights import PUBLIC, RANDOM, check_public, with_weights
 from freqmask.timm_models import check_name
 
@@ -238,6 +239,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
             ) from error
     if module.num_classes < 1:
         return None
+    check_weights(module, text)
     config = module.pretrained_cfg
     channels, height, width = (int(side) for side in config["input_size"])
     return OpenedClassifier(
@@ -286,6 +288,15 @@ def stage_features(
     maps = [stage if not backbone.has_class_token else stage[0] for stage in stages]
     prefixes = [stage[1][:, 0] if backbone.has_class_token else None for stage in stages]
     return [Features(one, one.mean(dim=(2, 3)), token) for one, token in zip(maps, prefixes, strict=True)]
+
+
+def check_weights(module: nn.Module, model: str) -> None:
+    """Raises a UserError where weights hold NaN or infinity; ``model`` is what they are called."""
+    for name, tensor in module.state_dict().items():
+        try:
+            check_finite(name.removeprefix("timm_model."), tensor)
+        except UserError as error:
+            raise UserError(f"model ({model}): {error}") from error
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -390,6 +401,7 @@ def _open_folder(
 
 
 def _opened(name: str, kind: Kind, backbone: Backbone, mean: Any, std: Any, **more: Any) -> OpenedModel:
+    check_weights(backbone, name)
     backbone.eval().float().requires_grad_(False)
     return OpenedModel(name, kind, backbone, (backbone.channels, *backbone.image_size), mean, std, **more)
 

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, nearest
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import check_encoding, replace_atomically
 from freqmask.training.run_folder import RunFolder
 
 CONFIG = "config.json"
@@ -156,6 +156,7 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
         UserError: there is none.
     """
     path = Path(text).expanduser()
+    check_encoding(path, option)
     for folder in (path, path / "backbone", path / CLASSIFIER):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder

@@ -125,12 +125,17 @@ def tensors_in(weights: Mapping[str, Any]) -> dict[str, Tensor]:
             raise UserError(f"the weights hold a {type(value).__name__} ({name}) where a tensor belongs")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"the file is damaged: {name} in it is larger than what is stored of it")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(
-                f"{name} holds NaN or infinity, so that every feature would; take an earlier checkpoint"
-            )
+        check_finite(name, value)
         read[str(name)] = value.detach().clone()
     return read
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raises a UserError where a weight holds NaN or infinity."""
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise UserError(
+            f"{name} holds NaN or infinity, so that every feature would; take an earlier checkpoint"
+        )
 
 
 class _Unpickler(pickle._Unpickler):

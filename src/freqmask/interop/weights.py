@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from freqmask.console import say
 from freqmask.errors import UserError, nearest
+from freqmask.imports import named_by_user
 from freqmask.interop.timm_folder import CONFIG, WEIGHTS
+from freqmask.interop.torch_file import check_finite
 from freqmask.methods import Method, build_method, find_method
 from freqmask.timm_models import check_name
 from freqmask.training.checkpoint import LAST, load_safely
@@ -96,7 +97,8 @@ _MODULE = ".timm_model."
 def load_method(run: str | Path) -> Method:
     """The whole method of a run as its last checkpoint left it: backbones, heads, filter.
 
-    A method or filter that the run names by import path is imported from what is installed here.
+    A method or filter that the run names by import path is imported where you have named it, too: within a command,
+    in ``FREQMASK_TRUST``, or by having imported its module.
 
     Args:
         run: a run folder.
@@ -113,7 +115,8 @@ def load_method(run: str | Path) -> Method:
         raise UserError(
             f"run ({run}) must be a run folder of freqmask pretrain; there is no config.yaml in it"
         )
-    method = method_of(options, folder.state().get("images"))
+    with named_by_user((), folder.path / "config.yaml", imported_too=True):
+        method = method_of(options, folder.state().get("images"))
     state = run_state(run)
     weights = {name.removeprefix(_METHOD): value for name, value in state.items() if name.startswith(_METHOD)}
     try:
@@ -135,12 +138,6 @@ def method_of(options: Mapping[str, Any], images: int | None = None) -> Method:
         UserError: the method is unknown here, or an option is.
     """
     name = str(options.get("method"))
-    for option in ("method", "filter"):
-        word = str(options.get(option) or "")
-        if ":" in word:
-            say(
-                f"note: the run names code of its own, {option} {word}: it is imported now from what is installed here"
-            )
     accepted = set(inspect.signature(find_method(name)).parameters)
     settings = {key: value for key, value in options.items() if key in accepted and value is not None}
     if isinstance(settings.get("image_size"), list):
@@ -250,7 +247,7 @@ def load_initial(method: Any, init: str) -> list[str]:
         UserError: the weights are missing or do not fit; shapes are named.
     """
     whole = Path(init) / "checkpoints" / LAST
-    if not init.startswith(PUBLIC) and whole.is_file() and _load_method(method, whole):
+    if not init.startswith(PUBLIC) and whole.is_file() and _load_method(method, init):
         return [f"the whole method of {init}"]
     weights = _public(init, method) if init.startswith(PUBLIC) else _exported(init)
     notes: list[str] = []
@@ -259,14 +256,23 @@ def load_initial(method: Any, init: str) -> list[str]:
     return [f"the backbone of {init}; the heads begin anew", *notes]
 
 
-def _load_method(method: nn.Module, checkpoint: Path) -> bool:
-    state = load_safely(checkpoint)["state_dict"]
+def _check_finite(weights: Mapping[str, Tensor], init: str) -> None:
+    for name, value in weights.items():
+        try:
+            check_finite(name, value)
+        except UserError as error:
+            raise UserError(f"init ({init}): {error}") from error
+
+
+def _load_method(method: nn.Module, init: str) -> bool:
+    state = load_safely(Path(init) / "checkpoints" / LAST)["state_dict"]
     state = {
         name.removeprefix("method."): value for name, value in state.items() if name.startswith("method.")
     }
     own = method.state_dict()
     if set(state) != set(own) or any(state[name].shape != own[name].shape for name in own):
         return False
+    _check_finite(state, init)
     method.load_state_dict(state)
     return True
 
@@ -310,6 +316,7 @@ def _load_backbone(model: nn.Module, given: Mapping[str, Tensor], init: str) -> 
         problems = [*(f"{name} is missing" for name in missing), *differing]
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"init ({init}) does not fit the backbone: {', '.join(problems[:3])}{more}")
+    _check_finite({name: weights[name] for name in own}, init)
     model.load_state_dict({name: weights[name] for name in own})
     return notes
 

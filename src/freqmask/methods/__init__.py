@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import nn
 
 from freqmask.errors import UserError, nearest
+from freqmask.imports import import_object
 from freqmask.methods.folk import FOLK
 from freqmask.methods.method import Method
 from freqmask.methods.mfm import MFM
@@ -49,9 +49,8 @@ def find_method(name: str) -> type[Method]:
                 f"method ({name}) must be a known method or an import path; {nearest(name, METHODS)}"
             )
         return METHODS[name]
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = import_object(name, "method")
     except (ImportError, AttributeError) as error:
         raise UserError(f"method ({name}) could not be imported ({error}); is it on PYTHONPATH?") from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

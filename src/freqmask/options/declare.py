@@ -10,11 +10,11 @@ import dataclasses
 import inspect
 import os
 import re
-import shlex
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
+from freqmask.console import shell_word
 from freqmask.errors import CallError, UserError, nearest
 from freqmask.options.option import Option, Range, as_typed, parse_yaml
 
@@ -188,9 +188,9 @@ def _value_words(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         import yaml
 
-        return [shlex.quote(yaml.safe_dump(dict(value), default_flow_style=True, width=10_000).strip())]
+        return [shell_word(yaml.safe_dump(dict(value), default_flow_style=True, width=10_000).strip())]
     if isinstance(value, (list, tuple)):
         return [word for item in value for word in _value_words(name, item)]
     if value is not None and not isinstance(value, (str, os.PathLike, int, float)):
         return [name.upper()]
-    return [shlex.quote(as_typed(value))]
+    return [shell_word(as_typed(value))]

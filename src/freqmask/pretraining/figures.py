@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from freqmask.backbones import eval_no_grad
+from freqmask.console import plain, plain_name
 from freqmask.data.decode import open_file
 from freqmask.errors import BadImage, UserError
 from freqmask.images import as_float, psnr
@@ -149,7 +150,7 @@ def new_sheet(rows: int, columns: int, aspect: float, title: str, cell: float = 
     height_in_inches = cell * min(max(aspect, 0.3), 3.0)
     height = rows * (height_in_inches + _CAPTION) + _HEADING
     figure = Figure(figsize=(columns * cell, height), dpi=100)
-    figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top", parse_math=False)
+    figure.suptitle(plain(title), fontsize=10, y=1 - 0.08 / height, va="top", parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     top = 1 - (_HEADING + _CAPTION) / height
     figure.subplots_adjust(
@@ -166,7 +167,7 @@ def show_image(axis: Axes, colors: np.ndarray, *lines: str, **scale: Any) -> Non
     ``scale`` is ``imshow``'s ``vmin``, ``vmax`` and ``cmap``, for what is not an image in [0, 1].
     """
     axis.imshow(colors, **{"vmin": 0.0, "vmax": 1.0, "cmap": "gray", **scale})
-    axis.set_title("\n".join(line for line in lines if line), pad=2, **_TEXT)
+    axis.set_title("\n".join(plain_name(line) for line in lines if line), pad=2, **_TEXT)
 
 
 def save_sheet(figure: Figure, path: str | Path) -> Path:

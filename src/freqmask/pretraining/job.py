@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from freqmask import __version__
-from freqmask.console import rank, say, silence_third_party_loggers
+from freqmask.console import rank, say, shell_word, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
@@ -176,8 +175,8 @@ def _say_finished(run: RunFolder) -> None:
     steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
     say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
     say(f"its backbone: {run.backbone}")
-    data = " ".join(map(str, run.config().get("data", [])))
-    say(f"to train on from it: freqmask pretrain {data} --init {run.path} --out {run.path}-continued")
+    data = " ".join(map(shell_word, run.config().get("data", [])))
+    say(f"to train on from it: {plan.train_on(data, run.path)}")
 
 
 def part(options: Mapping[str, Any]) -> Images:
@@ -356,7 +355,7 @@ def _train(
 
     def stopped(step: int) -> None:
         refresh_report(run.path)
-        say(f"    freqmask pretrain {data} --out {shlex.quote(str(run.path))}    (from anywhere)")
+        say(f"    freqmask pretrain {data} --out {shell_word(run.path)}    (from anywhere)")
 
     summary = train(training.task(), checkpoint, training.summary, stopped)
     if rank() == 0:
@@ -380,5 +379,5 @@ def _overfit_lines(summary: Mapping[str, Any], count: int) -> Iterable[str]:
 def data_words(options: Mapping[str, Any]) -> str:
     """DATA as it would be typed; what was made in Python cannot be."""
     return " ".join(
-        shlex.quote(str(source)) if isinstance(source, (str, Path)) else "DATA" for source in options["data"]
+        shell_word(source) if isinstance(source, (str, Path)) else "DATA" for source in options["data"]
     )

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from freqmask.backbones import height_and_width
-from freqmask.console import readable_bytes, readable_time
+from freqmask.console import plain_name, readable_bytes, readable_time, shell_word
 from freqmask.data.source import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.methods import find_method
@@ -97,7 +97,7 @@ def _data_lines(summary: SourceSummary, survey: Survey) -> Iterator[str]:
     for note in survey.notes:
         yield f"            {note}"
     for name, reason in survey.bad[:3]:
-        yield f"            cannot be used: {printable(name)}: {reason}"
+        yield f"            cannot be used: {plain_name(name)}: {reason}"
     if len(survey.bad) > 3:
         yield f"            ... and {len(survey.bad) - 3} more of the {survey.count} checked"
 
@@ -236,12 +236,6 @@ def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def printable(name: str) -> str:
-    """A file's name on one line of a terminal, whatever bytes it has."""
-    escaped = name.encode("unicode_escape", "surrogateescape").decode("ascii")
-    return name if name.isprintable() else escaped
-
-
 def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
     """The end of a run: from where to where, how fast, where its results are."""
     yield ""
@@ -271,10 +265,15 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"skipped     {summary['skipped']:,} images that could not be read: {run.path / 'skipped.csv'}"
 
 
+def train_on(data: str, run: Path) -> str:
+    """The command that trains on from a run."""
+    return f"freqmask pretrain {data} --init {shell_word(run)} --out {shell_word(f'{run}-continued')}"
+
+
 def next_lines(run: Path, data: str) -> Iterator[str]:
     """The commands to type next."""
-    yield f"next        freqmask embed {run} {data} --neighbours    (what it finds alike)"
+    yield f"next        freqmask embed {shell_word(run)} {data} --neighbours    (what it finds alike)"
     if data.startswith("builtin:"):
         yield "            freqmask pretrain FOLDER_OF_YOUR_IMAGES"
     else:
-        yield f"            freqmask pretrain {data} --init {run} --out {run}-continued    (trains on)"
+        yield f"            {train_on(data, run)}    (trains on)"

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from freqmask import __version__
-from freqmask.console import rank, say
+from freqmask.console import rank, say, shell_word
 from freqmask.errors import UserError
 from freqmask.reporting.charts import charts, evaluation_charts, spread_out
 from freqmask.reporting.reading import Run, read_results, read_runs
@@ -163,7 +163,7 @@ def refresh_report(run: str | Path) -> Path | None:
     try:
         return write_report([run], images=not _is_without_images(Path(run) / REPORT))
     except (UserError, OSError, ValueError, csv.Error) as error:
-        say(f"note: the report was not written: {error}; `freqmask report {run}` tries again")
+        say(f"note: the report was not written: {error}; `freqmask report {shell_word(run)}` tries again")
         return None
 
 

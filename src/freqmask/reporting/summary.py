@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from freqmask.console import readable_bytes, readable_time
+from freqmask.console import readable_bytes, readable_time, shell_word
 from freqmask.options import options_of
 from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions
 from freqmask.options.of_pretraining import GROUPS
@@ -159,7 +158,7 @@ def _setting(run: Run, name: str) -> str:
 def repeat_command(run: Run) -> str:
     """What to type to run it again."""
     command = text_of(run.config.get("command")) or "pretrain"
-    return f"freqmask {command} --config {shlex.quote(str(run.path / 'config.yaml'))} --out NEW_FOLDER"
+    return f"freqmask {command} --config {shell_word(run.path / 'config.yaml')} --out NEW_FOLDER"
 
 
 def text_of(value: Any) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freqmask.console import readable_time
+from freqmask.console import plain_name, readable_time
 from freqmask.errors import UserError
 from freqmask.reporting.reading import Run, is_run, number, read_run, run_folders
 from freqmask.reporting.summary import is_incidental, text_of
@@ -332,5 +332,4 @@ def _run_row(run: Run) -> tuple[str, ...]:
         f"{curve.tail():.3f}" if curve is not None else "–",
         f"{best.percent.mean:.1f} % ({' '.join(filter(None, best.kind[:2]))})" if best else "–",
     )
-    # a name may hold a line break or an escape sequence
-    return tuple(cell if cell.isprintable() else repr(cell)[1:-1] for cell in cells)
+    return tuple(map(plain_name, cells))

@@ -11,12 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from freqmask.artifacts import mark
 from freqmask.errors import UserError, describe_os_error
 
-_CSV: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 _PLENTY = 2**28  # bytes; with as much room a write fails for a quota or a limit on file sizes
 
 
@@ -95,6 +94,8 @@ def check_writable(path: str | Path, option: str = "out", *, folder: bool = Fals
         folder: whether it is a folder.
     """
     path = Path(path).expanduser()
+    if folder:
+        check_encoding(path, option)
     if path.exists() and folder != path.is_dir():
         raise UserError(f"{option} ({path}) is a {'file' if folder else 'folder'}; give another path")
     nearest = path if path.is_dir() else existing_parent(path)
@@ -148,6 +149,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_encoding(path: Path, option: str) -> None:
+    """Raises a UserError where a folder of weights has a name that safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{option} ({path}) must have a name in UTF-8, or weights in it cannot be read; name it differently"
+        ) from None
+
+
+def open_table(path: Path, mode: str = "r") -> TextIO:
+    """A CSV file, for the module csv: a name that is no UTF-8 stands in it with the bytes that it has on the disk."""
+    return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row; a column that the table lacks is added, with empty cells above.
 
@@ -161,7 +177,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         header = [*header, *missing]
         write_rows(path, header, read_rows(path))
     cells = [row.get(name, "") for name in header]
-    with writing(path), path.open("a", **_CSV) as file:
+    with writing(path), open_table(path, "a") as file:
         csv.writer(file).writerow(f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells)
 
 
@@ -196,7 +212,7 @@ def cut_back(path: Path, column: str, largest: int) -> None:
 def _header(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    with path.open(**_CSV) as file:
+    with open_table(path) as file:
         return next(csv.reader(file), [])
 
 
@@ -204,7 +220,7 @@ def write_rows(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, An
     """A table, replaced whole; cells that a row lacks stay empty."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", **_CSV) as file:
+        with open_table(temporary, "w") as file:
             csv.writer(file).writerows([header, *([row.get(name) for name in header] for row in rows)])
 
     replace_atomically(path, write)

@@ -1,0 +1,87 @@
+"""Code of one's own by its import path: imported where the user named it, and never because a file does."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from freqmask.errors import UserError
+
+TRUST = "FREQMASK_TRUST"  # in the environment: import paths that files may name, with commas between them
+_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+
+
+class _Named(NamedTuple):
+    """What the user has named, and the file whose options are read."""
+
+    paths: frozenset[str]
+    file: str
+    imported_too: bool  # whether what the program has imported already counts as named
+
+
+_named: ContextVar[_Named | None] = ContextVar("named", default=None)
+
+
+class NotNamedError(UserError):
+    """A file names code that the user did not name; nothing was imported."""
+
+
+@contextmanager
+def named_by_user(given: Any, file: object = "", imported_too: bool = False) -> Iterator[None]:
+    """Within, import paths count only where the user named them; of nested blocks the outermost tells what he named.
+
+    Args:
+        given: texts, alone or in lists and mappings: the words of a command line, or a call's arguments.
+        file: whose options are read within.
+        imported_too: whether modules that are imported already count, too, as for a program that imports its method.
+    """
+    outer = _named.get()
+    if outer is None:
+        paths = frozenset(path for text in _texts(given) for path in _PATH.findall(text))
+        inner = _Named(paths, str(file), imported_too)
+    else:
+        inner = outer._replace(file=str(file) or outer.file)
+    token = _named.set(inner)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def _texts(given: Any) -> Iterator[str]:
+    if isinstance(given, str):
+        yield given
+    elif isinstance(given, Mapping):
+        yield from _texts(list(given.values()))
+    elif isinstance(given, Sequence):
+        for one in given:
+            yield from _texts(one)
+
+
+def import_object(path: str, what: str) -> Any:
+    """What an import path names.
+
+    Args:
+        path: ``package.module:name``.
+        what: the option that it is the value of.
+
+    Raises:
+        NotNamedError: a file names it, and the user did not.
+        ImportError: there is no such module.
+        AttributeError: the module has no such name.
+    """
+    module, _, name = path.partition(":")
+    named = _named.get()
+    allowed = named is None or path in {*named.paths, *os.environ.get(TRUST, "").split(",")}
+    if named is not None and not allowed and not (named.imported_too and module in sys.modules):
+        raise NotNamedError(
+            f"{what} ({path}) is code that {named.file or 'a file'} names and you did not, so it was not imported; "
+            f"if you trust it, name it yourself (--{what} {path}), or set {TRUST}={path}"
+        )
+    return getattr(importlib.import_module(module), name)
