@@ -12,7 +12,14 @@ from freqmask.data import sharding as prepare_module
 from freqmask.data.decode import open_bytes
 from freqmask.data.encode import empty_octave_share, encode_picture, reduced, reduced_size, spectrum_words
 from freqmask.data.pixels import ArrayPicture
-from freqmask.data.sharding import Settings, member_key, open_parts, prepare_shards, read_manifest
+from freqmask.data.sharding import (
+    Settings,
+    images_there,
+    member_key,
+    open_parts,
+    prepare_shards,
+    read_manifest,
+)
 from freqmask.data.sources import open_source
 from freqmask.errors import BadImage, UserError
 from freqmask.training.files import read_rows
@@ -265,3 +272,16 @@ def test_the_same_command_twice_at_once_is_a_sentence(photos, tmp_path):
 
     with pytest.raises(UserError, match="started twice"):
         prepared(photos, tmp_path / "out", report=take_away)
+
+
+def test_a_folder_that_the_first_release_began_is_continued(photos, tmp_path):
+    prepared(photos, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    manifest["settings"]["lanes"] = manifest["settings"].pop("workers")
+    (tmp_path / "out" / "prepare.json").write_text(json.dumps(manifest))
+    (tmp_path / "out" / ".parts").mkdir()
+    (tmp_path / "out" / ".parts" / "train-000000.tar.index").write_bytes(b"freqmask" + bytes(60))
+    settings, finished = read_manifest(tmp_path / "out")
+    assert finished and settings.workers == 1
+    parts, _ = open_parts([photos], "channels", "all", None)
+    assert images_there(tmp_path / "out", parts, settings) == 0  # rows in another form are written anew

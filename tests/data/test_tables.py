@@ -115,6 +115,31 @@ def test_a_damaged_file_among_good_ones_is_named(tmp_path):
         open_source(tmp_path)
 
 
+def test_a_damaged_row_group_costs_its_images_and_no_others(tmp_path):
+    path = write(tmp_path / "t.parquet", 6)
+    source = open_source(path)
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 30] = bytes(30)
+    path.write_bytes(bytes(content))
+    for index in (2, 3):
+        with pytest.raises(BadImage, match=r"t.parquet is damaged in its row group 1"):
+            source.open(index)
+    assert [int(source.open(index).decode()[0, 0, 0]) for index in (0, 1, 4, 5)] == [0, 1, 4, 5]
+
+
+def test_labels_and_names_of_a_table_are_read_once(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.parquet")
+    first = open_source(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "_read_index", None)
+        again = open_source(path)
+    assert again.all_labels().tolist() == first.all_labels().tolist() and again.name(4) == "4:4.png"
+    write(path, 3)
+    assert len(open_source(path)) == 3
+
+
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
     source = open_source(write(tmp_path / "t.parquet"))

@@ -37,17 +37,17 @@ def locate_array(path: Path) -> Located:
 
 def _npz_shapes(path: Path) -> dict[str, int]:
     """Name of each array of a ``.npz`` -> its number of axes; pixels are not read."""
-    found = {}
+    axes = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 with archive.open(member) as file:
                     old = np.lib.format.read_magic(file) == (1, 0)
                     read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-                    found[member.removesuffix(".npy")] = len(read(file)[0])
+                    axes[member.removesuffix(".npy")] = len(read(file)[0])
     except Exception as error:  # of zipfile, of the file system, of numpy's header
         raise UserError(f"DATA ({path}) is damaged or no numpy archive ({error}); write it again") from error
-    return found
+    return axes
 
 
 def _find_pairs(axes: dict[str, int], path: Path) -> dict[str, tuple[str, str | None]]:

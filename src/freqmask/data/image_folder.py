@@ -77,8 +77,8 @@ def _find_splits(index: FolderIndex) -> tuple[bytes, list[str], bool]:
         kinds = {os.fsdecode(name): split_of(os.fsdecode(name)) for name in names}
         splits = sorted(name for name, kind in kinds.items() if kind)
         if splits:
-            found = {kinds[name] for name in splits}
-            return base, splits, len(splits) == len(names) or ("train" in found and len(found) > 1)
+            usual = {kinds[name] for name in splits}
+            return base, splits, len(splits) == len(names) or ("train" in usual and len(usual) > 1)
         if len(names) != 1 or _files_in(index, base):
             return base, [], False
         base = _joined(base, names[0])
@@ -86,12 +86,12 @@ def _find_splits(index: FolderIndex) -> tuple[bytes, list[str], bool]:
 
 def _children(index: FolderIndex) -> dict[bytes, list[bytes]]:
     """Relative path of each folder -> the names of those in it."""
-    found: dict[bytes, list[bytes]] = {}
+    names: dict[bytes, list[bytes]] = {}
     for folder in index.folders:
         if folder:
             parent, _, name = folder.rpartition(b"/")
-            found.setdefault(parent, []).append(name)
-    return found
+            names.setdefault(parent, []).append(name)
+    return names
 
 
 def _files_in(index: FolderIndex, folder: bytes) -> int:
@@ -105,7 +105,7 @@ def _joined(*parts: bytes) -> bytes:
 
 def _mask_folders(index: FolderIndex, is_mask: Callable[[bytes], bool] | None) -> dict[bytes, bytes]:
     """Folder of masks -> the folder beside it that holds their images."""
-    found = {}
+    masks = {}
     for parent, names in _children(index).items():
         for name in names:
             word = _mask_word(name)
@@ -117,9 +117,9 @@ def _mask_folders(index: FolderIndex, is_mask: Callable[[bytes], bool] | None) -
             for other in named or (siblings if len(siblings) <= _SIBLINGS else []):
                 pair = _joined(parent, name), _joined(parent, other)
                 if other in named or _looks_like_masks(index, *pair, is_mask):
-                    found[pair[0]] = pair[1]
+                    masks[pair[0]] = pair[1]
                     break
-    return found
+    return masks
 
 
 def _plain(name: bytes) -> str:

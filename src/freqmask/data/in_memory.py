@@ -8,7 +8,7 @@ per image would take longer than a step of a small network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -127,19 +127,21 @@ def read_images(
     """
     dtype = _first_type(source)
     decoding = _Decoding(source, tuple(geometries), limits.side, dtype, channels, convert)
-    whole = _Decoded()
+    pixels: list[np.ndarray] = []
+    entries: list[_Entry] = []
     runs: Any = runs_of_images(len(source), source.blocks(), _HANDED_OVER)
     parts: Any = make_loader(decoding, runs, 1, workers, False, as_it_is)
     for part in parts:
-        if part.obstacle:
-            raise DoesNotFitError(part.obstacle)
-        whole.append(part)
-        if whole.bytes > limits.bytes:
+        if isinstance(part, DoesNotFitError):
+            raise part
+        pixels += part[0]
+        entries += part[1]
+        if sum(array.nbytes for array in pixels) > limits.bytes:
             raise DoesNotFitError(
                 f"they take more than the {readable_bytes(limits.bytes)} there are for them"
             )
-        report(len(whole.sizes))
-    return _as_tensors(whole, source, dtype)
+        report(len(entries))
+    return _as_tensors(pixels, entries, source, dtype)
 
 
 def _first_type(source: Source) -> str:
@@ -153,29 +155,17 @@ def _first_type(source: Source) -> str:
     raise DoesNotFitError("none of them can be opened")
 
 
-@dataclass
-class _Decoded:
-    """Some images one behind the other; ``obstacle`` says why none can be held in memory."""
+class _Entry(NamedTuple):
+    """An image beside its pixels, which are missing where there is a reason."""
 
-    pixels: list[np.ndarray] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    identities: list[int] = field(default_factory=list)
-    flat: list[bool] = field(default_factory=list)
-    bad: dict[int, str] = field(default_factory=dict)
-    obstacle: str = ""
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.nbytes for part in self.pixels)
-
-    def append(self, other: _Decoded) -> None:
-        self.bad |= {len(self.sizes) + place: reason for place, reason in other.bad.items()}
-        for name in ("pixels", "sizes", "identities", "flat"):
-            getattr(self, name).extend(getattr(other, name))
+    size: tuple[int, int]
+    identity: int
+    flat: bool
+    reason: str = ""
 
 
 @dataclass
-class _Decoding(Dataset[_Decoded]):
+class _Decoding(Dataset[Any]):
     source: Source
     geometries: tuple[Geometry, ...]
     side: int
@@ -186,28 +176,26 @@ class _Decoding(Dataset[_Decoded]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, runs: Sequence[tuple[int, int]]) -> _Decoded | UserError:
+    def __getitems__(
+        self, runs: Sequence[tuple[int, int]]
+    ) -> tuple[list[np.ndarray], list[_Entry]] | DoesNotFitError | UserError:
         """The images of a run, which are those of a block where reading a part of one costs as much as all."""
-        whole = _Decoded()
-        try:
-            for index in (index for run in runs for index in range(*run)):
-                size, flat = (0, 0), False
-                try:
-                    pixels, flat = self._decode(index)
-                    size = pixels.shape[:2]
-                    whole.pixels.append(pixels.reshape(-1, pixels.shape[2]))
-                except BadImage as error:
-                    whole.bad[len(whole.sizes)] = error.reason
-                whole.sizes.append(size)
-                whole.identities.append(self.source.identity(index))
-                whole.flat.append(flat)
-        except DoesNotFitError as obstacle:
-            return _Decoded(obstacle=f"{self.source.name(index)} {obstacle}")
-        except UserError as error:
-            return error
+        pixels, entries = [], []
+        for index in (index for run in runs for index in range(*run)):
+            identity = self.source.identity(index)
+            try:
+                image, flat = self._decode(index)
+            except BadImage as error:
+                entries.append(_Entry((0, 0), identity, False, error.reason))
+            except DoesNotFitError as obstacle:
+                return DoesNotFitError(f"{self.source.name(index)} {obstacle}")
+            except UserError as error:
+                return error
+            else:
+                pixels.append(image.reshape(-1, image.shape[2]))
+                entries.append(_Entry(image.shape[:2], identity, flat))
         # one array travels faster than many
-        whole.pixels = [np.concatenate(whole.pixels)] if whole.pixels else []
-        return whole
+        return ([np.concatenate(pixels)] if pixels else []), entries
 
     def _decode(self, index: int) -> tuple[np.ndarray, bool]:
         """Pixels (height, width, channel), and whether windows may be empty."""
@@ -249,24 +237,25 @@ def has_flat_tile(image: Shaped[np.ndarray, "channel height width"], side: int) 
     return bool(flat.any())
 
 
-def _as_tensors(whole: _Decoded, source: Source, dtype: str) -> InMemoryImages:
+def _as_tensors(parts: list[np.ndarray], entries: list[_Entry], source: Source, dtype: str) -> InMemoryImages:
     """The tensors; the list of arrays is emptied on the way, so that the images lie in memory twice at most."""
-    if not whole.pixels:
-        reason = next(iter(whole.bad.values()), "there are none")
+    bad = {index: entry.reason for index, entry in enumerate(entries) if entry.reason}
+    if not parts:
+        reason = next(iter(bad.values()), "there are none")
         raise DoesNotFitError(f"none of them can be used ({reason})")
-    pixels = np.concatenate(whole.pixels)
-    whole.pixels.clear()
-    sizes = torch.tensor(whole.sizes)
+    pixels = np.concatenate(parts)
+    parts.clear()
+    sizes = torch.tensor([entry.size for entry in entries])
     counts = sizes.prod(dim=1)
     return InMemoryImages(
         torch.from_numpy(pixels.view(np.int16) if dtype == "uint16" else pixels),
         dtype,
         counts.cumsum(0) - counts,
         sizes.clamp(min=1),
-        torch.tensor(whole.identities),
+        torch.tensor([entry.identity for entry in entries]),
         torch.from_numpy(source.all_labels()),
-        torch.tensor(whole.flat),
-        whole.bad,
+        torch.tensor([entry.flat for entry in entries]),
+        bad,
     )
 
 

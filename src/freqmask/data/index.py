@@ -190,14 +190,14 @@ def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -
         known = _known_folders(cached) if cached else {}
     except (KeyError, ValueError, TypeError, IndexError):
         known, cached = {}, None  # a file of the right form with something else in it
-    found, changed = _walk(root, suffixes, known)
-    if cached and not changed and found.keys() == known.keys():
+    folders, changed = _walk(root, suffixes, known)
+    if cached and not changed and folders.keys() == known.keys():
         index = FolderIndex(root, *cached, cached_in=file)
     else:
-        about, arrays = _assemble(found)
+        about, arrays = _assemble(folders)
         written = use_cache and write_arrays(file, about, arrays)
         index = FolderIndex(root, about, arrays, cached_in=file if written else None)
-    if len(index) == 0 and any(folder.own for folder in found.values()):
+    if len(index) == 0 and any(folder.own for folder in folders.values()):
         return FolderIndex(root, *_assemble(_walk(root, suffixes, {}, own_too=True)[0]))
     return index
 
@@ -209,17 +209,17 @@ def index_listing(root: str, files: Mapping[str, int | None], suffixes: frozense
         parent, _, name = os.fsencode(path).rpartition(b"/")
         members.setdefault(parent, {})[name] = min(size or 0, 2**32 - 1)
     runs = {parent for parent, names in members.items() if parent and is_own_folder(names)}
-    found = {b"": _Folder(0, settled=False)}
+    folders = {b"": _Folder(0, settled=False)}
     for parent, names in members.items():
         parts = parent.split(b"/") if parent else []
         above = {b"/".join(parts[: k + 1]) for k in range(len(parts))}
         if above & runs:
-            found[b""].own += [os.fsdecode(parent)] if parent in runs else []
+            folders[b""].own += [os.fsdecode(parent)] if parent in runs else []
         elif not any(_is_junk(part) for part in parts):
             for folder in above:
-                found.setdefault(folder, _Folder(0, settled=False))
-            _fill(found.setdefault(parent, _Folder(0, settled=False)), names, suffixes)
-    return FolderIndex(Path(root), *_assemble(found))
+                folders.setdefault(folder, _Folder(0, settled=False))
+            _fill(folders.setdefault(parent, _Folder(0, settled=False)), names, suffixes)
+    return FolderIndex(Path(root), *_assemble(folders))
 
 
 def _walk(
@@ -229,7 +229,7 @@ def _walk(
 
     Each folder is entered once, whatever links lead to it: links wait until all real paths are done.
     """
-    found: dict[bytes, _Folder] = {}
+    folders: dict[bytes, _Folder] = {}
     seen: set[tuple[int, int]] = set()
     changed = False
     real, links = deque([b""]), deque[bytes]()
@@ -251,11 +251,11 @@ def _walk(
             folder, changed = _read_folder(path, state.st_mtime_ns, suffixes, not relative, own_too), True
         if folder.unreadable and not relative:
             raise UserError(f"DATA ({root}) may not be opened: no permission; check its access rights")
-        found[relative] = folder
+        folders[relative] = folder
         prefix = relative + b"/" if relative else b""
         real.extend(prefix + os.fsencode(child) for child in folder.children)
         links.extend(prefix + os.fsencode(child) for child in folder.links)
-    return found, changed
+    return folders, changed
 
 
 def _read_folder(
@@ -318,7 +318,7 @@ def _fill(folder: _Folder, sizes: Mapping[bytes, int], suffixes: Collection[str]
 def mask_files(names: Collection[bytes]) -> set[bytes]:
     """Which files of a folder are masks of others in it: ``a_mask.png`` beside ``a.jpg``."""
     stems = {_stem(name) for name in names}
-    return {name for name in names if (found := MASK_FILE.fullmatch(_stem(name))) and found[1] in stems}
+    return {name for name in names if (mask := MASK_FILE.fullmatch(_stem(name))) and mask[1] in stems}
 
 
 def _masks_of_photographs(path: bytes, names: Collection[bytes]) -> set[bytes]:
@@ -377,19 +377,19 @@ def _size(entry: os.DirEntry[bytes]) -> int:
     return min(state.st_size, 2**32 - 1) if stat.S_ISREG(state.st_mode) else 0
 
 
-def _assemble(found: dict[bytes, _Folder]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    paths = sorted(found)
-    folders = [found[path] for path in paths]
-    lengths = np.concatenate([folder.lengths for folder in folders])
+def _assemble(folders: dict[bytes, _Folder]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    paths = sorted(folders)
+    ordered = [folders[path] for path in paths]
+    lengths = np.concatenate([folder.lengths for folder in ordered])
     arrays: dict[str, np.ndarray] = {
-        "starts": np.cumsum([0, *(len(folder.lengths) for folder in folders)], dtype=np.int64),
-        "names": np.frombuffer(b"".join(folder.names for folder in folders), np.uint8),
+        "starts": np.cumsum([0, *(len(folder.lengths) for folder in ordered)], dtype=np.int64),
+        "names": np.frombuffer(b"".join(folder.names for folder in ordered), np.uint8),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
-        "sizes": np.concatenate([folder.sizes for folder in folders]),
+        "sizes": np.concatenate([folder.sizes for folder in ordered]),
     }
     tree = [
         {name: value for name, value in vars(folder).items() if name not in ("names", "lengths", "sizes")}
-        for folder in folders
+        for folder in ordered
     ]
     return {"folders": [os.fsdecode(path) for path in paths], "tree": tree}, arrays
 

@@ -135,16 +135,16 @@ def tables_of_one(names: Iterable[str], where: str) -> list[str]:
     Raises:
         UserError: they lie in several folders, which are the configurations of a data set.
     """
-    found = sorted(name for name in names if name.lower().endswith(".parquet"))
-    parts = {name: PurePosixPath(name).parts[:-1] for name in found}
-    folders = {"/".join(p for p in parts[name] if p != "data" and not split_of(p)) for name in found}
+    tables = sorted(name for name in names if name.lower().endswith(".parquet"))
+    parts = {name: PurePosixPath(name).parts[:-1] for name in tables}
+    folders = {"/".join(p for p in parts[name] if p != "data" and not split_of(p)) for name in tables}
     if len(folders) > 1:
         some = sorted(folder or "the folder itself" for folder in folders)
         raise UserError(
             f"DATA ({where}) holds tables of {len(folders)} data sets ({', '.join(some[:8])}); name one: "
             f"{where.rstrip('/')}/{max(folders)}"
         )
-    return found
+    return tables
 
 
 def locate_tables(files: Files, tables: Sequence[str], where: str) -> Located:
@@ -239,8 +239,8 @@ def _read_index(files: Files, sizes: list[tuple[str, int]]) -> tuple[dict[str, A
         if not groups:
             raise UserError(f"DATA ({files.url(sizes[0][0])}) holds no rows; check how it was written")
         for (name, _), footer in zip(sizes, footers, strict=True):
-            there = {footer.schema.column(k).path for k in range(len(footer.schema))}
-            lacking = [column for column in (columns.label, columns.leaf) if column and column not in there]
+            leaves = {footer.schema.column(k).path for k in range(len(footer.schema))}
+            lacking = [column for column in (columns.label, columns.leaf) if column and column not in leaves]
             if lacking:
                 raise UserError(f"DATA: {files.url(name)} lacks the column {lacking[0]} of the first file")
 

@@ -282,18 +282,18 @@ class Color:
         return np.rint(np.minimum(mixed, white)).astype(colors.dtype)
 
 
-def check_channels(found: int, wanted: int, convert: bool = True) -> None:
+def check_channels(own: int, wanted: int, convert: bool = True) -> None:
     """Refuse, as a BadImage, an image whose channels cannot become the wanted ones.
 
     ``convert=False`` makes only gray and color into each other, and refuses four bands of which nobody said
     that the fourth is not to be used.
     """
-    if found == wanted or {found, wanted} == {1, 3}:
+    if own == wanted or {own, wanted} == {1, 3}:
         return
     if not convert:
-        raise BadImage(f"it has {found} channels, the other images have {wanted}")
-    if (found, wanted) not in {(1, 3), (3, 1), (4, 3), (4, 1)}:
-        raise BadImage(f"it has {found} channels, which cannot be made into {wanted}")
+        raise BadImage(f"it has {own} channels, the other images have {wanted}")
+    if (own, wanted) not in {(1, 3), (3, 1), (4, 3), (4, 1)}:
+        raise BadImage(f"it has {own} channels, which cannot be made into {wanted}")
 
 
 def convert_channels(
@@ -303,11 +303,11 @@ def convert_channels(
 
     Any type and range, which stay; a BadImage where there is no such conversion.
     """
-    found = image.shape[0]
-    check_channels(found, wanted)
-    if found == wanted:
+    own = image.shape[0]
+    check_channels(own, wanted)
+    if own == wanted:
         return image
-    if found == 1:
+    if own == 1:
         return np.repeat(image, 3, axis=0)
     if wanted == 3:
         return image[:3]

@@ -160,7 +160,7 @@ class ChosenSampler(Sampler[Item]):
         return ((0, place, place) for place in self.places)
 
 
-class OrderedSampler(Sampler[Item]):
+class OrderedSampler(ChosenSampler):
     """Every image once, in the source's order, always as epoch 0: for held-out images and previews.
 
     Every process gets the same number, so that all make the same number of steps; where the images do not
@@ -168,17 +168,8 @@ class OrderedSampler(Sampler[Item]):
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
-        self.length = length
-        self.rank = rank
-        self.world_size = world_size
-
-    def __len__(self) -> int:
-        return -(-self.length // self.world_size)
-
-    def __iter__(self) -> Iterator[Item]:
-        for turn in range(len(self)):
-            index = (turn * self.world_size + self.rank) % self.length
-            yield 0, index, index
+        turns = range(-(-length // world_size))
+        super().__init__([(turn * world_size + rank) % length for turn in turns])
 
 
 def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most_blocks: int) -> list[int]:
@@ -189,8 +180,8 @@ def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most
     generator = np.random.default_rng(seed % 2**64)
     places = np.arange(of)
     if blocks is not None and blocks.whole:
-        there = np.unique(blocks.numbers)
-        chosen = generator.choice(there, min(most_blocks, len(there)), replace=False)
+        numbers = np.unique(blocks.numbers)
+        chosen = generator.choice(numbers, min(most_blocks, len(numbers)), replace=False)
         places = np.flatnonzero(np.isin(blocks.numbers, chosen))
     drawn = generator.choice(len(places), min(count, len(places)), replace=False)
     return [int(index) for index in np.sort(places[drawn])]

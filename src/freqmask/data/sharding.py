@@ -147,14 +147,14 @@ def open_parts(
 
     Of several DATA the splits are not kept; ``split`` is ``all`` or the name of one.
     """
-    one: Any = data[0] if len(data) == 1 else list(data)
-    source = open_source(one, pages, split, labels)
+    named: Any = data[0] if len(data) == 1 else list(data)
+    source = open_source(named, pages, split, labels)
     notes = source.summary().notes
-    alone = split != "all" or len(data) > 1 or isinstance(one, Source)
-    names = [] if alone else splits_there(one, labels)
+    alone = split != "all" or len(data) > 1 or isinstance(named, Source)
+    names = [] if alone else splits_there(named, labels)
     if not names:
         return Parts([(None if split == "all" else split, source)]), notes
-    parts = Parts([(name, open_source(one, pages, name, labels)) for name in names])
+    parts = Parts([(name, open_source(named, pages, name, labels)) for name in names])
     left = len(source) - parts.count
     if left:
         notes = [*notes, f"{left:,} images outside of {', '.join(names)} are left out."]

@@ -92,8 +92,8 @@ class Source(ABC):
         """The labels of all images, int64 (image,), -1 where there is none."""
         if self._labels is not None:
             return np.array(self._labels, np.int64)
-        found = (self.label(index) for index in range(len(self)))
-        return np.array([-1 if label is None else label for label in found], np.int64)
+        numbers = (self.label(index) for index in range(len(self)))
+        return np.array([-1 if label is None else label for label in numbers], np.int64)
 
     def check(self, index: int) -> None:
         """Raises IndexError for what is no image of this source: numpy and arrow take negative numbers."""

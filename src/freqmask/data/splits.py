@@ -51,14 +51,14 @@ def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
     if split == "all":
         return None
     wanted = "train" if split == "auto" else split_of(split) or split
-    found = [name for name in known if split in (name, name.lower())] or [
+    fitting = [name for name in known if split in (name, name.lower())] or [
         name for name in known if split_of(name) == wanted
     ]
     if split == "auto":
-        return found[0] if found and any(split_of(name) in ("val", "test") for name in known) else None
-    if not found:
+        return fitting[0] if fitting and any(split_of(name) in ("val", "test") for name in known) else None
+    if not fitting:
         raise UserError(f"split ({split}) must be one that {where} holds; {nearest(split, [*known, 'all'])}")
-    return found[0]
+    return fitting[0]
 
 
 @dataclass

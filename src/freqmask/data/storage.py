@@ -66,17 +66,17 @@ def expand_braces(pattern: str) -> list[str]:
     >>> expand_braces("{train,val}-{08..10}.tar")[:4]
     ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar']
     """
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", pattern)
-    if found is None:
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", pattern)
+    if braces is None:
         return [pattern]
-    first, last, words = found.groups()
+    first, last, words = braces.groups()
     if words is None:
         width = len(first) if len(first) == len(last) or first.startswith("0") else 0
         choices = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
     else:
         choices = words.split(",")
-    rest = expand_braces(pattern[found.end() :])
-    return [f"{pattern[: found.start()]}{choice}{tail}" for choice in choices for tail in rest]
+    rest = expand_braces(pattern[braces.end() :])
+    return [f"{pattern[: braces.start()]}{choice}{tail}" for choice in choices for tail in rest]
 
 
 def files_of(text: str) -> tuple[Files, list[str] | None]:
@@ -247,9 +247,9 @@ class RemoteFiles(Files):
                 system.info(path)  # fsspec passes over a server that does not answer; this raises
             return listed
 
-        found: dict[str, Any] = with_retries(self.root, find, gone={})
+        files: dict[str, Any] = with_retries(self.root, find, gone={})
         sizes = {
-            full.removeprefix(base): info.get("size") for full, info in found.items() if full.startswith(base)
+            full.removeprefix(base): info.get("size") for full, info in files.items() if full.startswith(base)
         }
         self._sizes.update(sizes)
         return sizes
@@ -365,8 +365,8 @@ def _wait_or_raise(url: str, error: BaseException, pause: float | None) -> None:
 def _status(error: BaseException) -> int | None:
     """The answer of the server: aiohttp's ``status``, gcsfs's ``code``, httpx's ``response.status_code``."""
     places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
-    found = (getattr(holder, name, None) for holder, name in places)
-    return next((status for status in found if isinstance(status, int)), None)
+    numbers = (getattr(holder, name, None) for holder, name in places)
+    return next((status for status in numbers if isinstance(status, int)), None)
 
 
 def _reason(error: BaseException) -> str:

@@ -258,7 +258,7 @@ def _color(page: Any, first: Any) -> Color:
             raise BadImage(f"it has bands beside the colors {name}, which is not read")
         last = bool(extras) and extras[-1] in (1, 2) and len(clear) == 1
         return Color("bands", key.samplesperpixel, alpha="mask" if last else "none")
-    tables = [getattr(one, "colormap", None) for one in (page, first)] if model == "palette" else []
+    tables = [getattr(holder, "colormap", None) for holder in (page, first)] if model == "palette" else []
     table = next((table for table in tables if table is not None), None)
     return Color(
         model, key.samplesperpixel, top, name == "MINISWHITE", alpha, _palette(table, model, kind), stretch

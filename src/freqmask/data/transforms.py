@@ -215,24 +215,26 @@ def _centered(picture_size: tuple[int, int], view_size: tuple[int, int], share: 
 
 
 def _problems(geometry: Geometry) -> list[str]:
-    found = []
+    problems = []
     if min(geometry.size) < 1:
-        found.append(f"image_size ({geometry.image_size}) must be at least 1 pixel")
+        problems.append(f"image_size ({geometry.image_size}) must be at least 1 pixel")
     if not 0 < geometry.scale[0] <= geometry.scale[1] <= 1:
-        found.append(
+        problems.append(
             f"crop_scale {geometry.scale} must be two shares of the area, 0 < smallest <= largest <= 1"
         )
     if not 0 < geometry.center_share <= 1:
-        found.append(f"center_share ({geometry.center_share}) must be a share of the side, above 0 to 1")
+        problems.append(f"center_share ({geometry.center_share}) must be a share of the side, above 0 to 1")
     if not 0 < geometry.ratio[0] <= geometry.ratio[1]:
-        found.append(f"ratio {geometry.ratio} must be two positive numbers, the smaller first")
+        problems.append(f"ratio {geometry.ratio} must be two positive numbers, the smaller first")
     if geometry.crop not in CROPS:
-        found.append(f"crop ({geometry.crop!r}) is not known; {nearest(geometry.crop, CROPS)}")
+        problems.append(f"crop ({geometry.crop!r}) is not known; {nearest(geometry.crop, CROPS)}")
     flips = {"horizontal_flip": geometry.horizontal_flip, "vertical_flip": geometry.vertical_flip}
-    found += [f"{name} ({p}) must be a probability, 0 to 1" for name, p in flips.items() if not 0 <= p <= 1]
+    problems += [
+        f"{name} ({p}) must be a probability, 0 to 1" for name, p in flips.items() if not 0 <= p <= 1
+    ]
     if geometry.quarter_turns and geometry.size[0] != geometry.size[1]:
-        found.append(f"quarter_turns needs a square view, image_size is {geometry.size}; switch it off")
-    return found
+        problems.append(f"quarter_turns needs a square view, image_size is {geometry.size}; switch it off")
+    return problems
 
 
 def draw_boxes(geometry: Geometry, sizes: Sizes, keys: Int64[Tensor, " batch"], attempt: int = 0) -> Boxes:

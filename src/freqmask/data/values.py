@@ -236,14 +236,16 @@ def _choose_range(thumbnails: Sequence[_Thumbnail]) -> tuple[ValueRange, str]:
     kinds = sorted({thumbnail.dtype for thumbnail in thumbnails})
     if kinds == ["uint8"]:
         return ValueRange(), "8 bits a value"
-    values = [[one.pixels.ravel() for one in thumbnails if one.dtype == kind] for kind in kinds]
+    values = [
+        [thumbnail.pixels.ravel() for thumbnail in thumbnails if thumbnail.dtype == kind] for kind in kinds
+    ]
     ends = [_percentiles(np.concatenate(parts)) for parts in values]
     span = max(high for _, high in ends) - min(low for low, _ in ends)
-    # The same quantity in several types, such as heights in int16 and float32, keeps one scale.
+    # The same quantity in several types, such as heights in int16 and float32, keeps thumbnail scale.
     if len(kinds) == 1 or ("uint8" not in kinds and all(high - low >= span / 4 for low, high in ends)):
-        together = _percentiles(np.concatenate([one.pixels.ravel() for one in thumbnails]))
+        together = _percentiles(np.concatenate([thumbnail.pixels.ravel() for thumbnail in thumbnails]))
         return ValueRange(*together), f"the 0.1 and 99.9 percentiles of {len(thumbnails)} images"
-    ranges = tuple((kind, *_range_of_type(kind, *found)) for kind, found in zip(kinds, ends, strict=True))
+    ranges = tuple((kind, *_range_of_type(kind, *limits)) for kind, limits in zip(kinds, ends, strict=True))
     full = all((low, high) == ValueRange().limits(np.dtype(kind)) for kind, low, high in ranges)
     reason = f"{len(kinds)} sample types, each by its own values"
     return ValueRange(by_type=() if full else ranges), reason
