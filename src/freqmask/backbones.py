@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         """Features of some patches; the model's blocks see no others, and take the time of no others.
 
         Args:
-            images: normalised.
+            images: normalized.
             places: of the patches, row by row from 0, each at most once.
         """
         model = self.timm_model
@@ -252,7 +252,7 @@ class Backbone(nn.Module):
             model.forward_intermediates(
                 image, indices=[self.stage], intermediates_only=True, norm=True, **self._how
             )
-            self._how["norm"] = True  # the model's final normalisation, where its width fits the stage
+            self._how["norm"] = True  # the model's final normalization, where its width fits the stage
         except (AssertionError, TypeError):  # Hiera has it behind its pooling
             pass
 

@@ -143,7 +143,7 @@ def parameters_behind(outputs: Iterable[Tensor]) -> set[nn.Parameter]:
 
 @torch.no_grad()
 def initialise_as_mfm(model: nn.Module) -> None:
-    """MFM's initialisation of a ViT (docs/methods.md, MFM), in place.
+    """MFM's initialization of a ViT (docs/methods.md, MFM), in place.
 
     Linear layers, the patch embedding, tokens and positions are normal with std 0.02, cut at one std; biases
     are zero; the residual projections of block l (from 1) are divided by sqrt(2 l).

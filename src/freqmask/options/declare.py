@@ -45,7 +45,10 @@ def options_of(declaration: Callable[..., Any]) -> dict[str, Option]:
         return _options_of_group(declaration)
     signed = vars(declaration).get("__init__", declaration) if isinstance(declaration, type) else declaration
     hints = typing.get_type_hints(signed, include_extras=True)
-    helps = _argument_helps(inspect.getdoc(declaration) or "")
+    _, _, tail = (inspect.getdoc(declaration) or "").partition("Args:\n")
+    section = re.split(r"^\S", tail, maxsplit=1, flags=re.MULTILINE)[0]
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
+    helps = {name: " ".join(text.split()) for name, text in entries}
     options = {}
     for name, parameter in inspect.signature(declaration).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
@@ -91,7 +94,7 @@ def read_group(group: type[Group], values: Mapping[str, Any]) -> Group:
 
 
 def signature(function: Callable[..., Any], options: Iterable[Option]) -> inspect.Signature:
-    """A function's signature whose ``**options`` are spelt out, for ``help()`` and editors."""
+    """A function's signature whose ``**options`` are spelled out, for ``help()`` and editors."""
     own = inspect.signature(function).parameters
     kept = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
     more = (
@@ -102,14 +105,6 @@ def signature(function: Callable[..., Any], options: Iterable[Option]) -> inspec
         if option.name not in own
     )
     return inspect.Signature([*kept, *more])
-
-
-def _argument_helps(docstring: str) -> dict[str, str]:
-    """Name to text of the ``Args:`` section."""
-    _, _, tail = docstring.partition("Args:\n")
-    section = re.split(r"^\S", tail, maxsplit=1, flags=re.MULTILINE)[0]
-    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ class ImageOptions:
     """Images."""
 
     mean: list[float] | Auto | None = option(
-        "auto", "means that normalise the channels; auto is ImageNet's for 8-bit colour, else measured"
+        "auto", "means that normalize the channels; auto is ImageNet's for 8-bit color, else measured"
     )
     std: list[float] | Auto | None = option(
-        "auto", "standard deviations that normalise the channels; auto as for mean"
+        "auto", "standard deviations that normalize the channels; auto as for mean"
     )
 
 
@@ -62,7 +62,7 @@ class LossOptions(DistanceOptions):
     masked_weight: float = option(1.0, "weight of the hidden frequencies in the loss")
     kept_weight: float = option(0.0, "weight of the kept frequencies in the loss")
     reduce: Literal["batch", "image"] = option(
-        "batch", "normalise the loss over the batch (as released) or image by image"
+        "batch", "normalize the loss over the batch (as released) or image by image"
     )
 
 
@@ -126,7 +126,7 @@ class FOLKOptions(BackboneOptions, LossOptions, MaskingOptions):
     teacher_temperature_warmup: float = option(
         0.1, "share of the training over which it rises", least=0, most=1
     )
-    center_momentum: float = option(0.9, "how much of the teacher's centre a step keeps")
+    center_momentum: float = option(0.9, "how much of the teacher's center a step keeps")
     ema_momentum: float = option(
         0.996, "of the teacher at the start; a cosine leads it to 1", least=0, most=1
     )

@@ -39,10 +39,10 @@ class First:
         above=0,
         rivals="length",
     )
-    steps: int | None = option(None, "optimiser steps, instead of epochs", least=1, rivals="length")
+    steps: int | None = option(None, "optimizer steps, instead of epochs", least=1, rivals="length")
     batch_size: int | Auto = option(
         "auto",
-        "images per optimiser step over all devices and accumulation; auto is what memory holds and the "
+        "images per optimizer step over all devices and accumulation; auto is what memory holds and the "
         "images fill eight times, at most 256 (a GPU: 1,024); less, down to 64, where hours would hold fewer "
         "than 5,000 steps",
         least=1,
@@ -73,7 +73,7 @@ class Images:
     )
     convert_channels: bool | Auto = option(
         "auto",
-        "grey and color always become each other; true also drops the fourth of four bands, false skips such images; "
+        "gray and color always become each other; true also drops the fourth of four bands, false skips such images; "
         "auto drops it where channels is given",
     )
     value_range: str = option(
@@ -96,7 +96,7 @@ class Views:
     crop: Literal["resized", "native", "whole", "center"] = option(
         "resized",
         "resized: a random part brought to the size; native: a random part of just that size, never resampled "
-        "(microscopy); whole: the whole image resized; center: the largest centred part",
+        "(microscopy); whole: the whole image resized; center: the largest centered part",
     )
     crop_scale: list[float] | Auto = option(
         "auto",
@@ -118,12 +118,12 @@ class Views:
         length=5,
         least=0,
     )
-    grey: float | None = option(None, "probability of a grey view. FOLK: 0.2", least=0, most=1)
+    grey: float | None = option(None, "probability of a gray view. FOLK: 0.2", least=0, most=1)
     blur: list[float] | None = option(
         None, "probability of blur, for each view. FOLK: 1.0 0.1 (off below 96 pixels)", least=0, most=1
     )
     solarise: list[float] | None = option(
-        None, "probability of solarisation, for each view. FOLK: 0 0.2 (off below 96 pixels)", least=0, most=1
+        None, "probability of solarization, for each view. FOLK: 0 0.2 (off below 96 pixels)", least=0, most=1
     )
 
 

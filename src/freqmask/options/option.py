@@ -103,7 +103,9 @@ class Option:
     def kinds(self) -> tuple[Any, ...]:
         """The types that it may have, the most particular first."""
         union = typing.get_origin(self.kind) in (typing.Union, types.UnionType)
-        return tuple(sorted(typing.get_args(self.kind) if union else (self.kind,), key=_particular))
+        order = [type(None), bool, int, float, Literal, list, dict, str, Any]
+        kinds = typing.get_args(self.kind) if union else (self.kind,)
+        return tuple(sorted(kinds, key=lambda kind: order.index(_sort(kind))))
 
     def of_kind(self, *kinds: Any) -> bool:
         """Whether one of its types is one of these, or a list of one of these."""
@@ -182,11 +184,6 @@ def parse_yaml(text: Any, texts: bool = False) -> Any:
     exponent = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     return yaml.load(text, Loader)
-
-
-def _particular(kind: Any) -> int:
-    order = (type(None), bool, int, float, Literal, list, dict, str)
-    return order.index(_sort(kind)) if _sort(kind) in order else len(order)
 
 
 def _sort(kind: Any) -> Any:

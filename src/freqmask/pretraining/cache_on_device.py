@@ -45,9 +45,13 @@ def choose_place(options: Mapping[str, Any], survey: Survey, images: int) -> aut
         if obstacle is not None:
             raise UserError(f"images_from (device) cannot be: {obstacle}; try --images_from auto")
         return auto.Choice("device", f"{readable_bytes(size)}, as asked")
-    against = obstacle or _no_gain(options, survey, passes)
-    if against is not None:
-        return auto.Choice("loader", against)
+    side, limit = max(survey.max_size), largest_side(options)
+    if obstacle is None and side > limit:
+        obstacle = f"the largest has {side} pixels a side, and up to {limit} are kept in memory"
+    elif obstacle is None and passes < FEWEST_PASSES:
+        obstacle = f"each is seen {passes:.1f} times, too few to decode all ahead"
+    if obstacle is not None:
+        return auto.Choice("loader", obstacle)
     return auto.Choice("device", f"{readable_bytes(size)} of small images, each seen {passes:,.0f} times")
 
 
@@ -116,13 +120,4 @@ def _obstacle(survey: Survey, size: float, limit: int) -> str | None:
         return (
             f"they take {readable_bytes(size)}, and a quarter of the free memory is {readable_bytes(limit)}"
         )
-    return None
-
-
-def _no_gain(options: Mapping[str, Any], survey: Survey, passes: float) -> str | None:
-    side, limit = max(survey.max_size), largest_side(options)
-    if side > limit:
-        return f"the largest has {side} pixels a side, and up to {limit} are kept in memory"
-    if passes < FEWEST_PASSES:
-        return f"each is seen {passes:.1f} times, too few to decode all ahead"
     return None

@@ -99,12 +99,7 @@ class Palette:
 def centered(
     keep: Float[Tensor, "*batch height half_width"], width: int
 ) -> Float[Tensor, "*batch height width"]:
-    """A keep mask of half-spectrum bins as the whole spectrum, DC in the center.
-
-    Args:
-        keep: 1 = kept, in ``rfft2``'s layout.
-        width: the images' width in pixels.
-    """
+    """A keep mask in ``rfft2``'s layout, of images of this width, as the whole spectrum, DC in the center."""
     return torch.fft.fftshift(full_spectrum(keep, width), dim=(-2, -1))
 
 
@@ -118,11 +113,7 @@ def spectrum_levels(images: Float[Tensor, "*batch channel height width"]) -> np.
 
 
 def spectrum_scale(levels: np.ndarray) -> dict[str, Any]:
-    """Colours for the spectra of one image: the original's range, so that a hole is seen as a hole.
-
-    Args:
-        levels: the original's, from ``spectrum_levels``.
-    """
+    """Colors for the spectra of one image: the range of the original's levels, so that a hole is seen as a hole."""
     from matplotlib import colormaps
 
     low, high = np.percentile(levels, (2, 99.9))
@@ -382,8 +373,12 @@ def draw_filters(
         show_image(axes[0, 3 * number + 2], _dimmed(spectrum, np.ones_like(spectrum)), "its spectrum")
         for position, row_of_images in enumerate(filterings):
             row, block = 1 + position // blocks, position % blocks
-            first = 3 * (block * len(images) + number)
-            _draw_filtering(axes[row, first : first + 3], palette, row_of_images[number], spectrum)
+            first, filtering = 3 * (block * len(images) + number), row_of_images[number]
+            cells = axes[row, first : first + 3]
+            _draw_image(cells[0], palette, filtering.kept, filtering.name, f"kept {filtering.energy:.1%}")
+            _draw_image(cells[1], palette, filtering.removed, f"removed {1 - filtering.energy:.1%}")
+            levels = _dimmed(spectrum, filtering.keep.numpy())
+            show_image(cells[2], levels, f"{filtering.bins:.1%} of the bins")
     return save_sheet(figure, path)
 
 
@@ -400,12 +395,6 @@ def filter_table(images: Sequence[str], filterings: Sequence[Sequence[Filtering]
             shares = f"{filtering.bins:10.2%}  {filtering.energy:12.2%}  {1 - filtering.energy:15.2%}"
             lines.append(f"{filtering.name:{width}}  {shares}" + (f"   {image}" if named else ""))
     return "\n".join(lines)
-
-
-def _draw_filtering(cells: Any, palette: Palette, filtering: Filtering, spectrum: np.ndarray) -> None:
-    _draw_image(cells[0], palette, filtering.kept, filtering.name, f"kept {filtering.energy:.1%}")
-    _draw_image(cells[1], palette, filtering.removed, f"removed {1 - filtering.energy:.1%}")
-    show_image(cells[2], _dimmed(spectrum, filtering.keep.numpy()), f"{filtering.bins:.1%} of the bins")
 
 
 def _dimmed(spectrum: np.ndarray, keep: np.ndarray) -> np.ndarray:

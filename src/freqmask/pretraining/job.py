@@ -86,14 +86,13 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         )  # not those that Lightning starts
         check_processes(options, world)
         if rank() > 0 and world > 1:  # the first process chooses
-            run: RunFolder | None = RunFolder(options["out"]).begun()
-        else:
-            run = find_run(given)
-            if run is None:
-                return _begin(options, given)
-            if run.finished():
-                _say_finished(run)
-                return run.path
+            return _resume(RunFolder(options["out"]).begun(), given, options)
+        run = find_run(given)
+        if run is None:
+            return _begin(options, given)
+        if run.finished():
+            _say_finished(run)
+            return run.path
         return _resume(run, given, options)
 
 

@@ -77,7 +77,7 @@ class PretrainingModule(ScheduledModule):
         self._sharded = False
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
-        """One part of an optimiser step: the method's loss and its parts."""
+        """One part of an optimizer step: the method's loss and its parts."""
         with torch.no_grad():
             views = [as_float(view) for view in batch["views"]]
             views = augmented(views, list(self.augmentation), batch["keys"])

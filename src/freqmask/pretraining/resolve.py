@@ -220,7 +220,10 @@ def _resolve_method(resolved: Resolved, images: int, device: torch.device) -> No
         )
         resolved.reasons["backbone"] = "that of --init"
         options["patch_size"] = patch if options["patch_size"] == "auto" else options["patch_size"]
-    resolved.choose(backbone=auto.choose_backbone(device.type == "cuda"))
+    width, why = (
+        ("small", "a GPU is at hand") if device.type == "cuda" else ("tiny", "training runs on the CPU")
+    )
+    resolved.choose(backbone=Choice(f"vit_{width}_patch16_224", f"{why}; any timm name will do"))
     resolved.choose(patch_size=auto.choose_patch_size(side, options["backbone"]))
     if options["patch_size"] == "auto":
         options["patch_size"] = None

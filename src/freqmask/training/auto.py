@@ -47,7 +47,7 @@ class Cost:
 
     seconds_per_image: float  # forward and backward of one image (all its views)
     bytes_per_image: int  # what the forward keeps for the backward
-    fixed_bytes: int  # weights, gradients and optimiser state
+    fixed_bytes: int  # weights, gradients and optimizer state
 
     def seconds(self, steps: int, images_a_step_a_device: int) -> float:
         """Wall time of the training where the loader keeps up."""
@@ -64,13 +64,6 @@ def choose_image_size(median_side: int) -> Choice:
     if not fitting:
         return Choice(IMAGE_SIZES[0], f"the smallest we use; the median shorter side is {median_side}")
     return Choice(fitting[-1], f"the median shorter side is {median_side}")
-
-
-def choose_backbone(on_gpu: bool) -> Choice:
-    """A small ViT: ViT-S where a GPU is at hand, ViT-Ti on a CPU."""
-    if on_gpu:
-        return Choice("vit_small_patch16_224", "a GPU is at hand; any timm name will do")
-    return Choice("vit_tiny_patch16_224", "training runs on the CPU; any timm name will do")
 
 
 def choose_patch_size(image_size: int, backbone: str) -> Choice | None:

@@ -49,12 +49,12 @@ def _first_line(error: Exception) -> str:
 
 
 def save_atomically(content: dict[str, Any], path: str | Path) -> None:
-    """Write to a temporary neighbour, flush it to the disk, rename it: a full disk leaves the old file whole."""
+    """Write to a temporary neighbor, flush it to the disk, rename it: a full disk leaves the old file whole."""
     replace_atomically(Path(path), lambda temporary: torch.save(content, temporary))
 
 
 def step_file(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimiser step lives."""
+    """Where the checkpoint of an optimizer step lives."""
     return folder / f"step-{step:08d}.ckpt"
 
 

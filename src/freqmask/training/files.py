@@ -27,7 +27,7 @@ class WriteError(UserError, OSError):
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path`` and rename it over ``path`` once it is on the disk.
+    """Let ``write`` fill a temporary neighbor of ``path`` and rename it over ``path`` once it is on the disk.
 
     Args:
         path: the file to replace; its folder is made where it is missing.
