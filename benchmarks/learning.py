@@ -1,6 +1,7 @@
 """What methods learn in equal time: ours and rivals, one harness, one table, accuracy against minutes.
 
     python benchmarks/learning.py --data PATH/cifar10 --methods mfm mae dino --seeds 0 1 2 --out learning
+    python benchmarks/learning.py --data PATH/cifar10 --backbones cnn --methods teacher --teacher timm:resnet18
     python benchmarks/learning.py --data PATH/cifar10 PATH/tiny-imagenet32 --device cuda --jobs 8 --out learning
 
 The time is that of one CPU core. Each method's images/s are measured first, with one thread, then it gets as many steps
@@ -41,6 +42,7 @@ from freqmask.evaluation.knn import predict
 from freqmask.evaluation.linear import choose_and_fit
 from freqmask.images import Normalization
 from freqmask.methods import METHODS
+from freqmask.pretraining.teacher import open_teacher
 from freqmask.training.optim import parameter_groups
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -70,6 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "folk": {**OURS, **SMALL_HEAD},
     "words": {"lr": 2e-3},
     "words-unfiltered": {"lr": 2e-3, "filter_share": 0.0},
+    "teacher": {"lr": 2e-3},
     "simmim": {"lr": 4e-3, "mask": 0.4},
     "mae": {"lr": 2e-3},
     "spark": {"lr": 3e-3},
@@ -78,6 +81,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 FOR_A_CNN = {
     "words": {"lr": 3e-3},
+    "teacher": {"lr": 3e-3},
     "simmim": {"lr": 3e-3},
     "dino": {"lr": 3e-3},
     "lejepa": {"lr": 3e-3, "weight": 0.02},
@@ -154,6 +158,8 @@ def build(job: dict[str, Any]) -> nn.Module:
     for own in ("lr", "crop", "weight_decay"):
         options.pop(own, None)
     name = name.partition("-")[0]  # mfm-com and words-unfiltered are mfm and words with options
+    if name == "teacher":
+        name, options["teacher"] = "distill", open_teacher({**job, "image_size": 32, "channels": 3})
     if name in RIVALS:
         return RIVALS[name](**BACKBONES[job["backbone"]], **options)
     return METHODS[name](**BACKBONES[job["backbone"]], image_size=32, **options)
@@ -540,6 +546,8 @@ def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "images": line.get("images", 0), "minutes": line.get("minutes", arguments.minutes),
                         "steps": line.get("steps", 0), "points": arguments.points, "whole": not arguments.sweep,
                     }  # fmt: skip
+                    if job["method"] == "teacher":
+                        job["teacher"] = arguments.teacher
                     text = json.dumps(job, sort_keys=True)
                     job["id"] = hashlib.sha1(text.encode()).hexdigest()[:12]
                     jobs.append(job | {"device": arguments.device, "out": arguments.out})
@@ -553,6 +561,7 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", default=["pixels", "fresh", "mfm", "folk", "simmim", "mae", "dino", "lejepa"]
     )
+    parser.add_argument("--teacher", help="of the method teacher: timm:NAME, or a folder")
     parser.add_argument("--backbones", nargs="+", default=["vit"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--minutes", type=float, default=14.0, help="of one CPU core, for each training")

@@ -91,3 +91,20 @@ def steps_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Monitor, "on_train_batch_end", noting)
     return steps
+
+
+def train_until(step: int, options: dict[str, Any], out: Path, data: Any = "builtin:digits") -> None:
+    """Break off after a step as a kill would: nothing is saved any more."""
+    import freqmask
+    from freqmask.training.monitor import Monitor
+
+    whole = Monitor.on_train_batch_end
+
+    def broken(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step:
+            raise RuntimeError("killed here")
+        whole(self, trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "on_train_batch_end", broken)
+        freqmask.pretrain(data, **options, out=str(out))

@@ -1,4 +1,4 @@
-"""From features to an image, and from features to the outputs that a teacher and a student compare."""
+"""From features to an image, and from features to what a student is compared in with its teacher."""
 
 from __future__ import annotations
 
@@ -90,6 +90,18 @@ class ProjectionHead(nn.Module):
         """The cosine of each projected feature with each prototype, in [-1, 1]."""
         projected = F.normalize(self.mlp(features), dim=-1, eps=1e-6)
         return F.linear(projected, F.normalize(self.last_layer, dim=-1, eps=1e-6))
+
+
+class FeatureNorm(nn.BatchNorm1d):
+    """Batch norm of features (B, D); a single image, which has no statistics of a batch, takes the running ones."""
+
+    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """Each feature with mean 0 and variance 1 over the batch, then scaled where it is affine."""
+        training = self.training and len(features) > 1
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(
+            features, *statistics, self.weight, self.bias, training, self.momentum or 0.0, self.eps
+        )
 
 
 def _linear(width_in: int, width_out: int) -> nn.Linear:

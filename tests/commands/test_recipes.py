@@ -25,6 +25,7 @@ ROWS = {
 ON_ONE_CORE = {  # of docs/results.md
     *(f"{method}-32-{size}" for method in ("mfm", "mfm-com", "folk") for size in ("small", "cnn")),
     "words-32-small",
+    "distill-32-cnn",
 }
 FIRST_LOOK = "photos"  # what `freqmask pretrain` runs without any argument; it names its own data
 

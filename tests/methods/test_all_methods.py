@@ -48,11 +48,13 @@ def test_every_parameter_that_wants_a_gradient_gets_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_build_the_same_method_again(name: str) -> None:
-    own = {"words": 16} if name == "words" else {"gamma": 1.5}
+    own = {"words": {"words": 16}, "distill": {"token_weight": 0.5}}.get(name, {"gamma": 1.5})
     method = tiny_method(name, **own, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
     assert set(method.settings) == set(inspect.signature(type(method)).parameters)
     again = build_method(method.name, **method.settings)
     again.load_state_dict(method.state_dict())
+    if name == "distill":  # a teacher is no plain value and lies in no checkpoint
+        again.teacher = method.teacher
     views = views_for(method)
     assert torch.equal(again(views, KEYS)["loss"], method(views, KEYS)["loss"])
     assert again.settings == method.settings
@@ -97,7 +99,10 @@ def test_details_cost_nothing_unless_asked(name: str, monkeypatch: pytest.Monkey
     views = views_for(method)
     with_details = method(views, KEYS, details=True)
     monkeypatch.setattr(
-        inspect.getmodule(type(method)), "reconstruction_health", None, raising=name != "words"
+        inspect.getmodule(type(method)),
+        "reconstruction_health",
+        None,
+        raising=name not in ("words", "distill"),
     )
     without = method(views, KEYS)
     assert not [part for part in without if part.startswith("relative_loss") or part == "collapse"]
@@ -134,7 +139,9 @@ def test_a_whole_method_compiles_into_one_graph(name: str, backend: str) -> None
         values["loss"].backward()
     torch.testing.assert_close(parts[1], parts[0], equal_nan=True)
     for eager, compiled in zip(method.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=1e-6)
+        # distill standardises twice over four images, which magnifies rounding
+        atol = 1e-5 if name == "distill" else 1e-6
+        torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -118,7 +118,7 @@ def test_tokens_of_all_places_are_the_feature_map() -> None:
 
 def test_no_gradient_of_the_pictures_reaches_the_backbone() -> None:
     method = tiny_method("words")
-    cells, places = method.encode(photographs(4), KEYS)
+    cells, places = method.see(photographs(4), KEYS)
     method.picture_loss(cells.detach(), places, photographs(4)).backward()
     assert all(parameter.grad is None for parameter in method.backbone.parameters())
     assert method.decoder[0].weight.grad is not None

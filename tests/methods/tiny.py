@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freqmask.backbones import Backbone
 from freqmask.methods import build_method
+from freqmask.methods.distill import Teacher
 
 VIT: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
@@ -25,9 +27,19 @@ HEADS: dict[str, Any] = {"outputs": 16, "hidden_size": 32, "bottleneck_size": 8}
 
 def tiny_method(name: str, network: dict[str, Any] | None = None, **settings: Any) -> Any:
     """A method that runs in a few milliseconds, the same each time."""
-    torch.manual_seed(0)
     heads = HEADS if name == "folk" else {"words": 16} if name == "words" else {}
+    if name == "distill" and "teacher" not in settings:
+        settings["teacher"] = tiny_teacher(settings.get("channels", 3))
+    torch.manual_seed(0)
     return build_method(name, **{**(network or VIT), **heads, **settings})
+
+
+def tiny_teacher(channels: int = 3) -> Teacher:
+    """A small network with weights drawn at random, which sees images at 40 pixels."""
+    torch.manual_seed(1)
+    small = {"layers": (1, 1, 1, 1), "channels": (4, 8, 8, 12)}
+    backbone = Backbone("resnet18", 40, channels, model_args=small)
+    return Teacher(backbone, "random:resnet18", size=40)
 
 
 def photographs(count: int = 4, channels: int = 3, size: tuple[int, int] = (32, 32), seed: int = 1) -> Tensor:

@@ -16,10 +16,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import steps_made
+from tiny_runs import steps_made, train_until
 
 import freqmask
-from freqmask.data.source import Source
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.training.run_folder import RunFolder
@@ -195,22 +194,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert steps == [3, 4, 5, 6]  # it went on, and did not begin again
     assert_identical(whole, again)
     assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(again)]
-
-
-def train_until(step: int, options: dict[str, Any], out: Path, data: str | Source = "builtin:digits") -> None:
-    """Break off after a step as a kill would: nothing is saved any more."""
-    from freqmask.training.monitor import Monitor
-
-    whole = Monitor.on_train_batch_end
-
-    def broken(self: Any, trainer: Any, *rest: Any) -> None:
-        if trainer.global_step == step:
-            raise RuntimeError("killed here")
-        whole(self, trainer, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "on_train_batch_end", broken)
-        freqmask.pretrain(data, **options, out=str(out))
 
 
 def test_other_settings_are_refused_each_named(tmp_path: Path) -> None:

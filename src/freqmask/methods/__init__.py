@@ -8,6 +8,7 @@ from torch import nn
 
 from freqmask.errors import UserError, nearest
 from freqmask.imports import import_object
+from freqmask.methods.distill import Distill
 from freqmask.methods.folk import FOLK
 from freqmask.methods.method import Method
 from freqmask.methods.mfm import MFM
@@ -16,7 +17,7 @@ from freqmask.methods.words import Words
 from freqmask.options.of_methods import BUILT_FROM, options_of_class
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MFM, FOLK, Words, SuperResolution, Deblur, Denoise)
+    method.name: method for method in (MFM, FOLK, Words, Distill, SuperResolution, Deblur, Denoise)
 }
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MFM",
     "Deblur",
     "Denoise",
+    "Distill",
     "Method",
     "SuperResolution",
     "Words",

@@ -141,26 +141,54 @@ class FOLKOptions(BackboneOptions, LossOptions, MaskingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordsOptions(BackboneOptions):
-    """Visual words."""
+class PartlySeenOptions(BackboneOptions):
+    """What is hidden."""
 
     filter: str | Any = option(
         "lowpass", "lowpass, or another filter as for mfm; what hides frequencies from the network"
     )
     radius: float | Auto = option(
-        "auto", "of words' low-pass; auto is a quarter of the shorter side (56 at 224)", above=0
+        "auto",
+        "of the low-pass of words and distill; auto is a quarter of the shorter side (56 at 224)",
+        above=0,
     )
     filter_share: float = option(0.5, "share of the images whose frequencies are hidden", least=0, most=1)
     token_share: float | Auto = option(
         "auto", "share of its patches that a ViT is given; auto is 0.5, and 1 where patches cannot be left out",
         above=0, most=1,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsOptions(PartlySeenOptions):
+    """Visual words."""
+
     words: int = option(256, "visual words to tell apart", least=2)
     word_grid: int = option(2, "rows and columns of cells in which words are counted", least=1)
     word_side: int | Auto = option(
         "auto", "shorter side in pixels that an image is reduced to before its words are read; auto is at most 64",
         least=8,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(PartlySeenOptions):
+    """A public teacher."""
+
+    teacher: str | Any | None = option(
+        None,
+        "a frozen network whose features are learnt: timm:NAME (public weights), a run folder, or an exported folder; "
+        "chooses the method distill",
+    )
+    teacher_size: int | Auto = option(
+        "auto",
+        "shorter side in pixels at which the teacher sees images; auto is what it was trained at, but at most three "
+        "times the student's",
+        least=1,
+    )
+    token_weight: float = option(0.0, "weight of the teacher's features place by place in the loss", least=0)
+    reconstruction_weight: float = option(0.0, "weight of the reconstruction in the loss", least=0)
+    filter_share: float = option(0.25, "share of the images whose frequencies are hidden", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +222,7 @@ METHOD_OPTIONS: dict[str, type] = {
     "mfm": MFMOptions,
     "folk": FOLKOptions,
     "words": WordsOptions,
+    "distill": DistillOptions,
     "sr": SuperResolutionOptions,
     "deblur": DeblurOptions,
     "denoise": DenoiseOptions,

@@ -16,8 +16,8 @@ class First:
 
     method: str | Any = option(
         "mfm",
-        "mfm, folk, sr, deblur, denoise, or the import path of a method of your own (in Python also the "
-        "class)",
+        "mfm, folk, words, distill, sr, deblur, denoise, or the import path of a method of your own (in Python "
+        "also the class)",
     )
     backbone: str = option(
         "auto",

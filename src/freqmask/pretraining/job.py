@@ -20,6 +20,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.labelled import open_labelled
 from freqmask.images import as_float
 from freqmask.interop.weights import load_initial
+from freqmask.methods import Distill
 from freqmask.options import command_words
 from freqmask.pretraining import plan
 from freqmask.pretraining.cache_on_device import keep_images
@@ -35,6 +36,7 @@ from freqmask.pretraining.resolve import (
     resolve,
 )
 from freqmask.pretraining.task import Images, Pretraining, make_dataset
+from freqmask.pretraining.teacher import check_same, weights_of
 from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
@@ -78,7 +80,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         The run folder.
     """
     with silence_third_party_loggers():
-        options, given = _with_data(_as_words(options), _as_words(given))
+        options, given = _with_data(_as_words(options, given), _as_words(given, given))
         check_options(options)
         pick_device(options["accelerator"])
         world = (
@@ -96,13 +98,17 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         return _resume(run, given, options)
 
 
-def _as_words(options: Mapping[str, Any]) -> dict[str, Any]:
+def _as_words(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Filters and methods given as objects become the words that configuration and checkpoint record."""
     words = dict(options)
     if hasattr(words.get("filter"), "describe"):
         words["filter"] = words["filter"].describe()
     if isinstance(words.get("method"), type):
         words["method"] = f"{words['method'].__module__}:{words['method'].__qualname__}"
+    if isinstance(words.get("teacher"), Path):
+        words["teacher"] = str(words["teacher"])
+    if given.get("teacher") is not None and given.get("method") is None:
+        words["method"] = Distill.name
     return words
 
 
@@ -215,6 +221,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
             "threads": torch.get_num_threads(),
             "cores": usable_cores(),
             "began": now(),
+            **weights_of(resolved.method),
         }
         _draw_plan(run, resolved, images)
         if options["dry_run"]:
@@ -346,6 +353,7 @@ def _train(
     """The method with its first weights, trained, and how it ended."""
     torch.manual_seed(options["seed"])
     method = make_method(options, len(images.train) / options["batch_size"])
+    check_same(method, state)
     if options["init"]:
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")

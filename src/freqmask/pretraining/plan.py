@@ -53,6 +53,11 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     yield f"backbone    {_with(resolved, 'backbone')}{_network(resolved)}"
     about = find_method(options["method"]).about
     yield f"method      {options['method']}" + (f": {about}" if about else "")
+    if "teacher" in resolved.reasons:
+        yield (
+            f"teacher     {options['teacher']}, frozen, sees whole images at {options['teacher_size']} pixels"
+            f"{_why(resolved, 'teacher')}"
+        )
     epochs = options["steps"] * options["batch_size"] / images
     yield (
         f"training    {options['steps']:,} steps of {options['batch_size']} images = {epochs:,.1f} epochs"
@@ -201,7 +206,7 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
             "the same time holds more of them with a smaller"
         )
         yield "            --batch_size, --image_size or --backbone (freqmask recipes lists what suits one core)"
-    if images < FEW_IMAGES:
+    if images < FEW_IMAGES and not options.get("teacher"):
         # who has chosen a CNN is not sent to a transformer
         public = str(options.get("backbone", PUBLIC_VIT))
         if "vit" in public or not timm.is_model(public):

@@ -23,10 +23,11 @@ from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.weights import check_init, initial_backbone
-from freqmask.methods import METHODS, build_method, find_method
+from freqmask.methods import METHODS, Distill, build_method, find_method
 from freqmask.options import Option
 from freqmask.options.of_methods import FROM_DATA, options_of_class, typed_options
 from freqmask.pretraining.cache_on_device import choose_place
+from freqmask.pretraining.teacher import open_teacher, share_of_step
 from freqmask.training import auto
 from freqmask.training.auto import Choice
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
@@ -244,6 +245,8 @@ def make_method(options: Mapping[str, Any], steps_an_epoch: float | None = None)
     """
     shared = ("backbone", "image_size", "channels", "mean", "std", "patch_size")
     settings = method_settings(options, steps_an_epoch)
+    if settings.get("teacher") is not None and issubclass(find_method(options["method"]), Distill):
+        settings["teacher"] = open_teacher(options)
     return build_method(options["method"], **{name: options[name] for name in shared}, **settings)
 
 
@@ -253,6 +256,8 @@ def _resolve_batch(resolved: Resolved, images: int, device: torch.device) -> Non
     trial, loss = make_trial(resolved.method, options, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         cost = resolved.cost = auto.measure_cost(trial, loss, device)
+        if isinstance(trial, Distill):
+            resolved.reasons["teacher"] = f"its passes are {share_of_step(trial, loss, device):.0%} of a step"
     memory, processes = auto.usable_memory(device), auto.world_size(options)
     seconds = None if options["hours"] is None else options["hours"] * 3600
     resolved.choose(batch_size=auto.choose_batch_size(cost, images, processes, memory, seconds))

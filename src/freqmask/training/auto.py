@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -226,12 +225,16 @@ def measure_cost(
 
 
 def _timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> float:
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    wait()
-    start = perf_counter()
+    start = seconds_now(device)
     loss(images).backward()
-    wait()
-    return perf_counter() - start
+    return seconds_now(device) - start
+
+
+def seconds_now(device: torch.device) -> float:
+    """A clock that first waits for what the device still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
 
 
 def check_single_image(loss: Callable[[int], Any], backbone: str) -> None:

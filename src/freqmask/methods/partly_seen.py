@@ -1,0 +1,154 @@
+"""What methods share whose network is given a part of an image: some patches, and for some images some frequencies."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_width
+from freqmask.errors import UserError
+from freqmask.filters import Filter, Filtered, build_filter
+from freqmask.heads import ReconstructionHead
+from freqmask.images import Normalization
+from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
+from freqmask.methods.mfm import corrupt
+from freqmask.options import read_group
+from freqmask.options.of_methods import PartlySeenOptions
+from freqmask.rng import combine, uniform
+
+RADIUS_SHARE = 4  # the low-pass keeps a quarter of the shorter side: milder filters cost nothing, docs/log.md
+TOKEN_SHARE = 0.5
+
+
+class PartlySeen(Method):
+    """A backbone that is given some patches of x~, the image with frequencies hidden; a linear decoder for pictures.
+
+    ``filter_share`` of the images are filtered; what the network is to tell from the rest is a subclass's matter.
+
+    Args:
+        backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`.
+        image_size: side in pixels, or (height, width).
+        channels: channels of the images.
+        **options: those of the class's ``Options``.
+
+    Raises:
+        UserError: for an option out of range, or a token_share below 1 for a backbone that takes all patches.
+    """
+
+    Options: ClassVar[type[PartlySeenOptions]]
+
+    def __init__(
+        self,
+        backbone: str | Backbone = "vit_small_patch16_224",
+        image_size: ImageSize = 224,
+        channels: int = 3,
+        **options: Any,
+    ) -> None:
+        given = read_group(self.Options, options)
+        settings = recorded(
+            {"backbone": backbone, "image_size": image_size, "channels": channels, **vars(given)}
+        )
+        super().__init__()
+        size = height_and_width(image_size)
+        self.normalise = Normalization(channels, given.mean, given.std)
+        self.backbone = build_backbone(backbone, image_size, channels, given)
+        if given.filter == "lowpass" and given.radius == "auto":
+            settings["radius"] = min(size) / RADIUS_SHARE
+        self.filter = _filter(given.filter, settings["radius"], size)
+        self.filter_share = given.filter_share
+        self.token_share = settings["token_share"] = _token_share(given.token_share, self.backbone)
+        self.settings = settings
+        self.add_heads(given)
+        self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
+
+    @abstractmethod
+    def add_heads(self, options: Any) -> None:
+        """What the features are asked through, by the options; ``settings`` gets what was ``auto`` among them."""
+
+    def hidden(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
+    ) -> Filtered:
+        """The images, frequencies of some of them hidden, and keep (1 throughout for the others)."""
+        filtered = corrupt(self.filter, images, keys, clamp=True)
+        chosen = (uniform(keys, "filtered", (1,)) < self.filter_share).view(-1, 1, 1, 1)
+        return Filtered(torch.where(chosen, filtered.images, images), torch.where(chosen, filtered.keep, 1.0))
+
+    def see(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, "batch cell dim"], Int64[Tensor, "batch cell"] | None]:
+        """Features of the cells that the backbone is given of x~, and their places; None: all, in order.
+
+        Args:
+            images: whole, in [0, 1].
+            keys: one an image.
+        """
+        images = self.normalise(self.hidden(images, combine(keys, 0)).images)
+        if self.token_share == 1:
+            return self.backbone(images).feature_map.flatten(2).mT, None
+        height, width = self.backbone.padded(images).shape[-2:]
+        count = height * width // self.backbone.stride**2
+        order = uniform(combine(keys, 1), "tokens", (count,)).argsort(dim=1)
+        places = order[:, : max(1, round(self.token_share * count))]
+        return self.backbone.read_tokens(images, places), places
+
+    def picture_loss(
+        self,
+        cells: Float[Tensor, "batch cell dim"],
+        places: Int64[Tensor, "batch cell"] | None,
+        images: Float[Tensor, "batch channel height width"],
+    ) -> Float[Tensor, ""]:
+        """How far the decoder's pixels are from the cells' own in the whole images, normalized."""
+        convolution: Any = self.decoder[0]
+        weight, bias = convolution.weight.flatten(1), convolution.bias
+        padded = self.backbone.padded(self.normalise(images))
+        wanted = at_places(F.pixel_unshuffle(padded, self.backbone.stride), places)
+        return F.mse_loss(F.linear(cells, weight, bias).float(), wanted)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
+    ) -> dict[str, Tensor]:
+        """Original, filtered, what a linear decoder sees in the features, the missing part filled in."""
+        keys = picture_keys(images) if keys is None else keys
+        filtered = corrupt(self.filter, images, keys, clamp=True)
+        with eval_no_grad(self):
+            cells = self.backbone(self.normalise(filtered.images)).feature_map
+            prediction = self.normalise.inverse(self.decoder(cells, (images.shape[-2], images.shape[-1])))
+        return pictures(images, filtered.images, prediction, filtered.keep)
+
+
+def at_places(
+    cells: Float[Tensor, "batch dim rows columns"], places: Int64[Tensor, "batch cell"] | None
+) -> Float[Tensor, "batch cell dim"]:
+    """A map's cells as a sequence: those at ``places``, row by row from 0; None: all."""
+    sequence = cells.flatten(2).mT
+    if places is None:
+        return sequence
+    return torch.gather(sequence, 1, places[..., None].expand(-1, -1, sequence.shape[-1]))
+
+
+def _filter(text: Any, radius: float | str, size: tuple[int, int]) -> Filter:
+    """The low-pass of a radius, or the filter that was named, which has its radius inside."""
+    if text == "lowpass":
+        return build_filter(f"lowpass(radius={radius!r})", size)
+    if radius != "auto":
+        raise UserError(
+            f"radius ({radius}) is not used by filter {text}; write it inside, as in 'highpass(radius=8)'"
+        )
+    return build_filter(text, size)
+
+
+def _token_share(share: float | str, backbone: Backbone) -> float:
+    """The share of patches, 1 where the backbone takes all."""
+    if share == "auto":
+        return TOKEN_SHARE if backbone.can_leave_tokens_out else 1.0
+    if float(share) < 1 and not backbone.can_leave_tokens_out:
+        raise UserError(
+            f"token_share ({share}) must be 1 for {backbone.name}, which takes all patches; try token_share=auto"
+        )
+    return float(share)
