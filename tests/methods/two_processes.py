@@ -48,6 +48,7 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     trained = [name for name, network in NETWORKS.items() if train("mfm", network)]
+    train("distill", VIT, token_weight=1.0)  # DDP passes over a frozen teacher
     folk = train("folk", VIT, freeze_last_layer_steps=1)
     torch.save({"trained": trained, "folk": folk.state_dict()}, folder / f"process{rank}.pt")
     distributed.destroy_process_group()

@@ -37,7 +37,7 @@ def write_teacher(folder: Path, channels: int = 1) -> Path:
         "resnet18", in_chans=channels, num_classes=0, layers=(1, 1, 1, 1), channels=(4, 8, 8, 12)
     )
     statistics = {"mean": [0.5] * channels, "std": [0.25] * channels}
-    write_timm_folder(model, folder, input_size=(channels, 64, 64), facts={}, **statistics)
+    write_timm_folder(model, folder, input_size=(channels, 64, 64), metadata={}, **statistics)
     return folder
 
 
