@@ -60,7 +60,7 @@ def test_the_plan_begins_with_what_matters_and_ends_with_the_length(
         ("hf-hub:timm/resnet18.a1_in1k", "public weights are timm:resnet18.a1_in1k"),
         ("resnet18", "public weights are timm:resnet18"),
         ("random:resnet18", "leave it out to begin with random weights"),
-        ("nowhere/at/all", "there is no such folder"),
+        ("nowhere/at/all", "nothing of that name exists"),
         (".", "there is no backbone in it"),
         ("timm:resnet81", "did you mean 'resnet"),
     ],

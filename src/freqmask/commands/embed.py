@@ -79,7 +79,7 @@ def embed(
     from freqmask.training.files import check_out
 
     opened = open_model(model, image_size=image_size, weights=weights)
-    source = open_source([data] if isinstance(data, str) else data, pages=pages, split=split, labels=labels)
+    source = open_source(data, pages=pages, split=split, labels=labels)
     path = Path(out if out is not None else "embeddings.parquet")
     if out is None and opened.kind == "run" and opened.folder is not None:
         path = opened.folder.parent / path

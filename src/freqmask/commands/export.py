@@ -81,7 +81,7 @@ def _open(model: str, image_size: int | None, weights: str | None, format: str) 
     """A classifier with its head, a segmentation network as a graph, or a backbone."""
     from freqmask.commands.prediction import open_segmenter, segmentation_graph
     from freqmask.interop.models import open_classifier, open_model
-    from freqmask.interop.weights import PUBLIC, RANDOM
+    from freqmask.interop.timm_folder import PUBLIC, RANDOM
 
     segmenter = open_segmenter(model)
     if segmenter is not None:

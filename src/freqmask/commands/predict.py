@@ -63,7 +63,7 @@ def predict(
     path = check_out(out, overwrite, folder=segmenter is not None)
     if classifier is not None and path.suffix != ".csv":
         raise UserError(f"out ({out}) must end in .csv; try --out {path.with_suffix('.csv')}")
-    source = open_source([data] if isinstance(data, str) else data, pages=pages, split=split)
+    source = open_source(data, pages=pages, split=split)
     config, devices = choose_compute(batch_size, workers, accelerator, 1)
     if segmenter is not None:
         written = prediction.write_masks(segmenter, source, path, inference, config, devices[0])

@@ -27,8 +27,7 @@ from freqmask.interop.models import (
     open_model,
     still_images,
 )
-from freqmask.interop.timm_folder import CLASSIFIER
-from freqmask.interop.weights import PUBLIC, RANDOM
+from freqmask.interop.timm_folder import CLASSIFIER, PUBLIC, RANDOM
 from freqmask.training.run_folder import RunFolder
 
 PIXELS = "pixels"

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.architecture import architecture_of, as_timm_names
-from freqmask.interop.mfm_layout import DECODER, ENCODER, differences, from_beit_names
-from freqmask.interop.timm_folder import fitted
+from freqmask.interop.mfm_layout import DECODER, ENCODER, from_beit_names
+from freqmask.interop.timm_folder import differences, fitted, read_tensors
 from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
@@ -172,10 +170,7 @@ def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
     if path.is_dir():
         raise UserError(f"file ({path}) is a folder; an exported folder needs no converting")
     if path.suffix == ".safetensors" and path.is_file():
-        try:
-            return dict(load_file(path)), []
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"file ({path}) cannot be read, it may be cut short ({error})") from error
+        return dict(read_tensors(path, "file")), []
     read = read_torch_file(path)
     if not isinstance(read.content, dict):
         what = read.content.origin if isinstance(read.content, Inert) else type(read.content).__name__

@@ -11,13 +11,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from freqmask import __version__
@@ -26,21 +26,22 @@ from freqmask.errors import UserError, nearest
 from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.mfm_layout import mfm_encoder, mfm_state
 from freqmask.interop.models import OpenedClassifier, OpenedModel
-from freqmask.interop.timm_folder import DECODER, Pooled, write_timm_folder
+from freqmask.interop.timm_folder import DECODER, Pooled, read_tensors, write_timm_folder
 from freqmask.interop.weights import run_state
 from freqmask.training.checkpoint import save_atomically
 from freqmask.training.files import check_out, new_folder, replace_atomically
-from freqmask.training.run_folder import RunFolder
+
+Compute = Callable[[Tensor], tuple[Tensor, ...]]  # images (B, C, H, W) in [0, 1] to outputs
 
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
 _LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
 
 
 class Exported(nn.Module):
-    """What graphs compute: normalisation, then a network.
+    """What graphs compute: normalization, then a network.
 
     Args:
-        network: gives one tensor or several of normalised images (B, C, H, W).
+        network: gives one tensor or several of normalized images (B, C, H, W).
         mean: of each channel in [0, 1].
         std: of each channel.
     """
@@ -56,8 +57,8 @@ class Exported(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, ...]:
         """The network's outputs for images in [0, 1]."""
-        found = self.network((images - self.mean) / self.std)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+        outputs = self.network((images - self.mean) / self.std)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 class _PooledAndMap(nn.Module):
@@ -65,8 +66,8 @@ class _PooledAndMap(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.backbone(normalised)
+    def forward(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(normalized)
         return features.pooled, features.feature_map
 
 
@@ -91,17 +92,16 @@ class Graph:
 
 def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
     """A backbone with both its features, or a classifier with its logits."""
-    notes = {"mean": opened.mean, "std": opened.std, "normalised_inside": True}
+    notes = {"mean": opened.mean, "std": opened.std, "normalised_inside": True, **exported_metadata(opened)}
     if isinstance(opened, OpenedClassifier):
-        module = Exported(opened.module, opened.mean, opened.std)
-        fixed = bool(opened.module.pretrained_cfg.get("fixed_input_size"))
-        notes |= {**_classifier_metadata(opened), "class_names": opened.class_names}
+        multiple = None if opened.module.pretrained_cfg.get("fixed_input_size") else 32
         outputs = {"logits": f"(B, {len(opened.class_names)} classes, named in the metadata)"}
-        return Graph(module, outputs, opened.input_size, notes, None if fixed else 32)
-    module = Exported(_PooledAndMap(opened.backbone), opened.mean, opened.std)
-    outputs = {"features": "(B, D)", "feature_map": "(B, D, h, w)"}
-    multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
-    return Graph(module, outputs, opened.input_size, {**notes, **exported_metadata(opened)}, multiple)
+        network, notes["class_names"] = opened.module, opened.class_names
+    else:
+        multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
+        outputs = {"features": "(B, D)", "feature_map": "(B, D, h, w)"}
+        network = _PooledAndMap(opened.backbone)
+    return Graph(Exported(network, opened.mean, opened.std), outputs, opened.input_size, notes, multiple)
 
 
 def export_model(
@@ -153,27 +153,21 @@ def decoder_of(opened: OpenedModel) -> dict[str, Tensor]:
     Raises:
         UserError: the run has gone on since its backbone was written, or the file is broken.
     """
-    folder = opened.folder
-    if folder is None:
-        return {}
-    if (folder / DECODER).is_file():
-        try:
-            return dict(load_file(folder / DECODER))
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"decoder ({folder / DECODER}) cannot be read, it may be cut short ({error})"
-            ) from error
-    run = RunFolder(folder.resolve().parent)
-    if not run.exists():
-        return {}
+    if opened.folder is not None and (opened.folder / DECODER).is_file():
+        return read_tensors(opened.folder / DECODER, "decoder")
     prefix = "method.decoder."
-    state = run_state(run.path)
+    state = run_state(opened.run.path) if opened.run is not None else {}
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _write_timm(opened: OpenedModel | OpenedClassifier, path: Path) -> list[str]:
+    more: dict[str, Any]
     if isinstance(opened, OpenedClassifier):
-        return _write_classifier(opened, path)
+        more = {"crop_pct": opened.crop_share, "label_names": opened.class_names}
+        notes = [f"with its head: {len(opened.class_names)} classes"]
+    else:
+        more = {"pooled": pooled_of(opened), "decoder": decoder_of(opened) or None}
+        notes = []
     with new_folder(path) as scratch:
         write_timm_folder(
             opened.module,
@@ -182,47 +176,26 @@ def _write_timm(opened: OpenedModel | OpenedClassifier, path: Path) -> list[str]
             mean=opened.mean,
             std=opened.std,
             metadata=exported_metadata(opened),
-            pooled=pooled_of(opened),
-            decoder=decoder_of(opened) or None,
+            **more,
         )
-        if opened.folder is not None and load_space(opened) is not None:
+        if isinstance(opened, OpenedModel) and opened.folder is not None and load_space(opened) is not None:
             shutil.copyfile(opened.folder / FILE, scratch / FILE)
-    return [f'timm.create_model("local-dir:{path}", pretrained=True)', f'AutoModel.from_pretrained("{path}")']
+    notes.append(f'timm.create_model("local-dir:{path}", pretrained=True)')
+    return notes if more.get("label_names") else [*notes, f'AutoModel.from_pretrained("{path}")']
 
 
-def _write_classifier(opened: OpenedClassifier, path: Path) -> list[str]:
-    with new_folder(path) as scratch:
-        write_timm_folder(
-            opened.module,
-            scratch,
-            input_size=opened.input_size,
-            mean=opened.mean,
-            std=opened.std,
-            metadata=_classifier_metadata(opened),
-            crop_pct=opened.crop_share,
-            label_names=opened.class_names,
-        )
-    return [
-        f"with its head: {len(opened.class_names)} classes",
-        f'timm.create_model("local-dir:{path}", pretrained=True)',
-    ]
-
-
-def _classifier_metadata(opened: OpenedClassifier) -> dict[str, Any]:
-    known = {"version": __version__, "from": opened.name, **opened.metadata}
-    return {**known, "value_range": opened.value_range}
-
-
-def exported_metadata(opened: OpenedModel) -> dict[str, Any]:
+def exported_metadata(opened: OpenedModel | OpenedClassifier) -> dict[str, Any]:
     """What traces weights back, for config.json and the metadata of files."""
-    return {
+    plain = {
         "version": __version__,
         "from": opened.name,
         **opened.metadata,
         "value_range": opened.value_range,
-        "stage": opened.backbone.stage,
-        **({"crop": opened.trained_crop} if opened.trained_crop else {}),
     }
+    if isinstance(opened, OpenedModel):
+        plain |= {"stage": opened.backbone.stage}
+        plain |= {"crop": opened.trained_crop} if opened.trained_crop else {}
+    return plain
 
 
 def _write_mfm(opened: OpenedModel, path: Path) -> list[str]:
@@ -239,26 +212,26 @@ def _write_mfm(opened: OpenedModel, path: Path) -> list[str]:
 
 
 def _epoch(opened: OpenedModel) -> int:
-    if "epoch" in opened.metadata or opened.folder is None:
+    images = opened.run.state().get("images") if opened.run is not None else None
+    if opened.run is None or "epoch" in opened.metadata or not images:
         return int(opened.metadata.get("epoch", 0))
-    run = RunFolder(opened.folder.resolve().parent)
-    images = run.state().get("images") if run.exists() else None
-    return int(opened.metadata.get("step", 0) * run.config()["batch_size"] / images) if images else 0
+    return int(opened.metadata.get("step", 0) * opened.run.config()["batch_size"] / images)
 
 
 def _write_onnx(graph: Graph, path: Path) -> list[str]:
-    _require("onnx", "onnxscript", "onnxruntime")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"format (onnx) needs {', '.join(missing)}; pip install 'freqmask[export]'")
     import onnx
+    import onnxruntime
 
-    module = graph.module.eval()
-    large = sum(tensor.nbytes for tensor in module.state_dict().values()) > _LARGEST_ONE_FILE
-    if large:
+    if sum(tensor.nbytes for tensor in graph.module.state_dict().values()) > _LARGEST_ONE_FILE:
         raise UserError("format (onnx) ends at 2 GB in one file; --format torch-export has no such end")
 
-    def export(dynamic: dict[int, Any], size: tuple[int, int]) -> Any:
+    def write(path: Path, example: Tensor, dynamic: dict[int, Any]) -> Compute:
         program = torch.onnx.export(
-            module,
-            (_example(graph, 2, size),),
+            graph.module,
+            (example,),
             dynamo=True,
             input_names=["images"],
             output_names=list(graph.outputs),
@@ -269,91 +242,72 @@ def _write_onnx(graph: Graph, path: Path) -> list[str]:
         assert program is not None  # only the older exporter gives none
         for name, value in _metadata(graph).items():
             program.model_proto.metadata_props.add(key=name, value=value)
-        return program.model_proto
-
-    def write(proto: Any, temporary: Path, sizes: list[tuple[int, int]]) -> str:
-        import onnxruntime
-
-        onnx.save(proto, str(temporary))
+        onnx.save(program.model_proto, str(path))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
-        def compute(images: Tensor) -> tuple[Tensor, ...]:
-            return tuple(torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()}))
-
-        return compare(compute, graph, sizes)
-
-    return [
-        f"images in [0, 1], normalisation inside; {_outputs(graph)}",
-        *_write_graph(graph, path, export, write, "onnxruntime"),
-    ]
+    notes = _write_graph(graph, path, write, "onnxruntime")
+    return [f"images in [0, 1], normalization inside; {_outputs(graph)}", *notes]
 
 
 def _write_torch_export(graph: Graph, path: Path) -> list[str]:
-    module = graph.module.eval()
-
-    def export(dynamic: dict[int, Any], size: tuple[int, int]) -> Any:
+    def write(path: Path, example: Tensor, dynamic: dict[int, Any]) -> Compute:
         with torch.no_grad():
-            example = (_example(graph, 2, size),)
-            return torch.export.export(module, example, dynamic_shapes={"images": dynamic})
+            program = torch.export.export(graph.module, (example,), dynamic_shapes={"images": dynamic})
+        content = io.BytesIO()  # torch refuses a path whose name does not end in .pt2
+        torch.export.save(program, content, extra_files={"freqmask.json": json.dumps(_metadata(graph))})
+        path.write_bytes(content.getvalue())
+        content.seek(0)
+        loaded: Compute = torch.export.load(content).module()
+        return loaded
 
-    def write(program: Any, temporary: Path, sizes: list[tuple[int, int]]) -> str:
-        content = io.BytesIO()
-        with _silence():
-            notes = {"freqmask.json": json.dumps(_metadata(graph))}
-            torch.export.save(program, content, extra_files=notes)
-            temporary.write_bytes(content.getvalue())
-            content.seek(0)
-            loaded = torch.export.load(content).module()
-        return compare(loaded, graph, sizes)
-
-    return [
-        f'torch.export.load("{path}").module()(images in [0, 1]); {_outputs(graph)}',
-        *_write_graph(graph, path, export, write, "torch"),
-    ]
+    notes = _write_graph(graph, path, write, "torch")
+    return [f'torch.export.load("{path}").module()(images in [0, 1]); {_outputs(graph)}', *notes]
 
 
 def _write_graph(
-    graph: Graph,
-    path: Path,
-    export: Callable[[dict[int, Any], tuple[int, int]], Any],
-    write: Callable[[Any, Path, list[tuple[int, int]]], str],
-    checked_in: str,
+    graph: Graph, path: Path, write: Callable[[Path, Tensor, dict[int, Any]], Compute], checked_in: str
 ) -> list[str]:
-    """Any image size where the network takes any; what an exporter cannot follow is fixed to its own."""
+    """Any image size where the network takes any; what an exporter cannot follow is fixed to its own.
+
+    Args:
+        graph: what is exported.
+        path: of the file, replaced atomically.
+        write: given a path, an example and the dynamic axes, writes the file and returns how to compute with it.
+        checked_in: what computes with it.
+    """
     size = graph.input_size[1:]
-    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
-    attempts = [(free, [size], f"the image size is fixed: {size[0]}x{size[1]}")]
-    if graph.multiple is not None and all(side % graph.multiple == 0 for side in size):
-        step = graph.multiple
+    batch: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    attempts = [(batch, [size], f"the image size is fixed: {size[0]}x{size[1]}")]
+    step = graph.multiple
+    if step is not None and all(side % step == 0 for side in size):
         sides = {n: step * torch.export.Dim(name, min=1) for n, name in ((2, "rows"), (3, "columns"))}
         # traced at three by four steps: an exporter takes a size of one for a constant
         sizes = [(3 * step, 4 * step), size]
-        attempts.insert(0, ({**free, **sides}, sizes, f"of any image size: multiples of {step}"))
-    for number, (dynamic, sizes, said) in enumerate(attempts):
-        told = ""
+        attempts.insert(0, (batch | sides, sizes, f"of any image size: multiples of {step}"))
+    graph.module.eval()
+    largest = ""
+
+    def attempt(temporary: Path, dynamic: dict[int, Any], sizes: Sequence[tuple[int, int]]) -> None:
+        nonlocal largest
+        with _silence():
+            compute = write(temporary, _example(graph, 2, sizes[0]), dynamic)
+        largest = compare(compute, graph, sizes)
+
+    for number, (dynamic, sizes, taken) in enumerate(attempts, start=1):
         try:
-            with _silence():
-                program = export(dynamic, sizes[0])
-
-            def checked(temporary: Path, program: Any = program, sizes: Any = sizes) -> None:
-                nonlocal told
-                told = write(program, temporary, sizes)
-
-            replace_atomically(path, checked)
+            replace_atomically(path, partial(attempt, dynamic=dynamic, sizes=sizes))
+            return [taken, f"checked in {checked_in} with batches of 1 and 3: largest difference {largest}"]
         except Exception:  # exporters raise whatever they please where a shape decides what is computed
-            if number + 1 == len(attempts):
+            if number == len(attempts):
                 raise
-            continue
-        return [said, f"checked in {checked_in} with batches of 1 and 3: largest difference {told}"]
     raise AssertionError
 
 
 @torch.no_grad()
-def compare(
-    compute: Callable[[Tensor], tuple[Tensor, ...]], graph: Graph, sizes: Sequence[tuple[int, int]]
-) -> str:
+def compare(compute: Compute, graph: Graph, sizes: Sequence[tuple[int, int]]) -> str:
     """The largest difference between an exported graph and the module it was made from, and that over the values.
 
     Raises:
@@ -373,10 +327,9 @@ def compare(
     return f"{worst:.1e}, {share:.1e} of the largest value"
 
 
-def _example(graph: Graph, batch: int, size: tuple[int, int] | None = None) -> Tensor:
-    channels, *own = graph.input_size
+def _example(graph: Graph, batch: int, size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
-    return torch.rand(batch, channels, *(size or own), generator=generator)
+    return torch.rand(batch, graph.input_size[0], *size, generator=generator)
 
 
 def _outputs(graph: Graph) -> str:
@@ -385,17 +338,6 @@ def _outputs(graph: Graph) -> str:
 
 def _metadata(graph: Graph) -> dict[str, str]:
     return {f"freqmask_{name}": json.dumps(value) for name, value in graph.metadata.items()}
-
-
-def _require(*names: str) -> None:
-    missing = []
-    for name in names:
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise UserError(f"format (onnx) needs {', '.join(missing)}; pip install 'freqmask[export]'")
 
 
 @contextlib.contextmanager

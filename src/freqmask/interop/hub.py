@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,23 +16,12 @@ from freqmask.errors import UserError
 from freqmask.interop.formats import FORMATS
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.weights import check_reachable
-from freqmask.training.files import open_table
+from freqmask.training.files import read_rows
 from freqmask.training.run_folder import RunFolder
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # options of a run that name places on this machine, or say nothing of the backbone
-_LOCAL = {
-    "data",
-    "out",
-    "init",
-    "config",
-    "probe_data",
-    "logger",
-    "workers",
-    "devices",
-    "strategy",
-    "num_nodes",
-}
+_LOCAL = "data out init config probe_data logger workers devices strategy num_nodes".split()  # noqa: SIM905
 _LOCAL_COLUMNS = re.compile(r"data|path|file|out|folder|model", re.IGNORECASE)
 
 
@@ -76,14 +65,15 @@ def push_model(
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="freqmask", library_version=__version__)
-    run = run_of(opened)
+    run = opened.run
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         FORMATS["timm"][0](opened, folder)
-        previews = _copy_previews(run, folder) if with_images and run is not None else []
-        (folder / "README.md").write_text(
-            model_card(opened, repository, previews, with_images), encoding="utf-8"
-        )
+        previews = sorted(run.previews.glob("step-*.png"))[-1:] if with_images and run is not None else []
+        for preview in previews:
+            shutil.copy(preview, folder)
+        card = model_card(opened, repository, [preview.name for preview in previews], with_images)
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         try:
             address = api.create_repo(repository, private=not public, exist_ok=True)
             api.upload_folder(
@@ -97,14 +87,6 @@ def push_model(
     return str(address)
 
 
-def run_of(opened: OpenedModel) -> RunFolder | None:
-    """The run that a model was exported by, where it lies beside it."""
-    if opened.folder is None:
-        return None
-    run = RunFolder(opened.folder.resolve().parent)
-    return run if run.exists() else None
-
-
 def model_card(opened: OpenedModel, repository: str, previews: list[str], with_images: bool) -> str:
     """The README.md of a pushed backbone.
 
@@ -114,15 +96,15 @@ def model_card(opened: OpenedModel, repository: str, previews: list[str], with_i
         previews: pictures in the folder to show.
         with_images: True names the data.
     """
-    run = run_of(opened)
+    from huggingface_hub import ModelCardData
+
+    run = opened.run
     options = run.config() if run is not None else {}
-    header = {
-        "library_name": "timm",
-        "pipeline_tag": "image-feature-extraction",
-        "tags": ["freqmask", "timm"],
-    }
+    header = ModelCardData(
+        library_name="timm", pipeline_tag="image-feature-extraction", tags=["freqmask", "timm"]
+    )
     parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"---\n{header}\n---",
         f"# {repository.split('/')[1]}",
         f"A {opened.module.pretrained_cfg.get('architecture', 'timm')} backbone, pre-trained without labels by "
         f"[freqmask](https://pypi.org/project/freqmask/) {__version__}"
@@ -140,14 +122,14 @@ def model_card(opened: OpenedModel, repository: str, previews: list[str], with_i
 
 def _data(run: RunFolder, options: Mapping[str, Any], with_images: bool) -> str:
     state = run.state()
-    text = f"{state.get('images', 'unknown'):,} images" if isinstance(state.get("images"), int) else "Images"
-    text += f", fingerprint `{state.get('data')}`"
-    return text + (f", from {', '.join(map(str, options.get('data') or []))}." if with_images else ".")
+    images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else "Images"
+    source = f", from {', '.join(map(str, options.get('data') or []))}" if with_images else ""
+    return f"{images}, fingerprint `{state.get('data')}`{source}."
 
 
 def _recipe(options: Mapping[str, Any]) -> str:
-    told = {name: value for name, value in options.items() if name not in _LOCAL and not _is_path(value)}
-    return "```yaml\n" + yaml.safe_dump(told, sort_keys=False) + "```"
+    public = {name: value for name, value in options.items() if name not in _LOCAL and not _is_path(value)}
+    return "```yaml\n" + yaml.safe_dump(public, sort_keys=False) + "```"
 
 
 def _is_path(value: Any) -> bool:
@@ -155,28 +137,12 @@ def _is_path(value: Any) -> bool:
 
 
 def _results(run: RunFolder) -> str:
-    summary = run.summary()
+    summary, rows = run.summary(), read_rows(run.path / "results.csv")
     names = ("steps", "loss", "relative_loss", "held_out_loss", "held_out_relative_loss")
     lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
-    table = run.path / "results.csv"
-    if table.is_file():
-        lines += ["", *_table(table)]
-    return "\n".join(lines) or "The run has not ended yet."
-
-
-def _table(path: Path) -> list[str]:
-    with open_table(path) as file:
-        rows = list(csv.DictReader(file))
     columns = [name for name in (rows[0] if rows else {}) if not _LOCAL_COLUMNS.search(name)]
     columns = [name for name in columns if not any(_is_path(row[name]) for row in rows)]
-    if not columns:
-        return []
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return lines + [f"| {' | '.join(str(row[name] or '') for name in columns)} |" for row in rows]
-
-
-def _copy_previews(run: RunFolder, folder: Path) -> list[str]:
-    newest = sorted(run.previews.glob("step-*.png"))[-1:]
-    for preview in newest:
-        (folder / preview.name).write_bytes(preview.read_bytes())
-    return [preview.name for preview in newest]
+    if columns:
+        lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(str(row[name] or '') for name in columns)} |" for row in rows]
+    return "\n".join(lines) or "The run has not ended yet."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
+from freqmask.interop.timm_folder import differences
 
 ENCODER, DECODER = "encoder.", "decoder."
 _QKV_BIAS = re.compile(r"(.*\.attn\.)qkv\.bias")
@@ -178,19 +179,6 @@ def _resnet_encoder(model: Any) -> dict[str, Tensor]:
     if problems:
         raise _refusal(problems)
     return encoder
-
-
-def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is too many, missing or of another shape, a phrase each."""
-    return [
-        *(f"{name} {tuple(state[name].shape)} is too many" for name in sorted(set(state) - set(expected))),
-        *(f"{name} {expected[name]} is missing" for name in sorted(set(expected) - set(state))),
-        *(
-            f"{name} is {tuple(state[name].shape)} instead of {expected[name]}"
-            for name in sorted(set(expected) & set(state))
-            if tuple(state[name].shape) != tuple(expected[name])
-        ),
-    ]
 
 
 def _refusal(problems: list[str]) -> UserError:

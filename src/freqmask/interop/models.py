@@ -26,14 +26,17 @@ from freqmask.interop.timm_folder import (
     CLASSIFIER,
     LOCAL,
     OURS,
+    PUBLIC,
+    RANDOM,
     find_backbone,
     fitted,
     read_config,
     run_options,
 )
-from freqmask.interop.torch_file import check_finite
-from freqmask.interop.weights import PUBLIC, RANDOM, check_public, with_weights
+from freqmask.interop.torch_file import check_weights
+from freqmask.interop.weights import check_public, with_weights
 from freqmask.timm_models import check_name
+from freqmask.training.run_folder import RunFolder
 
 Kind = Literal["run", "folder", "timm", "random"]
 
@@ -73,6 +76,12 @@ class OpenedModel:
     def module(self) -> Any:
         """The plain timm module."""
         return self.backbone.timm_model
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run that it was exported by, where it lies beside it."""
+        run = RunFolder(self.folder.resolve().parent) if self.folder is not None else None
+        return run if run is not None and run.exists() else None
 
     @property
     def weights_hash(self) -> str:
@@ -239,7 +248,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
             ) from error
     if module.num_classes < 1:
         return None
-    check_weights(module, text)
+    check_weights(module.state_dict(), f"model ({text})")
     config = module.pretrained_cfg
     channels, height, width = (int(side) for side in config["input_size"])
     return OpenedClassifier(
@@ -288,15 +297,6 @@ def stage_features(
     maps = [stage if not backbone.has_class_token else stage[0] for stage in stages]
     prefixes = [stage[1][:, 0] if backbone.has_class_token else None for stage in stages]
     return [Features(one, one.mean(dim=(2, 3)), token) for one, token in zip(maps, prefixes, strict=True)]
-
-
-def check_weights(module: nn.Module, model: str) -> None:
-    """Raises a UserError where weights hold NaN or infinity; ``model`` is what they are called."""
-    for name, tensor in module.state_dict().items():
-        try:
-            check_finite(name.removeprefix("timm_model."), tensor)
-        except UserError as error:
-            raise UserError(f"model ({model}): {error}") from error
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -401,7 +401,7 @@ def _open_folder(
 
 
 def _opened(name: str, kind: Kind, backbone: Backbone, mean: Any, std: Any, **more: Any) -> OpenedModel:
-    check_weights(backbone, name)
+    check_weights(backbone.timm_model.state_dict(), f"model ({name})")
     backbone.eval().float().requires_grad_(False)
     return OpenedModel(name, kind, backbone, (backbone.channels, *backbone.image_size), mean, std, **more)
 

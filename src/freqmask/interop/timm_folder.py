@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ README = "README.md"  # only where a plain call needs words
 OURS = "freqmask"  # the key of config.json under which our own metadata stand; timm passes it over
 
 CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
+PUBLIC, RANDOM = "timm:", "random:"  # how MODEL names public and fresh weights
 LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
 _LARGEST_CONFIG = 10_000_000  # bytes; a real one has a few thousand
 
@@ -119,9 +122,42 @@ def trained_feature(method: nn.Module, backbone: Any) -> Pooled:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A safetensors file, replaced whole."""
+    """A safetensors file, replaced atomically."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     replace_atomically(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
+
+
+def read_tensors(path: Path, option: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it is cut short or not there; the sentence begins with ``option``.
+    """
+    with _whole(path, option):
+        return dict(load_file(path))
+
+
+@contextmanager
+def _whole(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{option}: {path} cannot be read, it may be cut short ({reason})") from error
+
+
+def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is too many, missing or of another shape, a phrase each."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return [
+        *(f"{name} {shapes[name]} is too many" for name in sorted(set(shapes) - set(expected))),
+        *(f"{name} {expected[name]} is missing" for name in sorted(set(expected) - set(shapes))),
+        *(
+            f"{name} is {shapes[name]} instead of {expected[name]}"
+            for name in sorted(set(expected) & set(shapes))
+            if shapes[name] != tuple(expected[name])
+        ),
+    ]
 
 
 def _pin_pooling(config: dict[str, Any], model: nn.Module, pooled: Pooled | None) -> dict[str, str]:
@@ -166,12 +202,22 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
         )
     if RunFolder(path).exists():
         raise UserError(f"{option} ({text}) has no model yet: its run has not reached a checkpoint")
-    forms = "a run folder, an exported folder, timm:NAME or random:NAME"
+    forms = "a run folder, an exported folder, timm:NAME" + (" or random:NAME" if option == "model" else "")
+    raise UserError(f"{option} ({text}) must be {forms}; {_what_is_wrong(path, str(text))}")
+
+
+def _what_is_wrong(path: Path, text: str) -> str:
+    """Why there is nothing of that name: the likely slips."""
     if path.is_dir():
-        raise UserError(
-            f"{option} ({text}) must be {forms}; there is no {CONFIG} with {WEIGHTS} in that folder"
-        )
-    raise UserError(f"{option} ({text}) must be {forms}; nothing of that name exists{_similar(path)}")
+        return f"there is no backbone in it ({CONFIG} with {WEIGHTS})"
+    prefix, colon, bare = text.partition(":")
+    name = bare.removeprefix("timm/") if colon else text
+    if f"{prefix}:" == RANDOM:
+        return "leave it out to begin with random weights"
+    if timm.is_model(name.split(".")[0]):
+        return f"public weights are {PUBLIC}{name}"
+    near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+    return "nothing of that name exists" + (f"; {near}" if near.startswith("did you mean") else "")
 
 
 def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
@@ -190,13 +236,8 @@ def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
     _check_config(config, path, option)
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            weights.keys()
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{option}: {folder / WEIGHTS} cannot be read, it may be cut short ({_line(error)}); export it again"
-        ) from error
+    with _whole(folder / WEIGHTS, option), safe_open(folder / WEIGHTS, "pt") as weights:
+        weights.keys()
     return dict(config)
 
 
@@ -229,14 +270,3 @@ def _check_config(config: Any, path: Path, option: str) -> None:
         values = pretrained.get(name)
         if not isinstance(values, list) or len(values) != size[0]:
             raise UserError(f"{option}: {path} must give {name} as {size[0]} numbers, one a channel")
-
-
-def _similar(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    hint = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
-    return f"; {hint}" if hint.startswith("did you mean") else ""
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -125,17 +125,18 @@ def tensors_in(weights: Mapping[str, Any]) -> dict[str, Tensor]:
             raise UserError(f"the weights hold a {type(value).__name__} ({name}) where a tensor belongs")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"the file is damaged: {name} in it is larger than what is stored of it")
-        check_finite(name, value)
         read[str(name)] = value.detach().clone()
+    check_weights(read, "the weights")
     return read
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Raises a UserError where a weight holds NaN or infinity."""
-    if value.is_floating_point() and not torch.isfinite(value).all():
-        raise UserError(
-            f"{name} holds NaN or infinity, so that every feature would; take an earlier checkpoint"
-        )
+def check_weights(weights: Mapping[str, Tensor], owner: str) -> None:
+    """Raises a UserError, which begins with ``owner``, where weights hold NaN or infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{owner}: {name} holds NaN or infinity, so that every feature would; take an earlier checkpoint"
+            )
 
 
 class _Unpickler(pickle._Unpickler):

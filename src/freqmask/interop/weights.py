@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import os
@@ -17,20 +16,27 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from timm.layers.patch_embed import resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, nearest
 from freqmask.imports import named_by_user
-from freqmask.interop.timm_folder import CONFIG, WEIGHTS
-from freqmask.interop.torch_file import check_finite
+from freqmask.interop.timm_folder import (
+    CONFIG,
+    PUBLIC,
+    WEIGHTS,
+    differences,
+    find_backbone,
+    read_config,
+    read_tensors,
+    write_tensors,
+)
+from freqmask.interop.torch_file import check_weights
 from freqmask.methods import Method, build_method, find_method
-from freqmask.timm_models import check_name
+from freqmask.timm_models import check_name, create_model
 from freqmask.training.checkpoint import LAST, load_safely
 from freqmask.training.run_folder import RunFolder
-
-PUBLIC, RANDOM = "timm:", "random:"
 
 _SECONDS = 5.0
 _ENDPOINT = "https://huggingface.co"
@@ -47,8 +53,6 @@ def check_public(name: str, option: str) -> None:
     Raises:
         UserError: timm has no weights of that name, or there is no way to them.
     """
-    import timm
-
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise UserError(f"{option}: timm has no public weights of {name}; random:{name} begins without")
@@ -90,10 +94,6 @@ def check_reachable(what: str) -> None:
         ) from error
 
 
-_METHOD = "method."  # how the names of a checkpoint begin, and how those of a backbone in it go on
-_MODULE = ".timm_model."
-
-
 def load_method(run: str | Path) -> Method:
     """The whole method of a run as its last checkpoint left it: backbones, heads, filter.
 
@@ -110,15 +110,14 @@ def load_method(run: str | Path) -> Method:
         UserError: it is no run, has no checkpoint yet, or its method cannot be made here.
     """
     folder = RunFolder(run)
-    options = folder.config() if folder.exists() else None
-    if options is None:
+    if not folder.exists():
         raise UserError(
             f"run ({run}) must be a run folder of freqmask pretrain; there is no config.yaml in it"
         )
-    with named_by_user((), folder.path / "config.yaml", imported_too=True):
-        method = method_of(options, folder.state().get("images"))
-    state = run_state(run)
-    weights = {name.removeprefix(_METHOD): value for name, value in state.items() if name.startswith(_METHOD)}
+from freqmask.imports import named_by_user
+    method = method_of(folder.config(), folder.state().get("images"))
+    weights = _of_method(run_state(run))
+from freqmask.interop.torch_file import check_weights
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
@@ -128,7 +127,7 @@ def load_method(run: str | Path) -> Method:
 
 
 def method_of(options: Mapping[str, Any], images: int | None = None) -> Method:
-    """The method, freshly initialised, that a run's resolved options describe.
+    """The method, freshly initialized, that a run's resolved options describe.
 
     Args:
         options: from the run's config.yaml.
@@ -161,9 +160,15 @@ def run_state(run: str | Path) -> dict[str, Tensor]:
     return dict(load_safely(checkpoint)["state_dict"])
 
 
+def _of_method(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("method."): tensor for name, tensor in state.items() if name.startswith("method.")
+    }
+
+
 @contextmanager
 def with_weights(run: str | Path, exported: Path, weights: str) -> Iterator[Path]:
-    """A passing copy of an exported folder with another of the run's backbones in it.
+    """A temporary copy of an exported folder with another of the run's backbones in it.
 
     Args:
         run: the run folder.
@@ -176,24 +181,17 @@ def with_weights(run: str | Path, exported: Path, weights: str) -> Iterator[Path
     path = Path(run).expanduser()
     if not RunFolder(path).exists():
         raise UserError(f"weights ({weights}) can be chosen for a run folder only; {run} holds one backbone")
-    found = backbones_in(run_state(path))
-    if weights not in found:
-        raise UserError(f"weights ({weights}) are not in run {run}; {nearest(weights, found)}")
+    backbones: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _of_method(run_state(path)).items():
+        backbone, inside, rest = name.partition(".timm_model.")
+        if inside and "." not in backbone:
+            backbones.setdefault(backbone, {})[rest] = tensor
+    if weights not in backbones:
+        raise UserError(f"weights ({weights}) are not in run {run}; {nearest(weights, backbones)}")
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copy(exported / CONFIG, scratch)
-        tensors = {name: tensor.contiguous() for name, tensor in found[weights].items()}
-        save_file(tensors, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(Path(scratch) / WEIGHTS, backbones[weights], {"format": "pt"})
         yield Path(scratch)
-
-
-def backbones_in(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The backbones of a checkpoint by name, each with timm's own names of its tensors."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        backbone, inside, rest = name.removeprefix(_METHOD).partition(_MODULE)
-        if name.startswith(_METHOD) and inside and "." not in backbone:
-            found.setdefault(backbone, {})[rest] = tensor
-    return found
 
 
 def initial_backbone(
@@ -211,11 +209,10 @@ def initial_backbone(
     Raises:
         UserError: there is nothing of that name.
     """
+    check_init(init)
     if init.startswith(PUBLIC):
-        name = init.removeprefix(PUBLIC)
-        check_name(name)
-        return name, dict(model_args) if model_args else None, None
-    config = _config(init)
+        return init.removeprefix(PUBLIC), dict(model_args) if model_args else None, None
+    config = read_config(find_backbone(init, "init"), "init")
     ours = {"img_size", "in_chans", "num_classes", "global_pool", "fc_norm", "use_fc_norm"}
     arguments = {name: value for name, value in config.get("model_args", {}).items() if name not in ours}
     arguments |= dict(model_args or {})
@@ -228,13 +225,11 @@ def check_init(init: str) -> None:
     if init.startswith(PUBLIC):
         check_name(init.removeprefix(PUBLIC))
     else:
-        _folder(init)
+        find_backbone(init, "init")
 
 
 def load_initial(method: Any, init: str) -> list[str]:
-    """Put the weights into a method's backbones, in place.
-
-    From a run of the same method the heads come along.
+    """Put the weights into a method's backbones, in place; from a run of the same method the heads come along.
 
     Args:
         method: a method of :mod:`freqmask.methods`.
@@ -246,78 +241,43 @@ def load_initial(method: Any, init: str) -> list[str]:
     Raises:
         UserError: the weights are missing or do not fit; shapes are named.
     """
+    is_public = init.startswith(PUBLIC)
     whole = Path(init) / "checkpoints" / LAST
-    if not init.startswith(PUBLIC) and whole.is_file() and _load_method(method, init):
-        return [f"the whole method of {init}"]
-    weights = _public(init, method) if init.startswith(PUBLIC) else _exported(init)
+    if not is_public and whole.is_file():
+        state, own = _of_method(load_safely(whole)["state_dict"]), method.state_dict()
+        if {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in own.items()}:
+            check_weights(state, f"init ({init})")
+            method.load_state_dict(state)
+            return [f"the whole method of {init}"]
+    weights = (
+        _public(init, method) if is_public else read_tensors(find_backbone(init, "init") / WEIGHTS, "init")
+    )
     notes: list[str] = []
     for backbone in method.backbones().values():
         notes = _load_backbone(backbone.timm_model, weights, init)
     return [f"the backbone of {init}; the heads begin anew", *notes]
 
 
-def _check_finite(weights: Mapping[str, Tensor], init: str) -> None:
-    for name, value in weights.items():
-        try:
-            check_finite(name, value)
-        except UserError as error:
-            raise UserError(f"init ({init}): {error}") from error
-
-
-def _load_method(method: nn.Module, init: str) -> bool:
-    state = load_safely(Path(init) / "checkpoints" / LAST)["state_dict"]
-    state = {
-        name.removeprefix("method."): value for name, value in state.items() if name.startswith("method.")
-    }
-    own = method.state_dict()
-    if set(state) != set(own) or any(state[name].shape != own[name].shape for name in own):
-        return False
-    _check_finite(state, init)
-    method.load_state_dict(state)
-    return True
-
-
 def _public(init: str, method: Any) -> dict[str, Tensor]:
     """Timm's weights, its positions and first layer already brought to the method's size and channels."""
-    from freqmask.timm_models import create_model
-
-    check_public(init.removeprefix(PUBLIC), f"init ({init})")
+    name = init.removeprefix(PUBLIC)
+    check_public(name, f"init ({init})")
     backbone = next(iter(method.backbones().values()))
-    settings = backbone.settings
-    model, _ = create_model(
-        init.removeprefix(PUBLIC),
-        backbone.image_size,
-        backbone.channels,
-        settings["patch_size"],
-        settings["model_args"],
-        pretrained=True,
-    )
+    patch, model_args = backbone.settings["patch_size"], backbone.settings["model_args"]
+    model, _ = create_model(name, backbone.image_size, backbone.channels, patch, model_args, pretrained=True)
     return dict(model.state_dict())
-
-
-def _exported(init: str) -> dict[str, Tensor]:
-    folder = _folder(init)
-    try:
-        return dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"init ({init}): {folder / WEIGHTS} cannot be read: {error}") from error
 
 
 def _load_backbone(model: nn.Module, given: Mapping[str, Tensor], init: str) -> list[str]:
     own = model.state_dict()
     weights, notes = resampled(given, model)
-    missing = sorted(set(own) - set(weights))
-    differing = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if missing or differing:
-        problems = [*(f"{name} is missing" for name in missing), *differing]
+    weights = {name: tensor for name, tensor in weights.items() if name in own}
+    problems = differences(weights, {name: tuple(tensor.shape) for name, tensor in own.items()})
+    if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"init ({init}) does not fit the backbone: {', '.join(problems[:3])}{more}")
-    _check_finite({name: weights[name] for name in own}, init)
-    model.load_state_dict({name: weights[name] for name in own})
+    check_weights(weights, f"init ({init})")
+    model.load_state_dict(weights)
     return notes
 
 
@@ -331,58 +291,22 @@ def resampled(weights: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tens
     Returns:
         The weights, and a sentence for each tensor that was resampled.
     """
-    from timm.layers.patch_embed import resample_patch_embed
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
     changed, notes = dict(weights), []
-    own: dict[str, Any] = model.state_dict()
+    own: Mapping[str, Any] = model.state_dict()
     old: Any = weights.get("patch_embed.proj.weight")
     new: Any = own.get("patch_embed.proj.weight")
-    both = old is not None and new is not None
-    if both and old.dim() == 4 and old.shape[:2] == new.shape[:2] and old.shape != new.shape:
+    is_filter = old is not None and new is not None and old.dim() == 4 and old.shape[:2] == new.shape[:2]
+    if is_filter and old.shape != new.shape:
         changed["patch_embed.proj.weight"] = resample_patch_embed(old, list(new.shape[2:]))
         notes.append(f"patches were resampled from {old.shape[-1]} to {new.shape[-1]} pixels")
+    grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     old, new = weights.get("pos_embed"), own.get("pos_embed")
-    is_grid = hasattr(getattr(model, "patch_embed", None), "grid_size") and hasattr(
-        model, "num_prefix_tokens"
-    )
-    if old is not None and new is not None and is_grid and old.dim() == 3 and old.shape != new.shape:
+    is_grid = old is not None and new is not None and grid is not None and hasattr(model, "num_prefix_tokens")
+    if is_grid and old.dim() == 3 and old.shape != new.shape and old.shape[2] == new.shape[2]:
         before = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
         cells = old.shape[1] - before
-        if old.shape[2] == new.shape[2] and cells > 0 and math.isqrt(cells) ** 2 == cells:
-            changed["pos_embed"] = resample_abs_pos_embed(
-                old, list(model.patch_embed.grid_size), num_prefix_tokens=before
-            )
-            rows, columns = model.patch_embed.grid_size
-            side = math.isqrt(cells)
-            notes.append(f"positions were resampled from {side}x{side} to {rows}x{columns} patches")
+        side = math.isqrt(max(cells, 0))
+        if cells > 0 and side**2 == cells:
+            changed["pos_embed"] = resample_abs_pos_embed(old, list(grid), num_prefix_tokens=before)
+            notes.append(f"positions were resampled from {side}x{side} to {grid[0]}x{grid[1]} patches")
     return changed, notes
-
-
-def _folder(init: str) -> Path:
-    for folder in (Path(init), Path(init) / "backbone"):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    raise UserError(
-        f"init ({init}) must be timm:NAME, a run folder, or an exported folder; {_what_is_wrong(init)}"
-    )
-
-
-def _what_is_wrong(init: str) -> str:
-    """Why there is nothing of that name: the likely slips."""
-    prefix, colon, bare = init.partition(":")
-    name = bare.removeprefix("timm/") if colon else init
-    if prefix == "random":
-        return "leave it out to begin with random weights"
-    if timm.is_model(name.split(".")[0]):
-        return f"public weights are timm:{name}"
-    return "there is no backbone in it" if Path(init).is_dir() else "there is no such folder"
-
-
-def _config(init: str) -> dict[str, Any]:
-    path = _folder(init) / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"init ({init}): {path} is not valid JSON") from error
-    return config
