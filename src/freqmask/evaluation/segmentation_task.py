@@ -42,8 +42,9 @@ from freqmask.evaluation.trainings import (
 )
 from freqmask.evaluation.upernet import UperNet, segmentation_losses
 from freqmask.images import as_float
-from freqmask.interop.models import OpenedModel, check_weights, open_model
+from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.timm_folder import write_tensors
+from freqmask.interop.torch_file import check_weights
 from freqmask.training.auto import Choice
 from freqmask.training.loop import ScheduledModule, Task, make_sampler
 from freqmask.training.optim import Schedule, parameter_groups, scaled_lr
@@ -398,5 +399,5 @@ def open_network(run: RunFolder) -> tuple[UperNet, Training]:
             ) from error
     network = UperNet(opened, len(config["classes"]), training.decoder_channels)
     network.load_state_dict(load_file(run.path / NETWORK))
-    check_weights(network, str(run.path))
+    check_weights(network.state_dict(), str(run.path))
     return network.eval(), training

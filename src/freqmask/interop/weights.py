@@ -114,10 +114,9 @@ def load_method(run: str | Path) -> Method:
         raise UserError(
             f"run ({run}) must be a run folder of freqmask pretrain; there is no config.yaml in it"
         )
-from freqmask.imports import named_by_user
-    method = method_of(folder.config(), folder.state().get("images"))
+    with named_by_user((), folder.path / "config.yaml", imported_too=True):
+        method = method_of(folder.config(), folder.state().get("images"))
     weights = _of_method(run_state(run))
-from freqmask.interop.torch_file import check_weights
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
