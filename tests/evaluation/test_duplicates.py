@@ -8,8 +8,8 @@ from PIL import Image
 from tiny_runs import make_run
 
 from freqmask.data.sources import open_source
-from freqmask.evaluation import duplicates
-from freqmask.evaluation.duplicates import pixel_hashes, seen_in_pretraining
+from freqmask.evaluation import labelled
+from freqmask.evaluation.labelled import pixel_hashes, seen_in_pretraining
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +59,10 @@ def test_some_images_are_those_of_all(tmp_path: Path) -> None:
 def test_hashes_are_cached_until_the_images_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "some", 0, 1)
     before = pixel_hashes(open_source(folder))
-    reading = duplicates._pixel_hash
-    monkeypatch.setattr(duplicates, "_pixel_hash", lambda *_: pytest.fail("read again"))
+    reading = labelled._pixel_hash
+    monkeypatch.setattr(labelled, "_pixel_hash", lambda *_: pytest.fail("read again"))
     assert pixel_hashes(open_source(folder)) == before
-    monkeypatch.setattr(duplicates, "_pixel_hash", reading)
+    monkeypatch.setattr(labelled, "_pixel_hash", reading)
     write(folder, 2)
     assert pixel_hashes(open_source(folder))[:2] == before
 
@@ -94,5 +94,5 @@ def test_images_that_are_gone_or_too_many_are_told(tmp_path: Path, monkeypatch: 
     run = make_run(tmp_path / "run").path
     assert "no longer there" in seen_in_pretraining(run, source, np.arange(2))
     many = make_run(tmp_path / "many", data=[str(tmp_path / "new")]).path
-    monkeypatch.setattr(duplicates, "MOST_COMPARED", 1)
+    monkeypatch.setattr(labelled, "MOST_COMPARED", 1)
     assert "too many to be compared" in seen_in_pretraining(many, source, np.arange(2))

@@ -45,13 +45,13 @@ def knn(
     seeds: Seeds = None,
     **options: Any,
 ) -> list[Any]:
-    """Measures backbones by their nearest neighbours: an image gets the class of the training images most like it.
+    """Measures backbones by their nearest neighbors: an image gets the class of the training images most like it.
 
     No training, so it is the fastest look; masked modelling scores lower here than in a linear probe. For
     instance: freqmask evaluate knn pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
 
     Args:
-        k: neighbours that vote; 10 20 100 200. Those above the training images are left out.
+        k: neighbors that vote; 10 20 100 200. Those above the training images are left out.
         temperature: of the votes, which weigh exp(similarity / temperature).
         feature: what stands for an image: the mean of the map, or the class token where there is one.
         features: auto also measures those that held-out training images choose: centered or whitened, of a block,
@@ -64,9 +64,9 @@ def knn(
     Raises:
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
-    from freqmask.evaluation.knn import Knn
+    from freqmask.evaluation.knn import NEIGHBORS, Knn
 
-    return _measured(Knn(k, temperature, feature, features))
+    return _measured(Knn(k or NEIGHBORS, temperature, feature, features))
 
 
 @command(*SHARED)
@@ -96,9 +96,9 @@ def linear(
     Raises:
         UserError: a model or the data cannot be opened, or the labels do not fit.
     """
-    from freqmask.evaluation.linear import Linear
+    from freqmask.evaluation.linear import LEARNING_RATES, Linear
 
-    return _measured(Linear(rates, epochs))
+    return _measured(Linear(rates or LEARNING_RATES, epochs))
 
 
 @command(*SHARED)
@@ -145,9 +145,9 @@ def fewshot(
         raise UserError(
             f"epochs ({epochs:g}) are those of fine-tuning; leave them out, or give --tune finetune"
         )
-    from freqmask.evaluation.fewshot import Fewshot
+    from freqmask.evaluation.fewshot import SHOTS, Fewshot
 
-    return _measured(Fewshot(shots, feature, strength))
+    return _measured(Fewshot(shots or SHOTS, feature, strength))
 
 
 @command(*SHARED)

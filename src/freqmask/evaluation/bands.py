@@ -77,11 +77,9 @@ class Band:
 
 
 def bands_of(size: tuple[int, int], radii: Sequence[float] | None = None) -> list[Band]:
-    """Low-, high- and band-passes for images of a size, the whole image first.
+    """Low-, high- and band-passes for images of (height, width), the whole image first.
 
-    Args:
-        size: (height, width) in pixels.
-        radii: in bins; None takes seven from a sixteenth of the highest frequency to all of it.
+    Radii are in bins; None takes seven from a sixteenth of the highest frequency to all of it.
 
     Raises:
         UserError: a radius is out of its range.
@@ -98,20 +96,18 @@ def bands_of(size: tuple[int, int], radii: Sequence[float] | None = None) -> lis
     return [Band("whole", 0, side), *low, *(Band("high", edge, side) for edge in edges), *inner]
 
 
+@dataclass
 class Bands(Protocol):
-    """Heads trained on whole images, tested on filtered ones.
+    """Heads trained on whole images, tested on filtered ones."""
 
-    Args:
-        head: ``linear`` or ``knn``, trained on whole images; ``own``, the model's own classifier.
-        radii: in bins; None for the usual ones.
-    """
+    head: str = "linear"  # linear or knn, trained on whole images; own, the model's own classifier
+    radii: Sequence[float] | None = None  # in bins; None for the usual ones
 
     name, headline = "bands", "whole"
 
-    def __init__(self, head: str = "linear", radii: Sequence[float] | None = None) -> None:
-        self.head, self.radii = head, radii
-        self.title = f"accuracy on filtered test images, {head} head"
-        self.own_heads = head == "own"
+    def __post_init__(self) -> None:
+        self.title = f"accuracy on filtered test images, {self.head} head"
+        self.own_heads = self.head == "own"
 
     def open(self, config: EvalConfig) -> Any:
         """As for every protocol; the radii must fit the input size of each model."""

@@ -125,14 +125,10 @@ class Corruption:
     def __call__(
         self, image: Shaped[Tensor, "channel height width"], key: int
     ) -> Shaped[Tensor, "channel height width"]:
-        """The corrupted image.
+        """The corrupted image, of the same type: uint8, or float in [0, 1].
 
-        Args:
-            image: uint8, or float in [0, 1].
-            key: of the image; the same key gives the same result, another severity draws anew.
-
-        Returns:
-            Of the same type. 8-bit values are cut off, not rounded, as in the published images.
+        The same key gives the same result, another severity draws anew. 8-bit values are cut off, not rounded, as in
+        the published images.
         """
         whole = image.dtype == torch.uint8
         values = np.ascontiguousarray(image.numpy().transpose(1, 2, 0).astype(np.float32))
@@ -140,7 +136,9 @@ class Corruption:
         if self.name == "frost":
             function = partial(function, pictures=self.frost)
         strength = self.strengths.of(self.name, self.severity)
-        corrupted = np.clip(function(values / 255 if whole else values, self._random(key), *strength), 0, 1)
+        own = sample_key(key, self.severity, identity_of(self.name))
+        random = np.random.Generator(np.random.Philox(key=own % (1 << 64)))
+        corrupted = np.clip(function(values / 255 if whole else values, random, *strength), 0, 1)
         # float32 puts 254 / 255 x 255 a hair below 254
         corrupted = np.floor(corrupted * 255 + 1e-3).astype(np.uint8) if whole else corrupted
         return torch.from_numpy(
@@ -151,10 +149,6 @@ class Corruption:
         """Get pictures of frost ready for images of a size: once, before a loader's workers fork."""
         if self.name == "frost":
             weather.frost_pictures(self.frost, self.strengths.of(self.name, self.severity)[2], max(size))
-
-    def _random(self, key: int) -> np.random.Generator:
-        own = sample_key(key, self.severity, identity_of(self.name))
-        return np.random.Generator(np.random.Philox(key=own % (1 << 64)))
 
 
 class CorruptedDataset(TrainDataset):
@@ -207,10 +201,7 @@ class CorruptedModel(EvalModel):
 
 
 def choose_corruptions(words: Sequence[str]) -> list[str]:
-    """Names of corruptions from what a user typed.
-
-    Args:
-        words: names, families (noise, blur, weather, digital, extra), ``common`` (15), ``all`` (19), ``none``.
+    """Corruptions by names, families, ``common`` (15), ``all`` (19) or ``none``.
 
     Raises:
         UserError: a word is none of these.

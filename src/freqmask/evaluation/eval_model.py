@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,15 +125,12 @@ class BackboneModel(EvalModel):
         """Move to the device; fresh weights with batch norm get statistics of these images first."""
         self.opened.backbone.to(device)
         if self.kind == "random":
-            recalibrate_batch_norm(self.opened.backbone, self._calibration(train, device))
+            places = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
+            items: Any = [(0, place, place) for place in places]
+            loader = make_loader(self.dataset(train), items, min(64, len(items)), workers=0, pin_memory=False)
+            views = (as_float(batch["views"][0].to(device)) for batch in loader)
+            recalibrate_batch_norm(self.opened.backbone, map(self.normalize, views))
             self._hash = None
-
-    def _calibration(self, train: Source, device: torch.device) -> Iterator[Tensor]:
-        images = self.dataset(train)
-        places = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
-        items: Any = [(0, place, place) for place in places]
-        for batch in make_loader(images, items, min(64, len(items)), workers=0, pin_memory=False):
-            yield self.normalize(as_float(batch["views"][0].to(device)))
 
     def identity(self) -> dict[str, Any]:
         if self._hash is None:

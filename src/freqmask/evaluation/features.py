@@ -145,7 +145,7 @@ def compute_features(
     """The features of every image, from the cache where they are there.
 
     Args:
-        model: the model, prepared on the device of ``compute``.
+        model: prepared on the device of ``compute``.
         source: the images.
         what: ``end`` or ``blocks``.
         compute: where.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -42,23 +43,17 @@ def shot_name(shot: str) -> str:
 
 
 def draw(labels: Int64[np.ndarray, " image"], shot: str, seed: int) -> Int64[np.ndarray, " drawn"]:
-    """Which images are trained on: it depends on labels, shot and seed alone, so all models get the same.
+    """Which images are trained on, sorted: it depends on labels, shot and seed alone, so all models get the same.
 
-    Args:
-        labels: classes of the training images.
-        shot: ``5``: that many of each class, all where there are fewer. ``10%``: that share of each class,
-            at least one image.
-        seed: of the draw.
-
-    Returns:
-        Places in ``labels``, sorted.
+    A shot of ``5`` is that many of each class, all where there are fewer; ``10%`` is that share of each class, at
+    least one image.
     """
-    generator = np.random.default_rng([seed, int(float(shot.removesuffix("%")) * 1000), shot.endswith("%")])
+    share, is_share = float(shot.removesuffix("%")), shot.endswith("%")
+    generator = np.random.default_rng([seed, int(share * 1000), is_share])
     chosen = []
     for number in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == number))
-        share = float(shot.removesuffix("%"))
-        wanted = max(1, round(share / 100 * len(members))) if shot.endswith("%") else int(share)
+        wanted = max(1, round(share / 100 * len(members))) if is_share else int(share)
         chosen.append(members[:wanted])
     return np.sort(np.concatenate(chosen))
 
@@ -70,15 +65,10 @@ def logistic_regression(
     unlabelled: Float[np.ndarray, "other dim"],
     strength: float = INVERSE_STRENGTH,
 ) -> Int64[np.ndarray, " query"]:
-    """Classes of test images by L2-regularised multinomial logistic regression.
+    """Classes of test images by L2-regularized multinomial logistic regression on a few training images.
 
-    Args:
-        train: features of the few images.
-        labels: their classes.
-        test: features of the test images.
-        unlabelled: features of all training images: their mean and spread standardise, their labels stay
-            unseen.
-        strength: C, the inverse of the regularisation.
+    The mean and spread of ``unlabelled``, the features of all training images, standardize; their labels stay unseen.
+    ``strength`` is C, the inverse of the regularization.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -94,22 +84,18 @@ def logistic_regression(
     return predicted.astype(np.int64)
 
 
+@dataclass
 class Fewshot(Protocol):
-    """Logistic regression on few labels.
+    """Logistic regression on few labels."""
 
-    Args:
-        shots: images a class, or shares in per cent.
-        feature: ``mean`` or ``class_token``.
-        strength: scikit-learn's C.
-    """
+    shots: Sequence[str] = SHOTS  # images a class, or shares in per cent
+    feature: str = "mean"  # mean or class_token
+    strength: float = INVERSE_STRENGTH  # scikit-learn's C
 
     name, title = "fewshot", "few labels, logistic regression on frozen features"
 
-    def __init__(
-        self, shots: Sequence[str] | None = None, feature: str = "mean", strength: float = INVERSE_STRENGTH
-    ) -> None:
-        self.shots = parse_shots(shots or SHOTS)
-        self.feature, self.strength = feature, strength
+    def __post_init__(self) -> None:
+        self.shots = parse_shots(self.shots)
         self.headline = shot_name("10" if "10" in self.shots else self.shots[-1])
 
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:

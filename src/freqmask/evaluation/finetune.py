@@ -58,14 +58,7 @@ class FinetuneContext:
     experiment: FinetuneExperiment
 
     def measure(self, options: Mapping[str, Any], seed: int, variant: str, suffix: str = "") -> list[Result]:
-        """One classifier a round, and their predictions of all test images as one row.
-
-        Args:
-            options: of the fine-tuning.
-            seed: of it.
-            variant: of the row.
-            suffix: of the run folder's name.
-        """
+        """One classifier a round, and their predictions of all test images as one row; ``suffix`` ends run names."""
         experiment, model, parts, metadata = self.experiment, self.model, [], []
         data, compute, shots = experiment.data, experiment.config.compute, options.get("shots")
         for number, fold in enumerate(data.rounds):

@@ -21,7 +21,7 @@ from freqmask.evaluation.trainings import AUTO, Plan, TrainingNumbers, check_no_
 from freqmask.interop.models import OpenedModel
 from freqmask.options.of_evaluation import FineTuned, FineTuning
 from freqmask.training import auto
-from freqmask.training.auto import Choice, Cost, check_single_image
+from freqmask.training.auto import check_single_image
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,9 @@ class FinetunePlan(Plan):
         trial = self.take_cost(
             self.network.model, (values["channels"], *values["train_size"]), _trial_loss, images=4
         )
-        part, rest = self.take_batch(self._choose_batch)
+        part, rest = self.take_batch(
+            lambda cost, devices, memory: auto.choose_batch_size(cost, self.images, devices, memory)
+        )
         batch = int(values["batch_size"])
         if part == 1 and not rest:
             check_single_image(trial, str(self.opened.name))
@@ -308,9 +310,6 @@ class FinetunePlan(Plan):
             self.reasons["warmup_steps"] = "a twentieth" if usual < published.warmup_epochs else whole
         values["warmup_steps"] = min(round(warmup * self.images / batch), values["steps"] - 1)
 
-    def _choose_batch(self, cost: Cost, devices: int, memory: int) -> Choice:
-        return auto.choose_batch_size(cost, self.images, devices, memory)
-
     def _take_rates(self) -> None:
         values, published, batch = self.values, self.published, int(self.values["batch_size"])
         rate, of = published.scaled(published.lr, batch), f"batch/{published.lr_batch}"
@@ -330,14 +329,7 @@ class FinetunePlan(Plan):
             raise UserError(f"min_lr ({values['min_lr']:g}) must be at most lr ({peak:g})")
 
     def lines(self, name: str, tuning: Tuning, network: Network, held_out: int) -> Iterator[str]:
-        """The plan of a new fine-tuning.
-
-        Args:
-            name: of the model.
-            tuning: every number.
-            network: the classifier, with its drop path.
-            held_out: training images that are held out.
-        """
+        """The plan of a new fine-tuning of a model: its numbers, its classifier with drop path, images held out."""
         why, (height, width) = self.why, tuning.image_size
         left_out = f"; left out: {_names(network.dropped)}" if network.dropped else ""
         yield f"model       {name} at {height}x{width} pixels, fresh: {_names(network.fresh)}{left_out}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,6 @@ from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.optim.lamb import Lamb
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from freqmask import __version__
 from freqmask.backbones import eval_no_grad
@@ -36,23 +35,17 @@ from freqmask.evaluation.finetune_numbers import (
     say_short_plan,
 )
 from freqmask.evaluation.labelled import LabelledData, subset
-from freqmask.evaluation.trainings import AUTO, TrainingJob, layer_groups, make_adamw
+from freqmask.evaluation.trainings import AUTO, TrainingJob, layer_groups, make_adamw, make_task
 from freqmask.images import as_float
 from freqmask.interop.timm_folder import CLASSIFIER, write_timm_folder
 from freqmask.rng import sample_key
-from freqmask.training.loop import ScheduledModule, Task, make_sampler
+from freqmask.training.loop import ScheduledModule, Task
 from freqmask.training.monitor import Monitor, PeriodicCallback
 from freqmask.training.optim import Schedule, update_ema
 from freqmask.training.run_folder import RunFolder, comparable
 
 _PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
 _FEW_LINES = 4  # without a terminal a series of runs would be all progress
-SHOWN = {
-    "images_per_second": "{:.0f} images/s",
-    "data_wait_share": "{:.0%} waiting for data",
-    "loss": "loss {:.4g}",
-    "held_out_accuracy": "held out {:.1%}",
-}
 
 
 class FinetuneModule(ScheduledModule):
@@ -119,14 +112,7 @@ class FinetuneModule(ScheduledModule):
 
 
 class HeldOutAccuracy(PeriodicCallback):
-    """Every so often, and at the end: the accuracy of the classifier on held-out images.
-
-    Args:
-        monitor: takes it into the metrics.
-        images: the held-out images as a test sees them.
-        every_steps: optimizer steps between two measurements.
-        batch_size: images at once.
-    """
+    """Every so many optimizer steps, and at the end: the accuracy of the classifier on held-out images."""
 
     def __init__(self, monitor: Monitor, images: TrainDataset, every_steps: int, batch_size: int) -> None:
         super().__init__(every_steps)
@@ -213,13 +199,7 @@ class FinetuneJob(TrainingJob):
         module = FinetuneModule(network.model, numbers, len(self.data.class_names))
         if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
             module.to(memory_format=torch.channels_last)
-        normed = any(isinstance(part, _BatchNorm) for part in network.model.modules())
-        several = numbers.devices > 1 and numbers.accelerator == "cuda"
-
-        def batches(trainer: L.Trainer, done: int) -> Any:
-            dataset = make_dataset(train, training_geometry(numbers), numbers)
-            sampler = make_sampler(asdict(numbers), len(train), trainer, done)
-            return make_loader(dataset, sampler, numbers.images_at_once, numbers.workers)
+        lines = _FEW_LINES if self.short else LINES_A_RUN
 
         def callbacks(monitor: Monitor) -> list[L.Callback]:
             if not len(held_out):
@@ -232,19 +212,8 @@ class FinetuneJob(TrainingJob):
             if trainer.is_global_zero:
                 self._write(run, numbers, module.tested, step)
 
-        return Task(
-            run,
-            asdict(numbers),
-            module,
-            len(train),
-            batches,
-            export,
-            callbacks,
-            SHOWN,
-            numbers.warmup_steps,
-            _FEW_LINES if self.short else LINES_A_RUN,
-            {"sync_batchnorm": several and normed},
-        )
+        dataset = make_dataset(train, training_geometry(numbers), numbers)
+        return make_task(run, numbers, module, dataset, export, callbacks=callbacks, lines=lines)
 
     def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
         """Print how it ended and where its classifier lies."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -159,31 +160,22 @@ def choose_space(
     return FeatureSpace.fit(features, names, kind), accuracy
 
 
+@dataclass
 class Knn(Protocol):
-    """Votes of the nearest training images.
+    """Votes of the nearest training images."""
 
-    Args:
-        k: numbers of neighbors that vote; those larger than the training part are left out.
-        temperature: of the votes.
-        feature: ``mean`` or ``class_token``.
-        features: ``plain``; ``auto`` also measures what `choose_space` chooses; ``save`` keeps that beside the
-            weights, where ``freqmask embed`` takes it.
-    """
+    k: Sequence[int] = NEIGHBORS  # that vote; those above the training images are left out
+    temperature: float = TEMPERATURE  # of the votes
+    feature: str = "mean"  # mean or class_token
+    # plain; auto also measures what `choose_space` chooses; save keeps that beside the weights, for freqmask embed
+    features: str = PLAIN
 
     name, seeded = "knn", False
 
-    def __init__(
-        self,
-        k: Sequence[int] | None = None,
-        temperature: float = TEMPERATURE,
-        feature: str = "mean",
-        features: str = PLAIN,
-    ) -> None:
-        self.k, self.temperature = list(k or NEIGHBORS), temperature
-        self.feature, self.features = feature, features
-        self.title = f"k-NN by cosine, temperature {temperature:g}"
+    def __post_init__(self) -> None:
+        self.title = f"k-NN by cosine, temperature {self.temperature:g}"
         self.headline = f"k={20 if 20 in self.k else min(self.k)}"
-        self.blocks = features != PLAIN
+        self.blocks = self.features != PLAIN
 
     def open(self, config: EvalConfig) -> Experiment:
         """As for every protocol; what is kept comes from one training part."""
@@ -218,15 +210,12 @@ class Knn(Protocol):
         }
 
     def _choose(self, context: EvalContext, one: Round) -> FeatureSpace:
-        features = {name: context.tensor(rows, one.train) for name, rows in context.inside().items()}
+        features = context.tensors(context.inside(), one.train)
         labels, groups = context.labels(one.train), context.data.groups_of(one.train)
         space, accuracy = choose_space(features, labels, context.classes, groups, self.temperature)
         say(f"features    {context.model.name}: {space.describe()}")
         say(f"            ({100 * accuracy:.1f} % of held-out training images)")
-        if (
-            self.features == "save"
-            and isinstance(context.model, BackboneModel)
-            and context.model.opened.folder
-        ):
-            say(f"            kept in {save_space(space, context.model.opened)}; freqmask embed gives these")
+        opened = context.model.opened if isinstance(context.model, BackboneModel) else None
+        if self.features == "save" and opened is not None and opened.folder:
+            say(f"            kept in {save_space(space, opened)}; freqmask embed gives these")
         return space

@@ -1,24 +1,30 @@
-"""Images with labels, split into training and test images."""
+"""Images with labels, split into training and test images; identical images among them, and in a pre-training."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.data.labels import read_labels
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.splits import choose_split, split_indices, split_of
-from freqmask.errors import UserError
-from freqmask.evaluation.duplicates import pixel_hashes
+from freqmask.data.splits import choose_split, hold_out, split_indices, split_of
+from freqmask.errors import BadImage, UserError
+from freqmask.imports import NotNamedError, named_by_user
 from freqmask.training.files import write_rows
+from freqmask.training.run_folder import RunFolder
 
+_AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
+MOST_COMPARED = 200_000  # images of a pre-training; beyond it a look at all of them would take hours
 SPLITS = Path("runs") / "splits"  # where splits of ours are kept
 DATA_WITH_LABELS = (
     "a folder with one folder a class, a parquet file with a label column, an .npz with labels, "
@@ -250,13 +256,7 @@ def split_file(folder: Path, stem: str, *key: bytes) -> Path:
 def parts_by_path(
     file: Path, known: Mapping[str, str | None], names: Sequence[str], words: Mapping[str, int]
 ) -> Int64[np.ndarray, " image"]:
-    """The part of each image as a split of ours was written.
-
-    Args:
-        file: of the split, for the message.
-        known: path to the word of its part.
-        names: of the images.
-        words: of the parts, with their numbers.
+    """The part of each image, by name, as a split of ours was written: ``known`` is path to word.
 
     Raises:
         UserError: an image is not listed, a word is unknown, or a part is empty.
@@ -318,17 +318,13 @@ def _with_duplicates(data: LabelledData, images: np.ndarray, config: SplitConfig
 
 def _united(groups: list[str | None], hashes: list[int]) -> list[str | None]:
     """Groups joined wherever they share an identical image."""
-    # The number of the component that each group and each picture belongs to; the smaller one wins a union.
-    component: dict[object, int] = {}
     keys: list[object] = [object() if group is None else group for group in groups]
-    pairs = list(zip(keys, [("pixels", value) for value in hashes], strict=True))
-    for number, pair in enumerate(pairs):
-        old = {component[one] for one in pair if one in component}
-        new = min(old, default=number)
-        if len(old) > 1:
-            component = {one: new if value in old else value for one, value in component.items()}
-        component.update(dict.fromkeys(pair, new))
-    return [str(component[key]) for key in keys]
+    pictures = [("pixels", value) for value in hashes]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys([*keys, *pictures]))}
+    rows, columns = ([numbers[key] for key in side] for side in (keys, pictures))
+    links = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(numbers), len(numbers)))
+    component = connected_components(links, directed=False)[1]
+    return [str(component[row]) for row in rows]
 
 
 def _check_classes(data: LabelledData) -> None:
@@ -349,6 +345,65 @@ def _check_classes(data: LabelledData) -> None:
                 f"{len(unknown)} classes of the test part are missing from the training part "
                 f"({', '.join(unknown[:3])}); add images of them, or leave them out of the test part"
             )
+
+
+def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[int]:
+    """A 64-bit number of the pixels of each image, or of some: the same for identical images, whatever they are called.
+
+    All images of a source are hashed once and cached by the source's fingerprint; those that cannot be read each have
+    a number of their own.
+    """
+    file = cache_file("pixels", source.fingerprint(), len(source))
+    cached = read_arrays(file)
+    if cached is None:
+        hashes = np.array([_pixel_hash(source, index) for index in range(len(source))], np.int64)
+        write_arrays(file, {}, {"hashes": hashes})
+    else:
+        hashes = cached[1]["hashes"]
+    chosen = hashes if indices is None else hashes[np.asarray(list(indices), np.int64)]
+    return [int(value) for value in chosen]
+
+
+def _pixel_hash(source: Source, index: int) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        picture = source.open(index)
+        image = picture.decode(None, _AT_LEAST)
+    except UserError:
+        raise
+    except (BadImage, Exception):  # decoders raise anything on broken files
+        digest.update(f"unreadable {index}".encode())
+    else:
+        digest.update(f"{picture.size} {image.shape} {image.dtype}".encode())
+        digest.update(bytes_of(image))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
+    """A sentence on how many test images a run was pre-trained on.
+
+    Args:
+        run: a run folder; its config names what it was trained on.
+        source: the images of the evaluation.
+        tested: which of them are test images.
+    """
+    config = RunFolder(run).config()
+    data = config.get("data") or []
+    try:
+        with named_by_user((), run / "config.yaml"):
+            trained = open_source(
+                data, pages=config.get("pages", "channels"), split=config.get("split", "auto")
+            )
+    except NotNamedError as error:
+        return f"{run.name}: its pre-training images were not compared with the test images: {error}"
+    except UserError:
+        return f"{run.name}: its pre-training images ({data}) are no longer there to be compared with the test images"
+    if len(trained) > MOST_COMPARED:
+        return f"{run.name}: {len(trained):,} pre-training images are too many to be compared with the test images"
+    used = None if config.get("overfit") else hold_out(trained, seed=int(config.get("seed", 0)))[0]
+    known = set(pixel_hashes(trained, used))
+    count = sum(value in known for value in pixel_hashes(source, tested))
+    return f"{run.name}: pre-trained on {count:,} of the {len(tested):,} test images (labels unseen)"
 
 
 def subset(data: LabelledData, indices: np.ndarray) -> Source:

@@ -40,7 +40,7 @@ class Head:
 
 @dataclass
 class Columns:
-    """One input of some heads: features side by side, standardised as they are read."""
+    """One input of some heads: features side by side, standardized as they are read."""
 
     parts: list[Tensor]  # the features (image, dim), as many as stand side by side
     mean: Tensor  # of each number over the training images
@@ -56,12 +56,12 @@ class Columns:
         return cls(parts, means, torch.where(deviations > floor, 1 / deviations.clamp_min(1e-12), 0.0))
 
     def rows(self, images: Tensor) -> Float[Tensor, "batch columns"]:
-        """The standardised input of some images, with a column of ones for the bias."""
+        """The standardized input of some images, with a column of ones for the bias."""
         raw = torch.cat([part[images].float() for part in self.parts], dim=1)
         return torch.nn.functional.pad((raw - self.mean) * self.scale, (0, 1), value=1.0)
 
     def like(self, parts: list[Tensor]) -> Columns:
-        """Other images, standardised as these."""
+        """Other images, standardized as these."""
         return Columns(parts, self.mean, self.scale)
 
     def principal(self) -> tuple[Float[Tensor, "columns direction"], Float[Tensor, " direction"]]:
@@ -110,7 +110,7 @@ class Sweep:
     r that is plain SGD, for large r Newton's step, and none is unstable: features of networks vary a million
     times more in some directions than in others, and plain SGD would need as many steps. With the rate comes a
     weight decay of 0.001 / r, at which the thousands of effective steps arrive: a head ends at the solution of
-    L2-regularised logistic regression (scikit-learn's with C = 1000 r / images), small rates at a simple one.
+    L2-regularized logistic regression (scikit-learn's with C = 1000 r / images), small rates at a simple one.
     The gradient is written out, so that all heads of one input are one matrix product.
 
     Args:
@@ -343,19 +343,15 @@ def fit_head(context: EvalContext, head: str, one: Round, seed: int) -> Classifi
     return ClassifierHead(sweep, chosen.describe(), len(one.train))
 
 
+@dataclass
 class Linear(Protocol):
-    """The sweep of softmax heads.
+    """The sweep of softmax heads."""
 
-    Args:
-        rates: peak learning rates of the sweep.
-        epochs: passes over the training images.
-    """
+    rates: Sequence[float] = LEARNING_RATES  # peak learning rates of the sweep
+    epochs: float = EPOCHS  # passes over the training images
 
     name, headline, blocks = "linear", "plain", True
     title = "linear probe, chosen on held-out training images"
-
-    def __init__(self, rates: Sequence[float] | None = None, epochs: float = EPOCHS) -> None:
-        self.rates, self.epochs = list(rates or LEARNING_RATES), epochs
 
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
         """The plain head and, where classes differ in size, the one with class weights."""

@@ -17,8 +17,7 @@ from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
 from freqmask.data.splits import choose_split, split_indices
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.duplicates import pixel_hashes
-from freqmask.evaluation.labelled import SPLITS, default_splits, parts_by_path, split_file
+from freqmask.evaluation.labelled import SPLITS, default_splits, parts_by_path, pixel_hashes, split_file
 from freqmask.evaluation.mask_files import (
     MOST_LABEL,
     PairSource,
@@ -134,12 +133,7 @@ def _named(class_names: Sequence[str] | None, folder: Path | None, first: int) -
 def labels_of(
     named: dict[int, str] | None, ignored: tuple[int, ...], present: Int64[np.ndarray, " label"]
 ) -> Labels:
-    """The classes: those that are named, else the labels that training masks hold.
-
-    Args:
-        named: label -> name, or None.
-        ignored: labels that are none.
-        present: labels of the training masks.
+    """The classes: those that are named (label -> name), else the labels that training masks hold.
 
     Raises:
         UserError: there are fewer than two classes.

@@ -160,7 +160,8 @@ def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
         if _stem(name) in exact:
             raise UserError(f"masks ({part.masks}) hold {name} in two file formats; remove one of them")
         exact[_stem(name)] = number
-    marked = {_unmarked(stem): number for stem, number in exact.items()}
+    ends = {stem: MASK_FILE.fullmatch(os.fsencode(stem)) for stem in exact}
+    marked = {os.fsdecode(end[1]): exact[stem] for stem, end in ends.items() if end}
     found = [exact.get(_stem(name), marked.get(_stem(name))) for name in images]
     partners = [number for number in found if number is not None]
     used = set(partners)
@@ -184,11 +185,6 @@ def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
 def _stem(name: str) -> str:
     head, slash, tail = name.rpartition("/")
     return head + slash + (tail.rpartition(".")[0] or tail)
-
-
-def _unmarked(stem: str) -> str:
-    marked = MASK_FILE.fullmatch(os.fsencode(stem))
-    return os.fsdecode(marked[1]) if marked else stem
 
 
 def _some(names: list[str]) -> str:
@@ -227,11 +223,7 @@ class PairedPicture(Picture):
 
 
 class PairSource(Source):
-    """The images of a folder with the masks of another.
-
-    Args:
-        part: the folders.
-        pages: what the pages of a TIFF are; one mask belongs to one file.
+    """The images of a folder with the masks of another; one mask belongs to one file, whatever its pages are.
 
     Raises:
         UserError: a folder is empty, or a file has no partner.

@@ -18,7 +18,6 @@ from torch import Tensor
 from freqmask.console import plain_name, rank, say
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
-from freqmask.evaluation.duplicates import seen_in_pretraining
 from freqmask.evaluation.eval_model import (
     ClassifierModel,
     EvalModel,
@@ -27,7 +26,14 @@ from freqmask.evaluation.eval_model import (
     what_differs,
 )
 from freqmask.evaluation.features import ComputeConfig, FeatureTable, ImageChange, compute_features
-from freqmask.evaluation.labelled import LabelledData, Round, SplitConfig, open_labelled, subset
+from freqmask.evaluation.labelled import (
+    LabelledData,
+    Round,
+    SplitConfig,
+    open_labelled,
+    seen_in_pretraining,
+    subset,
+)
 from freqmask.evaluation.results import ClassificationResult, Result, ResultTable, Summary, check_results
 
 _SHOWN_SKIPPED = 3
@@ -259,11 +265,7 @@ class Protocol(ABC):
 
 
 def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary]:
-    """Measure all models by a protocol, print one table, append to results.csv, draw figures.
-
-    Args:
-        protocol: how.
-        options: of the command: what, on what, where.
+    """Measure all models by a protocol and the options of its command: one table, rows in results.csv, figures.
 
     Returns:
         One summary a model and variant; none after a dry run, and none from processes that only help to train.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from freqmask import __version__
-from freqmask.console import plain_name, shell_word
+from freqmask.console import plain_name
 from freqmask.evaluation.eval_model import EvalModel, disambiguate
 from freqmask.evaluation.scores import (
     Margins,
@@ -28,6 +28,7 @@ from freqmask.evaluation.scores import (
     segmentation_score,
     segmented_classes,
 )
+from freqmask.options import command_words
 from freqmask.training.files import append_row, check_writable, replace_atomically, write_rows
 from freqmask.training.run_folder import now
 
@@ -303,7 +304,8 @@ class ResultTable:
             if variant in (None, result.variant) and not result.error:
                 for one in result.classes():
                     name, *numbers = vars(one).items()
-                    cells = {key: _four_digits(value) for key, value in numbers}
+                    plain = {key: None if value != value else value for key, value in numbers}  # no nan
+                    cells = {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in plain.items()}
                     rows.append({**about, "class": name[1], **cells})
         write_rows(path, list(rows[0]) if rows else ["model", "variant", "seed", "class"], rows)
 
@@ -317,12 +319,6 @@ class ResultTable:
     def folder(self, out: Path | None) -> Path:
         """Where figures go: ``out``, else the first run that was measured, else here."""
         return out or next((one.model.results for one in self.results if one.model.results), None) or Path()
-
-
-def _four_digits(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return "" if np.isnan(value) else f"{value:.4f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -357,7 +353,10 @@ def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[st
         "classes": len(result.class_names),
         "test_images": len(np.unique(result.images)),
         **result.metadata,
-        **{f"model_{name}": _cell(value) for name, value in result.model.key().items()},
+        **{
+            f"model_{name}": " ".join(f"{x:g}" for x in value) if isinstance(value, list) else value
+            for name, value in result.model.key().items()
+        },
         "data_fingerprint": result.data.source.fingerprint(),
         "command": command_of(protocol, result.model.text, options),
         "freqmask": __version__,
@@ -365,19 +364,11 @@ def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[st
     }
 
 
-def _cell(value: Any) -> Any:
-    return " ".join(f"{one:g}" for one in value) if isinstance(value, list) else value
-
-
 def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:
     """The command that measures this model again."""
-    words = ["freqmask", "evaluate", protocol, model]
-    for name, value in options.items():
-        if value is None or name in ("model", "out", "dry_run"):
-            continue
-        several = value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{name}", *(str(one).lower() if isinstance(one, bool) else str(one) for one in several)]
-    return " ".join(map(shell_word, words))
+    dropped = ("model", "out", "dry_run")
+    given = {name: value for name, value in options.items() if value is not None and name not in dropped}
+    return f"freqmask evaluate {protocol} {command_words({'model': [model], **given}, first='model')}"
 
 
 def check_results(folder: Path) -> None:

@@ -162,38 +162,24 @@ class RobustnessExperiment(Experiment):
         return any(folder.corruption for folder, _ in self.folders)
 
 
+@dataclass
 class Robustness(Protocol):
-    """Accuracy on corrupted, attacked and other test images.
+    """Accuracy on corrupted, attacked and other test images."""
 
-    Args:
-        head: ``linear``, trained on DATA, or ``own``, the model's own classifier.
-        corruptions: names.
-        severities: 1 to 5.
-        attacks: with their budgets.
-        folders: of ImageNet-C, or of classes.
-        constants: a data set whose constants are taken, or auto.
-        frost: folder of photographs of frost, or None.
-        test_images: at most so many of DATA's test images; None takes all.
-    """
+    head: str = "linear"  # linear, trained on DATA, or own, the model's own classifier
+    corruptions: Sequence[str] = COMMON
+    severities: Sequence[int] = SEVERITIES
+    attacks: Sequence[Attack] = ()
+    folders: Sequence[Path] = ()  # of ImageNet-C, or of classes
+    constants: str = "auto"  # a data set whose constants are taken
+    frost: str | None = None  # folder of photographs of frost
+    test_images: int | None = None  # at most so many of DATA's test images
 
     name, headline = "robustness", CLEAN
 
-    def __init__(
-        self,
-        head: str = "linear",
-        corruptions: Sequence[str] = COMMON,
-        severities: Sequence[int] = SEVERITIES,
-        attacks: Sequence[Attack] = (),
-        folders: Sequence[Path] = (),
-        constants: str = "auto",
-        frost: str | None = None,
-        test_images: int | None = None,
-    ) -> None:
-        self.head, self.corruptions, self.severities = head, corruptions, severities
-        self.attacks, self.folders, self.constants = attacks, folders, constants
-        self.frost, self.test_images = frost, test_images
-        self.title = f"robustness, {head} head; accuracy in %"
-        self.own_heads = head == "own"
+    def __post_init__(self) -> None:
+        self.title = f"robustness, {self.head} head; accuracy in %"
+        self.own_heads = self.head == "own"
         self.seeded = not self.own_heads
 
     def open(self, config: EvalConfig) -> RobustnessExperiment:
@@ -298,7 +284,7 @@ class RobustnessEval:
             _say_accuracy(CLEAN, [clean])
             reads = self.experiment.reads_corruptions
             made = [] if reads or not self.protocol.corruptions else list(self._all_corrupted())
-            attacked = list(self._all_attacked())
+            attacked = [self.attacked(attack) for attack in self.protocol.attacks]
             results += [clean, *([together(made)] if made else []), *attacked, *made]
         return [*results, *self._all_folders()]
 
@@ -323,7 +309,7 @@ class RobustnessEval:
 
     def attacked(self, attack: Attack) -> ClassificationResult:
         """Adversarial test images, made against this model and its heads."""
-        rounds = zip(self.context.data.rounds, self.heads, strict=True)
+        rounds, began = zip(self.context.data.rounds, self.heads, strict=True), time.monotonic()
         measured = [self._attack(attack, one, head) for one, head in rounds]
         predicted, losses, harder, change = (np.concatenate(parts) for parts in zip(*measured, strict=True))
         metadata = {
@@ -332,7 +318,9 @@ class RobustnessEval:
             "adversarial_loss": float(harder.mean()),
             "largest_change": float(change.max()),
         }
-        return self._row(attack.name, predicted, metadata)
+        result = self._row(attack.name, predicted, metadata)
+        _say_accuracy(attack.name, [result], time.monotonic() - began)
+        return result
 
     def _all_corrupted(self) -> Iterator[ClassificationResult]:
         """A result a corruption and severity; a line for each corruption tells how far it is."""
@@ -344,13 +332,6 @@ class RobustnessEval:
                 results.append(self.corrupted(Corruption(name, severity, strengths, self.protocol.frost)))
                 yield results[-1]
             _say_accuracy(name, results, time.monotonic() - began)
-
-    def _all_attacked(self) -> Iterator[ClassificationResult]:
-        for attack in self.protocol.attacks:
-            began = time.monotonic()
-            result = self.attacked(attack)
-            _say_accuracy(attack.name, [result], time.monotonic() - began)
-            yield result
 
     def _attack(self, attack: Attack, one: Round, head: ClassifierHead) -> list[np.ndarray]:
         """Predictions, losses before and after, and sizes of the changes, of a round's test images."""

@@ -21,6 +21,7 @@ from freqmask.evaluation.results import (
     save_figure,
     shortened,
 )
+from freqmask.images import as_float
 from freqmask.rng import sample_key
 
 CLEAN, CORRUPTED = "clean", "corrupted"
@@ -247,14 +248,10 @@ def draw_sheet(
         row[0].text(-0.05, 0.5, title, ha="right", va="center", fontsize=9, transform=row[0].transAxes)
         for axis, severity in zip(row, columns, strict=True):
             shown = Corruption(name, severity, strengths, frost)(image, key) if severity else image
-            _show(axis, shown.numpy())
+            values = as_float(shown).numpy()
+            colors = values.transpose(1, 2, 0) if len(values) == 3 else values.mean(axis=0)
+            axis.imshow(colors, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
     for axis, severity in zip(axes[0], columns, strict=True):
         axis.set_title(str(severity) if severity else "clean", fontsize=9)
     save_figure(figure, path)
-
-
-def _show(axis: Any, image: np.ndarray) -> None:
-    values = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
-    colors = values.transpose(1, 2, 0) if len(values) == 3 else values.mean(axis=0)
-    axis.imshow(colors, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_axis_off()

@@ -21,8 +21,8 @@ from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
-from freqmask.evaluation.duplicates import seen_in_pretraining
 from freqmask.evaluation.eval_model import check_models
+from freqmask.evaluation.labelled import seen_in_pretraining
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
 from freqmask.evaluation.protocol import (
     EvalConfig,
@@ -144,29 +144,20 @@ def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
+@dataclass
 class Predictor:
-    """A network on a device.
+    """A network on a device."""
 
-    Args:
-        network: trained.
-        training: how it was.
-        device: of torch.
-        batch_size: windows at once.
-        stride: from window to window in pixels; None is two thirds of the crop.
-    """
+    network: UperNet
+    training: Training  # how it was trained
+    device: torch.device
+    batch_size: int  # windows at once
+    stride: int = 0  # from window to window in pixels; 0 is two thirds of the crop
 
-    def __init__(
-        self,
-        network: UperNet,
-        training: Training,
-        device: torch.device,
-        batch_size: int,
-        stride: int | None = None,
-    ) -> None:
-        self.network = network.to(device).eval()
-        self.training, self.device, self.batch_size = training, device, batch_size
-        self.stride = max(1, stride or round(training.crop * STRIDE_SHARE))
-        self.fill = torch.tensor(training.mean)
+    def __post_init__(self) -> None:
+        self.network.to(self.device).eval()
+        self.stride = self.stride or max(1, round(self.training.crop * STRIDE_SHARE))
+        self.fill = torch.tensor(self.training.mean)
 
     def __call__(
         self, image: Shaped[Tensor, "channel height width"], size: tuple[int, int], inference: str
@@ -197,13 +188,7 @@ class Predictor:
 def predict(
     predictor: Predictor, data: SegmentationData, inference: str, name: str
 ) -> tuple[Int64[np.ndarray, "image 3 classes"], Int64[np.ndarray, " image"], str]:
-    """Segment every test image and count.
-
-    Args:
-        predictor: the network.
-        data: test images with masks.
-        inference: ``windows`` or ``whole``.
-        name: of the model, for the lines printed.
+    """Segment every test image in ``windows`` or ``whole``, and count; ``name`` is the model's, for what is printed.
 
     Returns:
         The margins of each image that could be read, the numbers of those images, and what is wrong, if anything.
@@ -434,7 +419,7 @@ class Segment(Protocol):
             return []
         training, stride = Training.read(run.config()), self.options["stride"]
         device, network = pick_device(self.options["accelerator"]), job.trained(run)
-        every = None if stride in (None, AUTO) else int(stride)
+        every = 0 if stride in (None, AUTO) else int(stride)
         predictor = Predictor(network, training, device, training.images_at_once, every)
         model, data = job.model, experiment.data
         names = ("steps", "crop", "lr", "layer_decay", "drop_path", "decoder_channels")

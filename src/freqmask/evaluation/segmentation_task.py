@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from freqmask.backbones import Backbone
 from freqmask.console import readable_time, say
-from freqmask.data.loader import make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
@@ -39,6 +38,7 @@ from freqmask.evaluation.trainings import (
     check_no_problems,
     layer_groups,
     make_adamw,
+    make_task,
 )
 from freqmask.evaluation.upernet import UperNet, segmentation_losses
 from freqmask.images import as_float
@@ -46,7 +46,7 @@ from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.timm_folder import write_tensors
 from freqmask.interop.torch_file import check_weights
 from freqmask.training.auto import Choice
-from freqmask.training.loop import ScheduledModule, Task, make_sampler
+from freqmask.training.loop import ScheduledModule, Task
 from freqmask.training.optim import Schedule, parameter_groups, scaled_lr
 from freqmask.training.run_folder import RunFolder, comparable
 
@@ -62,11 +62,6 @@ DECIDING = (
     *("crop", "image_size", "scale", "flip", "steps", "epochs", "batch_size", "lr", "warmup_steps"),
     *("weight_decay", "layer_decay", "drop_path", "decoder_channels", "precision", "value_range", "weights"),
 )
-SHOWN = {
-    "images_per_second": "{:.1f} images/s",
-    "data_wait_share": "{:.0%} waiting for data",
-    "loss": "loss {:.4g}",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,30 +306,16 @@ class SegmentationJob(TrainingJob):
 
     def task(self, run: RunFolder, numbers: Training) -> Task:
         """The training as the loop takes it."""
-        images = self.data.train
         torch.manual_seed(numbers.seed)  # of dropout and drop path
-
-        def batches(trainer: L.Trainer, done: int) -> Any:
-            sampler = make_sampler(asdict(numbers), len(images), trainer, done)
-            dataset = make_pairs(self.data, images, numbers, cut=True)
-            return make_loader(dataset, sampler, numbers.images_at_once, numbers.workers)
 
         def export(trainer: L.Trainer, module: Any, step: int) -> None:
             # the whole network once it is done; until then the checkpoints hold it
             if trainer.is_global_zero and step == numbers.steps:
                 write_tensors(run.path / NETWORK, module.network.state_dict())
 
-        return Task(
-            run,
-            asdict(numbers),
-            SegmentationModule(self.network.train(), numbers),
-            len(images),
-            batches,
-            export,
-            shown=SHOWN,
-            warmup_steps=numbers.warmup_steps,
-            trainer={"sync_batchnorm": numbers.devices > 1 and numbers.accelerator == "cuda"},
-        )
+        module = SegmentationModule(self.network.train(), numbers)
+        dataset = make_pairs(self.data, self.data.train, numbers, cut=True)
+        return make_task(run, numbers, module, dataset, export)
 
     def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
         """Print how it ended; the checkpoints, three times the network, have served."""

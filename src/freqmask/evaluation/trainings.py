@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import lightning as L
 import torch
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.console import rank, readable_bytes, readable_time, say, silence_third_party_loggers
+from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
@@ -27,13 +29,20 @@ from freqmask.evaluation.eval_model import PIXELS, BackboneModel
 from freqmask.training import auto
 from freqmask.training.auto import Choice, Cost, pick_device
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.loop import Task, ends, images_at_once, train
+from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler, train
 from freqmask.training.optim import OptimConfig
 from freqmask.training.run_folder import RunFolder, comparable, heading, now
+from freqmask.training.saving import Export
 
 AUTO = "auto"
 BETAS = (0.9, 0.999)
 CHECKPOINTS = 20  # a run
+SHOWN = {
+    "images_per_second": "{:.1f} images/s",
+    "data_wait_share": "{:.0%} waiting for data",
+    "loss": "loss {:.4g}",
+    "held_out_accuracy": "held out {:.1%}",
+}
 # Options that say nothing of how a training is repeated, or that --config of the repeating command has not.
 _NOT_REPEATED = ("model", "seeds", "out", "dry_run", "config", "tune", "strength", "feature", "cache")
 # Those of the machine may differ when a run is resumed: they do not change what it becomes.
@@ -127,14 +136,8 @@ class Plan:
     ) -> Callable[[int], Tensor]:
         """Measure time and memory of an image, on a copy so that the module stays as it was.
 
-        Args:
-            module: what will be trained.
-            shape: (channels, height, width) of a training image.
-            loss: of the copy and random images.
-            images: how many at once.
-
-        Returns:
-            The copy's loss for a number of random images.
+        Training images have the shape (channels, height, width); the loss takes the copy and random images. Returns
+        the copy's loss for a number of random images.
         """
         device, precision = torch.device(self.values["accelerator"]), str(self.values["precision"])
         trial = copy.deepcopy(module).to(device).train()
@@ -359,6 +362,26 @@ def _to_repeat(job: TrainingJob, numbers: Mapping[str, Any]) -> dict[str, Any]:
     options |= {"epochs": None}  # the steps say it
     given = {name: value for name, value in comparable(options).items() if value is not None}
     return {"command": job.command, "options": {"model": [job.model.text], "seeds": [job.seed], **given}}
+
+
+def make_task(
+    run: RunFolder,
+    numbers: TrainingNumbers,
+    module: ScheduledModule,
+    dataset: TrainDataset,
+    export: Export,
+    **more: Any,
+) -> Task:
+    """A training on a dataset as the loop takes it."""
+    images = len(dataset.source)
+
+    def batches(trainer: L.Trainer, done: int) -> Any:
+        sampler = make_sampler(asdict(numbers), images, trainer, done)
+        return make_loader(dataset, sampler, numbers.images_at_once, numbers.workers)
+
+    several = {"sync_batchnorm": numbers.devices > 1 and numbers.accelerator == "cuda"}
+    shared: dict[str, Any] = {"shown": SHOWN, "warmup_steps": numbers.warmup_steps, "trainer": several}
+    return Task(run, asdict(numbers), module, images, batches, export, **shared, **more)
 
 
 def check_no_problems(models: Sequence[str], use: str, baseline: str, problems: Iterator[str]) -> None:

@@ -47,11 +47,7 @@ class FeaturePyramid(nn.Module):
     as in BEiT (x4, x2, as it is, /2 for patches of 16). BEiT itself takes the blocks 4, 6, 8 and 12 of 12.
     Of other networks the last four stages as they are.
 
-    Args:
-        backbone: whose parameters are all trained from here on, but those that no map depends on.
-
-    Attributes:
-        channels: of each map.
+    All parameters of the backbone are trained from here on, but those that no map depends on.
 
     Raises:
         UserError: the network has a single stage that is no sequence of blocks.

@@ -127,16 +127,13 @@ def _shine(drops: np.ndarray) -> np.ndarray:
     levels = (255 * np.clip(drops, 0, 1)).astype(np.uint8)
     edges = find_edges(levels, *_EDGES)
     depth = np.minimum(distance_transform_edt(~edges), _DROP) if edges.any() else np.full(drops.shape, _DROP)
-    depth = _equalized(uniform_filter(depth, 3, mode="mirror").astype(np.uint8))
+    smooth = uniform_filter(depth, 3, mode="mirror").astype(np.uint8)
+    counts = np.bincount(smooth.ravel(), minlength=256)  # equalized, as OpenCV's equalizeHist
+    below = counts.cumsum() - counts[counts > 0][0]
+    depth = np.round(255 * below / max(below[-1], 1))[smooth].clip(0, 255).astype(int)
     relief = np.clip(correlate(depth, _RELIEF, mode="mirror"), 0, 255)
     lit = levels * uniform_filter(relief.astype(float), 3, mode="mirror")
     return lit / max(lit.max(), 1e-8)
-
-
-def _equalized(levels: np.ndarray) -> np.ndarray:
-    counts = np.bincount(levels.ravel(), minlength=256)
-    below = counts.cumsum() - counts[counts > 0][0]
-    return np.round(255 * below / max(below[-1], 1))[levels].clip(0, 255).astype(int)
 
 
 def gray(image: Image) -> Image:
