@@ -19,8 +19,7 @@ from freqmask.evaluation.mask_data import (
     open_segmentation,
     read_classes,
 )
-from freqmask.evaluation.mask_files import PairSource, Part, read_mask
-from freqmask.evaluation.mask_views import PairDataset, RandomCrop, nearest
+from freqmask.evaluation.mask_files import PairDataset, PairSource, Part, RandomCrop, nearest, read_mask
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def linear(
     freqmask evaluate linear pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
 
     Args:
-        rates: learning rates of the sweep, from strong regularisation to little; nine from 0.0001 to 100.
+        rates: learning rates of the sweep, from strong regularization to little; nine from 0.0001 to 100.
         epochs: passes over the training images; small sets get at least 1,000 steps.
         seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the
             held-out ones, and the weights of random:.
@@ -165,7 +165,7 @@ def bands(
     freqmask evaluate bands pixels random:RUN timm:vit_small_patch16_224 RUN --data DATA
 
     Args:
-        head: what classifies: a linear or k-NN head on frozen features, learnt from whole images; or own, the
+        head: what classifies: a linear or k-NN head on frozen features, trained on whole images; or own, the
             model's own classifier (exported classifiers, and timm:NAME on ImageNet's classes).
         radii: in frequency bins; the default are seven from an eighth of the highest frequency to all of it.
         seeds: of the head and of random: weights; 0.
@@ -198,7 +198,7 @@ def robustness(
     Args:
         data: images with labels, as for the other protocols. It may be left out with --head own where --folder
             names what is tested on.
-        head: what classifies: a linear head on frozen features, learnt from clean images; or own, the model's
+        head: what classifies: a linear head on frozen features, trained on clean images; or own, the model's
             own classifier (what finetune leaves behind, and timm:NAME on ImageNet's classes).
         seeds: of the head and of random: weights; 0.
 
@@ -289,7 +289,7 @@ def segment(
 
 
 def _measured(protocol: Any, **meant: Any) -> list[Any]:
-    """What a protocol found with the options of the running command; the pages of the runs measured are renewed."""
+    """A protocol's summaries by the options of the running command; the pages of the runs measured are renewed."""
     from freqmask.evaluation.protocol import run_protocol
     from freqmask.reporting.page import refresh_report
 

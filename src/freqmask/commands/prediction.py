@@ -26,7 +26,7 @@ from freqmask.data.pixels import missing_pixels
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
-from freqmask.evaluation.mask_views import scaled_size
+from freqmask.evaluation.mask_files import scaled_size
 from freqmask.interop.feature_files import rows_of
 from freqmask.interop.formats import Exported, Graph
 from freqmask.interop.models import OpenedClassifier, hash_weights, still_images

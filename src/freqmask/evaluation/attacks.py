@@ -1,4 +1,4 @@
-"""Adversarial images: FGSM (arXiv 1412.6572) and PGD (arXiv 1706.06083), in pixels, before normalisation.
+"""Adversarial images: FGSM (arXiv 1412.6572) and PGD (arXiv 1706.06083), in pixels, before normalization.
 
     x_0     = x + start                                     start: 0, or uniform in the ball of radius epsilon
     x_{t+1} = clip_[0,1](project(x_t + step * direction(grad loss(x_t))))

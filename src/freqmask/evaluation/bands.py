@@ -65,7 +65,7 @@ class Band:
         return HighPass(self.low) if self.kind == "high" else BandPass(self.low, self.high)
 
     def change(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
-        """Images in [0, 1] with this band alone, around their mean colour, clamped.
+        """Images in [0, 1] with this band alone, around their mean color, clamped.
 
         The mean stays where the filter would take it: without it half of every high-passed image is below
         zero and lost, and the curve would show darkness as much as frequencies.

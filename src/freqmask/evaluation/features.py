@@ -201,9 +201,9 @@ def _compute(
         for name, values in batch.features.items():
             if name not in table.values:
                 table.values[name] = np.zeros((len(source), values.shape[1]), np.float32)
-            table.values[name][batch.asked[batch.found]] = values[batch.found]
-        table.read[batch.asked[batch.found]] = True
-        done += len(batch.asked)
+            table.values[name][batch.wanted[batch.is_read]] = values[batch.is_read]
+        table.read[batch.wanted[batch.is_read]] = True
+        done += len(batch.wanted)
         if progress is not None:
             progress.update(done, {})
     if progress is not None:
@@ -226,8 +226,8 @@ def shared_objects(model: EvalModel, source: Source) -> list[object]:
 
 @dataclass(frozen=True)
 class _Batch:
-    asked: np.ndarray  # (image,) numbers of the images asked for
-    found: np.ndarray  # (image,) whether each is there; another one stands in for one that cannot be read
+    wanted: np.ndarray  # (image,) their numbers
+    is_read: np.ndarray  # (image,) False where a fallback replaces one that cannot be read
     features: dict[str, np.ndarray]  # name -> (image, dim) float32
     skipped: list[tuple[str, str]]  # (name, reason) of those that cannot be read
 
@@ -250,10 +250,10 @@ def _batches(
         for batch in make_loader(dataset, ChosenSampler(images), size, workers):
             views = as_float(batch["views"][0].to(device, non_blocking=True))
             features = model.features(views if change is None else change(views), what)
-            asked = np.arange(first, first + len(views))
+            wanted = np.arange(first, first + len(views))
             first += len(views)
             values = {name: tensor.float().cpu().numpy() for name, tensor in features.items()}
-            yield _Batch(asked, batch["indices"].numpy() == asked, values, batch["skipped"])
+            yield _Batch(wanted, batch["indices"].numpy() == wanted, values, batch["skipped"])
 
 
 def not_finite(values: np.ndarray) -> int:

@@ -75,15 +75,15 @@ def predict(
             f"k ({min(neighbors)} to {most}) must be from 1 to the {len(bank):,} images of the bank"
         )
     queries, bank = queries.float(), torch.nn.functional.normalize(bank.float(), dim=1)
-    found: dict[int, list[Tensor]] = {k: [] for k in neighbors}
+    predicted: dict[int, list[Tensor]] = {k: [] for k in neighbors}
     for part in queries.split(chunk[0]):
         similarity, places = nearest(torch.nn.functional.normalize(part, dim=1), bank, most, chunk[1])
         weights = torch.exp((similarity - similarity[:, :1]) / temperature)  # relative: exp(1/0.07) is 1.6e6
         voters = labels[places]
         for k in neighbors:
             votes = weights.new_zeros(len(part), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
-            found[k].append(votes.argmax(dim=1))
-    return {k: torch.cat(parts) for k, parts in found.items()}
+            predicted[k].append(votes.argmax(dim=1))
+    return {k: torch.cat(parts) for k, parts in predicted.items()}
 
 
 @outside_autocast
@@ -147,7 +147,7 @@ def choose_space(
     rows = {name: values[fitted] for name, values in features.items()}
     asked = {name: values[held] for name, values in features.items()}
     k = min(20, len(fitted))
-    found: list[tuple[float, tuple[str, ...], str]] = []
+    spaces: list[tuple[float, tuple[str, ...], str]] = []
     for names in candidates(list(features)):
         many = sum(rows[name].shape[1] for name in names) > MOST_WHITENED
         for kind in KINDS[:-1] if many else KINDS:
@@ -155,8 +155,8 @@ def choose_space(
             voted = predict(space.apply(asked), space.apply(rows), labels[fitted], classes, [k], temperature)[
                 k
             ]
-            found.append((float((voted == labels[held]).double().mean()), names, kind))
-    accuracy, names, kind = max(found, key=lambda one: one[0])
+            spaces.append((float((voted == labels[held]).double().mean()), names, kind))
+    accuracy, names, kind = max(spaces, key=lambda one: one[0])
     return FeatureSpace.fit(features, names, kind), accuracy
 
 
@@ -196,7 +196,7 @@ class Knn(Protocol):
             inside = context.inside()
             train, test = (space.apply(context.tensors(inside, part)) for part in (one.train, one.test))
             chosen = self._vote(context, one, train, test, space.describe())
-            predictions |= {f"{variant}, chosen": found for variant, found in chosen.items()}
+            predictions |= {f"{variant}, chosen": prediction for variant, prediction in chosen.items()}
         return predictions
 
     def _vote(

@@ -104,7 +104,7 @@ def open_labelled(
         pages: what the pages of a TIFF are.
 
     Raises:
-        UserError: there are no labels, one class only, a class to test that cannot be learnt, an empty part.
+        UserError: there are no labels, one class only, a test class without training images, an empty part.
     """
     config = config or SplitConfig()
     _check(config)

@@ -19,6 +19,7 @@ from freqmask.data.splits import choose_split, split_indices
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import SPLITS, default_splits, parts_by_path, pixel_hashes, split_file
 from freqmask.evaluation.mask_files import (
+    IGNORED,
     MOST_LABEL,
     PairSource,
     Part,
@@ -29,7 +30,6 @@ from freqmask.evaluation.mask_files import (
 )
 from freqmask.training.files import read_rows, write_rows
 
-IGNORED = -1  # in targets: counted neither in a loss nor in a score
 UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")

@@ -1,29 +1,38 @@
-"""Where images and masks lie, which file belongs to which, and one class number a pixel."""
+"""Images with masks: where they lie, which file belongs to which, one class number a pixel, views of both."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, Shaped
+import torch
+from jaxtyping import Int16, Int32, Shaped
 from PIL import Image
+from torch import Tensor
 
 from freqmask.data.decode import quiet_pillow
 from freqmask.data.image_folder import IMAGE_WORDS, MASK_WORDS, FolderSource
 from freqmask.data.index import MASK_FILE, FolderIndex, index_folder
-from freqmask.data.pixels import EXIF_TAG, Box, Orientation, Picture, orientation_of
+from freqmask.data.loader import TrainDataset, as_bad_image
+from freqmask.data.pixels import EXIF_TAG, Box, Orientation, Picture, missing_pixels, orientation_of
 from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import split_of
 from freqmask.data.tiff import open_tifffile, turn_of
+from freqmask.data.transforms import Geometry, resize
+from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
+from freqmask.rng import uniform_numbers
 
 # Lossless ones only: JPEG and its like invent labels along every edge.
 MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".npy"})
 MOST_LABEL = 65_535
+IGNORED = -1  # in targets: counted neither in a loss nor in a score
+MOST_OF_ONE_CLASS = 0.75  # a crop that holds more of it is drawn again, as mmsegmentation's recipes do
+_TRIES = 10
 _MASK_FOLDERS = ("masks", "mask", *MASK_WORDS)  # beside masks, annotations may hold boxes
 LAYOUTS = (
     "images/SPLIT beside masks/SPLIT, SPLIT/images beside SPLIT/masks, or images beside masks without splits "
@@ -162,10 +171,10 @@ def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
         exact[_stem(name)] = number
     ends = {stem: MASK_FILE.fullmatch(os.fsencode(stem)) for stem in exact}
     marked = {os.fsdecode(end[1]): exact[stem] for stem, end in ends.items() if end}
-    found = [exact.get(_stem(name), marked.get(_stem(name))) for name in images]
-    partners = [number for number in found if number is not None]
+    numbers = [exact.get(_stem(name), marked.get(_stem(name))) for name in images]
+    partners = [number for number in numbers if number is not None]
     used = set(partners)
-    alone = [name for name, number in zip(images, found, strict=True) if number is None]
+    alone = [name for name, number in zip(images, numbers, strict=True) if number is None]
     spare = [name for number, name in enumerate(masks) if number not in used]
     problems = [
         f"{_some(names)} in {where} without {other}"
@@ -173,7 +182,7 @@ def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
         if names
     ]
     if len(used) < len(partners) and not problems:
-        twice = next(name for name, number in zip(images, found, strict=True) if found.count(number) > 1)
+        twice = next(name for name, number in zip(images, numbers, strict=True) if numbers.count(number) > 1)
         problems = [f"{part.images / twice} and another image would share one mask"]
     if problems:
         raise UserError(
@@ -266,3 +275,138 @@ class PairSource(Source):
     def summary(self) -> SourceSummary:
         whole = self.images.summary()
         return SourceSummary("images with masks", whole.found, len(self), whole.ignored, whole.notes)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """How a training sample is cut: scaled by a random factor, cropped, mirrored half of the time."""
+
+    crop: int  # side of the sample in pixels
+    scale: tuple[float, float] = (0.5, 2.0)  # smallest and largest factor, drawn uniformly
+    image_size: int | None = (
+        None  # shorter side that images are brought to before; None leaves them as they are
+    )
+    flip: float = 0.5  # probability
+
+    def window(self, size: tuple[int, int], key: int, attempt: int = 0) -> tuple[Box, tuple[int, int]]:
+        """The window of an image of (height, width), and what it is resampled to: the crop, or less of a small image.
+
+        Another ``attempt`` draws another place.
+        """
+        drawn, _ = uniform_numbers(key, "scale", 2)
+        factor = self.scale[0] + drawn * (self.scale[1] - self.scale[0])
+        scaled = scaled_size(size, self.image_size, factor)
+        place = uniform_numbers(key, f"crop/{attempt}", 2)
+        box, shown = [], []
+        for side, large, where in zip(size, scaled, place, strict=True):
+            part = min(self.crop, large)
+            length = max(1, min(side, round(part * side / large)))
+            box.append((int(where * (side - length + 1)), length))
+            shown.append(part)
+        return (box[0][0], box[1][0], box[0][1], box[1][1]), (shown[0], shown[1])
+
+
+def scaled_size(size: tuple[int, int], image_size: int | None, factor: float = 1.0) -> tuple[int, int]:
+    """Height and width after bringing the shorter side to ``image_size`` and scaling by ``factor``.
+
+    >>> scaled_size((360, 480), 180), scaled_size((360, 480), None, 0.5)
+    ((180, 240), (180, 240))
+    """
+    factor *= 1.0 if image_size is None else image_size / min(size)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+class PairDataset(TrainDataset):
+    """Samples of two views: the image, uint8 or float32 in [0, 1], and the classes of its pixels, int16.
+
+    Args:
+        source: images with masks.
+        lookup: label -> class, or ``IGNORED``.
+        value_range: the values that become 0 and 1.
+        channels: of the image.
+        seed: of the draws.
+        crop: how samples are cut; None gives whole images at their evaluated size beside whole masks.
+        image_size: shorter side of whole images in pixels; None leaves them as they are.
+        fill: what stands beyond the image's edge, one number in [0, 1] a channel.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        lookup: Int16[np.ndarray, " label"],
+        value_range: ValueRange,
+        channels: int,
+        seed: int = 0,
+        crop: RandomCrop | None = None,
+        image_size: int | None = None,
+        fill: Sequence[float] = (),
+    ) -> None:
+        # One geometry for one key a sample; windows are chosen here, for image and mask together.
+        super().__init__(source, [Geometry(crop="whole")], value_range, channels, seed=seed)
+        self.lookup, self.crop, self.image_size = lookup, crop, image_size
+        self.fill = np.array(fill or [0.5] * channels, np.float32)
+
+    def _views(self, picture: Picture, keys: Sequence[int]) -> list[Tensor]:
+        assert isinstance(picture, PairedPicture)
+        classes = self.lookup[picture.mask()]
+        if self.crop is None:
+            image = self._image(picture, (0, 0, *picture.size))
+            return [resize(image, scaled_size(picture.size, self.image_size)), torch.from_numpy(classes)]
+        return self._cropped(picture, classes, self.crop, keys[0])
+
+    def _cropped(
+        self, picture: PairedPicture, classes: np.ndarray, crop: RandomCrop, key: int
+    ) -> list[Tensor]:
+        box, shown, window = self._choose(picture, classes, crop, key)
+        image = resize(self._image(picture, box), shown)
+        target = nearest(window, shown)
+        image, target = self._padded(image, target, crop.crop)
+        if uniform_numbers(key, "flip", 1)[0] < crop.flip:
+            image, target = image.flip(-1), target.flip(-1)
+        return [image, target]
+
+    def _choose(
+        self, picture: PairedPicture, classes: np.ndarray, crop: RandomCrop, key: int
+    ) -> tuple[Box, tuple[int, int], np.ndarray]:
+        """The first window that no class fills, what it is resampled to, and its classes."""
+        for attempt in range(_TRIES):
+            box, shown = crop.window(picture.size, key, attempt)
+            window = classes[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+            counts = np.bincount(window[window >= 0])
+            if counts.size and counts.max() < MOST_OF_ONE_CLASS * counts.sum():
+                break
+        return box, shown, window
+
+    def _image(self, picture: Picture, box: Box) -> Tensor:
+        """A part of an image with the model's channels and value range."""
+        with as_bad_image():
+            window = picture.decode(box)
+        gap = missing_pixels(window, picture.nodata)
+        if gap is not None and gap.all():  # beside a satellite's track, say
+            values = np.broadcast_to(self.fill[:, None, None], (self.channels, *window.shape[1:]))
+            return torch.from_numpy(values.copy())
+        return self._tensor(window, gap)
+
+    def _padded(self, image: Tensor, target: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Both made square, at the bottom and the right; what is added does not count."""
+        height, width = target.shape
+        if (height, width) == (side, side):
+            return image, target
+        fill = torch.from_numpy(self.fill)
+        fill = (255 * fill).round().to(torch.uint8) if image.dtype == torch.uint8 else fill
+        square = fill[:, None, None].expand(-1, side, side).clone()
+        square[:, :height, :width] = image
+        padded = torch.full((side, side), IGNORED, dtype=target.dtype)
+        padded[:height, :width] = target
+        return square, padded
+
+
+def nearest(
+    mask: Shaped[np.ndarray, "old_height old_width"], size: tuple[int, int]
+) -> Int16[Tensor, "height width"]:
+    """A mask at another size: every pixel takes the class of the old pixel in which its center lies."""
+    rows, columns = (
+        np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+        for new, old in zip(size, mask.shape, strict=True)
+    )
+    return torch.from_numpy(np.ascontiguousarray(mask[rows[:, None], columns], dtype=np.int16))

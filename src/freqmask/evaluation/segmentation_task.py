@@ -29,7 +29,7 @@ from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel, open_eval_model
 from freqmask.evaluation.mask_data import SegmentationData
-from freqmask.evaluation.mask_views import PairDataset, RandomCrop
+from freqmask.evaluation.mask_files import PairDataset, RandomCrop
 from freqmask.evaluation.trainings import (
     AUTO,
     Plan,

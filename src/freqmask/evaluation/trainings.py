@@ -387,9 +387,9 @@ def make_task(
 def check_no_problems(models: Sequence[str], use: str, baseline: str, problems: Iterator[str]) -> None:
     """Raises a UserError with all that is wrong with the options of a training, raw pixels among MODEL included."""
     no_weights = f"model (pixels) must have weights to be {use}; random:NAME is the {baseline}"
-    found = [*([no_weights] if PIXELS in models else []), *problems]
-    if found:
-        raise UserError("; ".join(found))
+    sentences = [*([no_weights] if PIXELS in models else []), *problems]
+    if sentences:
+        raise UserError("; ".join(sentences))
 
 
 def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

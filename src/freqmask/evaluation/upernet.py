@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError
-from freqmask.evaluation.mask_data import IGNORED
+from freqmask.evaluation.mask_files import IGNORED
 from freqmask.interop.models import OpenedModel, stage_features
 from freqmask.timm_models import parameters_behind, strides
 

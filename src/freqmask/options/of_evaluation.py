@@ -26,7 +26,7 @@ class Models:
     )
     out: str | None = option(
         None,
-        "folder of results.csv, the pictures and the runs of what is trained; the default is the model's run folder, "
+        "folder of results.csv, the figures and the runs of what is trained; the default is the model's run folder, "
         "or this one, and runs/PROTOCOL-... for the runs",
     )
     config: str | None = option(
@@ -38,7 +38,7 @@ class Models:
 class Parts:
     """How the images are split."""
 
-    train_split: str = option("auto", "the part of DATA that is learnt from; auto is train")
+    train_split: str = option("auto", "the part of DATA that is trained on; auto is train")
     test_split: str = option("auto", "the part that is tested on; auto is test, else val")
     test_share: float = option(
         0.2, "share of the images that we hold out where DATA has no test part", above=0, below=1
@@ -120,13 +120,13 @@ class FineTuning:
     )
     steps: int | None = option(
         None,
-        "optimiser steps, instead of epochs: the same number for every model",
+        "optimizer steps, instead of epochs: the same number for every model",
         least=1,
         rivals="length",
     )
     batch_size: int | Auto = option(
         "auto",
-        "images per optimiser step over all devices and accumulation; auto is what the images fill eight times, at "
+        "images per optimizer step over all devices and accumulation; auto is what the images fill eight times, at "
         "most 256 (a GPU: 1,024)",
         least=1,
     )
@@ -159,7 +159,7 @@ class FineTuning:
     )
     mixup: float | Auto = option(
         "auto",
-        "alpha, 0 for none; auto is 0.8 (a3, a2: 0.1), and 0 for fewer than 10,000 pictures below 96 pixels",
+        "alpha, 0 for none; auto is 0.8 (a3, a2: 0.1), and 0 for fewer than 10,000 images below 96 pixels",
         least=0,
     )
     cutmix: float | Auto = option("auto", "alpha, 0 for none; auto is 1, and 0 as for mixup", least=0)
@@ -167,7 +167,7 @@ class FineTuning:
     augment: str = option(
         "auto",
         "RandAugment as timm writes it, or none; auto is rand-m9-mstd0.5-inc1 (a3: m6, a2: m7), m5 below 96 pixels, "
-        "and none for images that are not 8-bit colour",
+        "and none for images that are not 8-bit color",
     )
     erasing: float | Auto = option(
         "auto",
@@ -182,10 +182,10 @@ class FineTuning:
         above=0,
         most=1,
     )
-    flip: bool = option(True, "mirror half of the pictures, left to right")
+    flip: bool = option(True, "mirror half of the images, left to right")
     train_size: int | Auto = option(
         "auto",
-        "side in pixels of the training pictures; auto is that of the test (a3: 160 for 224)",
+        "side in pixels of the training images; auto is that of the test (a3: 160 for 224)",
         least=1,
     )
     ema: float | None = option(
@@ -203,7 +203,7 @@ class FineTuning:
     )
     crop_share: float | Auto = option(
         "auto",
-        "of its side that the centred square keeps; auto is 224/256 (a3, a2: 0.95), 1 below 96 pixels",
+        "of its side that the centered square keeps; auto is 224/256 (a3, a2: 0.95), 1 below 96 pixels",
         above=0,
         most=1,
     )
@@ -274,13 +274,13 @@ class Segmenting:
     flip: bool = option(True, "mirror half of the samples, left to right")
     steps: int | None = option(
         None,
-        "optimiser steps; the default is 127 epochs, as BEiT has on ADE20K, at most 160,000",
+        "optimizer steps; the default is 127 epochs, as BEiT has on ADE20K, at most 160,000",
         least=1,
         rivals="length",
     )
     epochs: float | None = option(None, "passes over the images, instead of steps", above=0, rivals="length")
     batch_size: int | Auto = option(
-        "auto", "samples per optimiser step over all devices and accumulation; 16", least=1
+        "auto", "samples per optimizer step over all devices and accumulation; 16", least=1
     )
     lr: float | Auto = option(
         "auto",
@@ -317,7 +317,7 @@ class Segmenting:
     stride: int | Auto = option(
         "auto", "from window to window in pixels; auto is two thirds of the crop", least=1
     )
-    overlays: int = option(6, "test images in the picture of predictions; 0 draws none", least=0)
+    overlays: int = option(6, "test images in the figure of predictions; 0 draws none", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
