@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from freqmask import __version__
 from freqmask.console import say, say_error
 from freqmask.errors import UserError, describe_os_error, name_of, nearest
+from freqmask.imports import blame
 
 
 class Command(NamedTuple):
@@ -93,6 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # read-only places, full disks, limits: nearly always the machine's, and never mended by a traceback
         named = f"{name_of(error)}: " if name_of(error) else ""
         say_error(f"error: {named}{describe_os_error(error)} (FREQMASK_DEBUG=1 shows where)")
+        raise SystemExit(2) from None
+    except Exception as error:
+        sentence = blame(error)
+        if sentence is None or os.environ.get("FREQMASK_DEBUG"):
+            raise
+        say_error(f"error: {sentence}")
         raise SystemExit(2) from None
 
 

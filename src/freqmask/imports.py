@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ class _Named(NamedTuple):
     imported_too: bool  # whether what the program has imported already counts as named
 
 
+_IMPORTED: dict[str, str] = {}  # file of a module -> the import path that it was named by
 _named: ContextVar[_Named | None] = ContextVar("named", default=None)
 
 
@@ -75,6 +77,7 @@ def import_object(path: str, what: str) -> Any:
         NotNamedError: a file names it, and the user did not.
         ImportError: there is no such module.
         AttributeError: the module has no such name.
+        UserError: its code raises.
     """
     module, _, name = path.partition(":")
     named = _named.get()
@@ -84,4 +87,20 @@ def import_object(path: str, what: str) -> Any:
             f"{what} ({path}) is code that {named.file or 'a file'} names and you did not, so it was not imported; "
             f"if you trust it, name it yourself (--{what} {path}), or set {TRUST}={path}"
         )
-    return getattr(importlib.import_module(module), name)
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not module.startswith("freqmask."):
+        _IMPORTED[str(getattr(found, "__file__", module))] = path
+    return getattr(found, name)
+
+
+def blame(error: BaseException) -> str | None:
+    """A sentence for what code of the user's own raised, here or in a loader worker; None where it is not to blame."""
+    trace = "".join(traceback.format_exception(error))
+    path = next((path for file, path in _IMPORTED.items() if f'File "{file}"' in trace), None)
+    last = (str(error).strip().splitlines() or [""])[-1].removeprefix(f"{type(error).__name__}: ")
+    return path and f"{path} raised {type(error).__name__}: {last} (FREQMASK_DEBUG=1 shows where)"

@@ -1,5 +1,6 @@
 """Stacks of images in numpy files."""
 
+import os
 import pickle
 
 import numpy as np
@@ -137,3 +138,15 @@ def test_a_damaged_file_is_refused(tmp_path, suffix):
     path.write_bytes(b"not numpy at all")
     with pytest.raises(UserError, match=r"plain numpy array|damaged"):
         open_source(path)
+
+
+@pytest.mark.parametrize("change", ["cut", "rewritten"])
+def test_a_mapped_file_that_changes_is_a_sentence_and_not_the_end_of_the_process(tmp_path, change):
+    path = tmp_path / "x.npy"
+    np.save(path, stack(40, 64, 64))
+    source = open_source(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] if change == "cut" else whole[::-1])
+    os.utime(path, (1, 1))
+    with pytest.raises(UserError, match=r"x\.npy.* was changed while it was being read"):
+        source.open(39).decode()

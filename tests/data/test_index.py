@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -239,3 +240,27 @@ def test_a_cache_with_something_else_in_it_is_rebuilt(tmp_path, content):
     (file,) = cache_folder().glob("index-*")
     write_arrays(file, content, {"starts": np.zeros(2, np.int64)})
     assert listed(index_folder(tmp_path, SUFFIXES)) == ["1.jpg"]
+
+
+def test_a_flipped_bit_anywhere_in_a_cache_is_noticed(tmp_path):
+    file = tmp_path / "x.bin"
+    write_arrays(file, {"names": ["a", "b"]}, {"numbers": np.arange(5), "flags": np.ones(3, bool)})
+    whole = file.read_bytes()
+    about, arrays = read_arrays(file, holding=["numbers", "flags"])
+    for place in [*range(0, len(whole), 7), 60, 80, 100]:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        read = read_arrays(file)  # what lies between arrays is nobody's
+        assert read is None or (
+            read[0] == about and all(np.array_equal(read[1][n], arrays[n]) for n in arrays)
+        )
+    file.write_bytes(whole)
+    assert read_arrays(file, holding=["pixels"]) is None
+
+
+def test_what_a_killed_process_left_in_the_cache_goes_after_a_day(tmp_path):
+    write_arrays(tmp_path / "x.bin", {}, {})
+    for name, age in (("x.binold.tmp", 90_000), ("x.binnew.tmp", 60), ("y.binold.tmp", 90_000)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_arrays(tmp_path / "x.bin", {}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"x.bin", "x.binnew.tmp", "y.binold.tmp"}

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,17 @@ def test_a_bad_image_keeps_its_reason_on_the_way_from_a_worker() -> None:
     import pickle
 
     assert pickle.loads(pickle.dumps(BadImage("cut off"))).reason == "cut off"
+
+
+def test_workers_that_hang_are_told_and_then_end_with_one_sentence(
+    memory_source: Any, photographs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = memory_source(photographs(9))
+    source.open = lambda index: time.sleep(600)
+    monkeypatch.setattr("freqmask.data.loader.NOTED_SECONDS", 0.1)
+    monkeypatch.setattr("freqmask.data.loader.STUCK_SECONDS", 0.4)
+    monkeypatch.setattr("freqmask.data.loader.ASKED_SECONDS", 0.1)
+    with pytest.raises(UserError, match="no loader worker gave a batch for"):
+        loaded(TrainDataset(source, TWO_VIEWS), workers=2)
+    assert "note: no batch for 0 seconds" in capsys.readouterr().out
+    assert torch.multiprocessing.active_children() == []

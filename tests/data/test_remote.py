@@ -15,6 +15,7 @@ from PIL import Image
 
 from freqmask.data import shards as shards_module
 from freqmask.data import storage
+from freqmask.data.cache import cache_folder
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import OrderedSampler, TrainSampler
 from freqmask.data.sharding import Settings, open_parts, prepare_shards
@@ -349,3 +350,58 @@ def test_a_bucket_holds_shards_and_folders(bucket, shards, photos):
     assert sum(len(batch["indices"]) for batch in batches) == len(far)
     with pytest.raises(UserError, match="not there"):
         open_source("s3://images/nowhere")
+
+
+def test_a_server_that_answers_everything_with_a_page_is_a_sentence(tmp_path):
+    with serving(tmp_path, Paging) as server:
+        for name in ("shards", "shards/a.tar", "shards/a-*.tar", "x.parquet"):
+            with pytest.raises(UserError):
+                open_source(f"{server.url}/{name}")
+
+
+class Paging(Handler):
+    """Sends people who are not logged in a page, whatever they ask for."""
+
+    def do_GET(self):
+        page = b"<!DOCTYPE html><html><body>Please log in</body></html>" * 40
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(page)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+
+def test_a_redirect_in_a_circle_is_a_sentence(tmp_path):
+    with serving(tmp_path, Circling) as server, pytest.raises(UserError, match="after 5 tries"):
+        open_source(f"{server.url}/x.parquet")
+
+
+class Circling(Handler):
+    """Sends every request back to where it came from."""
+
+    def do_GET(self):
+        self.send_response(302)
+        self.send_header("Location", self.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_HEAD(self):
+        self.do_GET()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "no folder"])
+def test_a_damaged_or_impossible_cache_of_a_remote_index_costs_nothing(
+    server, shards, tmp_path, monkeypatch, harm
+):
+    if harm == "damaged":
+        open_source(f"{server.url}/shards")
+        (cached,) = cache_folder().glob("remote-index-*")
+        cached.write_bytes(cached.read_bytes()[:-9])
+    else:
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    same(open_source(f"{server.url}/shards"), open_source(shards))

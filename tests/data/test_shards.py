@@ -295,3 +295,12 @@ def test_pages_are_for_files(tmp_path):
 def test_an_index_file_holds_what_it_was_given(tmp_path):
     index = load_index(indexed(tmp_path) / INDEX_NAME)
     assert len(index) == 8 and index.text("names", 7) == "old/1/3" and index.splits() == []
+
+
+def test_a_shard_rewritten_after_its_index_was_read_gives_no_pixels_of_others(tmp_path):
+    pack(tmp_path / "a.tar", samples(range(4)))
+    source = open_source(tmp_path)
+    assert reds(source) == [0, 1, 2, 3]
+    pack(tmp_path / "a.tar", samples(range(100, 140)))
+    with pytest.raises(BadImage, match="rewritten after its index"):
+        source.open(0)

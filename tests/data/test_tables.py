@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from freqmask.data import parquet
+from freqmask.data.cache import cache_folder
 from freqmask.data.sources import open_source, splits_there
 from freqmask.errors import BadImage, UserError
 
@@ -178,3 +179,20 @@ def test_features_that_we_wrote_beside_tables_are_no_data(tmp_path):
         features = pa.table({"features": [[0.5]], "index": [0]})
         replace_atomically(folder / "embeddings.parquet", lambda path: pq.write_table(features, path))  # noqa: B023
     assert len(open_source(tmp_path)) == 3
+
+
+def test_a_table_written_anew_between_its_labels_and_its_images_is_a_sentence(tmp_path):
+    file = write(tmp_path / "t.parquet", 5)
+    source = open_source(file)
+    write(file, 7, first=100)
+    with pytest.raises(UserError, match="changed while it was being read"):
+        source.open(0)
+
+
+def test_a_damaged_layout_in_the_cache_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
+    file = write(tmp_path / "t.parquet", 5)
+    open_source(file).open(0)
+    (cached,) = cache_folder().glob("images-*")
+    cached.write_bytes(cached.read_bytes()[:100])
+    assert int(open_source(file).open(4).decode()[0, 0, 0]) == 4

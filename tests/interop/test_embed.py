@@ -193,3 +193,22 @@ def test_a_model_of_native_crops_is_shown_the_middle_at_its_own_resolution(tmp_p
     view = dataset[(0, 1, 1)].views[0]
     middle = torch.from_numpy(pixels[1, 29 : 29 + 32, 19 : 19 + 32]).permute(2, 0, 1)
     assert torch.equal(view, middle)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 cut off", None])
+def test_parts_and_notes_that_were_damaged_are_made_again(
+    vit_run, photographs, tmp_path, small_parts, content
+):
+    opened, source = open_model(vit_run.path), open_source(photographs)
+    run(opened, source, tmp_path / "whole.parquet")
+    task, parts, _ = planned(opened, source, tmp_path / "x.parquet")
+    list(share(task, source, parts))
+    if content is None:
+        (parts.folder / "task.json").write_bytes(b"\xff{")
+    else:
+        parts.path(1).write_bytes(content)
+    task, parts, _ = planned(opened, source, tmp_path / "x.parquet")
+    list(share(task, source, parts))
+    join_parts(parts, None)
+    one, two = (pq.read_table(tmp_path / name) for name in ("whole.parquet", "x.parquet"))
+    assert one.equals(two)

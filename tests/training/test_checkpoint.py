@@ -20,8 +20,10 @@ from freqmask.training.checkpoint import (
 
 
 def write(folder: Path, step: int) -> None:
+    weights = {"weights": torch.full((1000,), float(step))}
     save_atomically(
-        {"global_step": step, "weights": torch.full((1000,), float(step))}, step_file(folder, step)
+        {"global_step": step, "state_dict": weights, "optimizer_states": [], "loops": {}},
+        step_file(folder, step),
     )
     publish(folder, step, keep=2)
 
@@ -89,3 +91,11 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_safely(tmp_path / "x.ckpt")
     assert newest_usable(tmp_path) == (None, [])
+
+
+def test_a_file_of_weights_alone_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    save_atomically({"state_dict": {}}, step_file(tmp_path, 10))
+    found, complaints = newest_usable(tmp_path)
+    assert found == step_file(tmp_path, 5)
+    assert "lacks global_step, optimizer_states, loops; using the one before it" in complaints[0]

@@ -1,8 +1,15 @@
 """Tables survive new columns, kills and odd names."""
 
+import os
+import random
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
-from freqmask.training.files import append_row, cut_back, read_rows
+import pytest
+
+from freqmask.errors import UserError
+from freqmask.training.files import append_row, clear_leftovers, cut_back, read_rows
 
 
 def test_a_new_column_leaves_empty_cells_above(tmp_path: Path) -> None:
@@ -28,3 +35,61 @@ def test_names_with_newlines_commas_and_broken_bytes_come_back(tmp_path: Path) -
     name = b'a,\n"b"\xff.jpg'.decode(errors="surrogateescape")
     append_row(table, {"name": name, "reason": "broken"})
     assert read_rows(table) == [{"name": name, "reason": "broken"}]
+
+
+def test_a_row_after_a_torn_line_is_a_line_of_its_own(tmp_path: Path) -> None:
+    table = tmp_path / "s.csv"
+    append_row(table, {"name": "a.png", "reason": "broken"})
+    with table.open("a") as file:
+        file.write('b.png,"it is')
+    append_row(table, {"name": "c.png", "reason": "empty"})
+    assert [row["name"] for row in read_rows(table)] == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("step,loss\n1,0.5\nx,y\n,\n2\n9,0.1\n", ["1", "2"]),
+        ("", []),
+        ("loss\n0.5\n", []),
+        ("step,loss\n1,0.5\n\0\0\0\n", ["1"]),
+    ],
+)
+def test_lines_that_are_no_steps_are_cut_back_and_foreign_tables_kept(
+    tmp_path: Path, text: str, left: list[str]
+) -> None:
+    table = tmp_path / "m.csv"
+    table.write_text(text)
+    cut_back(table, "step", 5)
+    append_row(table, {"step": 6, "loss": 1.0})
+    assert [row["step"] for row in read_rows(table)] == [*left, "6"]
+    kept = tmp_path / "m.damaged"
+    assert (kept.read_text() if kept.exists() else "step") in (text, "step")
+
+
+def test_what_no_reader_of_csv_takes_is_a_sentence(tmp_path: Path) -> None:
+    table = tmp_path / "m.csv"
+    table.write_bytes(b'step,loss\n1,"' + b"9" * 200_000 + b'"\n')
+    with pytest.raises(UserError, match="move it away"):
+        cut_back(table, "step", 5)
+
+
+def test_no_garbage_in_a_table_ends_in_anything_but_a_sentence(tmp_path: Path) -> None:
+    table = tmp_path / "m.csv"
+    for seed in range(50):
+        garbage = random.Random(seed).randbytes(400)
+        table.write_bytes(b"step,loss\n1,2\n" * (seed % 2) + garbage)
+        with suppress(UserError):
+            cut_back(table, "step", 5)
+            append_row(table, {"step": 6, "loss": 1.0})
+            assert read_rows(table)[-1]["step"] == "6"
+
+
+def test_only_files_of_dead_processes_are_cleared(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [f".a.ckpt.{dead.pid}.tmp", f".a.ckpt.{os.getpid()}.tmp", "a.tmp", "b.ckpt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    clear_leftovers(tmp_path, tmp_path / "missing")
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:]}

@@ -119,3 +119,37 @@ def test_what_failed_before_it_began_leaves_nothing_and_takes_nothing_away(tmp_p
         "mine/run",
         "mine/run/notes.txt",
     ]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe{", b'{"given": '])
+def test_another_run_that_is_damaged_keeps_nobody_from_beginning(tmp_path: Path, content: bytes) -> None:
+    good, bad, bare = (begin(tmp_path / name, seed=1) for name in "abc")
+    (bad.path / "run.json").write_bytes(content)
+    (bare.path / "run.json").unlink()
+    found = newest_unfinished({"seed": 1}, tmp_path)
+    assert found is not None
+    assert found.path == good.path
+    with pytest.raises(UserError, match="begin the run anew"):
+        bad.state()
+    (good.path / "summary.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"summary\.json.*delete it"):
+        good.summary()
+
+
+def test_a_config_or_state_that_was_cut_is_told_with_what_it_lacks(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", seed=1)
+    run.check_whole(["steps"], {"given": dict})
+    with pytest.raises(UserError, match=r"config\.yaml lacks a usable lr \(None\)"):
+        run.check_whole(["steps", "lr"], {})
+    with pytest.raises(UserError, match=r"run\.json lacks a usable images \(None\)"):
+        run.check_whole([], {"images": int})
+
+
+def test_what_a_killed_process_left_half_written_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.checkpoints.mkdir()
+    half = run.checkpoints / ".step-00000006.ckpt.99999999.tmp"
+    half.write_bytes(b"half")
+    run.lock()
+    run.unlock()
+    assert not half.exists()

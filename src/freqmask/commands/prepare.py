@@ -53,14 +53,15 @@ def prepare(
         UserError: the images cannot be opened, or out cannot be written or was begun otherwise.
     """
     from freqmask.data.sharding import (
-        clear_leftovers,
+        PARTS,
         images_there,
         open_parts,
         prepare_shards,
         read_manifest,
     )
+    from freqmask.data.storage import INDEX_NAME
     from freqmask.training.auto import usable_cores
-    from freqmask.training.files import check_out, check_writable
+    from freqmask.training.files import check_out, check_writable, clear_leftovers
 
     side = None if resize == "none" else resize
     path = Path(out).expanduser()
@@ -79,7 +80,8 @@ def prepare(
     if finished:
         say(f"shards      {path} is there already, of the same images and settings")
         return path
-    clear_leftovers(path)
+    for folder, pattern in ((path, ".*.tmp"), (path, f"{INDEX_NAME}*.tmp"), (path / PARTS, "*.tmp")):
+        clear_leftovers(folder, pattern=pattern)
     there, began = images_there(path, parts, settings), time.monotonic()
     if there:
         say(f"resumes     {there:,} of {parts.count:,} images are in finished shards")

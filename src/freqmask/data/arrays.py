@@ -12,6 +12,7 @@ from freqmask.data.cache import hash_of
 from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source
 from freqmask.data.splits import Located, split_of
+from freqmask.data.storage import Unchanged
 from freqmask.errors import BadImage, UserError, brief, nearest
 
 IMAGE_KEYS = ("images", "image", "x", "data", "arr_0")
@@ -86,6 +87,7 @@ class ArraySource(Source):
     ) -> None:
         self.file, self.pairs, self.notes = path, pairs, notes or []
         self.split = split
+        self._unchanged = Unchanged(path)
         self._stacks: list[np.ndarray] | None = None
         stacks = self._load()
         self._starts = np.cumsum([0, *(len(stack) for stack in stacks)])
@@ -132,6 +134,7 @@ class ArraySource(Source):
 
     def open(self, index: int) -> Picture:
         self.check(index)
+        self._unchanged.check()
         stack = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
             image = self._load()[stack][index - int(self._starts[stack])]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import sys
 import tempfile
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 
 MAGIC = b"freqmask"
 ALIGNMENT = 64
+ABANDONED_SECONDS = 86_400  # after its last change; another machine that shares the folder may still write
 
 
 def cache_folder() -> Path:
@@ -40,6 +43,10 @@ def cache_file(kind: str, *key: object) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block ends well, and goes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}*.tmp"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -71,7 +78,9 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
         places[name] = (array.dtype.str, list(array.shape), end)
         end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         checksum = zlib.crc32(bytes_of(array), checksum)
-    header = json.dumps({"about": about, "arrays": places, "checksum": checksum, "bytes": end}).encode()
+    facts = {"about": about, "arrays": places}
+    sums = {"checksum": checksum, "header": _header_sum(facts), "bytes": end}
+    header = json.dumps({**facts, **sums}).encode()
     start = -(-(len(MAGIC) + 8 + len(header)) // ALIGNMENT) * ALIGNMENT
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -85,10 +94,17 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
     return True
 
 
-def read_arrays(path: Path, verify: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """What `write_arrays` wrote, the arrays mapped read-only; None where it is missing or damaged.
+def _header_sum(facts: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts).encode())
 
-    ``verify`` reads everything once and compares the checksum (about 1 GB/s).
+
+def read_arrays(
+    path: Path, verify: bool = True, holding: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What `write_arrays` wrote, the arrays mapped read-only; None where it is missing, damaged or something else.
+
+    ``verify`` reads everything once and compares the checksum (about 1 GB/s); without the arrays of ``holding`` it is
+    another kind of file.
     """
     try:
         whole = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
@@ -105,9 +121,12 @@ def read_arrays(path: Path, verify: bool = True) -> tuple[dict[str, Any], dict[s
             part = whole[start + offset : start + offset + size]
             checksum = zlib.crc32(bytes_of(part), checksum) if verify else checksum
             arrays[name] = part.view(dtype).reshape(shape)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        facts = {"about": header["about"], "arrays": header["arrays"]}
+        intact = not verify or checksum == header["checksum"]  # 0.1.0 kept no checksum of the header
+        intact = intact and header.get("header", _header_sum(facts)) == _header_sum(facts)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError):
         return None  # json's and numpy's errors on garbage are ValueErrors
-    return (header["about"], arrays) if not verify or checksum == header["checksum"] else None
+    return (header["about"], arrays) if intact and arrays.keys() >= set(holding) else None
 
 
 def text_arrays(column: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:

@@ -338,7 +338,7 @@ class FolderSource(Source):
 def _first_images(index: FolderIndex) -> np.ndarray:
     """(files + 1,) number of the first image of each file, counting pages; cached by fingerprint."""
     file = cache_file("pages", 2, str(index.root), index.fingerprint)
-    cached = read_arrays(file)
+    cached = read_arrays(file, holding=["first_images"])
     if cached:
         return cached[1]["first_images"]
     counts = [count_images(index.path(number), "images") for number in range(len(index))]

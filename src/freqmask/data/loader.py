@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack
 
+from freqmask.console import say
 from freqmask.data.pixels import (
     Picture,
     check_channels,
@@ -39,6 +40,11 @@ from freqmask.rng import sample_key, uniform_numbers
 
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, with reasons
 MAX_FALLBACKS = 32  # with a tenth of the images bad, that many bad ones in a row do not happen
+NOTED_SECONDS, STUCK_SECONDS = (
+    60,
+    1800,
+)  # without a batch from any worker, until it is told, and until it ends
+ASKED_SECONDS = 5.0  # as torch asks its workers, and looks whether they live
 WINDOWS = 4  # windows tried in an image with gaps before the whole image is taken
 _KILLED = (
     "a loader worker was killed, most often for want of memory; the same command with fewer --workers "
@@ -233,6 +239,8 @@ class TrainLoader(DataLoader[Any]):
             # From Python 3.12 on, forking beside other threads warns; make_loader says why it is done.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
             batches = super().__iter__()
+        if self.num_workers:
+            _notice_silence(batches)
         _OPEN.add(self)
         for batch in batches:
             if isinstance(batch, UserError):
@@ -249,6 +257,29 @@ class TrainLoader(DataLoader[Any]):
         for worker in batches._workers:  # type: ignore[attr-defined]
             worker.kill()  # one that is stuck in a read ignores everything else
             worker.join()
+
+
+def _notice_silence(batches: Any) -> None:
+    """Have torch's iterator tell when nothing comes for long; its own timeout would hide a dead worker as long."""
+    # not bound to the iterator: in a circle of references it would outlive its loader, and its workers with it
+    ask, iterator, waited = type(batches)._try_get_data, weakref.ref(batches), 0.0
+
+    def try_get_data() -> Any:
+        nonlocal waited
+        found = ask(iterator(), ASKED_SECONDS)
+        before, waited = waited, 0.0 if found[0] else waited + ASKED_SECONDS
+        if waited > STUCK_SECONDS:
+            raise UserError(
+                f"no loader worker gave a batch for {STUCK_SECONDS / 60:g} minutes: reading an image hangs; check the "
+                "disk or network that DATA lies on, then the same command goes on from the last checkpoint"
+            )
+        if before <= NOTED_SECONDS < waited:
+            say(
+                f"note: no batch for {waited:.0f} seconds; the loader workers still wait for DATA (Ctrl-C twice ends)"
+            )
+        return found
+
+    batches._try_get_data = try_get_data
 
 
 _OPEN: weakref.WeakSet[TrainLoader] = weakref.WeakSet()

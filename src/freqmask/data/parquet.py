@@ -34,7 +34,7 @@ from freqmask.data.decode import open_bytes, suffix_of
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary
 from freqmask.data.splits import Located, split_of
-from freqmask.data.storage import Files
+from freqmask.data.storage import Files, Unchanged
 from freqmask.errors import BadImage, UserError, nearest
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
@@ -44,6 +44,7 @@ MOST_NUMBERED = (
 # Beyond this the images here are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
+_ARRAYS = ("starts", "labels", "group_files", "group_numbers", "group_bytes", "paths", "footers")
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
 VERSION = 2
 
@@ -213,7 +214,7 @@ def index_tables(files: Files, names: Sequence[str]) -> TableIndex:
     try:
         states = [(name, files.state(name)) for name in names]
         cached = cache_file("tables", VERSION, files.where, states)
-        read = read_arrays(cached)
+        read = read_arrays(cached, holding=_ARRAYS)
         if read is not None:
             return TableIndex(*read, cached)
         if files.remote:
@@ -314,6 +315,7 @@ class TableSource(Source):
 
     def __init__(self, files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> None:
         self.files, self.notes = files, list(notes)
+        self._unchanged = {} if files.remote else {name: Unchanged(Path(files.url(name))) for name in names}
         self.index = index_tables(files, names)
         self.class_names = self.index.class_names
         sizes = self.index.group_bytes
@@ -370,6 +372,8 @@ class TableSource(Source):
         """The images of a row group; of a file that is laid out, of all of its row groups."""
         file, number = int(self.index.group_files[group]), int(self.index.group_numbers[group])
         name = self.index.files[file][0]
+        if name in self._unchanged:  # labels and places were read when it was opened
+            self._unchanged[name].check()
         try:
             if self._laid_out:
                 images = _mapped(Path(self.files.url(name)), self.index.image_leaf)
@@ -418,7 +422,7 @@ def _mapped(file: Path, leaf: str) -> pa.ChunkedArray:
     """The images of a large file, laid out uncompressed in the cache and mapped."""
     state = file.stat()
     cached = cache_file("images", str(file.absolute()), state.st_size, state.st_mtime_ns, leaf)
-    if not cached.exists():
+    if not _is_whole(cached):
         try:
             _lay_out(file, leaf, cached)
         except pa.ArrowException as error:
@@ -429,6 +433,13 @@ def _mapped(file: Path, leaf: str) -> pa.ChunkedArray:
                 "there, or name another place by XDG_CACHE_HOME"
             ) from error
     return pa.ipc.open_file(pa.memory_map(str(cached))).read_all().column(0)
+
+
+def _is_whole(cached: Path) -> bool:
+    try:
+        return bool(pa.ipc.open_file(pa.memory_map(str(cached))).num_record_batches)  # it stands at the end
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _lay_out(file: Path, leaf: str, cached: Path) -> None:

@@ -128,7 +128,9 @@ def load_index(file: Path, verify: bool = True) -> ShardIndex:
     Raises:
         ValueError: it is damaged, or of another version.
     """
-    read = read_arrays(file, verify)
+    read = read_arrays(
+        file, verify, holding=["offsets", "sizes", "labels", "groups", "members", "names", "starts"]
+    )
     if read is None or read[0].get("version") != VERSION:
         raise ValueError(f"{file} is damaged, or was written by another version")
     return ShardIndex(*read, file=file)

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 from pyarrow import feather
 from torch.utils.data import Dataset
 
@@ -350,14 +349,6 @@ def read_manifest(out: Path) -> tuple[Settings, bool] | None:
         return Settings(**settings), bool(manifest["shards"]) and (out / INDEX_NAME).is_file()
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out / MANIFEST} is damaged; delete {out} and prepare it again") from error
-
-
-def clear_leftovers(out: Path) -> None:
-    """Removes half-written files of processes that no longer run."""
-    for path in [*out.glob(".*.tmp"), *out.glob(f"{INDEX_NAME}*.tmp"), *(out / PARTS).glob("*.tmp")]:
-        process = path.name.split(".")[-2]
-        if not (process.isdigit() and psutil.pid_exists(int(process))):
-            path.unlink(missing_ok=True)
 
 
 def write_shard(path: Path, images: Iterable[Packed]) -> list[Row]:

@@ -8,6 +8,7 @@ import io
 import logging
 import re
 import socket
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from freqmask.data.cache import cache_file, hash_of, replacing
+from freqmask.data.cache import MAGIC, cache_file, hash_of, replacing
 from freqmask.data.splits import split_of
 from freqmask.errors import UserError, brief
 
@@ -29,6 +30,7 @@ INDEX_NAME = "shards.index"
 MANIFEST = "prepare.json"
 PATTERN = re.compile(r"[*?{\[]")
 Result = TypeVar("Result")
+_HELD: list[Any] = []  # indexes that could not be cached
 
 BACKOFF = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
 TIMEOUT = 30
@@ -176,6 +178,26 @@ class LocalFiles(Files):
         return file if file.is_file() else None
 
 
+class Unchanged:
+    """A file that a source keeps facts of, or maps, and which must therefore stay as it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state = self._look()
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            state = self.path.stat()
+        except OSError:
+            return None
+        return state.st_size, state.st_mtime_ns
+
+    def check(self) -> None:
+        """Raises a UserError where it was rewritten: reading a map of a file that was cut ends the process."""
+        if (state := self._look()) is not None and state != self._state:
+            raise UserError(f"DATA ({self.path}) was changed while it was being read; start again")
+
+
 class RemoteFiles(Files):
     """Files below a URL. Cheap to pickle: connections are made in the process that reads.
 
@@ -261,11 +283,19 @@ class RemoteFiles(Files):
             data = self.read(INDEX_NAME)
         except FileNotFoundError:
             return None
+        if not data.startswith(MAGIC):  # some servers answer every address with a page
+            return None
         digest = hash_of(data)
         self._index = file = cache_file("remote-index", self.root, len(data), digest)
-        if not file.exists():
-            with replacing(file) as temporary:
-                temporary.write_bytes(data)
+        try:
+            if not file.is_file() or file.read_bytes() != data:
+                with replacing(file) as temporary:
+                    temporary.write_bytes(data)
+        except OSError:  # no cache to be had: kept as long as this process lives
+            _HELD.append(tempfile.NamedTemporaryFile(suffix=INDEX_NAME))  # noqa: SIM115
+            _HELD[-1].write(data)
+            _HELD[-1].flush()
+            self._index = file = Path(_HELD[-1].name)
         return file
 
 

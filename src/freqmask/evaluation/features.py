@@ -163,7 +163,7 @@ def compute_features(
         "layout": _LAYOUT,
     }
     file = cache_file("features", key)
-    cached = read_arrays(file, verify=False) if compute.cache else None
+    cached = read_arrays(file, holding=[_READ]) if compute.cache else None
     if cached is not None:
         about, arrays = cached
         values = {name: array for name, array in arrays.items() if name != _READ}

@@ -354,7 +354,7 @@ def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[i
     a number of their own.
     """
     file = cache_file("pixels", source.fingerprint(), len(source))
-    cached = read_arrays(file)
+    cached = read_arrays(file, holding=["hashes"])
     if cached is None:
         hashes = np.array([_pixel_hash(source, index) for index in range(len(source))], np.int64)
         write_arrays(file, {}, {"hashes": hashes})

@@ -183,7 +183,7 @@ def survey_masks(source: PairSource) -> MaskSurvey:
         UserError: a mask is broken, or has another size than its image.
     """
     file = cache_file("masks", _LAYOUT, source.fingerprint(), len(source), str(source.part.masks.absolute()))
-    cached = read_arrays(file)
+    cached = read_arrays(file, holding=["pixels"])
     if cached is not None:
         about, arrays = cached
         return MaskSurvey(source, np.array(arrays["pixels"]), {int(n): r for n, r in about["unreadable"]})

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -326,6 +326,7 @@ def _find_checkpoint(run: RunFolder) -> Path | None:
 
 
 def _numbers_to_resume(run: RunFolder, job: TrainingJob) -> TrainingNumbers:
+    run.check_whole([one.name for one in fields(TrainingNumbers) if one.type in ("int", "float")], {})
     asked = {name: job.asked.get(name) for name in (*_MACHINE, *job.resumes_with)}
     given = {name: value for name, value in asked.items() if value not in (None, AUTO)}
     return job.numbers.read({**run.config(), **given})

@@ -49,10 +49,15 @@ class Parts:
     def begin(self) -> int:
         """Make the folder, or keep what an earlier start of the same task left; how many parts are whole."""
         note, task = self.folder / "task.json", {**self.task, "part_size": self.size}
-        if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != task:
+        if not note.is_file() or note.read_bytes() != json.dumps(task).encode():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             replace_atomically(note, lambda path: path.write_text(json.dumps(task), encoding="utf-8"))
+        for path in self.folder.glob("part-*.parquet"):
+            try:
+                pq.read_metadata(path)  # it stands at the end
+            except (pa.ArrowException, OSError):
+                path.unlink()
         return self.count - len(self.missing())
 
     def path(self, number: int) -> Path:

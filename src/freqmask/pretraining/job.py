@@ -65,6 +65,11 @@ HARMLESS = {
     *("log_every_steps", "preview_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"),
     *("probe_data", "probe_every_epochs"),
 }
+# A run cannot go on without these.
+_NUMBERS = (
+    *("steps", "batch_size", "lr", "seed", "devices", "num_nodes", "accumulate", "keep_checkpoints"),
+    *("log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "max_skipped_share"),
+)
 # These keep the data and the draws, but sums are made in another order.
 DIFFERENT_BITS = {"images_from", "devices", "num_nodes", "strategy", "accelerator", "compile", "accumulate"}
 
@@ -304,7 +309,8 @@ def continued_options(
     Raises:
         UserError: options that change the result differ from the run's; each is named.
     """
-    config, asked = run.config(), run.state().get("given", {})
+    run.check_whole(_NUMBERS, {"given": dict, "data": str, "images": int, "convert_channels": bool})
+    config, asked = run.config(), run.state()["given"]
     options, notes, differing = {**dict.fromkeys(known), **config}, [], []
     for name, value in comparable(dict(given)).items():
         stored = config.get(name)

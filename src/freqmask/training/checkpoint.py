@@ -14,6 +14,7 @@ from freqmask.errors import UserError
 from freqmask.training.files import replace_atomically
 
 LAST = "last.ckpt"
+_OF_A_TRAINING = {"state_dict": dict, "global_step": int, "optimizer_states": list, "loops": dict}
 
 
 def load_safely(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -86,7 +87,10 @@ def newest_usable(folder: Path) -> tuple[Path | None, list[str]]:
         candidates.insert(0, last)
     for file in candidates:
         try:
-            load_safely(file)
+            found = load_safely(file)
+            lacking = [name for name, kind in _OF_A_TRAINING.items() if not isinstance(found.get(name), kind)]
+            if lacking:
+                raise UserError(f"checkpoint ({file}) is none of a training, it lacks {', '.join(lacking)}")
         except UserError as error:
             if "would run code" in str(error):
                 raise

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from freqmask.artifacts import mark
 from freqmask.errors import UserError, describe_os_error
 
@@ -48,6 +50,15 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             with suppress(OSError):  # on a file system that turned read-only, it would hide the first error
                 temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(*folders: Path, pattern: str = ".*.tmp") -> None:
+    """Remove what processes that no longer run left half-written: ``.NAME.PROCESS.tmp``."""
+    for path in [path for folder in folders for path in folder.glob(pattern)]:
+        process = path.name.split(".")[-2]
+        if not (process.isdigit() and psutil.pid_exists(int(process))):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -173,12 +184,20 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """
     header = _header(path)
     missing = [name for name in row if name not in header]
-    if missing:
+    if missing or not _ends_whole(path):  # a new row must not go on in the line that a kill cut short
         header = [*header, *missing]
         write_rows(path, header, read_rows(path))
     cells = [row.get(name, "") for name in header]
     with writing(path), open_table(path, "a") as file:
         csv.writer(file).writerow(f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells)
+
+
+def _ends_whole(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -187,9 +206,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     text = path.read_bytes().decode("utf-8", errors="surrogateescape")
     rows: Iterable[dict[str, str]] = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [
-        {name if name is None else current_name(name): value for name, value in row.items()} for row in rows
-    ]
+    try:
+        return [
+            {name if name is None else current_name(name): value for name, value in row.items()}
+            for row in rows
+        ]
+    except csv.Error as error:
+        raise _damaged(path, error) from error
 
 
 def current_name(column: str) -> str:
@@ -205,15 +228,26 @@ def cut_back(path: Path, column: str, largest: int) -> None:
     """Drop the rows whose ``column`` is above ``largest``: those of steps that will be made again."""
     if not path.is_file():
         return
-    rows = [row for row in read_rows(path) if row.get(column) and int(row[column]) <= largest]
-    write_rows(path, [current_name(name) for name in _header(path)], rows)
+    header = [current_name(name) for name in _header(path)]
+    if column not in header:
+        path.replace(path.with_suffix(".damaged"))  # somebody else's, or garbled: kept, and a new one begun
+        return
+    rows = [row for row in read_rows(path) if (row[column] or "").isdigit() and int(row[column]) <= largest]
+    write_rows(path, header, rows)
 
 
 def _header(path: Path) -> list[str]:
     if not path.is_file():
         return []
     with open_table(path) as file:
-        return next(csv.reader(file), [])
+        try:
+            return next(csv.reader(file), [])
+        except csv.Error as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: csv.Error) -> UserError:
+    return UserError(f"{path} is damaged ({error}); move it away, then the same command goes on")
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -292,6 +292,12 @@ def translate_errors(run: RunFolder, numbers: Mapping[str, Any]) -> Iterator[Non
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if is_out_of_memory(error):
             raise UserError(_out_of_memory(numbers)) from error
+        if "loading state_dict" in str(error):
+            first = str(error).splitlines()[1].strip()[:200]
+            raise UserError(
+                f"the newest checkpoint in {run.checkpoints} is of another network ({first}); delete it to go on "
+                "from the one before it, or give another --out"
+            ) from error
         if "--ntasks" in str(error):  # Lightning's rule for srun
             raise UserError(f"SLURM: {' '.join(str(error).split())}") from error
         failure = worker_failure(error) if isinstance(error, RuntimeError) else None

@@ -178,7 +178,7 @@ class Skipped(L.Callback):
 
     def __init__(self, path: Path, images: int, max_share: float) -> None:
         self.path, self.images, self.max_share = path, images, max_share
-        self.known = {row["name"] for row in read_rows(path)}
+        self.known = {row.get("name") for row in read_rows(path)}
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int

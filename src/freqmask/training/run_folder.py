@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from freqmask import __version__
 from freqmask.errors import UserError
-from freqmask.training.files import check_writable, current_name, replace_atomically
+from freqmask.training.files import check_writable, clear_leftovers, current_name, replace_atomically
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
@@ -24,6 +24,11 @@ STATE = "run.json"
 SUMMARY = "summary.json"
 LOCK = "run.lock"
 SKIPPED = "skipped.csv"
+_ANEW = "the run folder is damaged: begin the run anew with another --out"
+_DAMAGED = {  # what to do about each file of JSON
+    STATE: _ANEW,
+    SUMMARY: "delete it, and the command that trains goes on from the last checkpoint",
+}
 PATIENCE = (
     1800.0  # seconds that other processes wait until the first has looked at the data and written its plan
 )
@@ -80,6 +85,21 @@ class RunFolder:
         """What the run was asked for word by word, its data's fingerprint, versions."""
         return _read_json(self.path / STATE)
 
+    def check_whole(self, numbers: Iterable[str], facts: Mapping[str, type]) -> None:
+        """Raises a UserError where a run cannot go on: files that were cut short may still be YAML and JSON.
+
+        Args:
+            numbers: options that the config must hold a number for.
+            facts: what ``run.json`` must hold, and of which type.
+        """
+        config, state = self.config(), self.state()
+        kinds = dict.fromkeys(numbers, (int, float))
+        for file, held, wanted in ((CONFIG, config, kinds), (STATE, state, facts)):
+            wrong = [name for name, kind in wanted.items() if not isinstance(held.get(name), kind)]
+            if wrong:
+                told = ", ".join(f"a usable {name} ({held.get(name)})" for name in wrong)
+                raise UserError(f"{self.path / file} lacks {told}; {_ANEW}")
+
     def summary(self) -> dict[str, Any]:
         """What the run ended with."""
         return {current_name(name): value for name, value in _read_json(self.path / SUMMARY).items()}
@@ -122,6 +142,7 @@ class RunFolder:
             raise UserError(
                 f"run folder ({self.path}) is in use by another process; wait for it, or give another --out"
             )
+        clear_leftovers(self.path, self.checkpoints, self.backbone)
 
     def _acquired(self) -> BaseFileLock | None:
         # a lock of its own each time: taken twice in one process it must be refused, too
@@ -183,11 +204,12 @@ def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder 
     if not root.is_dir():
         return None
     wanted = comparable(given)
-    folders = [path for path in root.iterdir() if (path / CONFIG).is_file()]
+    folders = [path for path in root.iterdir() if (path / CONFIG).is_file() and (path / STATE).is_file()]
     for path in sorted(folders, key=lambda path: (path / STATE).stat().st_mtime, reverse=True):
         run = RunFolder(path)
-        if not run.finished() and run.state().get("given") == wanted and not run.is_locked():
-            return run
+        with contextlib.suppress(UserError):  # another run's damage is told where that run is named
+            if not run.finished() and run.state().get("given") == wanted and not run.is_locked():
+                return run
     return None
 
 
@@ -231,11 +253,13 @@ def write_text(path: Path, text: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); the run folder is damaged") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"{path} is not valid JSON ({error}); {_DAMAGED[path.name]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no options but a {type(content).__name__}; {_DAMAGED[path.name]}")
     return content
 
 
