@@ -315,7 +315,9 @@ class TableSource(Source):
 
     def __init__(self, files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> None:
         self.files, self.notes = files, list(notes)
-        self._unchanged = {} if files.remote else {name: Unchanged(Path(files.url(name))) for name in names}
+        self._unchanged = (
+            {} if files.remote else {name: Unchanged(Path(files.url(name)), time=False) for name in names}
+        )
         self.index = index_tables(files, names)
         self.class_names = self.index.class_names
         sizes = self.index.group_bytes

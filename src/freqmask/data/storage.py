@@ -179,10 +179,10 @@ class LocalFiles(Files):
 
 
 class Unchanged:
-    """A file that a source keeps facts of, or maps, and which must therefore stay as it is."""
+    """A file that a source keeps facts of, or maps, and which must therefore keep its size, and the ``time`` of change."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, time: bool = True) -> None:
+        self.path, self.time = path, time
         self._state = self._look()
 
     def _look(self) -> tuple[int, int] | None:
@@ -190,7 +190,7 @@ class Unchanged:
             state = self.path.stat()
         except OSError:
             return None
-        return state.st_size, state.st_mtime_ns
+        return state.st_size, state.st_mtime_ns if self.time else 0
 
     def check(self) -> None:
         """Raises a UserError where it was rewritten: reading a map of a file that was cut ends the process."""
