@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from record import show, write_record
 
+SMALL = ["--backbone", "resnet10t", "--image_size", "32", "--batch_size", "8"]
 RESULTS = Path(__file__).parent / "results" / "start.csv"
 PARTS = {  # what is timed: module and name; each includes no other
     "index": ("freqmask.pretraining.job", "part"),
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--small", action="store_true", help="a small backbone, so that its step hardly counts"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -52,11 +56,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as work:
         data = arguments.data or make_files(Path(work) / "photos", arguments.files)
-        rows = [
-            row for kind in ("cold", "warm") for row in [measure(data, Path(work), kind, arguments.repeats)]
-        ]
+        rows = [row for kind in ("cold", "warm") for row in [measure(data, Path(work), kind, arguments)]]
     show(rows)
-    write_record(RESULTS, rows, files=arguments.files if arguments.data is None else str(arguments.data))
+    files = arguments.files if arguments.data is None else str(arguments.data)
+    load = " ".join(f"{value:.0f}" for value in os.getloadavg())
+    write_record(
+        RESULTS, rows, files=files, backbone="resnet10t" if arguments.small else "auto", load_average=load
+    )
 
 
 def make_files(folder: Path, count: int) -> Path:
@@ -77,15 +83,20 @@ def make_files(folder: Path, count: int) -> Path:
     return folder
 
 
-def measure(data: Path, work: Path, kind: str, repeats: int) -> dict[str, Any]:
+def measure(data: Path, work: Path, kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians over some starts."""
     found: list[dict[str, float]] = []
-    for number in range(repeats):
+    for number in range(arguments.repeats):
         cache, out = work / "cache", work / "run"
         if kind == "cold":
             shutil.rmtree(cache, ignore_errors=True)
         told = work / f"{kind}-{number}.json"
-        given = {"data": str(data), "out": str(out), "told": str(told)}
+        given = {
+            "data": str(data),
+            "out": str(out),
+            "told": str(told),
+            "more": SMALL if arguments.small else [],
+        }
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
         command = [sys.executable, __file__, "--child", json.dumps(given)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -150,6 +161,7 @@ def start(given: dict[str, Any]) -> None:
         given["out"],
         "--accelerator",
         "cpu",
+        *given["more"],
     ]
     try:
         freqmask()
