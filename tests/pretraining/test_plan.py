@@ -20,7 +20,7 @@ def advised(images: int = 100_000, data: str = "photos", **options: Any) -> str:
 def told_of_length(takes: float, **given: Any) -> str:
     options = {"steps": 100, "batch_size": 8, "devices": 1, "num_nodes": 1}
     cost = Cost(takes * 3600 / 800, 1, 1)
-    resolved = Resolved(options, {"epochs": "the published 300 epochs"})
+    resolved = Resolved({}, options, {"epochs": "the published 300 epochs"})
     resolved.cost = cost
     return " ".join(length_lines(resolved, {"data": ["my photos"], **given}))
 

@@ -17,7 +17,7 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.classifier import NO_AUGMENT, Network
 from freqmask.evaluation.fewshot import parse_shots
-from freqmask.evaluation.trainings import AUTO, Plan, TrainingNumbers, check_no_problems
+from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, check_no_problems
 from freqmask.interop.models import OpenedModel
 from freqmask.options.of_evaluation import FineTuned, FineTuning
 from freqmask.training import auto
@@ -236,7 +236,7 @@ class FinetunePlan(Plan):
             if every in (None, AUTO)
             else max(round(every * self.images / self.values["batch_size"]), 1)
         )
-        self.take_records()
+        self.take_records(CHECKPOINTS)
         return Tuning(**self.values)
 
     def _take_views(self) -> None:
@@ -275,7 +275,7 @@ class FinetunePlan(Plan):
             )
 
     def _take_machine(self) -> None:
-        device = self.take_machine(self.asked["strategy"])
+        device = self.take_machine(num_nodes=1, strategy=self.asked["strategy"])
         light = max(self.survey.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
         if self.values["workers"] and self.asked["workers"] == AUTO and device.type == "cpu" and light:
             self.values["workers"] = 0
@@ -284,7 +284,7 @@ class FinetunePlan(Plan):
     def _take_length(self) -> None:
         """Batch, parts and steps, from what an image costs."""
         values, asked, published = self.values, self.asked, self.published
-        trial = self.take_cost(
+        _, trial = self.take_cost(
             self.network.model, (values["channels"], *values["train_size"]), _trial_loss, images=4
         )
         part, rest = self.take_batch(

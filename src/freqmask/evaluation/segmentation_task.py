@@ -32,6 +32,7 @@ from freqmask.evaluation.mask_data import SegmentationData
 from freqmask.evaluation.mask_files import PairDataset, RandomCrop
 from freqmask.evaluation.trainings import (
     AUTO,
+    CHECKPOINTS,
     Plan,
     TrainingJob,
     TrainingNumbers,
@@ -151,12 +152,12 @@ class SegmentationPlan(Plan):
             "decoder_channels": self.network.decoder_channels,
         }
         self.take("scale", SCALE, _BEIT)
-        self.take_machine("auto")
+        self.take_machine(num_nodes=1, strategy="auto")
         if int(values["devices"]) > 1:
             values["strategy"] = "ddp"
         self._take_length()
         self._take_rates()
-        self.take_records()
+        self.take_records(CHECKPOINTS)
         return Training.read(values)
 
     def _take_length(self) -> None:

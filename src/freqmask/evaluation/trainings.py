@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lightning as L
 import torch
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from torch import nn
 
 from freqmask import __version__
 from freqmask.console import rank, readable_bytes, readable_time, say, silence_third_party_loggers
@@ -27,7 +26,6 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
 from freqmask.training import auto
-from freqmask.training.auto import Choice, Cost, pick_device
 from freqmask.training.checkpoint import newest_usable
 from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler, train
 from freqmask.training.optim import OptimConfig
@@ -103,80 +101,8 @@ class TrainingNumbers:
 
 
 @dataclass
-class Plan:
-    """The numbers of a training as they come together, each with the reason for those that were not given."""
-
-    asked: Mapping[str, Any]  # the options as they were given
-    values: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    cost: Cost | None = None  # of an image
-
-    def take(self, name: str, value: Any, reason: str = "") -> None:
-        """What was asked for, else this value."""
-        asked = self.asked.get(name)
-        if asked in (None, AUTO):
-            self.values[name], self.reasons[name] = value, reason
-        else:
-            self.values[name] = asked
-
-    def why(self, name: str) -> str:
-        """The reason for a number, in brackets; nothing where it was given."""
-        return f" ({self.reasons[name]})" if self.reasons.get(name) else ""
-
-    def take_machine(self, strategy: str) -> torch.device:
-        """Accelerator, devices, precision and loader workers."""
-        device = pick_device(self.asked["accelerator"])
-        self.values |= {"accelerator": device.type, "num_nodes": 1, "strategy": strategy}
-        for name, choice in auto.choose_machine(device).items():
-            self.take(name, *choice)
-        return device
-
-    def take_cost(
-        self, module: nn.Module, shape: Sequence[int], loss: Callable[[Any, Tensor], Tensor], images: int
-    ) -> Callable[[int], Tensor]:
-        """Measure time and memory of an image, on a copy so that the module stays as it was.
-
-        Training images have the shape (channels, height, width); the loss takes the copy and random images. Returns
-        the copy's loss for a number of random images.
-        """
-        device, precision = torch.device(self.values["accelerator"]), str(self.values["precision"])
-        trial = copy.deepcopy(module).to(device).train()
-        kind = torch.bfloat16 if "bf16" in precision else torch.float16
-
-        def trial_loss(count: int) -> Tensor:
-            samples = torch.rand(count, *shape, device=device)
-            with torch.autocast(device.type, kind, enabled="mixed" in precision):
-                return loss(trial, samples)
-
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self.cost = auto.measure_cost(trial, trial_loss, device, images)
-        return trial_loss
-
-    def take_batch(self, choose: Callable[[Cost, int, int], Choice]) -> tuple[int, int]:
-        """Batch size and its parts, from the cost, the devices and their memory.
-
-        Returns:
-            Images of a part, and those that do not divide.
-        """
-        values, cost = self.values, self.cost
-        assert cost is not None
-        memory, devices = auto.usable_memory(torch.device(values["accelerator"])), int(values["devices"])
-        self.take("batch_size", *choose(cost, devices, memory))
-        batch = int(values["batch_size"])
-        if batch % devices:
-            raise UserError(f"batch_size ({batch}) must be a multiple of the {devices} devices")
-        self.take("accumulate", *auto.choose_accumulation(cost, batch // devices, memory))
-        return divmod(batch // devices, int(values["accumulate"]))
-
-    def take_records(self) -> None:
-        """How often metrics and checkpoints are written, once steps and cost are known."""
-        steps, batch = int(self.values["steps"]), int(self.values["batch_size"])
-        assert self.cost is not None
-        step_seconds = self.cost.seconds(1, batch // int(self.values["devices"]))
-        self.take("log_every_steps", *auto.choose_row(step_seconds, steps))
-        self.take("checkpoint_every_steps", max(steps // CHECKPOINTS, 1), "twenty times")
-        for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
-            self.values[name] = self.asked[name]
+class Plan(auto.Plan):
+    """The numbers of a fine-tuning or a segmentation, and how they are printed."""
 
     def length_lines(
         self, numbers: TrainingNumbers, images: int, unit: str, optimizer: str, end: str
@@ -203,12 +129,9 @@ class Plan:
             f"machine     {numbers.devices} x {numbers.accelerator}, {numbers.precision}{self.why('precision')}, "
             f"{numbers.workers} loader workers{parts}"
         )
-        if self.cost is not None:
-            seconds = self.cost.seconds(numbers.steps, numbers.images_at_once * numbers.accumulate)
-            yield (
-                f"cost        about {readable_time(seconds)} (measured, where "
-                f"loading keeps up), {readable_bytes(self.cost.peak_bytes(numbers.images_at_once))} of memory"
-            )
+        took = readable_time(self.step_seconds() * numbers.steps)
+        memory = readable_bytes(self.cost.peak_bytes(numbers.images_at_once))
+        yield (f"cost        about {took} (measured, where loading keeps up), {memory} of memory")
 
 
 @dataclass

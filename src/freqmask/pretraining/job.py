@@ -207,7 +207,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
     check_writable(options["out"] or RUNS, folder=True)
     images = part(options)
     resolved = resolve(options, images.source, len(images.train))
-    options = resolved.options
+    options = resolved.values
     run = (
         RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), options["backbone"])
     )
@@ -251,7 +251,7 @@ def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping
     held_out = len(images.held_out) if images.held_out is not None else 0
     for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
         say(line)
-    for line in plan.advice_lines(resolved.options, len(images.train), data_words(resolved.options)):
+    for line in plan.advice_lines(resolved.values, len(images.train), data_words(resolved.values)):
         say(line)
     say(f"run         {run.path}")
     for line in plan.length_lines(resolved, given):
@@ -259,7 +259,7 @@ def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping
 
 
 def _draw_plan(run: RunFolder, resolved: Resolved, images: Images) -> None:
-    options, method = resolved.options, resolved.method
+    options, method = resolved.values, resolved.method
     geometries = make_geometries(options, method.n_views)
     batch = first_batch(make_dataset(options, images.train, geometries, options["convert_channels"]), 8)
     views = [as_float(view) for view in batch["views"]]

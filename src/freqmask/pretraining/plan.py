@@ -44,7 +44,7 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
         images: trained on.
         held_out: kept apart.
     """
-    options = resolved.options
+    options = resolved.values
     # What matters stands first: the images, what is trained, for how long.
     yield (
         f"images      {summary.found:,} found ({summary.kind}), {images:,} to train on, {held_out:,} held out "
@@ -56,12 +56,12 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     if "teacher" in resolved.reasons:
         yield (
             f"teacher     {options['teacher']}, frozen, sees whole images at {options['teacher_size']} pixels"
-            f"{_why(resolved, 'teacher')}"
+            f"{resolved.why('teacher')}"
         )
     epochs = options["steps"] * options["batch_size"] / images
     yield (
         f"training    {options['steps']:,} steps of {options['batch_size']} images = {epochs:,.1f} epochs"
-        f"{_why(resolved, 'epochs')}{_why(resolved, 'steps')}, about {readable_time(resolved.seconds())}"
+        f"{resolved.why('epochs')}{resolved.why('steps')}, about {readable_time(_seconds(resolved))}"
     )
     yield ""
     yield from _data_lines(summary, resolved.survey)
@@ -70,18 +70,18 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     yield from _cost_lines(options, resolved.cost)
 
 
-def _why(resolved: Resolved, *names: str) -> str:
-    return "".join(f" ({resolved.reasons[name]})" for name in names if name in resolved.reasons)
+def _seconds(resolved: Resolved) -> float:
+    return float(resolved.step_seconds() * resolved.values["steps"])
 
 
 def _with(resolved: Resolved, name: str, form: str = "{}") -> str:
     """A value and the reason for it."""
-    return form.format(resolved.options[name]) + _why(resolved, name)
+    return form.format(resolved.values[name]) + resolved.why(name)
 
 
 def _network(resolved: Resolved) -> str:
     # model_args may leave little of what a name says
-    patch = f", patch {_with(resolved, 'patch_size')}" if resolved.options["patch_size"] else ""
+    patch = f", patch {_with(resolved, 'patch_size')}" if resolved.values["patch_size"] else ""
     backbone = resolved.method.backbones()[resolved.method.default_backbone]
     weights = sum(parameter.nelement() for parameter in backbone.parameters()) / 1e6
     depth = f" of {len(backbone.timm_model.blocks)} blocks" if backbone.is_vit else ""
@@ -114,15 +114,15 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 
 def _input_lines(resolved: Resolved) -> Iterator[str]:
-    options, side = resolved.options, shorter_side(resolved.options)
+    options, side = resolved.values, shorter_side(resolved.values)
     median = min(resolved.survey.median_size)
     shown = "x".join(map(str, height_and_width(options["image_size"])))
-    yield f"input size  {shown} pixels{_why(resolved, 'image_size')}, {_with(resolved, 'channels', '{} channels')}"
+    yield f"input size  {shown} pixels{resolved.why('image_size')}, {_with(resolved, 'channels', '{} channels')}"
     mean, std = (
         ", ".join([*(f"{value:.3g}" for value in options[name][:3]), *["..."] * (options["channels"] > 3)])
         for name in ("mean", "std")
     )
-    yield f"            normalized by mean {mean} and std {std}{_why(resolved, 'mean')}"
+    yield f"            normalized by mean {mean} and std {std}{resolved.why('mean')}"
     if median < side:
         yield (
             f"            the median image has {median} pixels and is enlarged: its added frequencies are empty, and "
@@ -135,7 +135,7 @@ def _input_lines(resolved: Resolved) -> Iterator[str]:
             else " (crop_scale is for --crop resized and changes nothing here)"
         )
         if options["crop"] == "resized":
-            scale = _why(resolved, "crop_scale")
+            scale = resolved.why("crop_scale")
         ways = {"flip": "left to right", "vertical_flip": "top to bottom"}
         mirrored = " and ".join(way for name, way in ways.items() if options[name])
         yield (
@@ -150,7 +150,7 @@ def _input_lines(resolved: Resolved) -> Iterator[str]:
             )
     given = {name: options.get(name) for name in METHOD_LINE}
     words = [
-        f"{name} {f'{value:.3g}' if isinstance(value, float) else as_typed(value)}{_why(resolved, name)}"
+        f"{name} {f'{value:.3g}' if isinstance(value, float) else as_typed(value)}{resolved.why(name)}"
         for name, value in given.items()
         if value not in (None, "auto")
     ]
@@ -159,7 +159,7 @@ def _input_lines(resolved: Resolved) -> Iterator[str]:
 
 
 def _training_lines(resolved: Resolved) -> Iterator[str]:
-    options, reasons = resolved.options, resolved.reasons
+    options, reasons = resolved.values, resolved.reasons
     if "batch_size" in reasons:
         yield f"batch       {reasons['batch_size']}"
     yield (
@@ -175,7 +175,7 @@ def _training_lines(resolved: Resolved) -> Iterator[str]:
         where = f"once: images stay on the {options['accelerator']}"
     else:
         where = "images are read anew at every step"
-    yield f"loading     {where}{_why(resolved, 'images_from')}"
+    yield f"loading     {where}{resolved.why('images_from')}"
 
 
 def _cost_lines(options: Mapping[str, Any], cost: auto.Cost) -> Iterator[str]:
@@ -233,11 +233,11 @@ def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:
         given: the options as they were typed.
     """
     named = any(given.get(name) is not None for name in ("epochs", "steps", "hours", "overfit"))
-    if not named and resolved.seconds() > LONG_SECONDS:
+    if not named and _seconds(resolved) > LONG_SECONDS:
         words = command_words({**given, "hours": 1.0}, first="data")
         yield (
             f"length      you named none, so it is {resolved.reasons['epochs']}, about "
-            f"{readable_time(resolved.seconds())} here; an hour of it: freqmask pretrain {words}"
+            f"{readable_time(_seconds(resolved))} here; an hour of it: freqmask pretrain {words}"
         )
 
 

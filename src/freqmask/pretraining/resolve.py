@@ -5,10 +5,9 @@ What a single option may be is read from its declaration (:mod:`freqmask.options
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,6 @@ from freqmask.options.of_methods import FROM_DATA, options_of_class, typed_optio
 from freqmask.pretraining.cache_on_device import choose_place
 from freqmask.pretraining.teacher import open_teacher, share_of_step
 from freqmask.training import auto
-from freqmask.training.auto import Choice
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
 
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
@@ -137,26 +135,11 @@ def parse_image_size(value: int | str | Sequence[int]) -> int | tuple[int, int]:
 
 
 @dataclass
-class Resolved:
-    """A training without any `auto` left."""
+class Resolved(auto.Plan):
+    """A pre-training without any `auto` left: its values are those of every option of ``pretrain``, plain."""
 
-    options: dict[str, Any]  # every option of ``pretrain`` by name, plain values
-    # name of an option to the reason for its value, for those that were resolved
-    reasons: dict[str, str] = field(default_factory=dict)
     survey: Survey = field(init=False)  # what the images are like
-    cost: auto.Cost = field(init=False)  # what an image costs
-    method: Any = field(init=False)  # the method, freshly initialized
-
-    def choose(self, **choices: Choice | None) -> None:
-        """Put choices where the options still say auto."""
-        for name, choice in choices.items():
-            if choice is not None and self.options[name] in ("auto", None):
-                self.options[name], self.reasons[name] = choice
-
-    def seconds(self) -> float:
-        """How long the training takes where loading keeps up."""
-        batch = self.options["batch_size"] // auto.world_size(self.options)
-        return self.cost.seconds(self.options["steps"], batch)
+    method: Any = field(init=False)  # freshly initialized
 
 
 def resolve(options: Mapping[str, Any], source: Source, images: int) -> Resolved:
@@ -170,42 +153,36 @@ def resolve(options: Mapping[str, Any], source: Source, images: int) -> Resolved
     Raises:
         UserError: the data or the method cannot be what the options ask.
     """
-    resolved = Resolved(dict(options))
-    device = auto.pick_device(options["accelerator"])
+    resolved = Resolved(options, dict(options))
     _resolve_images(resolved, source)
-    resolved.choose(accelerator=Choice(device.type, "the fastest device here"), **auto.choose_machine(device))
-    resolved.options["accelerator"] = device.type
+    device = resolved.take_machine()
     _resolve_method(resolved, images, device)
-    _resolve_batch(resolved, images, device)
     _resolve_length(resolved, images)
     _resolve_learning_rates(resolved)
-    place = choose_place(resolved.options, resolved.survey, images)
-    resolved.options["images_from"], resolved.reasons["images_from"] = place
+    place = choose_place(resolved.values, resolved.survey, images)
+    resolved.values["images_from"], resolved.reasons["images_from"] = place
     return resolved
 
 
 def _resolve_images(resolved: Resolved, source: Source) -> None:
-    options = resolved.options
+    options = resolved.values
     seen = resolved.survey = survey(source, options["value_range"], options["channels"], options["seed"])
     options["value_range"] = seen.value_range.describe()
-    resolved.choose(
-        convert_channels=Choice(options["channels"] != "auto", "whether channels is given"),
-        channels=Choice(seen.channels, "the commonest count"),
-        image_size=auto.choose_image_size(min(seen.median_size)),
-    )
+    resolved.take("convert_channels", options["channels"] != "auto", "whether channels is given")
+    resolved.take("channels", seen.channels, "the commonest count")
+    resolved.take("image_size", *auto.choose_image_size(min(seen.median_size)))
     options["image_size"] = parse_image_size(options["image_size"])
     photographs = options["channels"] == 3 and set(seen.dtypes) == {"uint8"}
     for name, published in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         measured = [round(value, 5) for value in getattr(seen, name)]
-        usual = Choice(list(published), "ImageNet's, as published")
-        resolved.choose(**{name: usual if photographs else Choice(measured, "measured on these images")})
+        usual = (list(published), "ImageNet's, as published")
+        resolved.take(name, *(usual if photographs else (measured, "measured on these images")))
         if len(options[name]) != options["channels"]:
             raise UserError(f"{name} must be {options['channels']} numbers, one a channel; try --{name} auto")
     if shorter_side(options) < SMALL_IMAGE:
-        crops = Choice([0.5, 1.0], "small images: smaller crops would empty the upper band")
+        resolved.take("crop_scale", [0.5, 1.0], "small images: smaller crops would empty the upper band")
     else:
-        crops = Choice([0.25 if options["method"] == "folk" else 0.2, 1.0], "as published")
-    resolved.choose(crop_scale=crops)
+        resolved.take("crop_scale", [0.25 if options["method"] == "folk" else 0.2, 1.0], "as published")
 
 
 def shorter_side(options: Mapping[str, Any]) -> int:
@@ -214,23 +191,26 @@ def shorter_side(options: Mapping[str, Any]) -> int:
 
 
 def _resolve_method(resolved: Resolved, images: int, device: torch.device) -> None:
-    options, side = resolved.options, shorter_side(resolved.options)
+    options, side = resolved.values, shorter_side(resolved.values)
     if options["backbone"] == "auto" and options["init"]:
         options["backbone"], options["model_args"], patch = initial_backbone(
             options["init"], options["model_args"]
         )
         resolved.reasons["backbone"] = "that of --init"
         options["patch_size"] = patch if options["patch_size"] == "auto" else options["patch_size"]
-    width, why = (
-        ("small", "a GPU is at hand") if device.type == "cuda" else ("tiny", "training runs on the CPU")
-    )
-    resolved.choose(backbone=Choice(f"vit_{width}_patch16_224", f"{why}; any timm name will do"))
-    resolved.choose(patch_size=auto.choose_patch_size(side, options["backbone"]))
-    if options["patch_size"] == "auto":
+    else:
+        width, why = (
+            ("small", "a GPU is at hand") if device.type == "cuda" else ("tiny", "training runs on the CPU")
+        )
+        resolved.take("backbone", f"vit_{width}_patch16_224", f"{why}; any timm name will do")
+    patches = auto.choose_patch_size(side, options["backbone"])
+    if options["patch_size"] in ("auto", None):
         options["patch_size"] = None
+        if patches is not None:
+            options["patch_size"], resolved.reasons["patch_size"] = patches
     if "outputs" in method_options(options):
         outputs = FEW_OUTPUTS if images < FEW_IMAGES else OUTPUTS
-        resolved.choose(outputs=Choice(outputs, f"{images:,} images"))
+        resolved.take("outputs", outputs, f"{images:,} images")
     torch.manual_seed(options["seed"])
     resolved.method = make_method(options)
     options |= method_defaults(options, getattr(resolved.method, "settings", {}))
@@ -250,53 +230,50 @@ def make_method(options: Mapping[str, Any], steps_an_epoch: float | None = None)
     return build_method(options["method"], **{name: options[name] for name in shared}, **settings)
 
 
-def _resolve_batch(resolved: Resolved, images: int, device: torch.device) -> None:
-    """What an image costs; batch and accumulation, which hang on it."""
-    options = resolved.options
-    trial, loss = make_trial(resolved.method, options, device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        cost = resolved.cost = auto.measure_cost(trial, loss, device)
-        if isinstance(trial, Distill):
-            resolved.reasons["teacher"] = f"its passes are {share_of_step(trial, loss, device):.0%} of a step"
-    memory, processes = auto.usable_memory(device), auto.world_size(options)
-    seconds = None if options["hours"] is None else options["hours"] * 3600
-    resolved.choose(batch_size=auto.choose_batch_size(cost, images, processes, memory, seconds))
-    batch = int(options["batch_size"])
-    if batch % processes:
-        raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")
-    batch //= processes
-    resolved.choose(accumulate=auto.choose_accumulation(cost, batch, memory))
-    parts = int(options["accumulate"])
-    if batch % parts:
-        raise UserError(f"accumulate ({parts}) must divide the {batch} images of a device's batch")
-    if batch == parts:
-        auto.check_single_image(loss, str(options["backbone"]))
-
-
 def _resolve_length(resolved: Resolved, images: int) -> None:
-    """Steps, whatever the length was given in, and what happens how often until their end."""
-    options, batch = resolved.options, int(resolved.options["batch_size"])
-    a_step = resolved.cost.seconds(1, batch // auto.world_size(options))
+    """Batch and parts by the cost of an image; steps, whatever the length was given in; what happens how often."""
+    options = resolved.values
+    shape = (options["channels"], *height_and_width(options["image_size"]))
+    trial, loss = resolved.take_cost(resolved.method, shape, _trial_loss)
+    if isinstance(trial, Distill):
+        share = share_of_step(trial, loss, torch.device(options["accelerator"]))
+        resolved.reasons["teacher"] = f"its passes are {share:.0%} of a step"
+    seconds = None if options["hours"] is None else options["hours"] * 3600
+    part, rest = resolved.take_batch(
+        lambda cost, devices, memory: auto.choose_batch_size(cost, images, devices, memory, seconds)
+    )
+    batch, parts = int(options["batch_size"]), int(options["accumulate"])
+    if rest:
+        of_device = batch // auto.world_size(options)
+        raise UserError(f"accumulate ({parts}) must divide the {of_device} images of a device's batch")
+    if part == 1:
+        auto.check_single_image(loss, str(options["backbone"]))
     if options["overfit"] and not any(options[name] for name in ("steps", "epochs", "hours")):
         options["steps"] = OVERFIT_STEPS
-    if options["hours"] is not None:
+    if seconds is not None:
+        a_step = resolved.step_seconds()
         why = f"{options['hours']:g} hours at {a_step:.2g} seconds a step, measured now"
-        resolved.choose(steps=Choice(max(int(options["hours"] * 3600 / a_step), 1), why))
+        resolved.take("steps", max(int(seconds / a_step), 1), why)
     if options["steps"] is None:
-        resolved.choose(epochs=auto.choose_epochs(images, batch))
+        resolved.take("epochs", *auto.choose_epochs(images, batch))
         options["steps"] = max(math.ceil(options["epochs"] * images / batch), 1)
     options["hours"] = options["epochs"] = None  # from here on steps say it, exactly
     steps = int(options["steps"])
-    resolved.choose(
-        warmup_epochs=Choice(round(steps * batch / images / 15, 3), "a fifteenth, as published (20 of 300)"),
-        log_every_steps=auto.choose_row(a_step, steps),
-        checkpoint_every_steps=Choice(max(steps // CHECKPOINTS_A_RUN, 1), "fifty times a run"),
-        preview_every_steps=Choice(max(steps // PREVIEWS_A_RUN, 1), "ten times a run"),
+    resolved.take(
+        "warmup_epochs", round(steps * batch / images / 15, 3), "a fifteenth, as published (20 of 300)"
     )
+    resolved.take_records(CHECKPOINTS_A_RUN)
+    resolved.take("preview_every_steps", max(steps // PREVIEWS_A_RUN, 1), "ten times a run")
+
+
+def _trial_loss(method: Any, images: Tensor) -> Tensor:
+    views = [images, *(torch.rand_like(images) for _ in range(method.n_views - 1))]
+    loss: Tensor = method(views, torch.arange(len(images), device=images.device))["loss"]
+    return loss
 
 
 def _resolve_learning_rates(resolved: Resolved) -> None:
-    options, batch = resolved.options, int(resolved.options["batch_size"])
+    options, batch = resolved.values, int(resolved.values["batch_size"])
     backbone = next(iter(resolved.method.backbones().values()))
     if sum(parameter.nelement() for parameter in backbone.parameters()) < TINY_WEIGHTS:
         rate = scaled_lr(TINY_LR, batch, TINY_LR_BATCH)
@@ -305,26 +282,8 @@ def _resolve_learning_rates(resolved: Resolved) -> None:
         rate, why = scaled_lr(BASE_LR, batch), "3e-4 x batch/512, as published"
     if options["init"]:
         rate, why = rate / 4, f"a quarter of {why}, since the weights are trained already"
-    resolved.choose(lr=Choice(rate, why))
-    resolved.choose(min_lr=Choice(min(scaled_lr(BASE_MIN_LR, batch), options["lr"]), "2.5e-6 x batch/512"))
-
-
-def make_trial(
-    method: nn.Module, options: Mapping[str, Any], device: torch.device
-) -> tuple[nn.Module, Callable[[int], Tensor]]:
-    """A copy of the method, so that it stays as it was, and the copy's loss for a number of random images."""
-    trial: Any = copy.deepcopy(method).to(device)
-    size = (options["channels"], *height_and_width(options["image_size"]))
-    precision = torch.bfloat16 if "bf16" in str(options["precision"]) else torch.float16
-
-    def loss(images: int) -> Tensor:
-        views = [torch.rand(images, *size, device=device) for _ in range(trial.n_views)]
-        keys = torch.arange(images, device=device)
-        with torch.autocast(device.type, precision, enabled="mixed" in str(options["precision"])):
-            result: Tensor = trial(views, keys)["loss"]
-        return result
-
-    return trial, loss
+    resolved.take("lr", rate, why)
+    resolved.take("min_lr", min(scaled_lr(BASE_MIN_LR, batch), options["lr"]), "2.5e-6 x batch/512")
 
 
 def make_geometries(options: Mapping[str, Any], views: int) -> list[Geometry]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -55,6 +56,94 @@ class Cost:
     def peak_bytes(self, images_at_once: int) -> int:
         """Memory at the height of a step."""
         return self.fixed_bytes + self.bytes_per_image * images_at_once
+
+
+@dataclass
+class Plan:
+    """The numbers of a training as they come together, each with the reason for those that were not given."""
+
+    asked: Mapping[str, Any]  # the options as they were given
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    cost: Cost = field(init=False)  # of an image
+
+    def take(self, name: str, value: Any, reason: str = "") -> None:
+        """What was asked for, else this value."""
+        asked = self.asked.get(name)
+        if asked in (None, "auto"):
+            self.values[name], self.reasons[name] = value, reason
+        else:
+            self.values[name] = asked
+
+    def why(self, *names: str) -> str:
+        """The reasons for numbers, each in brackets; nothing where they were given."""
+        return "".join(f" ({self.reasons[name]})" for name in names if self.reasons.get(name))
+
+    def take_machine(self, **fixed: Any) -> torch.device:
+        """Accelerator, devices, precision and loader workers, beside what is fixed of the machine."""
+        device = pick_device(self.asked["accelerator"])
+        self.values |= {"accelerator": device.type, **fixed}
+        for name, choice in choose_machine(device).items():
+            self.take(name, *choice)
+        return device
+
+    def take_cost(
+        self,
+        module: nn.Module,
+        shape: Sequence[int],
+        loss: Callable[[Any, Tensor], Tensor],
+        images: int = 4,
+    ) -> tuple[nn.Module, Callable[[int], Tensor]]:
+        """Measure time and memory of an image, on a copy so that the module stays as it was.
+
+        Args:
+            module: what will be trained.
+            shape: (channels, height, width) of a training image.
+            loss: of the copy and random images.
+            images: how many at once.
+
+        Returns:
+            The copy, and its loss for a number of random images.
+        """
+        device, precision = torch.device(self.values["accelerator"]), str(self.values["precision"])
+        trial = copy.deepcopy(module).to(device).train()
+        kind = torch.bfloat16 if "bf16" in precision else torch.float16
+
+        def trial_loss(count: int) -> Tensor:
+            samples = torch.rand(count, *shape, device=device)
+            with torch.autocast(device.type, kind, enabled="mixed" in precision):
+                return loss(trial, samples)
+
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self.cost = measure_cost(trial, trial_loss, device, images)
+        return trial, trial_loss
+
+    def take_batch(self, choose: Callable[[Cost, int, int], Choice]) -> tuple[int, int]:
+        """Batch size and its parts, from the cost, the devices and their memory.
+
+        Returns:
+            Images of a part, and those that do not divide.
+        """
+        values, memory = self.values, usable_memory(torch.device(self.values["accelerator"]))
+        processes = world_size(values)
+        self.take("batch_size", *choose(self.cost, processes, memory))
+        batch = int(values["batch_size"])
+        if batch % processes:
+            raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")
+        self.take("accumulate", *choose_accumulation(self.cost, batch // processes, memory))
+        return divmod(batch // processes, int(values["accumulate"]))
+
+    def take_records(self, checkpoints: int) -> None:
+        """How often metrics and this many checkpoints are written, once steps and cost are known."""
+        values, steps = self.values, int(self.values["steps"])
+        self.take("log_every_steps", *choose_row(self.step_seconds(), steps))
+        self.take("checkpoint_every_steps", max(steps // checkpoints, 1), f"{checkpoints} times a run")
+        for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
+            values[name] = self.asked[name]
+
+    def step_seconds(self) -> float:
+        """Time of an optimizer step where the loader keeps up."""
+        return self.cost.seconds(1, int(self.values["batch_size"]) // world_size(self.values))
 
 
 def choose_image_size(median_side: int) -> Choice:
