@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import psutil
 
@@ -170,7 +170,7 @@ def check_encoding(path: Path, option: str) -> None:
         ) from None
 
 
-def open_table(path: Path, mode: str = "r") -> TextIO:
+def open_table(path: Path, mode: Literal["r", "w", "a"] = "r") -> TextIO:
     """A CSV file, for the module csv: a name that is no UTF-8 stands in it with the bytes that it has on the disk."""
     return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
 
