@@ -31,7 +31,7 @@ from freqmask.errors import UserError
 from freqmask.heads import ReconstructionHead
 from freqmask.interop.foreign_weights import convert_file, read_weights
 from freqmask.interop.formats import Exported, export_model
-from freqmask.interop.mfm_layout import vit_shapes
+from freqmask.interop.layouts import vit_shapes
 from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.timm_folder import write_timm_folder
 

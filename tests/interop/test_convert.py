@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from freqmask.errors import UserError
 from freqmask.interop.foreign_weights import convert_file
-from freqmask.interop.mfm_layout import from_beit_names, to_beit_names, vit_shapes
+from freqmask.interop.layouts import from_beit_names, to_beit_names, vit_shapes
 from freqmask.interop.timm_folder import differences
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from freqmask.backbones import Backbone
 from freqmask.errors import UserError
 from freqmask.interop.foreign_weights import convert_file
 from freqmask.interop.formats import FORMATS, compare, decoder_of, export_model, graph_of
-from freqmask.interop.mfm_layout import mfm_encoder, vit_shapes
+from freqmask.interop.layouts import mfm_encoder, vit_shapes
 from freqmask.interop.models import open_model
 from freqmask.interop.timm_folder import write_timm_folder
 

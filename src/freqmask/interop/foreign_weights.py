@@ -15,21 +15,15 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
-from freqmask.interop.architecture import architecture_of, as_timm_names
-from freqmask.interop.mfm_layout import DECODER, ENCODER, from_beit_names
+from freqmask.interop.layouts import DECODER, ENCODER, architecture_of, as_timm_names, from_beit_names
 from freqmask.interop.timm_folder import differences, fitted, read_tensors
 from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
+from freqmask.interop.weights import resampled
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
 _COPIES = ("momentum", "ema", "teacher", "target", "encoder_k", "key_")  # of a method's online network
-_STATES = (
-    "optim",
-    "sched",
-    "scaler",
-    "callbacks",
-    "loops",
-    "amp",
-)  # how a training goes on, not what it gave
+# how a training goes on, not what it gave
+_STATES = ("optim", "sched", "scaler", "callbacks", "loops", "amp")
 _DEEPEST = 5  # parts of a prefix, such as student.module.backbone.0.
 # one of these pairs is in every ViT, BEiT and ResNet
 _SIGNATURES = (
@@ -110,24 +104,19 @@ def convert_file(
     weights = read_weights(path, key, backbone)
     known = backbone or weights.architecture
     name, arguments, notes = architecture_of(weights.encoder, known, dict(model_args or {}))
-    is_beit = name.startswith("beit")
-    state = weights.encoder if is_beit else from_beit_names(weights.encoder)
     model = _model(name, arguments)
+    state = weights.encoder if name.startswith("beit") else from_beit_names(weights.encoder)
     notes += _load(model, state, name, known is None)
     size = _image_size(model)
     if image_size is not None and (image_size, image_size) != size:
-        model, said = _resized(model, name, arguments, image_size)
-        notes.append(said)
+        model, note = _resized(model, name, arguments, image_size)
+        notes.append(note)
         size = (image_size, image_size)
-    metadata: dict[str, Any] = {
-        "version": __version__,
-        "converted_from": Path(path).name,
-        "value_range": "dtype",
-    }
-    if weights.epoch is not None:
-        metadata["epoch"] = weights.epoch
-    mean, std, said = _statistics(model, weights)
-    return Converted(model, name, size, mean, std, weights.decoder, [*weights.notes, said, *notes], metadata)
+    metadata = {"version": __version__, "converted_from": Path(path).name, "value_range": "dtype"}
+    epoch = {} if weights.epoch is None else {"epoch": weights.epoch}
+    mean, std, note = _statistics(model, weights)
+    notes = [*weights.notes, note, *notes]
+    return Converted(model, name, size, mean, std, weights.decoder, notes, metadata | epoch)
 
 
 def read_weights(path: str | Path, key: str | None = None, backbone: str | None = None) -> Weights:
@@ -145,23 +134,22 @@ def read_weights(path: str | Path, key: str | None = None, backbone: str | None 
     architecture = content.get("arch", content.get("architecture"))
     if not (isinstance(architecture, str) and timm.is_model(architecture)):
         architecture = None
-    found = _choose(content, path, key, backbone or architecture)
-    if found.prefix.startswith("method.") and "pytorch-lightning_version" in content:
+    chosen = _choose(content, path, key, backbone or architecture)
+    if chosen.prefix.startswith("method.") and "pytorch-lightning_version" in content:
         raise UserError(f"file ({path}) is a training state of freqmask; name its run folder instead")
-    notes = (
-        [f"pickled objects of {_some(foreign)} were left out; nothing in the file was run"] if foreign else []
-    )
-    if found.container:
-        rest = [str(name) for name in content if str(name) != found.container.split(".")[0]]
-        unused = sorted(name for name in rest if name not in ("epoch", "arch", "architecture"))
-        notes += [f"not taken: {_some(unused)}"] if unused else []
-    notes += found.notes
+    notes = list(chosen.notes)
+    if chosen.container:
+        known = (chosen.container.split(".")[0], "epoch", "arch", "architecture")
+        rest = sorted(str(name) for name in content if str(name) not in known)
+        notes = [*([f"not taken: {_some(rest)}"] if rest else []), *notes]
+    if foreign:
+        notes.insert(0, f"pickled objects of {_some(foreign)} were left out; nothing in the file was run")
     try:
-        weights = _sorted(found, notes)
+        weights = _sorted(chosen, notes)
     except UserError as error:
         raise UserError(f"file ({path}) was refused: {error}") from error
     epoch = content.get("epoch")
-    weights.epoch = epoch if isinstance(epoch, int) and found.container else None
+    weights.epoch = epoch if isinstance(epoch, int) and chosen.container else None
     weights.architecture = architecture
     return weights
 
@@ -172,17 +160,15 @@ def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
     if path.suffix == ".safetensors" and path.is_file():
         return dict(read_tensors(path, "file")), []
     read = read_torch_file(path)
-    if not isinstance(read.content, dict):
-        what = read.content.origin if isinstance(read.content, Inert) else type(read.content).__name__
-        raise UserError(
-            f"file ({path}) holds a {what} instead of a dictionary; save model.state_dict() instead"
-        )
-    return read.content, read.foreign
+    if isinstance(read.content, dict):
+        return read.content, read.foreign
+    what = read.content.origin if isinstance(read.content, Inert) else type(read.content).__name__
+    raise UserError(f"file ({path}) holds a {what} instead of a dictionary; save model.state_dict() instead")
 
 
 @dataclass
-class _Found:
-    """A backbone's weights in a file: the dictionary, where it stands, and how its names begin."""
+class _Candidate:
+    """A backbone's weights in a file: the dictionary, where it stands, how its names begin, how many of them fit."""
 
     state: dict[str, Any]
     container: str
@@ -203,36 +189,30 @@ class _Found:
         return -self.fit, place, is_copy, len(self.prefix), self.key
 
 
-def _choose(content: Mapping[Any, Any], path: str | Path, key: str | None, known: str | None) -> _Found:
+def _choose(content: Mapping[Any, Any], path: str | Path, key: str | None, known: str | None) -> _Candidate:
     """The weights that are meant: those asked for, else those whose names fit best."""
     containers = list(_containers(content))
     if not containers:
         raise _no_weights(content, path)
     names = set(_model(known, {}).state_dict()) if known is not None and timm.is_model(known) else None
-    candidates = sorted(
-        (one for state, container in containers for one in _prefixed(state, container, names)),
-        key=lambda one: one.order,
-    )
+    candidates = [found for state, at in containers for found in _prefixed(state, at, names)]
+    candidates.sort(key=lambda candidate: candidate.order)
+    keys = [candidate.key for candidate in candidates]
     if key is not None:
         asked = [one for one in candidates if one.key == key or one.key.startswith(f"{key}.")]
-        asked += [_Found(state, container, "", 0) for state, container in containers if container == key]
+        asked += [_Candidate(state, at, "", 0) for state, at in containers if at == key]
         if not asked:
-            keys = [one.key for one in candidates] + [container for _, container in containers]
-            there = (
-                _some([name for name in dict.fromkeys(keys) if name]) or "one set of weights, without a key"
-            )
-            raise UserError(f"key ({key}) is not in {path}; it has {there}")
+            known_keys = [name for name in dict.fromkeys([*keys, *(at for _, at in containers)]) if name]
+            keys_there = _some(known_keys) or "one set of weights, without a key"
+            raise UserError(f"key ({key}) is not in {path}; it has {keys_there}")
         return asked[0]
     if not candidates:  # of a family that we do not know
-        return min(
-            (_Found(state, name, _shared_prefix(state), len(state)) for state, name in containers),
-            key=lambda one: one.order,
-        )
+        whole = [_Candidate(state, at, _shared_prefix(state), len(state)) for state, at in containers]
+        return min(whole, key=lambda candidate: candidate.order)
     best, others = candidates[0], [one.key for one in candidates[1:] if 2 * one.fit >= candidates[0].fit]
     if others:
-        best.notes.append(
-            f"taken: {best.key or 'the weights without a key'}; --key takes others: {_some(others)}"
-        )
+        taken = best.key or "the weights without a key"
+        best.notes.append(f"taken: {taken}; --key takes others: {_some(others)}")
     return best
 
 
@@ -249,7 +229,7 @@ def _containers(content: Mapping[Any, Any], at: str = "") -> Iterator[tuple[dict
             yield from _containers(value, f"{at}.{name}" if at else name)
 
 
-def _prefixed(state: Mapping[str, Any], container: str, names: set[str] | None) -> Iterator[_Found]:
+def _prefixed(state: Mapping[str, Any], container: str, names: set[str] | None) -> Iterator[_Candidate]:
     """The prefixes behind which a backbone stands, with how many of its names do."""
     anchors = names if names is not None else {first for first, _ in _SIGNATURES}
     fits: Counter[str] = Counter()
@@ -265,7 +245,7 @@ def _prefixed(state: Mapping[str, Any], container: str, names: set[str] | None) 
             fit = sum(name.startswith(prefix) for name in state)
         elif 2 * fit < max(fits.values()):
             continue  # a name or two by chance
-        yield _Found(dict(state), container, prefix, fit)
+        yield _Candidate(dict(state), container, prefix, fit)
 
 
 def _shared_prefix(state: Mapping[str, Any]) -> str:
@@ -291,25 +271,28 @@ def _no_weights(content: Mapping[Any, Any], path: str | Path) -> UserError:
     )
 
 
-def _sorted(found: _Found, notes: list[str]) -> Weights:
+def _sorted(chosen: _Candidate, notes: list[str]) -> Weights:
     """Encoder and decoder apart, the prefix taken off."""
-    prefix = found.prefix
-    above = prefix.removesuffix(ENCODER) if prefix.endswith(ENCODER) else None
-    decoder = {} if above is None else _behind(found.state, above + DECODER)
-    others = [name for name in found.state if not name.startswith(prefix)]
+
+    def behind(prefix: str) -> dict[str, Any]:
+        return {
+            name.removeprefix(prefix): value
+            for name, value in chosen.state.items()
+            if name.startswith(prefix)
+        }
+
+    prefix = chosen.prefix
+    head = prefix.removesuffix(ENCODER) + DECODER
+    decoder = behind(head) if prefix.endswith(ENCODER) else {}
+    others = [name for name in chosen.state if not name.startswith(prefix)]
     if set(decoder) == {"0.weight", "0.bias"}:
-        others = [name for name in others if not name.startswith(f"{above}{DECODER}")]
+        others = [name for name in others if not name.startswith(head)]
     elif decoder:
         notes = [*notes, f"the decoder ({_some(sorted(decoder))}) is not MFM's and was left out"]
         decoder = {}
     if others:
         notes = [*notes, f"not taken: {_some(sorted(others))}"]
-    encoder = as_timm_names(tensors_in(_behind(found.state, prefix)))
-    return Weights(encoder, tensors_in(decoder), notes)
-
-
-def _behind(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return Weights(as_timm_names(tensors_in(behind(prefix))), tensors_in(decoder), notes)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -349,39 +332,27 @@ def _image_size(model: Any) -> tuple[int, int]:
 
 
 def _statistics(model: Any, weights: Weights) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """What images are normalised by: ImageNet's for MFM's files, else what timm notes for the architecture."""
-    channels = channels_of(model)
+    """What images are normalized by: ImageNet's for MFM's files, else what timm notes for the architecture."""
+    # of the images: those of the first convolution
+    channels = next(part for part in model.modules() if isinstance(part, nn.Conv2d)).in_channels
     by_mfm = bool(weights.decoder) or any(name.endswith(".attn.q_bias") for name in weights.encoder)
     config = model.pretrained_cfg
+    mean, std, whose = config["mean"], config["std"], f"timm's for {config['architecture']}"
     if by_mfm and type(model).__name__ != "Beit":
         mean, std, whose = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's, as MFM's authors use"
-    else:
-        mean, std, whose = config["mean"], config["std"], f"timm's for {config['architecture']}"
-    said = f"mean and std: {whose} (the file does not tell)"
-    return fitted(mean, channels), fitted(std, channels), said
-
-
-def channels_of(model: nn.Module) -> int:
-    """Channels of the images that a timm module takes: those of its first convolution."""
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    return first.in_channels
+    note = f"mean and std: {whose} (the file does not tell)"
+    return fitted(mean, channels), fitted(std, channels), note
 
 
 def _resized(model: Any, name: str, arguments: Mapping[str, Any], side: int) -> tuple[Any, str]:
     """The same weights for another image size, by timm's own interpolation of positions."""
     if not getattr(model, "patch_embed", None):
         return model, f"{name} takes any image size; {side} pixels are noted as its own"
-    old = _image_size(model)
-    resized = _model(name, {**arguments, "img_size": [side, side]})
-    state = dict(model.state_dict())
+    old, state = _image_size(model), model.state_dict()
     if "pos_embed" not in state or any("relative_position" in key for key in state):
         raise UserError(
             f"image_size ({side}): the positions of {name} are not interpolated; leave it out ({old[0]})"
         )
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    state["pos_embed"] = resample_abs_pos_embed(
-        state["pos_embed"], list(resized.patch_embed.grid_size), num_prefix_tokens=model.num_prefix_tokens
-    )
-    resized.load_state_dict(state)
-    return resized, f"positions were interpolated from {old[0]}x{old[1]} to {side}x{side} pixels"
+    other = _model(name, {**arguments, "img_size": [side, side]})
+    other.load_state_dict(resampled(state, other)[0])
+    return other, f"positions were interpolated from {old[0]}x{old[1]} to {side}x{side} pixels"

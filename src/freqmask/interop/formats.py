@@ -24,7 +24,7 @@ from freqmask import __version__
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError, nearest
 from freqmask.interop.feature_space import FILE, load_space
-from freqmask.interop.mfm_layout import mfm_encoder, mfm_state
+from freqmask.interop.layouts import mfm_encoder, mfm_state
 from freqmask.interop.models import OpenedClassifier, OpenedModel
 from freqmask.interop.timm_folder import DECODER, Pooled, read_tensors, write_timm_folder
 from freqmask.interop.weights import run_state
