@@ -1,4 +1,4 @@
-"""Names and shapes of tensors: MFM's released checkpoints both ways, names of BEiT and DINOv2, and the timm architecture
+"""Names and shapes of tensors: MFM's released checkpoints both ways, BEiT's and DINOv2's, and the timm architecture
 that tensors belong to (ViT, BEiT, ResNet).
 
 In MFM's files (docs/methods.md, exchange format) a ViT has BEiT's names: queries and values with a bias of their own,
