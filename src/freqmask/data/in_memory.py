@@ -54,27 +54,16 @@ _AT_ONCE = 2**26  # float values that are resampled together: 256 MB, a batch of
 
 @dataclass
 class InMemoryImages:
-    """Decoded images in one tensor, pixel beside pixel, in the type of their files.
+    """Decoded images in one tensor, pixel beside pixel, in the type of their files."""
 
-    Attributes:
-        pixels: every pixel of every image, one image behind the other, line by line. uint16 lies in int16.
-        dtype: the sample type as in the files.
-        starts: where each image begins in ``pixels``.
-        sizes: (height, width) of each image; of an unreadable one (1, 1).
-        identities: each image's own number.
-        labels: class of each image, -1 where unknown.
-        flat: True where a window may hold one value only, so that each window has to be looked at.
-        bad: index -> reason of the images that cannot be used.
-    """
-
-    pixels: Shaped[Tensor, "pixel channel"]
-    dtype: str
-    starts: Int64[Tensor, " image"]
-    sizes: Int64[Tensor, "image 2"]
-    identities: Int64[Tensor, " image"]
-    labels: Int64[Tensor, " image"]
-    flat: Bool[Tensor, " image"]
-    bad: dict[int, str]
+    pixels: Shaped[Tensor, "pixel channel"]  # one image behind the other, line by line; uint16 in int16
+    dtype: str  # the sample type as in the files
+    starts: Int64[Tensor, " image"]  # where each image begins in the pixels
+    sizes: Int64[Tensor, "image 2"]  # (height, width) of each image; of an unreadable one (1, 1)
+    identities: Int64[Tensor, " image"]  # each image's own number
+    labels: Int64[Tensor, " image"]  # class of each image, -1 where unknown
+    flat: Bool[Tensor, " image"]  # True where a window may hold one value only: each is looked at
+    bad: dict[int, str]  # index -> reason of the images that cannot be used
 
     def __len__(self) -> int:
         return len(self.starts)

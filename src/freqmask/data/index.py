@@ -91,20 +91,16 @@ class FolderIndex:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _place(self, number: int) -> int:
-        folder = self.folder_of(number)
-        return int(self._arrays["starts"][self._chosen[folder]] + number - self.starts[folder])
-
     def folder_of(self, number: int) -> int:
         """The number of the folder that holds a file."""
         return int(np.searchsorted(self.starts, number, side="right")) - 1
 
     def relative(self, number: int) -> str:
         """The path of a file relative to the root, with ``/`` on every platform."""
-        place, offsets = self._place(number), self._arrays["offsets"]
+        folder, offsets = self.folder_of(number), self._arrays["offsets"]
+        place = self._arrays["starts"][self._chosen[folder]] + number - self.starts[folder]
         name = self._arrays["names"][offsets[place] : offsets[place + 1]].tobytes()
-        folder = self.folders[self.folder_of(number)]
-        return os.fsdecode(folder + b"/" + name if folder else name)
+        return os.fsdecode(self.folders[folder] + b"/" + name if self.folders[folder] else name)
 
     def path(self, number: int) -> Path:
         """The path of a file."""

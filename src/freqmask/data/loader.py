@@ -108,7 +108,10 @@ class TrainDataset(Dataset[Sample]):
         skipped: Skipped = []
         for index in candidates(asked, key, len(self.source)):
             try:
-                views = self._views(self._open(index), keys)
+                with as_bad_image():
+                    picture = self.source.open(index)
+                check_channels(picture.channels, self.channels, self.convert_channels)
+                views = self._views(picture, keys)
             except BadImage as error:
                 skipped.append((self.source.name(index), error.reason))
                 continue
@@ -121,12 +124,6 @@ class TrainDataset(Dataset[Sample]):
             return [self[item] for item in items]
         except UserError as error:
             return error
-
-    def _open(self, index: int) -> Picture:
-        with as_bad_image():
-            picture = self.source.open(index)
-        check_channels(picture.channels, self.channels, self.convert_channels)
-        return picture
 
     def _views(self, picture: Picture, keys: Sequence[int]) -> list[Tensor]:
         at_least = [geometry.at_least() for geometry in self.geometries]

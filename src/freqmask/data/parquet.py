@@ -45,6 +45,7 @@ MOST_NUMBERED = (
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
 _ARRAYS = ("starts", "labels", "group_files", "group_numbers", "group_bytes", "paths", "footers")
+CLASS_KINDS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
 VERSION = 2
 
@@ -82,7 +83,9 @@ class Columns:
         features = _features(schema)
         kinds = {field.name: field.type for field in schema}
         named = [name for name in kinds if features.get(name, {}).get("_type") == "ClassLabel"]
-        usual = [name for name in LABEL_COLUMNS if name in kinds and _is_class(kinds[name])]
+        usual = [
+            name for name in LABEL_COLUMNS if name in kinds and any(is_a(kinds[name]) for is_a in CLASS_KINDS)
+        ]
         label = next(iter([*named, *usual]), None)
         names = features.get(label or "", {}).get("names")
         return cls(
@@ -101,10 +104,6 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError):
         return {}
     return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-
-
-def _is_class(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def number_classes(

@@ -208,26 +208,15 @@ def orientation_of(number: object) -> Orientation:
 
 @dataclass(frozen=True)
 class Color:
-    """What the samples of a pixel mean in a file; one step makes gray, RGB or bands of them, for every format.
+    """What the samples of a pixel mean in a file; one step makes gray, RGB or bands of them, for every format."""
 
-    Attributes:
-        model: ``gray``, ``rgb``, ``cmyk``, ``palette`` or ``bands``.
-        samples: samples of a pixel, alpha and all.
-        top: the largest value of a sample, which is white; None where the type has none (signed numbers).
-        negative: True where 0 is white (MINISWHITE).
-        alpha: ``none``; ``straight``, to be laid over white; ``premultiplied``, where colors have been
-            multiplied by it already; ``mask``, which marks where bands were measured and is left out.
-        palette: 8-bit colors by number (3, count).
-        stretch: True for samples of fewer than 8 bits, which become 0 to 255 as in a viewer.
-    """
-
-    model: str
-    samples: int
-    top: float | None = None
-    negative: bool = False
-    alpha: str = "none"
-    palette: Shaped[np.ndarray, "3 count"] | None = None
-    stretch: bool = False
+    model: str  # gray, rgb, cmyk, palette or bands
+    samples: int  # of a pixel, alpha and all
+    top: float | None = None  # the largest value of a sample, which is white; None for signed numbers
+    negative: bool = False  # True where 0 is white (MINISWHITE)
+    alpha: str = "none"  # straight (laid over white), premultiplied, or mask (of bands; left out)
+    palette: Shaped[np.ndarray, "3 count"] | None = None  # 8-bit colors by number
+    stretch: bool = False  # True for samples of fewer than 8 bits, which become 0 to 255 as in a viewer
 
     def __post_init__(self) -> None:
         if self.top is None and (self.negative or self.model == "cmyk" or self.alpha not in ("none", "mask")):

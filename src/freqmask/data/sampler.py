@@ -32,7 +32,7 @@ def block_shuffle(
     workers: int,
     first: int | None = None,
 ) -> np.ndarray:
-    """The order of the images in one epoch where images that lie together are cheap to read together.
+    """The order of the images in one epoch, int64, where images that lie together are cheap to read together.
 
     Blocks are mixed and put one behind the other, and that row is cut into as many pieces as there are worker
     processes on all nodes together. Each worker takes its piece from its beginning to its end, images mixed
@@ -46,9 +46,6 @@ def block_shuffle(
         batch_size_per_process: images of a batch; batches go to the workers in turn.
         workers: processes times the workers of each.
         first: images that were dealt out in batches before; None: those of the epochs before.
-
-    Returns:
-        (image,) int64: a permutation.
     """
     generator = np.random.default_rng([seed % 2**64, epoch])
     count = len(blocks.numbers)

@@ -42,24 +42,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes that are written; a prepared folder is continued under the same ones only.
+    """What decides the bytes that are written; a prepared folder is continued under the same ones only."""
 
-    Attributes:
-        resize: pixels of the shorter side at most; None for any.
-        shard_size: images in a shard.
-        pages: what the pages of a TIFF were.
-        split: which splits.
-        content: hash of the images and labels.
-        workers: those of the first start, among which images that lie together far away are dealt out;
-            it decides their order only.
-    """
-
-    resize: int | None
-    shard_size: int
-    pages: str
-    split: str
-    content: str
-    workers: int = 1
+    resize: int | None  # pixels of the shorter side at most; None for any
+    shard_size: int  # images in a shard
+    pages: str  # what the pages of a TIFF were
+    split: str  # which splits
+    content: str  # hash of the images and labels
+    workers: int = 1  # of the first start, among which images that lie together far away are dealt out
 
 
 @dataclass

@@ -103,7 +103,12 @@ def locate(data: str | Path, pages: Pages) -> Located:
     path = Path(text).expanduser()
     if path.is_dir():
         return _locate_folder(path, pages)
-    _refuse_packed(text)
+    program = unpacker_of([f".{text.lower().rpartition('.')[2]}"])
+    if program is not None:
+        raise UserError(
+            f"DATA ({text}) is compressed, and no single image can be read out of it; unpack it with {program} "
+            "(a .tar is read as it is), then freqmask prepare makes large images fast to read"
+        )
     if text.lower().endswith((".tar", ".parquet")) and (path.exists() or (is_pattern(text) and not far)):
         return _named_files(text, pages)
     if path.suffix.lower() in ARRAY_SUFFIXES and path.exists():
@@ -118,16 +123,6 @@ def locate(data: str | Path, pages: Pages) -> Located:
     if IMPORT_PATH.fullmatch(text):
         return Located(text, lambda split, notes: import_source(text))
     raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
-
-
-def _refuse_packed(text: str) -> None:
-    """A compressed tar or an archive: no single image can be read out of the middle of it."""
-    program = unpacker_of([f".{text.lower().rpartition('.')[2]}"])
-    if program is not None:
-        raise UserError(
-            f"DATA ({text}) is compressed, and no single image can be read out of it; unpack it with {program} "
-            "(a .tar is read as it is), then freqmask prepare makes large images fast to read"
-        )
 
 
 def _locate_folder(path: Path, pages: Pages) -> Located:

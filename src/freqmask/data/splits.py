@@ -63,19 +63,12 @@ def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
 
 @dataclass
 class Located:
-    """What DATA names, before an image is read.
+    """What DATA names, before an image is read."""
 
-    Attributes:
-        where: DATA as it was typed.
-        open: (split or None for all, sentences for the summary) -> its images.
-        splits: the names of its splits; None where there cannot be any, and any split is everything.
-        certain: False where the splits may as well be classes and are taken by their names only.
-    """
-
-    where: str
-    open: Callable[[str | None, list[str]], Source]
-    splits: Sequence[str] | None = None
-    certain: bool = True
+    where: str  # DATA as it was typed
+    open: Callable[[str | None, list[str]], Source]  # (split or None for all, notes) -> its images
+    splits: Sequence[str] | None = None  # None where there cannot be any, and any is everything
+    certain: bool = True  # False where the splits may as well be classes and are taken by their names only
 
     def source(self, split: str) -> Source:
         """The images of a split; of ``auto``, with a sentence on what that leaves out; of ``all``."""

@@ -39,38 +39,23 @@ Boxes = Int64[Tensor, "batch 4"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How one view is cut out of a picture.
+    """How one view is cut out of a picture; a UserError names all that is wrong with the settings.
 
     The default is MFM's (docs/methods.md, MFM): a random window of 20 to 100 % of the area, bicubic, mirrored
-    half of the time. Every resampling is bicubic (a = -0.5) with antialiasing, as Pillow's.
-
-    Args:
-        image_size: side, or (height, width), of the view in pixels.
-        scale: smallest and largest share of the picture's area a ``"resized"`` window takes, in (0, 1].
-        ratio: smallest and largest width over height of that window, relative to the view's own; drawn
-            uniformly in its logarithm.
-        crop: ``"resized"``: a random window, resampled. ``"native"``: a random window of the view's size,
-            neither resampled nor decoded reduced, for signals that live in single pixels.
-            ``"whole"``: the whole picture, resampled. ``"center"``: the largest centered window, resampled.
-        horizontal_flip: probability of mirroring left and right.
-        vertical_flip: probability of mirroring top and bottom.
-        quarter_turns: True turns the view by 0, 90, 180 or 270 degrees with equal chance.
-        center_share: share of its side that a ``"center"`` window keeps, in (0, 1]: 224/256 is the usual test crop.
-
-    A picture smaller than the window is enlarged, whatever ``crop`` says.
-
-    Raises:
-        UserError: all that is wrong with the settings, in one message.
+    half of the time. Every resampling is bicubic (a = -0.5) with antialiasing, as Pillow's. ``"resized"`` resamples a
+    random window. ``"native"`` takes one of the view's size, neither resampled nor decoded reduced, for signals that
+    live in single pixels. ``"whole"`` resamples the whole picture, ``"center"`` the largest centered window. A picture
+    smaller than the window is enlarged, whatever ``crop`` says.
     """
 
-    image_size: int | tuple[int, int] = 224
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    crop: str = "resized"
-    horizontal_flip: float = 0.5
-    vertical_flip: float = 0.0
-    quarter_turns: bool = False
-    center_share: float = 1.0
+    image_size: int | tuple[int, int] = 224  # side, or (height, width), of the view in pixels
+    scale: tuple[float, float] = (0.2, 1.0)  # least and most of the area in a "resized" window, in (0, 1]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width over height in the view's, log-uniform
+    crop: str = "resized"  # one of CROPS
+    horizontal_flip: float = 0.5  # probability of mirroring left and right
+    vertical_flip: float = 0.0  # probability of mirroring top and bottom
+    quarter_turns: bool = False  # True turns it by 0, 90, 180 or 270 degrees, equally likely
+    center_share: float = 1.0  # of its side in a "center" window, in (0, 1]: 224/256 is usual
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))

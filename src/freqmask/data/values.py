@@ -24,20 +24,11 @@ _SURVEY_PIXELS = 128  # and decodes no more than it must for those to be pixels 
 
 @dataclass(frozen=True)
 class ValueRange:
-    """The values that become 0 and 1; what lies outside is clamped.
+    """The values that become 0 and 1; what lies outside is clamped. A UserError where the ends are not in order."""
 
-    Args:
-        low: the value that becomes 0; None: the smallest that the image's own type can hold (0 for floats).
-        high: the value that becomes 1; None: the largest that the type can hold (1 for floats).
-        by_type: (sample type, low, high) for folders that mix sample types; other types as without it.
-
-    Raises:
-        UserError: ``low`` is not below ``high``, or only one of them is given.
-    """
-
-    low: float | None = None
-    high: float | None = None
-    by_type: tuple[tuple[str, float, float], ...] = ()
+    low: float | None = None  # becomes 0; None: the smallest of the image's own type (0 for floats)
+    high: float | None = None  # becomes 1; None: the largest of the type (1 for floats)
+    by_type: tuple[tuple[str, float, float], ...] = ()  # (sample type, low, high) where types are mixed
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
