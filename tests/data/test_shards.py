@@ -14,8 +14,7 @@ from freqmask.data import shards as shards_module
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.shard_index import Row, ShardRows, load_index, make_index, pack_rows
-from freqmask.data.shards import find_index
+from freqmask.data.shards import Row, ShardRows, find_index, load_index, make_index, pack_rows
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out
 from freqmask.data.storage import INDEX_NAME, expand_braces, files_of

@@ -23,7 +23,7 @@ from freqmask.data.cache import hash_of, replacing
 from freqmask.data.encode import EncodedImage, encode_picture
 from freqmask.data.loader import as_bad_image, as_it_is, make_loader
 from freqmask.data.sampler import block_shuffle, some_images
-from freqmask.data.shard_index import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
+from freqmask.data.shards import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
 from freqmask.data.source import JoinedSource, Pages, Source
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.storage import INDEX_NAME, MANIFEST

@@ -41,6 +41,17 @@ def split_of(name: str) -> str | None:
     return next((split for split, names in ALIASES.items() if kept[0] in names), None)
 
 
+def split_of_shard(name: str) -> str | None:
+    """The split that a shard's folder or file name tells.
+
+    >>> split_of_shard("val/000001.tar"), split_of_shard("imagenet-train-000007.tar"), split_of_shard("7.tar")
+    ('val', 'train', None)
+    """
+    *folders, file = name.split("/")
+    words = [*folders[-1:], *re.split(r"[-_.]", file.removesuffix(".tar"))]
+    return next((word for word in words if split_of(word)), None)
+
+
 def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
     """Which of the splits that there are is to be used, by the name that it bears; None for everything.
 
