@@ -431,10 +431,8 @@ class ShardSource(Source):
             raise BadImage(f"the shard {shard} cannot be read ({error.strerror or error})") from error
         if len(data) < stop - start:
             raise BadImage(f"the shard {shard} is truncated")
-        if (
-            self._reader is None
-            and self.files.state(shard)[0] != self.index.shards[self.index.shard_of(index)][1]
-        ):
+        size = self.index.shards[self.index.shard_of(index)][1]
+        if self._reader is None and self.files.state(shard)[0] != size:
             raise BadImage(f"the shard {shard} was rewritten after its index was read")
         return data
 
