@@ -139,7 +139,7 @@ def test_a_whole_method_compiles_into_one_graph(name: str, backend: str) -> None
         values["loss"].backward()
     torch.testing.assert_close(parts[1], parts[0], equal_nan=True)
     for eager, compiled in zip(method.parameters(), twin.parameters(), strict=True):
-        # distill standardises twice over four images, which magnifies rounding
+        # distill standardizes twice over four images, which magnifies rounding
         atol = 1e-5 if name == "distill" else 1e-6
         torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=atol)
 

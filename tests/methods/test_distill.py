@@ -19,7 +19,7 @@ from freqmask.training.optim import OptimConfig, build_optimizer
 KEYS = torch.arange(4)
 
 
-def standardised(values: Tensor) -> Tensor:
+def standardized(values: Tensor) -> Tensor:
     return (values - values.mean(0)) / (values.var(0, unbiased=False) + 1e-5).sqrt()
 
 
@@ -39,13 +39,13 @@ def test_the_loss_is_that_of_torchs_cosine(network: dict[str, Any]) -> None:
     cells, places = method.see(views[0], KEYS)
     feature_map = seen_by_hand(method.teacher, views[0])
     pooled = torch.nn.CosineSimilarity()(
-        method.head(cells.mean(1)), standardised(feature_map.mean((2, 3)))
+        method.head(cells.mean(1)), standardized(feature_map.mean((2, 3)))
     ).mean()
     on_students = F.interpolate(feature_map, size=(4, 4), mode="bilinear").flatten(2).mT  # it has 2 x 2
     if places is not None:
         assert places.shape == (4, 8)  # half of the patches
         on_students = torch.stack([one[at] for one, at in zip(on_students, places, strict=True)])
-    target = standardised(on_students.flatten(0, 1))
+    target = standardized(on_students.flatten(0, 1))
     tokens = torch.nn.CosineSimilarity()(method.token_head(cells.flatten(0, 1)), target).mean()
     pictures = method.picture_loss(cells, places, views[0])
     loss = (1 - pooled) + 0.5 * (1 - tokens) + 2.0 * pictures

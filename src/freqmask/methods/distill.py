@@ -29,7 +29,7 @@ class Distill(PartlySeen):
 
     with g the student, given some patches c of x~, the image with frequencies hidden (``filter_share`` of the images);
     t and T the teacher's pooled feature and its map, brought to the student's grid, of the whole image x; n and m
-    standardise each number over the batch, so that the part that all images share is not what the cosine measures;
+    standardize each number over the batch, so that the part that all images share is not what the cosine measures;
     h and k small heads. Without weight the decoder is trained beside it, and no gradient of it reaches the student.
 
     After FitNets (Romero et al. 2015) and the patient teacher of Beyer et al. (2022), which sees what the student sees;
@@ -65,7 +65,7 @@ class Distill(PartlySeen):
         self.make_heads(self.teacher.backbone.feature_dim)
 
     def make_heads(self, outputs: int) -> None:
-        """Heads and standardisation for so many features of a teacher."""
+        """Heads and standardization for so many features of a teacher."""
         self.head = prediction_head(self.backbone.feature_dim, outputs)
         self.norm = FeatureNorm(outputs, affine=False)
         if self.token_weight > 0:

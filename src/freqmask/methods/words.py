@@ -27,7 +27,7 @@ class Words(PartlySeen):
     """Masked visual words: what stands where, told from some patches and some frequencies of an image.
 
     loss = mean (head(pooled) - z)^2, with pooled the mean feature of the patches of x~ that the backbone is given, x~
-    the image with frequencies hidden (``filter_share`` of the images), and z the standardised counts of each visual
+    the image with frequencies hidden (``filter_share`` of the images), and z the standardized counts of each visual
     word in each cell of the whole, unfiltered image, see :class:`VisualWords`. A decoder for pictures is trained beside
     it on features through which no gradient returns.
 
@@ -76,7 +76,7 @@ class Words(PartlySeen):
 
 
 class VisualWords(nn.Module):
-    """How often each of some whitened patches stands in each cell of an image, standardised.
+    """How often each of some whitened patches stands in each cell of an image, standardized.
 
     Patches of 6x6 pixels, every second one, are freed of brightness and contrast, and whitened, so that every
     frequency has the same weight. A patch speaks for the words that are nearer to it than the average word
@@ -108,7 +108,7 @@ class VisualWords(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch numbers"]:
-        """Standardised counts (B, K grid^2) of images in [0, 1]; the first batch also finds the words."""
+        """Standardized counts (B, K grid^2) of images in [0, 1]; the first batch also finds the words."""
         with torch.autocast(images.device.type, enabled=False):
             images = self._reduced(images.float())
             self._found = self._found or bool(self.found)
