@@ -8,6 +8,8 @@ run into one table:
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,9 +34,27 @@ __all__ = ["bands", "fewshot", "finetune", "knn", "linear", "robustness", "segme
 
 Feature = Literal["mean", "class_token"]
 SHARED = (Models, Labelled, Windows, Frozen)  # of the protocols that leave the backbone as it is
+Measure = Callable[..., list[Any]]
 
 
-@command(*SHARED)
+def protocol(*groups: type) -> Callable[[Measure], Measure]:
+    """A command that measures models; its docstring ends with what all of them return and raise."""
+
+    def decorate(function: Measure) -> Measure:
+        function.__doc__ = f"""{inspect.getdoc(function)}
+
+Returns:
+    One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
+
+Raises:
+    UserError: a model, the data or a folder cannot be opened, labels or masks do not fit, or an option cannot be.
+"""
+        return command(*groups)(function)
+
+    return decorate
+
+
+@protocol(*SHARED)
 def knn(
     model: list[str],
     *,
@@ -57,19 +77,13 @@ def knn(
         features: auto also measures those that held-out training images choose: centered or whitened, of a block,
             mean, class token or both, blocks side by side; save keeps the choice beside the weights for embed.
         seeds: mean and standard deviation are over these; 0 1 2. They draw the weights of random:.
-
-    Returns:
-        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
-
-    Raises:
-        UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     from freqmask.evaluation.knn import NEIGHBORS, Knn
 
     return _measured(Knn(k or NEIGHBORS, temperature, feature, features))
 
 
-@command(*SHARED)
+@protocol(*SHARED)
 def linear(
     model: list[str],
     *,
@@ -89,19 +103,13 @@ def linear(
         epochs: passes over the training images; small sets get at least 1,000 steps.
         seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the
             held-out ones, and the weights of random:.
-
-    Returns:
-        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
-
-    Raises:
-        UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     from freqmask.evaluation.linear import LEARNING_RATES, Linear
 
     return _measured(Linear(rates or LEARNING_RATES, epochs))
 
 
-@command(*SHARED)
+@protocol(*SHARED)
 def fewshot(
     model: list[str],
     *,
@@ -128,12 +136,6 @@ def fewshot(
         feature: what stands for an image: the mean of the map, or the class token where there is one.
         seeds: mean and standard deviation are over these; 0 1 2. They draw the labels, the same for every
             model, and the weights of random:.
-
-    Returns:
-        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
-
-    Raises:
-        UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     if tune != "frozen":
         from freqmask.evaluation.finetune import TunedFewshot
@@ -150,7 +152,7 @@ def fewshot(
     return _measured(Fewshot(shots or SHOTS, feature, strength))
 
 
-@command(*SHARED)
+@protocol(*SHARED)
 def bands(
     model: list[str],
     *,
@@ -169,19 +171,13 @@ def bands(
             model's own classifier (exported classifiers, and timm:NAME on ImageNet's classes).
         radii: in frequency bins; the default are seven from an eighth of the highest frequency to all of it.
         seeds: of the head and of random: weights; 0.
-
-    Returns:
-        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
-
-    Raises:
-        UserError: a model or the data cannot be opened, or the labels do not fit.
     """
     from freqmask.evaluation.bands import Bands
 
     return _measured(Bands(head, radii), seeds=seeds or [0])
 
 
-@command(HarderImages, *SHARED)
+@protocol(HarderImages, *SHARED)
 def robustness(
     model: list[str],
     *,
@@ -201,19 +197,13 @@ def robustness(
         head: what classifies: a linear head on frozen features, trained on clean images; or own, the model's
             own classifier (what finetune leaves behind, and timm:NAME on ImageNet's classes).
         seeds: of the head and of random: weights; 0.
-
-    Returns:
-        One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
-
-    Raises:
-        UserError: a model, the data or a folder cannot be opened, or an option does not fit.
     """
     from freqmask.evaluation.attacks import make_attacks
     from freqmask.evaluation.corruptions import check_severities, choose_corruptions
     from freqmask.evaluation.robustness import Robustness
 
     budget = (options[name] for name in ("norm", "epsilon", "steps", "step_size", "random_start"))
-    protocol = Robustness(
+    harder = Robustness(
         head=head,
         corruptions=choose_corruptions(options["corruptions"] or ["common"]),
         severities=check_severities(options["severities"] or [1, 2, 3, 4, 5]),
@@ -223,10 +213,10 @@ def robustness(
         frost=options["frost"],
         test_images=options["test_images"],
     )
-    return _measured(protocol, data=data or [], seeds=seeds or [0])
+    return _measured(harder, data=data or [], seeds=seeds or [0])
 
 
-@command(Models, Labelled, FineTuning, Windows, FineTuned)
+@protocol(Models, Labelled, FineTuning, Windows, FineTuned)
 def finetune(
     model: list[str],
     *,
@@ -245,19 +235,13 @@ def finetune(
             for every model; the default is all.
         seeds: mean and standard deviation are over these; 0. They draw the head, the order, crops and mixing, the
             labels of shots, and the weights of random:.
-
-    Returns:
-        One `freqmask.evaluation.results.Summary` a model: the numbers of the table.
-
-    Raises:
-        UserError: a model or the data cannot be opened, the labels do not fit, or an option cannot be.
     """
     from freqmask.evaluation.finetune import Finetune
 
     return _measured(Finetune(running_options()))
 
 
-@command(Models, Scenes, Parts, Segmenting, Weights, Trained)
+@protocol(Models, Scenes, Parts, Segmenting, Weights, Trained)
 def segment(
     model: list[str],
     *,
@@ -276,25 +260,19 @@ def segment(
             train/images beside train/masks, and the same for test or val; or images beside masks, which we part.
         seeds: mean and standard deviation are over these; 0. They draw the decoder's weights, the order, crops, and
             the weights of random:.
-
-    Returns:
-        One `freqmask.evaluation.results.Summary` a model and way to test: the numbers of the table.
-
-    Raises:
-        UserError: a model or the data cannot be opened, masks do not fit their images, or an option cannot be.
     """
     from freqmask.evaluation.segmentation import Segment
 
     return _measured(Segment(running_options()))
 
 
-def _measured(protocol: Any, **meant: Any) -> list[Any]:
+def _measured(way: Any, **meant: Any) -> list[Any]:
     """A protocol's summaries by the options of the running command; the pages of the runs measured are renewed."""
     from freqmask.evaluation.protocol import run_protocol
     from freqmask.reporting.page import refresh_report
 
     options = {**running_options(), **meant}
-    summaries = run_protocol(protocol, options)
+    summaries = run_protocol(way, options)
     for name in options["model"]:
         if (Path(name) / "config.yaml").is_file():
             refresh_report(Path(name))

@@ -189,22 +189,15 @@ def _randaugment(text: str, side: int, fill: tuple[int, int, int]) -> RandAugmen
     return rand_augment_transform(text, {**settings, "interpolation": Image.Resampling.BICUBIC})
 
 
+@dataclass
 class Mixer:
-    """Erases rectangles and mixes the images of a batch with each other.
+    """Erases rectangles and mixes the images of a batch with each other."""
 
-    Args:
-        classes: of the data.
-        mixup: alpha; 0 for none.
-        cutmix: alpha; 0 for none.
-        smoothing: of the labels.
-        erasing: probability that an image loses a rectangle to noise.
-    """
-
-    def __init__(self, classes: int, mixup: float, cutmix: float, smoothing: float, erasing: float) -> None:
-        self.classes, self.smoothing, self.erasing = classes, smoothing, erasing
-        self.mix = (
-            Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
-        )
+    classes: int
+    mixup: float  # alpha; 0 for none
+    cutmix: float  # alpha; 0 for none
+    smoothing: float  # of the labels
+    erasing: float  # probability that an image loses a rectangle to noise
 
     def __call__(
         self,
@@ -219,6 +212,7 @@ class Mixer:
         with randomness_from(key, torch_too=self.erasing > 0, device=images.device):
             if self.erasing:
                 images = RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
-            if self.mix is not None:
-                return self.mix(images, labels)
+            if self.mixup or self.cutmix:
+                mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=self.classes)
+                return mix(images, labels)
         return images, mixup_target(labels, self.classes, smoothing=self.smoothing)

@@ -207,12 +207,8 @@ def elastic_transform(
 ) -> Image:
     """A random affine map, then every pixel shifted by a smooth random field.
 
-    Args:
-        image: in [0, 1].
-        random: the image's.
-        size: of the shifts in pixels, before they are smoothed; 0 for none.
-        smoothness: standard deviation in pixels of the Gaussian that smooths them.
-        corners: how far each of three points of the image may go, in pixels.
+    Shifts have a size in pixels (0 for none) before a Gaussian smooths them, whose deviation is ``smoothness``;
+    each of three points of the image may go ``corners`` pixels far.
     """
     height, width = image.shape[:2]
     image = _sampled(image, _affine_places(height, width, random, corners), "mirror")

@@ -130,12 +130,10 @@ class Finetune(Protocol):
         self.headline = "all labels" if options["shots"] is None else fewshot.shot_name(str(options["shots"]))
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
-        """Batch size and precision are those of the training; classifiers are tested as frozen features are."""
         features = {"batch_size": "auto", "precision": "32", "cache": True}
         return replace(EvalConfig.of({**options, **features}, seeds=(0,), parallel=False), options=options)
 
     def open(self, config: EvalConfig) -> FinetuneExperiment:
-        """Everything opened and checked before any work."""
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]
         check_tuning({**self.options, "model": models})
         opened = open_experiment(config)
@@ -146,7 +144,6 @@ class Finetune(Protocol):
         return FinetuneExperiment(**vars(opened), root=root, names=run_names(opened.models))
 
     def contexts(self, experiment: FinetuneExperiment, text: str) -> Iterator[tuple[FinetuneContext, int]]:
-        """A model for each seed; fresh weights are other ones each time."""
         model = None
         for seed in experiment.config.seeds:
             if model is None or model.kind == "random":
@@ -183,11 +180,9 @@ class TunedFewshot(Finetune):
         super().__init__(_tuning_options(options), self.frozen is not None)
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
-        """As for frozen features."""
         return EvalConfig.of(options, parallel=False)
 
     def open(self, config: EvalConfig) -> FinetuneExperiment:
-        """Everything opened and checked before any work."""
         experiment = super().open(config)
         tuned = [text for text in experiment.models if text != PIXELS]
         if not tuned:
@@ -199,7 +194,6 @@ class TunedFewshot(Finetune):
         return experiment
 
     def contexts(self, experiment: FinetuneExperiment, text: str) -> Iterator[tuple[Any, int]]:
-        """The model frozen, then to be fine-tuned."""
         if self.frozen is not None and rank() == 0:
             yield from self.frozen.contexts(experiment, text)
         if text != PIXELS:

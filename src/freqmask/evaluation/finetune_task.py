@@ -157,11 +157,9 @@ class FinetuneJob(TrainingJob):
     metrics, numbers, decides = ["loss", "held_out_accuracy"], Tuning, DECIDING
 
     def images_decide(self) -> dict[str, Any]:
-        """The images whose labels are used."""
         return {"images": subset(self.data, self.train).fingerprint()}
 
     def plan(self) -> tuple[Tuning, dict[str, Any], Source]:
-        """Resolve every number and print the plan."""
         asked = self.asked
         share = held_out_share(asked["held_out"], len(self.train))
         train, held_out = self._parts(share)
@@ -192,7 +190,6 @@ class FinetuneJob(TrainingJob):
         return tuning, about, subset(self.data, train)
 
     def task(self, run: RunFolder, numbers: Tuning) -> Task:
-        """The training as the loop takes it."""
         network = self._classifier or self._make(numbers.drop_path)
         train, held_out = (subset(self.data, part) for part in self._parts(numbers.held_out))
         torch.manual_seed(numbers.seed)  # of drop path

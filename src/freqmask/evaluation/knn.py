@@ -63,9 +63,6 @@ def predict(
         temperature: of the votes, above 0.
         chunk: queries and images of the bank at once.
 
-    Returns:
-        For each k the predicted classes.
-
     Raises:
         UserError: a k is out of its range.
     """
@@ -128,16 +125,9 @@ def choose_space(
 ) -> tuple[FeatureSpace, float]:
     """The features by which held-out training images find their class best; no test image is looked at.
 
-    Args:
-        features: of training images, by name; ``end/mean`` among them.
-        labels: their classes.
-        classes: how many there are.
-        groups: of the images; none is divided between the parts.
-        temperature: of the votes.
-
-    Returns:
-        The choice, its mean and projection from all these images, and its accuracy on the held-out ones. Among
-        equals the first wins: fewer parts, no whitening.
+    Features are by name, ``end/mean`` among them; no group is divided between the parts. The choice has its mean and
+    projection from all these images; beside it stands its accuracy on the held-out ones. Among equals the first wins:
+    fewer parts, no whitening.
     """
     some = torch.linspace(0, len(labels) - 1, min(len(labels), MOST_CHOOSING)).long()  # enough to choose by
     known = None if groups is None else [groups[index] for index in some.tolist()]

@@ -97,11 +97,8 @@ def open_labelled(
     DATA's own splits are used where there are any; else, or with ``folds``, we draw one that holds the mix of
     classes and divides no group, write it down, and take the same one next time.
 
-    Args:
-        data: as for :func:`freqmask.data.sources.open_source`.
-        labels: a CSV table with the columns path and label, and optionally split and group.
-        config: how to split them.
-        pages: what the pages of a TIFF are.
+    Labels may be a CSV table with the columns path and label, and optionally split and group; data and pages are as for
+    :func:`freqmask.data.sources.open_source`.
 
     Raises:
         UserError: there are no labels, one class only, a test class without training images, an empty part.

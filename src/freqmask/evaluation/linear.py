@@ -113,13 +113,8 @@ class Sweep:
     L2-regularized logistic regression (scikit-learn's with C = 1000 r / images), small rates at a simple one.
     The gradient is written out, so that all heads of one input are one matrix product.
 
-    Args:
-        features: name -> (image, dim), of the training images.
-        labels: their classes.
-        classes: how many there are.
-        heads: the sweep.
-        seed: of the order of the images.
-        epochs: passes over the images; small sets get at least 1,000 steps.
+    Features are name -> (image, dim) of the training images, whose order follows from the seed; small sets get at
+    least 1,000 steps.
     """
 
     @outside_autocast
@@ -253,15 +248,8 @@ def choose_and_fit(
 ) -> dict[str, tuple[Head, Sweep]]:
     """Train the sweep on most images, choose on the held-out ones, train the chosen head on all.
 
-    Args:
-        features: name -> (image, dim), of the training images.
-        labels: their classes.
-        classes: how many there are.
-        groups: of the images; none is divided between the parts.
-        seed: of the held-out part and of the order.
-        rates: peak learning rates.
-        epochs: passes over the images.
-        weighted: whether heads with class weights come along; None: where the classes differ in size.
+    No group is divided between the parts. ``weighted`` says whether heads with class weights come along; None is where
+    the classes differ in size.
 
     Returns:
         ``plain``, and ``class weights`` where asked for: the chosen head and a sweep of it alone. The first is

@@ -209,6 +209,7 @@ class Robustness(Protocol):
             experiment.data = experiment.folders[0][1]
         for text in experiment.models:
             experiment.open_model(text, config.seeds[0])
+        self.experiment = experiment
         return experiment
 
     def _thinned(self, data: LabelledData) -> LabelledData:
@@ -230,14 +231,9 @@ class Robustness(Protocol):
         source, labels, groups = subset(data, images), data.labels[images], data.groups_of(images)
         return all_tested(replace(data, source=source, labels=labels, groups=groups))
 
-    def contexts(self, experiment: RobustnessExperiment, text: str) -> Iterator[tuple[RobustnessEval, int]]:
-        """A model with what it is asked; its heads are trained seed by seed."""
-        for context, seed in super().contexts(experiment, text):
-            yield RobustnessEval(self, experiment, context), seed
-
-    def evaluate(self, context: RobustnessEval, seed: int) -> list[Result]:
+    def evaluate(self, context: EvalContext, seed: int) -> list[Result]:
         """All rows of one model under one seed."""
-        return context.measure(seed)
+        return RobustnessEval(self, self.experiment, context, seed=seed).measure()
 
     def report(self, experiment: RobustnessExperiment, results: Sequence[Result]) -> list[Summary]:
         """The tables, the rows, curves and a sheet of what was done to the images."""
@@ -271,9 +267,9 @@ class RobustnessEval:
         """The one that is measured."""
         return self.context.model
 
-    def measure(self, seed: int) -> list[Result]:
+    def measure(self) -> list[Result]:
         """DATA clean, corrupted and attacked, then the folders."""
-        context, self.seed = self.context, seed
+        context, seed = self.context, self.seed
         say(f"\n{self.model.name}, {min(self.model.input_size[1:])} pixels")
         if error := context.table("end").error:
             return [replace(context.failed(CLEAN, seed, error), group=DATA)]

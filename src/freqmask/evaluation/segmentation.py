@@ -88,15 +88,10 @@ def segment_windows(
     batch_size: int,
     fill: Float[Tensor, " channel"],
 ) -> Float[Tensor, "classes height width"]:
-    """The mean logits of overlapping windows.
+    """The mean logits of overlapping square windows of an image in [0, 1].
 
-    Args:
-        logits: of square windows.
-        image: in [0, 1].
-        window: side in pixels.
-        stride: from one window to the next in pixels, at most ``window``.
-        batch_size: windows at once.
-        fill: value of each channel where an image is smaller than a window.
+    Window and stride are in pixels, the stride at most the window; ``batch_size`` windows are taken at once, filled up
+    where the image is smaller.
     """
     height, width = image.shape[1:]
     padded = _pad_to(image, (max(height, window), max(width, window)), fill)
@@ -343,7 +338,6 @@ class Segment(Protocol):
         self.headline = self.inferences[0]
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
-        """What a segmentation shares with every evaluation."""
         return EvalConfig(
             models=check_models(options["model"]),
             data=options["data"],
@@ -355,7 +349,6 @@ class Segment(Protocol):
         )
 
     def open(self, config: EvalConfig) -> SegmentationExperiment:
-        """Everything opened and checked before any work."""
         options = self.options
         check_options(options)
         decoder_class()
@@ -449,7 +442,6 @@ class Segment(Protocol):
         return results
 
     def report(self, experiment: SegmentationExperiment, results: Sequence[Result]) -> list[Summary]:
-        """The table, the rows, the figures."""
         table = ResultTable(self.name, self.title, self.headline, results)
         say_blocks(table.lines(), table.class_lines(), table.warnings())
         folder = table.folder(experiment.config.out)

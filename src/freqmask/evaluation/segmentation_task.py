@@ -270,7 +270,6 @@ class SegmentationJob(TrainingJob):
             self.network = UperNet(self.model.opened, len(self.data.labels), width)
 
     def images_decide(self) -> dict[str, Any]:
-        """The images and the classes."""
         labels = self.data.labels
         return {
             "images": self.data.train.fingerprint(),
@@ -279,7 +278,6 @@ class SegmentationJob(TrainingJob):
         }
 
     def plan(self) -> tuple[Training, dict[str, Any], Source]:
-        """Resolve every number and print the plan."""
         images, labels = self.data.train, self.data.labels
         plan = SegmentationPlan(
             self.asked,
@@ -306,7 +304,6 @@ class SegmentationJob(TrainingJob):
         return training, about, images
 
     def task(self, run: RunFolder, numbers: Training) -> Task:
-        """The training as the loop takes it."""
         torch.manual_seed(numbers.seed)  # of dropout and drop path
 
         def export(trainer: L.Trainer, module: Any, step: int) -> None:

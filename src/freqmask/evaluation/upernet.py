@@ -108,12 +108,7 @@ class Logits(NamedTuple):
 
 
 class UperNet(nn.Module):
-    """A backbone with UperNet's decoder.
-
-    Args:
-        opened: the backbone, with mean and standard deviation.
-        classes: how many there are.
-        decoder_channels: width of the decoder; None is the backbone's width for a plain ViT, else 512.
+    """A backbone with UperNet's decoder, as wide as the backbone for a plain ViT, else 512, unless told otherwise.
 
     Raises:
         UserError: segmentation-models-pytorch is missing, or the backbone has no pyramid.
