@@ -147,7 +147,7 @@ def test_a_command_on_two_processes_says_and_writes_what_it_does_on_one(
         main([*words, "--devices", count, "--out", count])
         shown = capfd.readouterr()
         assert shown.err == ""
-        ignored = ("rows", "figures", "features", "devices     2 x cpu: each sees a part")
+        ignored = ("results", "figures", "features", "devices     2 x cpu: each sees a part")
         said.append([line for line in shown.out.splitlines() if not line.startswith(ignored)])
     assert asked == [2]
     assert said[0] == said[1]
