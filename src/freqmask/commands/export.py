@@ -25,7 +25,7 @@ def export(
 ) -> Path | str:
     """Hands a backbone on: to timm and transformers, ONNX runtimes, torch.export, or users of MFM's files.
 
-    Graphs (onnx, torch-export) take images in [0, 1] and normalise inside; they are checked against torch
+    Graphs (onnx, torch-export) take images in [0, 1] and normalize inside; they are checked against torch
     before they are written, and take any image size where the network does. A fine-tuned classifier keeps its
     head (its graph gives logits); a segmentation network gives logits at the size of the images. The
     mfm-checkpoint holds plain ViTs and ResNets with their decoder only.

@@ -23,7 +23,7 @@ def reconstruct(
 ) -> Path:
     """Draws what a model fills in, and prints how well: the PSNR of every band of frequencies.
 
-    For each image and filter: the original, what the model saw, what it predicted, the missing part filled
+    For each image and filter: the original, the filtered input, the prediction, the missing part filled
     in, the error of that, and the spectra. A mixture of filters, such as MFM's, gives a row for each of them.
 
     Args:

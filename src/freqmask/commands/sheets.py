@@ -141,7 +141,7 @@ def turns(method: Any, file: str, seed: int) -> list[tuple[str, Tensor]]:
 
 
 def band_lines(tables: list[list[Band]]) -> list[str]:
-    """A table: radius of the band, share hidden, and the mean PSNR of what was seen, predicted, filled in."""
+    """A table: radius of the band, share hidden, and the mean PSNR of what is filtered, predicted, filled in."""
     lines = [f"  {'radius':>12}  {'hidden':>7}  {'seen':>8}  {'predicted':>9}  {'filled in':>9}"]
     for bands in zip(*tables, strict=True):
         hidden = sum(band.hidden for band in bands) / len(bands)

@@ -100,22 +100,22 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def features_by_name(
-    opened: OpenedModel, normalised: Float[Tensor, "batch channel height width"], parts: Sequence[str]
+    opened: OpenedModel, normalized: Float[Tensor, "batch channel height width"], parts: Sequence[str]
 ) -> dict[str, Tensor]:
     """The features that a space takes: of the end, and of blocks counted from 1.
 
     Args:
         opened: the model.
-        normalised: images as the backbone takes them.
+        normalized: images as the backbone takes them.
         parts: names.
     """
-    end = opened.backbone(normalised)
+    end = opened.backbone(normalized)
     found = {"end/mean": end.pooled, "end/token": end.class_token}
     numbers = sorted(
         {int(name.split("/")[0].removeprefix("block")) for name in parts if name.startswith("block")}
     )
     if numbers:
-        stages = opened.stages(normalised, [number - 1 for number in numbers])
+        stages = opened.stages(normalized, [number - 1 for number in numbers])
         for number, stage in zip(numbers, stages, strict=True):
             found |= {f"block{number}/mean": stage.pooled, f"block{number}/token": stage.class_token}
     return {name: found[name] for name in parts}

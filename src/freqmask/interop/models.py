@@ -208,7 +208,7 @@ def load_backbone(
         weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
 
     Returns:
-        timm's module on the CPU, its weights ready to be trained on; it takes normalised images (B, C, H, W).
+        timm's module on the CPU, its weights ready to be trained on; it takes normalized images (B, C, H, W).
 
     Raises:
         UserError: as for :func:`open_model`.
@@ -275,7 +275,7 @@ def _class_names(module: Any) -> tuple[str, ...]:
 
 def stage_features(
     backbone: Backbone,
-    normalised: Float[Tensor, "batch channel height width"],
+    normalized: Float[Tensor, "batch channel height width"],
     indices: Sequence[int] | None = None,
 ) -> list[Features]:
     """The features of several stages in one pass, see :meth:`OpenedModel.stages`.
@@ -289,7 +289,7 @@ def stage_features(
             raise UserError(f"stage ({index}) must be between {-count} and {count - 1} for {backbone.name}")
     tokens = {"return_prefix_tokens": True} if backbone.has_class_token else {}
     stages = backbone.timm_model.forward_intermediates(
-        backbone.padded(normalised),
+        backbone.padded(normalized),
         indices=None if indices is None else list(indices),
         intermediates_only=True,
         **tokens,

@@ -37,8 +37,8 @@ class Band:
     Attributes:
         low: radius in bins where it begins.
         high: radius where it ends.
-        hidden: share of its bins that the model did not see.
-        filtered: PSNR in dB of what the model saw.
+        hidden: share of its bins that the filter hides.
+        filtered: PSNR in dB of the filtered input.
         predicted: of what it predicted.
         filled: of the visible bins with the predicted hidden ones.
     """
@@ -102,7 +102,7 @@ def _from_decoder(opened: OpenedModel, filter: str | None) -> MFM:
 
 
 def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channel height width"]:
-    """The centre of an image as the model takes it: its size, its channels, in [0, 1].
+    """The center of an image as the model takes it: its size, its channels, in [0, 1].
 
     Raises:
         UserError: it cannot be read, or has other channels.
@@ -124,7 +124,7 @@ def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channe
 
 @torch.no_grad()
 def psnr_by_band(pictures: dict[str, Tensor], edges: Sequence[int] | None = None) -> list[Band]:
-    """PSNR of what the model saw, predicted and filled in, ring by ring.
+    """PSNR of the filtered input, the prediction and what is filled in, ring by ring.
 
     The PSNR of a band is -10 log10 of the mean squared error of its bins (ortho-normal FFT, a mean over bins and
     channels), so that the bands' errors, weighted by their bins, add up to the image's.
@@ -134,7 +134,7 @@ def psnr_by_band(pictures: dict[str, Tensor], edges: Sequence[int] | None = None
         edges: radii in bins; None takes the bands of the training's health table.
 
     Returns:
-        The bands from the centre outwards.
+        The bands from the center outwards.
     """
     target = pictures["target"].double()
     height, width = target.shape[-2:]

@@ -60,7 +60,7 @@ def write_timm_folder(
         pooled: what calling the loaded model gives: the mean of the map (what MFM trains) or the class
             token; None leaves what the model gives now.
         decoder: tensors of the reconstruction head, written beside the backbone.
-        crop_pct: share of an image's side that the centred test window keeps.
+        crop_pct: share of an image's side that the centered test window keeps.
         label_names: of a classifier's classes, in the order of its outputs.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,7 +163,7 @@ def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
 def _pin_pooling(config: dict[str, Any], model: nn.Module, pooled: Pooled | None) -> dict[str, str]:
     """Write into the config how features are pooled, so that no default of timm's changes them.
 
-    timm moves the final normalisation behind the pooling where a ViT averages its tokens, which would leave
+    timm moves the final normalization behind the pooling where a ViT averages its tokens, which would leave
     the trained one out; ``fc_norm=False`` keeps it where it was trained.
     """
     arguments = config.setdefault("model_args", {})
@@ -253,7 +253,7 @@ def run_options(text: str | Path) -> dict[str, Any]:
 
 
 def fitted(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Statistics of colour images for another number of channels: their mean for each."""
+    """Statistics of color images for another number of channels: their mean for each."""
     if len(values) == channels:
         return tuple(float(value) for value in values)
     return (sum(values) / len(values),) * channels
