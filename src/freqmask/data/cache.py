@@ -78,9 +78,9 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
         places[name] = (array.dtype.str, list(array.shape), end)
         end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         checksum = zlib.crc32(bytes_of(array), checksum)
-    facts = {"about": about, "arrays": places}
-    sums = {"checksum": checksum, "header": _header_sum(facts), "bytes": end}
-    header = json.dumps({**facts, **sums}).encode()
+    metadata = {"about": about, "arrays": places}
+    sums = {"checksum": checksum, "header": _header_sum(metadata), "bytes": end}
+    header = json.dumps({**metadata, **sums}).encode()
     start = -(-(len(MAGIC) + 8 + len(header)) // ALIGNMENT) * ALIGNMENT
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -94,8 +94,8 @@ def write_arrays(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.n
     return True
 
 
-def _header_sum(facts: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(facts).encode())
+def _header_sum(metadata: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(metadata).encode())
 
 
 def read_arrays(
@@ -121,9 +121,9 @@ def read_arrays(
             part = whole[start + offset : start + offset + size]
             checksum = zlib.crc32(bytes_of(part), checksum) if verify else checksum
             arrays[name] = part.view(dtype).reshape(shape)
-        facts = {"about": header["about"], "arrays": header["arrays"]}
+        metadata = {"about": header["about"], "arrays": header["arrays"]}
         intact = not verify or checksum == header["checksum"]  # 0.1.0 kept no checksum of the header
-        intact = intact and header.get("header", _header_sum(facts)) == _header_sum(facts)
+        intact = intact and header.get("header", _header_sum(metadata)) == _header_sum(metadata)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError):
         return None  # json's and numpy's errors on garbage are ValueErrors
     return (header["about"], arrays) if intact and arrays.keys() >= set(holding) else None

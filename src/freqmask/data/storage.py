@@ -179,7 +179,7 @@ class LocalFiles(Files):
 
 
 class Unchanged:
-    """A file that a source keeps facts of, or maps, and which must keep its size, and the ``time`` of its change."""
+    """A file that a source keeps data of, or maps, and which must keep its size, and the ``time`` of its change."""
 
     def __init__(self, path: Path, time: bool = True) -> None:
         self.path, self.time = path, time

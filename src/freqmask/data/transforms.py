@@ -411,11 +411,11 @@ def resampling_matrices(
     target = torch.arange(out, device=lengths.device) + 0.5
     step = (lengths / out)[:, None]
     width = step.clamp(min=1)
-    centre = step * torch.where(reverse[:, None], out - target, target)  # (batch, out), in pixels of the line
+    center = step * torch.where(reverse[:, None], out - target, target)  # (batch, out), in pixels of the line
     taps = min(padded, 2 * math.ceil(_REACH * max(padded / out, 1)) + 1)
-    first = (centre - _REACH * width).floor_().clamp_(0, padded - taps)
+    first = (center - _REACH * width).floor_().clamp_(0, padded - taps)
     source = first[:, :, None] + torch.arange(taps, device=lengths.device)
-    weights = cubic((source - (centre - 0.5)[:, :, None]).div_(width[:, :, None]))
+    weights = cubic((source - (center - 0.5)[:, :, None]).div_(width[:, :, None]))
     weights.mul_(source < lengths[:, None, None])
     weights.div_(weights.sum(dim=2, keepdim=True))
     empty = torch.zeros(len(lengths), out, padded, device=lengths.device)
