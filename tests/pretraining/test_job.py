@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One finished run that several tests look at."""
     out = tmp_path_factory.mktemp("runs") / "run"
     options = {**TINY, "preview_every_steps": 3, "log_every_steps": 2, "checkpoint_every_steps": 2}
-    return freqmask.pretrain("builtin:digits", **options, out=str(out))
+    return freqmask.pretrain("builtin:digits", **options, method="mfm", out=str(out))
 
 
 def test_a_run_leaves_what_the_map_promises(finished: Path) -> None:
@@ -291,7 +291,7 @@ def test_dry_run_draws_the_plan_and_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    freqmask.pretrain("builtin:digits", **TINY, out=str(out), dry_run=True)
+    freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(out), dry_run=True)
     shown = capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
     assert "plan.png" in names
@@ -308,6 +308,7 @@ def test_dry_run_draws_the_plan_and_trains_nothing(
     ):
         assert words in shown
     assert (freqmask.pretrain("builtin:digits", **TINY, out=str(out)) / "summary.json").is_file()
+    assert "method      words (learned most in equal time" in capsys.readouterr().out
 
 
 def test_bad_images_are_listed_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -361,6 +362,7 @@ def test_a_run_killed_while_it_begins_begins_again(tmp_path: Path) -> None:
     for name in ("plan.png", "run.lock", "run.json", ".config.yaml.17.tmp"):
         (out / name).write_text("{}")
     assert (freqmask.pretrain("builtin:digits", **TINY, out=str(out)) / "summary.json").is_file()
+    assert "method      words (learned most in equal time" in capsys.readouterr().out
 
 
 def test_a_folder_with_other_things_is_not_written_to(tmp_path: Path) -> None:

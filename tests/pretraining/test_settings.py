@@ -8,7 +8,13 @@ import freqmask
 from freqmask.commands.given import declared, given_values
 from freqmask.errors import UserError
 from freqmask.methods import METHODS
-from freqmask.pretraining.resolve import check_options, method_defaults, method_settings, parse_image_size
+from freqmask.pretraining.resolve import (
+    check_options,
+    choose_method,
+    method_defaults,
+    method_settings,
+    parse_image_size,
+)
 
 KNOWN = declared(freqmask.pretrain)
 
@@ -79,6 +85,34 @@ def test_what_cannot_be_is_named_with_the_way_out(changes: dict[str, Any], words
 
 def test_an_option_of_a_filter_belongs_to_methods_that_use_it_otherwise() -> None:
     check(method="words", radius=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({}, "words"),
+        ({"word_grid": 4, "lr": 0.1}, "words"),
+        ({"token_share": 0.25}, "words"),
+        ({"teacher": "timm:resnet18"}, "distill"),
+        ({"teacher": "timm:resnet18", "token_share": 0.25}, "distill"),
+        ({"gamma": 1.5}, "mfm"),
+        ({"filter": "com"}, "mfm"),
+        ({"radius": 8}, "mfm"),
+        ({"gamma": 1.5, "outputs": 128}, "folk"),
+        ({"factor": 4}, "sr"),
+    ],
+)
+def test_who_names_no_method_gets_words_or_the_method_of_the_options(
+    changes: dict[str, Any], method: str
+) -> None:
+    options = {name: option.default for name, option in KNOWN.items()} | given_values(changes, KNOWN)
+    assert options["method"] == "auto" and choose_method(options).value == method
+    check(**changes)
+
+
+def test_options_of_no_one_method_are_refused() -> None:
+    with pytest.raises(UserError, match="--words is not used by method mfm"):
+        check(gamma=1.5, words=9)
 
 
 def test_all_problems_come_in_one_message() -> None:

@@ -27,6 +27,7 @@ class Method(nn.Module):
         about: what it does in a few words, for the plan of a run.
         n_views: views of an image that ``forward`` takes.
         default_backbone: the key of ``backbones()`` that is exported unless asked otherwise.
+        tiny_lr: peak learning rate, and the batch it is for, with which networks of few weights learn most.
         Options: a dataclass of its options (:mod:`freqmask.options`); keyword arguments of its constructor.
         settings: plain values from which ``build_method(name, **settings)`` makes it again.
     """
@@ -35,6 +36,7 @@ class Method(nn.Module):
     about: ClassVar[str] = ""
     n_views: int = 1
     default_backbone: ClassVar[str] = "backbone"
+    tiny_lr: ClassVar[tuple[float, int]] = (1e-3, 256)
     Options: ClassVar[type | None] = None
     settings: dict[str, Any]
 

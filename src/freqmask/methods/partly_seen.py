@@ -41,6 +41,7 @@ class PartlySeen(Method):
     """
 
     Options: ClassVar[type[PartlySeenOptions]]
+    tiny_lr = (2e-3, 128)  # of the trials in docs/log.md
 
     def __init__(
         self,

@@ -15,9 +15,9 @@ class First:
     """Options."""
 
     method: str | Any = option(
-        "mfm",
-        "mfm, folk, words, distill, sr, deblur, denoise, or the import path of a method of your own (in Python "
-        "also the class)",
+        "auto",
+        "words, mfm, folk, distill, sr, deblur, denoise, or the import path of a method of your own (in Python also "
+        "the class); auto is words, but distill with a teacher, and mfm where an option is given that words lacks",
     )
     backbone: str = option(
         "auto",
@@ -49,8 +49,8 @@ class First:
     )
     lr: float | Auto = option(
         "auto",
-        "peak learning rate; auto is 3e-4 x batch/512 as published, or 1e-3 x batch/256 for networks below 8 "
-        "million weights, which learn more with it; a quarter of that with init",
+        "peak learning rate; auto is 3e-4 x batch/512 as published, or for networks below 8 million weights, "
+        "which learn more with it, 1e-3 x batch/256, words and distill 2e-3 x batch/128; a quarter of that with init",
         above=0,
     )
     init: str | None = option(

@@ -20,7 +20,6 @@ from freqmask.errors import UserError
 from freqmask.evaluation.labelled import open_labelled
 from freqmask.images import as_float
 from freqmask.interop.weights import load_initial
-from freqmask.methods import Distill
 from freqmask.options import command_words
 from freqmask.pretraining import plan
 from freqmask.pretraining.cache_on_device import keep_images
@@ -112,8 +111,6 @@ def _as_words(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         words["method"] = f"{words['method'].__module__}:{words['method'].__qualname__}"
     if isinstance(words.get("teacher"), Path):
         words["teacher"] = str(words["teacher"])
-    if given.get("teacher") is not None and given.get("method") is None:
-        words["method"] = Distill.name
     return words
 
 

@@ -52,7 +52,7 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     )
     yield f"backbone    {_with(resolved, 'backbone')}{_network(resolved)}"
     about = find_method(options["method"]).about
-    yield f"method      {options['method']}" + (f": {about}" if about else "")
+    yield f"method      {_with(resolved, 'method')}" + (f": {about}" if about else "")
     if "teacher" in resolved.reasons:
         yield (
             f"teacher     {options['teacher']}, frozen, sees whole images at {options['teacher_size']} pixels"

@@ -22,7 +22,7 @@ from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.weights import check_init, initial_backbone
-from freqmask.methods import METHODS, Distill, build_method, find_method
+from freqmask.methods import METHODS, Distill, Method, build_method, find_method
 from freqmask.options import Option
 from freqmask.options.of_methods import FROM_DATA, options_of_class, typed_options
 from freqmask.pretraining.cache_on_device import choose_place
@@ -33,10 +33,12 @@ from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimC
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
 TINY_IMAGE = 96  # below it, blur and solarization leave too little
 TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more than the published learning rate
-TINY_LR, TINY_LR_BATCH = 1e-3, 256
+MOST_TINY_LR = 4e-3  # more was never tried; large batches on GPUs would ask for it
 FEW_IMAGES, OUTPUTS, FEW_OUTPUTS = 100_000, 65_536, 4_096
 OVERFIT_STEPS = 300
 CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
+LEARNS_MOST = "learned most in equal time, docs/results.md; the papers' own: --method mfm, --method folk"
+PAPERS_OWN = {"words": {"filter", "radius"}}  # who names a filter and no method means MFM's
 DINO_JITTER = [0.4, 0.4, 0.2, 0.1, 0.8]
 
 
@@ -48,6 +50,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     problems = []
     try:
+        if options["method"] == "auto":
+            options = {**options, "method": choose_method(options).value}
         problems += _unused(options)
         if options["init"] is not None:
             check_init(options["init"])
@@ -57,18 +61,35 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UserError("; ".join(problems))
 
 
-def _unused(options: Mapping[str, Any]) -> list[str]:
-    """Options that the chosen method or filter would pass over in silence."""
+def choose_method(options: Mapping[str, Any]) -> auto.Choice:
+    """What trains where no method is named: words, or the first method that takes the options that were given."""
+    given = set(_given(options))
+    if "teacher" in given:
+        return auto.Choice(Distill.name, "there is a teacher")
+    for name in ("words", "mfm", "folk", *METHODS):
+        if given <= set(typed_options(options_of_class(METHODS[name]))) - PAPERS_OWN.get(name, set()):
+            why = "it takes " + ", ".join(f"--{option}" for option in sorted(given))
+            return auto.Choice(name, why if given else LEARNS_MOST)
+    return auto.Choice("mfm", "")
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The methods' options that were given, and which methods take each."""
     homes: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         for option in typed_options(options_of_class(method)):
             homes.setdefault(option, []).append(name)
-    given = {name for name in homes if options.get(name) is not None} - {*FROM_DATA}
+    return {name: homes[name] for name in homes if options.get(name) is not None and name not in FROM_DATA}
+
+
+def _unused(options: Mapping[str, Any]) -> list[str]:
+    """Options that the chosen method or filter would pass over in silence."""
+    given = _given(options)
     accepted, chosen = typed_options(method_options(options)), filter_of(options)
     problems = []
     for name in sorted(given):
         if name not in accepted:
-            method, known = options["method"], ", ".join(homes[name])
+            method, known = options["method"], ", ".join(given[name])
             problems.append(f"option --{name} is not used by method {method}; it belongs to {known}")
         elif accepted[name].filter not in (None, chosen):
             home = accepted[name].filter
@@ -154,6 +175,7 @@ def resolve(options: Mapping[str, Any], source: Source, images: int) -> Resolved
         UserError: the data or the method cannot be what the options ask.
     """
     resolved = Resolved(options, dict(options))
+    resolved.take("method", *choose_method(options))
     _resolve_images(resolved, source)
     device = resolved.take_machine()
     _resolve_method(resolved, images, device)
@@ -276,8 +298,9 @@ def _resolve_learning_rates(resolved: Resolved) -> None:
     options, batch = resolved.values, int(resolved.values["batch_size"])
     backbone = next(iter(resolved.method.backbones().values()))
     if sum(parameter.nelement() for parameter in backbone.parameters()) < TINY_WEIGHTS:
-        rate = scaled_lr(TINY_LR, batch, TINY_LR_BATCH)
-        why = f"1e-3 x batch/256, since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
+        peak, of = getattr(resolved.method, "tiny_lr", Method.tiny_lr)
+        rate = min(scaled_lr(peak, batch, of), MOST_TINY_LR)
+        why = f"{peak:g} x batch/{of}, since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
     else:
         rate, why = scaled_lr(BASE_LR, batch), "3e-4 x batch/512, as published"
     if options["init"]:
