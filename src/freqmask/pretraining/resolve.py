@@ -63,7 +63,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def choose_method(options: Mapping[str, Any]) -> auto.Choice:
     """What trains where no method is named: words, or the first method that takes the options that were given."""
-    given = set(_given(options))
+    given = {name for name, homes in _given(options).items() if len(homes) < len(METHODS)}
     if "teacher" in given:
         return auto.Choice(Distill.name, "there is a teacher")
     for name in ("words", "mfm", "folk", *METHODS):
