@@ -311,3 +311,66 @@ def test_one_image_at_once_and_a_map_of_one_cell_are_refused_before_the_first_st
     assert not (place / "o" / "config.yaml").exists()
     code, text = attempt([*words, "--batch_size", "4", "--accumulate", "4"])
     ends_well(code, text)
+
+
+_SOURCE = """
+import numpy as np
+from freqmask.data.pixels import ArrayPicture
+from freqmask.data.sources import Source, SourceSummary
+
+class Mine(Source):
+    def __len__(self):
+        return 12
+    def open(self, index):
+        return ArrayPicture(np.random.default_rng(index).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    def name(self, index):
+        raise KeyError("row 7")
+    def fingerprint(self):
+        return "mine"
+    def summary(self):
+        return SourceSummary("mine", 12, 12)
+
+def unready():
+    raise ValueError("no database")
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("broken_source:Mine", "broken_source:Mine raised KeyError: 'row 7'"),
+        ("broken_source:unready", "broken_source:unready raised ValueError: no database"),
+        ("broken_module:Mine", "broken_module:Mine cannot be imported: ValueError: too early"),
+    ],
+)
+def test_code_of_ones_own_that_raises_is_named_in_a_sentence(
+    named: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "broken_source.py").write_text(_SOURCE)
+    (place / "broken_module.py").write_text("raise ValueError('too early')")
+    monkeypatch.syspath_prepend(str(place))
+    sys.modules.pop("broken_source", None)
+    code, text = attempt(["pretrain", named, *PRETRAINING, "--out", "own"])
+    ends_well(code, text)
+    assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("run.json", b"[]", "begin the run anew"),
+        ("run.json", b"\xff{", "begin the run anew"),
+        ("config.yaml", b"steps: five\n", "lacks a usable steps"),
+        ("summary.json", b"[]", "delete it"),
+    ],
+)
+def test_a_run_whose_files_were_damaged_says_so(
+    name: str, content: bytes, words: str, world: World, place: Path
+) -> None:
+    shutil.copytree(world.run, place / "torn")
+    if name != "summary.json":
+        (place / "torn" / "summary.json").unlink()
+    (place / "torn" / name).write_bytes(content)
+    code, text = attempt(["pretrain", str(world.images), "--out", "torn"])
+    ends_well(code, text)
+    assert words in text, text
