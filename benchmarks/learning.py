@@ -24,6 +24,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.rivals import RIVALS
 from freqmask.backbones import Backbone, recalibrate_batch_norm
 from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, PhotometricSettings
+from freqmask.evaluation.corruption_constants import Strengths
+from freqmask.evaluation.corruptions import COMMON, Corruption
 from freqmask.evaluation.knn import predict
 from freqmask.evaluation.linear import choose_and_fit
 from freqmask.images import Normalization
@@ -63,6 +66,7 @@ SMALL_HEAD = {
     "filter": "fixed",
 }
 BATCH = 128
+CORRUPTED = 500  # test images, each under 15 corruptions of three severities
 HELD_OUT = 2500  # training images that a sweep is judged on
 TWO_VIEWS = PhotometricSettings(blur=0.0, solarise=0.0)  # below 96 pixels blur and solarise leave too little
 # Settings found on held-out training images with equal numbers of trials (benchmarks/results/learning_trials.csv).
@@ -104,21 +108,36 @@ def load(path: str) -> dict[str, Tensor]:
             "test": images[512:],
             "test_labels": labels[512:],
         }
-    import io
-
-    import pyarrow.parquet
     from PIL import Image
 
     loaded = {}
     for split in ("train", "test"):
-        table = pyarrow.parquet.read_table(Path(path) / f"{split}.parquet").to_pydict()
-        pictures = table.get("img") or table["image"]
-        stacked = np.stack(
-            [np.asarray(Image.open(io.BytesIO(one["bytes"])).convert("RGB")) for one in pictures]
-        )
-        loaded[split] = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-        loaded[f"{split}_labels"] = torch.tensor(table["label"])
+        pictures, labels = (folder if (Path(path) / "train").is_dir() else table)(Path(path), split)
+        small = [
+            np.asarray(Image.open(one).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS))
+            for one in pictures
+        ]
+        loaded[split] = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
+        loaded[f"{split}_labels"] = torch.tensor(labels)
     return loaded
+
+
+def table(path: Path, split: str) -> tuple[list[Any], list[int]]:
+    """Image files and labels of ``train.parquet`` or ``test.parquet``."""
+    import io
+
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path / f"{split}.parquet").to_pydict()
+    return [io.BytesIO(one["bytes"]) for one in rows.get("img") or rows["image"]], rows["label"]
+
+
+def folder(path: Path, split: str) -> tuple[list[Any], list[int]]:
+    """Image files and labels of ``train/CLASS/`` or ``val/CLASS/``, in an order that mixes the classes."""
+    files = sorted((path / {"train": "train", "test": "val"}[split]).glob("*/*.jpg"))
+    classes = sorted({file.parent.name for file in files})
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    return [files[at] for at in order], [classes.index(files[at].parent.name) for at in order]
 
 
 def loaded_once(path: str) -> dict[str, Tensor]:
@@ -334,6 +353,22 @@ def whitened(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return (train - mean) @ basis, (test - mean) @ basis
 
 
+def corrupted(job: dict[str, Any], images: Tensor) -> Tensor:
+    """The first test images under each of the 15 common corruptions at severities 1, 3 and 5, kept for later runs."""
+    kept = Path(tempfile.gettempdir()) / f"corrupted-{hashlib.sha1(job['path'].encode()).hexdigest()[:12]}.pt"
+    if not kept.exists():
+        strengths = Strengths("cifar-10-c", images.shape[-1] / 32)
+        parts = [
+            Corruption(name, severity, strengths)(image, key)
+            for name in COMMON
+            for severity in (1, 3, 5)
+            for key, image in enumerate(images[:CORRUPTED].cpu())
+        ]
+        torch.save(torch.stack(parts), kept.with_suffix(f".{os.getpid()}"))
+        kept.with_suffix(f".{os.getpid()}").rename(kept)
+    return torch.load(kept, weights_only=True).to(images.device)
+
+
 def effective_rank(values: Tensor) -> float:
     """RankMe's: the exponential of the entropy of the singular values."""
     singular = torch.linalg.svdvals((values[:4096] - values[:4096].mean(0)).double())
@@ -356,18 +391,21 @@ def measured(
         scores["knn"] = _percent(predict(other, one, labels, classes, (20,))[20], truth)
         one, other = whitened(one, other)
         scores["knn_white"] = _percent(predict(other, one, labels, classes, (20,))[20], truth)
-    scores["linear"] = linear(bank, labels, queries, truth, classes, job["seed"])
+    probe = linear(bank, labels, classes, job["seed"])
+    scores["linear"] = _percent(probe(queries), truth)
     if whole:
-        few = [linear(*_few(bank, labels, 10, draw), queries, truth, classes, draw) for draw in range(3)]
-        scores["shots10"] = sum(few) / len(few)
+        hard = corrupted(job, tested)
+        scores["corrupted"] = _percent(probe(features(backbone, hard)), truth[:CORRUPTED].repeat(45))
+        few = [linear(*_few(bank, labels, 10, draw), classes, draw)(queries) for draw in range(3)]
+        scores["shots10"] = sum(_percent(found, truth) for found in few) / len(few)
         scores["finetuned10"] = fine_tuned(backbone, data, classes, job["seed"])
     return scores
 
 
-def linear(bank: dict, labels: Tensor, queries: dict, truth: Tensor, classes: int, seed: int) -> float:
-    """The package's linear probe, its rate and input chosen on held-out training images."""
+def linear(bank: dict, labels: Tensor, classes: int, seed: int) -> Callable[[dict], Tensor]:
+    """Features -> classes by the package's linear probe, its rate and input chosen on held-out training images."""
     _, sweep = choose_and_fit(bank, labels, classes, seed=seed, weighted=False)["plain"]
-    return _percent(sweep.predict(queries)[0], truth)
+    return lambda queries: sweep.predict(queries)[0]
 
 
 def _few(bank: dict, labels: Tensor, shots: int, draw: int) -> tuple[dict, Tensor]:
@@ -423,7 +461,7 @@ def _percent(predicted: Tensor, truth: Tensor) -> float:
 _LOADED: dict[str, dict[str, Tensor]] = {}
 COLUMNS = [
     "id", "data", "backbone", "method", "options", "seed", "sweep", "minutes", "images", "steps", "images_per_second",
-    "loss", "knn", "knn_white", "linear", "shots10", "finetuned10", "rank", "device", "seconds",
+    "loss", "knn", "knn_white", "linear", "corrupted", "shots10", "finetuned10", "rank", "device", "seconds",
 ]  # fmt: skip
 
 
@@ -497,7 +535,7 @@ def pixels(data: dict[str, Tensor], seed: int) -> dict[str, float]:
     return {
         "knn": _percent(knn, data["test_labels"]),
         "knn_white": _percent(white, data["test_labels"]),
-        "linear": linear(bank, data["train_labels"], queries, data["test_labels"], classes, seed),
+        "linear": _percent(linear(bank, data["train_labels"], classes, seed)(queries), data["test_labels"]),
     }
 
 
@@ -544,7 +582,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "backbone": backbone,
                         "data": Path(path).name, "path": root, "sweep": arguments.sweep,
                         "images": line.get("images", 0), "minutes": line.get("minutes", arguments.minutes),
-                        "steps": line.get("steps", 0), "points": arguments.points, "whole": not arguments.sweep,
+                        "steps": line.get("steps", 0), "points": arguments.points, "whole": line.get("whole", not arguments.sweep),
                     }  # fmt: skip
                     if job["method"] == "teacher":
                         job["teacher"] = arguments.teacher
@@ -593,7 +631,7 @@ def main() -> None:
         loaded_once(path)
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         jobs = with_speeds(jobs, pool, Path(arguments.speeds or out / "speeds.json"))
-        new = not table.exists()
+        new = not table.exists() or not table.stat().st_size
         with table.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             if new:
@@ -628,7 +666,7 @@ def with_speeds(jobs: list[dict[str, Any]], pool: Any, kept: Path) -> list[dict[
 
 def told(row: dict[str, Any]) -> str:
     """A row for the terminal."""
-    numbers = ("minutes", "knn", "knn_white", "linear", "shots10", "finetuned10", "rank")
+    numbers = ("minutes", "knn", "knn_white", "linear", "corrupted", "shots10", "finetuned10", "rank")
     shown = " ".join(f"{name} {row[name]:.1f}" for name in numbers if name in row)
     return (
         f"{row['data']:10} {row['backbone']:5} {row['method']:8} seed {row['seed']} {shown}  {row['options']}"
