@@ -39,8 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.rivals import RIVALS
 from freqmask.backbones import Backbone, recalibrate_batch_norm
 from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, PhotometricSettings
-from freqmask.evaluation.corruption_constants import Strengths
-from freqmask.evaluation.corruptions import COMMON, Corruption
+from freqmask.evaluation.corruptions import COMMON, Corruption, Strengths
 from freqmask.evaluation.knn import predict
 from freqmask.evaluation.linear import choose_and_fit
 from freqmask.images import Normalization
@@ -582,7 +581,8 @@ def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "backbone": backbone,
                         "data": Path(path).name, "path": root, "sweep": arguments.sweep,
                         "images": line.get("images", 0), "minutes": line.get("minutes", arguments.minutes),
-                        "steps": line.get("steps", 0), "points": arguments.points, "whole": line.get("whole", not arguments.sweep),
+                        "steps": line.get("steps", 0), "points": arguments.points,
+                        "whole": line.get("whole", not arguments.sweep),
                     }  # fmt: skip
                     if job["method"] == "teacher":
                         job["teacher"] = arguments.teacher
