@@ -93,7 +93,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
     monkeypatch.setattr(SegmentationModule, "training_step", step)
     capsys.readouterr()
     freqmask.evaluate.segment([run], data=data, out="parts", **options)
-    assert "goes on from step-00000003.ckpt" in capsys.readouterr().out
+    assert "resumes from step-00000003.ckpt" in capsys.readouterr().out
     one, other = (
         load_file(tmp_path / name / "mine-seed0" / "network.safetensors") for name in ("whole", "parts")
     )

@@ -430,3 +430,25 @@ def test_ctrl_c_and_sigterm_save_first_and_say_how_to_go_on(number: int, code: i
 
 def metrics_exist(run: Path) -> bool:
     return (run / "metrics.csv").is_file()
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_export_loses_no_backbone(tmp_path: Path) -> None:
+    run = freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(tmp_path / "run"))
+    before = weights(run)
+    for name in ("summary.json", "backbone/model.safetensors"):
+        (run / name).unlink()
+    freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(run))
+    assert (run / "summary.json").is_file()
+    after = weights(run)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("changed", [{"devices": 3}, {"devices": 16}, {"accumulate": 3}])
+def test_a_batch_that_the_devices_cannot_share_is_refused_when_a_run_resumes(
+    tmp_path: Path, changed: dict[str, int]
+) -> None:
+    run = freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(tmp_path / "run"))
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"must divide the run's batch_size \(8\)"):
+        freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(run), **changed)

@@ -42,6 +42,14 @@ def test_a_batch_is_smaller_where_the_time_would_hold_too_few_steps() -> None:
     assert auto.choose_batch_size(cost, 10**4, 2, 10**10, long / 4).value == 128  # two devices share it
 
 
+@pytest.mark.parametrize("devices", [1, 2, 3, 5, 6, 8, 12])
+def test_a_chosen_batch_gives_every_device_the_same_pairs(devices: int) -> None:
+    cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
+    batch = auto.choose_batch_size(cost, 10**4, devices, 10**10).value
+    assert batch % (2 * devices) == 0
+    assert 256 - 2 * devices < batch <= 1024
+
+
 def test_accumulation_is_the_least_that_fits() -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
     assert auto.choose_accumulation(cost, 64, 10**9).value == 1

@@ -145,7 +145,7 @@ class ComputeConfig:
 
 
 def choose_compute(
-    batch_size: int | str, workers: int | str, accelerator: str, devices: int | str
+    batch_size: int | str, workers: int | str, accelerator: str, devices: int | str, command: str = "embed"
 ) -> tuple[ComputeConfig, list[torch.device]]:
     """Batch and workers of a device, and the devices, every auto resolved.
 
@@ -153,7 +153,7 @@ def choose_compute(
         UserError: a device that is not here, or a number out of range.
     """
     device = pick_device(accelerator)
-    check_started_once("embed")
+    check_started_once(command)
     chosen = choose_devices(devices, device, accelerator)
     if batch_size == "auto":
         batch_size = 256 if device.type == "cuda" else 32

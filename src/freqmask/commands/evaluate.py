@@ -227,7 +227,7 @@ def finetune(
     """Measures backbones after fine-tuning: all weights learn, with the published recipe.
 
     Every model and seed becomes a run folder with a classifier that timm loads; interrupted, the same command
-    goes on. random: is the supervised baseline. For instance:
+    resumes it. random: is the supervised baseline. For instance:
     freqmask evaluate finetune random:RUN timm:vit_small_patch16_224 RUN --data DATA
 
     Args:
@@ -251,7 +251,7 @@ def segment(
 ) -> list[Any]:
     """Measures backbones by semantic segmentation: UperNet on top, all weights learn, mean IoU on test images.
 
-    Every model and seed becomes a run folder; interrupted, the same command goes on, and finished networks are
+    Every model and seed becomes a run folder; interrupted, the same command resumes it, and finished networks are
     taken as they are. It needs pip install 'freqmask[seg]'. For instance:
     freqmask evaluate segment random:RUN timm:vit_small_patch16_224 RUN --data DATA
 

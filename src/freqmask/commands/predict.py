@@ -64,7 +64,7 @@ def predict(
     if classifier is not None and path.suffix != ".csv":
         raise UserError(f"out ({out}) must end in .csv; try --out {path.with_suffix('.csv')}")
     source = open_source(data, pages=pages, split=split)
-    config, devices = choose_compute(batch_size, workers, accelerator, 1)
+    config, devices = choose_compute(batch_size, workers, accelerator, 1, "predict")
     if segmenter is not None:
         written = prediction.write_masks(segmenter, source, path, inference, config, devices[0])
     elif classifier is not None:

@@ -268,7 +268,7 @@ def _notice_silence(batches: Any) -> None:
         if waited > STUCK_SECONDS:
             raise UserError(
                 f"no loader worker gave a batch for {STUCK_SECONDS / 60:g} minutes: reading an image hangs; check the "
-                "disk or network that DATA lies on, then the same command goes on from the last checkpoint"
+                "disk or network that DATA lies on, then the same command resumes from the last checkpoint"
             )
         if before <= NOTED_SECONDS < waited:
             say(

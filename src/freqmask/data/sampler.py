@@ -76,7 +76,7 @@ class TrainSampler(Sampler[Item]):
         length: number of images in the source, at least 1.
         seed: the run's seed.
         batch_size_per_process: images of one process in one step (a step of the loader; with accumulation
-            the optimiser makes a step every few of them).
+            the optimizer makes a step every few of them).
         rank: this process, from 0.
         world_size: number of processes.
         start_step: the first step to deliver.

@@ -31,7 +31,6 @@ from freqmask.filters import BandPass, HighPass, LowPass
 from freqmask.filters.filter import Filter
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the highest frequency along an axis
-HEADS = ("linear", "knn", "own")
 KINDS = {"low": "low-pass: below", "high": "high-pass: from", "band": "band-pass: around"}
 _NEIGHBORS = 20
 

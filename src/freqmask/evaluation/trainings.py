@@ -27,7 +27,15 @@ from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
 from freqmask.training import auto
 from freqmask.training.checkpoint import newest_usable
-from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler, train
+from freqmask.training.loop import (
+    ScheduledModule,
+    Task,
+    check_parts,
+    ends,
+    images_at_once,
+    make_sampler,
+    train,
+)
 from freqmask.training.optim import OptimConfig
 from freqmask.training.run_folder import RunFolder, comparable, heading, now
 from freqmask.training.saving import Export
@@ -244,7 +252,7 @@ def _find_checkpoint(run: RunFolder) -> Path | None:
     for warning in warnings:
         say(f"note: {warning}")
     where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
-    say(f"run {run.path} goes on {where}")
+    say(f"run {run.path} resumes {where}")
     return checkpoint
 
 
@@ -252,7 +260,11 @@ def _numbers_to_resume(run: RunFolder, job: TrainingJob) -> TrainingNumbers:
     run.check_whole([one.name for one in fields(TrainingNumbers) if one.type in ("int", "float")], {})
     asked = {name: job.asked.get(name) for name in (*_MACHINE, *job.resumes_with)}
     given = {name: value for name, value in asked.items() if value not in (None, AUTO)}
-    return job.numbers.read({**run.config(), **given})
+    if "accelerator" in given:
+        given["accelerator"] = auto.pick_device(str(given["accelerator"])).type  # gpu is cuda, as in the plan
+    numbers = {**run.config(), **given}
+    check_parts(numbers)
+    return job.numbers.read(numbers)
 
 
 def _begin(run: RunFolder, job: TrainingJob, deciding: Mapping[str, Any]) -> TrainingNumbers:

@@ -37,7 +37,7 @@ class Distill(PartlySeen):
 
     Its other arguments are those of :class:`~freqmask.methods.partly_seen.PartlySeen`, its options
     :class:`~freqmask.options.of_methods.DistillOptions`; ``teacher`` is a :class:`Teacher`. With a mere name of one, as
-    ``settings`` record it, the method draws and exports what it has learnt, but cannot train.
+    ``settings`` record it, the method draws and exports what it has learned, but cannot train.
     """
 
     name = "distill"
@@ -105,7 +105,7 @@ class Distill(PartlySeen):
         # without a teacher its width is known from the weights alone
         if self.teacher is None and f"{prefix}norm.running_mean" in state_dict:
             self.make_heads(len(state_dict[f"{prefix}norm.running_mean"]))
-        super()._load_from_state_dict(state_dict, prefix, *more)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
 
 class Teacher(nn.Module):
@@ -156,7 +156,7 @@ class Teacher(nn.Module):
             images = F.interpolate(
                 images, self.size, mode="bicubic", antialias=smaller, align_corners=False
             ).clamp(0, 1)
-        return self.backbone(self.normalise(images))  # type: ignore[no-any-return]
+        return self.backbone(self.normalise(images))
 
     def summary(self, features: Features) -> Float[Tensor, "batch dim"]:
         """What the model itself would classify from: its class token, or the mean of its map."""

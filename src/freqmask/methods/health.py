@@ -1,6 +1,6 @@
-"""How much has been learnt: the loss over the loss at zero prediction, in whole and in parts.
+"""How much has been learned: the loss over the loss at zero prediction, in whole and in parts.
 
-1.00 means nothing learnt (docs/methods.md, small pictures). Sums are this process's own: no collective, no wait for
+1.00 means nothing learned (docs/methods.md, small pictures). Sums are this process's own: no collective, no wait for
 the device. A part that no image of the batch belongs to is NaN.
 """
 

@@ -177,7 +177,7 @@ class DistillOptions(PartlySeenOptions):
 
     teacher: str | Any | None = option(
         None,
-        "a frozen network whose features are learnt: timm:NAME (public weights), a run folder, or an exported folder; "
+        "a frozen network whose features are learned: timm:NAME (public weights), a run folder, or an exported folder; "
         "chooses the method distill",
     )
     teacher_size: int | Auto = option(

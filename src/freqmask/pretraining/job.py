@@ -42,7 +42,7 @@ from freqmask.reporting.page import refresh_report
 from freqmask.training.auto import launched_processes, pick_device, usable_cores, world_size
 from freqmask.training.checkpoint import newest_usable
 from freqmask.training.files import check_writable
-from freqmask.training.loop import train
+from freqmask.training.loop import check_parts, train
 from freqmask.training.run_folder import (
     LOCK,
     RUNS,
@@ -329,9 +329,9 @@ def continued_options(
     if "accumulate" not in given:  # at most as many images at once as before, on however many devices
         before, images = (int(each["batch_size"]) // world_size(each) for each in (config, options))
         at_once = before // int(config["accumulate"])
-        options["accumulate"] = next(
-            parts for parts in range(1, images + 1) if images % parts == 0 and images // parts <= at_once
-        )
+        fitting = (n for n in range(1, images + 1) if images % n == 0 and images // n <= at_once)
+        options["accumulate"] = next(fitting, 1)
+    check_parts(options)
     return options, notes
 
 

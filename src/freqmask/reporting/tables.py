@@ -20,7 +20,7 @@ from freqmask.reporting.summary import is_incidental, text_of
 SCORES = ("accuracy", "miou", "mean_iou", "score")  # the first that a row has is the one that is shown
 MOST_ROWS = 2_000  # in the page
 # What is measured; rows that agree in these and in the seed are the same measurement made again.
-_SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model", "feature", "learnt_from")
+_SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model", "feature")
 # Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
 _MEASURED = frozenset({"mean", "std", "value_range"})
 _LOSSES = {"relative_loss": "relative loss", "held_out_relative_loss": "held-out relative loss"}

@@ -129,7 +129,10 @@ class Plan:
         self.take("batch_size", *choose(self.cost, processes, memory))
         batch = int(values["batch_size"])
         if batch % processes:
-            raise UserError(f"batch_size ({batch}) must be a multiple of the {processes} devices")
+            raise UserError(
+                f"batch_size ({batch}) must be a multiple of the {processes} devices; "
+                f"try --batch_size {-(-batch // processes) * processes}"
+            )
         self.take("accumulate", *choose_accumulation(self.cost, batch // processes, memory))
         return divmod(batch // processes, int(values["accumulate"]))
 
@@ -167,6 +170,8 @@ def choose_batch_size(
 ) -> Choice:
     """The largest power of two up to 256 (a GPU: 1,024) that memory holds and the data fills eight times.
 
+    Devices whose number is no power of two get a little less, so that it divides.
+
     Args:
         cost: of an image.
         images: training images.
@@ -185,7 +190,8 @@ def choose_batch_size(
             break
         value //= 2
         limit = f"the time, so that it holds more steps: little shows before {ENOUGH_STEPS:,}"
-    return Choice(value, f"bounded by {limit}")
+    pairs = 2 * devices if value >= 2 * devices else devices  # images are mixed in pairs
+    return Choice(value - value % pairs, f"bounded by {limit}")
 
 
 def choose_accumulation(cost: Cost, batch_a_device: int, memory: int) -> Choice:

@@ -154,8 +154,13 @@ def new_folder(path: Path) -> Iterator[Path]:
             return
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
         path.replace(old / "old")
-        scratch.replace(path)
-        shutil.rmtree(old)
+        try:
+            scratch.replace(path)
+        except OSError:
+            (old / "old").replace(path)
+            raise
+        finally:
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -247,7 +252,7 @@ def _header(path: Path) -> list[str]:
 
 
 def _damaged(path: Path, error: csv.Error) -> UserError:
-    return UserError(f"{path} is damaged ({error}); move it away, then the same command goes on")
+    return UserError(f"{path} is damaged ({error}); move it away, then the same command resumes")
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -235,6 +235,16 @@ def images_at_once(numbers: Mapping[str, Any]) -> int:
     return int(numbers["batch_size"]) // world_size(numbers) // int(numbers["accumulate"])
 
 
+def check_parts(numbers: Mapping[str, Any]) -> None:
+    """Raises a UserError where a resumed run's batch cannot be dealt out to its devices and parts evenly."""
+    batch, processes, parts = int(numbers["batch_size"]), world_size(numbers), int(numbers["accumulate"])
+    if batch % (processes * parts):
+        raise UserError(
+            f"devices x num_nodes ({processes}) times accumulate ({parts}) must divide the run's batch_size ({batch}); "
+            "try the --devices that it was begun with"
+        )
+
+
 def make_sampler(
     numbers: Mapping[str, Any], images: int, trainer: L.Trainer, done: int, **more: Any
 ) -> TrainSampler:

@@ -27,7 +27,7 @@ SKIPPED = "skipped.csv"
 _ANEW = "the run folder is damaged: begin the run anew with another --out"
 _DAMAGED = {  # what to do about each file of JSON
     STATE: _ANEW,
-    SUMMARY: "delete it, and the command that trains goes on from the last checkpoint",
+    SUMMARY: "delete it, and the command that trains resumes from the last checkpoint",
 }
 PATIENCE = (
     1800.0  # seconds that other processes wait until the first has looked at the data and written its plan

@@ -109,6 +109,11 @@ class Saver(L.Callback):
         if stop:
             trainer.should_stop = True
 
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Export what a kill right after the last checkpoint left out: from there no step is made any more."""
+        if self._saved_step < 0 and trainer.global_step == trainer.max_steps:
+            self.export(trainer, module, trainer.global_step)
+
     def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write the checkpoint of this step and refresh what is exported."""
         step = trainer.global_step
