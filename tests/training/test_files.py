@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from freqmask.errors import UserError
-from freqmask.training.files import append_row, clear_leftovers, cut_back, read_rows
+from freqmask.training.files import append_row, clear_leftovers, cut_back, new_folder, read_rows
 
 
 def test_a_new_column_leaves_empty_cells_above(tmp_path: Path) -> None:
@@ -93,3 +93,24 @@ def test_only_files_of_dead_processes_are_cleared(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"half")
     clear_leftovers(tmp_path, tmp_path / "missing")
     assert {path.name for path in tmp_path.iterdir()} == {*names[1:]}
+
+
+def test_a_folder_that_cannot_be_replaced_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "model", Path.replace
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if (path / "new").exists():
+            raise OSError("the disk is gone")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_for_new)
+    with pytest.raises(OSError, match="the disk is gone"), new_folder(folder) as scratch:
+        (scratch / "new").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "model",
+        "model/old",
+    ]
