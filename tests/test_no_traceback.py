@@ -145,7 +145,7 @@ def _mounts() -> bool:
 
 @pytest.mark.skipif(not _mounts(), reason="no mounts of one's own here")
 def test_read_only_folders_and_a_full_disk_are_sentences(world: World, place: Path) -> None:
-    """Default places in a read-only folder, a run that may only be read, and a disk of 100 kB."""
+    """Default places in a read-only folder, a run that may only be read, and a disk of 400 kB."""
     for name in ("here", "small"):
         (place / name).mkdir()
     defaults = writers(world, None)
@@ -157,7 +157,7 @@ def test_read_only_folders_and_a_full_disk_are_sentences(world: World, place: Pa
         [
             f"mount -o bind,ro {place / 'here'} {place / 'here'}",
             f"mount -o bind,ro {world.run} {world.run}",
-            f"mount -t tmpfs -o size=100k tmpfs {place / 'small'}",
+            f"mount -t tmpfs -o size=400k tmpfs {place / 'small'}",
             f"cd {place / 'here'}",
         ]
     )

@@ -142,12 +142,12 @@ class Backbone(nn.Module):
             images: normalized.
             places: of the patches, row by row from 0, each at most once.
         """
-        model = self.timm_model
+        model, weights = self.timm_model, next(self.timm_model.parameters())
         whole = model.patch_drop
         model.patch_drop = _Chosen(places, model.num_prefix_tokens)
         try:
             with few_tokens_attention(images, places.shape[1]):
-                tokens: Tensor = model.forward_features(self.padded(images))
+                tokens: Tensor = model.forward_features(self.padded(images).to(weights.dtype))
         finally:
             model.patch_drop = whole
         return tokens[:, model.num_prefix_tokens :]

@@ -52,7 +52,7 @@ def test_a_run_with_a_teacher_goes_on_exactly_and_repeats(
     options = {**TINY, "teacher": teacher, "checkpoint_every_steps": 2, "token_weight": 1.0}
     whole = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "whole"))
     shown = capsys.readouterr().out
-    assert "method      distill: " in shown
+    assert "method      distill (there is a teacher): " in shown
     assert f"teacher     {teacher}, frozen, sees whole images at 48 pixels (its passes are" in shown
     assert "token_distillation" in (whole / "metrics.csv").read_text().partition("\n")[0]
     with pytest.raises(RuntimeError, match="killed here"):

@@ -153,18 +153,21 @@ class VisualWords(nn.Module):
     def _activations(self, images: Tensor) -> Tensor:
         """One convolution does it all: contrast and brightness of a patch come out of its sums."""
         padded = F.pad(images, [WORD_PATCH // 2 - 1] * 4, mode="reflect")
-        similar = F.conv2d(padded, self.weight, stride=WORD_STRIDE)
+        weight = self.weight.float()  # bf16-true: no autocast casts
+        similar = F.conv2d(padded, weight, stride=WORD_STRIDE)
         mean = F.avg_pool2d(padded.mean(1, keepdim=True), WORD_PATCH, WORD_STRIDE)
         square = F.avg_pool2d(padded.square().mean(1, keepdim=True), WORD_PATCH, WORD_STRIDE)
         contrast = ((square - mean.square()).clamp_min(0) + CONTRAST).rsqrt()
-        similar = (similar - mean * self.weight.sum((1, 2, 3))[:, None, None]) * contrast
+        similar = (similar - mean * weight.sum((1, 2, 3))[:, None, None]) * contrast
         similar = similar - self.offset[:, None, None]
         return F.relu(similar - similar.mean(dim=1, keepdim=True))
 
 
 def _spherical_k_means(patches: Float[Tensor, "patch dim"], count: int) -> Float[Tensor, "word dim"]:
     """Centers of unit length, begun at patches spread evenly over all."""
-    spread = torch.linspace(0, len(patches) - 1, count, device=patches.device).round().long()
+    spread = (
+        torch.linspace(0, len(patches) - 1, count, dtype=torch.float64, device=patches.device).round().long()
+    )
     words = patches[spread]
     for _ in range(ROUNDS):
         nearest = (patches @ words.mT).argmax(dim=1)

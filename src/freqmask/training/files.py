@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,12 +71,18 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise _write_error(path, error) from error
-    except RuntimeError as error:
-        # torch's writer is C++ and tells of a full disk or a quota in words of its own
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+    except Exception as error:
+        # safetensors' writer is Rust and torch's C++: they tell of a full disk or a quota in words of their own
+        number = re.search(r"os error (\d+)", str(error))
+        if (
+            number is None
+            and "inline_container" not in str(error)
+            and "PytorchStreamWriter" not in str(error)
+        ):
             raise
-        number = errno.ENOSPC if _free(path) < _PLENTY else errno.EFBIG  # it does not tell which
-        raise _write_error(path, OSError(number, os.strerror(number))) from error
+        untold = errno.ENOSPC if _free(path) < _PLENTY else errno.EFBIG  # torch does not tell which
+        code = int(number[1]) if number else untold
+        raise _write_error(path, OSError(code, os.strerror(code))) from error
 
 
 def _write_error(path: Path, error: OSError) -> WriteError:
