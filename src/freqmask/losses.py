@@ -198,7 +198,7 @@ class SpectrumLoss(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """Cross-entropy of the student with the centerd, sharpened teacher, in DINO's published form.
+    """Cross-entropy of the student with the centered, sharpened teacher, in DINO's published form.
 
     p_t = softmax((teacher - center) / teacher_temperature), p_s = softmax(student / student_temperature),
     loss = - mean over images of sum(p_t log p_s). The center is a moving mean of the teacher's outputs and
