@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with 0, 1 (an error of ours), 2 (an error of the user's) or 130 (interrupted)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     with contextlib.suppress(OSError):  # a folder that is gone
-        if not {"", str(Path.cwd())} & set(sys.path):
+        if arguments is None and not {"", str(Path.cwd())} & set(sys.path):
             # loader workers look for modules where this process does, not in the data or the run where it was started
             os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
