@@ -12,6 +12,18 @@ from freqmask.interop.timm_folder import trained_feature, write_timm_folder
 from freqmask.interop.weights import method_of
 from freqmask.training.run_folder import RunFolder
 
+# a whole pre-training in a second or two
+TINY: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "backbone": "vit_tiny_patch16_224",
+    "model_args": {"depth": 1, "embed_dim": 32, "num_heads": 2},
+    "batch_size": 8,
+    "steps": 6,
+    "workers": 0,
+    "preview_every_steps": 0,
+    "accelerator": "cpu",
+}
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 1}
 
 

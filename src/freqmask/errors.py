@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _WAYS_OUT = {
     errno.ENOSPC: "free some room",
@@ -61,12 +61,13 @@ def name_of(error: OSError) -> str:
     return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], meant: Sequence[str] = ()) -> str:
     """A hint that names the nearest valid name, or lists all of them.
 
     Args:
         name: what was typed.
         names: the valid names.
+        meant: valid names, the likeliest first, that go before one that is spelled only vaguely alike.
 
     Returns:
         ``did you mean 'folk'?`` or ``choose from 'mfm', 'folk'``.
@@ -75,7 +76,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     "did you mean 'folk'?"
     """
     valid = list(names)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    close = (
+        difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+        or [*meant]
+        or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    )
     if close:
         return f"did you mean {close[0]!r}?"
     return "choose from " + ", ".join(repr(known) for known in valid)

@@ -96,6 +96,7 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
     [
         (["pretrian"], "command (pretrian) is unknown; did you mean 'pretrain'?"),
         (["pretrain", "--stepz", "1"], "option (--stepz) is unknown; did you mean 'steps'?"),
+        (["pretrain", "--learning_rate", "1"], "option (--learning_rate) is unknown; did you mean 'lr'?"),
         (["pretrain", "x", "--steps", "abc"], "steps (abc) must be a whole number at least 1"),
         (["pretrain", "x", "--seed", "1.5"], "seed (1.5) must be a whole number from 0 to below 2^63"),
         (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import TINY
 
 import freqmask
 from freqmask.data.in_memory import InMemoryBatches
@@ -20,17 +21,6 @@ from freqmask.pretraining.cache_on_device import choose_place, largest_side
 from freqmask.training.monitor import Monitor
 from freqmask.training.run_folder import RunFolder
 
-TINY: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "backbone": "vit_tiny_patch16_224",
-    "model_args": {"depth": 1, "embed_dim": 32, "num_heads": 2},
-    "batch_size": 8,
-    "steps": 6,
-    "workers": 0,
-    "preview_every_steps": 0,
-    "accelerator": "cpu",
-}
 OFTEN = {"checkpoint_every_steps": 2, "quarter_turns": True}
 OPTIONS = {
     "images_from": "auto",

@@ -16,24 +16,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import steps_made, train_until
+from tiny_runs import TINY, steps_made, train_until
 
 import freqmask
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.training.run_folder import RunFolder
 
-TINY: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "backbone": "vit_tiny_patch16_224",
-    "model_args": {"depth": 1, "embed_dim": 32, "num_heads": 2},
-    "batch_size": 8,
-    "steps": 6,
-    "workers": 0,
-    "preview_every_steps": 0,
-    "accelerator": "cpu",
-}
 TINY_FOLK: dict[str, Any] = {
     **TINY,
     "method": "folk",
