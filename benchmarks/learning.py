@@ -354,7 +354,8 @@ def whitened(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 def corrupted(job: dict[str, Any], images: Tensor) -> Tensor:
     """The first test images under each of the 15 common corruptions at severities 1, 3 and 5, kept for later runs."""
-    kept = Path(tempfile.gettempdir()) / f"corrupted-{hashlib.sha1(job['path'].encode()).hexdigest()[:12]}.pt"
+    key = hashlib.sha1(f"{job['path']}/{job['sweep']}".encode()).hexdigest()[:12]
+    kept = Path(tempfile.gettempdir()) / f"corrupted-{key}.pt"
     if not kept.exists():
         strengths = Strengths("cifar-10-c", images.shape[-1] / 32)
         parts = [
@@ -385,11 +386,10 @@ def measured(
     classes = int(labels.max()) + 1
     bank, queries = features(backbone, learnt), features(backbone, tested)
     scores: dict[str, float] = {"rank": effective_rank(bank["end/mean"])}
-    for name in ("mean",):
-        one, other = bank[f"end/{name}"], queries[f"end/{name}"]
-        scores["knn"] = _percent(predict(other, one, labels, classes, (20,))[20], truth)
-        one, other = whitened(one, other)
-        scores["knn_white"] = _percent(predict(other, one, labels, classes, (20,))[20], truth)
+    one, other = bank["end/mean"], queries["end/mean"]
+    scores["knn"] = _percent(predict(other, one, labels, classes, (20,))[20], truth)
+    one, other = whitened(one, other)
+    scores["knn_white"] = _percent(predict(other, one, labels, classes, (20,))[20], truth)
     probe = linear(bank, labels, classes, job["seed"])
     scores["linear"] = _percent(probe(queries), truth)
     if whole:

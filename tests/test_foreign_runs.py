@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 import freqmask
 from freqmask.data.sources import open_source
+from freqmask.filters import LowPass
 from freqmask.imports import NotNamedError, import_object, named_by_user
 from tests.broken_runner import attempt
 from tests.tiny_runs import make_photographs, make_run
@@ -149,6 +151,18 @@ def test_of_nested_commands_the_first_tells_what_was_named() -> None:
         with pytest.raises(ModuleNotFoundError):
             import_object("d:E", "filter")
     assert import_object("json:loads", "filter")
+
+
+def test_classes_and_filters_of_a_call_are_named_by_it() -> None:
+    class Loads(LowPass):
+        def describe(self) -> str:
+            return "json:loads(radius=4)"
+
+    with named_by_user({"method": OrderedDict, "filter": Loads(4)}):
+        assert import_object("collections:OrderedDict", "method") is OrderedDict
+        assert import_object("json:loads", "filter")
+        with pytest.raises(NotNamedError):
+            import_object("json:dumps", "filter")
 
 
 def test_workers_look_for_modules_where_their_parent_does(here: Path) -> None:

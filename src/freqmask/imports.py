@@ -59,6 +59,10 @@ def named_by_user(given: Any, file: object = "", imported_too: bool = False) -> 
 def _texts(given: Any) -> Iterator[str]:
     if isinstance(given, str):
         yield given
+    elif isinstance(given, type):
+        yield f"{given.__module__}:{given.__qualname__}"
+    elif hasattr(given, "describe"):  # a filter
+        yield str(given.describe())
     elif isinstance(given, Mapping):
         yield from _texts(list(given.values()))
     elif isinstance(given, Sequence):

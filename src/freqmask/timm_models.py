@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from freqmask.errors import UserError, nearest
+from freqmask.errors import UserError, brief, nearest
 
 # Arguments that are options of ours: named twice, they could contradict each other.
 OWN_ARGUMENTS = {"img_size": "image_size", "in_chans": "channels", "patch_size": "patch_size"}
@@ -213,7 +213,7 @@ def _failure(
     name: str, asked: dict[str, Any], image_size: tuple[int, int] | None, pretrained: bool, error: Exception
 ) -> UserError:
     if pretrained:
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error, 200)
         return UserError(
             f"the public weights of {name} could not be had ({type(error).__name__}: {reason}); check the "
             "name and the network, or start without pretrained"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import CNN, VIT, photographs, tiny_method, views_for
 
 from freqmask.errors import UserError
 from freqmask.methods import build_method
-from freqmask.methods.words import CONTRAST, VisualWords
+from freqmask.methods.words import CONTRAST, WORD_PATCH, VisualWords, _some_patches
 
 KEYS = torch.arange(4)
 
@@ -151,3 +152,10 @@ def test_one_image_is_no_batch_but_trains() -> None:
     method = build_method("words", **{**VIT, "words": 16})
     method(views_for(method), KEYS)
     assert torch.isfinite(method([photographs(1)], KEYS[:1])["loss"])
+
+
+def test_some_patches_are_spread_over_all_images_as_every_so_manieth_of_the_whole_unfolding() -> None:
+    images = torch.rand(19, 3, 13, 17)
+    whole = F.unfold(images, WORD_PATCH).mT.flatten(0, 1)
+    for count in (1, 50, 700, 10**6):
+        assert torch.equal(_some_patches(images, count), whole[:: max(1, len(whole) // count)])

@@ -21,6 +21,7 @@ from tiny_runs import TINY, steps_made, train_until
 import freqmask
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
+from freqmask.methods import MFM
 from freqmask.training.run_folder import RunFolder
 
 TINY_FOLK: dict[str, Any] = {
@@ -54,6 +55,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     options = {**TINY, "preview_every_steps": 3, "log_every_steps": 2, "checkpoint_every_steps": 2}
     return freqmask.pretrain("builtin:digits", **options, method="mfm", out=str(out))
+
+
+class Told(MFM):
+    """Says a number of its own where details are asked for."""
+
+    def forward(self, views: Any, keys: Any = None, details: bool = False) -> dict[str, torch.Tensor]:
+        parts = super().forward(views, keys, details)
+        return {**parts, "my_detail": torch.tensor(2.0)} if details else parts
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_detail_is_the_mean_of_the_parts_that_told_it_whatever_its_name(tmp_path: Path, parts: int) -> None:
+    options = {**TINY, "method": Told, "log_every_steps": 3, "accumulate": parts}
+    run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
+    assert [float(row["my_detail"]) for row in rows(run) if row["my_detail"]] == [2.0, 2.0, 2.0]
 
 
 def test_a_run_leaves_what_the_map_promises(finished: Path) -> None:

@@ -25,27 +25,30 @@ def test_small_images_get_small_patches(size: int, patch: int) -> None:
 
 def test_batch_size_is_bounded_by_memory_and_by_the_images() -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=0)
-    assert auto.choose_batch_size(cost, 10**6, 1, 10**10).value >= 256
-    assert auto.choose_batch_size(cost, 10**6, 1, 20_000_000).value == 16
-    assert auto.choose_batch_size(cost, 300, 1, 10**10).value == 32
+    assert auto.choose_batch_size(cost, 10**6, "cpu", 1, 10**10).value == 256
+    assert auto.choose_batch_size(cost, 10**6, "cuda", 1, 10**10).value == 1024
+    assert auto.choose_batch_size(cost, 10**6, "cpu", 1, 20_000_000).value == 16
+    assert auto.choose_batch_size(cost, 300, "cpu", 1, 10**10).value == 32
 
 
 def test_a_batch_is_smaller_where_the_time_would_hold_too_few_steps() -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
     long = 5_000 * 256 * 0.01  # seconds of 5,000 steps of 256 images
-    assert auto.choose_batch_size(cost, 10**4, 1, 10**10, long).value == 256
-    assert auto.choose_batch_size(cost, 10**4, 1, 10**10, long / 2).value == 128
-    few = auto.choose_batch_size(cost, 10**4, 1, 10**10, long / 100)
+    assert auto.choose_batch_size(cost, 10**4, "cpu", 1, 10**10, long).value == 256
+    assert auto.choose_batch_size(cost, 10**4, "cpu", 1, 10**10, long / 2).value == 128
+    few = auto.choose_batch_size(cost, 10**4, "cpu", 1, 10**10, long / 100)
     assert few.value == 64
     assert "the time" in few.reason
-    assert auto.choose_batch_size(cost, 300, 1, 10**10, 1.0).value == 32  # small already
-    assert auto.choose_batch_size(cost, 10**4, 2, 10**10, long / 4).value == 128  # two devices share it
+    assert auto.choose_batch_size(cost, 300, "cpu", 1, 10**10, 1.0).value == 32  # small already
+    assert (
+        auto.choose_batch_size(cost, 10**4, "cpu", 2, 10**10, long / 4).value == 128
+    )  # two devices share it
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 5, 6, 8, 12])
 def test_a_chosen_batch_gives_every_device_the_same_pairs(devices: int) -> None:
     cost = Cost(0.01, bytes_per_image=1_000_000, fixed_bytes=5_000_000)
-    batch = auto.choose_batch_size(cost, 10**4, devices, 10**10).value
+    batch = auto.choose_batch_size(cost, 10**4, "cpu", devices, 10**10).value
     assert batch % (2 * devices) == 0
     assert 256 - 2 * devices < batch <= 1024
 

@@ -288,7 +288,7 @@ class FinetunePlan(Plan):
             self.network.model, (values["channels"], *values["train_size"]), _trial_loss, images=4
         )
         part, rest = self.take_batch(
-            lambda cost, devices, memory: auto.choose_batch_size(cost, self.images, devices, memory)
+            lambda cost, *machine: auto.choose_batch_size(cost, self.images, *machine)
         )
         batch = int(values["batch_size"])
         if part == 1 and not rest:

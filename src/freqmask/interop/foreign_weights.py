@@ -13,7 +13,7 @@ import timm
 from torch import Tensor, nn
 
 from freqmask import __version__
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.layouts import DECODER, ENCODER, architecture_of, as_timm_names, from_beit_names
 from freqmask.interop.timm_folder import differences, fitted, read_tensors
@@ -304,7 +304,7 @@ def _model(name: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return timm.create_model(name, pretrained=False, **arguments).eval()
     except Exception as error:  # timm raises whatever it pleases
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error, 200)
         raise UserError(f"backbone ({name}) cannot be made with {dict(arguments)}: {reason}") from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from freqmask import __version__
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 from freqmask.interop.formats import FORMATS
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.weights import check_reachable
@@ -82,7 +82,7 @@ def push_model(
                 commit_message=f"{opened.name}, freqmask {__version__}",
             )
         except Exception as error:  # the hub's library raises its own, httpx's and the system's
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error, 200)
             raise UserError(f"push ({repository}) failed ({type(error).__name__}: {reason})") from error
     return str(address)
 

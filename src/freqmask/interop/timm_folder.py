@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from freqmask.errors import UserError, nearest
+from freqmask.errors import UserError, brief, nearest
 from freqmask.training.files import check_encoding, replace_atomically
 from freqmask.training.run_folder import RunFolder
 
@@ -142,7 +142,7 @@ def _whole(path: Path, option: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error, 160)
         raise UserError(f"{option}: {path} cannot be read, it may be cut short ({reason})") from error
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 
 _LARGEST_PICKLE = 256 * 2**20  # bytes; that of a ViT-B with its optimizer has a tenth of a megabyte
 _MOST_ENTRIES = 1_000_000
@@ -105,7 +105,7 @@ def read_torch_file(path: str | Path) -> TorchFile:
     except zipfile.BadZipFile as error:
         raise UserError(f"file ({path}) cannot be read, it is cut short or damaged ({error})") from error
     except Exception as error:  # a damaged pickle makes torch raise nearly anything
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = brief(error, 160)
         raise UserError(
             f"file ({path}) cannot be read, it is no torch file or cut short ({reason})"
         ) from error

@@ -20,7 +20,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from freqmask.errors import UserError, nearest
+from freqmask.errors import UserError, brief, nearest
 from freqmask.imports import named_by_user
 from freqmask.interop.timm_folder import (
     CONFIG,
@@ -120,7 +120,7 @@ def load_method(run: str | Path) -> Method:
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
+        first = brief(error, 300)
         raise UserError(f"run ({run}): its checkpoint does not fit its config.yaml: {first}") from error
     return method
 

@@ -120,8 +120,7 @@ class VisualWords(nn.Module):
     @torch.no_grad()
     def find(self, images: Float[Tensor, "batch channel height width"]) -> None:
         """Find whitening, words and scale in some images, the same on every process."""
-        patches = F.unfold(images, WORD_PATCH).mT.flatten(0, 1)
-        patches = patches[:: max(1, len(patches) // FITTED_ON)]
+        patches = _some_patches(images, FITTED_ON)
         variance, mean = torch.var_mean(patches, dim=1, keepdim=True, correction=0)
         patches = (patches - mean) / (variance + CONTRAST).sqrt()
         center = patches.mean(dim=0)
@@ -161,6 +160,18 @@ class VisualWords(nn.Module):
         similar = (similar - mean * weight.sum((1, 2, 3))[:, None, None]) * contrast
         similar = similar - self.offset[:, None, None]
         return F.relu(similar - similar.mean(dim=1, keepdim=True))
+
+
+def _some_patches(images: Tensor, count: int) -> Float[Tensor, "patch dim"]:
+    """At least ``count`` patches spread evenly over all, where there are so many; all at once would be gigabytes."""
+    height, width = images.shape[-2:]
+    every = max(1, len(images) * (height - WORD_PATCH + 1) * (width - WORD_PATCH + 1) // count)
+    found, before = [], 0
+    for part in images.split(8):
+        patches = F.unfold(part, WORD_PATCH).mT.flatten(0, 1)
+        found.append(patches[-before % every :: every])
+        before += len(patches)
+    return torch.cat(found)
 
 
 def _spherical_k_means(patches: Float[Tensor, "patch dim"], count: int) -> Float[Tensor, "word dim"]:

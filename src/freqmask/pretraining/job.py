@@ -84,7 +84,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         The run folder.
     """
     with silence_third_party_loggers():
-        options, given = _with_data(_as_words(options, given), _as_words(given, given))
+        options, given = _with_data(_as_words(options), _as_words(given))
         check_options(options)
         pick_device(options["accelerator"])
         world = (
@@ -102,7 +102,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         return _resume(run, given, options)
 
 
-def _as_words(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _as_words(options: Mapping[str, Any]) -> dict[str, Any]:
     """Filters and methods given as objects become the words that configuration and checkpoint record."""
     words = dict(options)
     if hasattr(words.get("filter"), "describe"):
@@ -235,7 +235,8 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
         config = {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
         run.begin(config, state, heading("pretrain"))
         os.environ[CHOSEN_BY_RANK_0] = str(run.path)
-        return _train(run, options, images, state, kept, None)
+        teacher = getattr(resolved.method, "teacher", None)
+        return _train(run, options, images, state, kept, teacher=teacher if options.get("teacher") else None)
     except BaseException:
         run.leave_nothing("plan.png")
         raise
@@ -351,12 +352,14 @@ def _train(
     images: Images,
     state: Mapping[str, Any],
     kept: InMemoryImages | None,
-    checkpoint: Path | None,
+    checkpoint: Path | None = None,
+    teacher: Any = None,
 ) -> Path:
     """The method with its first weights, trained, and how it ended."""
     torch.manual_seed(options["seed"])
-    method = make_method(options, len(images.train) / options["batch_size"])
-    check_same(method, state)
+    method = make_method(options, len(images.train) / options["batch_size"], teacher)
+    if checkpoint is not None:
+        check_same(method, state)
     if options["init"]:
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
@@ -364,7 +367,8 @@ def _train(
     training = Pretraining(run, options, images, method, dict(state), kept)
 
     def stopped(step: int) -> None:
-        refresh_report(run.path)
+        if rank() == 0:
+            refresh_report(run.path)
         say(f"    freqmask pretrain {data} --out {shell_word(run.path)}    (from anywhere)")
 
     summary = train(training.task(), checkpoint, training.summary, stopped)

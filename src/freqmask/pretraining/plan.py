@@ -67,7 +67,7 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     yield from _data_lines(summary, resolved.survey)
     yield from _input_lines(resolved)
     yield from _training_lines(resolved)
-    yield from _cost_lines(options, resolved.cost)
+    yield from _cost_lines(resolved)
 
 
 def _seconds(resolved: Resolved) -> float:
@@ -178,10 +178,12 @@ def _training_lines(resolved: Resolved) -> Iterator[str]:
     yield f"loading     {where}{resolved.why('images_from')}"
 
 
-def _cost_lines(options: Mapping[str, Any], cost: auto.Cost) -> Iterator[str]:
+def _cost_lines(resolved: Resolved) -> Iterator[str]:
+    options, cost, method = resolved.values, resolved.cost, resolved.method
     part = options["batch_size"] // auto.world_size(options) // options["accumulate"]
     memory = cost.peak_bytes(part)
-    checkpoint = cost.fixed_bytes * 3 // 4  # no gradients on the disk
+    moments = sum(2 * weight.nbytes for weight in method.parameters() if weight.requires_grad)  # AdamW's
+    checkpoint = sum(tensor.nbytes for tensor in method.state_dict().values()) + moments
     previews = options["steps"] // options["preview_every_steps"] if options["preview_every_steps"] else 1
     disk = checkpoint * (options["keep_checkpoints"] + 0.4) + previews * PREVIEW_BYTES
     yield (

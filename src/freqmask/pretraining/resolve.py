@@ -23,6 +23,7 @@ from freqmask.errors import UserError
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.weights import check_init, initial_backbone
 from freqmask.methods import METHODS, Distill, Method, build_method, find_method
+from freqmask.methods.distill import Teacher
 from freqmask.options import Option
 from freqmask.options.of_methods import FROM_DATA, options_of_class, typed_options
 from freqmask.pretraining.cache_on_device import choose_place
@@ -66,7 +67,7 @@ def choose_method(options: Mapping[str, Any]) -> auto.Choice:
     given = {name for name, homes in _given(options).items() if len(homes) < len(METHODS)}
     if "teacher" in given:
         return auto.Choice(Distill.name, "there is a teacher")
-    for name in ("words", "mfm", "folk", *METHODS):
+    for name in dict.fromkeys(("words", "mfm", "folk", *METHODS)):
         if given <= set(typed_options(options_of_class(METHODS[name]))) - PAPERS_OWN.get(name, set()):
             why = "it takes " + ", ".join(f"--{option}" for option in sorted(given))
             return auto.Choice(name, why if given else LEARNS_MOST)
@@ -238,17 +239,20 @@ def _resolve_method(resolved: Resolved, images: int, device: torch.device) -> No
     options |= method_defaults(options, getattr(resolved.method, "settings", {}))
 
 
-def make_method(options: Mapping[str, Any], steps_an_epoch: float | None = None) -> nn.Module:
+def make_method(
+    options: Mapping[str, Any], steps_an_epoch: float | None = None, teacher: Teacher | None = None
+) -> nn.Module:
     """The method that resolved options ask for, with its own defaults where they are silent.
 
     Args:
         options: resolved options.
         steps_an_epoch: as for :func:`method_settings`.
+        teacher: where it has been opened already; its weights may be large.
     """
     shared = ("backbone", "image_size", "channels", "mean", "std", "patch_size")
     settings = method_settings(options, steps_an_epoch)
     if settings.get("teacher") is not None and issubclass(find_method(options["method"]), Distill):
-        settings["teacher"] = open_teacher(options)
+        settings["teacher"] = teacher or open_teacher(options)
     return build_method(options["method"], **{name: options[name] for name in shared}, **settings)
 
 
@@ -262,7 +266,9 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
         resolved.reasons["teacher"] = f"its passes are {share:.0%} of a step"
     seconds = None if options["hours"] is None else options["hours"] * 3600
     part, rest = resolved.take_batch(
-        lambda cost, devices, memory: auto.choose_batch_size(cost, images, devices, memory, seconds)
+        lambda cost, device, count, memory: auto.choose_batch_size(
+            cost, images, device, count, memory, seconds
+        )
     )
     batch, parts = int(options["batch_size"]), int(options["accumulate"])
     if rest:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from freqmask.backbones import height_and_width
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 from freqmask.interop.models import OpenedModel, hash_weights, open_model
 from freqmask.methods.distill import Teacher, teacher_size
 from freqmask.training import auto
@@ -47,7 +47,7 @@ def _check(teacher: Teacher) -> None:
     try:
         teacher(images)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error, 160)
         raise UserError(
             f"teacher_size ({min(teacher.size)}) is none at which {teacher.name} works ({reason}); try another"
         ) from error

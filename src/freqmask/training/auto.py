@@ -118,7 +118,7 @@ class Plan:
             self.cost = measure_cost(trial, trial_loss, device, images)
         return trial, trial_loss
 
-    def take_batch(self, choose: Callable[[Cost, int, int], Choice]) -> tuple[int, int]:
+    def take_batch(self, choose: Callable[[Cost, str, int, int], Choice]) -> tuple[int, int]:
         """Batch size and its parts, from the cost, the devices and their memory.
 
         Returns:
@@ -126,7 +126,7 @@ class Plan:
         """
         values, memory = self.values, usable_memory(torch.device(self.values["accelerator"]))
         processes = world_size(values)
-        self.take("batch_size", *choose(self.cost, processes, memory))
+        self.take("batch_size", *choose(self.cost, values["accelerator"], processes, memory))
         batch = int(values["batch_size"])
         if batch % processes:
             raise UserError(
@@ -166,7 +166,7 @@ def choose_patch_size(image_size: int, backbone: str) -> Choice | None:
 
 
 def choose_batch_size(
-    cost: Cost, images: int, devices: int, memory: int, seconds: float | None = None
+    cost: Cost, images: int, device: str, devices: int, memory: int, seconds: float | None = None
 ) -> Choice:
     """The largest power of two up to 256 (a GPU: 1,024) that memory holds and the data fills eight times.
 
@@ -175,12 +175,13 @@ def choose_batch_size(
     Args:
         cost: of an image.
         images: training images.
+        device: ``"cuda"`` or another type.
         devices: that share a batch.
         memory: bytes that each may take.
         seconds: of the training; where they hold fewer than 5,000 steps the batch is smaller, down to 64.
     """
     fits = max(int((memory - cost.fixed_bytes) / max(cost.bytes_per_image, 1)), 1) * devices
-    most = 1024 if torch.cuda.is_available() else 256
+    most = 1024 if device == "cuda" else 256
     wanted = max(min(most, images // 8), 8)
     value = 2 ** int(math.log2(max(min(fits, wanted), 1)))
     limit = "memory" if fits < wanted else ("the number of images" if wanted < most else "a usual batch")

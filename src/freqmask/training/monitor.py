@@ -77,6 +77,7 @@ class Monitor(L.Callback):
         self.latest: dict[str, float] = {}
         self.recorded: dict[str, float] = {}  # stays in the bar until it is measured again
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}  # parts that told a name: details come with the logged steps alone
         self._parts = self._steps_at_row = 0
         self._waited = self._batch_ended = self._row_began = 0.0
         self._warned = False
@@ -98,12 +99,13 @@ class Monitor(L.Callback):
     ) -> None:
         """Add up; at the end of an optimizer step move the bar, at some of them write a row."""
         if not self._parts:
-            self._sums = {}
+            self._sums, self._counts = {}, {}
         self._parts += 1
         whole = {"loss": outputs["loss"] * trainer.accumulate_grad_batches}  # Lightning divides it
         for name, value in {**outputs, **whole}.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             step = trainer.global_step
             if self._is_logged(trainer, step):
@@ -155,12 +157,7 @@ class Monitor(L.Callback):
         names = sorted(self._sums)
         values = torch.stack([self._sums[name].to(module.device) for name in names])
         values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
-        # details are asked for in all parts of the logged step, losses in all parts since the last row
-        last = min(trainer.accumulate_grad_batches, self._parts)
-        return {
-            name: value / (last if name.startswith(("relative_loss", "collapse")) else self._parts)
-            for name, value in zip(names, values.tolist(), strict=True)
-        }
+        return {name: value / self._counts[name] for name, value in zip(names, values.tolist(), strict=True)}
 
     def _warn_of_collapse(self, step: int) -> None:
         number = self.latest.get("collapse")
