@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,9 +219,10 @@ def test_fewer_test_images_are_taken_evenly(
 
 def test_the_mean_of_several_results_draws_whole_images(data: str) -> None:
     from freqmask.evaluation.eval_model import PixelModel
-    from freqmask.evaluation.protocol import EvalConfig, open_experiment
+    from freqmask.evaluation.knn import Knn
+    from freqmask.evaluation.protocol import EvalConfig
 
-    experiment = open_experiment(EvalConfig(models=["pixels"], data=[data]))
+    experiment = Knn().open(EvalConfig(models=["pixels"], data=[data]))
     opened, model = experiment.data, PixelModel(experiment.survey)
     tested = opened.tested
     half = np.where(np.arange(10) < 5, opened.labels[tested], 1 - opened.labels[tested])
@@ -254,6 +256,25 @@ def test_mce_is_for_the_thousand_classes_at_224_alone() -> None:
     assert not mce_applies([str(n) for n in range(1000)], 224, measured)
     assert not mce_applies(names, 192, measured)
     assert not mce_applies(names, 224, dict.fromkeys(list(measured)[1:], 0.5))
+
+
+@pytest.mark.parametrize("head", ["linear", "own"])
+def test_a_model_is_opened_once_to_be_checked_and_once_to_be_measured(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    from freqmask.evaluation import eval_model
+
+    opened = []
+    opener = "open_model" if head == "linear" else "open_classifier"
+    whole = getattr(eval_model, opener)
+    monkeypatch.setattr(eval_model, opener, lambda text, **more: opened.append(text) or whole(text, **more))
+    model = "random:resnet10t" if head == "linear" else str(tmp_path / "own")
+    if head == "own":
+        write_classifier(tmp_path / "own", ["0", "1", "2"])
+    freqmask.evaluate.robustness(
+        model, data=data, head=head, image_size=32, corruptions=["none"], attacks=["none"], workers=0
+    )
+    assert opened == [model] * (2 if head == "linear" else 1)  # a classifier is kept
 
 
 def test_attacks_reach_through_backbone_and_head(data: str) -> None:
@@ -300,8 +321,9 @@ def test_data_is_asked_for_where_a_head_is_learnt() -> None:
         freqmask.evaluate.robustness("pixels")
 
 
+@pytest.mark.parametrize(("protocol", "options"), [("robustness", {}), ("knn", {"k": [3]}), ("bands", {})])
 def test_features_that_are_not_finite_give_a_row_without_a_number(
-    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, options: dict[str, Any]
 ) -> None:
     from freqmask.evaluation.eval_model import PixelModel
 
@@ -309,6 +331,7 @@ def test_features_that_are_not_finite_give_a_row_without_a_number(
     monkeypatch.setattr(
         PixelModel, "features", lambda *a: {name: torch.log(-1 - f.abs()) for name, f in broken(*a).items()}
     )
-    (summary,) = freqmask.evaluate.robustness("pixels", data=data, workers=0, cache=False)
+    measure = getattr(freqmask.evaluate, protocol)
+    (summary,) = measure("pixels", data=data, workers=0, cache=False, **options)
     assert "not finite" in summary.error
     assert [row["accuracy"] for row in rows(tmp_path / "results.csv")] == [""]

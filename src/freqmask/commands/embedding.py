@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freqmask.console import Progress, plain_name, say
 from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.sampler import ChosenSampler
 from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.images import as_float
@@ -260,10 +261,8 @@ def image_batches(
     dataset: TrainDataset, source: Source, indices: Sequence[int], config: ComputeConfig
 ) -> Iterator[ImageBatch]:
     """The images, each once, in order."""
-    items: Any = [(0, index, index) for index in indices]
-    done = 0
-    size = min(config.batch_size, max(len(items), 1))
-    for batch in make_loader(dataset, items, size, config.workers) if items else ():
+    done, size = 0, min(config.batch_size, max(len(indices), 1))
+    for batch in make_loader(dataset, ChosenSampler(indices), size, config.workers) if indices else ():
         wanted = np.array(indices[done : done + len(batch["indices"])])
         is_read = batch["indices"].numpy() == wanted
         unread = {source.name(int(index)) for index in wanted[~is_read]}

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from freqmask.errors import UserError
 from freqmask.evaluation import knn
+from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.linear import fit_head
-from freqmask.evaluation.protocol import EvalConfig, EvalContext, Protocol, finish_report, say_blocks
+from freqmask.evaluation.protocol import EvalContext, Protocol, finish_report, say_blocks
 from freqmask.evaluation.results import (
     Result,
     ResultTable,
@@ -108,12 +109,8 @@ class Bands(Protocol):
         self.title = f"accuracy on filtered test images, {self.head} head"
         self.own_heads = self.head == "own"
 
-    def open(self, config: EvalConfig) -> Any:
-        """As for every protocol; the radii must fit the input size of each model."""
-        experiment = super().open(config)
-        for text in experiment.models:
-            bands_of(experiment.open_model(text, config.seeds[0]).input_size[1:], self.radii)
-        return experiment
+    def check_model(self, model: EvalModel) -> None:
+        bands_of(model.input_size[1:], self.radii)
 
     def evaluate(self, context: EvalContext, seed: int) -> list[Result]:
         """One row a band; the head of each round predicts its own test images."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freqmask.backbones import Features, recalibrate_batch_norm
 from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.sampler import ChosenSampler
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
@@ -126,8 +127,8 @@ class BackboneModel(EvalModel):
         self.opened.backbone.to(device)
         if self.kind == "random":
             places = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
-            items: Any = [(0, place, place) for place in places]
-            loader = make_loader(self.dataset(train), items, min(64, len(items)), workers=0, pin_memory=False)
+            images, at_once = self.dataset(train), min(64, len(places))
+            loader = make_loader(images, ChosenSampler(places), at_once, workers=0, pin_memory=False)
             views = (as_float(batch["views"][0].to(device)) for batch in loader)
             recalibrate_batch_norm(self.opened.backbone, map(self.normalize, views))
             self._hash = None

@@ -24,7 +24,6 @@ from freqmask.evaluation.protocol import (
     Experiment,
     Protocol,
     finish_report,
-    open_experiment,
     say_blocks,
     say_skipped,
 )
@@ -136,7 +135,7 @@ class Finetune(Protocol):
     def open(self, config: EvalConfig) -> FinetuneExperiment:
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]
         check_tuning({**self.options, "model": models})
-        opened = open_experiment(config)
+        opened = super().open(config)
         words = {name: self.options[name] for name in (*DECIDING, "tune") if name in self.options}
         series = digest(words, opened.data.source.fingerprint(), opened.data.split)
         root = config.out or RUNS / f"finetune-{series}"

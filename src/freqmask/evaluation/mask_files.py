@@ -24,7 +24,7 @@ from freqmask.data.splits import split_of
 from freqmask.data.tiff import open_tifffile, turn_of
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
-from freqmask.errors import BadImage, UserError
+from freqmask.errors import BadImage, UserError, brief
 from freqmask.rng import uniform_numbers
 
 # Lossless ones only: JPEG and its like invent labels along every edge.
@@ -51,7 +51,7 @@ def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on broken files
-        raise BadImage(f"it cannot be read ({' '.join(str(error).split())[:120]})") from error
+        raise BadImage(f"it cannot be read ({brief(error)})") from error
     labels = _single_plane(stored)
     if labels.dtype.kind not in "iub":
         raise BadImage(f"it holds numbers of the type {labels.dtype}; labels are whole numbers")

@@ -208,12 +208,37 @@ class Protocol(ABC):
         return EvalConfig.of(options)
 
     def open(self, config: EvalConfig) -> Any:
-        """Open and check everything once, so that a mistake shows before hours of work.
+        """Models, data and the folder of the results, each tried once: a mistake shows before hours of work.
 
         Raises:
             UserError: whatever is wrong with models, data, seeds or the protocol's own options.
         """
-        return open_experiment(config, self.own_heads)
+        models, own_heads = check_models(config.models), self.own_heads
+        check_seeds_differ(config.seeds)
+        if config.out is not None:
+            check_results(config.out)
+        split = replace(config.split, train=not own_heads)  # a classifier of its own needs no training images
+        data = open_labelled(config.data, config.labels, split, config.pages)
+        experiment = Experiment(config, models, data, survey(data.source), own_heads)
+        differences: dict[str, None] = {}
+        for text in models:
+            model = experiment.open_model(text, config.seeds[0])
+            self.check_model(model)
+            check_results(config.out or model.results or Path())
+            differences |= dict.fromkeys(what_differs(model, experiment.survey))
+            if model.kind == "run" and model.results is not None:
+                say(seen_in_pretraining(model.results, data.source, data.tested))
+        n_train = len(np.unique(np.concatenate([one.train for one in data.rounds])))
+        say(
+            f"{data.name}: {n_train:,} training images, {len(data.tested):,} test images, "
+            f"{len(data.class_names)} classes ({data.split})"
+        )
+        for note in [*data.notes, *differences]:
+            say(f"note: {note}")
+        return experiment
+
+    def check_model(self, model: EvalModel) -> None:  # noqa: B027 - most protocols take any
+        """Raises a UserError where the protocol's own options do not fit a model."""
 
     def contexts(self, experiment: Any, text: str) -> Any:
         """(context, seed) of each measurement of a model; seeds that nothing depends on are left out."""
@@ -281,36 +306,6 @@ def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary
             for context, seed in protocol.contexts(experiment, text):
                 results += protocol.evaluate(context, seed)
     return protocol.report(experiment, results) if results and rank() == 0 else []
-
-
-def open_experiment(config: EvalConfig, own_heads: bool = False) -> Experiment:
-    """Models (with their own classifiers, where ``own_heads``), data and the folder of the results, each tried once.
-
-    Raises:
-        UserError: whatever is wrong with them.
-    """
-    models = check_models(config.models)
-    check_seeds_differ(config.seeds)
-    if config.out is not None:
-        check_results(config.out)
-    split = replace(config.split, train=not own_heads)  # a classifier of its own needs no training images
-    data = open_labelled(config.data, config.labels, split, config.pages)
-    experiment = Experiment(config, models, data, survey(data.source), own_heads)
-    differences: dict[str, None] = {}
-    for text in [] if own_heads else models:
-        model = experiment.open_model(text, config.seeds[0])
-        check_results(config.out or model.results or Path())
-        differences |= dict.fromkeys(what_differs(model, experiment.survey))
-        if model.kind == "run" and model.results is not None:
-            say(seen_in_pretraining(model.results, data.source, data.tested))
-    n_train = len(np.unique(np.concatenate([one.train for one in data.rounds])))
-    say(
-        f"{data.name}: {n_train:,} training images, {len(data.tested):,} test images, "
-        f"{len(data.class_names)} classes ({data.split})"
-    )
-    for note in [*data.notes, *differences]:
-        say(f"note: {note}")
-    return experiment
 
 
 def check_seeds_differ(seeds: Sequence[int]) -> None:

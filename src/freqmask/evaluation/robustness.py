@@ -40,7 +40,6 @@ from freqmask.evaluation.protocol import (
     Protocol,
     finish_report,
     metadata_of,
-    open_experiment,
     say_blocks,
 )
 from freqmask.evaluation.results import ClassificationResult, Result, Summary
@@ -188,27 +187,27 @@ class Robustness(Protocol):
             raise UserError(f"test_images ({self.test_images}) must be at least 1, or left out for all")
         check_frost(self.frost)
         strengths_for(224, self.constants)
-        experiment = RobustnessExperiment(config, check_models(config.models), None, None, self.own_heads)  # type: ignore[arg-type]
         if config.data and config.data != [None]:
-            opened = open_experiment(config, self.own_heads)
-            experiment.data, experiment.survey = self._thinned(opened.data), opened.survey
-        elif self.head != "own" or not self.folders:
-            raise UserError("data is missing; --data DATA, or --head own with --folder alone")
+            opened = super().open(config)
+            opened.data = self._thinned(opened.data)
+        elif self.own_heads and self.folders:
+            opened = Experiment(config, check_models(config.models), None, None, True)  # type: ignore[arg-type]
         else:
-            experiment.has_data = False
-        known = experiment.data.class_names if self.head != "own" else None
-        experiment.folders = [
+            raise UserError("data is missing; --data DATA, or --head own with --folder alone")
+        known = None if self.own_heads else opened.data.class_names
+        folders = [
             (folder, open_folder(folder, known))
             for path in self.folders
             for folder in find_folders(path, self.corruptions, self.severities)
         ]
-        check_tree(experiment.folders)
-        if known is not None and experiment.folders and len(experiment.data.rounds) > 1:
+        check_tree(folders)
+        if known is not None and folders and len(opened.data.rounds) > 1:
             raise UserError("folder needs one head and --folds makes several; leave one of them out")
+        experiment = RobustnessExperiment(**vars(opened), folders=folders, has_data=opened.data is not None)
         if not experiment.has_data:
-            experiment.data = experiment.folders[0][1]
-        for text in experiment.models:
-            experiment.open_model(text, config.seeds[0])
+            experiment.data = folders[0][1]
+            for text in experiment.models:
+                experiment.open_model(text, config.seeds[0])
         self.experiment = experiment
         return experiment
 

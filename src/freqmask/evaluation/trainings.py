@@ -242,8 +242,8 @@ def _held(run: RunFolder, dry_run: bool) -> Iterator[None]:
         stack.enter_context(silence_third_party_loggers())
         if rank() == 0 and not dry_run:
             run.lock()
-            stack.callback(run.leave_nothing)
             stack.callback(run.unlock)
+            stack.callback(run.leave_nothing)  # before the lock is given free, or another's would be deleted
         yield
 
 

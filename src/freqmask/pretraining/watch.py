@@ -199,8 +199,8 @@ class Probe(Measurement):
         self, encode: Encode, images: TrainDataset, indices: np.ndarray, device: torch.device
     ) -> Float[Tensor, "image dim"]:
         """What ``encode`` makes of each image, on the CPU."""
-        items: Any = [(0, index, index) for index in indices.tolist()]
-        batches = make_loader(images, items, min(self.batch_size, len(items)), workers=0)
+        sampler, at_once = ChosenSampler(indices.tolist()), min(self.batch_size, len(indices))
+        batches = make_loader(images, sampler, at_once, workers=0)
         return torch.cat([encode(as_float(batch["views"][0].to(device))).float().cpu() for batch in batches])
 
 
