@@ -183,11 +183,11 @@ def without(words: list[str], *options: str) -> list[str]:
 
 
 def make_images(folder: Path) -> None:
-    """photos, labelled: five classes of JPEGs; cells: 16-bit TIFFs; tiles: 12 bands; a table of labels each."""
+    """photos, labeled: five classes of JPEGs; cells: 16-bit TIFFs; tiles: 12 bands; a table of labels each."""
     draw = np.random.default_rng(0)
     for number in range(60):
         photo = draw.integers(0, 255, (48, 56, 3), dtype=np.uint8)
-        for name in ("photos", "labelled"):
+        for name in ("photos", "labeled"):
             write(folder / name / f"class{number % 5}" / f"{number}.jpg", photo)
         write(folder / "cells" / f"{number}.tif", draw.integers(100, 3000, (96, 96)).astype(np.uint16))
         write(folder / "tiles" / f"{number}.tif", draw.normal(800, 90, (64, 64, 12)).astype(np.float32))

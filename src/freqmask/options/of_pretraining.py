@@ -152,7 +152,7 @@ class Machine(Computing):
         "auto",
         "device: all images are decoded once, stay in the device's memory and are cropped, resampled and flipped "
         "there; loader: workers read them anew at every step. auto is device for images of up to 160 pixels a side "
-        "(64 on a CPU) that fit into a quarter of the free memory and are seen twice or more",
+        "that fit into a quarter of the free memory and are seen twice or more",
     )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = option(
         "auto", "of the computation; auto is bf16-mixed where the device computes it fast"
