@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from freqmask import __version__
+from freqmask import __version__, imports
 from freqmask.console import say, say_error
 from freqmask.errors import UserError, describe_os_error, name_of, nearest
-from freqmask.imports import blame
 
 
 class Command(NamedTuple):
@@ -74,6 +73,7 @@ compdef _freqmask freqmask""",
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave with 0, 1 (an error of ours), 2 (an error of the user's) or 130 (interrupted)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    imports.own_process = arguments is None
     with contextlib.suppress(OSError):  # a folder that is gone
         if arguments is None and not {"", str(Path.cwd())} & set(sys.path):
             # loader workers look for modules where this process does, not in the data or the run where it was started
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say_error(f"error: {named}{describe_os_error(error)} (FREQMASK_DEBUG=1 shows where)")
         raise SystemExit(2) from None
     except Exception as error:
-        sentence = blame(error)
+        sentence = imports.blame(error)
         if sentence is None or os.environ.get("FREQMASK_DEBUG"):
             raise
         say_error(f"error: {sentence}")

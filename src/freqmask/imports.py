@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -16,6 +17,7 @@ from freqmask.errors import UserError
 
 TRUST = "FREQMASK_TRUST"  # in the environment: import paths that files may name, with commas between them
 _PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+own_process = False  # whether this process is a command's alone, no program that calls us
 
 
 class _Named(NamedTuple):
@@ -100,6 +102,21 @@ def import_object(path: str, what: str) -> Any:
     if not module.startswith("freqmask."):
         _IMPORTED[str(getattr(found, "__file__", module))] = path
     return getattr(found, name)
+
+
+def import_uncollected(module: str) -> None:
+    """In a command's own process, import what it works with while no garbage is collected, nor later sought in it.
+
+    torch, timm and Lightning make 850,000 objects that all stay; to find that out again and again takes the
+    collector a second of five, and as much later; forked loader workers would copy the pages that it touches.
+    """
+    if own_process:
+        gc.disable()
+        try:
+            importlib.import_module(module)
+        finally:
+            gc.freeze()
+            gc.enable()
 
 
 def blame(error: BaseException) -> str | None:

@@ -1,5 +1,8 @@
 """The command line as a user types it."""
 
+import contextlib
+import gc
+import importlib.util
 import inspect
 import re
 import shutil
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import freqmask
+from freqmask import imports
 from freqmask.cli import COMMANDS, load, main
 from freqmask.commands.given import declared, given_values
 from freqmask.commands.parser import read_words
@@ -202,3 +206,31 @@ def test_bash_completes_a_word(tmp_path: Path) -> None:
 def test_help_calls_only_what_must_be_given_required(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(required)" not in typed(capsys, "pretrain", "--help")[1]
     assert "(required)" in typed(capsys, "convert", "--help")[1]
+
+
+@pytest.mark.parametrize("text", ["", "raise ImportError('no')"])
+def test_no_garbage_is_collected_while_a_command_of_its_own_process_imports(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"heavy_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(
+        f"import gc\nCOLLECTED = gc.isenabled()\ngc.COLLECTED = COLLECTED\n{text}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(gc, "COLLECTED", None, raising=False)
+    imports.import_uncollected(name)
+    assert gc.COLLECTED is None, "a program that calls us keeps its collector, and imports as it goes"  # type: ignore[attr-defined]
+    monkeypatch.setattr(imports, "own_process", True)
+    try:
+        with contextlib.suppress(ImportError):
+            imports.import_uncollected(name)
+        assert gc.COLLECTED is False  # type: ignore[attr-defined]
+        assert gc.isenabled() and gc.get_freeze_count() > 1_000
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("words", EVERY, ids=" ".join)
+def test_a_command_says_truly_what_it_imports(words: list[str]) -> None:
+    module = load(*words).imports  # type: ignore[attr-defined]
+    assert not module or importlib.util.find_spec(module)

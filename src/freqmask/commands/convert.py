@@ -9,7 +9,7 @@ from freqmask.commands.given import command
 from freqmask.console import say, shell_word
 
 
-@command()
+@command(imports="freqmask.interop.foreign_weights")
 def convert(
     file: str,
     *,

@@ -13,7 +13,7 @@ from freqmask.options import Auto
 _QUERIES, _NEIGHBORS = 8, 7
 
 
-@command()
+@command(imports="freqmask.commands.embedding")
 def embed(
     model: str,
     data: list[str],

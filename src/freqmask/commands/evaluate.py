@@ -49,7 +49,7 @@ Returns:
 Raises:
     UserError: a model, the data or a folder cannot be opened, labels or masks do not fit, or an option cannot be.
 """
-        return command(*groups)(function)
+        return command(*groups, imports="freqmask.evaluation.protocol")(function)
 
     return decorate
 

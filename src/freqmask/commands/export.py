@@ -10,7 +10,7 @@ from freqmask.console import say
 from freqmask.errors import UserError
 
 
-@command()
+@command(imports="freqmask.commands.prediction")
 def export(
     model: str,
     *,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from freqmask.errors import CallError, UserError, nearest
-from freqmask.imports import named_by_user
+from freqmask.imports import import_uncollected, named_by_user
 from freqmask.options import (
     REQUIRED,
     Option,
@@ -42,7 +42,7 @@ def running_options() -> dict[str, Any]:
 
 
 def command(
-    *groups: Group, more: Callable[[Any], Mapping[str, Option]] | None = None
+    *groups: Group, imports: str = "", more: Callable[[Any], Mapping[str, Option]] | None = None
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function take texts as well as values, and options from a YAML file where it has a ``config``.
 
@@ -51,6 +51,7 @@ def command(
     Args:
         *groups: options beside those of the function's signature, for its ``**options``: dataclasses, or options by
             name. The function is called with all of them.
+        imports: the module that does the work, where that takes seconds to import.
         more: what ``method`` names -> options that it brings along.
     """
 
@@ -67,11 +68,13 @@ def command(
                 every = {name: option.default for name, option in known.items() if name != "config"} | given
                 token = _running.set((given, every))
                 try:
+                    if imports:
+                        import_uncollected(imports)
                     return function(**every)
                 finally:
                     _running.reset(token)
 
-        call.groups, call.more = groups, more  # type: ignore[attr-defined]
+        call.groups, call.more, call.imports = groups, more, imports  # type: ignore[attr-defined]
         if groups:
             describe(call, function)
         return call

@@ -14,7 +14,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "t
 _FOR_DEVELOPERS = ("dev", "docs", "bench")
 
 
-@command()
+@command(imports="torch")
 def info() -> dict[str, str]:
     """Prints versions, devices, extras and folders: what a bug report should hold.
 

@@ -11,7 +11,7 @@ from freqmask.errors import UserError
 from freqmask.options import Auto
 
 
-@command()
+@command(imports="freqmask.commands.prediction")
 def predict(
     model: str,
     data: list[str],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SHOWN_SKIPPED = 3
 
 
-@command()
+@command(imports="freqmask.data.sharding")
 def prepare(
     data: list[str],
     *,

@@ -22,7 +22,9 @@ def options_of_method(method: Any) -> Mapping[str, Option]:
 
 
 @command(
-    *(First, Images, Views, Optimization, built_in_options(), Machine, RunRecords), more=options_of_method
+    *(First, Images, Views, Optimization, built_in_options(), Machine, RunRecords),
+    imports="freqmask.pretraining.job",
+    more=options_of_method,
 )
 def pretrain(data: list[Any] | None = None, *, config: str | None = None, **options: Any) -> Path:
     """Pre-train a backbone on images without labels.

@@ -12,7 +12,7 @@ from freqmask.options import Seed
 _MOST_IMAGES = 8
 
 
-@command()
+@command(imports="freqmask.commands.sheets")
 def reconstruct(
     model: str,
     image: list[str],

@@ -13,7 +13,7 @@ from freqmask.options import Range, Seed
 _MOST_IMAGES = 4  # side by side; more would be too small to see
 
 
-@command()
+@command(imports="freqmask.pretraining.figures")
 def spectra(
     image: list[str],
     *,
