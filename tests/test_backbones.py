@@ -253,3 +253,30 @@ def test_optional_model_args_are_granted_where_the_family_knows_them() -> None:
     assert vit(torch.rand(1, 3, 48, 64)).feature_map.shape[2:] == (3, 4)
     assert vit.timm_model.blocks[1].drop_path1.drop_prob == 0.5
     assert Backbone("resnet18", 32, optional_model_args=optional_model_args).fixed_size is False
+
+
+def fused_backwards(output: torch.Tensor) -> int:
+    """How many of the CPU's fused attention kernels a gradient of ``output`` goes through."""
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return sum("FlashAttention" in node.name() for node in seen if node is not None)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+@pytest.mark.parametrize(("side", "tokens"), [(32, 17), (96, 145)])
+def test_few_tokens_in_half_precision_are_attended_to_by_the_plain_product_and_alike(
+    precision: str, side: int, tokens: int
+) -> None:
+    torch.manual_seed(0)
+    backbone, images = tiny_vit(side), torch.randn(2, 3, side, side)
+    expected = backbone(images).feature_map.detach()
+    if precision == "bf16-true":
+        backbone, images = backbone.bfloat16(), images.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        feature_map = backbone(images).feature_map
+    assert fused_backwards(feature_map) == (0 if precision != "32-true" and tokens < 128 else 3)
+    torch.testing.assert_close(feature_map.float(), expected, rtol=0.1, atol=0.1)

@@ -109,8 +109,9 @@ def round_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 def cannot(name: str, what: str, error: BaseException) -> UserError:
     """The sentence for a model that timm could not make or run as asked."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"backbone ({name}) cannot take {what}: {reason[:300]}; change them or the backbone")
+    return UserError(
+        f"backbone ({name}) cannot take {what}: {brief(error, 300)}; change them or the backbone"
+    )
 
 
 def has_attending_blocks(model: nn.Module) -> bool:
@@ -213,9 +214,8 @@ def _failure(
     name: str, asked: dict[str, Any], image_size: tuple[int, int] | None, pretrained: bool, error: Exception
 ) -> UserError:
     if pretrained:
-        reason = brief(error, 200)
         return UserError(
-            f"the public weights of {name} could not be had ({type(error).__name__}: {reason}); check the "
+            f"the public weights of {name} could not be had ({type(error).__name__}: {brief(error, 200)}); check the "
             "name and the network, or start without pretrained"
         )
     size = "" if image_size is None else f"images of {image_size[0]}x{image_size[1]} with "

@@ -47,6 +47,8 @@ def test_enough_steps_and_images_need_no_advice() -> None:
 
 def test_few_steps_are_told_before_they_are_spent() -> None:
     assert "32 steps are few: little shows before 5,000" in advised(steps=32)
+    assert "32 steps are few: little shows before 500" in advised(steps=32, method="words")
+    assert advised(steps=800, method="words") == ""
 
 
 def test_few_images_are_sent_to_public_weights() -> None:

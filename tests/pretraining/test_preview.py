@@ -70,6 +70,11 @@ def test_a_plan_shows_the_filters_that_the_keys_draw() -> None:
     assert [name == "lowpass" for name in names] == low_passed.tolist()
 
 
+@pytest.mark.parametrize("name", ["mfm", "words"])
+def test_a_name_of_a_filter_fits_above_its_image(name: str) -> None:
+    assert all(len(text) <= 12 for text in filter_names(tiny(name), torch.arange(8)))
+
+
 def test_a_preview_of_a_large_photograph_stays_below_a_megabyte(tmp_path: Path) -> None:
     skimage = pytest.importorskip("skimage.data")
     photograph = (

@@ -8,11 +8,11 @@ import freqmask
 from freqmask.commands.given import declared, given_values
 from freqmask.errors import UserError
 from freqmask.methods import METHODS
+from freqmask.options.of_methods import method_settings, options_of_class
 from freqmask.pretraining.resolve import (
     check_options,
     choose_method,
     method_defaults,
-    method_settings,
     parse_image_size,
 )
 
@@ -46,11 +46,12 @@ def test_what_a_method_has_beside_the_options_given_is_recorded_as_the_filter_us
 
 
 def test_a_method_counts_in_steps_and_a_person_in_epochs() -> None:
-    options = {"method": "folk", "freeze_last_layer_epochs": 2.0, "outputs": 64, "lr": 0.1}
-    assert method_settings(options, 50.5) == {"outputs": 64, "freeze_last_layer_steps": 101}
-    assert method_settings(options) == {"outputs": 64}
-    assert method_settings({"method": "folk"}, 50.0) == {"freeze_last_layer_steps": 50}
-    assert method_settings({"method": "mfm"}, 50.0) == {}
+    folk, mfm = (options_of_class(METHODS[name]) for name in ("folk", "mfm"))
+    options = {"freeze_last_layer_epochs": 2.0, "outputs": 64, "lr": 0.1}
+    assert method_settings(folk, options, 50.5) == {"outputs": 64, "freeze_last_layer_steps": 101}
+    assert method_settings(folk, options) == {"outputs": 64}
+    assert method_settings(folk, {}, 50.0) == {"freeze_last_layer_steps": 50}
+    assert method_settings(mfm, {}, 50.0) == {}
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from freqmask.options import options_of
+from freqmask.options.of_methods import METHOD_OPTIONS
+from freqmask.options.of_pretraining import GROUPS
 from freqmask.reporting.reading import Curve, Run
 from freqmask.reporting.summary import remarks
+
+PRETRAIN = {"method", *(name for group in GROUPS for name in options_of(group))}
+ONE = np.ones(1)
 
 
 def curve(*values: float) -> Curve:
@@ -22,6 +30,22 @@ def said(**curves: Curve) -> str:
 def test_learning_and_not_learning_are_told_apart() -> None:
     assert "note: It learns its task" in said(relative_loss=curve(1.0, 0.7, 0.6, 0.6))
     assert "warning: Nothing learned yet" in said(relative_loss=curve(1.2, 1.0, 1.0, 1.0))
+
+
+def test_advice_names_only_options_that_the_method_has() -> None:
+    flat = {"relative_loss": curve(1.2, 1.0, 1.0), "collapse": curve(0.5, 0.01, 0.01)}
+    for name, method in METHOD_OPTIONS.items():
+        run = Run(Path("a"), "a", "finished", config={"steps": 9000, "method": name}, curves=flat)
+        text = " ".join(remark.text for remark in remarks(run))
+        named = set(re.findall(r"--(\w+)", text))
+        assert {"steps", "lr", "overfit"} <= named <= {*options_of(method), *PRETRAIN}, (name, text)
+        assert ("--gamma" in text) == ("gamma" in options_of(method))
+
+
+@pytest.mark.parametrize(("method", "early"), [("mfm", "5,000"), ("folk", "5,000"), ("words", "500")])
+def test_how_early_is_too_early_depends_on_the_method(method: str, early: str) -> None:
+    run = Run(Path("a"), "a", "stopped", config={"method": method}, curves={"loss": Curve(ONE, ONE)})
+    assert f"Little can be judged before about {early} steps." in [remark.text for remark in remarks(run)]
 
 
 def test_a_short_run_is_judged_by_its_end() -> None:

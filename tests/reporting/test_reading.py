@@ -11,6 +11,8 @@ from freqmask.errors import UserError
 from freqmask.reporting.reading import read_run, read_runs
 from freqmask.training.run_folder import RunFolder
 
+HUGE = b"step,model\n1," + b"x" * 200_000 + b"\n"  # a cell beyond what the module csv takes
+
 
 def test_a_run_is_read_whole(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a"))
@@ -57,6 +59,9 @@ def test_numbers_that_are_none_are_counted_and_not_drawn(tmp_path: Path) -> None
         ("metrics.csv", b"loss\n1\n", "no column named step"),
         ("metrics.csv", b"step,loss\n", "no row yet"),
         ("metrics.csv", b"\xff\xfe\x00\x01", "no column named step"),
+        ("metrics.csv", HUGE, "metrics.csv is damaged (field larger than"),
+        ("results.csv", HUGE, "results.csv cannot be read"),
+        ("skipped.csv", HUGE, "skipped.csv cannot be read"),
         ("config.yaml", b"a: [", "config.yaml cannot be read"),
         ("config.yaml", b"\xff", "config.yaml cannot be read"),
         ("run.json", b"{", "run.json cannot be read"),
@@ -68,7 +73,7 @@ def test_what_is_missing_or_damaged_is_said(
     tmp_path: Path, name: str, content: bytes | None, sentence: str
 ) -> None:
     folder = make_run(tmp_path / "a")
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     if content is not None:
         (folder / name).write_bytes(content)
     assert any(sentence in one for one in read_run(folder).missing)

@@ -20,7 +20,7 @@ from freqmask.data.pixels import Box
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.timm_folder import (
     CLASSIFIER,
@@ -243,9 +243,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
         try:
             module = timm.create_model(LOCAL + str(folder), pretrained=True)
         except Exception as error:  # timm raises whatever it pleases
-            raise UserError(
-                f"model ({text}) cannot be opened: {' '.join(str(error).split())[:200]}"
-            ) from error
+            raise UserError(f"model ({text}) cannot be opened: {brief(error, 200)}") from error
     if module.num_classes < 1:
         return None
     check_weights(module.state_dict(), f"model ({text})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -34,6 +33,7 @@ from freqmask.interop.timm_folder import (
 )
 from freqmask.interop.torch_file import check_weights
 from freqmask.methods import Method, build_method, find_method
+from freqmask.options.of_methods import BUILT_FROM, method_settings, options_of_class
 from freqmask.timm_models import check_name, create_model
 from freqmask.training.checkpoint import LAST, load_safely
 from freqmask.training.run_folder import RunFolder
@@ -136,14 +136,10 @@ def method_of(options: Mapping[str, Any], images: int | None = None) -> Method:
         UserError: the method is unknown here, or an option is.
     """
     name = str(options.get("method"))
-    accepted = set(inspect.signature(find_method(name)).parameters)
-    settings = {key: value for key, value in options.items() if key in accepted and value is not None}
-    if isinstance(settings.get("image_size"), list):
+    known, steps_an_epoch = options_of_class(find_method(name)), images and images / options["batch_size"]
+    settings = method_settings(known, options, steps_an_epoch) | {key: options[key] for key in BUILT_FROM}
+    if isinstance(settings["image_size"], list):
         settings["image_size"] = tuple(settings["image_size"])
-    if "freeze_last_layer_steps" in accepted and images:
-        epochs = options.get("freeze_last_layer_epochs")
-        steps = images / options["batch_size"] * (1.0 if epochs is None else epochs)
-        settings["freeze_last_layer_steps"] = round(steps)
     return build_method(name, **settings)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from freqmask.options.declare import option, options_of
 from freqmask.options.option import REQUIRED, Auto, Option, as_typed
@@ -31,6 +31,8 @@ class ImageOptions:
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions(ImageOptions):
     """Backbone."""
+
+    JUDGED_FROM: ClassVar[int] = 5_000  # steps before which little shows (docs/methods.md, small pictures)
 
     patch_size: int | Auto | None = option(
         "auto", "patch of a ViT in pixels; auto is the model's own, smaller for small images", least=1
@@ -144,6 +146,10 @@ class FOLKOptions(BackboneOptions, LossOptions, MaskingOptions):
 class PartlySeenOptions(BackboneOptions):
     """What is hidden."""
 
+    JUDGED_FROM: ClassVar[int] = (
+        500  # words and distill are far above fresh weights after 420 (docs/results.md)
+    )
+
     filter: str | Any = option(
         "lowpass", "lowpass, or another filter as for mfm; what hides frequencies from the network"
     )
@@ -231,6 +237,11 @@ BUILT_FROM = ("backbone", "image_size", "channels")  # what every method takes f
 FROM_DATA = ("mean", "std", "patch_size")  # resolved by what the images are, for every method alike
 
 
+def judged_from(method: Any) -> int:
+    """Optimizer steps before which little can be said of a run of this method."""
+    return int(METHOD_OPTIONS.get(str(method), BackboneOptions).JUDGED_FROM)  # type: ignore[attr-defined]
+
+
 def options_of_class(method: type) -> dict[str, Option]:
     """What a method takes beside ``BUILT_FROM``: the ``Options`` of its class, else its constructor's arguments."""
     known = options_of(getattr(method, "Options", None) or method)
@@ -251,6 +262,27 @@ def typed_options(known: Mapping[str, Option]) -> dict[str, Option]:
         shown = None if plain else as_typed(own.default)
         options[own.name] = replace(own, kind=kind, default=None, shown=shown, positional=False)
     return options
+
+
+def method_settings(
+    known: Mapping[str, Option], options: Mapping[str, Any], steps_an_epoch: float | None = None
+) -> dict[str, Any]:
+    """A method's own options among those of a run, by the names of its constructor; what is None keeps its default.
+
+    Args:
+        known: of the method, from :func:`options_of_class`.
+        options: of the run.
+        steps_an_epoch: turns those in epochs into steps; None leaves them out, where it is not known yet.
+    """
+    settings = {}
+    for name, own in known.items():
+        value = options.get(own.typed)
+        if own.epochs is not None:
+            if steps_an_epoch is not None:
+                settings[name] = round((own.epochs if value is None else value) * steps_an_epoch)
+        elif value is not None:
+            settings[name] = value
+    return settings
 
 
 def built_in_options() -> dict[str, Option]:

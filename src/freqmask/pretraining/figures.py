@@ -287,7 +287,7 @@ def filter_names(method: Any, keys: Int64[Tensor, " batch"]) -> list[str]:
         degradation = getattr(method, "degradation", None)
         return ["" if degradation is None else type(degradation).__name__.lower()] * len(keys)
     if not hasattr(mixture, "names"):
-        return [mixture.describe()] * len(keys)
+        return [getattr(mixture, "name", "") or type(mixture).__name__.lower()] * len(keys)
     return [mixture.names[index] for index in mixture.draw(keys).tolist()]
 
 

@@ -25,7 +25,13 @@ from freqmask.interop.weights import check_init, initial_backbone
 from freqmask.methods import METHODS, Distill, Method, build_method, find_method
 from freqmask.methods.distill import Teacher
 from freqmask.options import Option
-from freqmask.options.of_methods import FROM_DATA, options_of_class, typed_options
+from freqmask.options.of_methods import (
+    BUILT_FROM,
+    FROM_DATA,
+    method_settings,
+    options_of_class,
+    typed_options,
+)
 from freqmask.pretraining.cache_on_device import choose_place
 from freqmask.pretraining.teacher import open_teacher, share_of_step
 from freqmask.training import auto
@@ -107,24 +113,6 @@ def filter_of(options: Mapping[str, Any]) -> str:
     """The filter that is named, or that a method gets where none is."""
     own = method_options(options).get("filter")
     return str(options.get("filter") or ("" if own is None else own.default))
-
-
-def method_settings(options: Mapping[str, Any], steps_an_epoch: float | None = None) -> dict[str, Any]:
-    """The options that were given for the method, by the names of its constructor.
-
-    Args:
-        options: of the run.
-        steps_an_epoch: turns those in epochs into steps; None leaves them out, where it is not known yet.
-    """
-    settings = {}
-    for name, own in method_options(options).items():
-        value = options.get(own.typed)
-        if own.epochs is not None:
-            if steps_an_epoch is not None:
-                settings[name] = round((own.epochs if value is None else value) * steps_an_epoch)
-        elif value is not None and name not in FROM_DATA:
-            settings[name] = value
-    return settings
 
 
 def method_defaults(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,14 +234,14 @@ def make_method(
 
     Args:
         options: resolved options.
-        steps_an_epoch: as for :func:`method_settings`.
+        steps_an_epoch: turns options in epochs into steps; None leaves them out, where it is not known yet.
         teacher: where it has been opened already; its weights may be large.
     """
-    shared = ("backbone", "image_size", "channels", "mean", "std", "patch_size")
-    settings = method_settings(options, steps_an_epoch)
+    settings = method_settings(method_options(options), options, steps_an_epoch)
+    settings |= {name: options[name] for name in (*BUILT_FROM, *FROM_DATA)}
     if settings.get("teacher") is not None and issubclass(find_method(options["method"]), Distill):
         settings["teacher"] = teacher or open_teacher(options)
-    return build_method(options["method"], **{name: options[name] for name in shared}, **settings)
+    return build_method(options["method"], **settings)
 
 
 def _resolve_length(resolved: Resolved, images: int) -> None:

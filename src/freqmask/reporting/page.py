@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
 import re
@@ -162,7 +161,7 @@ def refresh_report(run: str | Path) -> Path | None:
         return None
     try:
         return write_report([run], images=not _is_without_images(Path(run) / REPORT))
-    except (UserError, OSError, ValueError, csv.Error) as error:
+    except (UserError, OSError, ValueError) as error:
         say(f"note: the report was not written: {error}; `freqmask report {shell_word(run)}` tries again")
         return None
 

@@ -215,7 +215,7 @@ def _read(read: Any, path: Path, missing: list[str]) -> dict[str, Any]:
 def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
     try:
         rows = read_rows(path)
-    except (csv.Error, OSError) as error:
+    except (UserError, OSError) as error:
         missing.append(f"{path.name} cannot be read: {error}")
         return []
     # a row that is too long has a None key, one that is too short has None values
@@ -224,7 +224,11 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
 
 def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
     """Curves by column, without those that hold no number, and the number of rows; why there are none."""
-    header, rows, broken = _table(path) if path.is_file() else ([], [], 0)
+    try:
+        header, rows, broken = _table(path) if path.is_file() else ([], [], 0)
+    except csv.Error as error:
+        missing.append(f"metrics.csv is damaged ({error}); there are no curves.")
+        return {}
     if broken and "step" in header:
         missing.append(f"{broken:,} lines of metrics.csv are cut short or garbled and were left out.")
     if not rows or "step" not in header:
@@ -247,10 +251,7 @@ def _table(path: Path) -> tuple[list[str], list[list[str]], int]:
     """Header, whole rows, and how many lines are not whole."""
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
     cut = bool(lines) and not lines[-1].endswith("\n")
-    try:
-        header, *rows = csv.reader(io.StringIO("".join(lines[: len(lines) - cut])))
-    except (csv.Error, ValueError):  # no line at all
-        return [], [], 0
+    header, *rows = [*csv.reader(io.StringIO("".join(lines[: len(lines) - cut])))] or [[]]
     header = [current_name(name) for name in header]
     place = header.index("step") if "step" in header else 0
     whole = [row for row in rows if len(row) == len(header) and math.isfinite(number(row[place]))]

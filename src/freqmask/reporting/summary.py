@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from freqmask.console import readable_bytes, readable_time, shell_word
 from freqmask.options import options_of
-from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions
+from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions, judged_from
 from freqmask.options.of_pretraining import GROUPS
 from freqmask.reporting.reading import Curve, Run, number
 
@@ -21,10 +21,12 @@ _INCIDENTAL = re.compile(
     r"|(log|preview|checkpoint)_every_steps|checkpoint_every_minutes"
 )
 
+# options of every pre-training, whatever its method
+_GENERAL = {name for group in (*GROUPS, BackboneOptions) for name in options_of(group)} | {"data"}
+
 FLAT = 0.99  # relative loss
 COLLAPSED = 0.1  # nats (docs/methods.md, small images)
 WAITING = 0.2  # share of the time
-EARLY = 5_000  # steps before which nothing can be judged (docs/methods.md, small images)
 ENOUGH = 100  # images below which a share of them says nothing: its standard error is up to 5 %
 NOTABLE = 2.0  # standard errors
 OVERFITTING = 1.03  # last held-out loss over its lowest
@@ -130,8 +132,7 @@ def _method_options(config: Mapping[str, Any]) -> list[str]:
     method = str(config.get("method"))
     if method not in METHOD_OPTIONS and ":" not in method:
         return []
-    general = {name for group in (*GROUPS, BackboneOptions) for name in options_of(group)} | {"data"}
-    return [name for name in config if name not in general]
+    return [name for name in config if name not in _GENERAL]
 
 
 def is_incidental(name: str) -> bool:
@@ -202,8 +203,9 @@ def _state(run: Run) -> Iterator[Remark]:
     else:
         stopped = f"Not finished: it stopped at step {run.last_step:,}{asked}"
         yield Remark("warning", f"{stopped}. The same command resumes it.")
-    if run.curves and run.last_step < EARLY:
-        yield Remark("note", f"Little can be judged before about {EARLY:,} steps.")
+    early = judged_from(run.config.get("method"))
+    if run.curves and run.last_step < early:
+        yield Remark("note", f"Little can be judged before about {early:,} steps.")
 
 
 def _learning(run: Run) -> Iterator[Remark]:
@@ -218,9 +220,17 @@ def _learning(run: Run) -> Iterator[Remark]:
     else:
         yield Remark(
             "warning",
-            f"Nothing learned yet: {loss}. Try more --steps, a higher --lr, or --gamma 1.5; --overfit 8 tells "
-            "whether it can learn at all.",
+            f"Nothing learned yet: {loss}. {_try(run, 'more --steps', 'a higher --lr', '--gamma 1.5')}; --overfit 8 "
+            "tells whether it can learn at all.",
         )
+
+
+def _try(run: Run, *tries: str) -> str:
+    """What to try, by those options alone that the run's method has beside the general ones."""
+    own = METHOD_OPTIONS.get(str(run.config.get("method")))
+    known = {*run.config, *_GENERAL, *(options_of(own) if own else ())}
+    fitting = [text for text in tries if text.partition("--")[2].split()[0] in known]
+    return f"Try {', '.join(fitting[:-1])}, or {fitting[-1]}"
 
 
 def features_remarks(run: Run) -> Iterator[Remark]:
@@ -323,8 +333,9 @@ def _collapse(run: Run) -> Iterator[Remark]:
     if curve.tail() < COLLAPSED:
         yield Remark(
             "warning",
-            f"The teacher has collapsed: {curve.tail():.3f} nats, healthy is above {COLLAPSED}. Try a lower "
-            "--teacher_temperature, a lower --lr, or fewer --outputs.",
+            f"The teacher has collapsed: {curve.tail():.3f} nats, healthy is above {COLLAPSED}. "
+            + _try(run, "a lower --teacher_temperature", "a lower --lr", "fewer --outputs")
+            + ".",
         )
     else:
         yield Remark("good", f"No collapse: {curve.tail():.2f} nats (below {COLLAPSED} would be one).")

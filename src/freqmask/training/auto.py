@@ -21,7 +21,9 @@ from freqmask.errors import UserError, nearest
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 ENOUGH_STEPS, SMALL_BATCH = 5_000, 64
-TARGET_STEPS = 10_000  # nothing can be judged before about 5,000 (docs/methods.md, small pictures)
+TARGET_STEPS = (
+    10_000  # of MFM and FOLK nothing can be judged before about 5,000 (docs/methods.md, small pictures)
+)
 PUBLISHED_EPOCHS = 300
 SECONDS_A_ROW = 5.0
 MOST_EPOCHS = 1_600
@@ -190,7 +192,7 @@ def choose_batch_size(
         if seconds >= ENOUGH_STEPS * cost.seconds(1, value // devices):
             break
         value //= 2
-        limit = f"the time, so that it holds more steps: little shows before {ENOUGH_STEPS:,}"
+        limit = f"the time, so that it holds {ENOUGH_STEPS:,} steps, or as many as it can"
     pairs = 2 * devices if value >= 2 * devices else devices  # images are mixed in pairs
     return Choice(value - value % pairs, f"bounded by {limit}")
 
@@ -211,7 +213,9 @@ def choose_epochs(images: int, batch_size: int) -> Choice:
     if needed <= PUBLISHED_EPOCHS:
         return Choice(PUBLISHED_EPOCHS, "as published")
     if needed <= MOST_EPOCHS:
-        return Choice(needed, f"{TARGET_STEPS:,} steps, since little shows before 5,000")
+        return Choice(
+            needed, f"{TARGET_STEPS:,} steps: the published {PUBLISHED_EPOCHS} epochs would be fewer"
+        )
     return Choice(MOST_EPOCHS, f"the most we give to {images:,} images")
 
 

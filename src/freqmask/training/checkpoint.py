@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 from freqmask.training.files import replace_atomically
 
 LAST = "last.ckpt"
@@ -34,19 +34,15 @@ def load_safely(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         _, runs, rest = str(error).partition("GLOBAL ")
         why = f"reading it would run code ({rest.split(' was not', 1)[0].strip()})"
         if not runs and "Unsupported global" not in str(error):
-            why = f"it is no plain torch file ({_first_line(error)})"
+            why = f"it is no plain torch file ({brief(error, 200)})"
         raise UserError(f"checkpoint ({path}) was refused: {why}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(
-            f"checkpoint ({path}) cannot be read, it may be cut short: {_first_line(error)}"
+            f"checkpoint ({path}) cannot be read, it may be cut short: {brief(error, 200)}"
         ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"checkpoint ({path}) holds a {type(loaded).__name__} instead of a dictionary")
     return loaded
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def save_atomically(content: dict[str, Any], path: str | Path) -> None:
