@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,33 @@ def code(word: str) -> str:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (found,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block]
     return str(found)
+
+
+def test_a_protocol_is_a_class_and_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from freqmask.commands import evaluate
+
+    monkeypatch.setattr(evaluate, "PARTS", dict(evaluate.PARTS))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meanlab.py").write_text(code("class ClassMeans"), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(evaluate, "means", importlib.import_module("meanlab").means, raising=False)
+    main(["evaluate", "--help"])
+    assert "  means       the nearest mean of a class" in capsys.readouterr().out
+    labels = np.arange(24) % 2
+    images = np.random.default_rng(0).integers(0, 60, (24, 8, 8, 3)) + 120 * labels[:, None, None, None]
+    arrays = {"images": images.astype(np.uint8), "labels": labels}
+    np.savez(
+        "two.npz",
+        **{f"{split}_{name}": value for split in ("train", "test") for name, value in arrays.items()},
+    )
+    main(["evaluate", "means", "pixels", "--data", "two.npz", "--workers", "0", "--feature", "class_token"])
+    row = Path("results.csv").read_text()
+    assert "freqmask evaluate means pixels " in row and " --feature class_token" in row
+    assert Path("means.png").is_file()
+    (summary,) = freqmask.evaluate.means("pixels", data="two.npz", workers=0)
+    assert summary.variant == "means" and summary.mean == 1
 
 
 @pytest.fixture

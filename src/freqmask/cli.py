@@ -20,7 +20,12 @@ class Command(NamedTuple):
 
     module: str
     summary: str
-    parts: Mapping[str, str] | None = None  # of a group such as `evaluate knn`: name -> summary
+    is_group: bool = False  # whether it has parts, such as `evaluate knn`
+
+    @property
+    def parts(self) -> Mapping[str, str] | None:
+        """Of a group: name -> summary, as its module lists them."""
+        return importlib.import_module(self.module).PARTS if self.is_group else None
 
 
 COMMANDS = {
@@ -28,16 +33,8 @@ COMMANDS = {
     "embed": Command("freqmask.commands.embed", "write the features of images to parquet or npy"),
     "evaluate": Command(
         "freqmask.commands.evaluate",
-        "measure one or several backbones: knn, linear, fewshot, finetune, segment, bands, robustness",
-        {
-            "knn": "the nearest training images vote",
-            "linear": "a softmax head on frozen features",
-            "fewshot": "a handful of labels a class",
-            "finetune": "all weights learn; a classifier for timm is left behind",
-            "segment": "a class for every pixel: UperNet on the backbone",
-            "bands": "which frequencies a model uses",
-            "robustness": "corrupted, adversarial and other people's test images",
-        },
+        "measure one or several backbones in one table, each way a command: freqmask evaluate --help",
+        is_group=True,
     ),
     "predict": Command("freqmask.commands.predict", "classes as CSV or masks as PNG, of a fine-tuned model"),
     "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading"),

@@ -1,9 +1,11 @@
 """``freqmask evaluate`` as a user types it, and its twins in Python."""
 
+import contextlib
 import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def test_a_seed_that_takes_long_is_told(
     assert "seed 0 in" not in capsys.readouterr().out
     monkeypatch.setattr(protocol, "LONG", -1.0)
     main(words)
-    assert "knn         pixels: seed 0 in 0 s" in capsys.readouterr().out
+    assert "measured    pixels: seed 0 in 0 s" in capsys.readouterr().out
 
 
 def test_a_second_evaluation_takes_features_from_the_cache(
@@ -185,6 +187,34 @@ def test_a_model_that_takes_all_images_for_one_class_is_pointed_out(
     np.savez(tmp_path / "rare.npz", **arrays, test_labels=np.arange(20) % 2)
     freqmask.evaluate.knn("pixels", data=str(tmp_path / "rare.npz"), k=[20], workers=0)
     assert "warning: pixels (k=20, seed 0) takes every image for '0'" in capsys.readouterr().out
+
+
+def test_a_command_that_is_killed_after_its_rows_and_repeated_leaves_them_once(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from freqmask.evaluation import protocol
+
+    def measure(k: int) -> list[tuple[str, str]]:
+        models = ["pixels", "random:resnet10t"]
+        with contextlib.suppress(KeyboardInterrupt):
+            freqmask.evaluate.knn(models, data=data, k=[k], image_size=32, seeds=[0, 1], workers=0)
+        return [(row["model"], row["variant"]) for row in rows(tmp_path / "results.csv")]
+
+    finish = protocol.finish_report
+    with monkeypatch.context() as patch:
+
+        def killed(*arguments: Any) -> None:
+            finish(*arguments)
+            raise KeyboardInterrupt
+
+        patch.setattr(protocol, "finish_report", killed)
+        first = measure(3)
+    whole = [("pixels", "k=3"), *[("random:resnet10t", "k=3")] * 2]
+    assert first == whole
+    table = (tmp_path / "results.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "results.csv").write_text("".join(table[:-1]))  # as if killed between two rows
+    assert measure(3) == whole
+    assert measure(5) == [*whole, *((model, "k=5") for model, _ in whole)]  # other options are history
 
 
 def test_help_of_the_group_names_its_protocols_without_torch() -> None:

@@ -8,6 +8,7 @@ run into one table:
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +31,34 @@ from freqmask.options.of_evaluation import (
     Windows,
 )
 
-__all__ = ["bands", "fewshot", "finetune", "knn", "linear", "robustness", "segment"]
-
 Feature = Literal["mean", "class_token"]
 SHARED = (Models, Labelled, Windows, Frozen)  # of the protocols that leave the backbone as it is
-Measure = Callable[..., list[Any]]
+PARTS: dict[str, str] = {}  # name of a protocol -> what `freqmask evaluate --help` says of it
 
 
-def protocol(*groups: type) -> Callable[[Measure], Measure]:
-    """A command that measures models; its docstring ends with what all of them return and raise."""
+def protocol(summary: str, *groups: type) -> Callable[[Callable[..., Any]], Callable[..., list[Any]]]:
+    """Make a command of a function that gives a `freqmask.evaluation.protocol.Protocol`, called as the function is.
 
-    def decorate(function: Measure) -> Measure:
-        function.__doc__ = f"""{inspect.getdoc(function)}
+    The function tells the protocol's own options. The command line, the twin in Python, the list of protocols, table
+    and rows follow; the docstring ends with what all of them return and raise.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., list[Any]]:
+        @functools.wraps(function)
+        def measure(*args: Any, **kwargs: Any) -> list[Any]:
+            from freqmask.evaluation.protocol import run_protocol
+            from freqmask.reporting.page import refresh_report
+
+            way, options = function(*args, **kwargs), running_options()
+            way.name = function.__name__
+            summaries = run_protocol(way, options)
+            for name in options["model"]:
+                if (Path(name) / "config.yaml").is_file():
+                    refresh_report(Path(name))
+            return list(summaries)
+
+        PARTS[function.__name__] = summary
+        measure.__doc__ = f"""{inspect.getdoc(function)}
 
 Returns:
     One `freqmask.evaluation.results.Summary` a model and variant: the numbers of the table.
@@ -49,12 +66,12 @@ Returns:
 Raises:
     UserError: a model, the data or a folder cannot be opened, labels or masks do not fit, or an option cannot be.
 """
-        return command(*groups, imports="freqmask.evaluation.protocol")(function)
+        return command(*groups, imports="freqmask.evaluation.protocol")(measure)
 
     return decorate
 
 
-@protocol(*SHARED)
+@protocol("the nearest training images vote", *SHARED)
 def knn(
     model: list[str],
     *,
@@ -62,9 +79,8 @@ def knn(
     temperature: Annotated[float, Range(above=0)] = 0.07,
     feature: Feature = "mean",
     features: Literal["plain", "auto", "save"] = "plain",
-    seeds: Seeds = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """Measures backbones by their nearest neighbors: an image gets the class of the training images most like it.
 
     No training, so it is the fastest look; masked modelling scores lower here than in a linear probe. For
@@ -76,22 +92,20 @@ def knn(
         feature: what stands for an image: the mean of the map, or the class token where there is one.
         features: auto also measures those that held-out training images choose: centered or whitened, of a block,
             mean, class token or both, blocks side by side; save keeps the choice beside the weights for embed.
-        seeds: mean and standard deviation are over these; 0 1 2. They draw the weights of random:.
     """
     from freqmask.evaluation.knn import NEIGHBORS, Knn
 
-    return _measured(Knn(k or NEIGHBORS, temperature, feature, features))
+    return Knn(k or NEIGHBORS, temperature, feature, features)
 
 
-@protocol(*SHARED)
+@protocol("a softmax head on frozen features", *SHARED)
 def linear(
     model: list[str],
     *,
     rates: Annotated[list[float] | None, Range(above=0)] = None,
     epochs: Annotated[float, Range(above=0)] = 50,
-    seeds: Seeds = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """Measures backbones by a linear head on frozen features.
 
     A sweep (learning rates, mean and class token, blocks at 1/2, 3/4 and the end) is trained in one pass; the
@@ -101,15 +115,13 @@ def linear(
     Args:
         rates: learning rates of the sweep, from strong regularization to little; nine from 0.0001 to 100.
         epochs: passes over the training images; small sets get at least 1,000 steps.
-        seeds: mean and standard deviation are over these; 0 1 2. They draw the order of the images, the
-            held-out ones, and the weights of random:.
     """
     from freqmask.evaluation.linear import LEARNING_RATES, Linear
 
-    return _measured(Linear(rates or LEARNING_RATES, epochs))
+    return Linear(rates or LEARNING_RATES, epochs)
 
 
-@protocol(*SHARED)
+@protocol("a handful of labels a class", *SHARED)
 def fewshot(
     model: list[str],
     *,
@@ -118,9 +130,8 @@ def fewshot(
     epochs: Annotated[float | None, Range(above=0)] = None,
     strength: Annotated[float, Range(above=0)] = 1.0,
     feature: Feature = "mean",
-    seeds: Seeds = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """Measures backbones where labels are few.
 
     Logistic regression on the frozen features of a handful of images, or all weights fine-tuned on them with
@@ -134,13 +145,11 @@ def fewshot(
         epochs: of fine-tuning in the first two settings; 50.
         strength: scikit-learn's C of the logistic regression.
         feature: what stands for an image: the mean of the map, or the class token where there is one.
-        seeds: mean and standard deviation are over these; 0 1 2. They draw the labels, the same for every
-            model, and the weights of random:.
     """
     if tune != "frozen":
         from freqmask.evaluation.finetune import TunedFewshot
 
-        return _measured(TunedFewshot(running_options()))
+        return TunedFewshot(running_options())
     if epochs is not None:
         from freqmask.errors import UserError
 
@@ -149,10 +158,10 @@ def fewshot(
         )
     from freqmask.evaluation.fewshot import SHOTS, Fewshot
 
-    return _measured(Fewshot(shots or SHOTS, feature, strength))
+    return Fewshot(shots or SHOTS, feature, strength)
 
 
-@protocol(*SHARED)
+@protocol("which frequencies a model uses", *SHARED)
 def bands(
     model: list[str],
     *,
@@ -160,7 +169,7 @@ def bands(
     radii: Annotated[list[float] | None, Range(above=0)] = None,
     seeds: Seeds = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """Shows which frequencies a model uses: its accuracy on low-, high- and band-passed test images.
 
     The head learns from whole images; only the test images are filtered. For instance:
@@ -174,10 +183,10 @@ def bands(
     """
     from freqmask.evaluation.bands import Bands
 
-    return _measured(Bands(head, radii), seeds=seeds or [0])
+    return Bands(head, radii)
 
 
-@protocol(HarderImages, *SHARED)
+@protocol("corrupted, adversarial and other people's test images", HarderImages, *SHARED)
 def robustness(
     model: list[str],
     *,
@@ -185,7 +194,7 @@ def robustness(
     head: Literal["linear", "own"] = "linear",
     seeds: Seeds = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """Measures classifiers on images made harder: common corruptions, adversarial attacks, ImageNet-C, -A, -R, -Sketch.
 
     The head learns from clean images; test images are corrupted (15 ways, 5 severities) or attacked (FGSM, PGD).
@@ -203,7 +212,7 @@ def robustness(
     from freqmask.evaluation.robustness import Robustness
 
     budget = (options[name] for name in ("norm", "epsilon", "steps", "step_size", "random_start"))
-    harder = Robustness(
+    return Robustness(
         head=head,
         corruptions=choose_corruptions(options["corruptions"] or ["common"]),
         severities=check_severities(options["severities"] or [1, 2, 3, 4, 5]),
@@ -213,17 +222,23 @@ def robustness(
         frost=options["frost"],
         test_images=options["test_images"],
     )
-    return _measured(harder, data=data or [], seeds=seeds or [0])
 
 
-@protocol(Models, Labelled, FineTuning, Windows, FineTuned)
+@protocol(
+    "all weights learn; a classifier for timm is left behind",
+    Models,
+    Labelled,
+    FineTuning,
+    Windows,
+    FineTuned,
+)
 def finetune(
     model: list[str],
     *,
     shots: str | None = None,
     seeds: Seeds = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """Measures backbones after fine-tuning: all weights learn, with the published recipe.
 
     Every model and seed becomes a run folder with a classifier that timm loads; interrupted, the same command
@@ -238,17 +253,19 @@ def finetune(
     """
     from freqmask.evaluation.finetune import Finetune
 
-    return _measured(Finetune(running_options()))
+    return Finetune(running_options())
 
 
-@protocol(Models, Scenes, Parts, Segmenting, Weights, Trained)
+@protocol(
+    "a class for every pixel: UperNet on the backbone", Models, Scenes, Parts, Segmenting, Weights, Trained
+)
 def segment(
     model: list[str],
     *,
     data: str | None = None,
     seeds: Seeds = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """Measures backbones by semantic segmentation: UperNet on top, all weights learn, mean IoU on test images.
 
     Every model and seed becomes a run folder; interrupted, the same command resumes it, and finished networks are
@@ -263,17 +280,4 @@ def segment(
     """
     from freqmask.evaluation.segmentation import Segment
 
-    return _measured(Segment(running_options()))
-
-
-def _measured(way: Any, **meant: Any) -> list[Any]:
-    """A protocol's summaries by the options of the running command; the pages of the runs measured are renewed."""
-    from freqmask.evaluation.protocol import run_protocol
-    from freqmask.reporting.page import refresh_report
-
-    options = {**running_options(), **meant}
-    summaries = run_protocol(way, options)
-    for name in options["model"]:
-        if (Path(name) / "config.yaml").is_file():
-            refresh_report(Path(name))
-    return list(summaries)
+    return Segment(running_options())

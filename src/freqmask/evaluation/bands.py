@@ -103,7 +103,7 @@ class Bands(Protocol):
     head: str = "linear"  # linear or knn, trained on whole images; own, the model's own classifier
     radii: Sequence[float] | None = None  # in bins; None for the usual ones
 
-    name, headline = "bands", "whole"
+    headline, seeds = "whole", (0,)
 
     def __post_init__(self) -> None:
         self.title = f"accuracy on filtered test images, {self.head} head"

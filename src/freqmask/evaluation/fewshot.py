@@ -92,7 +92,7 @@ class Fewshot(Protocol):
     feature: str = "mean"  # mean or class_token
     strength: float = INVERSE_STRENGTH  # scikit-learn's C
 
-    name, title = "fewshot", "few labels, logistic regression on frozen features"
+    title = "few labels, logistic regression on frozen features"
 
     def __post_init__(self) -> None:
         self.shots = parse_shots(self.shots)

@@ -122,7 +122,7 @@ class Finetune(Protocol):
         frozen_too: whether models are measured frozen beside, which raw pixels can be.
     """
 
-    name, title = "finetune", "fine-tuned, evaluated after the last step"
+    title, seeds = "fine-tuned, evaluated after the last step", (0,)
 
     def __init__(self, options: Mapping[str, Any], frozen_too: bool = False) -> None:
         self.options, self.frozen_too = options, frozen_too
@@ -130,7 +130,7 @@ class Finetune(Protocol):
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         features = {"batch_size": "auto", "precision": "32", "cache": True}
-        return replace(EvalConfig.of({**options, **features}, seeds=(0,), parallel=False), options=options)
+        return replace(EvalConfig.of({**options, **features}, self.seeds, parallel=False), options=options)
 
     def open(self, config: EvalConfig) -> FinetuneExperiment:
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]
@@ -168,7 +168,7 @@ FROZEN, AVERAGE, BEST = "frozen", "average", "best"
 class TunedFewshot(Finetune):
     """Fine-tuning on few labels, with or without the frozen features beside it, by the options of ``fewshot``."""
 
-    name = "fewshot"
+    seeds = (0, 1, 2)
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.shots = fewshot.parse_shots(options["shots"] or fewshot.SHOTS)
@@ -179,7 +179,7 @@ class TunedFewshot(Finetune):
         super().__init__(_tuning_options(options), self.frozen is not None)
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
-        return EvalConfig.of(options, parallel=False)
+        return EvalConfig.of(options, self.seeds, parallel=False)
 
     def open(self, config: EvalConfig) -> FinetuneExperiment:
         experiment = super().open(config)

@@ -160,7 +160,7 @@ class Knn(Protocol):
     # plain; auto also measures what `choose_space` chooses; save keeps that beside the weights, for freqmask embed
     features: str = PLAIN
 
-    name, seeded = "knn", False
+    seeded = False
 
     def __post_init__(self) -> None:
         self.title = f"k-NN by cosine, temperature {self.temperature:g}"

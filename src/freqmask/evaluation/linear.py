@@ -338,7 +338,7 @@ class Linear(Protocol):
     rates: Sequence[float] = LEARNING_RATES  # peak learning rates of the sweep
     epochs: float = EPOCHS  # passes over the training images
 
-    name, headline, blocks = "linear", "plain", True
+    headline, blocks = "plain", True
     title = "linear probe, chosen on held-out training images"
 
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,9 +59,7 @@ class EvalConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # those of the command, to repeat it
 
     @classmethod
-    def of(
-        cls, options: Mapping[str, Any], seeds: Sequence[int] = (0, 1, 2), parallel: bool = True
-    ) -> EvalConfig:
+    def of(cls, options: Mapping[str, Any], seeds: Sequence[int], parallel: bool = True) -> EvalConfig:
         """The options that all commands share.
 
         Args:
@@ -74,7 +72,7 @@ class EvalConfig:
         shared = ("labels", "pages", "image_size", "weights", "value_range", "crop")
         return cls(
             models=check_models(options["model"]),
-            data=list(data) if isinstance(data, (list, tuple)) else [data],
+            data=[] if data is None else list(data) if isinstance(data, (list, tuple)) else [data],
             split=SplitConfig(*(options[name] for name in split)),
             seeds=options["seeds"] or seeds,
             compute=ComputeConfig.of(options, parallel),
@@ -196,16 +194,17 @@ class Protocol(ABC):
     A protocol on frozen features gives `predict`, once a round; another one its own `evaluate`.
     """
 
-    name: ClassVar[str]  # of the command
+    name: str = ""  # of the command, which gives it
     title: str  # above its table
     headline: str  # the variant whose interval and further scores the table shows
+    seeds: Sequence[int] = (0, 1, 2)  # where none are given
     seeded: bool = True  # whether its result depends on the seed, the model being the same
     blocks: bool = False  # whether it reads the blocks inside, too
     own_heads: bool = False  # whether each MODEL is measured with its own classifier, and nothing is trained
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         """What the protocol shares with every other, by the options of its command."""
-        return EvalConfig.of(options)
+        return EvalConfig.of(options, self.seeds)
 
     def open(self, config: EvalConfig) -> Any:
         """Models, data and the folder of the results, each tried once: a mistake shows before hours of work.
@@ -264,7 +263,7 @@ class Protocol(ABC):
             for variant, prediction in self.predict(context, one, seed).items():
                 by_variant.setdefault(variant, []).append(prediction)
         if (seconds := time.monotonic() - began) > LONG:
-            say(f"{self.name:<11} {context.model.name}: seed {seed} in {seconds:.0f} s")
+            say(f"measured    {context.model.name}: seed {seed} in {seconds:.0f} s")
         return [
             context.result(
                 variant, seed, np.concatenate([one.predicted for one in parts]), **metadata_of(parts)
@@ -350,8 +349,8 @@ def say_blocks(*blocks: Sequence[str]) -> None:
 
 
 def finish_report(tables: Sequence[ResultTable], config: EvalConfig, figures: Sequence[Path]) -> None:
-    """Append the rows and say where everything is."""
-    files = dict.fromkeys(file for table in tables for file in table.append_rows(config.options, config.out))
+    """Add the rows and say where everything is."""
+    files = dict.fromkeys(file for table in tables for file in table.add_rows(config.options, config.out))
     say()
     say(f"results     {', '.join(map(str, files))}")
     say(f"figures     {', '.join(map(str, figures))}")

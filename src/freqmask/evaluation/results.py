@@ -29,12 +29,27 @@ from freqmask.evaluation.scores import (
     segmented_classes,
 )
 from freqmask.options import command_words
-from freqmask.training.files import append_row, check_writable, replace_atomically, write_rows
+from freqmask.training.files import append_row, check_writable, read_rows, replace_atomically, write_rows
 from freqmask.training.run_folder import now
 
 RESULTS = "results.csv"
 _MOST_BARS = 5  # variants side by side in the chart
 _CLASSES_SHOWN = 40
+# Columns that say, with those of the model, what was measured: a row of the same replaces it.
+_IDENTITY = {
+    *(
+        "protocol",
+        "model",
+        "variant",
+        "seed",
+        "data",
+        "split",
+        "data_fingerprint",
+        "command",
+        "freqmask",
+        "torch",
+    ),
+}
 _WIDEST = 160  # signs of a model's or a class's name in a table on the terminal
 
 
@@ -283,18 +298,21 @@ class ResultTable:
             if not result.error and (alone := one_class(result.margins())) is not None
         ]
 
-    def append_rows(self, options: Mapping[str, Any], out: Path | None) -> list[Path]:
-        """Append a row a result to ``out/results.csv``, else to that of the model's run, else to ./results.csv.
+    def add_rows(self, options: Mapping[str, Any], out: Path | None) -> list[Path]:
+        """Add a row a result to ``out/results.csv``, else to that of the model's run, else to ./results.csv.
 
         The options are those that were given, to repeat the rows. Returns the files written to.
         """
-        written: dict[Path, None] = {}
+        rows: dict[Path, list[dict[str, str]]] = {}
         for result in self.results:
-            folder = out or result.model.results or Path()
-            folder.mkdir(parents=True, exist_ok=True)
-            append_row(folder / RESULTS, row_of(result, self.protocol, options))
-            written[folder / RESULTS] = None
-        return list(written)
+            row = row_of(result, self.protocol, options)
+            plain = {
+                name: f"{cell:.7g}" if isinstance(cell, float) else str(cell) for name, cell in row.items()
+            }
+            rows.setdefault((out or result.model.results or Path()) / RESULTS, []).append(plain)
+        for path, members in rows.items():
+            add_rows(path, members)
+        return list(rows)
 
     def write_classes(self, path: Path, variant: str | None = None) -> None:
         """A CSV of the scores of every class, model and seed, of one variant or (None) of all."""
@@ -362,6 +380,34 @@ def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[st
         "freqmask": __version__,
         "torch": str(torch.__version__),
     }
+
+
+def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Append rows; those of the same measurements, which a command that was repeated left before, make room.
+
+    Rows of other weights, images, options, seeds or versions stay: they are the history.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known, measured = read_rows(path), {_measurement(row) for row in rows}
+    others = [row for row in known if _measurement(row) not in measured]
+    if len(others) == len(known):  # appended, since another process may write to the same table
+        for row in rows:
+            append_row(path, row)
+    else:
+        write_rows(
+            path,
+            list(dict.fromkeys(name for row in (*known, *rows) for name in row if name)),
+            [*others, *rows],
+        )
+
+
+def _measurement(row: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    """What was measured, and how, whatever came out."""
+    return frozenset(
+        (name, cell)
+        for name, cell in row.items()
+        if cell and name and (name in _IDENTITY or name.startswith("model_"))
+    )
 
 
 def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:

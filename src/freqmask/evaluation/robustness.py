@@ -174,7 +174,7 @@ class Robustness(Protocol):
     frost: str | None = None  # folder of photographs of frost
     test_images: int | None = None  # at most so many of DATA's test images
 
-    name, headline = "robustness", CLEAN
+    headline, seeds = CLEAN, (0,)
 
     def __post_init__(self) -> None:
         self.title = f"robustness, {self.head} head; accuracy in %"
@@ -187,7 +187,7 @@ class Robustness(Protocol):
             raise UserError(f"test_images ({self.test_images}) must be at least 1, or left out for all")
         check_frost(self.frost)
         strengths_for(224, self.constants)
-        if config.data and config.data != [None]:
+        if config.data:
             opened = super().open(config)
             opened.data = self._thinned(opened.data)
         elif self.own_heads and self.folders:
@@ -236,7 +236,7 @@ class Robustness(Protocol):
 
     def report(self, experiment: RobustnessExperiment, results: Sequence[Result]) -> list[Summary]:
         """The tables, the rows, curves and a sheet of what was done to the images."""
-        tables = tables_of(results, self.title)
+        tables = tables_of(self.name, self.title, results)
         warnings = [line for table in tables.values() for line in table.warnings()]
         say_blocks([self.title, *main_lines(tables)], *map(corruption_lines, tables.values()), warnings)
         folder = next(iter(tables.values())).folder(experiment.config.out)

@@ -83,13 +83,13 @@ def mean_corruption_error(measured: Points) -> float:
     return float(np.mean(list(corruption_errors(measured).values())))
 
 
-def tables_of(results: Sequence[Result], title: str) -> Tables:
+def tables_of(protocol: str, title: str, results: Sequence[Result]) -> Tables:
     """One table for DATA, for each test set of others, and for an ImageNet-C tree, in that order."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.group, []).append(result)
     return {
-        group: ResultTable("robustness", title, CLEAN, members)
+        group: ResultTable(protocol, title, CLEAN, members)
         for group, members in sorted(groups.items(), key=lambda item: item[0] == TREE)
     }
 

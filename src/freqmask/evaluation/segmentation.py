@@ -330,7 +330,7 @@ class SegmentationExperiment:
 class Segment(Protocol):
     """UperNet on a backbone, all weights trained, by the options of the command."""
 
-    name, title = "segment", "UperNet, evaluated after the last step"
+    title, seeds = "UperNet, evaluated after the last step", (0,)
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = {**options, "model": check_models(options["model"])}
@@ -341,7 +341,7 @@ class Segment(Protocol):
         return EvalConfig(
             models=check_models(options["model"]),
             data=options["data"],
-            seeds=options["seeds"] or (0,),
+            seeds=options["seeds"] or self.seeds,
             weights=options["weights"],
             value_range=options["value_range"],
             out=None if options["out"] is None else Path(options["out"]),

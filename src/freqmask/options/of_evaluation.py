@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from freqmask.options.declare import option
 from freqmask.options.of_training import Computing, Records
-from freqmask.options.option import REQUIRED, Auto, Seed
+from freqmask.options.option import REQUIRED, Auto, Seed, Seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,11 @@ class Models:
         None,
         "folder of results.csv, the figures and the runs of what is trained; the default is the model's run folder, "
         "or this one, and runs/PROTOCOL-... for the runs",
+    )
+    seeds: Seeds = option(
+        None,
+        "mean and standard deviation are over these; 0 1 2. They draw the weights of random:, the order of the images, "
+        "those held out, and few labels, the same for every model",
     )
     config: str | None = option(
         None, "a YAML file of these options, such as a trained run's config.yaml, which repeats that run"
