@@ -29,11 +29,14 @@ from torch import Tensor
 
 from freqmask.errors import UserError
 from freqmask.heads import ReconstructionHead
+from freqmask.interop.exporters import Exported
 from freqmask.interop.foreign_weights import convert_file, read_weights
-from freqmask.interop.formats import Exported, export_model
-from freqmask.interop.layouts import vit_shapes
+from freqmask.interop.formats import export_model
 from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.timm_folder import write_timm_folder
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from reference import mfm_vit_shapes
 
 RESULTS = Path(__file__).parent / "results" / "round_trips.csv"
 SIZE = 64
@@ -150,7 +153,7 @@ def figure_2() -> None:
         export_model(opened, folder / "x.pth", "mfm-checkpoint")
         content = torch.load(folder / "x.pth", weights_only=True)
         found = {name: tuple(tensor.shape) for name, tensor in content["model"].items()}
-        expected = {f"encoder.{n}": shape for n, shape in vit_shapes(768, 12, 3072, 16, 3, 197).items()}
+        expected = {f"encoder.{n}": shape for n, shape in mfm_vit_shapes(768, 12, 3072, 16, 3, 197).items()}
         expected |= {"decoder.0.weight": (768, 768, 1, 1), "decoder.0.bias": (768,)}
         print(f"entries of the file: {sorted(content)}; encoder tensors: {sum(n[0] == 'e' for n in found)}")
         print(

@@ -198,3 +198,41 @@ def blurred(image, size, sigma):
         for row in range(size)
         for column in range(size)
     )
+
+
+def mfm_vit_shapes(
+    dim: int, depth: int, hidden: int, patch: int, channels: int, tokens: int
+) -> dict[str, tuple[int, ...]]:
+    """The encoder's names and shapes of a ViT in MFM's released files, without the prefix.
+
+    Args:
+        dim: width D of a token.
+        depth: blocks.
+        hidden: width of the MLPs.
+        patch: side of a patch in pixels.
+        channels: of the images.
+        tokens: N + 1, with the class token.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, tokens, dim),
+        "patch_embed.proj.weight": (dim, channels, patch, patch),
+        "patch_embed.proj.bias": (dim,),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+    }
+    for number in range(depth):
+        block = {
+            **{f"{norm}.{part}": (dim,) for norm in ("norm1", "norm2") for part in ("weight", "bias")},
+            "attn.qkv.weight": (3 * dim, dim),
+            "attn.q_bias": (dim,),
+            "attn.v_bias": (dim,),
+            "attn.proj.weight": (dim, dim),
+            "attn.proj.bias": (dim,),
+            "mlp.fc1.weight": (hidden, dim),
+            "mlp.fc1.bias": (hidden,),
+            "mlp.fc2.weight": (dim, hidden),
+            "mlp.fc2.bias": (dim,),
+        }
+        shapes |= {f"blocks.{number}.{name}": shape for name, shape in block.items()}
+    return shapes

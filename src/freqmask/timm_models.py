@@ -1,4 +1,4 @@
-"""Making a timm model as asked: its name, its arguments, and a sentence where it cannot be done."""
+"""timm models: made as asked, with a sentence where it cannot be done, and told from tensors (ViT, BEiT, ResNet)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ from freqmask.errors import UserError, brief, nearest
 # Arguments that are options of ours: named twice, they could contradict each other.
 OWN_ARGUMENTS = {"img_size": "image_size", "in_chans": "channels", "patch_size": "patch_size"}
 TOKENS = ("cls_token", "pos_embed", "reg_token", "dist_token")
+# one of these pairs is in every ViT and BEiT, and in every ResNet
+SIGNATURES = (
+    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
+    ("conv1.weight", "layer1.0.conv1.weight"),
+)
+_HEADS = ("head.weight", "fc.weight", "head.fc.weight", "classifier.weight")
+# width of a ViT -> its name; bottleneck and layers of a ResNet -> its name
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+}
 # timm's entry functions say it in either of two ways, depending on how the family reads its arguments.
 REFUSED = re.compile(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'")
 
@@ -220,3 +235,137 @@ def _failure(
         )
     size = "" if image_size is None else f"images of {image_size[0]}x{image_size[1]} with "
     return cannot(name, f"{size}{asked}", error)
+
+
+def as_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's tensors with DINOv2's registers as timm has them: no place of the class token in ``pos_embed``."""
+    if "register_tokens" not in state:
+        return dict(state)
+    renamed = {**state, "reg_token": state["register_tokens"]}
+    del renamed["register_tokens"]
+    if _places_before(renamed) == 1:
+        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
+        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
+    return renamed
+
+
+def architecture_of(
+    state: Mapping[str, Tensor], backbone: str | None, model_args: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], list[str]]:
+    """The timm name and arguments, and sentences on what was assumed.
+
+    Args:
+        state: the backbone's tensors.
+        backbone: the timm name where it is known; None tells it from the tensors.
+        model_args: timm's arguments that were given; they go first.
+
+    Raises:
+        UserError: neither is the name known nor can it be told.
+    """
+    name, arguments, notes = backbone, dict[str, Any](), list[str]()
+    if backbone is not None:
+        check_name(backbone)
+    module = "" if backbone is None else timm.model_entrypoint(backbone.split(".")[0]).__module__
+    if backbone is None and "layer1.0.conv1.weight" in state:
+        name, arguments = _resnet(state)
+    elif module.split(".")[-1] in ("", "vision_transformer", "beit", "deit") and all(
+        tensor in state for tensor in SIGNATURES[0]
+    ):
+        name, arguments = _vit(state, backbone, model_args)
+        heads = f"attention heads: {arguments['num_heads']} (width / 64; the file does not tell"
+        notes = [] if "num_heads" in model_args else [f"{heads}: --model_args '{{num_heads: N}}')"]
+    if name is None:
+        raise UserError(
+            "the architecture cannot be told from the file (it is no plain ViT, BEiT or ResNet: "
+            f"{', '.join(sorted(state)[:3])} ...); name it with --backbone, as timm does"
+        )
+    classifiers = [state[head] for head in _HEADS if head in state and state[head].dim() == 2]
+    classes = int(classifiers[0].shape[0]) if classifiers else 0
+    return name, {"num_classes": classes, **arguments, **model_args}, notes
+
+
+def _resnet(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    layers = tuple(_count(state, f"layer{number}") for number in range(1, 5))
+    bottleneck = "layer1.0.conv3.weight" in state
+    arguments: dict[str, Any] = {}
+    if "conv1.weight" in state:
+        arguments["in_chans"] = state["conv1.weight"].shape[1]
+    name = _RESNETS.get((bottleneck, layers))
+    if name is None:
+        name, arguments["layers"] = ("resnet50" if bottleneck else "resnet18"), list(layers)
+    return name, arguments
+
+
+def _count(state: Mapping[str, Tensor], part: str) -> int:
+    """How many blocks ``part.0``, ``part.1`` ... there are."""
+    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith(f"{part}.")), default=-1)
+
+
+def _vit(
+    state: Mapping[str, Tensor], backbone: str | None, given: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    fc1, size = state.get("blocks.0.mlp.fc1.weight"), _SIZES.get(dim, "base")
+    if backbone is not None:
+        name = backbone
+    elif "blocks.0.gamma_1" in state or any("relative_position_bias_table" in key for key in state):
+        name = f"beit_{size if size == 'large' else 'base'}_patch16_224"
+    else:
+        name = f"vit_{size}_patch{14 if size == 'huge' else 16}_224"
+    arguments: dict[str, Any] = {
+        "img_size": given.get("img_size") or _side(state, patch),
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": dim,
+        "depth": _count(state, "blocks"),
+        "num_heads": given.get("num_heads") or (16 if dim == 1280 else max(1, dim // 64)),
+        "mlp_ratio": 4.0 if fc1 is None else fc1.shape[0] / dim,
+    }
+    if name.startswith("beit"):
+        return name, arguments | {
+            "use_abs_pos_emb": "pos_embed" in state,
+            "use_rel_pos_bias": any(".attn.relative_position_bias_table" in key for key in state),
+            "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in state,
+            "global_pool": "avg" if "fc_norm.weight" in state else "token",
+        }
+    if "fc_norm.weight" in state:
+        arguments |= {"global_pool": "avg", "fc_norm": True}
+    if "cls_token" not in state:
+        arguments |= {"class_token": False, "global_pool": "avg"}
+    if "reg_token" in state:
+        arguments["reg_tokens"] = state["reg_token"].shape[1]
+    if "pos_embed" in state and _places_before(state) == 0 and _prefix_tokens(state) > 0:
+        arguments["no_embed_class"] = True
+    if "blocks.0.ls1.gamma" in state:
+        arguments["init_values"] = 1e-5  # the values themselves are in the file
+    if not any(key in state for key in ("blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias")):
+        arguments["qkv_bias"] = False
+    return name, arguments
+
+
+def _prefix_tokens(state: Mapping[str, Tensor]) -> int:
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    return int("cls_token" in state) + registers
+
+
+def _places_before(state: Mapping[str, Tensor]) -> int:
+    """Places in ``pos_embed`` before those of the patches."""
+    places, tokens = state["pos_embed"].shape[1], _prefix_tokens(state)
+    return next((n for n in (tokens, 1, 0) if math.isqrt(places - n) ** 2 == places - n > 0), min(tokens, 1))
+
+
+def _side(state: Mapping[str, Tensor], patch: int) -> list[int]:
+    """Height and width in pixels of square images that have so many places."""
+    if "pos_embed" in state:
+        cells = state["pos_embed"].shape[1] - _places_before(state)
+    else:
+        table = next((state[name] for name in state if name.endswith("relative_position_bias_table")), None)
+        # a table of a window n x n has (2n - 1)^2 + 3 rows, the three for the class token
+        cells = 196 if table is None else ((math.isqrt(table.shape[0] - 3) + 1) // 2) ** 2
+    side = math.isqrt(cells)
+    if side * side != cells or side == 0:
+        raise UserError(
+            f"pos_embed has {cells} places, which is no square; give the size with --model_args "
+            "'{img_size: [HEIGHT, WIDTH]}'"
+        )
+    return [side * patch, side * patch]

@@ -3,17 +3,24 @@
 import json
 import shutil
 import warnings
+from functools import partial
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import timm
 import torch
+from reference import mfm_vit_shapes
 from safetensors import safe_open
 
+import freqmask
 from freqmask.backbones import Backbone
+from freqmask.commands.given import declared
 from freqmask.errors import UserError
+from freqmask.interop import exporters
+from freqmask.interop.exporters import compare, decoder_of, graph_of, mfm_encoder
 from freqmask.interop.foreign_weights import convert_file
-from freqmask.interop.formats import FORMATS, compare, decoder_of, export_model, graph_of
-from freqmask.interop.layouts import mfm_encoder, vit_shapes
+from freqmask.interop.formats import FORMATS, export_model
 from freqmask.interop.models import open_model
 from freqmask.interop.timm_folder import write_timm_folder
 
@@ -116,7 +123,7 @@ def test_nothing_is_lost_or_left_half_written(vit_run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise UserError("a full disk")
 
-    monkeypatch.setattr("freqmask.interop.formats.write_timm_folder", fail)
+    monkeypatch.setattr("freqmask.interop.exporters.write_timm_folder", fail)
     with pytest.raises(UserError, match="full disk"):
         export_model(opened, out, overwrite=True)
     with pytest.raises(UserError, match="full disk"):
@@ -131,7 +138,7 @@ def test_the_mfm_checkpoint_of_a_vit_has_exactly_the_names_of_its_readers(vit_ru
     content = torch.load(file, weights_only=True)
     assert set(content) == {"model", "epoch"}
     assert content["epoch"] == 2  # 20 steps of 4 of 40 images
-    expected = {f"encoder.{name}": shape for name, shape in vit_shapes(64, 2, 256, 8, 3, 17).items()}
+    expected = {f"encoder.{name}": shape for name, shape in mfm_vit_shapes(64, 2, 256, 8, 3, 17).items()}
     expected |= {"decoder.0.weight": (192, 64, 1, 1), "decoder.0.bias": (192,)}
     assert {name: tuple(tensor.shape) for name, tensor in content["model"].items()} == expected
     assert not any("qkv.bias" in name for name in content["model"])
@@ -143,7 +150,7 @@ def test_the_mfm_checkpoint_of_a_vit_has_exactly_the_names_of_its_readers(vit_ru
 
 
 def test_a_vit_b_of_mfm_has_162_encoder_tensors():
-    assert len(vit_shapes(768, 12, 3072, 16, 3, 197)) == 162
+    assert len(mfm_vit_shapes(768, 12, 3072, 16, 3, 197)) == 162
 
 
 def test_the_mfm_checkpoint_of_a_resnet_has_timms_names(resnet_run, tmp_path):
@@ -166,6 +173,7 @@ def test_the_mfm_checkpoint_of_a_resnet_has_timms_names(resnet_run, tmp_path):
         ("vit_tiny_patch16_224", {"qkv_bias": False}, "q_bias"),
         ("vit_tiny_patch16_224", {"act_layer": "silu"}, "SiLU"),
         ("vit_tiny_patch16_224", {"num_heads": 4}, "attention heads"),
+        ("vit_tiny_patch16_224", {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-5)}, "eps=1e-05"),
         ("vit_tiny_patch16_224", {"pos_embed": "none"}, "pos_embed"),
         ("vit_small_patch16_dinov3", {}, "Eva"),
         ("convnext_atto", {}, "ConvNeXt"),
@@ -229,7 +237,13 @@ def test_formats_and_places_that_cannot_be_are_one_sentence(vit_run, tmp_path):
         export_model(opened, tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
         export_model(opened, tmp_path / "file" / "below")
-    assert set(FORMATS) == {"timm", "onnx", "torch-export", "mfm-checkpoint"}
+
+
+def test_the_help_and_the_documentation_know_every_format_and_each_has_its_writer():
+    assert set(get_args(declared(freqmask.export)["format"].kind)) == set(FORMATS)
+    page = (Path(__file__).parent.parent.parent / "docs" / "using-it.md").read_text(encoding="utf-8")
+    assert all(name in page for name in FORMATS)
+    assert all(callable(getattr(exporters, writer)) for writer in FORMATS.values())
 
 
 def test_a_folk_run_exports_its_class_token(folk_run, tmp_path):

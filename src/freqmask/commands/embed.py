@@ -113,8 +113,8 @@ def embed(
 def _choose(opened: Any, feature: str, crop: Any, value_range: str | None) -> tuple[str, Any]:
     """What stands for an image and how it is cropped, every auto resolved and told."""
     from freqmask.data.values import ValueRange
+    from freqmask.interop.exporters import pooled_of
     from freqmask.interop.feature_space import load_space
-    from freqmask.interop.formats import pooled_of
 
     asked = None if value_range is None else ValueRange.parse(value_range)
     if asked is not None:

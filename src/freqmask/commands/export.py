@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from freqmask.commands.given import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.interop.formats import FormatName, export_model
 
 
 @command(imports="freqmask.commands.prediction")
@@ -15,7 +16,7 @@ def export(
     model: str,
     *,
     out: str | None = None,
-    format: Literal["timm", "onnx", "torch-export", "mfm-checkpoint"] = "timm",
+    format: FormatName = "timm",
     weights: str | None = None,
     image_size: int | None = None,
     push: str | None = None,
@@ -50,8 +51,6 @@ def export(
     Raises:
         UserError: the model cannot be opened or the format cannot hold it; out exists; no network or token.
     """
-    from freqmask.interop.formats import export_model
-
     if out is None and push is None:
         raise UserError("out is missing; try --out FOLDER, or --push USER/NAME")
     if push is not None and format != "timm":

@@ -27,8 +27,8 @@ from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
 from freqmask.evaluation.mask_files import scaled_size
+from freqmask.interop.exporters import Exported, Graph
 from freqmask.interop.feature_files import rows_of
-from freqmask.interop.formats import Exported, Graph
 from freqmask.interop.models import OpenedClassifier, hash_weights, still_images
 from freqmask.training.files import new_folder, open_table, replace_atomically
 from freqmask.training.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Somebody else's checkpoint becomes an exported folder: MFM's, BEiT's, or a state dict with timm's names."""
+"""Somebody else's checkpoint becomes a timm model: MFM's, BEiT's, DINOv2's, or a state dict with timm's names."""
 
 from __future__ import annotations
 
@@ -10,32 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.errors import UserError, brief
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
-from freqmask.interop.layouts import DECODER, ENCODER, architecture_of, as_timm_names, from_beit_names
 from freqmask.interop.timm_folder import differences, fitted, read_tensors
 from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
 from freqmask.interop.weights import resampled
+from freqmask.timm_models import SIGNATURES, architecture_of, as_timm_names
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
 _COPIES = ("momentum", "ema", "teacher", "target", "encoder_k", "key_")  # of a method's online network
 # how a training goes on, not what it gave
 _STATES = ("optim", "sched", "scaler", "callbacks", "loops", "amp")
 _DEEPEST = 5  # parts of a prefix, such as student.module.backbone.0.
-# one of these pairs is in every ViT, BEiT and ResNet
-_SIGNATURES = (
-    ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
-    ("conv1.weight", "layer1.0.conv1.weight"),
-)
 # tensors of tasks and of pre-training, without which the backbone is the same
 _LEFT_OUT = re.compile(
     r"mask_token|decoder.*|lm_head\..*|.*relative_position_index|queue.*|norm\..*"
     r"|(fc|heads?|classifier|projector|projection\w*|predict\w*|contrast\w*)\..*"
 )
 _LISTED = 8  # names in a sentence
+_ENCODER, _DECODER = "encoder.", "decoder."  # of MFM's files
 
 
 @dataclass
@@ -231,7 +228,7 @@ def _containers(content: Mapping[Any, Any], at: str = "") -> Iterator[tuple[dict
 
 def _prefixed(state: Mapping[str, Any], container: str, names: set[str] | None) -> Iterator[_Candidate]:
     """The prefixes behind which a backbone stands, with how many of its names do."""
-    anchors = names if names is not None else {first for first, _ in _SIGNATURES}
+    anchors = names if names is not None else {first for first, _ in SIGNATURES}
     fits: Counter[str] = Counter()
     for name in state:
         parts = name.split(".")
@@ -240,7 +237,7 @@ def _prefixed(state: Mapping[str, Any], container: str, names: set[str] | None) 
                 fits["".join(f"{part}." for part in parts[:depth])] += 1
     for prefix, fit in fits.items():
         if names is None:
-            if not any(all(prefix + name in state for name in pair) for pair in _SIGNATURES):
+            if not any(all(prefix + name in state for name in pair) for pair in SIGNATURES):
                 continue
             fit = sum(name.startswith(prefix) for name in state)
         elif 2 * fit < max(fits.values()):
@@ -282,8 +279,8 @@ def _sorted(chosen: _Candidate, notes: list[str]) -> Weights:
         }
 
     prefix = chosen.prefix
-    head = prefix.removesuffix(ENCODER) + DECODER
-    decoder = behind(head) if prefix.endswith(ENCODER) else {}
+    head = prefix.removesuffix(_ENCODER) + _DECODER
+    decoder = behind(head) if prefix.endswith(_ENCODER) else {}
     others = [name for name in chosen.state if not name.startswith(prefix)]
     if set(decoder) == {"0.weight", "0.bias"}:
         others = [name for name in others if not name.startswith(head)]
@@ -356,3 +353,22 @@ def _resized(model: Any, name: str, arguments: Mapping[str, Any], side: int) -> 
     other = _model(name, {**arguments, "img_size": [side, side]})
     other.load_state_dict(resampled(state, other)[0])
     return other, f"positions were interpolated from {old[0]}x{old[1]} to {side}x{side} pixels"
+
+
+def from_beit_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BEiT's names to those of timm's ViT: the biases of queries and values joined, the keys' zero.
+
+    Raises:
+        UserError: one of a block's two biases is missing.
+    """
+    renamed = dict(state)
+    for name in [name for name in state if name.endswith((".attn.q_bias", ".attn.v_bias"))]:
+        block = name[: -len("q_bias")]
+        query, value = state.get(f"{block}q_bias"), state.get(f"{block}v_bias")
+        if query is None or value is None or query.shape != value.shape:
+            raise UserError(
+                f"{name} has no partner of its shape {tuple(state[name].shape)}; the file is incomplete"
+            )
+        del renamed[name]
+        renamed[f"{block}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    return renamed

@@ -1,119 +1,35 @@
-"""The backbone for other software: a format is a function that writes one file or folder."""
+"""The formats of `freqmask export` by name. No torch here: the command's help lists them."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
-import json
-import logging
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from freqmask import __version__
-from freqmask.backbones import Backbone
 from freqmask.errors import UserError, nearest
-from freqmask.interop.feature_space import FILE, load_space
-from freqmask.interop.layouts import mfm_encoder, mfm_state
-from freqmask.interop.models import OpenedClassifier, OpenedModel
-from freqmask.interop.timm_folder import DECODER, Pooled, read_tensors, write_timm_folder
-from freqmask.interop.weights import run_state
-from freqmask.training.checkpoint import save_atomically
-from freqmask.training.files import check_out, new_folder, replace_atomically
+from freqmask.training.files import check_out
 
-Compute = Callable[[Tensor], tuple[Tensor, ...]]  # images (B, C, H, W) in [0, 1] to outputs
+FORMATS = {
+    "timm": "write_timm",
+    "onnx": "write_onnx",
+    "torch-export": "write_torch_export",
+    "mfm-checkpoint": "write_mfm",
+}
+"""Name -> function of :mod:`freqmask.interop.exporters`; adding a format is a line here and its function there."""
+FOLDER = "timm"  # the one that is no file
 
-TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
-_LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
-
-
-class Exported(nn.Module):
-    """What graphs compute: normalization, then a network.
-
-    Args:
-        network: gives one tensor or several of normalized images (B, C, H, W).
-        mean: of each channel in [0, 1].
-        std: of each channel.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: Callable[[Tensor], Any], mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, ...]:
-        """The network's outputs for images in [0, 1]."""
-        outputs = self.network((images - self.mean) / self.std)
-        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
 
 
-class _PooledAndMap(nn.Module):
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.backbone(normalized)
-        return features.pooled, features.feature_map
-
-
-@dataclass(frozen=True)
-class Graph:
-    """What ONNX and torch.export are given.
-
-    Attributes:
-        module: of images in [0, 1].
-        outputs: name of each output to what it holds.
-        input_size: channels, height and width of an image.
-        metadata: plain values that go into the file.
-        multiple: what height and width may be any multiple of; None where the size is fixed.
-    """
-
-    module: nn.Module
-    outputs: dict[str, str]
-    input_size: tuple[int, int, int]
-    metadata: dict[str, Any]
-    multiple: int | None = None
-
-
-def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
-    """A backbone with both its features, or a classifier with its logits."""
-    notes = {"mean": opened.mean, "std": opened.std, "normalised_inside": True, **exported_metadata(opened)}
-    if isinstance(opened, OpenedClassifier):
-        multiple = None if opened.module.pretrained_cfg.get("fixed_input_size") else 32
-        outputs = {"logits": f"(B, {len(opened.class_names)} classes, named in the metadata)"}
-        network, notes["class_names"] = opened.module, opened.class_names
-    else:
-        multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
-        outputs = {"features": "(B, D)", "feature_map": "(B, D, h, w)"}
-        network = _PooledAndMap(opened.backbone)
-    return Graph(Exported(network, opened.mean, opened.std), outputs, opened.input_size, notes, multiple)
-
-
-def export_model(
-    opened: OpenedModel | OpenedClassifier | Graph,
-    out: str | Path,
-    format: str = "timm",
-    overwrite: bool = False,
-) -> list[str]:
+def export_model(opened: Any, out: str | Path, format: str = "timm", overwrite: bool = False) -> list[str]:
     """Write a model in a format.
 
     Args:
-        opened: a backbone, a classifier, or any other graph.
+        opened: an :class:`~freqmask.interop.models.OpenedModel`, an ``OpenedClassifier``, or any other
+            :class:`~freqmask.interop.exporters.Graph`.
         out: a folder for ``timm``, a file for the others.
         format: one of ``FORMATS``.
         overwrite: True replaces what is at ``out``.
@@ -126,240 +42,7 @@ def export_model(
     """
     if format not in FORMATS:
         raise UserError(f"format ({format}) is unknown; {nearest(format, FORMATS)}")
-    write, suffix = FORMATS[format]
-    path = check_out(out, overwrite, folder=not suffix)
-    if format in ("onnx", "torch-export"):
-        return write(opened if isinstance(opened, Graph) else graph_of(opened), path)
-    if isinstance(opened, Graph) or (isinstance(opened, OpenedClassifier) and format != "timm"):
-        holds = "encoders with their decoder" if format == "mfm-checkpoint" else "timm models"
-        raise UserError(
-            f"format ({format}) holds {holds} only; --format onnx or torch-export holds this network"
-        )
-    return write(opened, path)
-
-
-def pooled_of(opened: OpenedModel) -> Pooled:
-    """What a loaded backbone shall give when it is called: FOLK trains the class token, the others the map."""
-    pinned = opened.metadata.get("pooled")
-    if pinned in ("mean", "class_token"):
-        return pinned
-    is_token = opened.metadata.get("method") == "folk" and opened.backbone.has_class_token
-    return "class_token" if is_token else "mean"
-
-
-def decoder_of(opened: OpenedModel) -> dict[str, Tensor]:
-    """The reconstruction head that was trained with a backbone; empty where none came along.
-
-    Raises:
-        UserError: the run has gone on since its backbone was written, or the file is broken.
-    """
-    if opened.folder is not None and (opened.folder / DECODER).is_file():
-        return read_tensors(opened.folder / DECODER, "decoder")
-    prefix = "method.decoder."
-    state = run_state(opened.run.path) if opened.run is not None else {}
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _write_timm(opened: OpenedModel | OpenedClassifier, path: Path) -> list[str]:
-    more: dict[str, Any]
-    if isinstance(opened, OpenedClassifier):
-        more = {"crop_pct": opened.crop_share, "label_names": opened.class_names}
-        notes = [f"with its head: {len(opened.class_names)} classes"]
-    else:
-        more = {"pooled": pooled_of(opened), "decoder": decoder_of(opened) or None}
-        notes = []
-    with new_folder(path) as scratch:
-        write_timm_folder(
-            opened.module,
-            scratch,
-            input_size=opened.input_size,
-            mean=opened.mean,
-            std=opened.std,
-            metadata=exported_metadata(opened),
-            **more,
-        )
-        if isinstance(opened, OpenedModel) and opened.folder is not None and load_space(opened) is not None:
-            shutil.copyfile(opened.folder / FILE, scratch / FILE)
-    notes.append(f'timm.create_model("local-dir:{path}", pretrained=True)')
-    return notes if more.get("label_names") else [*notes, f'AutoModel.from_pretrained("{path}")']
-
-
-def exported_metadata(opened: OpenedModel | OpenedClassifier) -> dict[str, Any]:
-    """What traces weights back, for config.json and the metadata of files."""
-    plain = {
-        "version": __version__,
-        "from": opened.name,
-        **opened.metadata,
-        "value_range": opened.value_range,
-    }
-    if isinstance(opened, OpenedModel):
-        plain |= {"stage": opened.backbone.stage}
-        plain |= {"crop": opened.trained_crop} if opened.trained_crop else {}
-    return plain
-
-
-def _write_mfm(opened: OpenedModel, path: Path) -> list[str]:
-    encoder = mfm_encoder(opened.module)
-    decoder = decoder_of(opened)
-    if not decoder:
-        raise UserError(
-            f"format (mfm-checkpoint) holds encoder and decoder, and {opened.name} has no decoder; "
-            "export a run, or --format timm"
-        )
-    state = mfm_state(encoder, decoder)
-    save_atomically({"model": state, "epoch": _epoch(opened)}, path)
-    return [f"{len(state)} tensors, plain: torch.load(..., weights_only=True) reads it"]
-
-
-def _epoch(opened: OpenedModel) -> int:
-    images = opened.run.state().get("images") if opened.run is not None else None
-    if opened.run is None or "epoch" in opened.metadata or not images:
-        return int(opened.metadata.get("epoch", 0))
-    return int(opened.metadata.get("step", 0) * opened.run.config()["batch_size"] / images)
-
-
-def _write_onnx(graph: Graph, path: Path) -> list[str]:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise UserError(f"format (onnx) needs {', '.join(missing)}; pip install 'freqmask[export]'")
-    import onnx
-    import onnxruntime
-
-    if sum(tensor.nbytes for tensor in graph.module.state_dict().values()) > _LARGEST_ONE_FILE:
-        raise UserError("format (onnx) ends at 2 GB in one file; --format torch-export has no such end")
-
-    def write(path: Path, example: Tensor, dynamic: dict[int, Any]) -> Compute:
-        program = torch.onnx.export(
-            graph.module,
-            (example,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=list(graph.outputs),
-            dynamic_shapes={"images": dynamic},
-            external_data=False,
-            verbose=False,
-        )
-        assert program is not None  # only the older exporter gives none
-        for name, value in _metadata(graph).items():
-            program.model_proto.metadata_props.add(key=name, value=value)
-        onnx.save(program.model_proto, str(path))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
-
-    notes = _write_graph(graph, path, write, "onnxruntime")
-    return [f"images in [0, 1], normalization inside; {_outputs(graph)}", *notes]
-
-
-def _write_torch_export(graph: Graph, path: Path) -> list[str]:
-    def write(path: Path, example: Tensor, dynamic: dict[int, Any]) -> Compute:
-        with torch.no_grad():
-            program = torch.export.export(graph.module, (example,), dynamic_shapes={"images": dynamic})
-        content = io.BytesIO()  # torch refuses a path whose name does not end in .pt2
-        torch.export.save(program, content, extra_files={"freqmask.json": json.dumps(_metadata(graph))})
-        path.write_bytes(content.getvalue())
-        content.seek(0)
-        loaded: Compute = torch.export.load(content).module()
-        return loaded
-
-    notes = _write_graph(graph, path, write, "torch")
-    return [f'torch.export.load("{path}").module()(images in [0, 1]); {_outputs(graph)}', *notes]
-
-
-def _write_graph(
-    graph: Graph, path: Path, write: Callable[[Path, Tensor, dict[int, Any]], Compute], checked_in: str
-) -> list[str]:
-    """Any image size where the network takes any; what an exporter cannot follow is fixed to its own.
-
-    Args:
-        graph: what is exported.
-        path: of the file, replaced atomically.
-        write: given a path, an example and the dynamic axes, writes the file and returns how to compute with it.
-        checked_in: what computes with it.
-    """
-    size = graph.input_size[1:]
-    batch: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
-    attempts = [(batch, [size], f"the image size is fixed: {size[0]}x{size[1]}")]
-    step = graph.multiple
-    if step is not None and all(side % step == 0 for side in size):
-        sides = {n: step * torch.export.Dim(name, min=1) for n, name in ((2, "rows"), (3, "columns"))}
-        # traced at three by four steps: an exporter takes a size of one for a constant
-        sizes = [(3 * step, 4 * step), size]
-        attempts.insert(0, (batch | sides, sizes, f"of any image size: multiples of {step}"))
-    graph.module.eval()
-    largest = ""
-
-    def attempt(temporary: Path, dynamic: dict[int, Any], sizes: Sequence[tuple[int, int]]) -> None:
-        nonlocal largest
-        with _silence():
-            compute = write(temporary, _example(graph, 2, sizes[0]), dynamic)
-        largest = compare(compute, graph, sizes)
-
-    for number, (dynamic, sizes, taken) in enumerate(attempts, start=1):
-        try:
-            replace_atomically(path, partial(attempt, dynamic=dynamic, sizes=sizes))
-            return [taken, f"checked in {checked_in} with batches of 1 and 3: largest difference {largest}"]
-        except Exception:  # exporters raise whatever they please where a shape decides what is computed
-            if number == len(attempts):
-                raise
-    raise AssertionError
-
-
-@torch.no_grad()
-def compare(compute: Compute, graph: Graph, sizes: Sequence[tuple[int, int]]) -> str:
-    """The largest difference between an exported graph and the module it was made from, and that over the values.
-
-    Raises:
-        UserError: it is larger than float32 explains.
-    """
-    worst = share = 0.0
-    for batch, size in itertools.product((1, 3), sizes):
-        images = _example(graph, batch, size)
-        for got, expected in zip(compute(images), graph.module(images), strict=True):
-            difference, largest = float((got - expected).abs().max()), float(expected.abs().max())
-            if not difference <= TOLERANCE * max(1.0, largest):
-                raise UserError(
-                    f"the exported graph computes otherwise than torch (by {difference:.1e} where the largest "
-                    f"value is {largest:.1e}); not written"
-                )
-            worst, share = max(worst, difference), max(share, difference / max(largest, 1e-30))
-    return f"{worst:.1e}, {share:.1e} of the largest value"
-
-
-def _example(graph: Graph, batch: int, size: tuple[int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.rand(batch, graph.input_size[0], *size, generator=generator)
-
-
-def _outputs(graph: Graph) -> str:
-    return "outputs " + " and ".join(f"{name} {what}" for name, what in graph.outputs.items())
-
-
-def _metadata(graph: Graph) -> dict[str, str]:
-    return {f"freqmask_{name}": json.dumps(value) for name, value in graph.metadata.items()}
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Exporters log and warn of their own future; the user is told what matters."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-# name -> what writes it, and the suffix of its file; a folder has none
-FORMATS: dict[str, tuple[Callable[[Any, Path], list[str]], str]] = {
-    "timm": (_write_timm, ""),
-    "onnx": (_write_onnx, ".onnx"),
-    "torch-export": (_write_torch_export, ".pt2"),
-    "mfm-checkpoint": (_write_mfm, ".pth"),
-}
+    path = check_out(out, overwrite, folder=format == FOLDER)
+    write = getattr(import_module("freqmask.interop.exporters"), FORMATS[format])
+    sentences: list[str] = write(opened, path)
+    return sentences

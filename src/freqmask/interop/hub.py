@@ -13,7 +13,7 @@ import yaml
 
 from freqmask import __version__
 from freqmask.errors import UserError, brief
-from freqmask.interop.formats import FORMATS
+from freqmask.interop.exporters import write_timm
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.weights import check_reachable
 from freqmask.training.files import read_rows
@@ -68,7 +68,7 @@ def push_model(
     run = opened.run
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        FORMATS["timm"][0](opened, folder)
+        write_timm(opened, folder)
         previews = sorted(run.previews.glob("step-*.png"))[-1:] if with_images and run is not None else []
         for preview in previews:
             shutil.copy(preview, folder)

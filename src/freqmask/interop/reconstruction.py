@@ -21,7 +21,7 @@ from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
 from freqmask.filters import build_filter
 from freqmask.images import as_float, decibel
-from freqmask.interop.formats import decoder_of
+from freqmask.interop.exporters import decoder_of
 from freqmask.interop.models import OpenedModel, open_model, still_geometry
 from freqmask.interop.weights import load_method
 from freqmask.methods import MFM
