@@ -177,15 +177,15 @@ def start(given: dict[str, Any]) -> None:
 
 def hook(begun: Any) -> None:
     """Call `begun` where the command has imported what it needs and starts its work."""
-    import freqmask.pretraining.job as job
+    import freqmask.commands.given as given
 
-    run = job.run_job
+    importing = given.import_uncollected
 
-    def noted(*args: Any, **more: Any) -> Any:
+    def noted(module: str) -> None:
+        importing(module)
         begun()
-        return run(*args, **more)
 
-    job.run_job = noted
+    given.import_uncollected = noted
 
 
 if __name__ == "__main__":
