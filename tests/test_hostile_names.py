@@ -10,9 +10,11 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import csv
 
 from freqmask.console import plain, shell_word
 from freqmask.data.sources import open_source
@@ -88,11 +90,14 @@ def names_of(place: Path, bad: bool) -> list[str]:
     return sorted(name for name in map(source.name, range(len(source))) if name.endswith("-bad.png") == bad)
 
 
-def by_pandas(path: Path, column: str) -> list[str]:
-    """As ``pandas.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")`` has it."""
-    pandas = pytest.importorskip("pandas")
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
-    return list(table[column])
+def by_arrow(path: Path, column: str) -> list[str]:
+    """As another reader of CSV has it, with bytes that are no UTF-8 as Python's file names have them."""
+    parsing, converting = (
+        csv.ParseOptions(newlines_in_values=True),
+        csv.ConvertOptions(column_types={column: pa.binary()}),
+    )
+    table = csv.read_csv(path, parse_options=parsing, convert_options=converting)
+    return list(map(os.fsdecode, table[column].to_pylist()))
 
 
 def test_features_and_neighbours_of_hostile_names(place: Path, here: Path) -> None:
@@ -146,9 +151,9 @@ def test_prepared_and_predicted_hostile_names(place: Path, here: Path) -> None:
     assert {row["class"] for row in rows} <= set(labels)
 
 
-def test_pandas_reads_the_same_names(place: Path, here: Path) -> None:
+def test_another_reader_reads_the_same_names(place: Path, here: Path) -> None:
     said(["prepare", str(place / "data"), "--out", "shards", "--workers", "0"])
-    assert sorted(by_pandas(Path("shards/skipped.csv"), "name")) == names_of(place, bad=True)
+    assert sorted(by_arrow(Path("shards/skipped.csv"), "name")) == names_of(place, bad=True)
 
 
 def test_a_command_with_hostile_names_is_what_a_shell_takes() -> None:

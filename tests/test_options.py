@@ -112,6 +112,28 @@ def test_a_mistake_is_the_same_sentence_however_it_is_made(
     assert from_file.replace("0.2 big", "[0.2, big]") == sentence
 
 
+@pytest.mark.parametrize("given", ["", " "])
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "config"])
+def test_an_empty_text_is_a_mistake_of_a_script_and_no_way_to_say_none(
+    name: str, given: str, tmp_path: Path
+) -> None:
+    sentence = f"{name} ({given!r}) must be {KNOWN[name].rule()}; leave it out for its default"
+    (tmp_path / "c.yaml").write_text(f"{name}: {given!r}\n")
+    words = [f"--{name}={given}"] if name != "data" else [given]
+    assert outcome(read_words(KNOWN, words)) == sentence
+    assert outcome({"config": tmp_path / "c.yaml"}) == outcome({name: given}) == sentence
+
+
+def test_what_a_file_leaves_empty_is_none(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("teacher:\nclip_grad:\nprobe_data:\nseed: 3\n")
+    assert outcome({"config": tmp_path / "c.yaml"}) == {
+        "teacher": None,
+        "clip_grad": None,
+        "probe_data": None,
+        "seed": 3,
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "value", "read"),
     [

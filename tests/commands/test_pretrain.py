@@ -94,3 +94,15 @@ def test_a_run_that_goes_on_goes_on_in_the_same_run_of_wandb(
     assert made[0]["resume"] == "allow"
     _logger("wandb", make_run(tmp_path / "other"))
     assert made[2]["id"] != made[0]["id"]
+
+
+def test_a_second_process_does_not_wait_for_a_dry_run_that_begins_nothing(
+    photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freqmask.training.run_folder.PATIENCE", -1.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    freqmask.pretrain(photos, out="made", dry_run=True)
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(UserError, match="was not begun by process 0"):
+        freqmask.pretrain(photos, out="made")

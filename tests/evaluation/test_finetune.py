@@ -381,3 +381,14 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     assert "fresh: fc_norm, head; left out: norm" in shown
     assert "rand-m5-mstd0.5-inc1 (images below 96 pixels)" in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_process_does_not_wait_for_a_dry_run_that_begins_nothing(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freqmask.training.run_folder.PATIENCE", -1.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert finetune(there, tmp_path / "out", dry_run=True) == []
+    with pytest.raises(UserError, match="was not begun by process 0"):
+        finetune(there, tmp_path / "out")

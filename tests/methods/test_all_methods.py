@@ -98,12 +98,8 @@ def test_details_cost_nothing_unless_asked(name: str, monkeypatch: pytest.Monkey
     method = tiny_method(name)
     views = views_for(method)
     with_details = method(views, KEYS, details=True)
-    monkeypatch.setattr(
-        inspect.getmodule(type(method)),
-        "reconstruction_health",
-        None,
-        raising=name not in ("words", "distill"),
-    )
+    if name not in ("words", "distill"):  # whose one detail is a quotient of what they have computed anyway
+        monkeypatch.setattr(inspect.getmodule(type(method)), "reconstruction_health", None)
     without = method(views, KEYS)
     assert not [part for part in without if part.startswith("relative_loss") or part == "collapse"]
     assert "relative_loss" in with_details

@@ -171,7 +171,7 @@ def read_config(
 def _read_texts(path: Path) -> tuple[dict[str, Any], str | None]:
     """The file's options, and the command that wrote them if it says so.
 
-    Scalars stay texts, but within mappings, which no type describes.
+    Scalars stay texts, but within mappings, which no type describes, and where nothing is written.
     """
     from freqmask.training.run_folder import read_yaml
 
@@ -180,7 +180,10 @@ def _read_texts(path: Path) -> tuple[dict[str, Any], str | None]:
     texts, values = parse_yaml(text, texts=True), parse_yaml(text)
     if isinstance(whole.get(OPTIONS), dict):  # of an evaluation that trains: its numbers stand beside
         texts, values = texts[OPTIONS], values[OPTIONS]
-    options = {name: values[name] if isinstance(values[name], dict) else word for name, word in texts.items()}
+    options = {
+        name: values[name] if values[name] is None or isinstance(values[name], dict) else word
+        for name, word in texts.items()
+    }
     return options, whole.get("command")
 
 

@@ -196,6 +196,8 @@ def run_training(job: TrainingJob) -> RunFolder:
     """
     run, dry_run = RunFolder(job.folder), job.asked["dry_run"]
     if rank() > 0:
+        if dry_run:
+            return run  # nothing will be begun that it could wait for
         run.begun()
     _check_folder(run)
     deciding = job.deciding()  # before training: the model's weights are hashed as they were

@@ -23,7 +23,7 @@ Auto = Literal["auto"]
 REQUIRED = inspect.Parameter.empty
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-_NULL = ("null", "~", "")
+_NULL = ("null", "~")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 MOST_SEED = 2**63 - 1  # what torch, numpy and our 64-bit keys all take
 
@@ -138,7 +138,10 @@ class Option:
         raise UserError(f"{self.name} ({_shown(value)}) must be {self.rule()}{self._hint(value)}")
 
     def _hint(self, value: Any) -> str:
-        """The choice that is spelled most like a value."""
+        """The choice that is spelled most like a value; how to give none."""
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if self.default is not REQUIRED and any(isinstance(item, str) and not item.strip() for item in items):
+            return "; leave it out for its default"
         kinds = (_element(kind) or kind for kind in self.kinds)
         choices = [word for kind in kinds for word in typing.get_args(kind) if isinstance(word, str)]
         hint = nearest(_shown(value), choices) if len(choices) > 1 else ""
@@ -257,11 +260,13 @@ def _read_dict(value: Any, kind: Any, option: Option) -> dict[Any, Any]:
 def _read_text(value: Any, kind: Any, option: Option) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, os.PathLike, Integral, Real)):
         raise ValueError
+    if not str(value).strip():
+        raise ValueError  # a variable of a script that was never set
     return str(value)
 
 
 def _read_anything(value: Any, kind: Any, option: Option) -> Any:
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError
     return value
 
@@ -301,7 +306,8 @@ def _shown(value: Any) -> str:
     # as it was written, cut where it is long
     if value is None:
         return "null"
-    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = " ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = text if text.strip() else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

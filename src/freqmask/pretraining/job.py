@@ -92,6 +92,8 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         )  # not those that Lightning starts
         check_processes(options, world)
         if rank() > 0 and world > 1:  # the first process chooses
+            if options["dry_run"]:
+                return Path(options["out"])  # nothing will be begun that it could wait for
             return _resume(RunFolder(options["out"]).begun(), given, options)
         run = find_run(given)
         if run is None:
