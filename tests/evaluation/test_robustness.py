@@ -259,6 +259,15 @@ def test_mce_is_for_the_thousand_classes_at_224_alone() -> None:
 
 
 @pytest.mark.parametrize("head", ["linear", "own"])
+def test_nothing_right_on_clean_images_is_a_number_too(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = 1 - np.load(data)["test_labels"]
+    monkeypatch.setattr(linear.ClassifierHead, "predict", lambda *arguments: wrong)
+    found = freqmask.evaluate.robustness(
+        "pixels", data=data, corruptions=["fog"], severities=[1], attacks=["none"], workers=0
+    )
+    assert {one.variant: one.mean for one in found} == {"clean": 0, "corrupted": 0, "fog 1": 0}
+
+
 def test_a_model_is_opened_once_to_be_checked_and_once_to_be_measured(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -135,7 +136,7 @@ class Bands(Protocol):
         """What turns features into classes, trained on whole images."""
         if self.head != "knn":
             head = fit_head(context, self.head, one, seed)
-            return lambda values: head.table_logits(context, values).argmax(dim=1).cpu().numpy()
+            return functools.partial(head.predict, context)
         bank, labels = context.tensor(context.end("mean"), one.train), context.labels(one.train)
         k = min(_NEIGHBORS, len(one.train))
         return lambda values: (

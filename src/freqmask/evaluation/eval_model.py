@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -185,7 +186,7 @@ class ClassifierModel(EvalModel):
     def identity(self) -> dict[str, Any]:
         return {
             "weights": self._hash,
-            "classifier": " ".join(str(int(number)) for number in self.columns),
+            "classifier": hashlib.blake2b(self.columns.numpy().tobytes(), digest_size=4).hexdigest(),
             "crop_share": self.crop_share,
         }
 

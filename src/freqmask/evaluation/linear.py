@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
 DECAY = 1e-3  # weight decay times learning rate, see `Sweep`
 HELD_OUT, ENOUGH, MOST_HELD_OUT = 0.1, 500, 0.3  # of the training images: they choose among the heads
 MOMENTUM, BATCH, EPOCHS, LEAST_STEPS = 0.9, 512, 50, 1000
+_CHUNK = 2**26  # logits at once, 270 MB: those of 18 heads, 5,000 classes and 8,192 images would be 3 GB
+_AT_ONCE = 8192  # images
 IMBALANCED = 1.2  # largest over smallest class from which class weights make a difference worth a row
 
 
@@ -97,13 +100,14 @@ class Columns:
         """All images in the basis of the directions."""
         return torch.cat([self.rows(images) @ directions for images in self.chunks()])
 
-    def chunks(self) -> tuple[Tensor, ...]:
-        """Numbers of the images, some thousands at once."""
-        return torch.arange(len(self.parts[0]), device=self.mean.device).split(8192)
+    def chunks(self, width: int = 1) -> tuple[Tensor, ...]:
+        """Numbers of the images, some thousands at once, or what there is room for if each makes many numbers."""
+        count = min(max(_CHUNK // width, 1), _AT_ONCE)
+        return torch.arange(len(self.parts[0]), device=self.mean.device).split(count)
 
 
 class Sweep:
-    """Heads on features, trained together: none influences another.
+    """Heads on one input, trained together: none influences another.
 
     Multinomial logistic regression by SGD with momentum 0.9 and a cosine to zero. A step of rate r is taken
     implicitly, as if the loss were least squares: the gradient is multiplied by (covariance + 1/r)^-1. For small
@@ -127,67 +131,56 @@ class Sweep:
         seed: int = 0,
         epochs: float = EPOCHS,
     ) -> None:
+        (self.inputs,) = {head.inputs for head in heads}
         self.heads, self.classes = list(heads), classes
-        self.inputs = list(dict.fromkeys(head.inputs for head in heads))
-        self.columns = {names: Columns.of([features[name] for name in names]) for names in self.inputs}
-        self.members = {
-            names: [number for number, head in enumerate(heads) if head.inputs == names]
-            for names in self.inputs
-        }
         batch = min(BATCH, len(labels))
         steps = max(math.ceil(epochs * len(labels) / batch), LEAST_STEPS)
-        self.weights = {
-            names: self._train(names, labels, _batches(len(labels), batch, steps, seed), steps)
-            for names in self.inputs
-        }
-        # the training images have served, and heads travel to other processes
-        self.columns = {names: columns.like([]) for names, columns in self.columns.items()}
+        columns = Columns.of([features[name] for name in self.inputs])
+        self.weights = self._train(columns, labels, _batches(len(labels), batch, steps, seed), steps)
+        self.columns = columns.like(
+            []
+        )  # the training images have served, and heads travel to other processes
 
     @outside_autocast
     def predict(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Int64[Tensor, "head image"]:
         """The class that each head predicts for each image."""
-        some = next(iter(features.values()))
-        predicted = torch.empty(len(self.heads), len(some), dtype=torch.int64, device=some.device)
-        for members, images, logits in self._logits(features):
-            predicted[members[:, None], images] = logits.argmax(dim=2).T
-        return predicted
+        return torch.cat([logits.argmax(dim=2).T for _, logits in self._logits(features)], dim=1)
 
     @outside_autocast
     def logits(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Float[Tensor, "image class"]:
         """Those of the first head, differentiable in the features."""
-        names = self.heads[0].inputs
-        columns = self.columns[names].like([features[name] for name in names])
-        every = torch.arange(len(features[names[0]]), device=columns.mean.device)
-        place = self.members[names].index(0)
-        return (columns.rows(every) @ self.weights[names]).unflatten(1, (-1, self.classes))[:, place]
+        columns = self._columns(features)
+        every = torch.arange(len(columns.parts[0]), device=columns.mean.device)
+        return columns.rows(every) @ self.weights[:, : self.classes]
 
     @outside_autocast
     def evaluate(
         self, features: Mapping[str, Float[Tensor, "image dim"]], labels: Int64[Tensor, " image"]
     ) -> tuple[Int64[np.ndarray, "head image"], list[float]]:
         """The classes of each head, and its mean cross-entropy in nats."""
-        losses = torch.zeros(len(self.heads), device=labels.device)
-        for members, images, logits in self._logits(features):
-            truth = labels[images][:, None, None].expand(-1, len(members), 1)
-            losses[members] -= logits.log_softmax(dim=2).gather(2, truth).sum(dim=(0, 2)) / len(labels)
-        return self.predict(features).cpu().numpy(), losses.tolist()
+        losses, predicted = torch.zeros(len(self.heads), device=labels.device), []
+        for images, logits in self._logits(features):
+            predicted.append(logits.argmax(dim=2).T)
+            truth = labels[images][:, None, None].expand(-1, len(self.heads), 1)
+            losses -= logits.log_softmax(dim=2).gather(2, truth).sum(dim=(0, 2)) / len(labels)
+        return torch.cat(predicted, dim=1).cpu().numpy(), losses.tolist()
+
+    def _columns(self, features: Mapping[str, Tensor]) -> Columns:
+        return self.columns.like([features[name] for name in self.inputs])
 
     def _logits(
         self, features: Mapping[str, Float[Tensor, "image dim"]]
-    ) -> Iterator[tuple[Tensor, Tensor, Float[Tensor, "batch head class"]]]:
-        """Numbers of heads and of images, and the logits of those heads, chunk by chunk."""
-        for names in self.inputs:
-            columns = self.columns[names].like([features[name] for name in names])
-            members = torch.tensor(self.members[names], device=columns.mean.device)
-            for images in columns.chunks():
-                logits = columns.rows(images) @ self.weights[names]
-                yield members, images, logits.view(len(images), len(members), self.classes)
+    ) -> Iterator[tuple[Tensor, Float[Tensor, "batch head class"]]]:
+        """Numbers of images and their logits, chunk by chunk."""
+        columns = self._columns(features)
+        for images in columns.chunks(self.weights.shape[1]):
+            yield images, (columns.rows(images) @ self.weights).view(len(images), -1, self.classes)
 
-    def _train(self, names: tuple[str, ...], labels: Tensor, batches: Iterator[Tensor], steps: int) -> Tensor:
-        """The weights (column, head x class) of the heads of one input, in the basis of its principal directions."""
-        heads, columns = [self.heads[number] for number in self.members[names]], self.columns[names]
+    def _train(self, columns: Columns, labels: Tensor, batches: Iterator[Tensor], steps: int) -> Tensor:
+        """The weights (column, head x class), learned in the basis of the principal directions."""
+        heads = self.heads
         directions, variances = columns.principal()
-        features, importance = columns.along(directions), self._importance(labels, heads)
+        features, importance = columns.along(directions), self._importance(labels)
         rates = torch.tensor([head.rate for head in heads], device=labels.device)
         paces = (1 / (variances[:, None] + 1 / rates))[:, :, None]  # of each weight (direction, head, 1)
         # the bias is free; after sorting its direction is the one that ends in 1
@@ -205,11 +198,13 @@ class Sweep:
             weights -= 0.5 * (1 + math.cos(math.pi * step / steps)) * paces * speeds
         return directions @ weights.flatten(1)
 
-    def _importance(self, labels: Tensor, heads: Sequence[Head]) -> Float[Tensor, "head class"]:
+    def _importance(self, labels: Tensor) -> Float[Tensor, "head class"]:
         """Of the images of each class for each head."""
         counts = torch.bincount(labels, minlength=self.classes)
         balancing = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1))
-        return torch.stack([balancing if head.weighted else torch.ones_like(balancing) for head in heads])
+        return torch.stack(
+            [balancing if head.weighted else torch.ones_like(balancing) for head in self.heads]
+        )
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -232,7 +227,7 @@ def sweep_of(names: Sequence[str], weighted: bool, rates: Sequence[float] = LEAR
     pairs = [(f"{place}/mean", f"{place}/token") for place in places]
     inputs = [*((name,) for name in names), *(pair for pair in pairs if set(pair) <= set(names))]
     kinds = (False, True) if weighted else (False,)
-    return [Head(one, rate, kind) for kind in kinds for one in inputs for rate in rates]
+    return [Head(one, rate, kind) for one in inputs for kind in kinds for rate in rates]
 
 
 def choose_and_fit(
@@ -264,9 +259,14 @@ def choose_and_fit(
         for part in split_indices(labels.cpu().numpy(), groups, (1 - share, share), seed)
     )
     heads = sweep_of(list(features), weighted, rates)
-    sweep = Sweep(_rows(features, fitted), labels[fitted], classes, heads, seed, epochs)
-    predicted, losses = sweep.evaluate(_rows(features, held), labels[held])
-    truth = labels[held].cpu().numpy()
+    predicted, losses, truth = list[np.ndarray](), list[float](), labels[held].cpu().numpy()
+    for inputs, members in itertools.groupby(
+        heads, lambda head: head.inputs
+    ):  # their memory is that of one input
+        rows = {name: features[name][fitted] for name in inputs}
+        sweep = Sweep(rows, labels[fitted], classes, list(members), seed, epochs)
+        classes_of, losses_of = sweep.evaluate({name: features[name][held] for name in inputs}, labels[held])
+        predicted, losses = [*predicted, *classes_of], [*losses, *losses_of]
     chosen = {}
     for name, kind in (("plain", False), ("class weights", True)):
         if kind and not weighted:
@@ -275,10 +275,6 @@ def choose_and_fit(
         best = max(among, key=lambda k: _rank(margins(truth, predicted[k], classes), losses[k], kind))
         chosen[name] = (heads[best], Sweep(features, labels, classes, [heads[best]], seed, epochs))
     return chosen
-
-
-def _rows(features: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-    return {name: values[images] for name, values in features.items()}
 
 
 def held_out_share(images: int) -> float:
@@ -308,12 +304,16 @@ class ClassifierHead:
             return features[LOGITS]
         return self.sweep.logits({name: values.float() for name, values in features.items()})
 
-    def table_logits(
-        self, context: EvalContext, values: Mapping[str, np.ndarray]
-    ) -> Float[Tensor, "image class"]:
-        """Of features as they lie in a table (image, dim), on the context's device."""
-        with torch.no_grad():
-            return self.logits(context.tensors(values))
+    def predict(
+        self, context: EvalContext, values: Mapping[str, np.ndarray], among: Sequence[int] | None = None
+    ) -> Int64[np.ndarray, " image"]:
+        """The classes of images by their features (image, dim) in a table; ``among`` some classes, their places."""
+        predicted = []
+        for images in torch.arange(len(next(iter(values.values())))).split(_AT_ONCE):
+            with torch.no_grad():
+                logits = self.logits(context.tensors(values, images.numpy()))
+            predicted.append((logits if among is None else logits[:, among]).argmax(dim=1).cpu().numpy())
+        return np.concatenate(predicted)
 
 
 def fit_head(context: EvalContext, head: str, one: Round, seed: int) -> ClassifierHead:

@@ -342,8 +342,8 @@ class RobustnessEval:
         self, variant: str, values: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
     ) -> ClassificationResult:
         parts = zip(self.heads, self.context.by_round(values), strict=True)
-        logits = [head.table_logits(self.context, part) for head, part in parts]
-        return self._row(variant, torch.cat([one.argmax(dim=1) for one in logits]).cpu().numpy(), metadata)
+        predicted = [head.predict(self.context, part) for head, part in parts]
+        return self._row(variant, np.concatenate(predicted), metadata)
 
     def _row(self, variant: str, predicted: np.ndarray, metadata: Mapping[str, Any]) -> ClassificationResult:
         cells = {"head": self.protocol.head, **metadata_of(self.heads), **metadata}
@@ -380,8 +380,7 @@ class RobustnessEval:
         result.group = TREE if folder.corruption else folder.name
         if not table.error:
             values = {name: rows[images] for name, rows in table.values.items()}
-            logits = self.heads[0].table_logits(context, values)
-            result.predicted = (logits if columns is None else logits[:, columns]).argmax(dim=1).cpu().numpy()
+            result.predicted = self.heads[0].predict(context, values, columns)
             read = {"folder": data.name, "left_out": len(table.skipped), "chosen": self.heads[0].chosen}
             result.metadata = {**read, **metadata}
         return result

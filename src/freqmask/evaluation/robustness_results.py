@@ -145,7 +145,7 @@ def _cells(group: str, table: ResultTable, summaries: Mapping[str, Summary]) -> 
         cells[title] = one.error or one.percent()
         if one.variant == CORRUPTED and one.values:
             cells["95 % interval"] = one.interval_text()
-            if CLEAN in summaries:
+            if CLEAN in summaries and summaries[CLEAN].mean > 0:  # of nothing there is no share
                 cells["of clean"] = f"{100 * one.mean / summaries[CLEAN].mean:.0f} %"
     points, first = points_of(summaries), table.results[0]
     side = 224 if group == TREE else min(first.model.input_size[1:])
