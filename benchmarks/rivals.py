@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from freqmask.heads import ProjectionHead
 from freqmask.images import Normalization
-from freqmask.losses import DistillationLoss
+from freqmask.methods.folk import DistillationLoss
 from freqmask.methods.method import Method, build_backbone
 from freqmask.options.of_methods import BackboneOptions
 from freqmask.training.optim import cosine_momentum, update_ema

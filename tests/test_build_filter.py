@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from freqmask.errors import UserError
-from freqmask.filters import FILTERS, Filter, build_filter, used_options
+from freqmask.filters import FILTERS, Filter, build_filter
 from freqmask.spectrum import power
 
 
@@ -22,10 +22,6 @@ def test_options_reach_the_filters_that_take_them():
     assert (
         build_filter("com", com_fractions=[0.2]).settings()["filters"][0].startswith("com(fractions=(0.2,)")
     )
-    assert used_options("lowpass") == {"radius", "softness", "edge"}
-    assert used_options("lowpass(radius=3)") == {"softness", "edge"}
-    assert used_options("com") == {"com_fractions", "low_pass_share", "magnitude"}
-    assert used_options("com()") == {"com_fractions", "magnitude"}
 
 
 class Wedge(Filter):

@@ -7,7 +7,8 @@ import torch
 
 from freqmask.degradations import Blur, Downscale, Noise
 from freqmask.filters import build_filter
-from freqmask.losses import DistillationLoss, SpectrumLoss
+from freqmask.losses import SpectrumLoss
+from freqmask.methods.folk import DistillationLoss
 from freqmask.rng import normal, uniform
 
 FILTERS = [

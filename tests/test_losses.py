@@ -13,7 +13,8 @@ from torch.nn.functional import softmax
 
 from freqmask.errors import UserError
 from freqmask.filters import Com, LowPass
-from freqmask.losses import DistillationLoss, SpectrumLoss, collapse_number
+from freqmask.losses import SpectrumLoss
+from freqmask.methods.folk import DistillationLoss, collapse_number
 
 SETTINGS = [
     {},

@@ -1,4 +1,4 @@
-"""The reconstruction loss in the frequency domain and the distillation loss with its center."""
+"""The reconstruction loss in the frequency domain; FOLK's distillation loss is in ``methods/folk.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as distributed
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -195,120 +194,3 @@ class SpectrumLoss(nn.Module):
             f"masked_weight={self.masked_weight}, kept_weight={self.kept_weight}, reduce={self.reduce!r}, "
             f"gamma={self.gamma}, focal={self.focal}"
         )
-
-
-class DistillationLoss(nn.Module):
-    """Cross-entropy of the student with the centered, sharpened teacher, in DINO's published form.
-
-    p_t = softmax((teacher - center) / teacher_temperature), p_s = softmax(student / student_temperature),
-    loss = - mean over images of sum(p_t log p_s). The center is a moving mean of the teacher's outputs and
-    keeps one output from winning everywhere.
-
-    Args:
-        outputs: length K of the heads' outputs.
-        student_temperature: above 0.
-        teacher_temperature: above 0; ``forward`` may override it, for a warm-up.
-        center_momentum: how much of the old center remains, in [0, 1].
-
-    Raises:
-        UserError: for a setting out of range.
-    """
-
-    center: Tensor
-
-    def __init__(
-        self,
-        outputs: int,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.04,
-        center_momentum: float = 0.9,
-    ) -> None:
-        super().__init__()
-        if outputs < 2:
-            raise UserError(f"outputs ({outputs}) must be at least 2; 65536 is the usual choice")
-        if min(student_temperature, teacher_temperature) <= 0:
-            raise UserError(
-                f"student_temperature ({student_temperature}) and teacher_temperature ({teacher_temperature}) "
-                "must be above 0; 0.1 and 0.04 are the usual choice"
-            )
-        if not 0 <= center_momentum <= 1:
-            raise UserError(f"center_momentum ({center_momentum}) must be in [0, 1]; 0.9 is the usual choice")
-        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.center_momentum = center_momentum
-        self.register_buffer("center", torch.zeros(1, outputs))
-
-    def forward(
-        self,
-        student_logits: Float[Tensor, "batch outputs"],
-        teacher_logits: Float[Tensor, "batch outputs"],
-        teacher_temperature: float | Float[Tensor, ""] | None = None,
-    ) -> Float[Tensor, ""]:
-        """The cross-entropy; no gradient reaches the teacher.
-
-        Args:
-            student_logits: of one view.
-            teacher_logits: of another view of the same images.
-            teacher_temperature: today's, instead of the constructor's; a tensor spares compiled code a
-                recompilation when it changes.
-
-        Returns:
-            A scalar in nats. The center is left alone: see ``update_center``.
-        """
-        targets = self.teacher_probabilities(teacher_logits, teacher_temperature)
-        log_student = F.log_softmax(single_or_double(student_logits) / self.student_temperature, dim=-1)
-        return -(targets * log_student).sum(-1).mean()
-
-    @torch.no_grad()
-    def teacher_probabilities(
-        self,
-        teacher_logits: Float[Tensor, "batch outputs"],
-        teacher_temperature: float | Float[Tensor, ""] | None = None,
-    ) -> Float[Tensor, "batch outputs"]:
-        """What the student is asked to predict.
-
-        Args:
-            teacher_logits: of one view.
-            teacher_temperature: as in ``forward``.
-
-        Returns:
-            Probabilities, each row adds up to 1.
-        """
-        temperature = self.teacher_temperature if teacher_temperature is None else teacher_temperature
-        return F.softmax((single_or_double(teacher_logits) - self.center) / temperature, dim=-1)
-
-    @torch.no_grad()
-    def update_center(self, teacher_logits: Float[Tensor, "batch outputs"]) -> None:
-        """Moves the center towards the mean of these outputs over all processes.
-
-        Args:
-            teacher_logits: all the teacher's outputs of the step; batches may differ between processes.
-        """
-        logits = single_or_double(teacher_logits)
-        count = logits.new_full((1, 1), float(len(logits)))
-        total = sum_over_processes(torch.cat((logits.sum(0, keepdim=True), count), dim=1))
-        self.center.lerp_((total[:, :-1] / total[:, -1:]).to(self.center.dtype), 1.0 - self.center_momentum)
-
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return (
-            f"outputs={self.center.shape[1]}, student_temperature={self.student_temperature}, "
-            f"teacher_temperature={self.teacher_temperature}, center_momentum={self.center_momentum}"
-        )
-
-
-def collapse_number(probabilities: Float[Tensor, "batch outputs"]) -> Float[Tensor, ""]:
-    """Entropy of the mean distribution minus the mean entropy over the images: 0 when collapsed.
-
-    Args:
-        probabilities: the teacher's, one row an image.
-
-    Returns:
-        What the images tell apart, in nats, from 0 to log(min(batch, outputs)); below 0.1 after warm-up the
-        teacher says the same of every image.
-    """
-
-    def entropy(shares: Tensor) -> Tensor:
-        return -torch.xlogy(shares, shares).sum(-1)
-
-    probabilities = single_or_double(probabilities)
-    return entropy(probabilities.mean(0)) - entropy(probabilities).mean()

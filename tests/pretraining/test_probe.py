@@ -10,6 +10,7 @@ import torch
 import freqmask
 from freqmask.training.checkpoint import load_safely
 from freqmask.training.files import read_rows
+from freqmask.training.monitor import Monitor
 
 TINY: dict[str, Any] = {
     "image_size": 16,
@@ -58,3 +59,28 @@ def test_a_probe_is_float32_under_bf16(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("probe_knn", "probe_linear", "rankme"):
         assert float(found[1][name]) == pytest.approx(float(found[0][name]), rel=1e-6)
         assert float(found[2][name]) == pytest.approx(float(found[0][name]), rel=0.05)  # its weights are bf16
+
+
+def test_row_0_is_of_the_first_weights_though_the_run_was_stopped_before_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed has trained weights; those that it began with come from its seed again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = {**TINY, "probe_every_epochs": 100, "checkpoint_every_steps": 2}
+    whole = freqmask.pretrain(["builtin:digits"], out=str(tmp_path / "whole"), **options)
+    ended = Monitor.on_train_batch_end
+
+    def fall(monitor: Monitor, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 3:
+            raise RuntimeError("the power is gone")
+        ended(monitor, trainer, *rest)
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="power"):
+        broken.setattr(Monitor, "on_train_batch_end", fall)
+        freqmask.pretrain(["builtin:digits"], out=str(tmp_path / "cut"), **options)
+    assert "rankme" not in read_rows(tmp_path / "cut" / "metrics.csv")[-1]
+    cut = freqmask.pretrain(["builtin:digits"], out=str(tmp_path / "cut"), **options)
+    rows = [read_rows(run / "metrics.csv")[0] for run in (whole, cut)]
+    assert rows[0]["step"] == rows[1]["step"] == "0"
+    assert rows[0]["rankme"] == rows[1]["rankme"] != ""

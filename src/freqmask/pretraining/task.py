@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from freqmask import __version__
-from freqmask.backbones import recalibrate_batch_norm
+from freqmask.backbones import height_and_width, recalibrate_batch_norm
 from freqmask.console import rank, say
 from freqmask.data.in_memory import InMemoryBatches, InMemoryImages
 from freqmask.data.loader import TrainDataset, make_loader
@@ -31,8 +31,9 @@ from freqmask.pretraining.pretraining_module import (
     whole_method,
 )
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
-from freqmask.pretraining.watch import ENOUGH_RANKED, HeldOut, Probe, calibration
+from freqmask.pretraining.watch import ENOUGH_RANKED, FEATURES_AT_ONCE, HeldOut, Probe, calibration
 from freqmask.training.auto import world_size
+from freqmask.training.files import read_rows
 from freqmask.training.loop import Task, ends, images_at_once, make_sampler
 from freqmask.training.monitor import Monitor
 from freqmask.training.run_folder import RunFolder
@@ -150,16 +151,22 @@ class Pretraining:
         options, images, probed = self.options, self.images, self.images.probed
         held_out = images.train if images.held_out is None else images.held_out
         ranked = images.train if len(held_out) < ENOUGH_RANKED else held_out
+        height, width = height_and_width(options["image_size"])
         at_once = min(images_at_once(options), 64)
+        encoded_at_once = max(min(FEATURES_AT_ONCE // (height * width), 64), at_once)
         epochs = options.get("probe_every_epochs")
         if epochs in (None, "auto"):
             every = options["steps"] // PROBES_A_RUN
         else:
             every = round(float(epochs) * len(images.train) / options["batch_size"])
         labelled = None if probed is None else self._still(probed.source)
+        first = None
+        if rank() == 0 and not any(row.get("step") == "0" for row in read_rows(self.run.metrics)):
+            # a resumed run's weights are those of its beginning, too, until Lightning reads the checkpoint
+            first = copy.deepcopy(self.method.backbones()[self.method.default_backbone])
         watched = None if images.held_out is None else self._still(held_out, self.method.n_views)
         return [
-            Probe(self._still(ranked), labelled, probed, monitor, max(every, 1), at_once),
+            Probe(self._still(ranked), labelled, probed, first, monitor, max(every, 1), encoded_at_once),
             HeldOut(
                 self.run,
                 watched,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from freqmask.backbones import eval_no_grad, recalibrate_batch_norm
+from freqmask.backbones import Backbone, eval_no_grad, recalibrate_batch_norm
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.evaluation import knn, linear
@@ -27,6 +27,7 @@ from freqmask.training.run_folder import RunFolder
 
 PREVIEW_IMAGES = 4
 CALIBRATION_IMAGES = 256
+FEATURES_AT_ONCE = 64 * 224**2  # pixels: without gradients even large networks have room for them
 MOST_TRAIN, MOST_TEST, MOST_RANKED = 5000, 2000, 1000  # images of a probe: enough for a trend, cheap enough
 NEIGHBORS = 20
 ENOUGH_RANKED = 256  # held-out images; where there are fewer, RankMe is of training images
@@ -142,33 +143,45 @@ class Probe(Measurement):
 
     All of it is float32, whatever the training's precision: under bf16 autocast similarities have three digits, and
     k-NN fell from 89.3 to 58.7 % on the same features. Row 0 holds the weights that the run began with, and (with
-    labels) raw pixels, so that what the training has changed can be told.
+    labels) raw pixels, so that what the training has changed can be told. It is written with the first row after it:
+    a thousand images in the way of the first step were most of its wait.
 
     Args:
         ranked: images for RankMe.
         labelled: images with labels, seen whole and unflipped, and
         data: their labels and parts; None for RankMe alone.
+        first: the backbone with the weights that the run began with; None where row 0 is written.
         common: as for :class:`Measurement`.
     """
 
     def __init__(
-        self, ranked: TrainDataset, labelled: TrainDataset | None, data: LabelledData | None, *common: Any
+        self,
+        ranked: TrainDataset,
+        labelled: TrainDataset | None,
+        data: LabelledData | None,
+        first: Backbone | None,
+        *common: Any,
     ) -> None:
         super().__init__(*common)
-        self.ranked, self.labelled, self.data = ranked, labelled, data
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Measure the weights that the run begins with."""
-        if trainer.global_step == 0:
-            self.look(trainer, module, 0)
+        self.ranked, self.labelled, self.data, self.first = ranked, labelled, data, first
 
     def measure(self, trainer: L.Trainer, module: Any, method: Any, step: int) -> dict[str, float]:
         """Shares of correct classes, and an effective rank."""
-        values: dict[str, float] = {}
         if not trainer.is_global_zero:
-            return values
-        backbone = copy.deepcopy(method.backbones()[method.default_backbone]).float().eval()
-        device = next(backbone.parameters()).device
+            return {}
+        if self.first is not None:
+            began = self._values(self.first, method)
+            if self.labelled is not None:  # what any features have to beat
+                pixels = self._probe(pixels_of, torch.device("cpu"))
+                began |= {name.replace("probe", "pixels"): value for name, value in pixels.items()}
+            self.monitor.record(0, began)
+            self.first = None
+        return self._values(copy.deepcopy(method.backbones()[method.default_backbone]), method)
+
+    def _values(self, backbone: Backbone, method: Any) -> dict[str, float]:
+        """The numbers of a backbone, which is turned to float32 and to evaluation."""
+        device, values = next(method.parameters()).device, {}
+        backbone.to(device).float().eval()
 
         def encode(images: Tensor) -> Tensor:
             pooled: Tensor = backbone(method.normalise(images)).pooled
@@ -181,9 +194,6 @@ class Probe(Measurement):
                 values |= self._probe(encode, device)
             ranked = spread(np.arange(len(self.ranked)), MOST_RANKED)
             values["rankme"] = rankme(self._features(encode, self.ranked, ranked, device))
-            if self.labelled is not None and step == 0:  # what any features have to beat
-                pixels = self._probe(pixels_of, torch.device("cpu"))
-                values |= {name.replace("probe", "pixels"): value for name, value in pixels.items()}
         return values
 
     def _probe(self, encode: Encode, device: torch.device) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freqmask.console import Progress
 from freqmask.errors import UserError
-from freqmask.training.files import append_row, read_rows
+from freqmask.training.files import append_row, read_rows, write_rows
 from freqmask.training.run_folder import RunFolder
 
 COLLAPSE_WARNING = 0.1  # nats, docs/methods.md, small pictures
@@ -120,9 +120,12 @@ class Monitor(L.Callback):
         self._batch_ended = time.perf_counter()
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Write values that are measured now and then (held-out loss) as a row of their own."""
+        """Write values that are measured now and then (held-out loss) as a row of their own; row 0 goes first."""
         self.recorded.update(values)
         append_row(self.run.metrics, {"step": step, **values})
+        if step == 0:
+            *rows, first = read_rows(self.run.metrics)
+            write_rows(self.run.metrics, list(first), [first, *rows])
 
     def _is_logged(self, trainer: L.Trainer, step: int) -> bool:
         return step % self.log_every == 0 or step == trainer.max_steps or step == 1
