@@ -90,10 +90,12 @@ def test_every_command_is_one_that_the_parser_takes(page: Path) -> None:
         if name in ("--help", "--version"):
             continue
         command = COMMANDS[name]
-        if command.parts is not None and rest:
+        if command.parts is not None:
+            if not rest:
+                continue  # the family by its name, in a sentence
             assert rest[0] in command.parts, words
         options = {option_of(word) for word in rest if word.startswith("--")}
-        assert options <= options_of(name, rest[0] if command.parts and rest else None), words
+        assert options <= options_of(name, rest[0] if command.parts else None), words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
