@@ -258,7 +258,6 @@ def test_mce_is_for_the_thousand_classes_at_224_alone() -> None:
     assert not mce_applies(names, 224, dict.fromkeys(list(measured)[1:], 0.5))
 
 
-@pytest.mark.parametrize("head", ["linear", "own"])
 def test_nothing_right_on_clean_images_is_a_number_too(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = 1 - np.load(data)["test_labels"]
     monkeypatch.setattr(linear.ClassifierHead, "predict", lambda *arguments: wrong)
@@ -268,6 +267,7 @@ def test_nothing_right_on_clean_images_is_a_number_too(data: str, monkeypatch: p
     assert {one.variant: one.mean for one in found} == {"clean": 0, "corrupted": 0, "fog 1": 0}
 
 
+@pytest.mark.parametrize("head", ["linear", "own"])
 def test_a_model_is_opened_once_to_be_checked_and_once_to_be_measured(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:
