@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from freqmask.errors import UserError
 
 TRUST = "FREQMASK_TRUST"  # in the environment: import paths that files may name, with commas between them
-_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 own_process = False  # whether this process is a command's alone, no program that calls us
 
 
@@ -47,7 +47,7 @@ def named_by_user(given: Any, file: object = "", imported_too: bool = False) -> 
     """
     outer = _named.get()
     if outer is None:
-        paths = frozenset(path for text in _texts(given) for path in _PATH.findall(text))
+        paths = frozenset(path for text in _texts(given) for path in IMPORT_PATH.findall(text))
         inner = _Named(paths, str(file), imported_too)
     else:
         inner = outer._replace(file=str(file) or outer.file)

@@ -68,6 +68,15 @@ def test_an_npz_with_splits_uses_train_and_says_so(medmnist):
     assert everything.label(8) == int(arrays["test_labels"][0, 0])
 
 
+def test_labels_that_are_ids_are_classes_by_their_order(tmp_path):
+    ids = np.array([7_000_000_000, 12, 7_000_000_000, 400_123], np.uint64)
+    np.savez(tmp_path / "x.npz", images=stack(4, 8, 8), labels=ids)
+    source = open_source(tmp_path / "x.npz")
+    values, numbers = np.unique(ids, return_inverse=True)
+    assert source.class_names == [str(value) for value in values]
+    assert source.all_labels().tolist() == numbers.tolist()
+
+
 def test_labels_of_several_columns_are_left_out_and_said(tmp_path):
     np.savez(tmp_path / "x.npz", images=stack(3, 28, 28), labels=np.ones((3, 14), int))
     source = open_source(tmp_path / "x.npz")

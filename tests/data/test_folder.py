@@ -9,6 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from freqmask.data import decode, image_folder
 from freqmask.data.sources import open_source
 from freqmask.errors import BadImage, UserError
 
@@ -86,7 +87,9 @@ def test_train_alone_changes_nothing(tmp_path):
 
 
 def test_unread_files_are_counted_with_the_extra_that_reads_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    heif_free = frozenset(suffix for suffix in decode.read_suffixes() if "hei" not in suffix)
+    for module in (decode, image_folder):
+        monkeypatch.setattr(module, "read_suffixes", lambda: heif_free)
     plant(tmp_path, "a.png", "b.heic", "c.HEIC", "d.txt")
     summary = open_source(tmp_path).summary()
     assert summary.found == 1 and summary.ignored == {".heic": 2, ".txt": 1}

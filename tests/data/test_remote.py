@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import tarfile
+from collections import Counter
 from types import SimpleNamespace
 
 import fsspec
@@ -149,6 +150,32 @@ def test_a_server_that_is_gone_is_named(shards, tmp_path):
         far = open_source(f"{server.url}/shards")
     with pytest.raises(UserError, match="after 5 tries"):
         far.open(0)
+
+
+def test_a_shard_that_its_server_changed_at_the_same_size_is_indexed_anew(server, shards):
+    (shards / "shards.index").unlink()
+    (shards / "prepare.json").unlink()
+    (name,) = (path.name for path in shards.glob("val-*.tar"))
+    assert not open_source(f"{server.url}/shards/{name}").name(0).startswith("val-000000/x")
+    size = (shards / name).stat().st_size
+    data = (shards / name).read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = [(info, tar.extractfile(info).read()) for info in tar if info.isreg()]
+    with tarfile.open(shards / name, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, (info, content) in enumerate(members):
+            info.name = f"x{number}.png" if info.name.endswith(".png") else info.name
+            tar.addfile(info, io.BytesIO(content))
+    os.utime(shards / name, (2_000_000_000, 2_000_000_000))
+    assert (shards / name).stat().st_size == size
+    assert open_source(f"{server.url}/shards/{name}").name(0).startswith("val-000000/x")
+
+
+def test_a_place_is_asked_once_for_its_index_and_once_for_its_files(server):
+    storage.RemoteFiles(f"{server.url}/photos").listing()
+    one_listing = server.asked.copy()
+    server.asked.clear()
+    open_source(f"{server.url}/photos")
+    assert server.asked == one_listing + Counter({"photos/shards.index": 1})
 
 
 def test_a_refusal_is_not_tried_again(server):
@@ -354,8 +381,13 @@ def test_a_bucket_holds_shards_and_folders(bucket, shards, photos):
 
 def test_a_server_that_answers_everything_with_a_page_is_a_sentence(tmp_path):
     with serving(tmp_path, Paging) as server:
-        for name in ("shards", "shards/a.tar", "shards/a-*.tar", "x.parquet"):
-            with pytest.raises(UserError):
+        sentences = {
+            "shards": "cannot be listed",
+            "shards/a.tar": "or no tar",
+            "shards/a-*.tar": "no file fits",
+        }
+        for name, words in {**sentences, "x.parquet": "or no parquet file"}.items():
+            with pytest.raises(UserError, match=words):
                 open_source(f"{server.url}/{name}")
 
 

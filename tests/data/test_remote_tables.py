@@ -179,7 +179,7 @@ def test_looking_at_some_images_fetches_few_row_groups(server, monkeypatch):
     seen = survey(far)
     assert 1 <= seen.count <= 2 * GROUP and asked_of_tables(server) == 2
     _, held_out = hold_out(far, 0.15)
-    groups = {far.index.place(int(index))[0] for index in held_out}
+    groups = {far.index.part_of(int(index)) for index in held_out}
     assert len(held_out) == 8 and len(groups) <= 2
 
 

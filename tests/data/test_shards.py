@@ -14,7 +14,7 @@ from freqmask.data import shards as shards_module
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import TrainSampler
-from freqmask.data.shards import Row, ShardRows, find_index, load_index, make_index, pack_rows
+from freqmask.data.shards import Row, ShardIndex, ShardRows, find_index, make_index, pack_rows
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out
 from freqmask.data.storage import INDEX_NAME, expand_braces, files_of
@@ -292,14 +292,17 @@ def test_pages_are_for_files(tmp_path):
 
 
 def test_an_index_file_holds_what_it_was_given(tmp_path):
-    index = load_index(indexed(tmp_path) / INDEX_NAME)
+    index = ShardIndex.load(indexed(tmp_path) / INDEX_NAME)
     assert len(index) == 8 and index.text("names", 7) == "old/1/3" and index.splits() == []
 
 
-def test_a_shard_rewritten_after_its_index_was_read_gives_no_pixels_of_others(tmp_path):
+@pytest.mark.parametrize("count", [4, 40])
+def test_a_shard_packed_anew_after_its_index_was_read_gives_no_pixels_of_others(tmp_path, count):
     pack(tmp_path / "a.tar", samples(range(4)))
-    source = open_source(tmp_path)
+    source, size = open_source(tmp_path), (tmp_path / "a.tar").stat().st_size
     assert reds(source) == [0, 1, 2, 3]
-    pack(tmp_path / "a.tar", samples(range(100, 140)))
-    with pytest.raises(BadImage, match="rewritten after its index"):
-        source.open(0)
+    pack(tmp_path / "a.tar", samples(range(100, 100 + count)))
+    assert ((tmp_path / "a.tar").stat().st_size == size) == (count == 4)
+    for known in (source, pickle.loads(pickle.dumps(source))):
+        with pytest.raises(UserError, match="changed while it was being read"):
+            known.open(0)

@@ -104,6 +104,7 @@ def _settings(
 ) -> Settings:
     """The settings of this start; those of a folder that was begun must be the same."""
     from freqmask.data.sharding import Settings, choose_shard_size
+    from freqmask.training.files import existing_parent
 
     side, size, pages, split = asked
     if before is not None:
@@ -114,7 +115,7 @@ def _settings(
     chosen, mean = choose_shard_size(parts, side)
     size = chosen if size == "auto" else size
     needed = mean * parts.count
-    free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
+    free = shutil.disk_usage(existing_parent(out)).free
     say(
         f"shards      {len(parts.shards(size)):,} of up to {size:,} images, about {readable_bytes(needed)} in all; "
         f"{readable_bytes(free)} are free"

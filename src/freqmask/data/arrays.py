@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from freqmask.data.cache import hash_of
+from freqmask.data.labels import number_classes
 from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source
 from freqmask.data.splits import Located, split_of
-from freqmask.data.storage import Unchanged
+from freqmask.data.storage import LocalFiles
 from freqmask.errors import BadImage, UserError, brief, nearest
 
 IMAGE_KEYS = ("images", "image", "x", "data", "arr_0")
@@ -87,15 +88,16 @@ class ArraySource(Source):
     ) -> None:
         self.file, self.pairs, self.notes = path, pairs, notes or []
         self.split = split
-        self._unchanged = Unchanged(path)
+        self._files = LocalFiles(path.parent)
+        self._state = self._files.state(path.name)
         self._stacks: list[np.ndarray] | None = None
         stacks = self._load()
         self._starts = np.cumsum([0, *(len(stack) for stack in stacks)])
         if len(self) == 0:
             raise UserError(f"DATA ({path}) holds no images; its array has the shape {stacks[0].shape}")
-        self._labels = self._load_labels()
-        if self._labels is not None:
-            self.class_names = [str(number) for number in range(int(self._labels.max()) + 1)]
+        labels = self._load_labels()
+        if labels is not None:
+            self._labels, self.class_names = number_classes(labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stacks": None}  # each process maps or reads the file itself
@@ -117,8 +119,8 @@ class ArraySource(Source):
             self._stacks = stacks
         return self._stacks
 
-    def _load_labels(self) -> np.ndarray | None:
-        """All labels (image,), or None where they are missing, of several columns or not counted from 0."""
+    def _load_labels(self) -> list[int] | None:
+        """All labels, or None where they are missing, of several columns or not counted from 0."""
         parts = [_read(self.file, labels) for _, labels in self.pairs if labels is not None]
         if len(parts) < len(self.pairs):
             return None
@@ -130,11 +132,11 @@ class ArraySource(Source):
             note = f"The labels in {self.file.name} are not one class number an image and are left out."
             self.notes = [*self.notes, note]
             return None
-        return np.concatenate(parts)[:, 0].astype(np.int64)
+        return [label for part in parts for label in part[:, 0].tolist()]
 
     def open(self, index: int) -> Picture:
         self.check(index)
-        self._unchanged.check()
+        self._files.refuse_changed(self.file.name, self._state)
         stack = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
             image = self._load()[stack][index - int(self._starts[stack])]

@@ -58,7 +58,7 @@ class PhotometricSettings:
             raise UserError("; ".join(problems))
 
 
-NO_CHANGE = PhotometricSettings(jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+NO_CHANGE = PhotometricSettings(0.0, 0.0, 0.0, 0.0, 0.0, grey=0.0, blur=0.0)
 # DINO's two global views (docs/methods.md, FOLK): the first always blurred, the second sometimes solarized.
 DINO_VIEWS = (
     PhotometricSettings(blur=1.0, solarise=0.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import io
 import re
@@ -11,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import imagecodecs
 import numpy as np
@@ -25,12 +27,12 @@ from freqmask.data.pixels import (
     Color,
     Orientation,
     Picture,
+    as_bad_image,
     as_kept_type,
     check_box,
     check_size,
     orientation_of,
     refuse_all_nan,
-    unread_format,
 )
 from freqmask.data.source import Pages
 from freqmask.data.tiff import TIFF_BEGINNINGS, count_tiff_images, open_tiff
@@ -62,6 +64,7 @@ JPEG_ROW_MULTIPLE = 32
 RARE_CODERS = (0xC3, 0xC9, 0xCA)
 
 
+@functools.cache
 def read_suffixes() -> frozenset[str]:
     """The suffixes, in lower case, of files that can be read with what is installed."""
     heif = HEIF_SUFFIXES if importlib.util.find_spec("pillow_heif") else ()
@@ -105,7 +108,7 @@ def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture
         components, bits = _jpeg2000_components(data)
         if components > 3 or bits > 8:
             return Jpeg2000Picture(data)
-    if data[4:8] == HEIF_MARK and importlib.util.find_spec("pillow_heif"):
+    if data[4:8] == HEIF_MARK and read_suffixes().issuperset(HEIF_SUFFIXES):
         import pillow_heif  # type: ignore[import-not-found, unused-ignore]
 
         pillow_heif.register_heif_opener()
@@ -161,10 +164,23 @@ def _open(data: bytes) -> Image.Image:
             raise BadImage(
                 f"it is a JPEG of {data[frame + 4]} bits a sample, which is not read; store it as PNG or TIFF"
             ) from error
-        raise BadImage(unread_format(data, bool(AVIF))) from error
+        raise BadImage(_unread_format(data)) from error
     except Exception as error:
         # A damaged header leads Pillow's parsers to raise SyntaxError, struct.error, ValueError ...
         raise BadImage(f"its header is damaged ({brief(error)})") from error
+
+
+def _unread_format(data: bytes) -> str:
+    """What a file is that nothing here reads, with the way out where there is one."""
+    if data.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
+        return "it is JPEG XL, which is not read; convert it to PNG or TIFF"
+    if data[4:12] in (b"ftypavif", b"ftypavis") and not AVIF:
+        return "it is AVIF, which this Pillow lacks; pip install --upgrade pillow"
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1") and not read_suffixes().issuperset(
+        HEIF_SUFFIXES
+    ):
+        return "it is HEIC, which needs a reader; pip install 'freqmask[data]'"
+    return "its content is not an image of any known format"
 
 
 def _exif_orientation(image: Image.Image) -> Orientation:
@@ -188,15 +204,13 @@ class CodedPicture(Picture):
     ) -> Shaped[np.ndarray, "channel height width"]:
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
         wanted = self._orientation.shown_size(at_least) if at_least else None
-        try:
-            with quiet_pillow():
+        with as_bad_image("it is truncated or damaged"), quiet_pillow():
+            try:
                 pixels = self._decode_stored(stored, wanted)
-        except BadImage:
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and "truncated" in str(error).lower():
+            except OSError as error:
+                if "truncated" not in str(error).lower():
+                    raise
                 raise BadImage("it is truncated: the file ends before the image does") from error
-            raise BadImage(f"it is truncated or damaged ({brief(error)})") from error
         return self._orientation.show(pixels.transpose(2, 0, 1))
 
     def _decode_stored(self, box: Box, at_least: tuple[int, int] | None) -> np.ndarray:
@@ -425,14 +439,9 @@ def _declares_alpha(box: bytes) -> bool:
 
 def _load_array(source: Path | io.BytesIO) -> np.ndarray:
     """The array in a file; objects, which would run code, are refused."""
-    try:
-        array: np.ndarray = np.load(
-            source, mmap_mode="r" if isinstance(source, Path) else None, allow_pickle=False
-        )
-    except OSError:
-        raise
-    except Exception as error:  # numpy parses the header as Python, and hands on whatever that raises
-        raise BadImage(f"it is truncated or no plain numpy array ({brief(error)})") from error
+    mapped: Literal["r"] | None = "r" if isinstance(source, Path) else None
+    with as_bad_image("it is truncated or no plain numpy array", passing=(OSError,)):
+        array: np.ndarray = np.load(source, mmap_mode=mapped, allow_pickle=False)
     return array
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from freqmask.console import say
 from freqmask.data.cache import hash_of
 from freqmask.data.decode import open_bytes, read_file, suffix_of
-from freqmask.data.parquet import Columns, number_classes
+from freqmask.data.labels import number_classes
+from freqmask.data.parquet import Columns
 from freqmask.data.pixels import Picture
 from freqmask.data.source import JoinedSource, Source
 from freqmask.data.splits import Located

@@ -22,13 +22,12 @@ from freqmask.console import readable_bytes
 from freqmask.data.loader import (
     WINDOWS,
     Skipped,
-    as_bad_image,
     as_it_is,
     candidates,
     make_loader,
     none_usable,
 )
-from freqmask.data.pixels import check_channels, convert_channels, is_empty, missing_pixels
+from freqmask.data.pixels import as_bad_image, check_channels, convert_channels, is_empty, missing_pixels
 from freqmask.data.sampler import Item, TrainSampler, runs_of_images
 from freqmask.data.source import Source
 from freqmask.data.transforms import (
@@ -118,6 +117,7 @@ def read_images(
     decoding = _Decoding(source, tuple(geometries), limits.side, dtype, channels, convert)
     pixels: list[np.ndarray] = []
     entries: list[_Entry] = []
+    taken = 0
     runs: Any = runs_of_images(len(source), source.blocks(), _HANDED_OVER)
     parts: Any = make_loader(decoding, runs, 1, workers, False, as_it_is)
     for part in parts:
@@ -125,7 +125,8 @@ def read_images(
             raise part
         pixels += part[0]
         entries += part[1]
-        if sum(array.nbytes for array in pixels) > limits.bytes:
+        taken += sum(array.nbytes for array in part[0])
+        if taken > limits.bytes:
             raise DoesNotFitError(
                 f"they take more than the {readable_bytes(limits.bytes)} there are for them"
             )

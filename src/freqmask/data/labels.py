@@ -7,9 +7,11 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from freqmask.data.splits import Located
 from freqmask.errors import UserError, nearest
 
 COLUMNS = ("path", "label", "split", "group")
+MOST_NUMBERED = 100_000  # numbers up to there are classes by their value, ids beyond by their order
 _FOREIGN = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8
 
 
@@ -132,6 +135,29 @@ class LabelledSource(Subset):
         return whole
 
 
+def number_classes(
+    values: Sequence[int | str | None], names: list[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called.
+
+    Values are a name or a number of each image, None or negative without one; names are those of 0, 1, ... if known.
+
+    >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[0].tolist()
+    (['cat', 'dog'], [2, -1, 0])
+    """
+    known = {value for value in values if value is not None and not (isinstance(value, int) and value < 0)}
+    if names is None and all(isinstance(value, int) for value in known):
+        largest = max((int(value) for value in known), default=-1)
+        names = [str(number) for number in range(largest + 1)] if largest < MOST_NUMBERED else None
+    places: dict[Any, int]
+    if names is not None:
+        places = {number: number for number in range(len(names))}
+    else:
+        ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
+        places, names = {value: place for place, value in enumerate(ordered)}, [str(v) for v in ordered]
+    return np.array([places.get(value, -1) for value in values], np.int64), names
+
+
 def in_order(labels: set[str]) -> list[str]:
     """Class names: numbers by value, anything else by the alphabet."""
     if all(label.isdecimal() for label in labels):
@@ -156,7 +182,7 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
             f"labels ({file}) names {len(missing)} images that DATA lacks (first {missing[0]!r}); {hint}"
         )
     if len(set(paths)) < len(paths):
-        twice = next(path for k, path in enumerate(paths) if path in paths[:k])
+        twice = Counter(paths).most_common(1)[0][0]
         raise UserError(f"labels ({file}) names {twice!r} twice; one line an image")
     return np.array([numbers[path] for path in paths], np.int64)
 

@@ -24,6 +24,7 @@ from torch.utils.data import default_collate as stack
 from freqmask.console import say
 from freqmask.data.pixels import (
     Picture,
+    as_bad_image,
     check_channels,
     convert_channels,
     fill_missing,
@@ -169,17 +170,6 @@ def none_usable(skipped: Skipped) -> UserError:
     return UserError(
         f"{len(skipped)} images in a row cannot be used; the first, {name}: {reason}; check DATA"
     )
-
-
-@contextlib.contextmanager
-def as_bad_image() -> Iterator[None]:
-    """Whatever a decoder raises on a broken file is a bad image: the run goes on and lists it."""
-    try:
-        yield
-    except (BadImage, UserError):
-        raise
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def collate(samples: Sequence[Sample] | UserError) -> dict[str, Any] | UserError:

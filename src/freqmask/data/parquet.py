@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,30 +19,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from freqmask.console import readable_bytes, say
-from freqmask.data.cache import (
-    cache_file,
-    hash_of,
-    piece_of,
-    read_arrays,
-    replacing,
-    text_arrays,
-    write_arrays,
-)
-from freqmask.data.decode import open_bytes, suffix_of
-from freqmask.data.pixels import Picture
-from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary
+from freqmask.data.cache import cache_file, hash_of, piece_of, replacing, text_arrays
+from freqmask.data.decode import suffix_of
+from freqmask.data.labels import number_classes
+from freqmask.data.packed import PackedIndex, PackedSource
+from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, SourceSummary
 from freqmask.data.splits import Located, split_of
-from freqmask.data.storage import Files, Unchanged
+from freqmask.data.storage import Files
 from freqmask.errors import BadImage, UserError, nearest
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
-MOST_NUMBERED = (
-    100_000  # numbers up to there are classes by their value; ids beyond are classes by their order
-)
 # Beyond this the images here are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
-_ARRAYS = ("starts", "labels", "group_files", "group_numbers", "group_bytes", "paths", "footers")
 CLASS_KINDS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
 VERSION = 2
@@ -106,29 +93,6 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
 
 
-def number_classes(
-    values: Sequence[int | str | None], names: list[str] | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called.
-
-    Values are a name or a number of each image, None or negative without one; names are those of 0, 1, ... if known.
-
-    >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[0].tolist()
-    (['cat', 'dog'], [2, -1, 0])
-    """
-    known = {value for value in values if value is not None and not (isinstance(value, int) and value < 0)}
-    if names is None and all(isinstance(value, int) for value in known):
-        largest = max((int(value) for value in known), default=-1)
-        names = [str(number) for number in range(largest + 1)] if largest < MOST_NUMBERED else None
-    places: dict[Any, int]
-    if names is not None:
-        places = {number: number for number in range(len(names))}
-    else:
-        ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
-        places, names = {value: place for place, value in enumerate(ordered)}, [str(v) for v in ordered]
-    return np.array([places.get(value, -1) for value in values], np.int64), names
-
-
 def tables_of_one(names: Iterable[str], where: str) -> list[str]:
     """The parquet files among some names, all of one data set.
 
@@ -161,47 +125,25 @@ def locate_tables(files: Files, tables: Sequence[str], where: str) -> Located:
     )
 
 
-class TableIndex:
-    """The row groups of some parquet files, one behind the other; arrays may be mapped from a file."""
+class TableIndex(PackedIndex):
+    """The row groups of some parquet files, one behind the other."""
 
-    def __init__(self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None) -> None:
-        self.file, self._about, self._arrays = file, about, arrays
+    kind, version = "tables", VERSION
+    columns = ("starts", "labels", "group_files", "group_numbers", "group_bytes", "paths", "footers")
+
+    def __init__(
+        self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
+    ) -> None:
+        super().__init__(about, arrays, file)
         self.files = [(str(name), int(size)) for name, size in about["files"]]  # name and bytes
         self.image_leaf: str = about["image_leaf"]  # the column of encoded images: image.bytes
-        self.class_names: list[str] | None = about["class_names"]
-        self.labels = arrays["labels"]  # int64 (image,), -1 where there is none; empty without classes
-        self.starts = arrays["starts"]  # (groups + 1,) number of the first image of each row group
-        self.group_files = arrays["group_files"]  # (groups,) which file each lies in
-        self.group_numbers = arrays["group_numbers"]  # (groups,) which of that file's it is
-        self.group_bytes = arrays["group_bytes"]  # (groups,) what its images take in memory
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        if self.file is None:
-            return TableIndex, (self._about, self._arrays, None)
-        return _reopen, (self.file,)  # workers that are not forked map the same file
-
-    def place(self, image: int) -> tuple[int, int]:
-        """The row group of an image, and its row there."""
-        group = int(self.starts.searchsorted(image, side="right")) - 1
-        return group, image - int(self.starts[group])
-
-    def path(self, image: int) -> str:
-        """The file that the image was, or nothing."""
-        return piece_of(self._arrays, "paths", image).decode("utf-8", "surrogateescape")
+        self._footers: dict[int, pq.FileMetaData] = {}
 
     def footer(self, file: int) -> pq.FileMetaData:
         """What the end of a file says of it."""
-        return pq.read_metadata(pa.BufferReader(piece_of(self._arrays, "footers", file)))
-
-
-def _reopen(file: Path) -> TableIndex:
-    read = read_arrays(file, verify=False)
-    if read is None:
-        raise UserError(f"the index of DATA ({file}) was replaced while workers started; start again")
-    return TableIndex(*read, file)
+        if file not in self._footers:
+            self._footers[file] = pq.read_metadata(pa.BufferReader(piece_of(self.arrays, "footers", file)))
+        return self._footers[file]
 
 
 def index_tables(files: Files, names: Sequence[str]) -> TableIndex:
@@ -210,23 +152,16 @@ def index_tables(files: Files, names: Sequence[str]) -> TableIndex:
     Raises:
         UserError: one of them is missing, damaged, or without images; or all are empty.
     """
-    try:
-        states = [(name, files.state(name)) for name in names]
-        cached = cache_file("tables", VERSION, files.where, states)
-        read = read_arrays(cached, holding=_ARRAYS)
-        if read is not None:
-            return TableIndex(*read, cached)
+
+    def make() -> TableIndex:
         if files.remote:
             plural = "s" * (len(names) > 1)
             say(
                 f"index       reading footers and labels of {len(names):,} table{plural} of {files.where}, once"
             )
-        about, arrays = _read_index(files, [(name, state[0]) for name, state in states])
-    except FileNotFoundError as error:
-        raise UserError(
-            f"DATA ({files.where}): {error.filename or error} is not there; check its spelling"
-        ) from error
-    return TableIndex(about, arrays, cached if write_arrays(cached, about, arrays) else None)
+        return TableIndex(*_read_index(files, [(name, files.state(name)[0]) for name in names]))
+
+    return TableIndex.cached(files, names, make)
 
 
 def _read_index(files: Files, sizes: list[tuple[str, int]]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -269,7 +204,12 @@ def _read_index(files: Files, sizes: list[tuple[str, int]]) -> tuple[dict[str, A
         **text_arrays("footers", [_serialized(footer) for footer in footers]),
     }
     classes_or_none = classes if labels else None
-    return {"files": sizes, "image_leaf": columns.leaf, "class_names": classes_or_none}, arrays
+    return {
+        "version": VERSION,
+        "files": sizes,
+        "image_leaf": columns.leaf,
+        "class_names": classes_or_none,
+    }, arrays
 
 
 def _read_footer(files: Files, name: str) -> pq.FileMetaData:
@@ -305,114 +245,77 @@ def _image_bytes(group: Any, leaf: str) -> int:
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
 
 
-class TableSource(Source):
+class TableSource(PackedSource):
     """The images of some parquet files of one layout, in order.
 
     Raises:
         UserError: one of them is missing, damaged, or without images; or all are empty.
     """
 
+    kind = "parquet table"
+    index: TableIndex
+
     def __init__(self, files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> None:
-        self.files, self.notes = files, list(notes)
-        self._unchanged = (
-            {} if files.remote else {name: Unchanged(Path(files.url(name)), time=False) for name in names}
-        )
-        self.index = index_tables(files, names)
-        self.class_names = self.index.class_names
-        sizes = self.index.group_bytes
+        super().__init__(files, index_tables(files, names), notes)
+        sizes = self.index.arrays["group_bytes"]  # what their images take in memory
         self.window = min(max(KEPT_BYTES // max(int(sizes.max()), 1), 1), WINDOW_BLOCKS)
-        self._most_kept = self.window if files.remote else len(sizes)
+        self.most_kept = self.window if files.remote else len(sizes)
         self._laid_out = not files.remote and int(sizes.sum()) > IN_MEMORY_BYTES
-        self._begin()
-
-    def _begin(self) -> None:
-        self._labels = self.index.labels if self.class_names is not None else None
-        self._kept: OrderedDict[int, pa.ChunkedArray] = (
-            OrderedDict()
-        )  # each process reads or maps them itself
-        self._footers: dict[int, pq.FileMetaData] = {}
-        self._lock = Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        here_only = ("_labels", "_kept", "_footers", "_lock")
-        return {name: value for name, value in self.__dict__.items() if name not in here_only}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def open(self, index: int) -> Picture:
-        return open_bytes(self._bytes(index))
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         data = self._bytes(index)
-        return data, suffix_of(data, self.index.path(index))
+        return data, suffix_of(data, self.index.text("paths", index))
 
     def _bytes(self, index: int) -> bytes:
         self.check(index)
-        group, row = self.index.place(index)
-        data: bytes | None = self._images(group)[row].as_py()
+        group = self.index.part_of(index)
+        # a file that is laid out is kept as one block
+        first = (
+            int(self.index.arrays["group_files"].searchsorted(self._file(group))) if self._laid_out else group
+        )
+        with self._lock:  # threads that want the same row group wait for one request
+            self._keep(first, self._kept[first] if first in self._kept else self._fetch(first))
+            images = self._kept[first]
+        data: bytes | None = images[index - int(self.index.starts[first])].as_py()
         if data is None:
             raise BadImage("its row holds no bytes, only a path at most")
         return data
 
-    def _images(self, group: int) -> pa.ChunkedArray:
-        """The encoded images of a row group, bytes or null."""
-        with self._lock:  # threads that want the same row group wait for one request
-            if group not in self._kept:
-                self._kept |= self._fetch(group)
-                while len(self._kept) > self._most_kept:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(group)
-            return self._kept[group]
+    def _file(self, group: int) -> int:
+        return int(self.index.arrays["group_files"][group])
 
-    def _fetch(self, group: int) -> dict[int, pa.ChunkedArray]:
-        """The images of a row group; of a file that is laid out, of all of its row groups."""
-        file, number = int(self.index.group_files[group]), int(self.index.group_numbers[group])
+    def _fetch(self, group: int) -> pa.ChunkedArray:
+        """The encoded images, bytes or null, of a row group; of one that begins a file that is laid out, of all."""
+        file, number = self._file(group), int(self.index.arrays["group_numbers"][group])
         name = self.index.files[file][0]
-        if name in self._unchanged:  # labels and places were read when it was opened
-            self._unchanged[name].check()
+        self.files.refuse_changed(name, self._states[name])
         try:
             if self._laid_out:
-                images = _mapped(Path(self.files.url(name)), self.index.image_leaf)
-                groups = np.flatnonzero(self.index.group_files == file)
-                first, starts = self.index.starts[groups[0]], self.index.starts
-                return {int(g): images.slice(starts[g] - first, starts[g + 1] - starts[g]) for g in groups}
-            if file not in self._footers:
-                self._footers[file] = self.index.footer(file)
-            table = _read_group(self.files, name, self._footers[file], number, [self.index.image_leaf])
-            return {group: _bytes_of_cells(table.column(0))}
+                return _mapped(Path(self.files.url(name)), self.index.image_leaf)
+            table = _read_group(self.files, name, self.index.footer(file), number, [self.index.image_leaf])
+            return _bytes_of_cells(table.column(0))
         except FileNotFoundError as error:
             raise BadImage(f"the table {name} is gone") from error
         except (pa.ArrowException, OSError, IndexError) as error:
             raise BadImage(f"the table {name} is damaged in its row group {number}") from error
 
     def blocks(self) -> BlockLayout | None:
+        if not self.files.remote:
+            return None
         sizes = np.diff(self.index.starts)
-        numbers = np.repeat(np.arange(len(sizes)), sizes)
-        return BlockLayout(numbers, self.window, whole=True) if self.files.remote else None
+        return BlockLayout(np.repeat(np.arange(len(sizes)), sizes), self.window, whole=True)
 
     def name(self, index: int) -> str:
-        path = self.index.path(index)
+        path = self.index.text("paths", index)
         return f"{index}:{path}" if path else str(index)
 
     def fingerprint(self) -> str:
         return hash_of(*(f"{PurePosixPath(name).name}\0{size}\0" for name, size in self.index.files))
 
     def summary(self) -> SourceSummary:
-        count, notes = len(self.index.files), list(self.notes)
-        kind = f"{count:,} parquet table{'s' * (count > 1)}"
-        if self.files.remote:
-            kind += f" at {self.files.where}"
-            largest = readable_bytes(int(self.index.group_bytes.max()))
-            notes.append(
-                f"Tables are read over the network in row groups of up to {largest}, the images of {self.window} of "
-                "them mixed; the order depends on the number of processes and workers."
-            )
-        return SourceSummary(kind, len(self), len(self), notes=notes)
+        largest = readable_bytes(int(self.index.arrays["group_bytes"].max()))
+        read = f"in row groups of up to {largest}, the images of {self.window} of them mixed"
+        return self._summary(len(self.index.files), f"Tables are read over the network {read}")
 
 
 def _bytes_of_cells(cells: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

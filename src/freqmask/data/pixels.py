@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Shaped
 
-from freqmask.errors import BadImage
+from freqmask.errors import BadImage, UserError, brief
 from freqmask.images import LUMA
 
 Box = tuple[int, int, int, int]
@@ -20,6 +21,17 @@ KEPT_TYPES = ("uint8", "uint16", "int16", "float32")
 MOST_SAMPLES = 900_000_000
 MOSTLY_MISSING = 0.9  # an image with less than a tenth of its pixels measured teaches how gaps are filled
 _LUMA = np.array(LUMA, dtype=np.float32)
+
+
+@contextmanager
+def as_bad_image(what: str = "", passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever a decoder raises on a broken file is a bad image, with ``what`` as the reason: a run lists it."""
+    try:
+        yield
+    except (BadImage, UserError) + passing:  # noqa: RUF005
+        raise
+    except Exception as error:  # parsers and codecs raise many kinds on damaged files
+        raise BadImage(f"{what} ({brief(error)})" if what else f"{type(error).__name__}: {error}") from error
 
 
 class Picture(ABC):
@@ -341,22 +353,3 @@ def fill_missing(
     overall = present.sum() / counts.sum()
     means = np.where(counts > 0, present.sum(axis=(1, 2)) / np.maximum(counts, 1), overall)
     return np.where(missing, means[:, None, None], image).astype(image.dtype)
-
-
-def unread_format(data: bytes, avif: bool) -> str:
-    """What a file is that nothing here reads, with the way out where there is one.
-
-    Args:
-        data: the whole file.
-        avif: whether AVIF is read here.
-    """
-    if data.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
-        return "it is JPEG XL, which is not read; convert it to PNG or TIFF"
-    if data[4:12] in (b"ftypavif", b"ftypavis") and not avif:
-        return "it is AVIF, which this Pillow lacks; pip install --upgrade pillow"
-    if (
-        data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")
-        and importlib.util.find_spec("pillow_heif") is None
-    ):
-        return "it is HEIC, which needs a reader; pip install 'freqmask[data]'"
-    return "its content is not an image of any known format"

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from freqmask.data.cache import hash_of, replacing
 from freqmask.data.encode import EncodedImage, encode_picture
-from freqmask.data.loader import as_bad_image, as_it_is, make_loader
+from freqmask.data.loader import as_it_is, make_loader
+from freqmask.data.pixels import as_bad_image
 from freqmask.data.sampler import block_shuffle, some_images
 from freqmask.data.shards import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
 from freqmask.data.source import JoinedSource, Pages, Source

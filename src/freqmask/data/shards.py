@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -20,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from freqmask.console import say
-from freqmask.data.cache import cache_file, hash_of, piece_of, read_arrays, text_arrays, write_arrays
-from freqmask.data.decode import open_bytes, read_suffixes
+from freqmask.data.cache import hash_of, text_arrays
+from freqmask.data.decode import read_suffixes
 from freqmask.data.labels import in_order
-from freqmask.data.pixels import Picture
+from freqmask.data.packed import PackedIndex, PackedSource
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary, Subset
 from freqmask.data.splits import Located, split_of, split_of_shard
 from freqmask.data.storage import INDEX_NAME, Files
@@ -85,63 +84,23 @@ def _raw(value: Any) -> Any:
     return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
 
 
-class ShardIndex:
-    """The images of some shards, about 110 bytes an image; arrays may be mapped from a file."""
+class ShardIndex(PackedIndex):
+    """The images of some shards."""
+
+    kind, version = "shards", VERSION
+    columns = ("offsets", "sizes", "labels", "groups", "members", "names", "starts")
 
     def __init__(
         self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
     ) -> None:
+        super().__init__(about, arrays, file)
         self.shards = [(str(name), int(size), split) for name, size, split in about["shards"]]
-        self.class_names: list[str] | None = about["class_names"]
         self.group_names: list[str] | None = about["group_names"]
-        self.ignored: dict[str, int] = about["ignored"]  # suffix -> members that are not read
         self.notes: list[str] = about["notes"]
-        self.extra: dict[str, Any] = about.get("extra", {})  # what the writer kept with it
-        self.file = file
-        self._about, self.arrays = about, arrays
-        self.starts = arrays["starts"]  # (shards + 1,) number of the first image of each shard
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        if self.file is None:
-            return ShardIndex, (self._about, self.arrays)
-        return load_index, (self.file, False)  # workers that are not forked map the same file
-
-    def shard_of(self, number: int) -> int:
-        """The number of the shard that holds an image."""
-        return int(np.searchsorted(self.starts, number, side="right")) - 1
-
-    def text(self, column: str, number: int) -> str:
-        """A text of an image: ``members``, or ``names`` (empty where that is the member's)."""
-        return piece_of(self.arrays, column, number).decode("utf-8", "surrogateescape")
 
     def splits(self, names: Collection[str] | None = None) -> list[str]:
         """The names of the splits there are: in some shards, or in all."""
         return sorted({split for name, _, split in self.shards if split and (names is None or name in names)})
-
-    def fingerprint(self) -> str:
-        """A hash of the shards' names and of what lies where in them."""
-        columns = (self.arrays[column] for column in ("starts", "offsets", "sizes", "members"))
-        return hash_of(repr(self.shards), *columns)
-
-    def save(self, file: Path, **extra: Any) -> bool:
-        """Write it, whole or not at all, with anything JSON as `extra`; False where the place cannot be written."""
-        return write_arrays(file, self._about | {"extra": extra}, self.arrays)
-
-
-def load_index(file: Path, verify: bool = True) -> ShardIndex:
-    """An index from the file that :meth:`ShardIndex.save` wrote, its checksum compared with ``verify``.
-
-    Raises:
-        ValueError: it is damaged, or of another version.
-    """
-    holding = ["offsets", "sizes", "labels", "groups", "members", "names", "starts"]
-    read = read_arrays(file, verify, holding)
-    if read is None or read[0].get("version") != VERSION:
-        raise ValueError(f"{file} is damaged, or was written by another version")
-    return ShardIndex(*read, file=file)
 
 
 def make_index(
@@ -286,48 +245,6 @@ def block_numbers(index: ShardIndex) -> np.ndarray:
     return np.cumsum(changes, dtype=np.int32) - np.int32(1)
 
 
-class BlockReader:
-    """Reads images of remote shards, and whole blocks where one image of a block is not all that is wanted.
-
-    The first look into a block fetches its image alone, the second one the whole block, which is then kept. So
-    pictures here and there cost what they weigh, and reading in order two requests a block.
-    """
-
-    def __init__(self, files: Files, index: ShardIndex) -> None:
-        self.files, self.index = files, index
-        self.numbers = block_numbers(index)
-        self._kept: OrderedDict[int, tuple[int, bytes] | None] = OrderedDict()
-        self._lock = Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"files": self.files, "index": self.index, "numbers": self.numbers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._kept, self._lock = OrderedDict(), Lock()
-
-    def read(self, image: int, shard: str, start: int, stop: int) -> bytes:
-        """The bytes ``start`` to ``stop`` of a shard, which are those of an image, by its number."""
-        block = int(self.numbers[image])
-        with self._lock:
-            seen = block in self._kept
-            kept = self._kept.setdefault(block, None)
-        if not seen:
-            return self.files.read(shard, start, stop)
-        if kept is None:
-            first, last = np.searchsorted(self.numbers, [block, block + 1])
-            offsets, sizes = self.index.arrays["offsets"], self.index.arrays["sizes"]
-            begin, end = int(offsets[first]), int(offsets[last - 1] + sizes[last - 1])
-            kept = begin, self.files.read(shard, begin, end)
-        with self._lock:
-            self._kept[block] = kept
-            self._kept.move_to_end(block)
-            while len(self._kept) > KEPT_BLOCKS:
-                self._kept.popitem(last=False)
-        begin, data = kept
-        return data[start - begin : stop - begin]
-
-
 def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex:
     """The index beside the shards (None for all of them), that in the cache, or a new one from their headers."""
     beside = _index_beside(files, names, where)
@@ -336,21 +253,12 @@ def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIn
     listed = files.names() if names is None else list(names)
     if not listed:
         raise UserError(f"DATA ({where}) holds no .tar; check its spelling, or name the shards")
-    try:
-        states = [files.state(name) for name in listed]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"DATA ({where}): the shard {error.filename or error} is not there; check it"
-        ) from error
-    cached = cache_file("shards", VERSION, files.where, list(zip(listed, states, strict=True)))
-    try:
-        return load_index(cached)
-    except ValueError:
+
+    def make() -> ShardIndex:
         shards = _read_all_headers(files, listed)
-        index = make_index(shards, labels=folder_classes(shards))
-    if index.save(cached):
-        index.file = cached
-    return index
+        return make_index(shards, labels=folder_classes(shards))
+
+    return ShardIndex.cached(files, listed, make)
 
 
 def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex | None:
@@ -358,7 +266,7 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
     if file is None:
         return None
     try:
-        index = load_index(file)
+        index = ShardIndex.load(file)
     except ValueError as error:
         raise UserError(
             f"DATA ({where}): its {INDEX_NAME} is damaged, or was written by another version; fetch it again, or "
@@ -369,15 +277,16 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
         return None
     for name in () if files.remote else names or sizes:  # asking a server for each would take long
         try:
-            size = files.state(name)[0]
+            state = files.state(name)
         except FileNotFoundError as error:
             raise UserError(
                 f"DATA ({where}) lacks the shard {name}, which its {INDEX_NAME} lists; fetch it, or name those "
                 "that are there by a pattern"
             ) from error
-        if size != sizes[name]:
+        index.states = {**index.states, name: state}
+        if state[0] != sizes[name]:
             raise UserError(
-                f"DATA ({where}): the shard {name} has {size:,} bytes, not the {sizes[name]:,} of its "
+                f"DATA ({where}): the shard {name} has {state[0]:,} bytes, not the {sizes[name]:,} of its "
                 f"{INDEX_NAME}; fetch it again, or delete {INDEX_NAME} to have it made anew"
             )
     return index
@@ -386,7 +295,8 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
 def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
     sizes = [files.state(name)[0] for name in names]
     if files.remote or sum(sizes) > SPOKEN_BYTES:
-        say(f"index       reading the headers of {len(names):,} shards of {files.where}, once")
+        plural = "s" * (len(names) > 1)
+        say(f"index       reading the headers of {len(names):,} shard{plural} of {files.where}, once")
 
     def read(name: str, size: int) -> ShardRows:
         with files.stream(name) as file:
@@ -396,48 +306,61 @@ def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
         return list(pool.map(read, names, sizes))
 
 
-class ShardSource(Source):
+class ShardSource(PackedSource):
     """The images of some shards, by the index of what lies where in them."""
 
-    def __init__(self, files: Files, index: ShardIndex) -> None:
-        self.files, self.index = files, index
-        self.class_names = index.class_names
-        self._reader = BlockReader(files, index) if files.remote else None
+    kind, most_kept = "shard", KEPT_BLOCKS
+    index: ShardIndex
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def _place(self, index: int) -> tuple[str, int, int]:
-        self.check(index)
-        start = int(self.index.arrays["offsets"][index])
-        return self._shard(index), start, start + int(self.index.arrays["sizes"][index])
+    def __init__(self, files: Files, index: ShardIndex, notes: Sequence[str] = ()) -> None:
+        super().__init__(files, index, [*index.notes, *notes])
+        self._blocks = block_numbers(index) if files.remote else None
 
     def _shard(self, index: int) -> str:
-        return self.index.shards[self.index.shard_of(index)][0]
-
-    def open(self, index: int) -> Picture:
-        return open_bytes(self._bytes(index))
+        return self.index.shards[self.index.part_of(index)][0]
 
     def _bytes(self, index: int) -> bytes:
-        shard, start, stop = self._place(index)
+        self.check(index)
+        shard, start = self._shard(index), int(self.index.arrays["offsets"][index])
+        stop = start + int(self.index.arrays["sizes"][index])
         try:
-            if self._reader is None:
-                data = self.files.read(shard, start, stop)
-            else:
-                data = self._reader.read(index, shard, start, stop)
+            data = self._fetch(index, shard, start, stop)
         except FileNotFoundError as error:
             raise BadImage(f"the shard {shard} is gone") from error
         except OSError as error:
             raise BadImage(f"the shard {shard} cannot be read ({error.strerror or error})") from error
         if len(data) < stop - start:
             raise BadImage(f"the shard {shard} is truncated")
-        size = self.index.shards[self.index.shard_of(index)][1]
-        if self._reader is None and self.files.state(shard)[0] != size:
-            raise BadImage(f"the shard {shard} was rewritten after its index was read")
+        if shard in self._states:
+            self.files.refuse_changed(shard, self._states[shard])
         return data
 
+    def _fetch(self, index: int, shard: str, start: int, stop: int) -> bytes:
+        """The bytes ``start`` to ``stop`` of a shard, which are those of an image.
+
+        Of one behind a URL the first look into a block fetches its image alone, the second one the whole block, which
+        is then kept. So images here and there cost what they weigh, and reading in order two requests a block.
+        """
+        if self._blocks is None:
+            return self.files.read(shard, start, stop)
+        block = int(self._blocks[index])
+        with self._lock:
+            seen, kept = block in self._kept, self._kept.get(block)
+            self._keep(block, kept)
+        if not seen:
+            return self.files.read(shard, start, stop)
+        if kept is None:
+            first, last = np.searchsorted(self._blocks, [block, block + 1])
+            offsets, sizes = self.index.arrays["offsets"], self.index.arrays["sizes"]
+            begin, end = int(offsets[first]), int(offsets[last - 1] + sizes[last - 1])
+            kept = begin, self.files.read(shard, begin, end)
+            with self._lock:
+                self._keep(block, kept)
+        begin, data = kept
+        return bytes(data[start - begin : stop - begin])
+
     def blocks(self) -> BlockLayout | None:
-        return None if self._reader is None else BlockLayout(self._reader.numbers)
+        return None if self._blocks is None else BlockLayout(self._blocks)
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         return self._bytes(index), PurePosixPath(self.index.text("members", index)).suffix.lower()
@@ -451,38 +374,27 @@ class ShardSource(Source):
         shard = PurePosixPath(self._shard(index)).name
         return identity_of(f"{shard}/{self.index.text('members', index)}".encode(errors="surrogateescape"))
 
-    def label(self, index: int) -> int | None:
-        label = int(self.index.arrays["labels"][index])
-        return None if label < 0 else label
-
-    def all_labels(self) -> np.ndarray:
-        return self.index.arrays["labels"].astype(np.int64)
-
     def group(self, index: int) -> str | None:
         number = int(self.index.arrays["groups"][index])
         return None if number < 0 or self.index.group_names is None else self.index.group_names[number]
 
     def fingerprint(self) -> str:
-        return self.index.fingerprint()
+        """A hash of the shards' names and of what lies where in them."""
+        columns = (self.index.arrays[column] for column in ("starts", "offsets", "sizes", "members"))
+        return hash_of(repr(self.index.shards), *columns)
 
     def summary(self) -> SourceSummary:
-        count = len(self.index.shards)
-        kind = f"{count:,} shard{'s' if count > 1 else ''}"
-        notes = list(self.index.notes)
-        if self.files.remote:
-            kind += f" at {self.files.where}"
-            notes.append(
-                "Shards are read over the network in pieces of 4 MB, mixed within windows of 16 pieces; the order "
-                "depends on the number of processes and workers."
-            )
-        return SourceSummary(kind, len(self), len(self), dict(self.index.ignored), notes)
+        read = "Shards are read over the network in pieces of 4 MB, mixed within windows of 16 pieces"
+        return replace(self._summary(len(self.index.shards), read), ignored=dict(self.index.about["ignored"]))
 
 
 def locate_shards(files: Files, names: Sequence[str] | None, where: str) -> Located:
     """The images of shards (None: all); their splits are told by the folders that they lie in, or by their names."""
     index = find_index(files, names, where)
     if len(index) == 0:
-        counts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in index.ignored.items()]
+        counts = [
+            f"{count:,} {suffix or 'without suffix'}" for suffix, count in index.about["ignored"].items()
+        ]
         raise UserError(f"DATA ({where}) holds no images ({', '.join(counts) or 'the shards are empty'})")
 
     def open_split(chosen: str | None, notes: list[str]) -> Source:
@@ -490,9 +402,9 @@ def locate_shards(files: Files, names: Sequence[str] | None, where: str) -> Loca
             (chosen is None or split == chosen) and (names is None or name in names)
             for name, _, split in index.shards
         ]
+        source = ShardSource(files, index, [] if all(used) else notes)
         if all(used):
-            return ShardSource(files, index)
-        index.notes = [*index.notes, *notes]
-        return Subset(ShardSource(files, index), np.flatnonzero(np.repeat(used, np.diff(index.starts))))
+            return source
+        return Subset(source, np.flatnonzero(np.repeat(used, np.diff(index.starts))))
 
     return Located(where, open_split, index.splits(names))

@@ -31,11 +31,10 @@ from freqmask.data.storage import (
     unpacker_of,
 )
 from freqmask.errors import UserError, nearest
-from freqmask.imports import import_object
+from freqmask.imports import IMPORT_PATH, import_object
 
 __all__ = ["JoinedSource", "Pages", "Source", "SourceSummary", "Subset", "open_source", "splits_there"]
 
-IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 ARRAY_SUFFIXES = (".npy", ".npz")
 HUB = "hf://"
@@ -131,12 +130,10 @@ def _locate_folder(path: Path, pages: Pages) -> Located:
         return _shards(files, None, str(path), pages)
     if is_saved_dataset(path):
         return locate_dataset(path)
-    tables = sorted(
-        table
-        for folder in (path, path / "data")
-        for table in folder.glob("*.parquet")
-        if table.name not in marked_in(folder)  # features that we wrote
-    )
+    tables = []
+    for folder in (path, path / "data"):
+        features = marked_in(folder)  # that we wrote
+        tables += sorted(table for table in folder.glob("*.parquet") if table.name not in features)
     if tables and not len(index_folder(path, read_suffixes())):
         return locate_tables(files, [table.relative_to(path).as_posix() for table in tables], str(path))
     return locate_folder(path, pages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import io
@@ -11,10 +12,10 @@ import socket
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 from freqmask.data.cache import MAGIC, cache_file, hash_of, replacing
@@ -29,6 +30,7 @@ UNPACKERS = {
 INDEX_NAME = "shards.index"
 MANIFEST = "prepare.json"
 PATTERN = re.compile(r"[*?{\[]")
+State = tuple[int, object]  # of a file: its bytes, and what else changes with its content, None where unknown
 Result = TypeVar("Result")
 _HELD: list[Any] = []  # indexes that could not be cached
 
@@ -37,6 +39,8 @@ TIMEOUT = 30
 HEADER_BYTES = 65_536  # asked for at once while headers are read; the next header often lies in it
 EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 EXTRAS |= dict.fromkeys(("http", "https"), "aiohttp")
+# What servers name a state of a file by: the web, S3, Google, Hugging Face; and fsspec's memory.
+STATE_KEYS = ("ETag", "etag", "Last-Modified", "LastModified", "updated", "blob_id", "created")
 TRANSIENT = (408, 425, 429)  # answers of a server that ask for patience; all others below 500 are final
 
 
@@ -125,8 +129,18 @@ class Files(ABC):
         """The files whose paths fit a pattern with ``*``, ``?`` and ``[]``, sorted."""
 
     @abstractmethod
-    def state(self, name: str) -> tuple[int, ...]:
+    def state(self, name: str) -> State:
         """The bytes of a file, and whatever else changes when it does; raises FileNotFoundError."""
+
+    def refuse_changed(self, name: str, state: State) -> None:
+        """Raises a UserError where a file here is no longer in the state in which places were read from it.
+
+        A map of a file that was cut would end the process, and places in another one are those of other images. A
+        server is not asked for every image.
+        """
+        with contextlib.suppress(FileNotFoundError):  # whoever reads it says so
+            if not self.remote and self.state(name) != state:
+                raise UserError(f"DATA ({self.url(name)}) was changed while it was being read; start again")
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -160,7 +174,7 @@ class LocalFiles(Files):
     def matching(self, pattern: str) -> list[str]:
         return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
 
-    def state(self, name: str) -> tuple[int, ...]:
+    def state(self, name: str) -> State:
         state = (self.root / name).stat()
         return state.st_size, state.st_mtime_ns
 
@@ -178,26 +192,6 @@ class LocalFiles(Files):
         return file if file.is_file() else None
 
 
-class Unchanged:
-    """A file that a source keeps data of, or maps, and which must keep its size, and the ``time`` of its change."""
-
-    def __init__(self, path: Path, time: bool = True) -> None:
-        self.path, self.time = path, time
-        self._state = self._look()
-
-    def _look(self) -> tuple[int, int] | None:
-        try:
-            state = self.path.stat()
-        except OSError:
-            return None
-        return state.st_size, state.st_mtime_ns if self.time else 0
-
-    def check(self) -> None:
-        """Raises a UserError where it was rewritten: reading a map of a file that was cut ends the process."""
-        if (state := self._look()) is not None and state != self._state:
-            raise UserError(f"DATA ({self.path}) was changed while it was being read; start again")
-
-
 class RemoteFiles(Files):
     """Files below a URL. Cheap to pickle: connections are made in the process that reads.
 
@@ -210,8 +204,12 @@ class RemoteFiles(Files):
 
     def __init__(self, root: str) -> None:
         self.root = self.where = root.rstrip("/") if urlsplit(root).path.strip("/") else root
-        self._sizes: dict[str, int | None] = {}
-        self._index: Path | None = None
+        self._states: dict[str, State] = {}
+        self._listings: dict[int | None, dict[str, int | None]] = {}
+        self._index: Path | Literal[False] | None = False  # not asked for
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listings": {}}  # of no use to a worker, and maybe of millions of files
 
     def url(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
@@ -234,15 +232,15 @@ class RemoteFiles(Files):
 
         return with_retries(url, fetch)
 
-    def state(self, name: str) -> tuple[int, ...]:
-        """The size; servers do not agree on times of change, and one that tells no size is a UserError."""
-        if self._sizes.get(name) is None:
+    def state(self, name: str) -> State:
+        """The size, and a hash or time of change where the server tells one; a UserError where it tells no size."""
+        if name not in self._states:
             system, path = _system(self.url(name))
-            self._sizes[name] = with_retries(self.url(name), lambda: system.info(path))["size"]
-        size = self._sizes[name]
-        if size is None:
-            raise UserError(f"{self.url(name)}: the server does not tell its size; copy it here first")
-        return (size,)
+            info = with_retries(self.url(name), lambda: system.info(path))
+            if info["size"] is None:
+                raise UserError(f"{self.url(name)}: the server does not tell its size; copy it here first")
+            self._states[name] = _state_of(info)
+        return self._states[name]
 
     def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
         raw = RangeFile(partial(self.read, name), self.state(name)[0])
@@ -251,7 +249,7 @@ class RemoteFiles(Files):
     def names(self) -> list[str]:
         return sorted(
             name
-            for name in self.listing(levels=2)
+            for name in self.listing()
             if name.endswith(".tar") and (name.count("/") == 0 or split_of(name.split("/")[0]))
         )
 
@@ -260,6 +258,8 @@ class RemoteFiles(Files):
 
     def listing(self, levels: int | None = None) -> dict[str, int | None]:
         """Path relative to the root -> bytes of each file so many levels below; None where the server does not tell."""
+        if levels in self._listings:
+            return self._listings[levels]
         system, path = _system(self.root)
         base = path.rstrip("/") + "/"
 
@@ -269,16 +269,20 @@ class RemoteFiles(Files):
                 system.info(path)  # fsspec passes over a server that does not answer; this raises
             return listed
 
-        files: dict[str, Any] = with_retries(self.root, find, gone={})
-        sizes = {
-            full.removeprefix(base): info.get("size") for full, info in files.items() if full.startswith(base)
+        found: dict[str, Any] = with_retries(self.root, find, gone={})
+        files = {full.removeprefix(base): info for full, info in found.items() if full.startswith(base)}
+        self._states |= {
+            name: _state_of(info) for name, info in files.items() if info.get("size") is not None
         }
-        self._sizes.update(sizes)
-        return sizes
+        self._listings[levels] = {name: info.get("size") for name, info in files.items()}
+        return self._listings[levels]
 
     def index_file(self) -> Path | None:
-        if self._index is not None:
-            return self._index
+        if self._index is False:
+            self._index = self._fetch_index()
+        return self._index
+
+    def _fetch_index(self) -> Path | None:
         try:
             data = self.read(INDEX_NAME)
         except FileNotFoundError:
@@ -286,7 +290,7 @@ class RemoteFiles(Files):
         if not data.startswith(MAGIC):  # some servers answer every address with a page
             return None
         digest = hash_of(data)
-        self._index = file = cache_file("remote-index", self.root, len(data), digest)
+        file = cache_file("remote-index", self.root, len(data), digest)
         try:
             if not file.is_file() or file.read_bytes() != data:
                 with replacing(file) as temporary:
@@ -295,8 +299,13 @@ class RemoteFiles(Files):
             _HELD.append(tempfile.NamedTemporaryFile(suffix=INDEX_NAME))  # noqa: SIM115
             _HELD[-1].write(data)
             _HELD[-1].flush()
-            self._index = file = Path(_HELD[-1].name)
+            file = Path(_HELD[-1].name)
         return file
+
+
+def _state_of(info: Mapping[str, Any]) -> State:
+    """The state of a file by what fsspec tells of it."""
+    return int(info["size"]), next((str(info[key]) for key in STATE_KEYS if info.get(key)), None)
 
 
 class _NoRangesError(Exception):

@@ -22,6 +22,7 @@ from freqmask.data.pixels import (
     Color,
     Orientation,
     Picture,
+    as_bad_image,
     as_kept_type,
     check_box,
     check_size,
@@ -29,28 +30,18 @@ from freqmask.data.pixels import (
     refuse_all_nan,
 )
 from freqmask.data.source import Pages
-from freqmask.errors import BadImage, brief
+from freqmask.errors import BadImage
 
 # What tifffile finds odd it logs; what stops it, it raises, and that becomes a reason in words.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 TIFF_BEGINNINGS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+DAMAGED = "it is truncated, damaged or no TIFF"
 NODATA_TAG = 42113  # GDAL's
 INKS_TAG = 332  # 1: the four inks are CMYK
 # The color spaces of scanners and print that Pillow alone converts, from single pages of 8 bits.
 PILLOW_COLORS = ("YCBCR", "CIELAB", "ICCLAB")
 OLD_JPEG, JPEG = 6, 7
 JPEG_KINDS = (OLD_JPEG, JPEG, 34892, 33007)  # lossy in DNG, and Alternative JPEG
-
-
-@contextmanager
-def _as_bad_image() -> Iterator[None]:
-    """Whatever the parser or a codec stumbles over becomes `BadImage`."""
-    try:
-        yield
-    except (BadImage, FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # tifffile and its codecs raise many kinds on damaged files
-        raise BadImage(f"it is truncated, damaged or no TIFF ({brief(error)})") from error
 
 
 @contextmanager
@@ -71,7 +62,10 @@ def open_tifffile(source: Path | bytes) -> tifffile.TiffFile:
 def count_tiff_images(source: Path | bytes) -> int:
     """How many images a TIFF holds when its pages are images; 1 for a file that cannot be read."""
     try:
-        with _as_bad_image(), open_tifffile(source) as tiff:
+        with (
+            as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)),
+            open_tifffile(source) as tiff,
+        ):
             return max(1, sum(_Layout(series).images for series in _image_series(tiff)))
     except (BadImage, OSError):
         return 1  # it is listed as unreadable when its turn comes
@@ -83,7 +77,7 @@ def open_tiff(source: Path | bytes, pages: Pages = "channels", page: int = 0) ->
     ``channels`` stacks all pages into one image; ``images`` takes the one numbered ``page``. BadImage where that
     cannot be read.
     """
-    with _as_bad_image(), open_tifffile(source) as tiff:
+    with as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)), open_tifffile(source) as tiff:
         series = tiff.series[0]
         if pages == "images":
             for series in _image_series(tiff):
@@ -193,7 +187,10 @@ class TiffPicture(Picture):
         self, box: Box | None = None, at_least: tuple[int, int] | None = None
     ) -> Shaped[np.ndarray, "channel height width"]:
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
-        with _as_bad_image(), _reopened(self._tiff.filehandle):
+        with (
+            as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)),
+            _reopened(self._tiff.filehandle),
+        ):
             colored = [color.apply(window) for color, window in zip(*self._windows(stored), strict=True)]
         planes = np.concatenate(colored) if len(colored) > 1 else colored[0]
         if stored[2:] == self._layout.size:  # of a window alone nothing follows

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from freqmask.data.pixels import check_channels, convert_channels, fill_missing, is_empty, missing_pixels
+from freqmask.data.pixels import (
+    as_bad_image,
+    check_channels,
+    convert_channels,
+    fill_missing,
+    is_empty,
+    missing_pixels,
+)
 from freqmask.data.sampler import some_images
 from freqmask.data.source import Source
 from freqmask.errors import BadImage, UserError
@@ -177,14 +184,11 @@ def survey(
 def _thumbnail(source: Source, index: int) -> _Thumbnail | str:
     """An image's header and a grid of its pixels, or the reason why it cannot be used."""
     try:
-        picture = source.open(index)
-        image = picture.decode(None, (_SURVEY_PIXELS, _SURVEY_PIXELS))
+        with as_bad_image():
+            picture = source.open(index)
+            image = picture.decode(None, (_SURVEY_PIXELS, _SURVEY_PIXELS))
     except BadImage as error:
         return error.reason
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise anything on broken files
-        return f"{type(error).__name__}: {error}"
     missing = missing_pixels(image, picture.nodata)
     reason = is_empty(image, missing)
     if reason is not None:

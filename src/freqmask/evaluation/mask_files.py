@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,26 @@ from jaxtyping import Int16, Int32, Shaped
 from PIL import Image
 from torch import Tensor
 
+from freqmask.data.cache import hash_of
 from freqmask.data.decode import quiet_pillow
 from freqmask.data.image_folder import IMAGE_WORDS, MASK_WORDS, FolderSource
 from freqmask.data.index import MASK_FILE, FolderIndex, index_folder
-from freqmask.data.loader import TrainDataset, as_bad_image
-from freqmask.data.pixels import EXIF_TAG, Box, Orientation, Picture, missing_pixels, orientation_of
+from freqmask.data.loader import TrainDataset
+from freqmask.data.pixels import (
+    EXIF_TAG,
+    Box,
+    Orientation,
+    Picture,
+    as_bad_image,
+    missing_pixels,
+    orientation_of,
+)
 from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import split_of
 from freqmask.data.tiff import open_tifffile, turn_of
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
-from freqmask.errors import BadImage, UserError, brief
+from freqmask.errors import BadImage, UserError
 from freqmask.rng import uniform_numbers
 
 # Lossless ones only: JPEG and its like invent labels along every edge.
@@ -46,12 +55,8 @@ def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
     Raises:
         BadImage: it cannot be read, holds colors or fractions, or a label is out of 0 to 65,535.
     """
-    try:
+    with as_bad_image("it cannot be read"):
         stored = _read(path)
-    except BadImage:
-        raise
-    except Exception as error:  # decoders raise anything on broken files
-        raise BadImage(f"it cannot be read ({brief(error)})") from error
     labels = _single_plane(stored)
     if labels.dtype.kind not in "iub":
         raise BadImage(f"it holds numbers of the type {labels.dtype}; labels are whole numbers")
@@ -182,8 +187,8 @@ def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
         if names
     ]
     if len(used) < len(partners) and not problems:
-        twice = next(name for name, number in zip(images, numbers, strict=True) if numbers.count(number) > 1)
-        problems = [f"{part.images / twice} and another image would share one mask"]
+        shared = Counter(partners).most_common(1)[0][0]
+        problems = [f"{part.images / images[numbers.index(shared)]} and another image would share one mask"]
     if problems:
         raise UserError(
             f"{'; '.join(problems)}; the mask of a.jpg is called a.png or a_mask.png, in the same subfolder"
@@ -269,8 +274,7 @@ class PairSource(Source):
         return f"{self.part.name}/{name}" if self.part.name else name
 
     def fingerprint(self) -> str:
-        both = f"{self.images.fingerprint()} {self.masks.fingerprint}"
-        return hashlib.blake2b(both.encode(), digest_size=8).hexdigest()
+        return hash_of(f"{self.images.fingerprint()} {self.masks.fingerprint}")
 
     def summary(self) -> SourceSummary:
         whole = self.images.summary()

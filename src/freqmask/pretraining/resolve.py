@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from freqmask.backbones import height_and_width
-from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, PhotometricSettings
+from freqmask.data.augment import DINO_VIEWS, NO_CHANGE, PhotometricAugmentation, PhotometricSettings
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, survey
@@ -46,7 +46,6 @@ OVERFIT_STEPS = 300
 CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
 LEARNS_MOST = "learned most in equal time, docs/results.md; the papers' own: --method mfm, --method folk"
 PAPERS_OWN = {"words": {"filter", "radius"}}  # who names a filter and no method means MFM's
-DINO_JITTER = [0.4, 0.4, 0.2, 0.1, 0.8]
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -319,21 +318,19 @@ def make_geometries(options: Mapping[str, Any], views: int) -> list[Geometry]:
 
 def make_augmentation(options: Mapping[str, Any], views: int) -> list[nn.Module]:
     """Photometric changes of each view: DINO's for FOLK, none for the others, unless asked otherwise."""
-    folk = options["method"] == "folk"
-    strong = folk and shorter_side(options) >= TINY_IMAGE
-    blurs = options["blur"] or ([1.0, 0.1] if strong else [0.0])
-    solarizations = options["solarise"] or ([0.0, 0.2] if strong else [0.0])
-    jitter = options["colour_jitter"] or (DINO_JITTER if folk else [0.0] * 5)
-    grey = options["grey"] if options["grey"] is not None else (0.2 if folk else 0.0)
-    settings = [
-        PhotometricSettings(
-            **dict(zip(("brightness", "contrast", "saturation", "hue", "jitter"), jitter, strict=True)),
-            grey=grey,
-            blur=blurs[min(view, len(blurs) - 1)],
-            solarise=solarizations[min(view, len(solarizations) - 1)],
-        )
-        for view in range(views)
-    ]
+    usual: tuple[PhotometricSettings, ...] = DINO_VIEWS if options["method"] == "folk" else (NO_CHANGE,)
+    if shorter_side(options) < TINY_IMAGE:
+        usual = tuple(replace(view, blur=0.0, solarise=0.0) for view in usual)
+    settings = []
+    for view in range(views):
+        given = {name: options[name] for name in ("blur", "solarise") if options[name]}
+        asked = {name: values[min(view, len(values) - 1)] for name, values in given.items()}
+        if options["colour_jitter"]:
+            names = ("brightness", "contrast", "saturation", "hue", "jitter")
+            asked |= dict(zip(names, options["colour_jitter"], strict=True))
+        if options["grey"] is not None:
+            asked["grey"] = options["grey"]
+        settings.append(replace(usual[min(view, len(usual) - 1)], **asked))
     if options["overfit"] is not None or all(setting == NO_CHANGE for setting in settings):
         return []
     return [PhotometricAugmentation(setting) for setting in settings]
