@@ -8,7 +8,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,7 +18,6 @@ import torch
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import nn
 
-from freqmask import __version__
 from freqmask.console import rank, readable_bytes, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
@@ -26,18 +25,19 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
 from freqmask.training import auto
-from freqmask.training.checkpoint import newest_usable
 from freqmask.training.loop import (
     ScheduledModule,
     Task,
+    begin_run,
     check_parts,
     ends,
+    find_checkpoint,
     images_at_once,
     make_sampler,
     train,
 )
 from freqmask.training.optim import OptimConfig
-from freqmask.training.run_folder import RunFolder, comparable, heading, now
+from freqmask.training.run_folder import RunFolder, comparable
 from freqmask.training.saving import Export
 
 AUTO = "auto"
@@ -206,10 +206,10 @@ def run_training(job: TrainingJob) -> RunFolder:
     if run.finished():
         say(f"run {run.path} is finished; its {job.product} is taken")
         return run
-    with _held(run, dry_run):
+    with silence_third_party_loggers(), nullcontext() if dry_run else run.held():
         checkpoint = None
         if run.exists():
-            numbers, checkpoint = _numbers_to_resume(run, job), _find_checkpoint(run)
+            numbers, checkpoint = _numbers_to_resume(run, job), find_checkpoint(run)
         else:
             numbers = _begin(run, job, deciding)
         if not dry_run:
@@ -237,27 +237,6 @@ def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
         raise UserError(f"run {run.path} was begun with other settings: {changes}; give another --out")
 
 
-@contextmanager
-def _held(run: RunFolder, dry_run: bool) -> Iterator[None]:
-    """The run is this process's own inside; one that fails before it has begun leaves nothing behind."""
-    with ExitStack() as stack:
-        stack.enter_context(silence_third_party_loggers())
-        if rank() == 0 and not dry_run:
-            run.lock()
-            stack.callback(run.unlock)
-            stack.callback(run.leave_nothing)  # before the lock is given free, or another's would be deleted
-        yield
-
-
-def _find_checkpoint(run: RunFolder) -> Path | None:
-    checkpoint, warnings = newest_usable(run.checkpoints)
-    for warning in warnings:
-        say(f"note: {warning}")
-    where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
-    say(f"run {run.path} resumes {where}")
-    return checkpoint
-
-
 def _numbers_to_resume(run: RunFolder, job: TrainingJob) -> TrainingNumbers:
     run.check_whole([one.name for one in fields(TrainingNumbers) if one.type in ("int", "float")], {})
     asked = {name: job.asked.get(name) for name in (*_MACHINE, *job.resumes_with)}
@@ -280,16 +259,9 @@ def _begin(run: RunFolder, job: TrainingJob, deciding: Mapping[str, Any]) -> Tra
         "model": job.model.text,
         "backbone": str(job.model.opened.module.pretrained_cfg["architecture"]),
     }
-    state = {
-        "deciding": dict(deciding),
-        "images": len(images),
-        "data": images.fingerprint(),
-        "freqmask": __version__,
-        "torch": str(torch.__version__),
-        "began": now(),
-    }
     plain = comparable(asdict(numbers))
-    run.begin({**shared, **about, **plain, **_to_repeat(job, plain)}, state, heading(job.command))
+    state = {"deciding": dict(deciding), "images": len(images), "data": images.fingerprint()}
+    begin_run(run, job.command, {**shared, **about, **plain, **_to_repeat(job, plain)}, state)
     return numbers
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from freqmask import __version__
 from freqmask.console import rank, say, shell_word, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
 from freqmask.data.source import Subset
@@ -40,19 +39,16 @@ from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
 from freqmask.training.auto import launched_processes, pick_device, usable_cores, world_size
-from freqmask.training.checkpoint import newest_usable
 from freqmask.training.files import check_writable
-from freqmask.training.loop import check_parts, train
+from freqmask.training.loop import begin_run, check_parts, find_checkpoint, train
 from freqmask.training.run_folder import (
     LOCK,
     RUNS,
     STATE,
     RunFolder,
     comparable,
-    heading,
     new_run,
     newest_unfinished,
-    now,
 )
 
 FIRST_RUN = "photos"  # the recipe of `freqmask pretrain` without any argument
@@ -210,8 +206,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
     run = (
         RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), options["backbone"])
     )
-    run.lock()
-    try:
+    with run.held("plan.png"):
         _say_plan(resolved, images, run, given)
         state = {
             "given": _identity(given),
@@ -220,11 +215,8 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
             "held_out_images": 0 if images.held_out is None else len(images.held_out),
             "probe_images": 0 if images.probed is None else len(images.probed.rounds[0].test),
             "convert_channels": options["convert_channels"],
-            "freqmask": __version__,
-            "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
             "cores": usable_cores(),
-            "began": now(),
             **weights_of(resolved.method),
         }
         _draw_plan(run, resolved, images)
@@ -235,16 +227,9 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
         plain = comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
         # null is the default of every option but this one, where it means something
         config = {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
-        run.begin(config, state, heading("pretrain"))
-        os.environ[CHOSEN_BY_RANK_0] = str(run.path)
+        begin_run(run, "pretrain", config, state)
         teacher = getattr(resolved.method, "teacher", None)
         return _train(run, options, images, state, kept, teacher=teacher if options.get("teacher") else None)
-    except BaseException:
-        run.leave_nothing("plan.png")
-        raise
-    finally:
-        os.environ.pop(CHOSEN_BY_RANK_0, None)
-        run.unlock()
 
 
 def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
@@ -270,30 +255,18 @@ def _draw_plan(run: RunFolder, resolved: Resolved, images: Images) -> None:
 def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str]) -> Path:
     """An unfinished run: everything from its config, the data compared, train on."""
     options, notes = continued_options(run, given, known)
-    checkpoint, unusable = newest_usable(run.checkpoints)
-    first = rank() == 0
-    if first:
-        run.lock()
-    try:
+    with run.held():
         state = run.state()
         images = part(options)
-        where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
-        say(f"run {run.path} resumes {where}; the plan is in {run.path / 'config.yaml'}")
-        for note in (*unusable, *notes):
-            say(f"note: {note}")
         if images.source.fingerprint() != state.get("data"):
-            say(
-                f"note: the images have changed since the run began: {state.get('images'):,} to train on then, "
+            notes.append(
+                f"the images have changed since the run began: {state.get('images'):,} to train on then, "
                 f"{len(images.train):,} now"
             )
+        checkpoint = find_checkpoint(run, notes)
         if options.get("dry_run"):
             return run.path
-        os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
         return _train(run, options, images, state, _kept(options, images, state, by_hand=False), checkpoint)
-    finally:
-        if first:
-            os.environ.pop(CHOSEN_BY_RANK_0, None)
-            run.unlock()
 
 
 def continued_options(
@@ -373,7 +346,12 @@ def _train(
             refresh_report(run.path)
         say(f"    freqmask pretrain {data} --out {shell_word(run.path)}    (from anywhere)")
 
-    summary = train(training.task(), checkpoint, training.summary, stopped)
+    os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
+    try:
+        summary = train(training.task(), checkpoint, training.summary, stopped)
+    finally:
+        if rank() == 0:
+            os.environ.pop(CHOSEN_BY_RANK_0, None)
     if rank() == 0:
         refresh_report(run.path)
         for line in plan.summary_lines(run, summary):

@@ -23,16 +23,17 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from freqmask import __version__
 from freqmask.console import LINES_A_RUN, Progress, rank, say
 from freqmask.data.loader import worker_failure
 from freqmask.data.sampler import TrainSampler
 from freqmask.errors import UserError
 from freqmask.training.auto import LONE_VALUE, is_out_of_memory, launched_processes, lone_image, world_size
-from freqmask.training.checkpoint import load_safely
+from freqmask.training.checkpoint import load_safely, newest_usable
 from freqmask.training.files import WriteError, cut_back, read_rows
 from freqmask.training.monitor import Monitor, NotFiniteError, Skipped
 from freqmask.training.optim import Schedule
-from freqmask.training.run_folder import RunFolder, now
+from freqmask.training.run_folder import RunFolder, heading, now
 from freqmask.training.saving import AtomicCheckpointIO, ExactResume, Export, Saver, StopSignals
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -228,6 +229,22 @@ def tune_malloc() -> bool:
         # Setting one of the two ends glibc's own adjustment of the other.
         return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_TRIM_THRESHOLD, _NEVER))
     return False
+
+
+def begin_run(run: RunFolder, command: str, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write down what a run was told: its resolved options, and beside them what they were resolved from."""
+    versions = {"freqmask": __version__, "torch": str(torch.__version__), "began": now()}
+    run.begin(config, {**state, **versions}, heading(command))
+
+
+def find_checkpoint(run: RunFolder, notes: Sequence[str] = ()) -> Path | None:
+    """The newest checkpoint that can be used, or None; says from where the run resumes, and what is worth a note."""
+    checkpoint, warnings = newest_usable(run.checkpoints)
+    where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
+    say(f"run {run.path} resumes {where}; the plan is in {run.path / 'config.yaml'}")
+    for note in (*warnings, *notes):
+        say(f"note: {note}")
+    return checkpoint
 
 
 def images_at_once(numbers: Mapping[str, Any]) -> int:

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from freqmask import __version__
+from freqmask.console import rank
 from freqmask.errors import UserError
 from freqmask.training.files import check_writable, clear_leftovers, current_name, replace_atomically
 
@@ -167,6 +168,25 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    @contextlib.contextmanager
+    def held(self, *files: str) -> Iterator[None]:
+        """The run is that of this process and its helpers inside; what fails before it has begun leaves nothing.
+
+        Args:
+            files: that may have been written beside the lock.
+        """
+        if rank() > 0:
+            yield
+            return
+        self.lock()
+        try:
+            yield
+        except BaseException:
+            self.leave_nothing(*files)  # before the lock is given free, or another's would be deleted
+            raise
+        finally:
+            self.unlock()
 
     def leave_nothing(self, *files: str) -> None:
         """Remove what :meth:`make` made for a run that failed before it began; somebody else's files stay.
