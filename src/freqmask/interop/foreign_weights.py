@@ -308,9 +308,8 @@ def _model(name: str, arguments: Mapping[str, Any]) -> Any:
 def _load(model: nn.Module, state: dict[str, Tensor], name: str, guessed: bool) -> list[str]:
     """Put the tensors in; what is missing or of another shape is an error, what is too many a sentence."""
     own = model.state_dict()
-    expected = {key: tuple(tensor.shape) for key, tensor in own.items()}
-    unwanted = sorted(set(state) - set(expected))
-    problems = differences({key: value for key, value in state.items() if key in expected}, expected)
+    unwanted = sorted(set(state) - set(own))
+    problems = differences({key: value for key, value in state.items() if key in own}, own)
     strange = [key for key in unwanted if not _LEFT_OUT.fullmatch(key)]
     problems += [f"{key} {tuple(state[key].shape)} has no place" for key in strange]
     if problems:

@@ -28,6 +28,7 @@ from freqmask.interop.timm_folder import (
     OURS,
     PUBLIC,
     RANDOM,
+    architecture_in,
     find_backbone,
     fitted,
     read_config,
@@ -188,13 +189,12 @@ def open_model(
         UserError: there is no such model, or its files are broken; without a network for public weights.
     """
     text = str(text)
-    if text.startswith(PUBLIC):
-        return _open_named(text, image_size, channels, optional_model_args)
-    if text.startswith(RANDOM):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return _open_random(text, image_size, channels, optional_model_args)
-    return _open_folder(text, image_size, weights, optional_model_args)
+    place = text.removeprefix(RANDOM)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if text.startswith(PUBLIC) or (text.startswith(RANDOM) and not Path(place).is_dir()):
+            return _open_named(text, image_size, channels, optional_model_args)
+        return _open_folder(text, image_size, weights, optional_model_args)
 
 
 def load_backbone(
@@ -334,55 +334,35 @@ def _open_named(
     return _opened(text, "timm" if is_public else "random", backbone, *statistics)
 
 
-def _open_random(
-    text: str,
-    image_size: ImageSize | None,
-    channels: int | None,
-    optional_model_args: Mapping[str, Any] | None,
-) -> OpenedModel:
-    like = text.removeprefix(RANDOM)
-    if not Path(like).is_dir():
-        return _open_named(text, image_size, channels, optional_model_args)
-    config, options = read_config(find_backbone(like)), run_options(like)
-    size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))
-    arguments = dict(config.get("model_args", {}))
-    for ours in ("img_size", "in_chans", "num_classes"):
-        arguments.pop(ours, None)
-    backbone = Backbone(
-        str(config["architecture"]),
-        size[1:] if image_size is None else image_size,
-        size[0],
-        patch_size=arguments.pop("patch_size", None),
-        stage=_stage(options, config),
-        model_args=arguments,
-        initialisation=options.get("initialisation") or "mfm",
-        optional_model_args=optional_model_args,
-    )
-    value_range = str(config.get(OURS, {}).get("value_range", "dtype"))
-    return _opened(text, "random", backbone, mean, std, value_range=value_range)
-
-
 def _open_folder(
     text: str,
     image_size: ImageSize | None,
     weights: str | None,
     optional_model_args: Mapping[str, Any] | None,
 ) -> OpenedModel:
-    folder = find_backbone(text)
-    config, options = read_config(folder), run_options(text)
+    """A run, an exported folder, and ``random:`` before either."""
+    place = text.removeprefix(RANDOM)
+    folder = find_backbone(place)
+    config, options = read_config(folder), run_options(place)
     size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))
     metadata = dict(config.get(OURS, {}))
+    stage = metadata.get("stage", -1) if options.get("stage") is None else options["stage"]
+    asked: dict[str, Any] = {
+        "image_size": size[1:] if image_size is None else image_size,
+        "channels": size[0],
+        "stage": int(stage),
+        "optional_model_args": optional_model_args,
+    }
+    value_range = str(metadata.get("value_range", "dtype"))
+    if text.startswith(RANDOM):
+        name, model_args, patch = architecture_in(config)
+        start = options.get("initialisation") or "mfm"
+        backbone = Backbone(name, patch_size=patch, model_args=model_args, initialisation=start, **asked)
+        return _opened(text, "random", backbone, mean, std, value_range=value_range)
     is_exported = weights in (None, metadata.get("weights"))
     with nullcontext(folder) if is_exported else with_weights(text, folder, str(weights)) as read:
         try:
-            backbone = Backbone(
-                LOCAL + str(read),
-                size[1:] if image_size is None else image_size,
-                size[0],
-                stage=_stage(options, config),
-                pretrained=True,
-                optional_model_args=optional_model_args,
-            )
+            backbone = Backbone(LOCAL + str(read), pretrained=True, **asked)
         except UserError as error:
             raise UserError(f"model ({text}) cannot be opened: {error}") from error
     return _opened(
@@ -391,7 +371,7 @@ def _open_folder(
         backbone,
         mean,
         std,
-        value_range=str(metadata.get("value_range", "dtype")),
+        value_range=value_range,
         metadata=metadata if is_exported else {**metadata, "weights": weights},
         folder=folder,
         trained_crop=str(metadata.get("crop") or options.get("crop") or ""),
@@ -407,8 +387,3 @@ def _opened(name: str, kind: Kind, backbone: Backbone, mean: Any, std: Any, **mo
 def _name(path: Path, folder: Path) -> str:
     inside = folder.name in ("backbone", CLASSIFIER)
     return folder.resolve().parent.name if inside else path.resolve().name
-
-
-def _stage(options: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    stage = options.get("stage")
-    return int(config.get(OURS, {}).get("stage", -1) if stage is None else stage)

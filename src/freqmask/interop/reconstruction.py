@@ -23,6 +23,7 @@ from freqmask.filters import build_filter
 from freqmask.images import as_float, decibel
 from freqmask.interop.exporters import decoder_of
 from freqmask.interop.models import OpenedModel, open_model, still_geometry
+from freqmask.interop.timm_folder import load_fitting
 from freqmask.interop.weights import load_method
 from freqmask.methods import MFM
 from freqmask.methods.health import band_edges
@@ -91,13 +92,7 @@ def _from_decoder(opened: OpenedModel, filter: str | None) -> MFM:
         mean=opened.mean,
         std=opened.std,
     )
-    own = {name: tuple(tensor.shape) for name, tensor in method.decoder.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in decoder.items()}
-    if own != found:
-        raise UserError(
-            f"model ({opened.name}): its decoder {found} does not fit its backbone, which needs {own}"
-        )
-    method.decoder.load_state_dict(decoder)
+    load_fitting(method.decoder, decoder, f"model ({opened.name}): its decoder does not fit its backbone")
     return method
 
 

@@ -146,18 +146,31 @@ def _whole(path: Path, option: str) -> Iterator[None]:
         raise UserError(f"{option}: {path} cannot be read, it may be cut short ({reason})") from error
 
 
-def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """What is too many, missing or of another shape, a phrase each."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found, wanted = ({name: tuple(one.shape) for name, one in part.items()} for part in (state, expected))
     return [
-        *(f"{name} {shapes[name]} is too many" for name in sorted(set(shapes) - set(expected))),
-        *(f"{name} {expected[name]} is missing" for name in sorted(set(expected) - set(shapes))),
+        *(f"{name} {found[name]} is too many" for name in sorted(found.keys() - wanted.keys())),
+        *(f"{name} {wanted[name]} is missing" for name in sorted(wanted.keys() - found.keys())),
         *(
-            f"{name} is {shapes[name]} instead of {expected[name]}"
-            for name in sorted(set(expected) & set(shapes))
-            if shapes[name] != tuple(expected[name])
+            f"{name} is {found[name]} instead of {wanted[name]}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name] != wanted[name]
         ),
     ]
+
+
+def load_fitting(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Put weights into a module, in place.
+
+    Raises:
+        UserError: they do not fit; the sentence begins with ``what`` and names three of the differences.
+    """
+    problems = differences(weights, module.state_dict())
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{what}: {', '.join(problems[:3])}{more}")
+    module.load_state_dict(dict(weights))
 
 
 def _pin_pooling(config: dict[str, Any], model: nn.Module, pooled: Pooled | None) -> dict[str, str]:
@@ -239,6 +252,13 @@ def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
     with _whole(folder / WEIGHTS, option), safe_open(folder / WEIGHTS, "pt") as weights:
         weights.keys()
     return dict(config)
+
+
+def architecture_in(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int | None]:
+    """The timm name behind a config.json, its arguments, and the side of its patches where it is not the name's own."""
+    ours = {"img_size", "in_chans", "num_classes", "global_pool", "fc_norm", "use_fc_norm"}
+    arguments = {name: value for name, value in config.get("model_args", {}).items() if name not in ours}
+    return str(config["architecture"]), arguments, arguments.pop("patch_size", None)
 
 
 def run_options(text: str | Path) -> dict[str, Any]:

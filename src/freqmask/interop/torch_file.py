@@ -36,24 +36,14 @@ class Inert:
         """Whatever the file wants it made from."""
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is kept."""
-
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
         """Calling it does nothing."""
         return self
 
-    def __setstate__(self, state: Any) -> None:
+    def append(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is kept."""
 
-    def __setitem__(self, name: Any, value: Any) -> None:
-        """Nothing is kept."""
-
-    def append(self, value: Any) -> None:
-        """Nothing is kept."""
-
-    extend = append
-    add = append
+    __init__ = __setstate__ = __setitem__ = extend = add = append
 
 
 @dataclass

@@ -17,16 +17,17 @@ from urllib.parse import urlsplit
 import timm
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
-from freqmask.errors import UserError, brief, nearest
+from freqmask.errors import UserError, nearest
 from freqmask.imports import named_by_user
 from freqmask.interop.timm_folder import (
     CONFIG,
     PUBLIC,
     WEIGHTS,
-    differences,
+    architecture_in,
     find_backbone,
+    load_fitting,
     read_config,
     read_tensors,
     write_tensors,
@@ -116,12 +117,9 @@ def load_method(run: str | Path) -> Method:
         )
     with named_by_user((), folder.path / "config.yaml", imported_too=True):
         method = method_of(folder.config(), folder.state().get("images"))
-    weights = _of_method(run_state(run))
-    try:
-        method.load_state_dict(weights)
-    except RuntimeError as error:
-        first = brief(error, 300)
-        raise UserError(f"run ({run}): its checkpoint does not fit its config.yaml: {first}") from error
+    load_fitting(
+        method, _of_method(run_state(run)), f"run ({run}): its checkpoint does not fit its config.yaml"
+    )
     return method
 
 
@@ -207,12 +205,8 @@ def initial_backbone(
     check_init(init)
     if init.startswith(PUBLIC):
         return init.removeprefix(PUBLIC), dict(model_args) if model_args else None, None
-    config = read_config(find_backbone(init, "init"), "init")
-    ours = {"img_size", "in_chans", "num_classes", "global_pool", "fc_norm", "use_fc_norm"}
-    arguments = {name: value for name, value in config.get("model_args", {}).items() if name not in ours}
-    arguments |= dict(model_args or {})
-    patch = arguments.pop("patch_size", None)
-    return str(config["architecture"]), arguments or None, patch if isinstance(patch, int) else None
+    name, arguments, patch = architecture_in(read_config(find_backbone(init, "init"), "init"))
+    return name, arguments | dict(model_args or {}) or None, patch if isinstance(patch, int) else None
 
 
 def check_init(init: str) -> None:
@@ -249,7 +243,10 @@ def load_initial(method: Any, init: str) -> list[str]:
     )
     notes: list[str] = []
     for backbone in method.backbones().values():
-        notes = _load_backbone(backbone.timm_model, weights, init)
+        (fitted, notes), own = resampled(weights, backbone.timm_model), backbone.timm_model.state_dict()
+        fitted = {name: tensor for name, tensor in fitted.items() if name in own}
+        load_fitting(backbone.timm_model, fitted, f"init ({init}) does not fit the backbone")
+        check_weights(fitted, f"init ({init})")
     return [f"the backbone of {init}; the heads begin anew", *notes]
 
 
@@ -261,19 +258,6 @@ def _public(init: str, method: Any) -> dict[str, Tensor]:
     patch, model_args = backbone.settings["patch_size"], backbone.settings["model_args"]
     model, _ = create_model(name, backbone.image_size, backbone.channels, patch, model_args, pretrained=True)
     return dict(model.state_dict())
-
-
-def _load_backbone(model: nn.Module, given: Mapping[str, Tensor], init: str) -> list[str]:
-    own = model.state_dict()
-    weights, notes = resampled(given, model)
-    weights = {name: tensor for name, tensor in weights.items() if name in own}
-    problems = differences(weights, {name: tuple(tensor.shape) for name, tensor in own.items()})
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"init ({init}) does not fit the backbone: {', '.join(problems[:3])}{more}")
-    check_weights(weights, f"init ({init})")
-    model.load_state_dict(weights)
-    return notes
 
 
 def resampled(weights: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:

@@ -71,16 +71,6 @@ def embed(path: Path, step: int = 0, widest: int = WIDEST) -> Embedded | None:
     return Embedded(step, source, image.width, image.height)
 
 
-def embed_within(path: Path, budget: int) -> Embedded | None:
-    """The image, narrower where it would take more bytes of the page than ``budget``; at worst none."""
-    widest = WIDEST
-    image = embed(path, widest=widest)
-    while image is not None and len(image.source) > budget:
-        widest = int(min(widest, image.width) * 0.75)
-        image = embed(path, widest=widest) if widest >= NARROWEST // 2 else None
-    return image
-
-
 def embed_previews(previews: Sequence[tuple[int, Path]], budget: int) -> tuple[list[Embedded], list[str]]:
     """Previews spread evenly over the run, first and last among them, that fit into the budget.
 
@@ -237,11 +227,13 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _grouped(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """What was run, by group, each line with its text in every run."""
-    texts = [{(group, name): text for group, name, text in facts(run)} for run in runs]
+    """What was run, by group, each line with its text in every run; lines that no run fills are left out."""
+    texts = [facts(run) for run in runs]
     groups: dict[str, list[tuple[str, list[str]]]] = {}
-    for group, name in dict.fromkeys(key for one in texts for key in one):
-        groups.setdefault(group, []).append((name, [one.get((group, name), "–") for one in texts]))
+    for group, name in [(group, name) for group, names in texts[0].items() for name in names]:
+        cells = [one[group][name] for one in texts]
+        if any(cells):
+            groups.setdefault(group, []).append((name, [cell or "–" for cell in cells]))
     return list(groups.items())
 
 
@@ -272,5 +264,5 @@ def _images(run: Run, budget: int) -> dict[str, Any]:
     """The plan and the previews within so many bytes of the page."""
     plan_bytes = int(PLAN_SHARE * budget)
     images, damaged = embed_previews(run.previews, budget - plan_bytes)
-    plan = embed_within(run.plan, plan_bytes) if run.plan is not None and plan_bytes else None
-    return {"images": images, "plan": plan, "missing": [*run.missing, *damaged]}
+    plan, broken = embed_previews([(0, run.plan)] if run.plan is not None else [], plan_bytes)
+    return {"images": images, "plan": plan[0] if plan else None, "missing": [*run.missing, *damaged, *broken]}

@@ -36,23 +36,13 @@ INSTEAD = (
 )
 
 
-class Fact(NamedTuple):
-    """One line on what was run."""
-
-    group: str
-    name: str
-    text: str
+def facts(run: Run) -> dict[str, dict[str, str]]:
+    """What a reader wants to know first, group -> name -> text; the whole configuration stands elsewhere."""
+    return {**_training_facts(run), **_cost_facts(run)}
 
 
-def facts(run: Run) -> list[Fact]:
-    """What a reader wants to know first; the whole configuration stands elsewhere."""
-    lines = [*_training_facts(run), *_cost_facts(run)]
-    return [line for line in lines if line.text]
-
-
-def _training_facts(run: Run) -> list[Fact]:
+def _training_facts(run: Run) -> dict[str, dict[str, str]]:
     config, state = run.config, run.state
-    of_method = "; ".join(f"{name} {text_of(config[name])}" for name in _method_options(config))
     backbone = text_of(config.get("backbone") or run.summary.get("backbone"))
     backbone += f", patch {config['patch_size']}" if config.get("patch_size") else ""
     backbone += f", {text_of(config['model_args'])}" if config.get("model_args") else ""
@@ -60,57 +50,64 @@ def _training_facts(run: Run) -> list[Fact]:
     length = f"{steps:,.0f} steps of {batch:,.0f} images" if steps > 0 and batch > 0 else ""
     if length and number(state.get("images")) > 0:
         length += f" = {steps * batch / number(state['images']):,.1f} epochs"
+    decay = f", down to {lowest:.2g}" if lowest > 0 else ""
     scale: Any = config.get("crop_scale")
     is_pair = isinstance(scale, list) and len(scale) == 2
     area = f", {text_of(scale[0])} to {text_of(scale[1])} of the area" if is_pair else ""
-    images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else ""
-    return [
-        Fact("Data", "Images from", text_of(config.get("data") or run.given.get("data"))),
-        Fact("Data", "Trained on", images),
-        Fact("Data", "Skipped", f"{len(run.skipped):,}" if run.skipped else "none"),
-        Fact("Data", "Input size", _input_size(config)),
-        Fact("Data", "Value range", _value_range(config.get("value_range"))),
-        Fact("Method", "Method", text_of(config.get("method") or run.summary.get("method"))),
-        Fact("Method", "Settings", of_method),
-        Fact("Method", "Backbone", backbone),
-        Fact("Method", "Started from", text_of(config.get("init")) or "random weights"),
-        Fact("Recipe", "Length", length),
-        Fact(
-            "Recipe",
-            "Learning rate",
-            (f"{rate:.3g}" + (f", down to {lowest:.2g}" if lowest > 0 else "")) if rate > 0 else "",
-        ),
-        Fact("Recipe", "Warm-up, epochs", text_of(config.get("warmup_epochs"))),
-        Fact("Recipe", "Weight decay", text_of(config.get("weight_decay"))),
-        Fact("Recipe", "Crops", text_of(config.get("crop")) + area),
-        Fact("Recipe", "Seed", text_of(config.get("seed"))),
-    ]
+    return {
+        "Data": {
+            "Images from": text_of(config.get("data") or run.given.get("data")),
+            "Trained on": f"{state['images']:,} images" if isinstance(state.get("images"), int) else "",
+            "Skipped": f"{len(run.skipped):,}" if run.skipped else "none",
+            "Input size": _input_size(config),
+            "Value range": _value_range(config.get("value_range")),
+        },
+        "Method": {
+            "Method": text_of(config.get("method") or run.summary.get("method")),
+            "Settings": "; ".join(f"{name} {text_of(config[name])}" for name in _method_options(config)),
+            "Backbone": backbone,
+            "Started from": text_of(config.get("init")) or "random weights",
+        },
+        "Recipe": {
+            "Length": length,
+            "Learning rate": f"{rate:.3g}{decay}" if rate > 0 else "",
+            "Warm-up, epochs": text_of(config.get("warmup_epochs")),
+            "Weight decay": text_of(config.get("weight_decay")),
+            "Crops": text_of(config.get("crop")) + area,
+            "Seed": text_of(config.get("seed")),
+        },
+    }
 
 
-def _cost_facts(run: Run) -> list[Fact]:
+def _cost_facts(run: Run) -> dict[str, dict[str, str]]:
     config, state, summary = run.config, run.state, run.summary
-    devices = (
-        [f"{text_of(config.get('devices'))} × {text_of(config['accelerator'])}"]
+    count = (
+        f"{text_of(config.get('devices'))} × {text_of(config['accelerator'])}"
         if "accelerator" in config
-        else []
+        else ""
     )
-    versions = [f"{name} {state[name]}" for name in ("freqmask", "torch") if state.get(name)]
-    cores = f"{state['cores']} cores, threads: {state.get('threads', '?')}" if state.get("cores") else ""
     seconds, speed = number(summary.get("seconds")), number(summary.get("images_per_second"))
     files = [path.stat() for path in run.path.rglob("*") if path.is_file() and not path.is_symlink()]
     sizes = {(file.st_dev, file.st_ino): file.st_size for file in files}  # a checkpoint may have two names
-    return [
-        Fact("Machine", "Devices", ", ".join(filter(None, [*devices, text_of(state.get("device"))]))),
-        Fact("Machine", "Processor", cores),
-        Fact("Machine", "Precision", text_of(config.get("precision"))),
-        Fact("Machine", "Loader workers", text_of(config.get("workers"))),
-        Fact("Machine", "Versions", ", ".join(versions)),
-        Fact("Cost", "Time", readable_time(seconds) if seconds >= 0 else ""),
-        Fact("Cost", "Speed", f"{speed:,.0f} images/s over all" if speed >= 0 else ""),
-        Fact("Cost", "Began", text_of(state.get("began"))),
-        Fact("Cost", "Ended", text_of(summary.get("ended"))),
-        Fact("Cost", "On the disk", readable_bytes(sum(sizes.values()))),
-    ]
+    versions = [f"{name} {state[name]}" for name in ("freqmask", "torch") if state.get(name)]
+    return {
+        "Machine": {
+            "Devices": ", ".join(filter(None, [count, text_of(state.get("device"))])),
+            "Processor": f"{state['cores']} cores, threads: {state.get('threads', '?')}"
+            if state.get("cores")
+            else "",
+            "Precision": text_of(config.get("precision")),
+            "Loader workers": text_of(config.get("workers")),
+            "Versions": ", ".join(versions),
+        },
+        "Cost": {
+            "Time": readable_time(seconds) if seconds >= 0 else "",
+            "Speed": f"{speed:,.0f} images/s over all" if speed >= 0 else "",
+            "Began": text_of(state.get("began")),
+            "Ended": text_of(summary.get("ended")),
+            "On the disk": readable_bytes(sum(sizes.values())),
+        },
+    }
 
 
 def _value_range(value: Any) -> str:
