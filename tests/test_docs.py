@@ -209,6 +209,17 @@ def write(path: Path, pixels: Any) -> None:
         )
 
 
+def test_the_changelog_names_each_kind_of_change_once_a_version_and_each_change_once() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for version in text.split("\n## ")[1:]:
+        kinds = re.findall(r"^### (\w+)$", version, re.MULTILINE)
+        assert kinds == sorted(
+            set(kinds), key=["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"].index
+        )
+        changes = re.findall(r"^- .*$", version, re.MULTILINE)
+        assert [change for change in set(changes) if changes.count(change) > 1] == []
+
+
 def test_every_result_names_the_command_that_measures_it_again() -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     named = set(re.findall(r"python (benchmarks/\w+\.py)", text))
