@@ -23,9 +23,10 @@ from pathlib import Path
 import timm
 import torch
 
-from freqmask.commands.embedding import ComputeConfig, Embedding, compute_share, plan_parts
+from freqmask.commands.inference import Embedding, compute_parts, plan_parts
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
+from freqmask.evaluation.features import ComputeConfig
 from freqmask.interop.feature_files import join_parts
 from freqmask.interop.models import OpenedModel, open_model
 
@@ -49,15 +50,13 @@ def bare(opened: OpenedModel, images: int, batch_size: int, device: str) -> floa
     return images / (time.perf_counter() - began)
 
 
-def embed(opened: OpenedModel, source: Subset, config: ComputeConfig, device: str) -> float:
+def embed(opened: OpenedModel, source: Subset, config: ComputeConfig) -> float:
     """Images a second from files to a parquet file."""
     with tempfile.TemporaryDirectory() as scratch:
         task = Embedding(opened)
         parts = plan_parts(task, source, Path(scratch) / "out.parquet")
-        parts.begin()
         began = time.perf_counter()
-        for _ in compute_share(torch.device(device), task, source, parts, config):
-            pass
+        compute_parts(task, source, parts, config)
         rows, _ = join_parts(parts)
         return rows / (time.perf_counter() - began)
 
@@ -79,12 +78,12 @@ def main() -> None:
     whole = open_source(arguments.data, split="all")
     images = min(arguments.images, len(whole)) // arguments.batch * arguments.batch
     source = Subset(whole, [number * len(whole) // images for number in range(images)])
-    config = ComputeConfig(arguments.batch, arguments.workers)
+    config = ComputeConfig(torch.device(arguments.device), arguments.batch, arguments.workers)
     bare(opened, arguments.batch, arguments.batch, arguments.device)
     rates: dict[str, list[float]] = {"bare timm": [], "embed": []}
     for _ in range(arguments.repeats):
         rates["bare timm"].append(bare(opened, images, arguments.batch, arguments.device))
-        rates["embed"].append(embed(opened, source, config, arguments.device))
+        rates["embed"].append(embed(opened, source, config))
     ratio = statistics.median(e / b for e, b in zip(rates["embed"], rates["bare timm"], strict=True))
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine()
     facts = f"torch {torch.__version__}, timm {timm.__version__}, {device}, {torch.get_num_threads()} threads"

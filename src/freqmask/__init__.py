@@ -14,10 +14,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from freqmask.commands import evaluate
     from freqmask.commands.convert import convert
-    from freqmask.commands.embed import embed
+    from freqmask.commands.embed import embed, predict
     from freqmask.commands.export import export
     from freqmask.commands.info import info
-    from freqmask.commands.predict import predict
     from freqmask.commands.prepare import prepare
     from freqmask.commands.pretrain import pretrain
     from freqmask.commands.reconstruct import reconstruct

@@ -36,7 +36,7 @@ COMMANDS = {
         "measure one or several backbones in one table, each way a command: freqmask evaluate --help",
         is_group=True,
     ),
-    "predict": Command("freqmask.commands.predict", "classes as CSV or masks as PNG, of a fine-tuned model"),
+    "predict": Command("freqmask.commands.embed", "classes as CSV or masks as PNG, of a fine-tuned model"),
     "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading"),
     "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in"),
     "export": Command("freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM"),

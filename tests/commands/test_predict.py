@@ -93,7 +93,7 @@ def test_what_cannot_predict_is_one_sentence():
 def test_a_prediction_that_was_cut_short_is_not_computed_again(monkeypatch, capsys):
     words = ["predict", "tuned/mfm-seed0", "labelled.npz", "--split", "test", "--workers", "0", "--out"]
     with monkeypatch.context() as power_cut:
-        power_cut.setattr("freqmask.commands.prediction.rows_of", lambda *_: 1 / 0)
+        power_cut.setattr("freqmask.commands.inference.rows_of", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run([*words, "x.csv"])
     assert not Path("x.csv").exists()

@@ -9,9 +9,10 @@ import torch
 from tiny_runs import make_run
 
 from freqmask.artifacts import MARKER
-from freqmask.commands.embedding import ComputeConfig, EmbedConfig, Embedding, compute_share, plan_parts
+from freqmask.commands.inference import EmbedConfig, Embedding, plan_parts, some_parts
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
+from freqmask.evaluation.features import part_images
 from freqmask.images import as_float
 from freqmask.interop.feature_files import Parts, join_parts, nearest_neighbors, task_of
 from freqmask.interop.models import open_model, still_images
@@ -25,8 +26,10 @@ def planned(opened, source, out, config=None):
     return task, parts, parts.begin()
 
 
-def share(task, source, parts, batch_size=4, workers=0, **place):
-    return compute_share(CPU, task, source, parts, ComputeConfig(batch_size, workers), **place)
+def share(task, source, parts, batch_size=4, workers=0, places=None):
+    missing = parts.missing()
+    places = range(len(missing)) if places is None else places
+    return some_parts(CPU, places, missing, task, source, parts, batch_size, workers, False)
 
 
 def run(opened, source, out, config=None, **place):
@@ -132,8 +135,8 @@ def test_parts_of_other_weights_or_images_are_not_taken(vit_run, photographs, tm
 def test_several_processes_share_the_parts(vit_run, photographs, tmp_path, small_parts):
     opened, source = open_model(vit_run.path), open_source(photographs)
     task, parts, _ = planned(opened, source, tmp_path / "x.parquet")
-    done = [sum(share(task, source, parts, batch_size=2, rank=rank, world_size=2)) for rank in range(2)]
-    assert done == [4, 3]
+    shares = [share(task, source, parts, 2, places=places) for places in part_images(parts.count, 1, 2)]
+    assert [sum(done) for done in shares] == [3, 4]
     assert join_parts(parts)[0] == 6
 
 

@@ -1,19 +1,21 @@
-"""``freqmask embed``: the features of images."""
+"""``freqmask embed`` and ``freqmask predict``: the features of images, their classes, their masks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from freqmask.commands.given import command
+from freqmask.commands.given import command, running_options
 from freqmask.console import say
 from freqmask.errors import UserError
-from freqmask.options import Auto
+from freqmask.options import Auto, Range
 
+BatchSize = Annotated[int | Auto, Range(least=1)]
+Workers = Annotated[int | Auto, Range(least=0)]
 _QUERIES, _NEIGHBORS = 8, 7
 
 
-@command(imports="freqmask.commands.embedding")
+@command(imports="freqmask.commands.inference")
 def embed(
     model: str,
     data: list[str],
@@ -30,10 +32,10 @@ def embed(
     pages: Literal["channels", "images"] = "channels",
     split: str = "all",
     labels: str | None = None,
-    batch_size: int | Auto = "auto",
-    workers: int | Auto = "auto",
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
     accelerator: str = "auto",
-    devices: int | Auto = "auto",
+    devices: Annotated[int | Auto, Range(least=1)] = "auto",
     precision: Literal["32", "bf16"] = "32",
     overwrite: bool = False,
 ) -> Path:
@@ -72,7 +74,15 @@ def embed(
     Raises:
         UserError: the model or the data cannot be opened, or out cannot be written.
     """
-    from freqmask.commands import embedding
+    from freqmask.commands.inference import (
+        ComputeConfig,
+        EmbedConfig,
+        Embedding,
+        checked_blocks,
+        compute_parts,
+        plan_parts,
+        say_left_out,
+    )
     from freqmask.data.sources import open_source
     from freqmask.interop.feature_files import SUFFIXES, join_parts, task_of
     from freqmask.interop.models import open_model
@@ -90,19 +100,18 @@ def embed(
     if path.suffix == ".npy" and patches and blocks:
         raise UserError("a .npy holds one array: ask for patches or blocks, or --out FILE.parquet for both")
     pooled, crop = _choose(opened, feature, crop, value_range)
-    chosen = embedding.checked_blocks(blocks, opened)
-    config = embedding.EmbedConfig(pooled, patches, chosen, crop, precision)
-    compute, places = embedding.choose_compute(batch_size, workers, accelerator, devices)
-    task = embedding.Embedding(opened, config)
-    parts = embedding.plan_parts(task, source, path)
+    config = EmbedConfig(pooled, patches, checked_blocks(blocks, opened), crop, precision)
+    compute = ComputeConfig.of(running_options(), "embed")
+    task = Embedding(opened, config)
+    parts = plan_parts(task, source, path)
     if task_of(path) == parts.task:
         say(f"embeddings  {path} is there already, of the same images and weights")
     else:
         check_out(path, overwrite, folder=False)
-        embedding.compute(task, source, parts, compute, places)
+        compute_parts(task, source, parts, compute)
         rows, skipped = join_parts(parts, task.grid if patches else None)
         say(f"embeddings  {path}: {rows:,} of {len(source):,} images, {opened.name}")
-        embedding.say_left_out(skipped)
+        say_left_out(skipped)
     if neighbours:
         from freqmask.commands.sheets import draw_neighbors
 
@@ -134,3 +143,74 @@ def _choose(opened: Any, feature: str, crop: Any, value_range: str | None) -> tu
             "crop        native, as trained: the middle of an image at its own resolution; --crop center takes more"
         )
     return pooled, crop
+
+
+@command(imports="freqmask.commands.inference")
+def predict(
+    model: str,
+    data: list[str],
+    *,
+    out: str,
+    crop: Literal["center", "whole"] = "center",
+    inference: Literal["windows", "whole"] = "windows",
+    pages: Literal["channels", "images"] = "channels",
+    split: str = "all",
+    batch_size: BatchSize = "auto",
+    workers: Workers = "auto",
+    accelerator: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Writes what a classifier or a segmentation network says of images: classes as CSV, masks as PNG.
+
+    Classifiers are those that freqmask evaluate finetune left, exported folders with a head, and timm:NAME. A
+    table has the columns path, class and probability, and of up to 50 classes the probability of each. A mask
+    is as large as its image and holds the labels of the training masks.
+
+    Args:
+        model: the run of a fine-tuning or of a segmentation, an exported folder with a head, or timm:NAME.
+        data: folders or files of images, as for pretrain.
+        out: a .csv file for classes, a folder for masks.
+        crop: of a classifier: center takes the centered square, whole the whole image, distorted to a square.
+        inference: of a segmentation network: overlapping windows as large as its training samples, or the
+            whole image in one piece.
+        pages: what the pages of a TIFF are.
+        split: all, auto or the name of a split.
+        batch_size: images, or windows, at once.
+        workers: processes that read images.
+        accelerator: auto, cpu, cuda or mps.
+        overwrite: replace what is at out.
+
+    Returns:
+        The table, or the folder of masks.
+
+    Raises:
+        UserError: the model has no head, the data cannot be opened, or out cannot be written.
+    """
+    from freqmask.commands.inference import (
+        Classification,
+        ComputeConfig,
+        open_segmenter,
+        write_classes,
+        write_masks,
+    )
+    from freqmask.data.sources import open_source
+    from freqmask.interop.models import open_classifier
+    from freqmask.training.files import check_out
+
+    segmenter = open_segmenter(model)
+    classifier = None if segmenter is not None else open_classifier(model)
+    path = check_out(out, overwrite, folder=segmenter is not None)
+    if classifier is not None and path.suffix != ".csv":
+        raise UserError(f"out ({out}) must end in .csv; try --out {path.with_suffix('.csv')}")
+    source = open_source(data, pages=pages, split=split)
+    compute = ComputeConfig.of(running_options(), "predict")
+    if segmenter is not None:
+        written = write_masks(segmenter, source, path, inference, compute)
+    elif classifier is not None:
+        written = write_classes(Classification(classifier, crop), source, path, compute)
+    else:
+        raise UserError(
+            f"model ({model}) has no head to predict with; freqmask evaluate finetune or segment trains one"
+        )
+    say(f"predicted   {path}: {written:,} of {len(source):,} images, {model}")
+    return path

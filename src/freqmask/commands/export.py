@@ -11,7 +11,7 @@ from freqmask.errors import UserError
 from freqmask.interop.formats import FormatName, export_model
 
 
-@command(imports="freqmask.commands.prediction")
+@command(imports="freqmask.commands.inference")
 def export(
     model: str,
     *,
@@ -78,7 +78,7 @@ def export(
 
 def _open(model: str, image_size: int | None, weights: str | None, format: str) -> Any:
     """A classifier with its head, a segmentation network as a graph, or a backbone."""
-    from freqmask.commands.prediction import open_segmenter, segmentation_graph
+    from freqmask.commands.inference import open_segmenter, segmentation_graph
     from freqmask.interop.models import open_classifier, open_model
     from freqmask.interop.timm_folder import PUBLIC, RANDOM
 

@@ -6,7 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from freqmask.console import Progress, say
 from freqmask.data.cache import cache_file, cache_folder, read_arrays, write_arrays
-from freqmask.data.loader import make_loader
+from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import ChosenSampler
 from freqmask.data.source import Source, Subset
-from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.images import as_float
 from freqmask.training.auto import (
@@ -49,30 +48,34 @@ class ComputeConfig:
     replicas: WorkerPool | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], parallel: bool = False) -> ComputeConfig:
-        """Where to compute, by the options of a command; on all of ``--devices`` where ``parallel``.
+    def of(cls, options: Mapping[str, Any], command: str = "") -> ComputeConfig:
+        """Where to compute, by the options of a command; on all of ``--devices`` where the command is named.
 
         Raises:
-            UserError: there is no such device, or a number is out of its range.
+            UserError: there is no such device, or a launcher started the command several times.
         """
         device = pick_device(options["accelerator"])
+        devices = [device]
+        if command:
+            check_started_once(command)
+            devices = choose_devices(options.get("devices", 1), device, options["accelerator"])
         batch, workers = options["batch_size"], options["workers"]
-        loaders = choose_workers(device.type == "cuda").value if workers == "auto" else workers
-        batch = None if batch == "auto" else batch
-        for name, value, least in (("batch_size", batch, 1), ("workers", loaders, 0)):
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UserError(f"{name} ({value}) must be a whole number of at least {least}, or auto")
-        compute = cls(device, batch, int(loaders), options["precision"] == "bf16", options["cache"])
-        if not parallel:
-            return compute
-        check_started_once("evaluate")
-        devices = choose_devices(options["devices"], device, options["accelerator"])
-        if len(devices) == 1:
-            return compute
         if workers == "auto":
-            loaders = max(int(loaders) // len(devices), 1)
-        say(f"devices     {_describe_devices(devices)}")
-        return replace(compute, device=devices[0], workers=int(loaders), replicas=WorkerPool(devices))
+            workers = max(choose_workers(device.type == "cuda").value // len(devices), 1)
+        if len(devices) > 1:
+            say(f"devices     {_describe_devices(devices)}")
+        return cls(
+            device=devices[0],
+            batch_size=None if batch == "auto" else batch,
+            workers=workers,
+            bf16=options.get("precision") == "bf16",
+            cache=options.get("cache", False),
+            replicas=WorkerPool(devices) if len(devices) > 1 else None,
+        )
+
+    def images_at_once(self, height: int, width: int) -> int:
+        """Images of a batch on a device, by their size where nothing was asked."""
+        return self.batch_size or (256 if self.device.type == "cuda" or height * width <= 128**2 else 32)
 
     def run(
         self, work: Work, images: int, size: int, arguments: tuple[Any, ...], lasting: Sequence[object]
@@ -82,11 +85,10 @@ class ComputeConfig:
         It yields something for each batch of ``size`` images; no more is promised of their order. ``lasting`` as for
         :meth:`freqmask.training.worker_pool.WorkerPool.run`.
         """
-        if self.replicas is None:
-            yield from work(self.device, range(images), *arguments)
-            return
-        parts = part_images(images, size, len(self.replicas))
-        yield from self.replicas.run(work, [(part, *arguments) for part in parts], lasting)
+        pool = self.replicas or WorkerPool([self.device])
+        parts = part_images(images, size, len(pool)) if images else ()
+        if parts:
+            yield from pool.run(work, [(part, *arguments) for part in parts], lasting)
 
     def close(self) -> None:
         """End the processes of the other devices, if there are any."""
@@ -192,12 +194,10 @@ def _compute(
     if progress is not None:
         progress.start()
     done = 0
-    height, width = model.input_size[1:]
-    usual = 256 if compute.device.type == "cuda" or height * width <= 128**2 else 32
-    size = min(compute.batch_size or usual, len(source))
+    size = min(compute.images_at_once(*model.input_size[1:]), len(source))
     arguments = (model, source, what, size, compute.workers, compute.bf16, change)
     for batch in compute.run(_batches, len(source), size, arguments, shared_objects(model, source)):
-        reasons.update(batch.skipped)
+        reasons.update(batch.reasons)
         for name, values in batch.features.items():
             if name not in table.values:
                 table.values[name] = np.zeros((len(source), values.shape[1]), np.float32)
@@ -224,14 +224,6 @@ def shared_objects(model: EvalModel, source: Source) -> list[object]:
     return [getattr(model, "clean", model), source]  # of a `CorruptedModel` the model within
 
 
-@dataclass(frozen=True)
-class _Batch:
-    wanted: np.ndarray  # (image,) their numbers
-    is_read: np.ndarray  # (image,) False where a fallback replaces one that cannot be read
-    features: dict[str, np.ndarray]  # name -> (image, dim) float32
-    skipped: list[tuple[str, str]]  # (name, reason) of those that cannot be read
-
-
 def _batches(
     device: torch.device,
     images: range,
@@ -242,18 +234,63 @@ def _batches(
     workers: int,
     bf16: bool,
     change: ImageChange | None,
-) -> Iterator[_Batch]:
+) -> Iterator[FeatureBatch]:
     """The features of some images, batch by batch; in whatever process."""
-    dataset = model.dataset(source)
-    first = images.start
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, bf16):
-        for batch in make_loader(dataset, ChosenSampler(images), size, workers):
-            views = as_float(batch["views"][0].to(device, non_blocking=True))
-            features = model.features(views if change is None else change(views), what)
-            wanted = np.arange(first, first + len(views))
-            first += len(views)
-            values = {name: tensor.float().cpu().numpy() for name, tensor in features.items()}
-            yield _Batch(wanted, batch["indices"].numpy() == wanted, values, batch["skipped"])
+
+    def features(views: Tensor) -> dict[str, Tensor]:
+        return model.features(views if change is None else change(views), what)
+
+    return feature_batches(device, images, model.dataset(source), features, size, workers, bf16)
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Images in their order; where one cannot be read, a fallback was computed in its stead."""
+
+    wanted: np.ndarray  # (image,) their numbers
+    is_read: np.ndarray  # (image,) False where it is a fallback's
+    labels: np.ndarray  # (image,) -1 where there is none
+    features: dict[str, np.ndarray]  # name -> (image, dim) float32
+    reasons: dict[str, str]  # name of an image, fallbacks among them -> why it cannot be read
+
+
+def feature_batches(
+    device: torch.device,
+    images: Sequence[int],
+    dataset: TrainDataset,
+    features: Callable[[Tensor], dict[str, Tensor]],
+    size: int,
+    workers: int,
+    bf16: bool,
+) -> Iterator[FeatureBatch]:
+    """What ``features`` gives of some images in [0, 1] (B, C, H, W), by name, batch by batch of ``size``."""
+
+    def computed() -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, bf16):
+            for batch in make_loader(dataset, ChosenSampler(images), max(min(size, len(images)), 1), workers):
+                yield batch, features(as_float(batch["views"][0].to(device, non_blocking=True)))
+
+    done = 0
+    for batch, tensors in _one_behind(computed()):
+        wanted = np.asarray(images[done : done + len(batch["indices"])])
+        done += len(wanted)
+        yield FeatureBatch(
+            wanted,
+            batch["indices"].numpy() == wanted,
+            batch["labels"].numpy(),
+            {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()},
+            dict(batch["skipped"]),
+        )
+
+
+def _one_behind(batches: Iterator[Any]) -> Iterator[Any]:
+    """While a GPU computes a batch, the one before is copied and used."""
+    before = next(batches, None)
+    for batch in batches:
+        yield before
+        before = batch
+    if before is not None:
+        yield before
 
 
 def not_finite(values: np.ndarray) -> int:

@@ -75,7 +75,7 @@ class EvalConfig:
             data=[] if data is None else list(data) if isinstance(data, (list, tuple)) else [data],
             split=SplitConfig(*(options[name] for name in split)),
             seeds=options["seeds"] or seeds,
-            compute=ComputeConfig.of(options, parallel),
+            compute=ComputeConfig.of(options, "evaluate" if parallel else ""),
             out=None if out is None else Path(out),
             options=options,
             **{name: options[name] for name in shared},

@@ -64,9 +64,9 @@ class Parts:
         """Where a part lives."""
         return self.folder / f"part-{number:06d}.parquet"
 
-    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """The parts that a process has still to compute."""
-        return [number for number in range(rank, self.count, world_size) if not self.path(number).is_file()]
+    def missing(self) -> list[int]:
+        """The parts that are still to be computed."""
+        return [number for number in range(self.count) if not self.path(number).is_file()]
 
     def indices(self, number: int) -> range:
         """The images of a part."""
