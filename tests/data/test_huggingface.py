@@ -84,7 +84,7 @@ def test_images_named_by_path_are_read_from_there(tmp_path):
     cells = [{"bytes": None, "path": str(tmp_path / name)} for name in ("1.png", "gone.png")]
     kinds = datasets.Features({"image": datasets.Image()})
     one = datasets.Dataset.from_dict({"image": cells}, features=kinds)
-    from freqmask.data.huggingface import HuggingFaceSource
+    from freqmask.data.parquet import HuggingFaceSource
 
     source = HuggingFaceSource(one, "", "here")
     assert source.open(0).decode()[0, 0, 0] == 7 and source.label(0) is None

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data.labels import read_labels
 from freqmask.data.sources import open_source
+from freqmask.data.splits import read_labels
 from freqmask.errors import UserError
 
 NAMES = ["Kühe/b0.png", "Kühe/b1.png", "dog/a.png"]

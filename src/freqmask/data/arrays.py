@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from freqmask.data.cache import hash_of
-from freqmask.data.labels import number_classes
 from freqmask.data.pixels import ArrayPicture, Picture
 from freqmask.data.source import Source
-from freqmask.data.splits import Located, split_of
+from freqmask.data.splits import Located, number_classes, split_of
 from freqmask.data.storage import LocalFiles
 from freqmask.errors import BadImage, UserError, brief, nearest
 

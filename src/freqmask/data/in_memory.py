@@ -249,6 +249,7 @@ def _as_tensors(parts: list[np.ndarray], entries: list[_Entry], source: Source, 
     )
 
 
+@dataclass(eq=False)
 class InMemoryBatches:
     """The batches of a training, as :func:`freqmask.data.loader.make_loader` makes them from files.
 
@@ -256,18 +257,17 @@ class InMemoryBatches:
     are the loader's bit for bit, on a GPU to two levels of 255.
     """
 
-    def __init__(
-        self,
-        images: InMemoryImages,
-        source: Source,
-        sampler: TrainSampler,
-        geometries: Sequence[Geometry],
-        value_range: ValueRange | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.images, self.source, self.sampler = images, source, sampler
-        self.geometries, self.seed = tuple(geometries), seed
-        self.device, self.value_range = images.pixels.device, value_range or ValueRange()
+    images: InMemoryImages
+    source: Source
+    sampler: TrainSampler
+    geometries: Sequence[Geometry]
+    value_range: ValueRange = ValueRange()  # noqa: RUF009  frozen
+    seed: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are, and batches come."""
+        return self.images.pixels.device
 
     def __len__(self) -> int:
         return len(self.sampler) // self.sampler.batch_size_per_process

@@ -64,34 +64,16 @@ class Sample:
     skipped: Skipped
 
 
+@dataclass(eq=False)
 class TrainDataset(Dataset[Sample]):
-    """Views of the images of a source, for the items of a sampler.
+    """Views of the images of a source, for the items of a sampler."""
 
-    Args:
-        source: the images.
-        geometries: how each view is cut; as many as the method has views.
-        value_range: the values that become 0 and 1.
-        channels: the channels of every view.
-        convert_channels: True makes gray into color and the other way round; False skips images that have
-            other channels.
-        seed: the run's seed; with epoch and image it makes the sample's key.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        geometries: Sequence[Geometry],
-        value_range: ValueRange | None = None,
-        channels: int = 3,
-        convert_channels: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.source = source
-        self.geometries = tuple(geometries)
-        self.value_range = value_range or ValueRange()
-        self.channels = channels
-        self.convert_channels = convert_channels
-        self.seed = seed
+    source: Source
+    geometries: Sequence[Geometry]  # how each view is cut; as many as the method has views
+    value_range: ValueRange = ValueRange()  # noqa: RUF009  the values that become 0 and 1; frozen
+    channels: int = 3  # of every view
+    convert_channels: bool = True  # between gray and color; False skips images that have other channels
+    seed: int = 0  # the run's; with epoch and image it makes the sample's key
 
     def __len__(self) -> int:
         return len(self.source)
@@ -313,16 +295,9 @@ def make_loader(
     notebook, where starting afresh would run the script again. Its risk is a lock held by another thread at
     that moment, or a CUDA context used in the child: workers run one thread and touch no accelerator.
 
-    Args:
-        dataset: the images and their views; a `UserError` that it returns in place of a batch is raised.
-        sampler: which image comes when.
-        batch_size: images of this process in one step.
-        workers: worker processes; 0 loads in the main process.
-        pin_memory: True copies batches to page-locked memory; None: where CUDA is there.
-        together: makes a batch of what the dataset returns.
-
-    Returns:
-        Batches as :func:`collate` describes them: the same ones for any number of workers.
+    A `UserError` that the dataset returns in place of a batch is raised. Batches are the same ones for any number of
+    ``workers``; 0 loads in the main process. ``pin_memory`` copies to page-locked memory; None: where CUDA is there.
+    ``together`` makes a batch of what the dataset returns.
     """
     if workers < 0:
         raise UserError(f"workers ({workers}) must be 0 or more; 0 loads images in the main process")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -39,13 +40,8 @@ def block_shuffle(
     within windows of a few blocks. So every image comes once, all workers have equally many batches however
     uneven the shards are, and a block is read by one worker, or by the two between which it was cut.
 
-    Args:
-        blocks: what lies together.
-        seed: the run's seed.
-        epoch: number of the epoch, from 0.
-        batch_size_per_process: images of a batch; batches go to the workers in turn.
-        workers: processes times the workers of each.
-        first: images that were dealt out in batches before; None: those of the epochs before.
+    Batches go to the workers of all processes in turn. ``first`` images were dealt out before; None: those of the
+    epochs before.
     """
     generator = np.random.default_rng([seed % 2**64, epoch])
     count = len(blocks.numbers)
@@ -64,66 +60,46 @@ def deal(batch_size_per_process: int, world_size: int, workers: int) -> tuple[in
     return batch_size_per_process, world_size * max(workers, 1)
 
 
+@dataclass(eq=False)
 class TrainSampler(Sampler[Item]):
     """One stream of images over the whole training, for one of several processes.
 
     The permutations of successive epochs stand one behind the other. Step ``s`` of ``R`` processes with ``b``
     images each takes the positions ``[s b R, (s + 1) b R)`` of that stream, process ``r`` the r-th ``b``.
     A batch may straddle two epochs; none is shorter than the others, and any number of images works, one too.
-    A restart begins at its step without going through those before it.
-
-    Args:
-        length: number of images in the source, at least 1.
-        seed: the run's seed.
-        batch_size_per_process: images of one process in one step (a step of the loader; with accumulation
-            the optimizer makes a step every few of them).
-        rank: this process, from 0.
-        world_size: number of processes.
-        start_step: the first step to deliver.
-        total_steps: the number of steps of the whole training.
-        blocks: which images are cheap to read together; None where that does not matter.
-        workers: loader processes of each process, which matter where blocks do.
-        dealt: (images of a batch, workers) by which blocks were dealt out when the run began, see `deal`. A run that
-            resumes with other numbers keeps its order; its workers then share blocks, which costs requests.
-
-    Raises:
-        UserError: a number is out of its range.
+    A restart begins at its step without going through those before it. A UserError where a number is out of range.
     """
 
-    def __init__(
-        self,
-        length: int,
-        seed: int,
-        batch_size_per_process: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        total_steps: int = 1,
-        blocks: BlockLayout | None = None,
-        workers: int = 0,
-        dealt: tuple[int, int] | None = None,
-    ) -> None:
-        if length < 1:
+    length: int  # images in the source, at least 1
+    seed: int  # the run's
+    batch_size_per_process: int  # images of one process in one step of the loader
+    rank: int = 0  # this process
+    world_size: int = 1  # processes
+    start_step: int = 0  # the first to deliver
+    total_steps: int = 1  # of the whole training
+    blocks: BlockLayout | None = (
+        None  # which images are cheap to read together; None where it does not matter
+    )
+    workers: int = 0  # loader processes of each process, which matter where blocks do
+    # By which blocks were dealt out when the run began, see `deal`. A run that resumes with other numbers keeps its
+    # order; its workers then share blocks, which costs requests.
+    dealt: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
             raise UserError("the source holds no image to train on; name a folder with images")
-        if batch_size_per_process < 1:
-            raise UserError(f"batch size ({batch_size_per_process}) must be at least 1 image per process")
-        if not 0 <= rank < world_size:
+        if self.batch_size_per_process < 1:
             raise UserError(
-                f"rank ({rank}) must be from 0 to {world_size - 1}, one below the number of processes"
+                f"batch size ({self.batch_size_per_process}) must be at least 1 image per process"
             )
-        if not 0 <= start_step <= total_steps:
+        if not 0 <= self.rank < self.world_size:
             raise UserError(
-                f"start step ({start_step}) must be from 0 to the {total_steps} steps of the training"
+                f"rank ({self.rank}) must be from 0 to {self.world_size - 1}, one below the number of processes"
             )
-        self.length = length
-        self.seed = seed
-        self.batch_size_per_process = batch_size_per_process
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
-        self.total_steps = total_steps
-        self.blocks = blocks
-        self.dealt = dealt or deal(batch_size_per_process, world_size, workers)
+        if not 0 <= self.start_step <= self.total_steps:
+            raise UserError(
+                f"start step ({self.start_step}) must be from 0 to the {self.total_steps} steps of the training"
+            )
 
     def __len__(self) -> int:
         return self.total_steps * self.batch_size_per_process
@@ -141,7 +117,8 @@ class TrainSampler(Sampler[Item]):
     def _order(self, epoch: int) -> np.ndarray:
         if self.blocks is None:
             return epoch_order(self.length, self.seed, epoch)
-        return block_shuffle(self.blocks, self.seed, epoch, *self.dealt)
+        dealt = self.dealt or deal(self.batch_size_per_process, self.world_size, self.workers)
+        return block_shuffle(self.blocks, self.seed, epoch, *dealt)
 
 
 class ChosenSampler(Sampler[Item]):

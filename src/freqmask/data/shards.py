@@ -21,10 +21,9 @@ import pyarrow.compute as pc
 from freqmask.console import say
 from freqmask.data.cache import hash_of, text_arrays
 from freqmask.data.decode import read_suffixes
-from freqmask.data.labels import in_order
 from freqmask.data.packed import PackedIndex, PackedSource
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary, Subset
-from freqmask.data.splits import Located, split_of, split_of_shard
+from freqmask.data.splits import Located, in_order, split_of, split_of_shard
 from freqmask.data.storage import INDEX_NAME, Files
 from freqmask.errors import BadImage, UserError, brief
 from freqmask.rng import identity_of

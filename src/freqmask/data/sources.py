@@ -12,14 +12,12 @@ from freqmask.artifacts import marked_in
 from freqmask.data.arrays import locate_array
 from freqmask.data.builtin import open_builtin
 from freqmask.data.decode import read_suffixes
-from freqmask.data.huggingface import is_saved_dataset, locate_dataset
 from freqmask.data.image_folder import locate_folder
 from freqmask.data.index import index_folder
-from freqmask.data.labels import locate_labelled
-from freqmask.data.parquet import locate_tables, tables_of_one
+from freqmask.data.parquet import is_saved_dataset, locate_dataset, locate_tables, tables_of_one
 from freqmask.data.shards import locate_shards
 from freqmask.data.source import JoinedSource, Pages, Source, SourceSummary, Subset
-from freqmask.data.splits import Located
+from freqmask.data.splits import Located, locate_labelled
 from freqmask.data.storage import (
     INDEX_NAME,
     MANIFEST,

@@ -1,9 +1,8 @@
 """What the method sees of a picture: a window of it, brought to the asked size, perhaps mirrored or turned.
 
 All randomness comes from the sample's key, so a view does not depend on worker, batch, device or restart.
-Windows are chosen from the picture's size alone, before anything is decoded. :func:`draw_boxes` and :func:`draw_flips`
-are `Geometry` for a whole batch: the same numbers, operations and type (float64), drawn on the host, where float64 is
-the same everywhere; a tenth of the time of one by one.
+Windows are chosen from the picture's size alone, before anything is decoded, on the host in float64; those of a batch
+together take a tenth of the time of one by one. :func:`draw_flips` is `Geometry.finish` for a whole batch.
 
 :func:`cut_windows` and :func:`resample` cut a batch out of images in memory on a GPU. A loop over images, as on a
 CPU, would take a launch of some microseconds for every image and step. Each window has a matrix for its columns and
@@ -14,12 +13,12 @@ not do: it does not smooth before it reduces, and the spectrum it changes is wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,7 +28,6 @@ from freqmask.rng import uniform, uniform_numbers
 
 CROPS = ("resized", "native", "whole", "center")
 TRIES = 10  # random windows tried before the largest centered one stands in, as in torchvision
-_DOUBT = 1e-9  # the exponential of torch and that of Python differ by 1e-16 of a side of some hundred pixels
 OVERSAMPLING = 2  # a reduced JPEG keeps twice the asked pixels, so that reducing it leaves no trace
 _REACH = 2  # pixels of the coarser of the two grids to which the kernel reaches
 
@@ -73,18 +71,36 @@ class Geometry:
 
         Another ``attempt`` draws another window, for when the first one held nothing.
         """
+        stream = f"crop/{attempt}"
+        drawn = self.boxes(np.array([picture_size]), lambda n: np.array([uniform_numbers(key, stream, n)]))
+        top, left, height, width = drawn[0].tolist()
+        return top, left, height, width
+
+    def boxes(
+        self, sizes: Int64[np.ndarray, "batch 2"], draw: Callable[[int], Float64[np.ndarray, "batch numbers"]]
+    ) -> Int64[np.ndarray, "batch 4"]:
+        """The windows in pictures of (height, width); ``draw`` gives so many numbers in [0, 1) for each."""
         if self.crop == "whole":
-            return (0, 0, *picture_size)
+            return np.concatenate((np.zeros_like(sizes), sizes), axis=1)
         if self.crop == "center":
-            return _centered(picture_size, self.size, self.center_share)
-        numbers = uniform_numbers(key, f"crop/{attempt}", 2 * TRIES + 2)
-        place = (numbers[0], numbers[1])
+            return _centered(sizes, self.size, self.center_share)
         if self.crop == "native":
-            return _placed(picture_size, _native_window(picture_size, self.size), place)
-        window = _random_window(picture_size, self.size, self.scale, self.ratio, numbers[2:])
-        if window is None:
-            return _centered(picture_size, self.size)
-        return _placed(picture_size, window, place)
+            return _placed(sizes, _native_windows(sizes, self.size), draw(2))
+        shape = self.size[1] / self.size[0]
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        smallest, largest = self.scale
+        for tries in (1, TRIES):  # the first nearly always fits, and drawing numbers takes longest
+            numbers = draw(2 + 2 * tries)
+            area = sizes.prod(axis=1)[:, None] * (smallest + numbers[:, 2::2] * (largest - smallest))
+            aspect = shape * np.exp(low + numbers[:, 3::2] * (high - low))
+            sides = np.sqrt(np.stack((area / aspect, area * aspect), axis=-1))  # (batch, tries, 2)
+            windows = np.rint(sides).astype(np.int64)
+            fits = ((windows > 0) & (windows <= sizes[:, None])).all(axis=2)
+            boxes = _placed(sizes, windows[np.arange(len(sizes)), fits.argmax(axis=1)], numbers[:, :2])
+            some = fits.any(axis=1)
+            if some.all():
+                return boxes
+        return np.where(some[:, None], boxes, _centered(sizes, self.size))
 
     def at_least(self) -> tuple[int, int] | None:
         """The pixels that a reduced decoding of the window must keep; None where it must not be reduced."""
@@ -159,44 +175,21 @@ def _inside(decoded: np.ndarray, around: Box, box: Box) -> np.ndarray:
     return decoded[:, top : top + height, left : left + width]
 
 
-def _random_window(
-    picture_size: tuple[int, int],
-    view_size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    numbers: Sequence[float],
-) -> tuple[int, int] | None:
-    """Height and width of a window of random area and shape; None where none of the tries fits."""
-    height, width = picture_size
-    shape = view_size[1] / view_size[0]
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for first, second in zip(numbers[0::2], numbers[1::2], strict=True):
-        area = height * width * (scale[0] + first * (scale[1] - scale[0]))
-        aspect = shape * math.exp(low + second * (high - low))
-        window = (round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect)))
-        if 0 < window[0] <= height and 0 < window[1] <= width:
-            return window
-    return None
-
-
-def _native_window(picture_size: tuple[int, int], view_size: tuple[int, int]) -> tuple[int, int]:
+def _native_windows(sizes: np.ndarray, view_size: tuple[int, int]) -> np.ndarray:
     """The view's own size; for a smaller picture, the largest window of the view's shape."""
-    enlarged = max(1.0, view_size[0] / picture_size[0], view_size[1] / picture_size[1])
-    height, width = round(view_size[0] / enlarged), round(view_size[1] / enlarged)
-    return max(1, min(height, picture_size[0])), max(1, min(width, picture_size[1]))
+    enlarged = (view_size / sizes).max(axis=1, keepdims=True).clip(min=1)
+    return np.rint(view_size / enlarged).astype(np.int64).clip(1, sizes)
 
 
-def _placed(picture_size: tuple[int, int], window: tuple[int, int], place: tuple[float, float]) -> Box:
-    top = int(place[0] * (picture_size[0] - window[0] + 1))
-    left = int(place[1] * (picture_size[1] - window[1] + 1))
-    return (top, left, *window)
+def _centered(sizes: np.ndarray, view_size: tuple[int, int], share: float = 1.0) -> np.ndarray:
+    view = np.array(view_size)
+    factor = share * (sizes / view).min(axis=1, keepdims=True)
+    windows = np.rint(view * factor).astype(np.int64).clip(1, sizes)
+    return np.concatenate(((sizes - windows) // 2, windows), axis=1)
 
 
-def _centered(picture_size: tuple[int, int], view_size: tuple[int, int], share: float = 1.0) -> Box:
-    factor = share * min(picture_size[0] / view_size[0], picture_size[1] / view_size[1])
-    height = max(1, min(picture_size[0], round(view_size[0] * factor)))
-    width = max(1, min(picture_size[1], round(view_size[1] * factor)))
-    return ((picture_size[0] - height) // 2, (picture_size[1] - width) // 2, height, width)
+def _placed(sizes: np.ndarray, windows: np.ndarray, place: np.ndarray) -> np.ndarray:
+    return np.concatenate(((place * (sizes - windows + 1)).astype(np.int64), windows), axis=1)
 
 
 def _problems(geometry: Geometry) -> list[str]:
@@ -227,21 +220,10 @@ def draw_boxes(geometry: Geometry, sizes: Sizes, keys: Int64[Tensor, " batch"], 
 
     ``sizes`` are (height, width) of each picture, on the host; another ``attempt`` draws other windows.
     """
-    if geometry.crop == "whole":
-        return torch.cat((torch.zeros_like(sizes), sizes), dim=1)
-    if geometry.crop == "center":
-        return _centered_boxes(sizes, geometry.size, geometry.center_share)
-    numbers = uniform(keys, f"crop/{attempt}", (2 * TRIES + 2,)).double()
-    if geometry.crop == "native":
-        return _placed_boxes(sizes, _native_windows(sizes, geometry.size), numbers[:, :2])
-    sides = _random_sides(geometry, sizes, numbers[:, 2:])
-    boxes = _first_that_fits(geometry, sizes, sides, numbers[:, :2])
-    # Where a side may round either way, the formula for one image decides.
-    doubtful = ((sides.frac() - 0.5).abs() < _DOUBT).flatten(1).any(dim=1)
-    for row in doubtful.nonzero()[:, 0].tolist():
-        height, width = sizes[row].tolist()
-        boxes[row] = torch.tensor(geometry.box((height, width), int(keys[row]), attempt))
-    return boxes
+    stream = f"crop/{attempt}"
+    return torch.from_numpy(
+        geometry.boxes(sizes.numpy(), lambda count: uniform(keys, stream, (count,)).double().numpy())
+    )
 
 
 def draw_flips(geometry: Geometry, keys: Int64[Tensor, " batch"]) -> Bool[Tensor, "batch 3"]:
@@ -261,61 +243,17 @@ def draw_flips(geometry: Geometry, keys: Int64[Tensor, " batch"]) -> Bool[Tensor
 
 def smallest_side(geometry: Geometry, picture_size: tuple[int, int]) -> int:
     """A side in pixels that no window of the picture falls below, at least 1."""
-    height, width = picture_size
+    sizes = np.array([picture_size])
     if geometry.crop == "whole":
-        return min(height, width)
-    if geometry.crop == "center":
-        return min(_centered(picture_size, geometry.size, geometry.center_share)[2:])
-    centered = _centered(picture_size, geometry.size)[2:]
+        return min(picture_size)
     if geometry.crop == "native":
-        return min(_native_window(picture_size, geometry.size))
-    area, shape = geometry.scale[0] * height * width, geometry.size[1] / geometry.size[0]
+        return int(_native_windows(sizes, geometry.size).min())
+    centered = int(_centered(sizes, geometry.size, geometry.center_share)[:, 2:].min())
+    if geometry.crop == "center":
+        return centered
+    area, shape = geometry.scale[0] * math.prod(picture_size), geometry.size[1] / geometry.size[0]
     random = math.sqrt(area * min(1 / (shape * geometry.ratio[1]), shape * geometry.ratio[0]))
-    return max(1, min(math.floor(random), *centered))
-
-
-def _random_sides(
-    geometry: Geometry, sizes: Sizes, numbers: Float[Tensor, "batch twice_tries"]
-) -> Float[Tensor, "batch tries 2"]:
-    """Height and width of the windows of random area and shape, not rounded, one a try."""
-    shape = geometry.size[1] / geometry.size[0]
-    low, high = math.log(geometry.ratio[0]), math.log(geometry.ratio[1])
-    smallest, largest = geometry.scale
-    first, second = numbers[:, 0::2], numbers[:, 1::2]
-    area = sizes.prod(dim=1, keepdim=True).double() * (smallest + first * (largest - smallest))
-    aspect = shape * torch.exp(low + second * (high - low))
-    return torch.stack((torch.sqrt(area / aspect), torch.sqrt(area * aspect)), dim=-1)
-
-
-def _first_that_fits(
-    geometry: Geometry,
-    sizes: Sizes,
-    sides: Float[Tensor, "batch tries 2"],
-    place: Float[Tensor, "batch 2"],
-) -> Boxes:
-    """The first window that lies inside the picture; where none does, the largest centered one."""
-    windows = sides.round().long()
-    fits = ((windows > 0) & (windows <= sizes[:, None])).all(dim=-1)
-    first = fits.int().argmax(dim=1)
-    boxes = _placed_boxes(sizes, windows[torch.arange(len(first)), first], place)
-    return torch.where(fits.any(dim=1, keepdim=True), boxes, _centered_boxes(sizes, geometry.size))
-
-
-def _native_windows(sizes: Sizes, view_size: tuple[int, int]) -> Sizes:
-    view = torch.tensor(view_size, dtype=torch.float64)
-    enlarged = (view / sizes).amax(dim=1, keepdim=True).clamp(min=1.0)
-    return (view / enlarged).round().long().minimum(sizes).clamp(min=1)
-
-
-def _centered_boxes(sizes: Sizes, view_size: tuple[int, int], share: float = 1.0) -> Boxes:
-    view = torch.tensor(view_size, dtype=torch.float64)
-    factor = share * (sizes / view).amin(dim=1, keepdim=True)
-    windows = (view * factor).round().long().minimum(sizes).clamp(min=1)
-    return torch.cat(((sizes - windows) // 2, windows), dim=1)
-
-
-def _placed_boxes(sizes: Sizes, windows: Sizes, place: Float[Tensor, "batch 2"]) -> Boxes:
-    return torch.cat(((place * (sizes - windows + 1)).long(), windows), dim=1)
+    return max(1, min(math.floor(random), centered))
 
 
 def cut_windows(

@@ -257,7 +257,7 @@ class FinetuneJob(TrainingJob):
 
 def make_dataset(source: Source, geometry: Geometry, tuning: Tuning) -> TrainDataset:
     """Images as the classifier sees them, whatever their channels."""
-    values = ValueRange.parse(tuning.value_range)
+    values = ValueRange.parse(tuning.value_range) or ValueRange()
     return TrainDataset(source, [geometry], values, tuning.channels, convert_channels=True, seed=tuning.seed)
 
 

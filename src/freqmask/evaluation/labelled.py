@@ -14,10 +14,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
-from freqmask.data.labels import read_labels
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.splits import choose_split, hold_out, split_indices, split_of
+from freqmask.data.splits import choose_split, hold_out, read_labels, split_indices, split_of
 from freqmask.errors import BadImage, UserError
 from freqmask.imports import NotNamedError, named_by_user
 from freqmask.training.files import write_rows

@@ -127,7 +127,7 @@ class Pretraining:
                 self._dataset(self.images.train, geometries), sampler, images_at_once(options), workers
             )
         images = self.kept.to(trainer.strategy.root_device)
-        value_range = ValueRange.parse(options["value_range"])
+        value_range = ValueRange.parse(options["value_range"]) or ValueRange()
         return InMemoryBatches(images, self.images.train, sampler, geometries, value_range, options["seed"])
 
     def _dealt(self, trainer: L.Trainer, workers: int) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def make_dataset(
         geometries: how each view is cut.
         convert: whether images with other channels are converted instead of skipped.
     """
-    value_range = ValueRange.parse(options["value_range"])
+    value_range = ValueRange.parse(options["value_range"]) or ValueRange()
     channels, seed = options["channels"], options["seed"]
     return TrainDataset(source, geometries, value_range, channels, convert_channels=convert, seed=seed)
 
