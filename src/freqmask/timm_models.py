@@ -207,34 +207,24 @@ def _create(
             return model, {**wanted, **asked}
         except TypeError as error:
             refused = REFUSED.search(str(error))
-            if refused is None or refused[1] not in wanted or refused[1] in asked:
-                raise _refusal(name, asked, refused, error) from error
-            del wanted[refused[1]]
+            if refused is None:
+                raise cannot(name, f"the arguments {asked}", error) from error
+            argument = refused[1]
+            if argument not in wanted or argument in asked:
+                option = OWN_ARGUMENTS.get(argument, f"model_args {argument}")
+                raise UserError(
+                    f"{option} ({asked.get(argument)}) is no argument of backbone {name}; leave it out or "
+                    "take another backbone"
+                ) from error
+            del wanted[argument]
         except Exception as error:  # timm, its hub and the network raise whatever they please
-            raise _failure(name, asked, image_size, pretrained, error) from error
-
-
-def _refusal(name: str, asked: dict[str, Any], refused: re.Match[str] | None, error: Exception) -> UserError:
-    if refused is None:
-        return cannot(name, f"the arguments {asked}", error)
-    argument = refused[1]
-    option = OWN_ARGUMENTS.get(argument, f"model_args {argument}")
-    return UserError(
-        f"{option} ({asked.get(argument)}) is no argument of backbone {name}; leave it out or "
-        "take another backbone"
-    )
-
-
-def _failure(
-    name: str, asked: dict[str, Any], image_size: tuple[int, int] | None, pretrained: bool, error: Exception
-) -> UserError:
-    if pretrained:
-        return UserError(
-            f"the public weights of {name} could not be had ({type(error).__name__}: {brief(error, 200)}); check the "
-            "name and the network, or start without pretrained"
-        )
-    size = "" if image_size is None else f"images of {image_size[0]}x{image_size[1]} with "
-    return cannot(name, f"{size}{asked}", error)
+            if pretrained:
+                raise UserError(
+                    f"the public weights of {name} could not be had ({type(error).__name__}: {brief(error, 200)}); "
+                    "check the name and the network, or start without pretrained"
+                ) from error
+            size = "" if image_size is None else f"images of {image_size[0]}x{image_size[1]} with "
+            raise cannot(name, f"{size}{asked}", error) from error
 
 
 def as_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

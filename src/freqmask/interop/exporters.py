@@ -73,21 +73,13 @@ class _PooledAndMap(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """What ONNX and torch.export are given.
+    """What ONNX and torch.export are given."""
 
-    Attributes:
-        module: of images in [0, 1].
-        outputs: name of each output to what it holds.
-        input_size: channels, height and width of an image.
-        metadata: plain values that go into the file.
-        multiple: what height and width may be any multiple of; None where the size is fixed.
-    """
-
-    module: nn.Module
-    outputs: dict[str, str]
-    input_size: tuple[int, int, int]
-    metadata: dict[str, Any]
-    multiple: int | None = None
+    module: nn.Module  # of images in [0, 1]
+    outputs: dict[str, str]  # name of each output to what it holds
+    input_size: tuple[int, int, int]  # channels, height and width of an image
+    metadata: dict[str, Any]  # plain values that go into the file
+    multiple: int | None = None  # what height and width may be any multiple of; None where the size is fixed
 
 
 def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:

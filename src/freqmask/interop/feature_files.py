@@ -280,14 +280,19 @@ def nearest_neighbors(path: Path, queries: int, neighbors: int) -> tuple[np.ndar
         Indices in the data (query, 1 + neighbors), each query first, and the similarities; -1 where there are
         too few images.
     """
-    total, count = np.zeros(1), 0
-    for rows, _ in _pieces(path):
-        total, count = total + rows.sum(axis=0, dtype=np.float64), count + len(rows)
+    is_parquet = path.suffix == ".parquet"
+    count = pq.read_metadata(path).num_rows if is_parquet else len(np.load(path, mmap_mode="r"))
     if count == 0:
         return np.empty((0, 1 + neighbors), int), np.empty((0, 1 + neighbors))
-    mean = (total / count).astype(np.float32)
     chosen = np.unique(np.linspace(0, count - 1, min(queries, count)).round().astype(int))
-    asked, own = _rows_at(path, chosen, mean)
+    total, start, picked, numbers = np.zeros(1), 0, [], []
+    for rows, indices in _pieces(path):
+        places = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
+        picked.append(rows[places])
+        numbers.append(indices[places])
+        total, start = total + rows.sum(axis=0, dtype=np.float64), start + len(rows)
+    mean = (total / count).astype(np.float32)
+    asked, own = _unit(np.concatenate(picked) - mean), np.concatenate(numbers)
     # too few images leave -1 in the last columns
     found = np.full((len(chosen), 1 + neighbors), -1)
     scores = np.full((len(chosen), 1 + neighbors), -np.inf, np.float32)
@@ -299,17 +304,6 @@ def nearest_neighbors(path: Path, queries: int, neighbors: int) -> tuple[np.ndar
         best = np.argsort(-scores, axis=1, kind="stable")[:, : 1 + neighbors]
         scores, found = np.take_along_axis(scores, best, 1), np.take_along_axis(found, best, 1)
     return found, scores
-
-
-def _rows_at(path: Path, chosen: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The features at some rows, of unit length, and their indices in the data."""
-    found, start = [], 0
-    for rows, indices in _pieces(path):
-        places = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
-        found.append((_unit(rows[places] - mean), indices[places]))
-        start += len(rows)
-    features, numbers = zip(*found, strict=True)
-    return np.concatenate(features), np.concatenate(numbers)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

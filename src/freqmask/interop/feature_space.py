@@ -33,19 +33,13 @@ SHRINKAGE = (
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What becomes of the features of a backbone: ``(parts side by side - mean) @ projection``.
+    """What becomes of the features of a backbone: ``(parts side by side - mean) @ projection``."""
 
-    Attributes:
-        parts: names of features: ``end/mean``, ``end/token``, ``block3/mean`` (the third block) ...
-        kind: plain, centered or whitened.
-        mean: of each number over training images; empty where plain.
-        projection: (numbers, directions); empty where not whitened.
-    """
-
+    # names of features: ``end/mean``, ``end/token``, ``block3/mean`` (the third block)
     parts: tuple[str, ...]
-    kind: str
-    mean: Float[Tensor, " column"]
-    projection: Float[Tensor, "column direction"]
+    kind: str  # plain, centered or whitened
+    mean: Float[Tensor, " column"]  # of each number over training images; empty where plain
+    projection: Float[Tensor, "column direction"]  # (numbers, directions); empty where not whitened
 
     @classmethod
     def fit(

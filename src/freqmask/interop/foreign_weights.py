@@ -37,46 +37,28 @@ _ENCODER, _DECODER = "encoder.", "decoder."  # of MFM's files
 
 @dataclass
 class Weights:
-    """The tensors of a file, sorted.
+    """The tensors of a file, sorted."""
 
-    Attributes:
-        encoder: the backbone's, by names as they stand in the file without prefixes.
-        decoder: the reconstruction head's, ``0.weight`` and ``0.bias``; empty where there is none.
-        notes: whole sentences on what was left out.
-        architecture: the timm name that the file gives, if it does.
-        epoch: that the file gives.
-    """
-
-    encoder: dict[str, Tensor]
+    encoder: dict[str, Tensor]  # the backbone's, by names as they stand in the file without prefixes
+    # the reconstruction head's, ``0.weight`` and ``0.bias``; empty where there is none
     decoder: dict[str, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    architecture: str | None = None
-    epoch: int | None = None
+    notes: list[str] = field(default_factory=list)  # whole sentences on what was left out
+    architecture: str | None = None  # the timm name that the file gives, if it does
+    epoch: int | None = None  # that the file gives
 
 
 @dataclass
 class Converted:
-    """A model made from a file.
+    """A model made from a file."""
 
-    Attributes:
-        model: the timm module with the weights in it.
-        architecture: its timm name.
-        image_size: height and width in pixels.
-        mean: of the channels that the weights expect.
-        std: of the channels.
-        decoder: tensors of the reconstruction head; empty where there is none.
-        notes: whole sentences on what was assumed, left out or interpolated.
-        metadata: for config.json.
-    """
-
-    model: Any
-    architecture: str
-    image_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    decoder: dict[str, Tensor]
-    notes: list[str]
-    metadata: dict[str, Any]
+    model: Any  # the timm module with the weights in it
+    architecture: str  # its timm name
+    image_size: tuple[int, int]  # height and width in pixels
+    mean: tuple[float, ...]  # of the channels that the weights expect
+    std: tuple[float, ...]  # of the channels
+    decoder: dict[str, Tensor]  # tensors of the reconstruction head; empty where there is none
+    notes: list[str]  # whole sentences on what was assumed, left out or interpolated
+    metadata: dict[str, Any]  # for config.json
 
 
 def convert_file(
@@ -131,24 +113,26 @@ def read_weights(path: str | Path, key: str | None = None, backbone: str | None 
     architecture = content.get("arch", content.get("architecture"))
     if not (isinstance(architecture, str) and timm.is_model(architecture)):
         architecture = None
-    chosen = _choose(content, path, key, backbone or architecture)
+    chosen, notes = _choose(content, path, key, backbone or architecture)
     if chosen.prefix.startswith("method.") and "pytorch-lightning_version" in content:
         raise UserError(f"file ({path}) is a training state of freqmask; name its run folder instead")
-    notes = list(chosen.notes)
-    if chosen.container:
-        known = (chosen.container.split(".")[0], "epoch", "arch", "architecture")
-        rest = sorted(str(name) for name in content if str(name) not in known)
-        notes = [*([f"not taken: {_some(rest)}"] if rest else []), *notes]
     if foreign:
-        notes.insert(0, f"pickled objects of {_some(foreign)} were left out; nothing in the file was run")
+        notes.append(f"pickled objects of {_some(foreign)} were left out; nothing in the file was run")
+    epoch = content.get("epoch") if chosen.container else None
+    beside = (
+        {chosen.container.split(".")[0], "epoch", "arch", "architecture"} if chosen.container else content
+    )
+    encoder, decoder, others = _parts(chosen)
+    if decoder and decoder.keys() != {"0.weight", "0.bias"}:
+        notes.append(f"the decoder ({_some(sorted(decoder))}) is not MFM's and was left out")
+        decoder = {}
+    for left in (others, [str(name) for name in content if name not in beside]):
+        notes += [f"not taken: {_some(sorted(left))}"] if left else []
     try:
-        weights = _sorted(chosen, notes)
+        encoder, decoder = as_timm_names(tensors_in(encoder)), tensors_in(decoder)
     except UserError as error:
         raise UserError(f"file ({path}) was refused: {error}") from error
-    epoch = content.get("epoch")
-    weights.epoch = epoch if isinstance(epoch, int) and chosen.container else None
-    weights.architecture = architecture
-    return weights
+    return Weights(encoder, decoder, notes, architecture, epoch if isinstance(epoch, int) else None)
 
 
 def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
@@ -171,7 +155,6 @@ class _Candidate:
     container: str
     prefix: str
     fit: int
-    notes: list[str] = field(default_factory=list)
 
     @property
     def key(self) -> str:
@@ -186,8 +169,10 @@ class _Candidate:
         return -self.fit, place, is_copy, len(self.prefix), self.key
 
 
-def _choose(content: Mapping[Any, Any], path: str | Path, key: str | None, known: str | None) -> _Candidate:
-    """The weights that are meant: those asked for, else those whose names fit best."""
+def _choose(
+    content: Mapping[Any, Any], path: str | Path, key: str | None, known: str | None
+) -> tuple[_Candidate, list[str]]:
+    """The weights that are meant: those asked for, else those whose names fit best; and a sentence on others."""
     containers = list(_containers(content))
     if not containers:
         raise _no_weights(content, path)
@@ -202,15 +187,13 @@ def _choose(content: Mapping[Any, Any], path: str | Path, key: str | None, known
             known_keys = [name for name in dict.fromkeys([*keys, *(at for _, at in containers)]) if name]
             keys_there = _some(known_keys) or "one set of weights, without a key"
             raise UserError(f"key ({key}) is not in {path}; it has {keys_there}")
-        return asked[0]
+        return asked[0], []
     if not candidates:  # of a family that we do not know
         whole = [_Candidate(state, at, _shared_prefix(state), len(state)) for state, at in containers]
-        return min(whole, key=lambda candidate: candidate.order)
+        return min(whole, key=lambda candidate: candidate.order), []
     best, others = candidates[0], [one.key for one in candidates[1:] if 2 * one.fit >= candidates[0].fit]
-    if others:
-        taken = best.key or "the weights without a key"
-        best.notes.append(f"taken: {taken}; --key takes others: {_some(others)}")
-    return best
+    taken = f"taken: {best.key or 'the weights without a key'}; --key takes others: {_some(others)}"
+    return best, [taken] if others else []
 
 
 def _containers(content: Mapping[Any, Any], at: str = "") -> Iterator[tuple[dict[str, Any], str]]:
@@ -268,28 +251,19 @@ def _no_weights(content: Mapping[Any, Any], path: str | Path) -> UserError:
     )
 
 
-def _sorted(chosen: _Candidate, notes: list[str]) -> Weights:
-    """Encoder and decoder apart, the prefix taken off."""
-
-    def behind(prefix: str) -> dict[str, Any]:
-        return {
-            name.removeprefix(prefix): value
-            for name, value in chosen.state.items()
-            if name.startswith(prefix)
-        }
-
+def _parts(chosen: _Candidate) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Encoder and decoder without their prefixes, and the names that belong to neither."""
     prefix = chosen.prefix
-    head = prefix.removesuffix(_ENCODER) + _DECODER
-    decoder = behind(head) if prefix.endswith(_ENCODER) else {}
-    others = [name for name in chosen.state if not name.startswith(prefix)]
-    if set(decoder) == {"0.weight", "0.bias"}:
-        others = [name for name in others if not name.startswith(head)]
-    elif decoder:
-        notes = [*notes, f"the decoder ({_some(sorted(decoder))}) is not MFM's and was left out"]
-        decoder = {}
-    if others:
-        notes = [*notes, f"not taken: {_some(sorted(others))}"]
-    return Weights(as_timm_names(tensors_in(behind(prefix))), tensors_in(decoder), notes)
+    head = prefix.removesuffix(_ENCODER) + _DECODER if prefix.endswith(_ENCODER) else None
+    encoder, decoder, others = dict[str, Any](), dict[str, Any](), list[str]()
+    for name, value in chosen.state.items():
+        if name.startswith(prefix):
+            encoder[name.removeprefix(prefix)] = value
+        elif head is not None and name.startswith(head):
+            decoder[name.removeprefix(head)] = value
+        else:
+            others.append(name)
+    return encoder, decoder, others
 
 
 def _some(names: Sequence[str]) -> str:

@@ -44,33 +44,22 @@ Kind = Literal["run", "folder", "timm", "random"]
 
 @dataclass
 class OpenedModel:
-    """A backbone with all that is needed to feed it.
+    """A backbone with all that is needed to feed it."""
 
-    Attributes:
-        name: what tables call it: the run's or folder's name, or MODEL as it was typed.
-        kind: which form of MODEL it was.
-        backbone: in evaluation mode and float32; called with normalized images it gives the last stage's (or
-            the trained stage's) map, its mean and the class token.
-        input_size: channels, height and width that it was trained for or asked at.
-        mean: of each channel in [0, 1].
-        std: of each channel.
-        value_range: what became [0, 1] in training, as ``--value_range`` takes it.
-        metadata: plain values on where the weights come from: method, run, step, data ...
-        folder: of the weights, None for ``timm:`` and ``random:``.
-        trained_crop: ``--crop`` of its training; empty where nobody knows.
-        space: what becomes of its features, from :func:`freqmask.interop.feature_space.load_space`; None leaves them.
-    """
-
-    name: str
-    kind: Kind
+    name: str  # what tables call it: the run's or folder's name, or MODEL as it was typed
+    kind: Kind  # which form of MODEL it was
+    # in evaluation mode and float32; of normalized images it gives the last (or the trained) stage's map, its mean and
+    # the class token
     backbone: Backbone
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    value_range: str = "dtype"
+    input_size: tuple[int, int, int]  # channels, height and width that it was trained for or asked at
+    mean: tuple[float, ...]  # of each channel in [0, 1]
+    std: tuple[float, ...]  # of each channel
+    value_range: str = "dtype"  # what became [0, 1] in training, as ``--value_range`` takes it
+    # plain values on where the weights come from: method, run, step, data
     metadata: dict[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-    trained_crop: str = ""
+    folder: Path | None = None  # of the weights, None for ``timm:`` and ``random:``
+    trained_crop: str = ""  # ``--crop`` of its training; empty where nobody knows
+    # what becomes of its features, from :func:`freqmask.interop.feature_space.load_space`; None leaves them
     space: Any = None
 
     @property
@@ -105,29 +94,17 @@ class OpenedModel:
 
 @dataclass
 class OpenedClassifier:
-    """A timm model with its own classifier, on the CPU, in evaluation mode.
+    """A timm model with its own classifier, on the CPU, in evaluation mode."""
 
-    Attributes:
-        name: what tables call it.
-        module: the timm module with its head.
-        class_names: of its outputs, in order.
-        input_size: channels, height and width.
-        mean: of each channel in [0, 1].
-        std: of each channel.
-        value_range: what became [0, 1] in training.
-        crop_share: share of an image's side that the centered test window keeps.
-        metadata: where the weights come from.
-    """
-
-    name: str
-    module: Any
-    class_names: tuple[str, ...]
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    value_range: str = "dtype"
-    crop_share: float = 1.0
-    metadata: dict[str, Any] = field(default_factory=dict)
+    name: str  # what tables call it
+    module: Any  # the timm module with its head
+    class_names: tuple[str, ...]  # of its outputs, in order
+    input_size: tuple[int, int, int]  # channels, height and width
+    mean: tuple[float, ...]  # of each channel in [0, 1]
+    std: tuple[float, ...]  # of each channel
+    value_range: str = "dtype"  # what became [0, 1] in training
+    crop_share: float = 1.0  # share of an image's side that the centered test window keeps
+    metadata: dict[str, Any] = field(default_factory=dict)  # where the weights come from
 
 
 class MiddleWindow(Geometry):
@@ -356,7 +333,7 @@ def _open_folder(
     value_range = str(metadata.get("value_range", "dtype"))
     if text.startswith(RANDOM):
         name, model_args, patch = architecture_in(config)
-        start = options.get("initialisation") or "mfm"
+        start: Any = options.get("initialisation") or "mfm"
         backbone = Backbone(name, patch_size=patch, model_args=model_args, initialisation=start, **asked)
         return _opened(text, "random", backbone, mean, std, value_range=value_range)
     is_exported = weights in (None, metadata.get("weights"))

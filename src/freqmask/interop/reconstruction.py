@@ -33,23 +33,14 @@ from freqmask.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Band:
-    """How well one ring of frequencies is filled in.
+    """How well one ring of frequencies is filled in."""
 
-    Attributes:
-        low: radius in bins where it begins.
-        high: radius where it ends.
-        hidden: share of its bins that the filter hides.
-        filtered: PSNR in dB of the filtered input.
-        predicted: of what it predicted.
-        filled: of the visible bins with the predicted hidden ones.
-    """
-
-    low: int
-    high: int
-    hidden: float
-    filtered: float
-    predicted: float
-    filled: float
+    low: int  # radius in bins where it begins
+    high: int  # radius where it ends
+    hidden: float  # share of its bins that the filter hides
+    filtered: float  # PSNR in dB of the filtered input
+    predicted: float  # of what it predicted
+    filled: float  # of the visible bins with the predicted hidden ones
 
 
 def open_method(model: str, filter: str | None = None) -> tuple[Any, OpenedModel]:

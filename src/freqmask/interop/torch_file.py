@@ -48,14 +48,10 @@ class Inert:
 
 @dataclass
 class TorchFile:
-    """What a file holds.
+    """What a file holds."""
 
-    Attributes:
-        content: plain containers, numbers, texts and tensors; foreign objects as :class:`Inert`.
-        foreign: ``module.name`` of every class and function that the file names and we did not touch.
-    """
-
-    content: Any
+    content: Any  # plain containers, numbers, texts and tensors; foreign objects as :class:`Inert`
+    # ``module.name`` of every class and function that the file names and we did not touch
     foreign: list[str] = field(default_factory=list)
 
 

@@ -238,9 +238,14 @@ def load_initial(method: Any, init: str) -> list[str]:
             check_weights(state, f"init ({init})")
             method.load_state_dict(state)
             return [f"the whole method of {init}"]
-    weights = (
-        _public(init, method) if is_public else read_tensors(find_backbone(init, "init") / WEIGHTS, "init")
-    )
+    if is_public:  # positions and the first layer as timm brings them to this size and these channels
+        name, first = init.removeprefix(PUBLIC), next(iter(method.backbones().values()))
+        check_public(name, f"init ({init})")
+        patch, model_args = first.settings["patch_size"], first.settings["model_args"]
+        model, _ = create_model(name, first.image_size, first.channels, patch, model_args, pretrained=True)
+        weights = model.state_dict()
+    else:
+        weights = read_tensors(find_backbone(init, "init") / WEIGHTS, "init")
     notes: list[str] = []
     for backbone in method.backbones().values():
         (fitted, notes), own = resampled(weights, backbone.timm_model), backbone.timm_model.state_dict()
@@ -248,16 +253,6 @@ def load_initial(method: Any, init: str) -> list[str]:
         load_fitting(backbone.timm_model, fitted, f"init ({init}) does not fit the backbone")
         check_weights(fitted, f"init ({init})")
     return [f"the backbone of {init}; the heads begin anew", *notes]
-
-
-def _public(init: str, method: Any) -> dict[str, Tensor]:
-    """Timm's weights, its positions and first layer already brought to the method's size and channels."""
-    name = init.removeprefix(PUBLIC)
-    check_public(name, f"init ({init})")
-    backbone = next(iter(method.backbones().values()))
-    patch, model_args = backbone.settings["patch_size"], backbone.settings["model_args"]
-    model, _ = create_model(name, backbone.image_size, backbone.channels, patch, model_args, pretrained=True)
-    return dict(model.state_dict())
 
 
 def resampled(weights: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:

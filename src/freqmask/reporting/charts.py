@@ -65,25 +65,15 @@ def spread_out(items: Sequence[Item], most: int) -> list[Item]:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart of curves.
+    """One chart of curves."""
 
-    Attributes:
-        key: its anchor in the page.
-        title: above it.
-        meaning: how to read it, for somebody who has not read the papers.
-        columns: pattern of the columns that it shows.
-        reference: a level that means something.
-        logarithmic: whether the scale may be switched to a logarithmic one.
-        wide: whether it is logarithmic at once where the lines lie far apart.
-    """
-
-    key: str
-    title: str
-    meaning: str
-    columns: str
-    reference: float | None = None
-    logarithmic: bool = True
-    wide: bool = False
+    key: str  # its anchor in the page
+    title: str  # above it
+    meaning: str  # how to read it, for somebody who has not read the papers
+    columns: str  # pattern of the columns that it shows
+    reference: float | None = None  # a level that means something
+    logarithmic: bool = True  # whether the scale may be switched to a logarithmic one
+    wide: bool = False  # whether it is logarithmic at once where the lines lie far apart
 
 
 PANELS = (

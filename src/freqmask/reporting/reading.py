@@ -42,36 +42,24 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.
+    """What a run folder holds."""
 
-    Attributes:
-        path: the folder.
-        name: told apart from the other runs of the same report.
-        status: finished, running (a living process trains here), or stopped on the way.
-        config: every option, resolved; empty where the file is missing.
-        state: run.json: what was asked for, versions, number of images.
-        summary: what it ended with.
-        curves: column of metrics.csv to its curve.
-        rows: logged rows that could be read.
-        skipped: rows of skipped.csv.
-        results: rows of results.csv.
-        previews: step and image file, rising.
-        plan: the image drawn before the first step.
-        missing: a sentence for everything that should be here and is not, or cannot be read.
-    """
-
-    path: Path
-    name: str
+    path: Path  # the folder
+    name: str  # told apart from the other runs of the same report
+    # finished, running (a living process trains here), or stopped on the way
     status: Literal["finished", "running", "stopped"]
+    # every option, resolved; empty where the file is missing
     config: dict[str, Any] = field(default_factory=dict)
+    # run.json: what was asked for, versions, number of images
     state: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    curves: dict[str, Curve] = field(default_factory=dict)
-    rows: int = 0
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    results: list[dict[str, str]] = field(default_factory=list)
-    previews: list[tuple[int, Path]] = field(default_factory=list)
-    plan: Path | None = None
+    summary: dict[str, Any] = field(default_factory=dict)  # what it ended with
+    curves: dict[str, Curve] = field(default_factory=dict)  # column of metrics.csv to its curve
+    rows: int = 0  # logged rows that could be read
+    skipped: list[dict[str, str]] = field(default_factory=list)  # rows of skipped.csv
+    results: list[dict[str, str]] = field(default_factory=list)  # rows of results.csv
+    previews: list[tuple[int, Path]] = field(default_factory=list)  # step and image file, rising
+    plan: Path | None = None  # the image drawn before the first step
+    # a sentence for everything that should be here and is not, or cannot be read
     missing: list[str] = field(default_factory=list)
 
     @property

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,14 @@ MOST_ROWS = 2_000  # in the page
 _SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model", "feature")
 # Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
 _MEASURED = frozenset({"mean", "std", "value_range"})
-_LOSSES = {"relative_loss": "relative loss", "held_out_relative_loss": "held-out relative loss"}
 
 Row = Mapping[str, str]
 Kind = tuple[str, str, str, str]  # protocol, variant, data and score
+# columns of metrics.csv that stand among the scores
+_LOSSES: dict[Kind, str] = {
+    ("relative loss", "", "", ""): "relative_loss",
+    ("held-out relative loss", "", "", ""): "held_out_relative_loss",
+}
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measured:
-    """One protocol and variant of a model on one data set, over seeds.
+    """One protocol and variant of a model on one data set, over seeds."""
 
-    Attributes:
-        kind: protocol, variant (such as ``k=20``), data and the score's name.
-        model: as the row names it.
-        percent: 100 times the score, a value a seed.
-        interval: 95 % over test images, in percent, where the rows give one.
-    """
-
-    kind: Kind
-    model: str
-    percent: Cell
-    interval: tuple[float, float] | None
+    kind: Kind  # protocol, variant (such as ``k=20``), data and the score's name
+    model: str  # as the row names it
+    percent: Cell  # 100 times the score, a value a seed
+    interval: tuple[float, float] | None  # 95 % over test images, in percent, where the rows give one
 
 
 def measured(rows: Sequence[Row]) -> list[Measured]:
@@ -143,20 +140,24 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
     families: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         families.setdefault(tuple(sorted(identity(run).items())), []).append(run)
-    lines: list[tuple[list[str], dict[Any, Cell]]] = []
+    lines: list[tuple[list[str], dict[Kind, Cell]]] = []
     for key, family in families.items():
         names = [dict(key).get(name, "–") for name in settings] or [", ".join(run.name for run in family)]
-        lines.append((names, _joined_numbers([_numbers(run) for run in family])))
-    models: dict[str, dict[Any, Cell]] = {}
+        seeds: dict[Kind, list[float]] = {}
+        for run in family:
+            for kind, value in _numbers(run).items():
+                seeds.setdefault(kind, []).append(value)
+        lines.append((names, {kind: Cell(tuple(seeds[kind]), 3 if kind in _LOSSES else 1) for kind in seeds}))
+    models: dict[str, dict[Kind, Cell]] = {}
     for one in measured(others):
         models.setdefault(one.model, {})[one.kind] = one.percent
     lines += [([model, *["–"] * (len(settings) - 1)], cells) for model, cells in models.items()]
-    columns = sorted(dict.fromkeys(kind for _, cells in lines for kind in cells), key=_column_order)
-    kinds = [kind for kind in columns if kind not in _LOSSES]
+    kinds = dict.fromkeys(kind for _, cells in lines for kind in cells)
+    columns = sorted(kinds, key=lambda kind: [*_LOSSES, *kinds].index(kind))
     unfinished = [run.name for run in runs if run.status != "finished"]
     return Table(
         settings or ["run"],
-        [_LOSSES[kind] if kind in _LOSSES else _title(kind, kinds) for kind in columns],
+        [_title(kind, kinds) for kind in columns],
         [Line(names, [cells.get(kind) for kind in columns]) for names, cells in lines],
         ["mean ± standard deviation over runs that differ in their seed only, (n) of them"]
         + (["not finished: " + ", ".join(unfinished)] if unfinished else []),
@@ -183,36 +184,24 @@ def _varying(runs: Sequence[Run]) -> list[str]:
     return [name for name in varying if any(name in run.given for run in runs)] or varying
 
 
-def _numbers(run: Run) -> dict[Any, float]:
-    """Losses at the end and the score of every protocol and variant on every data set, by loss or kind."""
+def _numbers(run: Run) -> dict[Kind, float]:
+    """Losses at the end and the score of every protocol and variant on every data set."""
     # held-out images are evaluated rarely, and all of them: their last value needs no smoothing
-    values: dict[Any, float] = {
-        name: run.curves[name].last if name.startswith("held_out") else run.curves[name].tail()
-        for name in _LOSSES
-        if name in run.curves
-    }
+    curves = {kind: run.curves[name] for kind, name in _LOSSES.items() if name in run.curves}
+    values = {kind: curve.last if "held" in kind[0] else curve.tail() for kind, curve in curves.items()}
     scores: dict[Kind, list[float]] = {}
     for one in measured(run.results):
         scores.setdefault(one.kind, []).append(one.percent.mean)
     return values | {kind: statistics.fmean(found) for kind, found in scores.items()}
 
 
-def _joined_numbers(numbers: Sequence[Mapping[Any, float]]) -> dict[Any, Cell]:
-    kinds = dict.fromkeys(kind for values in numbers for kind in values)
-    return {
-        kind: Cell(tuple(values[kind] for values in numbers if kind in values), 3 if kind in _LOSSES else 1)
-        for kind in kinds
-    }
-
-
-def _column_order(kind: Any) -> int:
-    return [*_LOSSES].index(kind) if kind in _LOSSES else len(_LOSSES)
-
-
-def _title(kind: Kind, kinds: Sequence[Kind]) -> str:
+def _title(kind: Kind, kinds: Iterable[Kind]) -> str:
     """Protocol and variant; data and score where they are needed to tell columns apart."""
+    if kind in _LOSSES:
+        return kind[0]
+    scores = [other for other in kinds if other not in _LOSSES]
     parts = [" ".join(filter(None, kind[:2]))]
-    parts += [kind[place] for place in (2, 3) if len({other[place] for other in kinds}) > 1]
+    parts += [kind[place] for place in (2, 3) if len({other[place] for other in scores}) > 1]
     return ", ".join(parts) + " %"
 
 
@@ -234,11 +223,15 @@ def comma_separated(table: Table) -> str:
     """For a program: mean, standard deviation and n of every number in columns of their own."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        table.settings + [f"{name} {part}" for name in table.numbers for part in ("mean", "std", "n")]
-    )
+    parts = ("mean", "std", "n")
+    writer.writerow(table.settings + [f"{name} {part}" for name in table.numbers for part in parts])
     for line in table.lines:
-        writer.writerow([*line.settings, *(text for cell in line.cells for text in _apart(cell))])
+        row: list[str] = list(line.settings)
+        for cell in line.cells:
+            spread = None if cell is None else cell.deviation
+            row += ["", "", "0"] if cell is None else [f"{cell.mean:.6g}", "", f"{len(cell.values)}"]
+            row[-2] = "" if spread is None else f"{spread:.6g}"
+        writer.writerow(row)
     return buffer.getvalue().rstrip("\n")
 
 
@@ -277,13 +270,6 @@ def _plain(cell: Cell | None) -> str:
         return "–"
     spread = f" ± {cell.deviation:.{cell.digits}f}" if cell.deviation is not None else ""
     return f"{cell.mean:.{cell.digits}f}{spread} ({len(cell.values)})"
-
-
-def _apart(cell: Cell | None) -> list[str]:
-    if cell is None:
-        return ["", "", "0"]
-    deviation = f"{cell.deviation:.6g}" if cell.deviation is not None else ""
-    return [f"{cell.mean:.6g}", deviation, str(len(cell.values))]
 
 
 def _markdown_text(text: str) -> str:
