@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -107,7 +106,6 @@ def test_attacked_answers_of_two_processes_are_those_of_one(
 ) -> None:
     monkeypatch.setattr(linear, "LEAST_STEPS", 40)
     opened = open_labelled(str(data))
-    experiment: Any = None
     results = []
     for replicas in (None, two):
         place = ComputeConfig(CPU, 2, cache=False, replicas=replicas)
@@ -116,7 +114,7 @@ def test_attacked_answers_of_two_processes_are_those_of_one(
         )
         heads = [fit_head(context, "linear", one, 0) for one in context.data.rounds]
         (pgd,) = make_attacks(["pgd"], "linf", "4/255", 2, "auto", True)
-        results.append(RobustnessEval(Robustness(), experiment, context, heads).attacked(pgd))
+        results.append(RobustnessEval(Robustness(), context, heads).attacked(pgd))
     assert np.array_equal(results[0].predicted, results[1].predicted)
     assert results[0].metadata == results[1].metadata  # losses and the largest change, to the bit
     assert results[0].metadata["adversarial_loss"] > results[0].metadata["loss"]

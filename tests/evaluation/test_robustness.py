@@ -91,7 +91,7 @@ def test_the_command_of_a_row_gives_the_row_again(data: str, tmp_path: Path) -> 
     )
     first = rows(tmp_path / "results.csv")
     main(first[1]["command"].split()[1:])
-    again = rows(tmp_path / "results.csv")[len(first) :]
+    again = rows(tmp_path / "results.csv")  # in the place of the first ones
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in first]
 
 

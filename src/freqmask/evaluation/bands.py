@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -145,13 +144,13 @@ class Bands(Protocol):
             .numpy()
         )
 
-    def report(self, experiment: Any, results: Sequence[Result]) -> list[Summary]:
+    def report(self, results: Sequence[Result]) -> list[Summary]:
         """A table a kind of filter, the rows, curves."""
         table = ResultTable(self.name, self.title, self.headline, results)
         say_blocks([self.title, *band_lines(table)], table.warnings())
-        figure = table.folder(experiment.config.out) / "bands.png"
+        figure = table.folder(self.experiment.config.out) / "bands.png"
         draw_curves(figure, table)
-        finish_report([table], experiment.config, [figure])
+        finish_report([table], self.experiment.config, [figure])
         return table.summaries
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from freqmask.console import rank, say
 from freqmask.errors import UserError
 from freqmask.evaluation import fewshot
 from freqmask.evaluation.eval_model import LOGITS, PIXELS, BackboneModel, ClassifierModel
-from freqmask.evaluation.features import ComputeConfig, compute_features, not_finite
+from freqmask.evaluation.features import compute_features, not_finite
 from freqmask.evaluation.fewshot import Fewshot
 from freqmask.evaluation.finetune_numbers import DECIDING, check_tuning, with_defaults
 from freqmask.evaluation.finetune_task import FinetuneJob
@@ -35,66 +34,21 @@ from freqmask.evaluation.results import (
     draw_bar_chart,
     summarize,
 )
-from freqmask.evaluation.trainings import digest, run_names, run_training
-from freqmask.training.files import check_writable
-from freqmask.training.run_folder import RUNS, RunFolder
-
-
-@dataclass
-class FinetuneExperiment(Experiment):
-    """A series of fine-tunings on the same data."""
-
-    root: Path = Path()  # the folder of the runs
-    names: dict[str, str] = field(default_factory=dict)  # MODEL to what its runs are called
-    planned: set[str] = field(default_factory=set)  # models whose plan has been printed
-
-
-@dataclass
-class FinetuneContext:
-    """A model that is to be fine-tuned, and the series it belongs to."""
-
-    model: BackboneModel
-    experiment: FinetuneExperiment
-
-    def measure(self, options: Mapping[str, Any], seed: int, variant: str, suffix: str = "") -> list[Result]:
-        """One classifier a round, and their predictions of all test images as one row; ``suffix`` ends run names."""
-        experiment, model, parts, metadata = self.experiment, self.model, [], []
-        data, compute, shots = experiment.data, experiment.config.compute, options.get("shots")
-        for number, fold in enumerate(data.rounds):
-            words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
-            folder = experiment.root / f"{experiment.names[model.text]}-{words}{suffix}"
-            train = fold.train
-            if shots is not None:
-                train = train[fewshot.draw(data.labels[train], str(shots), seed)]
-            short = model.text in experiment.planned
-            job = FinetuneJob(model, data, experiment.survey, seed, folder, options, short, train=train)
-            run = run_training(job)
-            experiment.planned.add(model.text)
-            if rank() == 0 and not options["dry_run"]:
-                parts.append(predict_images(run, data, fold.test, compute, experiment.config.crop))
-                metadata.append((run, len(train)))
-        if not parts:
-            return []
-        error = next((error for _, _, error in parts if error), "")
-        images = np.concatenate([images for _, images, _ in parts])
-        predicted = np.empty(0) if error else np.concatenate([predicted for predicted, _, _ in parts])
-        cells = _metadata(metadata)
-        return [
-            ClassificationResult(model, data, variant, seed, images, predicted, metadata=cells, error=error)
-        ]
+from freqmask.evaluation.trainings import run_names, run_training, series_folder
+from freqmask.training.run_folder import RunFolder
 
 
 def predict_images(
-    run: RunFolder, data: LabelledData, test: np.ndarray, compute: ComputeConfig, crop: str
+    run: RunFolder, data: LabelledData, test: np.ndarray, config: EvalConfig
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """What a run's classifier predicts of test images.
 
     Returns:
         The class of each image that could be read, the numbers of those images, and what is wrong, if anything.
     """
-    model, source = ClassifierModel(str(run.path), data.class_names, crop), subset(data, test)
-    model.prepare(source, compute.device)
-    table = compute_features(model, source, "end", compute)
+    model, source = ClassifierModel(str(run.path), data.class_names, config.crop), subset(data, test)
+    model.prepare(source, config.compute.device)
+    table = compute_features(model, source, "end", config.compute)
     say_skipped(table.skipped)
     logits = table.values[LOGITS][table.read]
     broken = not_finite(logits)
@@ -122,7 +76,8 @@ class Finetune(Protocol):
         frozen_too: whether models are measured frozen beside, which raw pixels can be.
     """
 
-    title, seeds = "fine-tuned, evaluated after the last step", (0,)
+    title = "fine-tuned, evaluated after the last step"
+    seeds: Sequence[int] = (0,)
 
     def __init__(self, options: Mapping[str, Any], frozen_too: bool = False) -> None:
         self.options, self.frozen_too = options, frozen_too
@@ -132,27 +87,56 @@ class Finetune(Protocol):
         features = {"batch_size": "auto", "precision": "32", "cache": True}
         return replace(EvalConfig.of({**options, **features}, self.seeds, parallel=False), options=options)
 
-    def open(self, config: EvalConfig) -> FinetuneExperiment:
+    def open(self, config: EvalConfig) -> Experiment:
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]
         check_tuning({**self.options, "model": models})
-        opened = super().open(config)
+        experiment = super().open(config)
         words = {name: self.options[name] for name in (*DECIDING, "tune") if name in self.options}
-        series = digest(words, opened.data.source.fingerprint(), opened.data.split)
-        root = config.out or RUNS / f"finetune-{series}"
-        check_writable(root, folder=True)
-        return FinetuneExperiment(**vars(opened), root=root, names=run_names(opened.models))
+        self.root = series_folder(
+            config.out, "finetune", words, experiment.data.source.fingerprint(), experiment.data.split
+        )
+        self.names = run_names(experiment.models)
+        self.planned: set[str] = set()  # models whose plan has been printed
+        return experiment
 
-    def contexts(self, experiment: FinetuneExperiment, text: str) -> Iterator[tuple[FinetuneContext, int]]:
-        model = None
+    def contexts(self, text: str) -> Iterator[tuple[Any, int]]:
+        """A model that is to be fine-tuned, for each seed."""
+        experiment, model = self.experiment, None
         for seed in experiment.config.seeds:
             if model is None or model.kind == "random":
                 model = experiment.open_model(text, seed)
-            assert isinstance(model, BackboneModel)  # pixels were refused
-            yield FinetuneContext(model, experiment), seed
+            yield model, seed
 
-    def evaluate(self, context: FinetuneContext, seed: int) -> list[Result]:
+    def evaluate(self, context: Any, seed: int) -> list[Result]:
         """The classifiers of all rounds as one row."""
-        return context.measure(self.options, seed, self.headline)
+        return self.measure(context, self.options, seed, self.headline)
+
+    def measure(
+        self, model: BackboneModel, options: Mapping[str, Any], seed: int, variant: str, suffix: str = ""
+    ) -> list[Result]:
+        """One classifier a round, and their predictions of all test images as one row; ``suffix`` ends run names."""
+        experiment, data, parts, metadata = self.experiment, self.experiment.data, [], []
+        for number, fold in enumerate(data.rounds):
+            words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
+            folder, train = self.root / f"{self.names[model.text]}-{words}{suffix}", fold.train
+            if options.get("shots") is not None:
+                train = train[fewshot.draw(data.labels[train], str(options["shots"]), seed)]
+            short = model.text in self.planned
+            job = FinetuneJob(model, data, experiment.survey, seed, folder, options, short, train=train)
+            run = run_training(job)
+            self.planned.add(model.text)
+            if rank() == 0 and not options["dry_run"]:
+                parts.append(predict_images(run, data, fold.test, experiment.config))
+                metadata.append((run, len(train)))
+        if not parts:
+            return []
+        error = next((error for _, _, error in parts if error), "")
+        images = np.concatenate([images for _, images, _ in parts])
+        predicted = np.empty(0) if error else np.concatenate([predicted for predicted, _, _ in parts])
+        cells = _metadata(metadata)
+        return [
+            ClassificationResult(model, data, variant, seed, images, predicted, metadata=cells, error=error)
+        ]
 
 
 EPOCHS = 50.0  # of the first two settings: the publication names the third one's only
@@ -181,7 +165,7 @@ class TunedFewshot(Finetune):
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         return EvalConfig.of(options, self.seeds, parallel=False)
 
-    def open(self, config: EvalConfig) -> FinetuneExperiment:
+    def open(self, config: EvalConfig) -> Experiment:
         experiment = super().open(config)
         tuned = [text for text in experiment.models if text != PIXELS]
         if not tuned:
@@ -189,14 +173,15 @@ class TunedFewshot(Finetune):
                 "model (pixels) has no weights to be fine-tuned; add a model, or give --tune frozen"
             )
         count = len(tuned) * len(self.shots) * len(SETTINGS) * len(config.seeds) * len(experiment.data.rounds)
-        say(f"{count} fine-tunings, each a run in {experiment.root}")
+        say(f"{count} fine-tunings, each a run in {self.root}")
         return experiment
 
-    def contexts(self, experiment: FinetuneExperiment, text: str) -> Iterator[tuple[Any, int]]:
+    def contexts(self, text: str) -> Iterator[tuple[Any, int]]:
         if self.frozen is not None and rank() == 0:
-            yield from self.frozen.contexts(experiment, text)
+            self.frozen.experiment = self.experiment
+            yield from self.frozen.contexts(text)
         if text != PIXELS:
-            yield from super().contexts(experiment, text)
+            yield from super().contexts(text)
 
     def evaluate(self, context: Any, seed: int) -> list[Result]:
         """Logistic regression on frozen features, or all labels and settings of fine-tuning."""
@@ -208,10 +193,10 @@ class TunedFewshot(Finetune):
             for number, (name, setting) in enumerate(SETTINGS.items(), 1):
                 options = {**self.options, **setting, "shots": shot}
                 suffix = f"-{shot.replace('%', 'percent')}-{number}"
-                rows += context.measure(options, seed, f"{fewshot.shot_name(shot)}, {name}", suffix)
+                rows += self.measure(context, options, seed, f"{fewshot.shot_name(shot)}, {name}", suffix)
         return rows
 
-    def report(self, experiment: FinetuneExperiment, results: Sequence[Result]) -> list[Summary]:
+    def report(self, results: Sequence[Result]) -> list[Summary]:
         """A table for each number of labels, the rows, a bar chart of the averages."""
         summaries: list[Summary] = []
         averages: list[Summary] = []
@@ -225,14 +210,14 @@ class TunedFewshot(Finetune):
             f"({BEST}: the setting that is best on the test images, as published; {AVERAGE} is the fair number)"
         )
         table = ResultTable(self.name, "few labels", AVERAGE, results)
-        folder = table.folder(experiment.config.out)
+        folder = table.folder(self.experiment.config.out)
         figures = [folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"]
-        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{experiment.data.name}"
+        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{self.experiment.data.name}"
         if averages:
             draw_bar_chart(figures[0], title, "accuracy in %", averages)
         table.write_classes(figures[1])
         say_blocks(table.warnings())
-        finish_report([table], experiment.config, figures)
+        finish_report([table], self.experiment.config, figures)
         return summaries
 
 

@@ -88,7 +88,7 @@ class Experiment:
 
     config: EvalConfig
     models: list[str]  # MODEL, each once
-    data: LabelledData
+    data: Any  # the images and what is known of them: LabelledData, SegmentationData
     survey: Survey  # what the images are like
 
     own_heads: bool = False  # whether each MODEL is measured with its own classifier
@@ -201,12 +201,13 @@ class Protocol(ABC):
     seeded: bool = True  # whether its result depends on the seed, the model being the same
     blocks: bool = False  # whether it reads the blocks inside, too
     own_heads: bool = False  # whether each MODEL is measured with its own classifier, and nothing is trained
+    experiment: Experiment  # what was opened
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         """What the protocol shares with every other, by the options of its command."""
         return EvalConfig.of(options, self.seeds)
 
-    def open(self, config: EvalConfig) -> Any:
+    def open(self, config: EvalConfig) -> Experiment:
         """Models, data and the folder of the results, each tried once: a mistake shows before hours of work.
 
         Raises:
@@ -239,9 +240,9 @@ class Protocol(ABC):
     def check_model(self, model: EvalModel) -> None:  # noqa: B027 - most protocols take any
         """Raises a UserError where the protocol's own options do not fit a model."""
 
-    def contexts(self, experiment: Any, text: str) -> Any:
+    def contexts(self, text: str) -> Any:
         """(context, seed) of each measurement of a model; seeds that nothing depends on are left out."""
-        context = None
+        experiment, context = self.experiment, None
         for seed in experiment.config.seeds:
             if context is None or context.model.kind == "random":
                 model = experiment.open_model(text, seed)
@@ -276,15 +277,15 @@ class Protocol(ABC):
         """Train on the round's training images and predict its test images, once a variant."""
         raise NotImplementedError
 
-    def report(self, experiment: Any, results: Sequence[Result]) -> list[Summary]:
+    def report(self, results: Sequence[Result]) -> list[Summary]:
         """The table, the rows, the figures."""
         table = ResultTable(self.name, self.title, self.headline, results)
         say_blocks(table.lines(), table.class_lines(), table.warnings())
-        folder = table.folder(experiment.config.out)
+        folder = table.folder(self.experiment.config.out)
         figures = [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"]
         table.draw_chart(figures[0])
         table.write_classes(figures[1], self.headline)
-        finish_report([table], experiment.config, figures)
+        finish_report([table], self.experiment.config, figures)
         return table.summaries
 
 
@@ -298,13 +299,13 @@ def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary
         UserError: a model or the data cannot be opened; nothing has been written then.
     """
     config = protocol.config(options)
-    experiment = protocol.open(config)
+    experiment = protocol.experiment = protocol.open(config)
     results: list[Result] = []
     with closing(config.compute):
         for text in experiment.models:
-            for context, seed in protocol.contexts(experiment, text):
+            for context, seed in protocol.contexts(text):
                 results += protocol.evaluate(context, seed)
-    return protocol.report(experiment, results) if results and rank() == 0 else []
+    return protocol.report(results) if results and rank() == 0 else []
 
 
 def check_seeds_differ(seeds: Sequence[int]) -> None:

@@ -148,20 +148,6 @@ def check_tree(folders: Sequence[tuple[TestFolder, LabelledData]]) -> None:
 
 
 @dataclass
-class RobustnessExperiment(Experiment):
-    """Everything opened, before the first model is measured."""
-
-    # test sets of others with their images; where DATA is missing data is the first of them
-    folders: list[tuple[TestFolder, LabelledData]] = field(default_factory=list)
-    has_data: bool = True  # whether DATA is measured
-
-    @property
-    def reads_corruptions(self) -> bool:
-        """Whether corrupted images are read from a folder rather than made."""
-        return any(folder.corruption for folder, _ in self.folders)
-
-
-@dataclass
 class Robustness(Protocol):
     """Accuracy on corrupted, attacked and other test images."""
 
@@ -181,34 +167,34 @@ class Robustness(Protocol):
         self.own_heads = self.head == "own"
         self.seeded = not self.own_heads
 
-    def open(self, config: EvalConfig) -> RobustnessExperiment:
+    def open(self, config: EvalConfig) -> Experiment:
         """Open models, DATA (may be missing where nothing is trained) and folders."""
         if self.test_images is not None and self.test_images < 1:
             raise UserError(f"test_images ({self.test_images}) must be at least 1, or left out for all")
         check_frost(self.frost)
         strengths_for(224, self.constants)
         if config.data:
-            opened = super().open(config)
-            opened.data = self._thinned(opened.data)
+            experiment: Experiment = super().open(config)
+            experiment.data = self._thinned(experiment.data)
         elif self.own_heads and self.folders:
-            opened = Experiment(config, check_models(config.models), None, None, True)  # type: ignore[arg-type]
+            experiment = Experiment(config, check_models(config.models), None, None, True)  # type: ignore[arg-type]
         else:
             raise UserError("data is missing; --data DATA, or --head own with --folder alone")
-        known = None if self.own_heads else opened.data.class_names
-        folders = [
+        known = None if self.own_heads else experiment.data.class_names
+        self.test_sets = [
             (folder, open_folder(folder, known))
             for path in self.folders
             for folder in find_folders(path, self.corruptions, self.severities)
         ]
-        check_tree(folders)
-        if known is not None and folders and len(opened.data.rounds) > 1:
+        check_tree(self.test_sets)
+        if known is not None and self.test_sets and len(experiment.data.rounds) > 1:
             raise UserError("folder needs one head and --folds makes several; leave one of them out")
-        experiment = RobustnessExperiment(**vars(opened), folders=folders, has_data=opened.data is not None)
-        if not experiment.has_data:
-            experiment.data = folders[0][1]
+        if not config.data:
+            experiment.data = self.test_sets[0][1]
             for text in experiment.models:
                 experiment.open_model(text, config.seeds[0])
-        self.experiment = experiment
+        is_read = any(folder.corruption for folder, _ in self.test_sets)
+        self.made = [] if is_read or not config.data else list(self.corruptions)
         return experiment
 
     def _thinned(self, data: LabelledData) -> LabelledData:
@@ -232,20 +218,20 @@ class Robustness(Protocol):
 
     def evaluate(self, context: EvalContext, seed: int) -> list[Result]:
         """All rows of one model under one seed."""
-        return RobustnessEval(self, self.experiment, context, seed=seed).measure()
+        return RobustnessEval(self, context, seed=seed).measure()
 
-    def report(self, experiment: RobustnessExperiment, results: Sequence[Result]) -> list[Summary]:
+    def report(self, results: Sequence[Result]) -> list[Summary]:
         """The tables, the rows, curves and a sheet of what was done to the images."""
-        tables = tables_of(self.name, self.title, results)
+        experiment, tables = self.experiment, tables_of(self.name, self.title, results)
         warnings = [line for table in tables.values() for line in table.warnings()]
         say_blocks([self.title, *main_lines(tables)], *map(corruption_lines, tables.values()), warnings)
         folder = next(iter(tables.values())).folder(experiment.config.out)
         figures = [folder / "robustness.png"]
         draw_curves(figures[0], tables)
-        if experiment.has_data and self.corruptions and not experiment.reads_corruptions:
+        if self.made:
             figures.append(folder / "corruptions.png")
             model = experiment.open_model(experiment.models[0], experiment.config.seeds[0])
-            names = (self.corruptions, self.severities, self.constants, self.frost)
+            names = (self.made, self.severities, self.constants, self.frost)
             draw_sheet(figures[-1], model, experiment.data, *names)
         finish_report(list(tables.values()), experiment.config, figures)
         return [summary for table in tables.values() for summary in table.summaries]
@@ -256,7 +242,6 @@ class RobustnessEval:
     """One model, the images, and everything that is asked of it."""
 
     protocol: Robustness
-    experiment: RobustnessExperiment  # what was opened
     context: EvalContext  # the model, prepared, and the images of DATA
     heads: list[ClassifierHead] = field(default_factory=list)  # what classifies, one a round
     seed: int = 0  # of the heads
@@ -274,11 +259,10 @@ class RobustnessEval:
             return [replace(context.failed(CLEAN, seed, error), group=DATA)]
         self.heads = [fit_head(context, self.protocol.head, one, seed) for one in context.data.rounds]
         results: list[Result] = []
-        if self.experiment.has_data:
+        if self.protocol.experiment.config.data:
             clean = self.clean()
             _say_accuracy(CLEAN, [clean])
-            reads = self.experiment.reads_corruptions
-            made = [] if reads or not self.protocol.corruptions else list(self._all_corrupted())
+            made = list(self._all_corrupted()) if self.protocol.made else []
             attacked = [self.attacked(attack) for attack in self.protocol.attacks]
             results += [clean, *([together(made)] if made else []), *attacked, *made]
         return [*results, *self._all_folders()]
@@ -353,7 +337,7 @@ class RobustnessEval:
         """The natural test sets, then an ImageNet-C tree, its mean first."""
         natural: list[Result] = []
         tree: list[ClassificationResult] = []
-        for folder, data in self.experiment.folders:
+        for folder, data in self.protocol.test_sets:
             result = self._folder(folder, data)
             (tree if folder.corruption else natural).append(result)
             if not result.error:
@@ -365,7 +349,7 @@ class RobustnessEval:
         """A test set of others, among the classes that it has."""
         context, model, columns = self.context, self.model, None
         if self.protocol.head == "own":
-            model = self.experiment.classifier(self.model.text, data)
+            model = self.protocol.experiment.classifier(self.model.text, data)
             model.prepare(data.source, context.compute.device)
         else:
             columns = [context.data.class_names.index(name) for name in data.class_names]

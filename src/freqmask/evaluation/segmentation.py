@@ -19,13 +19,14 @@ from torch import Tensor
 from freqmask.console import rank, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
-from freqmask.data.values import Survey, survey
+from freqmask.data.values import survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import check_models
 from freqmask.evaluation.labelled import seen_in_pretraining
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
 from freqmask.evaluation.protocol import (
     EvalConfig,
+    Experiment,
     Protocol,
     check_seeds_differ,
     finish_report,
@@ -53,7 +54,7 @@ from freqmask.evaluation.segmentation_task import (
     make_pairs,
     open_for_training,
 )
-from freqmask.evaluation.trainings import AUTO, digest, run_names, run_training
+from freqmask.evaluation.trainings import AUTO, run_names, run_training, series_folder
 from freqmask.evaluation.upernet import UperNet, decoder_class
 from freqmask.images import as_float
 from freqmask.interop.models import stage_features
@@ -315,18 +316,6 @@ def _overlaid(colors: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> n
     return painted
 
 
-@dataclass
-class SegmentationExperiment:
-    """A series of trainings on the same images."""
-
-    config: EvalConfig
-    models: list[str]
-    data: SegmentationData
-    survey: Survey  # what the images are like
-    root: Path  # the folder of the runs
-    overlays: dict[str, Overlay] = field(default_factory=dict)
-
-
 class Segment(Protocol):
     """UperNet on a backbone, all weights trained, by the options of the command."""
 
@@ -336,6 +325,7 @@ class Segment(Protocol):
         self.options = {**options, "model": check_models(options["model"])}
         self.inferences = list(dict.fromkeys(options["inference"] or ["windows"]))
         self.headline = self.inferences[0]
+        self.overlays: dict[str, Overlay] = {}
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         return EvalConfig(
@@ -348,7 +338,7 @@ class Segment(Protocol):
             options=options,
         )
 
-    def open(self, config: EvalConfig) -> SegmentationExperiment:
+    def open(self, config: EvalConfig) -> Experiment:
         options = self.options
         check_options(options)
         decoder_class()
@@ -358,9 +348,9 @@ class Segment(Protocol):
             MaskConfig(**{name: options[name] for name in MaskConfig.__dataclass_fields__})
         )
         words = {name: options[name] for name in DECIDING if name in options}
-        series = digest(words, data.train.fingerprint(), data.split, data.labels.values)
-        root = config.out or RUNS / f"{self.name}-{series}"
-        experiment = SegmentationExperiment(config, config.models, data, survey(data.source), root)
+        decides = (words, data.train.fingerprint(), data.split, data.labels.values)
+        self.root, self.names = series_folder(config.out, self.name, *decides), run_names(config.models)
+        experiment = Experiment(config, config.models, data, survey(data.source))
         for text in experiment.models:
             self._check_model(experiment, text)
         say(
@@ -371,7 +361,7 @@ class Segment(Protocol):
             say(f"note: {note}")
         return experiment
 
-    def _check_model(self, experiment: SegmentationExperiment, text: str) -> None:
+    def _check_model(self, experiment: Experiment, text: str) -> None:
         data, config = experiment.data, experiment.config
         model = open_for_training(text, experiment.survey, config.seeds[0], self.options)
         check_results(config.out or model.results or Path())
@@ -390,22 +380,17 @@ class Segment(Protocol):
             tested = np.arange(len(data.train), len(data.source))
             say(seen_in_pretraining(model.results, data.source, tested))
 
-    def contexts(
-        self, experiment: SegmentationExperiment, text: str
-    ) -> Iterator[tuple[tuple[SegmentationExperiment, SegmentationJob], int]]:
+    def contexts(self, text: str) -> Iterator[tuple[SegmentationJob, int]]:
         """A training for each seed."""
-        names, data, asked = run_names(experiment.models), experiment.data, self.options
+        experiment = self.experiment
         for seed in experiment.config.seeds:
-            folder = experiment.root / f"{names[text]}-seed{seed}"
-            model = open_for_training(text, experiment.survey, seed, asked)
-            yield (
-                (experiment, SegmentationJob(model, data, experiment.survey, seed, folder, asked)),
-                seed,
-            )
+            folder = self.root / f"{self.names[text]}-seed{seed}"
+            model = open_for_training(text, experiment.survey, seed, self.options)
+            job = SegmentationJob(model, experiment.data, experiment.survey, seed, folder, self.options)
+            yield job, seed
 
-    def evaluate(self, context: tuple[SegmentationExperiment, SegmentationJob], seed: int) -> list[Result]:
+    def evaluate(self, job: SegmentationJob, seed: int) -> list[Result]:
         """One training, tested in each of the ways asked for; nothing after a dry run or in a helping process."""
-        experiment, job = context
         with silence_third_party_loggers():
             run = run_training(job)
         if self.options["dry_run"] or rank() > 0:
@@ -414,7 +399,7 @@ class Segment(Protocol):
         device, network = pick_device(self.options["accelerator"]), job.trained(run)
         every = 0 if stride in (None, AUTO) else int(stride)
         predictor = Predictor(network, training, device, training.images_at_once, every)
-        model, data = job.model, experiment.data
+        model, data = job.model, job.data
         names = ("steps", "crop", "lr", "layer_decay", "drop_path", "decoder_channels")
         metadata = {
             "train_images": len(data.train),
@@ -429,28 +414,23 @@ class Segment(Protocol):
             counts, images, error = predict(predictor, data, way, model.name)
             row = SegmentationResult(model, data, way, seed, images, counts, metadata=metadata, error=error)
             results.append(row)
-        if seed == experiment.config.seeds[0] and self.options["overlays"]:
-            add_overlays(
-                experiment.overlays,
-                predictor,
-                data,
-                self.headline,
-                model.name,
-                int(self.options["overlays"]),
-            )
+        if seed == self.experiment.config.seeds[0] and self.options["overlays"]:
+            count = int(self.options["overlays"])
+            add_overlays(self.overlays, predictor, data, self.headline, model.name, count)
         model.opened.backbone.cpu()
         return results
 
-    def report(self, experiment: SegmentationExperiment, results: Sequence[Result]) -> list[Summary]:
+    def report(self, results: Sequence[Result]) -> list[Summary]:
+        experiment = self.experiment
         table = ResultTable(self.name, self.title, self.headline, results)
         say_blocks(table.lines(), table.class_lines(), table.warnings())
         folder = table.folder(experiment.config.out)
         figures = [folder / "segment.png", folder / "segment-classes.csv"]
         table.draw_chart(figures[0])
         table.write_classes(figures[1])
-        if experiment.overlays:
+        if self.overlays:
             figures.insert(0, folder / "segment-overlays.png")
-            overlays, names = list(experiment.overlays.values()), experiment.data.labels.names
+            overlays, names = list(self.overlays.values()), experiment.data.labels.names
             draw_overlays(figures[0], experiment.data.name, overlays, names)
         finish_report([table], experiment.config, figures)
         return table.summaries

@@ -25,6 +25,7 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
 from freqmask.training import auto
+from freqmask.training.files import check_writable
 from freqmask.training.loop import (
     ScheduledModule,
     Task,
@@ -37,7 +38,7 @@ from freqmask.training.loop import (
     train,
 )
 from freqmask.training.optim import OptimConfig
-from freqmask.training.run_folder import RunFolder, comparable
+from freqmask.training.run_folder import RUNS, RunFolder, comparable
 from freqmask.training.saving import Export
 
 AUTO = "auto"
@@ -341,6 +342,9 @@ def _stem(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", prefix + name).strip("_")
 
 
-def digest(*decides: Any) -> str:
-    """Tells series of trainings apart: the same command finds its own again."""
-    return hashlib.blake2b(json.dumps(decides, default=str).encode(), digest_size=4).hexdigest()
+def series_folder(out: Path | None, name: str, *decides: Any) -> Path:
+    """The folder of the runs of a series: ``out``, or one in ``runs`` that the same command finds again."""
+    words = hashlib.blake2b(json.dumps(decides, default=str).encode(), digest_size=4).hexdigest()
+    root = out or RUNS / f"{name}-{words}"
+    check_writable(root, folder=True)
+    return root
