@@ -49,10 +49,6 @@ class Rival(Method):
         """Build the parts around the backbone."""
         raise NotImplementedError
 
-    def reconstruct(self, images: Tensor, keys: Tensor | None = None) -> dict[str, Tensor]:
-        """Rivals are measured, not drawn."""
-        raise NotImplementedError
-
 
 def patches_of(images: Tensor, side: int) -> Tensor:
     """(B, C, H, W) as (B, patches, side * side * C)."""

@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from freqmask.filters import build_filter
 from freqmask.methods import build_method
-from freqmask.methods.mfm import corrupt
 from freqmask.training.loop import tune_malloc
 from freqmask.training.optim import OptimConfig, build_optimizer
 
@@ -206,7 +205,7 @@ def mask_work(method: Any, views: list[Tensor], keys: Tensor) -> Work:
     def work() -> None:
         for view, prediction in zip(views, predictions, strict=True):
             with torch.no_grad():
-                filtered = corrupt(method.filter, view, keys, clamp=True)
+                filtered = method.filter(view, keys, clamp=True)
                 method.normalise(filtered.images)
                 target = method.normalise(view)
             torch.autograd.grad(method.loss(prediction, target, filtered.keep), prediction)
@@ -259,7 +258,7 @@ def filter_work(name: str, arguments: argparse.Namespace, device: torch.device) 
     filter = build_filter(name, arguments.size).to(device)
     images = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device)
     keys = torch.arange(arguments.batch, device=device)
-    return lambda: corrupt(filter, images, keys, clamp=True)
+    return lambda: filter(images, keys, clamp=True)
 
 
 def take_turns(

@@ -14,6 +14,7 @@ from freqmask.backbones import Backbone
 from freqmask.errors import UserError
 from freqmask.filters import LowPass
 from freqmask.methods import METHODS, Method, build_method, find_method
+from freqmask.pretraining.task import shown_metrics
 
 NAMES = list(METHODS)
 KEYS = torch.arange(4)
@@ -44,6 +45,12 @@ def test_every_parameter_that_wants_a_gradient_gets_one(name: str) -> None:
     method = tiny_method(name)
     method(views_for(method), KEYS)["loss"].backward()
     assert [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_part_of_the_loss_is_declared_so_that_it_is_shown(name: str) -> None:
+    method = tiny_method(name, **({"token_weight": 0.5} if name == "distill" else {}))
+    assert set(method(views_for(method), KEYS)) - {"loss"} == set(method.parts) <= set(shown_metrics(method))
 
 
 @pytest.mark.parametrize("name", NAMES)

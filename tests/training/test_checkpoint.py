@@ -17,6 +17,7 @@ from freqmask.training.checkpoint import (
     save_atomically,
     step_file,
 )
+from freqmask.training.saving import AtomicCheckpointIO
 
 
 def write(folder: Path, step: int) -> None:
@@ -45,7 +46,8 @@ def test_a_checkpoint_cut_short_leaves_the_one_before_it(tmp_path: Path) -> None
     newest = step_file(tmp_path, 10)
     newest.write_bytes(newest.read_bytes()[:1500])
     found, complaints = newest_usable(tmp_path)
-    assert found == step_file(tmp_path, 5)
+    assert found is not None
+    assert (found.path, found.step, found.content["global_step"]) == (step_file(tmp_path, 5), 5, 5)
     assert len(complaints) == 1
     assert "step-00000010" in complaints[0]
     assert "cut short" in complaints[0]
@@ -97,5 +99,18 @@ def test_a_file_of_weights_alone_is_passed_over(tmp_path: Path) -> None:
     write(tmp_path, 5)
     save_atomically({"state_dict": {}}, step_file(tmp_path, 10))
     found, complaints = newest_usable(tmp_path)
-    assert found == step_file(tmp_path, 5)
+    assert found is not None
+    assert (found.path, found.step, found.content["global_step"]) == (step_file(tmp_path, 5), 5, 5)
     assert "lacks global_step, optimizer_states, loops; using the one before it" in complaints[0]
+
+
+def test_what_a_training_resumes_from_is_read_once_and_not_kept(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    found, _ = newest_usable(tmp_path)
+    assert found is not None
+    files = AtomicCheckpointIO(found)
+    found.path.rename(tmp_path / "elsewhere")
+    assert files.load_checkpoint(found.path)["global_step"] == 5
+    assert not found.content
+    with pytest.raises(UserError, match="does not exist"):
+        files.load_checkpoint(found.path)

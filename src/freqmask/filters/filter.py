@@ -18,7 +18,7 @@ from freqmask.spectrum import constant, image_size, irfft2, rfft2
 
 
 class Filtered(NamedTuple):
-    """Filtered images (batch, C, H, W), not clamped, and keep (batch, 1 or C, H, W // 2 + 1) in [0, 1]."""
+    """Filtered images (batch, C, H, W) and keep (batch, 1 or C, H, W // 2 + 1) in [0, 1]."""
 
     images: Tensor
     keep: Tensor
@@ -52,23 +52,28 @@ class Filter(nn.Module):
         """
 
     def forward(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        keys: Int64[Tensor, " batch"] | None = None,
+        clamp: bool = False,
     ) -> Filtered:
         """Filters a batch.
 
         Args:
             images: in [0, 1], any channels and size.
             keys: one an image; ``None`` draws fresh ones.
+            clamp: whether the result is cut to [0, 1], which it may else leave.
 
         Returns:
-            Re F^-1(F(images) keep), which may leave [0, 1], and keep. float32, float64 for float64 images.
+            Re F^-1(F(images) keep), and keep. float32, float64 for float64 images.
         """
         if keys is None:
             keys = fresh_keys(len(images), images.device)
         size = image_size(images)
         spectrum = rfft2(images)
         keep = self.keep(spectrum, size, keys)
-        return Filtered(irfft2(spectrum * keep, size), keep)
+        filtered = irfft2(spectrum * keep, size)
+        return Filtered(filtered.clamp(0, 1) if clamp else filtered, keep)
 
     def check(self, image_size: tuple[int, int]) -> None:
         """Whether the settings make sense for images of a size; nothing to check unless overridden.

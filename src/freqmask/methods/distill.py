@@ -45,6 +45,7 @@ class Distill(PartlySeen):
     about = (
         "hides patches and frequencies; the network tells what the frozen --teacher sees in the whole image"
     )
+    parts = ("distillation", "token_distillation", "reconstruction")
     teacher: Teacher | None
 
     def add_heads(self, options: DistillOptions) -> None:

@@ -12,16 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from freqmask.backbones import Backbone, Features, ImageSize, eval_no_grad, height_and_width
+from freqmask.backbones import Backbone, Features, ImageSize
 from freqmask.errors import UserError
 from freqmask.filters import Filtered
 from freqmask.heads import ProjectionHead, ReconstructionHead
-from freqmask.images import Normalization
 from freqmask.losses import SpectrumLoss, sum_over_processes
 from freqmask.methods.health import reconstruction_health
-from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
-from freqmask.methods.mfm import corrupt, masking_filter, without_auto
-from freqmask.options import read_group
+from freqmask.methods.method import Method
+from freqmask.methods.mfm import masking_filter
 from freqmask.options.of_methods import FOLKOptions
 from freqmask.rng import combine
 from freqmask.spectrum import single_or_double
@@ -59,6 +57,8 @@ class FOLK(Method):
     Options: ClassVar[type[FOLKOptions]] = FOLKOptions
     n_views = 2
     default_backbone = "student"
+    parts = ("reconstruction", "distillation")
+    student: Backbone
     current_teacher_temperature: Tensor
 
     def __init__(
@@ -68,10 +68,7 @@ class FOLK(Method):
         channels: int = 3,
         **options: Any,
     ) -> None:
-        first = {"backbone": backbone, "image_size": image_size, "channels": channels}
-        given = read_group(self.Options, options)
-        settings = recorded({**first, **vars(given)})
-        super().__init__()
+        given = self.assemble(backbone, image_size, channels, options)
         if max(given.reconstruction_weight, given.distillation_weight) == 0:
             raise UserError(
                 "reconstruction_weight (0) and distillation_weight (0) must be at least 0 and not both 0"
@@ -83,11 +80,7 @@ class FOLK(Method):
         self.distillation = DistillationLoss(
             outputs, given.student_temperature, given.teacher_temperature_start, given.center_momentum
         )
-        self.normalise = Normalization(channels, given.mean, given.std)
-        self.student = build_backbone(backbone, image_size, channels, given)
-        size = height_and_width(image_size)
-        self.filter = masking_filter(given, size, self.student.is_cnn)
-        self.settings = without_auto(settings, size, self.student.is_cnn)
+        self.filter = masking_filter(given, self.settings, self.student.is_cnn)
         dim = self.student.feature_dim
         self.decoder = ReconstructionHead(dim, channels, self.student.stride)
         self.student_head = ProjectionHead(dim, outputs, given.hidden_size, given.bottleneck_size)
@@ -104,7 +97,10 @@ class FOLK(Method):
         )
         # A tensor, so that compiled code does not depend on its value and a checkpoint carries it.
         self.register_buffer("current_teacher_temperature", torch.tensor(self.temperature(0, 1)))
-        self._check_distilled()
+        if given.distil == "class_token" and not self.student.has_class_token:
+            raise UserError(
+                f"distil (class_token) needs a class token; {self.student.name} has none, try distil=auto"
+            )
 
     def forward(
         self,
@@ -116,7 +112,7 @@ class FOLK(Method):
         views, keys = self.checked(views, keys)
         seen, taught = (views, [views[1], views[0]]) if self.views == "two" else (views[:1], views[1:])
         view_keys = [combine(keys, number) for number in range(len(seen))]
-        filtered = [corrupt(self.filter, *view, self.clamp) for view in zip(seen, view_keys, strict=True)]
+        filtered = [self.filter(*view, clamp=self.clamp) for view in zip(seen, view_keys, strict=True)]
 
         # One batch holds all views; the teacher's come in crossed order, so that row i of the student's is
         # to predict row i of the teacher's.
@@ -208,23 +204,6 @@ class FOLK(Method):
         start, end, warmup = self.temperatures
         progress = min(step / (warmup * total_steps), 1.0) if warmup * total_steps > 0 else 1.0
         return start + (end - start) * progress
-
-    @torch.no_grad()
-    def reconstruct(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> dict[str, Tensor]:
-        """Original, filtered, the student's prediction, the missing part filled in, see :class:`Method`."""
-        filtered = corrupt(self.filter, images, picture_keys(images) if keys is None else keys, self.clamp)
-        with eval_no_grad(self):
-            feature_map = self.student(self.normalise(filtered.images)).feature_map
-            prediction = self.normalise.inverse(self.decoder(feature_map, filtered.images.shape[-2:]))
-        return pictures(images, filtered.images, prediction, filtered.keep)
-
-    def _check_distilled(self) -> None:
-        if self.distil == "class_token" and not self.student.has_class_token:
-            raise UserError(
-                f"distil (class_token) needs a class token; {self.student.name} has none, try distil=auto"
-            )
 
 
 class DistillationLoss(nn.Module):

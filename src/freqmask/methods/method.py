@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from freqmask.backbones import Backbone, ImageSize, height_and_width
+from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_width
 from freqmask.errors import UserError
-from freqmask.filters import Filter
-from freqmask.options import options_of, signature
+from freqmask.filters import Filter, Filtered
+from freqmask.heads import ReconstructionHead
+from freqmask.images import Normalization
+from freqmask.options import options_of, read_group, signature
 from freqmask.options.of_methods import BackboneOptions
 from freqmask.rng import fresh_keys
 from freqmask.spectrum import irfft2, rfft2
@@ -29,7 +31,12 @@ class Method(nn.Module):
         default_backbone: the key of ``backbones()`` that is exported unless asked otherwise.
         tiny_lr: peak learning rate, and the batch it is for, with which networks of few weights learn most.
         Options: a dataclass of its options (:mod:`freqmask.options`); keyword arguments of its constructor.
+        parts: what ``forward`` returns beside the loss and is shown while and after a run trains.
         settings: plain values from which ``build_method(name, **settings)`` makes it again.
+        normalise: what the network gets of images in [0, 1].
+        decoder: from the exported backbone's feature map to a normalized image.
+        filter: what hides frequencies, where nothing else corrupts.
+        clamp: whether a filtered image is cut to [0, 1].
     """
 
     name: ClassVar[str] = ""
@@ -38,12 +45,44 @@ class Method(nn.Module):
     default_backbone: ClassVar[str] = "backbone"
     tiny_lr: ClassVar[tuple[float, int]] = (1e-3, 256)
     Options: ClassVar[type | None] = None
+    parts: ClassVar[tuple[str, ...]] = ()
     settings: dict[str, Any]
+    normalise: Normalization
+    decoder: ReconstructionHead
+    filter: Filter
+    clamp: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.Options is not None:
             cls.__signature__ = signature(cls, options_of(cls.Options).values())  # type: ignore[attr-defined]
+
+    def assemble(
+        self, backbone: str | Backbone, image_size: ImageSize, channels: int, options: Mapping[str, Any]
+    ) -> Any:
+        """What a constructor with ``Options`` begins with: they are read and recorded, the backbone is built.
+
+        Args:
+            backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`, which then has its own
+                patch_size, stage, model_args and initialisation.
+            image_size: side in pixels, or (height, width).
+            channels: channels of the images.
+            options: as they were given.
+
+        Returns:
+            An ``Options``.
+
+        Raises:
+            UserError: for an option out of range, or a backbone that does not fit the images.
+        """
+        kind: Any = self.Options
+        given = read_group(kind, options)
+        super().__init__()
+        first = {"backbone": backbone, "image_size": image_size, "channels": channels}
+        self.settings = recorded({**first, **vars(given)})
+        self.normalise = Normalization(channels, given.mean, given.std)
+        setattr(self, self.default_backbone, build_backbone(backbone, image_size, channels, given))
+        return given
 
     @abstractmethod
     def forward(
@@ -63,20 +102,44 @@ class Method(nn.Module):
             ``"loss"`` and its parts, detached.
         """
 
-    @abstractmethod
+    def corrupt(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
+    ) -> Filtered:
+        """What the network sees, x~ = clamp(Re F^-1(F(x) keep), 0, 1), and keep (docs/methods.md, MFM)."""
+        filtered: Filtered = self.filter(images, keys, clamp=self.clamp)
+        return filtered
+
+    def predict(
+        self, filtered: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """The normalized image that the exported backbone and the decoder make of a filtered one in [0, 1]."""
+        feature_map = getattr(self, self.default_backbone)(self.normalise(filtered)).feature_map
+        prediction: Tensor = self.decoder(feature_map, (filtered.shape[-2], filtered.shape[-1]))
+        return prediction
+
+    @torch.no_grad()
     def reconstruct(
         self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
     ) -> dict[str, Tensor]:
-        """What the method makes of images, for pictures, see :func:`pictures`.
+        """What the method makes of images, all in image space, for pictures.
 
         Args:
             images: (B, C, H, W) in [0, 1].
             keys: one a view, used as they are; None takes 0, 1, 2, ... so that pictures stay comparable.
 
         Returns:
-            Images (B, C, H, W) ``input``, ``filtered``, ``prediction``, ``target`` and ``filled``, and ``keep``
-            (B, 1 or C, H, W // 2 + 1), 1 = the network saw this frequency.
+            Images (B, C, H, W) ``input`` and ``target`` (the originals), ``filtered``, ``prediction`` (its kept
+            frequencies are no part of the loss), ``filled`` (the original's kept frequencies with the predicted
+            missing ones), and ``keep`` (B, 1 or C, H, W // 2 + 1), 1 = the network saw this frequency.
         """
+        keys = torch.arange(len(images), device=images.device) if keys is None else keys
+        with eval_no_grad(self):
+            filtered, keep = self.corrupt(images, keys)
+            prediction = self.normalise.inverse(self.predict(filtered))
+        spectrum = keep * rfft2(images) + (1 - keep) * rfft2(prediction)
+        filled = irfft2(spectrum, (images.shape[-2], images.shape[-1]))
+        shown = {"input": images, "filtered": filtered, "prediction": prediction, "target": images}
+        return {**shown, "keep": keep, "filled": filled}
 
     def backbones(self) -> dict[str, Backbone]:
         """The backbones by name."""
@@ -156,9 +219,9 @@ def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A constructor's arguments as plain values: objects become what they are built from.
 
     Args:
-        arguments: name to value, such as ``locals()`` at the constructor's beginning.
+        arguments: name to value.
     """
-    given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+    given = dict(arguments)
     if isinstance(given.get("backbone"), Backbone):
         built: Backbone = given["backbone"]
         given |= {**built.settings, "backbone": built.name}
@@ -171,34 +234,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
-
-
-def picture_keys(images: Tensor) -> Int64[Tensor, " batch"]:
-    """Keys 0, 1, 2, ...: pictures of the same images stay comparable while the network learns."""
-    return torch.arange(len(images), device=images.device)
-
-
-@torch.no_grad()
-def pictures(images: Tensor, corrupted: Tensor, prediction: Tensor, keep: Tensor) -> dict[str, Tensor]:
-    """What ``reconstruct`` returns, all in image space.
-
-    Args:
-        images: the originals (B, C, H, W) in [0, 1].
-        corrupted: what the network saw.
-        prediction: what it said, un-normalized; its kept frequencies are no part of the loss.
-        keep: (B, 1 or C, H, W // 2 + 1), 1 = the network saw this frequency.
-
-    Returns:
-        ``input`` and ``target`` (the originals), ``filtered``, ``prediction``, ``keep``, and ``filled``: the
-        original's kept frequencies with the predicted missing ones.
-    """
-    spectrum = keep * rfft2(images) + (1 - keep) * rfft2(prediction)
-    filled = irfft2(spectrum, (images.shape[-2], images.shape[-1]))
-    return {
-        "input": images,
-        "filtered": corrupted,
-        "prediction": prediction,
-        "target": images,
-        "keep": keep,
-        "filled": filled,
-    }

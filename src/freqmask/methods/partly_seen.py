@@ -10,14 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_width
+from freqmask.backbones import Backbone, ImageSize, height_and_width
 from freqmask.errors import UserError
 from freqmask.filters import Filter, Filtered, build_filter
 from freqmask.heads import ReconstructionHead
-from freqmask.images import Normalization
-from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
-from freqmask.methods.mfm import corrupt
-from freqmask.options import read_group
+from freqmask.methods.method import Method
 from freqmask.options.of_methods import PartlySeenOptions
 from freqmask.rng import combine, uniform
 
@@ -41,6 +38,7 @@ class PartlySeen(Method):
     """
 
     Options: ClassVar[type[PartlySeenOptions]]
+    backbone: Backbone
     tiny_lr = (2e-3, 128)  # of the trials in docs/log.md
 
     def __init__(
@@ -50,20 +48,13 @@ class PartlySeen(Method):
         channels: int = 3,
         **options: Any,
     ) -> None:
-        given = read_group(self.Options, options)
-        settings = recorded(
-            {"backbone": backbone, "image_size": image_size, "channels": channels, **vars(given)}
-        )
-        super().__init__()
-        size = height_and_width(image_size)
-        self.normalise = Normalization(channels, given.mean, given.std)
-        self.backbone = build_backbone(backbone, image_size, channels, given)
+        given, size = self.assemble(backbone, image_size, channels, options), height_and_width(image_size)
+        settings = self.settings
         if given.filter == "lowpass" and given.radius == "auto":
             settings["radius"] = min(size) / RADIUS_SHARE
         self.filter = _filter(given.filter, settings["radius"], size)
         self.filter_share = given.filter_share
         self.token_share = settings["token_share"] = _token_share(given.token_share, self.backbone)
-        self.settings = settings
         self.add_heads(given)
         self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
 
@@ -75,7 +66,7 @@ class PartlySeen(Method):
         self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
     ) -> Filtered:
         """The images, frequencies of some of them hidden, and keep (1 throughout for the others)."""
-        filtered = corrupt(self.filter, images, keys, clamp=True)
+        filtered = self.filter(images, keys, clamp=True)
         chosen = (uniform(keys, "filtered", (1,)) < self.filter_share).view(-1, 1, 1, 1)
         return Filtered(torch.where(chosen, filtered.images, images), torch.where(chosen, filtered.keep, 1.0))
 
@@ -109,18 +100,6 @@ class PartlySeen(Method):
         padded = self.backbone.padded(self.normalise(images))
         wanted = at_places(F.pixel_unshuffle(padded, self.backbone.stride), places)
         return F.mse_loss(F.linear(cells, weight, bias).float(), wanted)
-
-    @torch.no_grad()
-    def reconstruct(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> dict[str, Tensor]:
-        """Original, filtered, what a linear decoder sees in the features, the missing part filled in."""
-        keys = picture_keys(images) if keys is None else keys
-        filtered = corrupt(self.filter, images, keys, clamp=True)
-        with eval_no_grad(self):
-            cells = self.backbone(self.normalise(filtered.images)).feature_map
-            prediction = self.normalise.inverse(self.decoder(cells, (images.shape[-2], images.shape[-1])))
-        return pictures(images, filtered.images, prediction, filtered.keep)
 
 
 def at_places(

@@ -6,18 +6,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from freqmask.backbones import Backbone, ImageSize, eval_no_grad
+from freqmask.backbones import Backbone, ImageSize
 from freqmask.degradations import Blur, Downscale, Noise
+from freqmask.filters import Filtered
 from freqmask.heads import ReconstructionHead
-from freqmask.images import Normalization
 from freqmask.losses import SpectrumLoss
 from freqmask.methods.health import reconstruction_health
-from freqmask.methods.method import Method, build_backbone, picture_keys, pictures, recorded
-from freqmask.options import read_group
+from freqmask.methods.method import Method
 from freqmask.options.of_methods import (
     DeblurOptions,
     DenoiseOptions,
@@ -40,6 +38,7 @@ class Restoration(Method):
     """
 
     Options: ClassVar[type[RestorationOptions]]
+    backbone: Backbone
 
     def __init__(
         self,
@@ -48,14 +47,9 @@ class Restoration(Method):
         channels: int = 3,
         **options: Any,
     ) -> None:
-        first = {"backbone": backbone, "image_size": image_size, "channels": channels}
-        given = read_group(self.Options, options)
-        super().__init__()
-        self.settings = recorded({**first, **vars(given)})
+        given = self.assemble(backbone, image_size, channels, options)
         self.degradation = self.degrade(given)
         self.loss = SpectrumLoss(gamma=given.gamma, focal=given.focal)
-        self.normalise = Normalization(channels, given.mean, given.std)
-        self.backbone = build_backbone(backbone, image_size, channels, given)
         self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
 
     @staticmethod
@@ -78,23 +72,12 @@ class Restoration(Method):
             parts |= reconstruction_health(self.loss, prediction, target, None)
         return parts
 
-    def predict(
-        self, degraded: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch channel height width"]:
-        """The normalized image that the network makes of a degraded one."""
-        features = self.backbone(self.normalise(degraded))
-        return self.decoder(features.feature_map, degraded.shape[-2:])
-
-    @torch.no_grad()
-    def reconstruct(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> dict[str, Tensor]:
-        """Original, degraded and prediction, see :class:`Method`; keep is 0: no frequency is given."""
-        degraded = self.degradation(images, picture_keys(images) if keys is None else keys)
-        with eval_no_grad(self):
-            prediction = self.normalise.inverse(self.predict(degraded))
+    def corrupt(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
+    ) -> Filtered:
+        """The degraded images; keep is 0: no frequency is given."""
         batch, _, height, width = images.shape
-        return pictures(images, degraded, prediction, images.new_zeros(batch, 1, height, width // 2 + 1))
+        return Filtered(self.degradation(images, keys), images.new_zeros(batch, 1, height, width // 2 + 1))
 
 
 class SuperResolution(Restoration):

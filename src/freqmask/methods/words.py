@@ -40,6 +40,7 @@ class Words(PartlySeen):
 
     name = "words"
     Options: ClassVar[type[WordsOptions]] = WordsOptions
+    parts = ("word_loss", "picture_loss")
     about = "hides patches and frequencies of an image; the network tells which visual words stand in its quarters"
 
     def add_heads(self, options: WordsOptions) -> None:

@@ -39,6 +39,7 @@ from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
 from freqmask.training.auto import launched_processes, pick_device, usable_cores, world_size
+from freqmask.training.checkpoint import Checkpoint
 from freqmask.training.files import check_writable
 from freqmask.training.loop import begin_run, check_parts, find_checkpoint, train
 from freqmask.training.run_folder import (
@@ -327,7 +328,7 @@ def _train(
     images: Images,
     state: Mapping[str, Any],
     kept: InMemoryImages | None,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     teacher: Any = None,
 ) -> Path:
     """The method with its first weights, trained, and how it ended."""

@@ -251,9 +251,9 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
     took, speed = readable_time(summary["seconds"]), summary["images_per_second"]
     yield f"done        {summary['steps']:,} steps in {took}, {speed:.0f} images/s"
     yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
-    for name in ("reconstruction", "distillation"):
+    for name in getattr(find_method(summary["method"]), "parts", ()):
         if name in summary:
-            yield f"            {name} from {summary[f'first_{name}']:.4g} to {summary[name]:.4g}"
+            yield f"            {name.replace('_', ' ')} from {summary[f'first_{name}']:.4g} to {summary[name]:.4g}"
     if "relative_loss" in summary:
         first, last = summary["first_relative_loss"], summary["relative_loss"]
         yield f"            relative loss from {first:.3f} to {last:.3f} (1 = zero prediction)"

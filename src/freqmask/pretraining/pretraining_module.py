@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -86,8 +85,11 @@ class PretrainingModule(ScheduledModule):
         return parts
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, its learning rate set by the schedule at every step."""
+        """AdamW, its learning rate set by the schedule at every step, after which FOLK's teacher follows."""
         optimizer = build_optimizer(self.method, self.optim)
+        optimizer.register_step_post_hook(
+            lambda *_: self.method.after_step(self.step, self.optim.total_steps)
+        )
         self.schedule = Schedule(optimizer, self.optim)
         return optimizer
 
@@ -110,13 +112,6 @@ class PretrainingModule(ScheduledModule):
         limit = self.optim.clip_grad if self.optim.clip_grad is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        """Step, then what the method does after a step (FOLK's moving average)."""
-        optimizer.step(closure=optimizer_closure)
-        self.method.after_step(self.step, self.optim.total_steps)
 
 
 def augmented(views: list[Tensor], augmentation: list[nn.Module], keys: Tensor) -> list[Tensor]:

@@ -39,22 +39,8 @@ from freqmask.training.monitor import Monitor
 from freqmask.training.run_folder import RunFolder
 
 PROBES_A_RUN = 10
-# metrics in the progress bar
-SHOWN = {
-    "images_per_second": "{:.0f} images/s",
-    "data_wait_share": "{:.0%} waiting for data",
-    "loss": "loss {:.4g}",
-    "reconstruction": "reconstruction {:.4g}",
-    "distillation": "distillation {:.4g}",
-    "relative_loss": "relative loss {:.3f}",
-    "collapse": "collapse number {:.2f}",
-    "held_out_relative_loss": "held out {:.3f}",
-    "probe_knn": "k-NN {:.1%}",
-    "probe_linear": "linear {:.1%}",
-    "rankme": "features of rank {:.1f}",
-}
-FIRST_AND_LAST = [  # in the summary
-    *("loss", "reconstruction", "distillation", "relative_loss", "collapse"),
+FIRST_AND_LAST = [  # in the summary, beside those parts
+    *("loss", "relative_loss", "collapse"),
     *("probe_knn", "probe_linear", "rankme"),  # the first of each is of the weights that the run began with
 ]
 LAST = ["held_out_loss", "held_out_relative_loss", "pixels_knn", "pixels_linear"]
@@ -107,7 +93,7 @@ class Pretraining:
             self._batches,
             self._export,
             self._callbacks,
-            SHOWN,
+            shown_metrics(self.method),
             optim.warmup_steps,
             trainer=trainer,
         )
@@ -210,7 +196,27 @@ class Pretraining:
     def summary(self) -> dict[str, Any]:
         """Of the metrics the last values, and of some the first."""
         names = {name: self.options[name] for name in ("method", "backbone")}
-        return {**names, **ends(self.run, FIRST_AND_LAST), **ends(self.run, LAST, firsts=False)}
+        return {
+            **names,
+            **ends(self.run, [*FIRST_AND_LAST, *getattr(self.method, "parts", ())]),
+            **ends(self.run, LAST, firsts=False),
+        }
+
+
+def shown_metrics(method: Any) -> dict[str, str]:
+    """The metrics in the progress bar, each with its format."""
+    return {
+        "images_per_second": "{:.0f} images/s",
+        "data_wait_share": "{:.0%} waiting for data",
+        "loss": "loss {:.4g}",
+        **{name: name.replace("_", " ") + " {:.4g}" for name in getattr(method, "parts", ())},
+        "relative_loss": "relative loss {:.3f}",
+        "collapse": "collapse number {:.2f}",
+        "held_out_relative_loss": "held out {:.3f}",
+        "probe_knn": "k-NN {:.1%}",
+        "probe_linear": "linear {:.1%}",
+        "rankme": "features of rank {:.1f}",
+    }
 
 
 def make_dataset(

@@ -180,7 +180,8 @@ class Probe(Measurement):
 
     def _values(self, backbone: Backbone, method: Any) -> dict[str, float]:
         """The numbers of a backbone, which is turned to float32 and to evaluation."""
-        device, values = next(method.parameters()).device, {}
+        device = next(method.parameters()).device
+        values: dict[str, float] = {}
         backbone.to(device).float().eval()
 
         def encode(images: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ PANELS = (
         "loss",
         "Loss and its parts",
         "What the training lowers. Its height means little by itself; the first chart gives it a scale.",
-        r"loss|held_out_loss|reconstruction|distillation|(?!relative_loss).*_loss|loss/.*",
+        r"loss|held_out_loss|reconstruction|(token_)?distillation|(?!relative_loss).*_loss|loss/.*",
     ),
     Panel(
         "probe",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from freqmask.training.files import replace_atomically
 
 LAST = "last.ckpt"
 _OF_A_TRAINING = {"state_dict": dict, "global_step": int, "optimizer_states": list, "loops": dict}
+
+
+@dataclass
+class Checkpoint:
+    """A training state on the disk, read once."""
+
+    path: Path
+    content: dict[str, Any]  # emptied by whoever takes it over, or the weights would lie twice in memory
+    step: int  # optimizer steps that had been made
 
 
 def load_safely(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -70,8 +80,8 @@ def publish(folder: Path, step: int, keep: int) -> None:
         old.unlink(missing_ok=True)
 
 
-def newest_usable(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be read whole, and a sentence for each newer one that had to be passed over.
+def newest_usable(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint, read whole, and a sentence for each newer one that had to be passed over.
 
     Raises:
         UserError: a file would run code when read; that is never passed over in silence.
@@ -92,5 +102,5 @@ def newest_usable(folder: Path) -> tuple[Path | None, list[str]]:
                 raise
             complaints.append(f"{error}; using the one before it")
             continue
-        return file, complaints
+        return Checkpoint(file, found, found["global_step"]), complaints
     return None, complaints

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -29,7 +28,7 @@ from freqmask.data.loader import worker_failure
 from freqmask.data.sampler import TrainSampler
 from freqmask.errors import UserError
 from freqmask.training.auto import LONE_VALUE, is_out_of_memory, launched_processes, lone_image, world_size
-from freqmask.training.checkpoint import load_safely, newest_usable
+from freqmask.training.checkpoint import Checkpoint, newest_usable
 from freqmask.training.files import WriteError, cut_back, read_rows
 from freqmask.training.monitor import Monitor, NotFiniteError, Skipped
 from freqmask.training.optim import Schedule
@@ -115,7 +114,7 @@ class Task:
 
 def train(
     task: Task,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     summarize: Callable[[], Mapping[str, Any]],
     stopped: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -135,58 +134,44 @@ def train(
     Raises:
         UserError: what a training may die of, with the way out.
     """
-    began = time.time()
-    with translate_errors(task.run, task.numbers):
-        step, rate, stopped_by = fit(task, checkpoint)
-    if stopped_by is not None:
-        say(
-            f"stopped at step {step:,} of {task.steps:,}, saved in {task.run.path}; the same command resumes it"
-        )
-        if stopped is not None:
-            stopped(step)
-        leave(stopped_by)
-    counts = {"steps": step, "images_per_second": rate, "skipped": len(read_rows(task.run.skipped))}
-    seconds = round(time.time() - began, 1)
-    summary = {**counts, **summarize(), "seconds": seconds, "ended": now()}
-    if rank() == 0:
-        task.run.finish(summary)
-    return summary
-
-
-def fit(task: Task, checkpoint: Path | None) -> tuple[int, float, int | None]:
-    """One start of a training.
-
-    Returns:
-        The optimizer steps made in all, images a second since this start, and the signal that stopped it (None at
-        its proper end).
-    """
-    numbers, done = task.numbers, int(load_safely(checkpoint)["global_step"]) if checkpoint else 0
-    cut_back(task.run.metrics, "step", done if checkpoint else -1)  # rows of steps that will be made again
-    progress = Progress(task.steps, done, task.shown, lines=task.lines)
+    began, run, numbers = time.time(), task.run, task.numbers
+    done, path = (checkpoint.step, checkpoint.path) if checkpoint else (0, None)
     batch, every = int(numbers["batch_size"]), int(numbers["log_every_steps"])
-    with StopSignals() as signals:
-        monitor = Monitor(task.run, progress, every, batch, task.images, task.warmup_steps)
+    with translate_errors(run, numbers), StopSignals() as signals:
+        cut_back(run.metrics, "step", done if checkpoint else -1)  # rows of steps that will be made again
+        progress = Progress(task.steps, done, task.shown, lines=task.lines)
+        monitor = Monitor(run, progress, every, batch, task.images, task.warmup_steps)
         # rows of a step are written before its checkpoint: a restart from there will not make them again
         callbacks = [
             ExactResume(int(numbers["accumulate"])),
-            Skipped(task.run.skipped, task.images, float(numbers["max_skipped_share"])),
+            Skipped(run.skipped, task.images, float(numbers["max_skipped_share"])),
             monitor,
             *task.callbacks(monitor),
-            Saver(task.run, signals, monitor, numbers, task.export),
+            Saver(run, signals, monitor, numbers, task.export),
         ]
-        trainer = make_trainer(task, callbacks)
+        trainer = make_trainer(task, callbacks, checkpoint)
         progress.start()
-        began = time.perf_counter()
+        fitted = time.perf_counter()
         try:
-            trainer.fit(task.module, task.batches(trainer, done), ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(task.module, task.batches(trainer, done), ckpt_path=path, weights_only=True)
         finally:
             progress.close()
     step = int(trainer.global_step)
-    rate = (step - done) * batch / max(time.perf_counter() - began, 1e-9)
-    return step, rate, signals.received if step < task.steps else None
+    rate = (step - done) * batch / max(time.perf_counter() - fitted, 1e-9)
+    if signals.received is not None and step < task.steps:
+        say(f"stopped at step {step:,} of {task.steps:,}, saved in {run.path}; the same command resumes it")
+        if stopped is not None:
+            stopped(step)
+        leave(signals.received)
+    counts = {"steps": step, "images_per_second": rate, "skipped": len(read_rows(run.skipped))}
+    seconds = round(time.time() - began, 1)
+    summary = {**counts, **summarize(), "seconds": seconds, "ended": now()}
+    if rank() == 0:
+        run.finish(summary)
+    return summary
 
 
-def make_trainer(task: Task, callbacks: Sequence[L.Callback]) -> L.Trainer:
+def make_trainer(task: Task, callbacks: Sequence[L.Callback], resumed: Checkpoint | None) -> L.Trainer:
     """Lightning's Trainer, counting optimizer steps; sampler, checkpoints, progress and validation are ours."""
     numbers = task.numbers
     if numbers["accelerator"] == "cpu":
@@ -202,7 +187,7 @@ def make_trainer(task: Task, callbacks: Sequence[L.Callback]) -> L.Trainer:
         max_epochs=-1,
         accumulate_grad_batches=numbers["accumulate"],
         callbacks=list(callbacks),
-        plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if alone else [])],
+        plugins=[AtomicCheckpointIO(resumed), *([LightningEnvironment()] if alone else [])],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -237,10 +222,10 @@ def begin_run(run: RunFolder, command: str, config: Mapping[str, Any], state: Ma
     run.begin(config, {**state, **versions}, heading(command))
 
 
-def find_checkpoint(run: RunFolder, notes: Sequence[str] = ()) -> Path | None:
+def find_checkpoint(run: RunFolder, notes: Sequence[str] = ()) -> Checkpoint | None:
     """The newest checkpoint that can be used, or None; says from where the run resumes, and what is worth a note."""
     checkpoint, warnings = newest_usable(run.checkpoints)
-    where = f"from {checkpoint.name}" if checkpoint else "from its beginning, no checkpoint yet"
+    where = f"from {checkpoint.path.name}" if checkpoint else "from its beginning, no checkpoint yet"
     say(f"run {run.path} resumes {where}; the plan is in {run.path / 'config.yaml'}")
     for note in (*warnings, *notes):
         say(f"note: {note}")

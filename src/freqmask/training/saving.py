@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from freqmask.training.checkpoint import load_safely, publish, save_atomically, step_file
+from freqmask.training.checkpoint import Checkpoint, load_safely, publish, save_atomically, step_file
 from freqmask.training.monitor import Monitor
 from freqmask.training.run_folder import RunFolder
 
@@ -22,7 +23,14 @@ Export = Callable[[L.Trainer, L.LightningModule, int], None]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to disk, made atomic on writing and safe on reading."""
+    """Lightning's way to disk, made atomic on writing and safe on reading.
+
+    Args:
+        resumed: what the training resumes from, read already.
+    """
+
+    def __init__(self, resumed: Checkpoint | None = None) -> None:
+        self.resumed = resumed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the checkpoint atomically."""
@@ -32,6 +40,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read plain tensors and numbers only, whatever the caller asked for."""
+        if self.resumed is not None and self.resumed.content and Path(path) == self.resumed.path:
+            content, self.resumed.content = self.resumed.content, {}
+            return content
         return load_safely(path, "cpu" if map_location is None else map_location)
 
 
