@@ -23,7 +23,6 @@ from freqmask.evaluation.corruptions import (
     CORRUPTIONS,
     EXTRA,
     PUBLISHED,
-    CorruptedDataset,
     Corruption,
     check_severities,
     choose_corruptions,
@@ -268,7 +267,7 @@ def test_a_dataset_shows_the_same_corrupted_image_to_every_model(tmp_path: Path)
     views = []
     for seed in (0, 1):
         clean = TrainDataset(source, [Geometry(16, crop="center", horizontal_flip=0.0)], seed=seed)
-        corrupted = CorruptedDataset(clean, corruption)
+        corrupted = corruption.in_loader(clean)
         views.append([corrupted[(0, 0, index)].views[0] for index in range(3)])
         assert not torch.equal(views[-1][0], clean[(0, 0, 0)].views[0])
     assert all(torch.equal(one, other) for one, other in zip(*views, strict=True))

@@ -26,9 +26,9 @@ from freqmask.errors import UserError
 from freqmask.evaluation import features, linear
 from freqmask.evaluation.attacks import make_attacks
 from freqmask.evaluation.bands import Band
-from freqmask.evaluation.corruptions import CorruptedModel, Corruption, strengths_for
+from freqmask.evaluation.corruptions import Corruption, strengths_for
 from freqmask.evaluation.eval_model import open_eval_model
-from freqmask.evaluation.features import ComputeConfig, compute_features, part_images
+from freqmask.evaluation.features import UNCHANGED, ComputeConfig, compute_features, part_images
 from freqmask.evaluation.labelled import open_labelled
 from freqmask.evaluation.linear import fit_head
 from freqmask.evaluation.protocol import prepare_context
@@ -80,12 +80,11 @@ def test_features_of_two_processes_are_those_of_one(
     source = open_source(data / "test")
     subject = open_eval_model(run, survey(source))
     subject.prepare(source, CPU)
-    fog = CorruptedModel(subject, Corruption("fog", 3, strengths_for(32)))
-    half = Band("low", 0, 8)
-    for model, what, change in ((subject, "blocks", None), (subject, "end", half.change), (fog, "end", None)):
+    fog, half = Corruption("fog", 3, strengths_for(32)), Band("low", 0, 8)
+    for what, change in (("blocks", UNCHANGED), ("end", half), ("end", fog)):
         tables = [
             compute_features(
-                model,
+                subject,
                 source,
                 what,
                 ComputeConfig(CPU, 2, workers, cache=False, replicas=replicas),

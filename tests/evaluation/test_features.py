@@ -10,14 +10,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import make_run
+from torch import Tensor
 
 from freqmask.data.cache import cache_folder
 from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.evaluation import features
-from freqmask.evaluation.corruptions import CorruptedModel, Corruption, strengths_for
+from freqmask.evaluation.corruptions import Corruption, strengths_for
 from freqmask.evaluation.eval_model import EvalModel, open_eval_model
-from freqmask.evaluation.features import ComputeConfig, FeatureTable, compute_features, not_finite, prune
+from freqmask.evaluation.features import (
+    UNCHANGED,
+    ComputeConfig,
+    FeatureTable,
+    ImageChange,
+    compute_features,
+    not_finite,
+    prune,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,20 +107,25 @@ def test_changed_weights_preprocessing_and_data_are_noticed(
     assert look(place=ComputeConfig(cache=False)) == look(place=ComputeConfig(cache=False)) - 1 == 10
 
 
+class Half(ImageChange):
+    def describe(self) -> str:
+        return "half"
+
+    def change(self, images: Tensor) -> Tensor:
+        return images / 2
+
+
 def test_changed_images_and_corruptions_have_features_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path / "some")
     source, subject, made = open_source(folder), begun("pixels", folder), computed(monkeypatch)
     plain = compute_features(subject, source, "end", ComputeConfig())
-    darker = compute_features(subject, source, "end", ComputeConfig(), lambda images: images / 2, "half")
+    darker = compute_features(subject, source, "end", ComputeConfig(), Half())
     assert not np.array_equal(plain.values["end/mean"], darker.values["end/mean"])
     found = [
         compute_features(
-            CorruptedModel(subject, Corruption(name, severity, strengths_for(32))),
-            source,
-            "end",
-            ComputeConfig(),
+            subject, source, "end", ComputeConfig(), Corruption(name, severity, strengths_for(32))
         ).values["end/mean"]
         for name, severity in (("fog", 1), ("fog", 2), ("snow", 1), ("fog", 1))
     ]
@@ -123,13 +137,14 @@ def test_changed_images_and_corruptions_have_features_of_their_own(
 def test_features_do_not_depend_on_batches_or_workers(tmp_path: Path) -> None:
     folder = write(tmp_path / "some")
     subject = begun(str(make_run(tmp_path / "run").path), folder)
-    corrupted = CorruptedModel(subject, Corruption("spatter", 4, strengths_for(32)))
-    for model in (subject, corrupted):
+    for change in (UNCHANGED, Corruption("spatter", 4, strengths_for(32))):
         places = [
             ComputeConfig(cache=False, batch_size=5),
             ComputeConfig(cache=False, batch_size=2, workers=1),
         ]
-        one, other = (compute_features(model, open_source(folder), "end", place) for place in places)
+        one, other = (
+            compute_features(subject, open_source(folder), "end", place, change) for place in places
+        )
         for name, values in one.values.items():
             assert np.allclose(values, other.values[name], atol=1e-5)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from freqmask.errors import UserError
 from freqmask.evaluation import knn
 from freqmask.evaluation.eval_model import EvalModel
+from freqmask.evaluation.features import ImageChange
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.linear import fit_head
 from freqmask.evaluation.protocol import EvalContext, Protocol, finish_report, say_blocks
@@ -40,7 +41,7 @@ Curves = dict[str, list[tuple[float, Summary]]]  # kind -> (cycles per pixel, su
 
 
 @dataclass(frozen=True)
-class Band:
+class Band(ImageChange):
     """One filter of the curves."""
 
     kind: str  # whole, low, high or band
@@ -63,6 +64,9 @@ class Band:
         if self.kind == "low":
             return LowPass(self.high)
         return HighPass(self.low) if self.kind == "high" else BandPass(self.low, self.high)
+
+    def describe(self) -> str:
+        return f"{self.filter().describe()} around the mean"
 
     def change(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
         """Images in [0, 1] with this band alone, around their mean color, clamped.
@@ -123,8 +127,7 @@ class Bands(Protocol):
             if band.kind == "whole":
                 values = {name: rows[tested] for name, rows in context.table("end").values.items()}
             else:
-                name = f"{band.filter().describe()} around the mean"
-                values = context.changed(tested, band.change, name).values
+                values = context.changed(tested, band).values
             parts = zip(heads, context.by_round(values), strict=True)
             predicted = np.concatenate([head(part) for head, part in parts])
             metadata = {"head": self.head, "radius": band.place, "cycles_per_pixel": band.place / min(size)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from freqmask.data.loader import Sample, TrainDataset
 from freqmask.data.sampler import Item
-from freqmask.data.source import Source
 from freqmask.errors import UserError, nearest
 from freqmask.evaluation import corruption_functions, weather
-from freqmask.evaluation.eval_model import EvalModel
+from freqmask.evaluation.features import ImageChange
 from freqmask.rng import identity_of, sample_key
 
 FAMILIES = {
@@ -106,7 +105,7 @@ def strengths_for(side: int, published: str = AUTO) -> Strengths:
 
 
 @dataclass(frozen=True)
-class Corruption:
+class Corruption(ImageChange):
     """What is done to every image; a function of the image, its key and these settings."""
 
     name: str  # one of `CORRUPTIONS`
@@ -145,59 +144,27 @@ class Corruption:
             np.ascontiguousarray(corrupted.astype(image.numpy().dtype).transpose(2, 0, 1))
         )
 
-    def warm(self, size: tuple[int, int]) -> None:
-        """Get pictures of frost ready for images of a size: once, before a loader's workers fork."""
-        if self.name == "frost":
-            weather.frost_pictures(self.frost, self.strengths.of(self.name, self.severity)[2], max(size))
+    def in_loader(self, dataset: TrainDataset) -> CorruptedDataset:
+        if self.name == "frost":  # pictures get ready once, before a loader's workers fork
+            scale = self.strengths.of(self.name, self.severity)[2]
+            weather.frost_pictures(self.frost, scale, max(dataset.geometries[0].size))
+        return CorruptedDataset(**vars(dataset), corruption=self)
 
 
+@dataclass
 class CorruptedDataset(TrainDataset):
     """A dataset whose images are corrupted in the loader's workers, after they are cut to the model's size.
 
     The draws follow from the identity of the image alone: every model of one size sees the same images.
     """
 
-    def __init__(self, dataset: TrainDataset, corruption: Corruption) -> None:
-        super().__init__(
-            dataset.source,
-            dataset.geometries,
-            dataset.value_range,
-            dataset.channels,
-            dataset.convert_channels,
-            dataset.seed,
-        )
-        self.corruption = corruption
-        corruption.warm(self.geometries[0].size)
+    corruption: Corruption = field(kw_only=True)
 
     def __getitem__(self, item: Item) -> Sample:
         sample = super().__getitem__(item)
         key = sample_key(0, 0, self.source.identity(sample.index))
         sample.views = [self.corruption(view, key) for view in sample.views]
         return sample
-
-
-class CorruptedModel(EvalModel):
-    """A prepared model that is shown corrupted images: what `compute_features` needs to measure, and cache, them."""
-
-    def __init__(self, clean: EvalModel, corruption: Corruption) -> None:
-        self.clean, self.corruption = clean, corruption
-        self.text, self.name, self.kind = clean.text, clean.name, clean.kind
-        self.input_size, self.results = clean.input_size, clean.results
-
-    def key(self) -> dict[str, Any]:
-        """The model's, and the corruption."""
-        return {**self.clean.key(), "corruption": self.corruption.describe()}
-
-    def identity(self) -> dict[str, Any]:
-        return self.clean.identity()
-
-    def dataset(self, source: Source) -> TrainDataset:
-        """The images as the model sees them, corrupted."""
-        return CorruptedDataset(self.clean.dataset(source), self.corruption)
-
-    def features(self, images: Tensor, what: str) -> dict[str, Tensor]:
-        """The model's."""
-        return self.clean.features(images, what)
 
 
 def choose_corruptions(words: Sequence[str]) -> list[str]:

@@ -132,7 +132,23 @@ class FeatureTable:
         return f"the features of {broken:,} images are not finite; no result" if broken else ""
 
 
-ImageChange = Callable[[Tensor], Tensor]
+class ImageChange:
+    """What is done to images before a model sees them: nothing, a filter, a corruption."""
+
+    def describe(self) -> str:
+        """Tells changes apart in the cache."""
+        return ""
+
+    def in_loader(self, dataset: TrainDataset) -> TrainDataset:
+        """The dataset that gives changed images, cut to the model's size."""
+        return dataset
+
+    def change(self, images: Tensor) -> Tensor:
+        """A batch in [0, 1] on the device, changed."""
+        return images
+
+
+UNCHANGED = ImageChange()
 
 
 def compute_features(
@@ -140,8 +156,7 @@ def compute_features(
     source: Source,
     what: str,
     compute: ComputeConfig,
-    change: ImageChange | None = None,
-    change_name: str = "",
+    change: ImageChange = UNCHANGED,
     quiet: bool = False,
 ) -> FeatureTable:
     """The features of every image, from the cache where they are there.
@@ -151,8 +166,7 @@ def compute_features(
         source: the images.
         what: ``end`` or ``blocks``.
         compute: where.
-        change: done to images in [0, 1] before the model, such as a filter.
-        change_name: tells changes apart in the cache.
+        change: done to the images before.
         quiet: do not print how long it took.
     """
     key = {
@@ -161,7 +175,7 @@ def compute_features(
         "data": source.fingerprint(),
         "images": len(source),
         "bf16": compute.bf16,
-        "change": change_name,
+        "change": change.describe(),
         "layout": _LAYOUT,
     }
     file = cache_file("features", key)
@@ -184,7 +198,7 @@ def _compute(
     source: Source,
     what: str,
     compute: ComputeConfig,
-    change: ImageChange | None,
+    change: ImageChange,
     quiet: bool,
 ) -> FeatureTable:
     began = time.monotonic()
@@ -221,7 +235,7 @@ def shared_objects(model: EvalModel, source: Source) -> list[object]:
     """The heavy objects that every call needs, which are sent once: weights, and the whole list of images."""
     while isinstance(source, Subset):
         source = source.source
-    return [getattr(model, "clean", model), source]  # of a `CorruptedModel` the model within
+    return [model, source]
 
 
 def _batches(
@@ -233,14 +247,15 @@ def _batches(
     size: int,
     workers: int,
     bf16: bool,
-    change: ImageChange | None,
+    change: ImageChange,
 ) -> Iterator[FeatureBatch]:
     """The features of some images, batch by batch; in whatever process."""
 
     def features(views: Tensor) -> dict[str, Tensor]:
-        return model.features(views if change is None else change(views), what)
+        return model.features(change.change(views), what)
 
-    return feature_batches(device, images, model.dataset(source), features, size, workers, bf16)
+    dataset = change.in_loader(model.dataset(source))
+    return feature_batches(device, images, dataset, features, size, workers, bf16)
 
 
 @dataclass(frozen=True)

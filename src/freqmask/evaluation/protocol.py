@@ -137,9 +137,9 @@ class EvalContext:
         blocks = self.table("blocks").values if self.model.blocks else {}
         return {**self.table("end").values, **blocks}
 
-    def changed(self, images: np.ndarray, change: ImageChange, name: str) -> FeatureTable:
+    def changed(self, images: np.ndarray, change: ImageChange, quiet: bool = False) -> FeatureTable:
         """The last features of some images after something was done to them."""
-        return compute_features(self.model, subset(self.data, images), "end", self.compute, change, name)
+        return compute_features(self.model, subset(self.data, images), "end", self.compute, change, quiet)
 
     def tensor(self, values: np.ndarray, images: np.ndarray | None = None) -> Tensor:
         """Rows of an array, or all of it, on the device."""

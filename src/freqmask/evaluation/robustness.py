@@ -25,7 +25,6 @@ from freqmask.evaluation.corruptions import (
     CORRUPTIONS,
     FAMILIES,
     SEVERITIES,
-    CorruptedModel,
     Corruption,
     strengths_for,
 )
@@ -275,9 +274,7 @@ class RobustnessEval:
 
     def corrupted(self, corruption: Corruption) -> ClassificationResult:
         """Corrupted test images."""
-        model = CorruptedModel(self.model, corruption)
-        images = subset(self.context.data, self.context.data.tested)
-        table = compute_features(model, images, "end", self.context.compute, quiet=True)
+        table = self.context.changed(self.context.data.tested, corruption, quiet=True)
         metadata = {
             "corruption": corruption.name,
             "severity": corruption.severity,
