@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from freqmask.methods import build_method
+from freqmask.pretraining import figures
 from freqmask.pretraining.figures import draw_plan, draw_preview, filter_names
 from freqmask.rng import combine, fresh_keys
 
@@ -71,8 +72,19 @@ def test_a_plan_shows_the_filters_that_the_keys_draw() -> None:
 
 
 @pytest.mark.parametrize("name", ["mfm", "words"])
-def test_a_name_of_a_filter_fits_above_its_image(name: str) -> None:
-    assert all(len(text) <= 12 for text in filter_names(tiny(name), torch.arange(8)))
+def test_the_name_of_a_filter_fits_above_its_image_in_a_plan(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headings: list[str] = []
+    draw = figures.show_image
+    monkeypatch.setattr(
+        figures,
+        "show_image",
+        lambda axis, image, *lines, **more: headings.append(lines[0]) or draw(axis, image, *lines, **more),
+    )
+    draw_plan(tmp_path / "plan.png", [photo_like()], tiny(name), fresh_keys(9))
+    assert set(headings) & {"lowpass", "highpass"}
+    assert all(len(text) <= 12 for text in headings)
 
 
 def test_a_preview_of_a_large_photograph_stays_below_a_megabyte(tmp_path: Path) -> None:

@@ -243,7 +243,8 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Int6
         view_keys = combine(keys[:_INPUTS], number)
         with eval_no_grad(method):  # in train mode batch norm would take note of these images
             shown = method.reconstruct(view, view_keys)
-        names = filter_names(method, view_keys)
+        # without arguments and module: a small image has no room for them above it
+        names = [name.partition("(")[0].rpartition(":")[2] for name in filter_names(method, view_keys)]
         label = f"view {number + 1}" if len(images) > 1 else ""
         for column, cells in enumerate(axes[3 * number : 3 * number + 3].T):
             _draw_image(cells[0], palette, view[column], label)
@@ -287,7 +288,7 @@ def filter_names(method: Any, keys: Int64[Tensor, " batch"]) -> list[str]:
         degradation = getattr(method, "degradation", None)
         return ["" if degradation is None else type(degradation).__name__.lower()] * len(keys)
     if not hasattr(mixture, "names"):
-        return [getattr(mixture, "name", "") or type(mixture).__name__.lower()] * len(keys)
+        return [mixture.describe()] * len(keys)
     return [mixture.names[index] for index in mixture.draw(keys).tolist()]
 
 
