@@ -13,15 +13,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from freqmask.commands import evaluate
-    from freqmask.commands.convert import convert
+    from freqmask.commands.draw import reconstruct, spectra
     from freqmask.commands.embed import embed, predict
-    from freqmask.commands.export import export
+    from freqmask.commands.export import convert, export
     from freqmask.commands.info import info
     from freqmask.commands.prepare import prepare
     from freqmask.commands.pretrain import pretrain
-    from freqmask.commands.reconstruct import reconstruct
     from freqmask.commands.report import report, runs
-    from freqmask.commands.spectra import spectra
     from freqmask.errors import UserError
     from freqmask.interop.models import load_backbone
     from freqmask.interop.weights import load_method

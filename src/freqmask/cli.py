@@ -38,13 +38,13 @@ COMMANDS = {
     ),
     "predict": Command("freqmask.commands.embed", "classes as CSV or masks as PNG, of a fine-tuned model"),
     "prepare": Command("freqmask.commands.prepare", "pack images into shards for fast reading"),
-    "reconstruct": Command("freqmask.commands.reconstruct", "show what a model fills in"),
+    "reconstruct": Command("freqmask.commands.draw", "show what a model fills in"),
     "export": Command("freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM"),
-    "convert": Command("freqmask.commands.convert", "bring in somebody else's checkpoint"),
+    "convert": Command("freqmask.commands.export", "bring in somebody else's checkpoint"),
     "report": Command("freqmask.commands.report", "one HTML page, or a table, of one or several runs"),
     "runs": Command("freqmask.commands.report", "list runs: state, cost, best probe"),
-    "spectra": Command("freqmask.commands.spectra", "draw every filter on an image"),
-    "recipes": Command("freqmask.commands.recipes", "list, show or copy the shipped recipes"),
+    "spectra": Command("freqmask.commands.draw", "draw every filter on an image"),
+    "recipes": Command("freqmask.commands.info", "list, show or copy the shipped recipes"),
     "info": Command("freqmask.commands.info", "versions, devices, extras"),
 }
 

@@ -10,7 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from freqmask.commands.spectra import default_filters, spectra
+from freqmask.commands.draw import default_filters, spectra
 from freqmask.errors import UserError
 from freqmask.filters import FILTERS, build_filter
 from freqmask.pretraining.figures import apply_filter

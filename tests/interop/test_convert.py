@@ -350,7 +350,7 @@ def test_a_list_of_what_does_not_fit_ends(tmp_path):
 
 def test_a_converted_vit_starts_a_training_of_another_size_as_timms_own_weights_would(tmp_path):
     """The documented way of machines without network: positions and patches are resampled, by timm's functions."""
-    from freqmask.commands.convert import convert
+    from freqmask.commands.export import convert
     from freqmask.interop.weights import initial_backbone, load_initial
     from freqmask.methods import MFM
 

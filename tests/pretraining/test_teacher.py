@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import TINY, steps_made, train_until
 
 import freqmask
-from freqmask.commands.reconstruct import reconstruct
+from freqmask.commands.draw import reconstruct
 from freqmask.errors import UserError
 from freqmask.interop.timm_folder import write_timm_folder
 

@@ -10,7 +10,7 @@ import pytest
 
 from freqmask.options import options_of
 from freqmask.options.of_methods import METHOD_OPTIONS
-from freqmask.options.of_pretraining import GROUPS
+from freqmask.options.of_training import GROUPS
 from freqmask.reporting.reading import Curve, Run
 from freqmask.reporting.summary import remarks
 

@@ -9,7 +9,7 @@ from typing import Any
 from freqmask.commands.given import command, given_options
 from freqmask.options import Option
 from freqmask.options.of_methods import built_in_options, options_of_class, typed_options
-from freqmask.options.of_pretraining import First, Images, Machine, Optimization, RunRecords, Views
+from freqmask.options.of_training import First, Images, Machine, Optimization, RunRecords, Views
 
 
 def options_of_method(method: Any) -> Mapping[str, Option]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from freqmask.console import readable_bytes, readable_time, shell_word
 from freqmask.options import options_of
 from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions, judged_from
-from freqmask.options.of_pretraining import GROUPS
+from freqmask.options.of_training import GROUPS
 from freqmask.reporting.reading import Curve, Run, number
 
 # Options that change how a run is recorded, computed or watched, not what it is; `command` and `options` repeat an

@@ -1,0 +1,140 @@
+"""``freqmask spectra`` and ``freqmask reconstruct``: what filters keep of images, and what a model fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from freqmask.commands.given import command
+from freqmask.console import say
+from freqmask.errors import UserError
+from freqmask.options import Range, Seed
+
+
+@command(imports="freqmask.pretraining.figures")
+def spectra(
+    image: list[str],
+    *,
+    out: str = "spectra.png",
+    image_size: Annotated[int | None, Range(least=8)] = None,
+    filters: list[str] | None = None,
+    seed: Seed = 0,
+) -> Path:
+    """Draws what every filter keeps of an image and what it removes, and prints the shares of energy.
+
+    For each filter: the kept part, the removed part, the spectrum with the kept bins, and the shares of
+    bins and energy. Parts too faint to see, and parts with negative values, are stretched; the picture
+    says by how much. Energy is counted without the image's mean.
+
+    Args:
+        image: image files, at most four; each is cropped to its middle square.
+        out: the PNG to write.
+        image_size: side in pixels that the square is resized to; the default is 224, or the image's own
+            shorter side where it is smaller.
+        filters: a list of the filters to draw, for example '["lowpass(radius=8)", com, mylab.filters:Wedge]';
+            the default is one of every kind.
+        seed: decides what random filters draw.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        UserError: no image, more than four, one that cannot be read, or an unknown filter.
+    """
+    import torch
+
+    from freqmask.filters import build_filter
+    from freqmask.pretraining.figures import apply_filter, draw_filters, filter_table, read_squares
+    from freqmask.rng import identity_of, sample_key
+
+    _check(image, 4, out)
+    squares = read_squares(image, image_size)
+    size = next(iter(squares.values())).shape[-1]
+    built = {text: build_filter(text, size) for text in filters or default_filters(size)}
+    keys = {name: torch.tensor([sample_key(seed, 0, identity_of(name))]) for name in squares}
+    filterings = [
+        [apply_filter(text, one, square, keys[name]) for name, square in squares.items()]
+        for text, one in built.items()
+    ]
+    say(filter_table(list(squares), filterings))
+    path = draw_filters(out, squares, filterings)
+    say(f"\n{path} shows them")
+    return path
+
+
+def default_filters(size: int) -> list[str]:
+    """One filter of every kind, its radii scaled to a side in pixels from those meant for 224."""
+    from freqmask.filters import FILTERS
+
+    band = f"(low={max(1, round(8 * size / 224))}, high={max(2, round(32 * size / 224))})"
+    few, share = "(fractions=[0.01])", "(share=0.9)"
+    arguments = {
+        "bandpass": band,
+        "bandstop": band,
+        "com": few,
+        "rcom": few,
+        "energy": share,
+        "renergy": share,
+    }
+    arguments["randombins"] = "(fraction=0.5)"
+    return [name + arguments.get(name, "") for name in FILTERS if name != "oneof"]
+
+
+@command(imports="freqmask.commands.sheets")
+def reconstruct(
+    model: str,
+    image: list[str],
+    *,
+    filter: str | None = None,
+    out: str = "reconstruction.png",
+    seed: Seed = 0,
+) -> Path:
+    """Draws what a model fills in, and prints how well: the PSNR of every band of frequencies.
+
+    For each image and filter: the original, the filtered input, the prediction, the missing part filled
+    in, the error of that, and the spectra. A mixture of filters, such as MFM's, gives a row for each of them.
+
+    Args:
+        model: a run folder, or a converted MFM checkpoint with its decoder.
+        image: image files, at most eight; each is cropped to its middle and brought to the model's size.
+        filter: another filter than the run's, such as "lowpass(radius=8)", com or fixed.
+        out: the PNG to write.
+        seed: decides what random filters draw.
+
+    Returns:
+        The picture.
+
+    Raises:
+        UserError: no decoder, an image that cannot be read, or an unknown filter.
+    """
+    from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
+    from freqmask.interop.reconstruction import open_method, psnr_by_band, read_image
+
+    _check(image, 8, out)
+    method, opened = open_method(model, filter)
+    images = {file: read_image(file, opened) for file in image}
+    pictures = [
+        (Path(file).name, name, method.reconstruct(pixels, key))
+        for file, pixels in images.items()
+        for name, key in turns(method, file, seed)
+    ]
+    for name in dict.fromkeys(name for _, name, _ in pictures):
+        bands = [psnr_by_band(tensors) for _, of, tensors in pictures if of == name]
+        say(f"{name}: PSNR in dB, mean of {len(bands)} image{'s' if len(bands) > 1 else ''}")
+        for line in band_lines(bands):
+            say(line)
+        say()
+    path = draw_reconstructions(out, pictures, f"{opened.name}, {method.name}")
+    say(f"look at     {path}")
+    return path
+
+
+def _check(image: Sequence[str], most: int, out: str) -> None:
+    from freqmask.training.files import check_writable
+
+    if not 1 <= len(image) <= most:
+        raise UserError(f"image ({len(image)} files) must be 1 to {most} files; name fewer")
+    if Path(out).suffix.lower() != ".png":
+        raise UserError(f"out ({out}) must be a .png file; try --out {Path(out).with_suffix('.png')}")
+    check_writable(out)
