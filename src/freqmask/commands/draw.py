@@ -119,9 +119,11 @@ def reconstruct(
         for file, pixels in images.items()
         for name, key in turns(method, file, seed)
     ]
-    for name in dict.fromkeys(name for _, name, _ in pictures):
+    names = dict.fromkeys(name for _, name, _ in pictures)
+    for name in names:
+        done = filter if filter is not None and len(names) == 1 else name
         bands = [psnr_by_band(tensors) for _, of, tensors in pictures if of == name]
-        say(f"{name}: PSNR in dB, mean of {len(bands)} image{'s' if len(bands) > 1 else ''}")
+        say(f"{done}: PSNR in dB, mean of {len(bands)} image{'s' if len(bands) > 1 else ''}")
         for line in band_lines(bands):
             say(line)
         say()

@@ -75,7 +75,6 @@ def embed(
         UserError: the model or the data cannot be opened, or out cannot be written.
     """
     from freqmask.commands.inference import (
-        ComputeConfig,
         EmbedConfig,
         Embedding,
         checked_blocks,
@@ -84,6 +83,7 @@ def embed(
         say_left_out,
     )
     from freqmask.data.sources import open_source
+    from freqmask.evaluation.features import ComputeConfig
     from freqmask.interop.feature_files import SUFFIXES, join_parts, task_of
     from freqmask.interop.models import open_model
     from freqmask.training.files import check_out
@@ -188,12 +188,12 @@ def predict(
     """
     from freqmask.commands.inference import (
         Classification,
-        ComputeConfig,
         open_segmenter,
         write_classes,
         write_masks,
     )
     from freqmask.data.sources import open_source
+    from freqmask.evaluation.features import ComputeConfig
     from freqmask.interop.models import open_classifier
     from freqmask.training.files import check_out
 
