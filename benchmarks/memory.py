@@ -20,7 +20,7 @@ from record import show, write_record
 from start import make_files
 
 import freqmask
-from freqmask.training.monitor import Monitor
+from freqmask.training.callbacks import Monitor
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2}

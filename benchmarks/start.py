@@ -136,7 +136,7 @@ def start(given: dict[str, Any]) -> None:
                 return result
 
             setattr(owner, name, timed)
-        from freqmask.training.monitor import Monitor
+        from freqmask.training.callbacks import Monitor
 
         ended = Monitor.on_train_batch_end
 

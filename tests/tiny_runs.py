@@ -93,7 +93,7 @@ def make_photographs(folder: Path) -> Path:
 
 def steps_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by every optimiser step from now on."""
-    from freqmask.training.monitor import Monitor
+    from freqmask.training.callbacks import Monitor
 
     whole, steps = Monitor.on_train_batch_end, []
 
@@ -108,7 +108,7 @@ def steps_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def train_until(step: int, options: dict[str, Any], out: Path, data: Any = "builtin:digits") -> None:
     """Break off after a step as a kill would: nothing is saved any more."""
     import freqmask
-    from freqmask.training.monitor import Monitor
+    from freqmask.training.callbacks import Monitor
 
     whole = Monitor.on_train_batch_end
 

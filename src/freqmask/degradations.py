@@ -1,12 +1,13 @@
 """Spatial corruptions of MFM's restoration tasks: super-resolution, deblurring, denoising (arXiv 2206.07706).
 
-They are batch modules like the filters: ``forward(images, keys=None) -> images``, randomness from the keys.
+They are batch modules like the filters, randomness from the keys.
 Strengths are meant for 224 pixels; ``"auto"`` scales them with the shorter side (our choice).
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -30,7 +31,30 @@ def _check_auto(name: str, value: float | str, least: float) -> None:
         raise UserError(f"{name} ({value}) must be above {least:g}; try 'auto'")
 
 
-class Downscale(nn.Module):
+class Degradation(nn.Module):
+    """What makes images worse: a subclass defines ``degrade``."""
+
+    @abstractmethod
+    def degrade(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Images of the same size and precision; what is random is drawn from the keys, one an image."""
+
+    def forward(
+        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch channel height width"]:
+        """Degrades a batch.
+
+        Args:
+            images: in [0, 1].
+            keys: one an image; ``None`` draws fresh ones.
+
+        Returns:
+            Of the same size, float32 or float64; noise may leave [0, 1].
+        """
+        keys = fresh_keys(len(images), images.device) if keys is None else keys
+        return self.degrade(single_or_double(images), keys)
+
+
+class Downscale(Degradation):
     """Bicubic down without antialiasing, clamp, bicubic up, clamp: the input of super-resolution.
 
     Args:
@@ -40,8 +64,6 @@ class Downscale(nn.Module):
     Raises:
         UserError: for a factor out of range.
     """
-
-    name = "downscale"
 
     def __init__(self, factor: float | Auto = "auto") -> None:
         super().__init__()
@@ -56,29 +78,14 @@ class Downscale(nn.Module):
             else self.factor
         )
 
-    def forward(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch channel height width"]:
-        """Degrades a batch.
-
-        Args:
-            images: in [0, 1].
-            keys: not used, nothing is random.
-
-        Returns:
-            In [0, 1], of the same size, float32 or float64.
-        """
-        images = single_or_double(images)
+    def degrade(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Bicubic down and up; nothing is random."""
         height, width = image_size(images)
         factor = self.factor_at(height, width)
         small = (max(1, round(height / factor)), max(1, round(width / factor)))
         # an antialiased resize would be another task: aliasing is part of what must be undone
         reduced = F.interpolate(images, size=small, mode="bicubic", align_corners=False).clamp(0, 1)
         return F.interpolate(reduced, size=(height, width), mode="bicubic", align_corners=False).clamp(0, 1)
-
-    def extra_repr(self) -> str:
-        """The setting, for printing."""
-        return f"factor={self.factor}"
 
 
 def reflected(length: int, margin: int) -> list[int]:
@@ -121,7 +128,7 @@ def gaussian_kernels(sizes: tuple[int, ...], sigma: float, device: torch.device)
     return (kernels / kernels.sum(-1, keepdim=True)).float().to(device)
 
 
-class Blur(nn.Module):
+class Blur(Degradation):
     """Isotropic Gaussian blur, kernel size drawn per image, border reflected without repeating the edge.
 
     Args:
@@ -131,8 +138,6 @@ class Blur(nn.Module):
     Raises:
         UserError: for a setting out of range.
     """
-
-    name = "blur"
 
     def __init__(self, sizes: Sequence[int] | Auto = "auto", sigma: float | Auto = "auto") -> None:
         super().__init__()
@@ -158,30 +163,13 @@ class Blur(nn.Module):
         """The standard deviation in pixels for images of (H, W) pixels."""
         return 5.0 * min(height, width) / REFERENCE_SIDE if isinstance(self.sigma, str) else self.sigma
 
-    def forward(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch channel height width"]:
-        """Blurs a batch.
-
-        Args:
-            images: any scale.
-            keys: one an image; ``None`` draws fresh ones.
-
-        Returns:
-            Of the same scale and size, float32 or float64.
-        """
-        images = single_or_double(images)
-        if keys is None:
-            keys = fresh_keys(len(images), images.device)
+    def degrade(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Each image under its own kernel."""
         height, width = image_size(images)
         sizes = self.sizes_at(height, width)
         kernels = gaussian_kernels(sizes, self.sigma_at(height, width), images.device)
         kernel = kernels[(uniform(keys, "blur/size") * len(sizes)).long()].to(images.dtype)
         return _convolve(_convolve(images, kernel, -2), kernel, -1)
-
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return f"sizes={self.sizes}, sigma={self.sigma}"
 
 
 def _convolve(images: Tensor, kernel: Tensor, dim: int) -> Tensor:
@@ -195,7 +183,7 @@ def _convolve(images: Tensor, kernel: Tensor, dim: int) -> Tensor:
     return blurred
 
 
-class Noise(nn.Module):
+class Noise(Degradation):
     """Gaussian noise, per pixel and channel, not clamped.
 
     Args:
@@ -205,34 +193,12 @@ class Noise(nn.Module):
         UserError: for a sigma out of range.
     """
 
-    name = "noise"
-
     def __init__(self, sigma: float = 75 / 255) -> None:
         super().__init__()
         if not (math.isfinite(sigma) and sigma > 0):
             raise UserError(f"sigma ({sigma}) must be above 0; the published 75/255 is 0.294")
         self.sigma = sigma
 
-    def forward(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch channel height width"]:
-        """Adds noise to a batch.
-
-        Args:
-            images: in [0, 1].
-            keys: one an image; ``None`` draws fresh ones.
-
-        Returns:
-            Of the same size, float32 or float64, leaving [0, 1].
-        """
-        images = single_or_double(images)
-        if keys is None:
-            keys = fresh_keys(len(images), images.device)
+    def degrade(self, images: Tensor, keys: Tensor) -> Tensor:
+        """A number for each pixel and channel."""
         return images + self.sigma * normal(keys, "noise", images.shape[1:]).to(images.dtype)
-
-    def extra_repr(self) -> str:
-        """The setting, for printing."""
-        return f"sigma={self.sigma:.4g}"
-
-
-DEGRADATIONS: dict[str, type[nn.Module]] = {kind.name: kind for kind in (Downscale, Blur, Noise)}

@@ -187,10 +187,3 @@ class SpectrumLoss(nn.Module):
         if keep is None:
             return torch.ones_like(pairs)[None, None]
         return self.masked_weight + (self.kept_weight - self.masked_weight) * keep.detach().to(pairs.dtype)
-
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return (
-            f"masked_weight={self.masked_weight}, kept_weight={self.kept_weight}, reduce={self.reduce!r}, "
-            f"gamma={self.gamma}, focal={self.focal}"
-        )

@@ -133,10 +133,6 @@ def sample_keys(
 def fresh_keys(count: int, device: torch.device | str | None = None) -> Int64[Tensor, " batch"]:
     """Keys for a caller who has none; the only place that reads torch's global generator.
 
-    Args:
-        count: how many images.
-        device: where the keys are wanted.
-
     Returns:
         Random keys, repeatable by ``torch.manual_seed``.
     """

@@ -2,7 +2,8 @@
 
 Spectra are ``rfft2`` halves ``(batch, channel, H, W // 2 + 1)`` with ``norm="ortho"``, not shifted: DC is at
 [0, 0], row ``H - k`` is frequency ``-k``. The missing half is the complex conjugate of the stored one; in the
-columns 0 and (even W) W/2 both partners are stored.
+columns 0 and (even W) W/2 both partners are stored. Tables are made for a ``height`` and a ``width`` in pixels, on
+a ``device``.
 """
 
 from __future__ import annotations
@@ -136,11 +137,6 @@ def squared_radius(
     q / p = (longer side) / m in lowest terms, q^2 r^2 is an integer: q^2 k^2 along the shorter side plus
     p^2 k^2 along the longer one. Fits int64 for images of up to 4e9 pixels.
 
-    Args:
-        height: H in pixels.
-        width: W in pixels.
-        device: where the table is wanted.
-
     Returns:
         The integers q^2 r^2 and the denominator q^2 (1 for square images).
     """
@@ -178,11 +174,6 @@ def frequency_radius(
 ) -> Float[Tensor, "height half_width"]:
     """Distance from DC in cycles per shorter side; for a square image the distance in bins.
 
-    Args:
-        height: H in pixels.
-        width: W in pixels.
-        device: where the table is wanted.
-
     Returns:
         float32, rounded; compare with ``inside`` where an edge must be exact.
 
@@ -197,11 +188,6 @@ def pair_weights(
     height: int, width: int, device: torch.device | str | None = None
 ) -> Float[Tensor, "height half_width"]:
     """How often a bin of the half spectrum stands in the full one.
-
-    Args:
-        height: H in pixels.
-        width: W in pixels.
-        device: where the table is wanted.
 
     Returns:
         2, or 1 in the columns that hold both partners (0, and W/2 for an even W); adds up to H W.
@@ -219,12 +205,6 @@ def pair_weights(
 def bin_weights(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``pair_weights`` in a precision, made once for a size.
 
-    Args:
-        height: H in pixels.
-        width: W in pixels.
-        device: where the table is wanted.
-        dtype: in what precision.
-
     Returns:
         (H, W // 2 + 1), nobody's to write to.
     """
@@ -233,9 +213,6 @@ def bin_weights(height: int, width: int, device: torch.device, dtype: torch.dtyp
 
 def self_conjugate_columns(width: int) -> list[int]:
     """Columns of a half spectrum in which both partners of a pair are stored.
-
-    Args:
-        width: W in pixels.
 
     Returns:
         [0], and W/2 as well for an even W.

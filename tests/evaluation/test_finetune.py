@@ -197,7 +197,7 @@ def test_a_run_killed_on_its_way_ends_bit_for_bit_as_one_that_was_not(
 
 def finetune_until(step: int, there: Path, out: Path, **options: Any) -> None:
     """Break off after a step as a kill would: nothing is saved any more."""
-    from freqmask.training.monitor import Monitor
+    from freqmask.training.callbacks import Monitor
 
     whole = Monitor.on_train_batch_end
 

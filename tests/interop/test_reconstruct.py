@@ -14,7 +14,7 @@ from freqmask.interop.formats import export_model
 from freqmask.interop.models import open_model
 from freqmask.interop.reconstruction import open_method, psnr_by_band, read_image
 from freqmask.interop.timm_folder import write_timm_folder
-from freqmask.methods.health import band_edges
+from freqmask.methods.mfm import band_edges
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

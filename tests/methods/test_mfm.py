@@ -11,7 +11,7 @@ import torch
 from tiny import CNN, photographs, tiny_method
 
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
-from freqmask.methods.health import band_edges
+from freqmask.methods.mfm import band_edges
 from freqmask.rng import combine
 
 KEYS = torch.arange(2, 6)  # draws two low-passes and two high-passes

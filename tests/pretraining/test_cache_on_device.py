@@ -18,7 +18,7 @@ from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.pretraining import cache_on_device
 from freqmask.pretraining.cache_on_device import choose_place, largest_side
-from freqmask.training.monitor import Monitor
+from freqmask.training.callbacks import Monitor
 from freqmask.training.run_folder import RunFolder
 
 OFTEN = {"checkpoint_every_steps": 2, "quarter_turns": True}

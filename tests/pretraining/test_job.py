@@ -227,7 +227,7 @@ def test_without_out_the_newest_unfinished_run_goes_on(
 
 
 def train_until_without_out(step: int) -> None:
-    from freqmask.training.monitor import Monitor
+    from freqmask.training.callbacks import Monitor
 
     def broken(self: Any, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == step:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from freqmask.errors import UserError
+from freqmask.training.callbacks import AtomicCheckpointIO
 from freqmask.training.checkpoint import (
     LAST,
     load_safely,
@@ -17,7 +18,6 @@ from freqmask.training.checkpoint import (
     save_atomically,
     step_file,
 )
-from freqmask.training.saving import AtomicCheckpointIO
 
 
 def write(folder: Path, step: int) -> None:

@@ -39,8 +39,8 @@ from freqmask.evaluation.trainings import AUTO, TrainingJob, layer_groups, make_
 from freqmask.images import as_float
 from freqmask.interop.timm_folder import CLASSIFIER, write_timm_folder
 from freqmask.rng import sample_key
+from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.loop import ScheduledModule, Task
-from freqmask.training.monitor import Monitor, PeriodicCallback
 from freqmask.training.optim import Schedule, update_ema
 from freqmask.training.run_folder import RunFolder, comparable
 

@@ -25,6 +25,7 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
 from freqmask.training import auto
+from freqmask.training.callbacks import Export
 from freqmask.training.files import check_writable
 from freqmask.training.loop import (
     ScheduledModule,
@@ -39,7 +40,6 @@ from freqmask.training.loop import (
 )
 from freqmask.training.optim import OptimConfig
 from freqmask.training.run_folder import RUNS, RunFolder, comparable
-from freqmask.training.saving import Export
 
 AUTO = "auto"
 BETAS = (0.9, 0.999)

@@ -181,9 +181,6 @@ class OneOf(Filter):
     def draw(self, keys: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """Which filter each image gets.
 
-        Args:
-            keys: one an image.
-
         Returns:
             Indices into ``filters``; the very draw that ``keep`` makes.
         """

@@ -1,7 +1,7 @@
 """Filters that rank the bins of each image: Com and RCom, by energy, at random.
 
 All of them rank one representative of every conjugate pair and mirror the choice, so that the filtered
-image is real, and cut the ranking where the count of the full spectrum is reached.
+image is real, and cut the ranking where the count of the full spectrum is reached. ``size`` is (H, W) of the images.
 """
 
 from __future__ import annotations
@@ -29,10 +29,6 @@ _FLAT = 1e-6  # a channel whose root mean square is below this share of its mean
 def full_counts(size: tuple[int, int], device: torch.device) -> Tensor:
     """How many bins of the full spectrum each bin of the half stands for, when one partner is ranked.
 
-    Args:
-        size: (H, W) of the images.
-        device: where the table is wanted.
-
     Returns:
         int64 (H (W // 2 + 1),): 2 for a pair, 1 for a bin that is its own partner, 0 for the second stored
         partner of a pair.
@@ -50,10 +46,6 @@ def full_counts(size: tuple[int, int], device: torch.device) -> Tensor:
 def tie_order(size: tuple[int, int], device: torch.device) -> Tensor:
     """Which of equally strong bins comes first.
 
-    Args:
-        size: (H, W) of the images.
-        device: where the table is wanted.
-
     Returns:
         int64 (H (W // 2 + 1),), falling from bin to bin; -1 for the second stored partner of a pair.
     """
@@ -63,9 +55,6 @@ def tie_order(size: tuple[int, int], device: torch.device) -> Tensor:
 
 def representatives(size: tuple[int, int]) -> int:
     """How many conjugate pairs, self-conjugate bins included, a spectrum has.
-
-    Args:
-        size: (H, W) of the images.
 
     Returns:
         The number of bins that are free to choose.

@@ -26,7 +26,7 @@ from freqmask.interop.models import OpenedModel, open_model, still_geometry
 from freqmask.interop.timm_folder import load_fitting
 from freqmask.interop.weights import load_method
 from freqmask.methods import MFM
-from freqmask.methods.health import band_edges
+from freqmask.methods.mfm import band_edges
 from freqmask.spectrum import inside, pair_weights, rfft2
 from freqmask.training.run_folder import RunFolder
 

@@ -17,9 +17,8 @@ from freqmask.errors import UserError
 from freqmask.filters import Filtered
 from freqmask.heads import ProjectionHead, ReconstructionHead
 from freqmask.losses import SpectrumLoss, sum_over_processes
-from freqmask.methods.health import reconstruction_health
 from freqmask.methods.method import Method
-from freqmask.methods.mfm import masking_filter
+from freqmask.methods.mfm import masking_filter, reconstruction_health
 from freqmask.options.of_methods import FOLKOptions
 from freqmask.rng import combine
 from freqmask.spectrum import single_or_double
@@ -296,13 +295,6 @@ class DistillationLoss(nn.Module):
         count = logits.new_full((1, 1), float(len(logits)))
         total = sum_over_processes(torch.cat((logits.sum(0, keepdim=True), count), dim=1))
         self.center.lerp_((total[:, :-1] / total[:, -1:]).to(self.center.dtype), 1.0 - self.center_momentum)
-
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        return (
-            f"outputs={self.center.shape[1]}, student_temperature={self.student_temperature}, "
-            f"teacher_temperature={self.teacher_temperature}, center_momentum={self.center_momentum}"
-        )
 
 
 def collapse_number(probabilities: Float[Tensor, "batch outputs"]) -> Float[Tensor, ""]:

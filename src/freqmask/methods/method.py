@@ -96,7 +96,7 @@ class Method(nn.Module):
         Args:
             views: ``n_views`` batches (B, C, H, W) in [0, 1] of the same images.
             keys: one an image; all randomness comes from them, None draws fresh ones.
-            details: also the health scalars of :mod:`freqmask.methods.health`.
+            details: also ``relative_loss`` and whatever else tells how much is learned.
 
         Returns:
             ``"loss"`` and its parts, detached.

@@ -14,8 +14,8 @@ from freqmask.degradations import Blur, Downscale, Noise
 from freqmask.filters import Filtered
 from freqmask.heads import ReconstructionHead
 from freqmask.losses import SpectrumLoss
-from freqmask.methods.health import reconstruction_health
 from freqmask.methods.method import Method
+from freqmask.methods.mfm import reconstruction_health
 from freqmask.options.of_methods import (
     DeblurOptions,
     DenoiseOptions,

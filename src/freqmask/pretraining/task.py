@@ -33,9 +33,9 @@ from freqmask.pretraining.pretraining_module import (
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
 from freqmask.pretraining.watch import ENOUGH_RANKED, FEATURES_AT_ONCE, HeldOut, Probe, calibration
 from freqmask.training.auto import world_size
+from freqmask.training.callbacks import Monitor
 from freqmask.training.files import read_rows
 from freqmask.training.loop import Task, ends, images_at_once, make_sampler
-from freqmask.training.monitor import Monitor
 from freqmask.training.run_folder import RunFolder
 
 PROBES_A_RUN = 10

@@ -22,7 +22,7 @@ from freqmask.evaluation.labelled import LabelledData
 from freqmask.images import as_float
 from freqmask.pretraining.figures import draw_preview, filter_names
 from freqmask.pretraining.pretraining_module import whole_method
-from freqmask.training.monitor import Monitor, PeriodicCallback
+from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.run_folder import RunFolder
 
 PREVIEW_IMAGES = 4

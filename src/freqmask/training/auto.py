@@ -85,8 +85,10 @@ class Plan:
         """Accelerator, devices, precision and loader workers, beside what is fixed of the machine."""
         device = pick_device(self.asked["accelerator"])
         self.values |= {"accelerator": device.type, **fixed}
-        for name, choice in choose_machine(device).items():
-            self.take(name, *choice)
+        count = torch.cuda.device_count() if device.type == "cuda" else 1
+        self.take("devices", count, "all of them" if count > 1 else "one device here")
+        self.take("workers", *choose_workers(device.type == "cuda"))
+        self.take("precision", *choose_precision(device.type))
         return device
 
     def take_cost(
@@ -141,7 +143,8 @@ class Plan:
     def take_records(self, checkpoints: int) -> None:
         """How often metrics and this many checkpoints are written, once steps and cost are known."""
         values, steps = self.values, int(self.values["steps"])
-        self.take("log_every_steps", *choose_row(self.step_seconds(), steps))
+        row = round(SECONDS_A_ROW / max(self.step_seconds(), 1e-6))
+        self.take("log_every_steps", max(1, min(row, steps // 20, 100)), "about five seconds")
         self.take("checkpoint_every_steps", max(steps // checkpoints, 1), f"{checkpoints} times a run")
         for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
             values[name] = self.asked[name]
@@ -227,25 +230,9 @@ def choose_workers(on_gpu: bool) -> Choice:
     return Choice(max(cores // 4, 1), f"{cores} cores, most of them for the training itself")
 
 
-def choose_machine(device: torch.device) -> dict[str, Choice]:
-    """Devices, loader workers and precision of a training on devices of this kind."""
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    return {
-        "devices": Choice(count, "all of them" if count > 1 else "one device here"),
-        "workers": choose_workers(device.type == "cuda"),
-        "precision": choose_precision(device.type),
-    }
-
-
 def world_size(numbers: Mapping[str, Any]) -> int:
     """Processes of a training: devices times nodes."""
     return int(numbers["devices"]) * int(numbers["num_nodes"])
-
-
-def choose_row(seconds_a_step: float, steps: int) -> Choice:
-    """Optimiser steps between rows of metrics.csv: about five seconds, at least twenty rows a run."""
-    row = round(SECONDS_A_ROW / max(seconds_a_step, 1e-6))
-    return Choice(max(1, min(row, max(steps // 20, 1), 100)), "about five seconds")
 
 
 def choose_precision(accelerator: str) -> Choice:

@@ -28,12 +28,20 @@ from freqmask.data.loader import worker_failure
 from freqmask.data.sampler import TrainSampler
 from freqmask.errors import UserError
 from freqmask.training.auto import LONE_VALUE, is_out_of_memory, launched_processes, lone_image, world_size
+from freqmask.training.callbacks import (
+    AtomicCheckpointIO,
+    ExactResume,
+    Export,
+    Monitor,
+    NotFiniteError,
+    Saver,
+    Skipped,
+    StopSignals,
+)
 from freqmask.training.checkpoint import Checkpoint, newest_usable
 from freqmask.training.files import WriteError, cut_back, read_rows
-from freqmask.training.monitor import Monitor, NotFiniteError, Skipped
 from freqmask.training.optim import Schedule
 from freqmask.training.run_folder import RunFolder, heading, now
-from freqmask.training.saving import AtomicCheckpointIO, ExactResume, Export, Saver, StopSignals
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc takes
