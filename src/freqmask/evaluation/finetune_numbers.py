@@ -210,16 +210,11 @@ class FinetunePlan(Plan):
         self.values |= {
             "optimizer": published.optimizer,
             "loss": published.loss,
-            "flip": bool(asked["flip"]),
-            "seed": self.seed,
             "held_out": self.held_out,
             "ema": asked["ema"],
             "image_size": list(size),
-            "channels": self.opened.input_size[0],
-            "value_range": self.opened.value_range,
-            "mean": list(self.opened.mean),
-            "std": list(self.opened.std),
         }
+        self.take_model(self.opened, self.seed)
         self._take_views()
         self._take_machine()
         few = self.images < FEW_IMAGES and self.small and published is PUBLISHED["vit"]

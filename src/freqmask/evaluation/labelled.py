@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
@@ -16,10 +16,10 @@ from scipy.sparse.csgraph import connected_components
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.splits import choose_split, hold_out, read_labels, split_indices, split_of
+from freqmask.data.splits import choose_split, hold_out, split_indices, split_of
 from freqmask.errors import BadImage, UserError
 from freqmask.imports import NotNamedError, named_by_user
-from freqmask.training.files import write_rows
+from freqmask.training.files import read_rows, write_rows
 from freqmask.training.run_folder import RunFolder
 
 _AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
@@ -224,12 +224,15 @@ def _split_ourselves(
     groups = repr(whole.groups).encode(errors="surrogateescape")
     file = split_file(config.folder, Path(whole.name).stem, *key, groups)
     words = [f"fold{number}" for number in range(folds)] if folds else ["train", "test"]
-    if file.is_file():
-        known = {row.path: row.split for row in read_labels(file)}
-        part_of = parts_by_path(file, known, names, {word: number for number, word in enumerate(words)})
-    else:
-        part_of = _draw_parts(whole, images, config)
-        _write_parts(file, whole, images, [words[part] for part in part_of])
+    shares = [1.0] * folds if folds else [1 - config.test_share, config.test_share]
+
+    def draw() -> list[np.ndarray]:
+        groups = _with_duplicates(whole, images, config)
+        return split_indices(whole.labels[images], groups, shares, config.seed)
+
+    classes = [whole.class_names[number] for number in whole.labels[images]]
+    columns = {"label": classes, "group": whole.groups_of(images) or [None] * len(images)}
+    part_of = keep_parts(file, names, words, draw, columns)
     if folds:
         whole.rounds = [Round(images[part_of != one], images[part_of == one]) for one in range(folds)]
     else:
@@ -249,46 +252,41 @@ def split_file(folder: Path, stem: str, *key: bytes) -> Path:
     return folder / f"{plain}-{digest.hexdigest()}.csv"
 
 
-def parts_by_path(
-    file: Path, known: Mapping[str, str | None], names: Sequence[str], words: Mapping[str, int]
+def keep_parts(
+    file: Path,
+    names: Sequence[str],
+    words: Sequence[str],
+    draw: Callable[[], Sequence[np.ndarray]],
+    columns: Mapping[str, Sequence[Any]],
 ) -> Int64[np.ndarray, " image"]:
-    """The part of each image, by name, as a split of ours was written: ``known`` is path to word.
+    """The part of each image, by its name, from a table that ``--labels`` takes, too; drawn and written once.
+
+    Args:
+        file: the table.
+        names: of the images.
+        words: what the parts are called.
+        draw: numbers of the images of each part.
+        columns: of the table, beside path and split.
 
     Raises:
         UserError: an image is not listed, a word is unknown, or a part is empty.
     """
+    if not file.is_file():
+        part_of = np.empty(len(names), np.int64)
+        for number, members in enumerate(draw()):
+            part_of[members] = number
+        table = {"path": names, "split": [words[part] for part in part_of], **columns}
+        rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+        write_rows(file, list(table), rows)
+        return part_of
+    known = {row.get("path"): row.get("split") for row in read_rows(file)}
     if not all(name in known for name in names):
         raise UserError(f"split ({file}) does not list the images of DATA; delete it to have it drawn again")
     if {known[name] for name in names} != set(words):
         raise UserError(
             f"split ({file}) must say {' or '.join(words)} for every image; delete it to have it drawn again"
         )
-    return np.array([words[str(known[name])] for name in names], np.int64)
-
-
-def _draw_parts(data: LabelledData, images: np.ndarray, config: SplitConfig) -> np.ndarray:
-    """The part of each image: the fold, or 0 for training and 1 for testing."""
-    groups = _with_duplicates(data, images, config)
-    shares = [1.0] * config.folds if config.folds else [1 - config.test_share, config.test_share]
-    part_of = np.empty(len(images), np.int64)
-    for number, members in enumerate(split_indices(data.labels[images], groups, shares, config.seed)):
-        part_of[members] = number
-    return part_of
-
-
-def _write_parts(file: Path, data: LabelledData, images: np.ndarray, words: Sequence[str]) -> None:
-    """As a table that ``--labels`` takes, too."""
-    groups = data.groups_of(images) or [None] * len(images)
-    rows = [
-        {
-            "path": data.source.name(int(index)),
-            "label": data.class_names[data.labels[index]],
-            "split": word,
-            "group": group,
-        }
-        for index, word, group in zip(images, words, groups, strict=True)
-    ]
-    write_rows(file, ["path", "label", "split", "group"], rows)
+    return np.array([words.index(str(known[name])) for name in names], np.int64)
 
 
 def _with_duplicates(data: LabelledData, images: np.ndarray, config: SplitConfig) -> list[str | None] | None:

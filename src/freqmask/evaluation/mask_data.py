@@ -17,7 +17,7 @@ from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
 from freqmask.data.splits import choose_split, split_indices
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.labelled import SPLITS, default_splits, parts_by_path, pixel_hashes, split_file
+from freqmask.evaluation.labelled import SPLITS, default_splits, keep_parts, pixel_hashes, split_file
 from freqmask.evaluation.mask_files import (
     IGNORED,
     MOST_LABEL,
@@ -28,7 +28,6 @@ from freqmask.evaluation.mask_files import (
     parts_of,
     read_mask,
 )
-from freqmask.training.files import read_rows, write_rows
 
 UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
@@ -373,17 +372,12 @@ def _split_ourselves(
     names = [source.name(int(index)) for index in images]
     key = f"{source.fingerprint()} {config.test_share} {config.split_seed}"
     file = split_file(SPLITS, part.images.parent.name or "masks", key.encode())
-    if file.is_file():
-        known = {row["path"]: row["split"] for row in read_rows(file)}
-        is_test = parts_by_path(file, known, names, {"train": 0, "test": 1}) == 1
-    else:
+
+    def draw() -> list[np.ndarray]:
         hashes = [str(number) for number in pixel_hashes(source, images.tolist())]
-        shares = [1 - config.test_share, config.test_share]
-        is_test = np.zeros(len(images), bool)
-        is_test[split_indices(None, hashes, shares, config.split_seed)[1]] = True
-        rows = zip(names, is_test.tolist(), strict=True)
-        table = [{"path": path, "split": "test" if test else "train"} for path, test in rows]
-        write_rows(file, ["path", "split"], table)
+        return split_indices(None, hashes, [1 - config.test_share, config.test_share], config.split_seed)
+
+    is_test = keep_parts(file, names, ["train", "test"], draw, {}) == 1
     train, test = whole.labels(images[~is_test]), whole.labels(images[is_test])
     labels = labels_of(named, ignored, train)
     check_labels(whole, labels)

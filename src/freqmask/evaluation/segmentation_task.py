@@ -139,18 +139,11 @@ class SegmentationPlan(Plan):
         Raises:
             UserError: numbers do not fit each other.
         """
-        values, opened = self.values, self.model.opened
+        values = self.values
+        self.take_model(self.model.opened, self.seed)
         values["crop"], self.reasons["crop"] = choose_crop(self.asked, self.survey)
-        values |= {
-            "seed": self.seed,
-            "image_size": self.asked["image_size"],
-            "flip": self.asked["flip"],
-            "channels": opened.input_size[0],
-            "mean": opened.mean,
-            "std": opened.std,
-            "value_range": opened.value_range,
-            "decoder_channels": self.network.decoder_channels,
-        }
+        values["image_size"] = self.asked["image_size"]
+        values["decoder_channels"] = self.network.decoder_channels
         self.take("scale", SCALE, _BEIT)
         self.take_machine(num_nodes=1, strategy="auto")
         if int(values["devices"]) > 1:

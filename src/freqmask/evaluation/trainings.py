@@ -24,6 +24,7 @@ from freqmask.data.source import Source
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
+from freqmask.interop.models import OpenedModel
 from freqmask.training import auto
 from freqmask.training.callbacks import Export
 from freqmask.training.files import check_writable
@@ -112,6 +113,12 @@ class TrainingNumbers:
 @dataclass
 class Plan(auto.Plan):
     """The numbers of a fine-tuning or a segmentation, and how they are printed."""
+
+    def take_model(self, opened: OpenedModel, seed: int) -> None:
+        """What the model decides, and what is no matter of choice."""
+        names = ("mean", "std", "value_range")
+        self.values |= {"seed": seed, "flip": bool(self.asked["flip"]), "channels": opened.input_size[0]}
+        self.values |= {name: getattr(opened, name) for name in names}
 
     def length_lines(
         self, numbers: TrainingNumbers, images: int, unit: str, optimizer: str, end: str
