@@ -7,9 +7,9 @@ from freqmask.evaluation.scores import (
     accuracy_of,
     accuracy_units,
     bootstrap_interval,
+    class_scores,
     margins,
     one_class,
-    per_class,
     score,
 )
 
@@ -24,9 +24,9 @@ def test_scores_are_scikit_learn_s() -> None:
 
 
 def test_a_class_that_was_never_there_has_no_recall() -> None:
-    classes = per_class(margins(np.array([0, 0, 1]), np.array([0, 1, 1]), 3), ["a", "b", "c"])
-    assert (classes[0].recall, classes[0].precision, classes[1].precision) == (0.5, 1.0, 0.5)
-    assert np.isnan(classes[2].recall)
+    found = class_scores(margins(np.array([0, 0, 1]), np.array([0, 1, 1]), 3))
+    assert (found["recall"][0], *found["precision"][:2]) == (0.5, 1.0, 0.5)
+    assert np.isnan(found["recall"][2])
 
 
 def test_the_interval_is_the_binomial_one_and_wider_for_groups() -> None:

@@ -20,13 +20,12 @@ from freqmask.evaluation.scores import (
     accuracy_of,
     accuracy_units,
     bootstrap_interval,
+    class_scores,
     margins,
     mean_iou,
     one_class,
-    per_class,
     score,
     segmentation_score,
-    segmented_classes,
 )
 from freqmask.options import command_words
 from freqmask.training.files import append_row, check_writable, read_rows, replace_atomically, write_rows
@@ -77,8 +76,8 @@ class Result(ABC):
         """A dataclass of scores in [0, 1], `METRIC` first."""
 
     @abstractmethod
-    def classes(self) -> list[Any]:
-        """A dataclass of scores of each class, ``name`` first."""
+    def classes(self) -> dict[str, np.ndarray]:
+        """Columns of a table of the classes: how many there are, and their scores."""
 
     @abstractmethod
     def margins(self) -> Margins:
@@ -112,8 +111,9 @@ class ClassificationResult(Result):
     def scores(self) -> Any:
         return score(self.margins())
 
-    def classes(self) -> list[Any]:
-        return list(per_class(self.margins(), self.class_names))
+    def classes(self) -> dict[str, np.ndarray]:
+        scores = class_scores(self.margins())
+        return {"images": scores["total"], **{name: scores[name] for name in ("precision", "recall", "f1")}}
 
     def margins(self) -> Margins:
         return margins(self.truth, self.predicted, len(self.class_names))
@@ -147,8 +147,10 @@ class SegmentationResult(Result):
     def scores(self) -> Any:
         return segmentation_score(self.margins())
 
-    def classes(self) -> list[Any]:
-        return list(segmented_classes(self.margins(), self.class_names, self.data.labels.values))
+    def classes(self) -> dict[str, np.ndarray]:
+        scores, labels = class_scores(self.margins()), np.array(self.data.labels.values)
+        more = {"iou": scores["iou"], "accuracy": scores["recall"], "precision": scores["precision"]}
+        return {"label": labels, "pixels": scores["total"], **more}
 
     def margins(self) -> Margins:
         total: np.ndarray = self.counts.sum(axis=0)
@@ -219,7 +221,7 @@ def _summary(family: Sequence[Result]) -> Summary:
     scores = replace(
         each[0], **{name: float(np.mean([vars(one)[name] for one in each])) for name in vars(each[0])}
     )
-    values = [[vars(one)[first.CLASS_METRIC] for one in result.classes()] for result in family]
+    values = [result.classes()[first.CLASS_METRIC] for result in family]
     return Summary(
         first.model.name,
         first.variant,
@@ -320,11 +322,10 @@ class ResultTable:
         for result in self.results:
             about = {"model": result.model.name, "variant": result.variant, "seed": result.seed}
             if variant in (None, result.variant) and not result.error:
-                for one in result.classes():
-                    name, *numbers = vars(one).items()
-                    plain = {key: None if value != value else value for key, value in numbers}  # no nan
-                    cells = {key: f"{x:.4f}" if isinstance(x, float) else x for key, x in plain.items()}
-                    rows.append({**about, "class": name[1], **cells})
+                table = {name: column.tolist() for name, column in result.classes().items()}
+                for name, *numbers in zip(result.class_names, *table.values(), strict=True):
+                    plain = [None if x != x else f"{x:.4f}" if isinstance(x, float) else x for x in numbers]
+                    rows.append({**about, "class": name, **dict(zip(table, plain, strict=True))})
         write_rows(path, list(rows[0]) if rows else ["model", "variant", "seed", "class"], rows)
 
     def draw_chart(self, path: Path) -> None:

@@ -23,35 +23,12 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class ClassScores:
-    """Of one class, in [0, 1]; nan where there is nothing to divide by."""
-
-    name: str
-    images: int
-    precision: float
-    recall: float
-    f1: float
-
-
-@dataclass(frozen=True)
 class SegmentationScores:
     """In [0, 1], over all pixels of all images together."""
 
     mean_iou: float  # mean over the classes of intersection over union
     pixel_accuracy: float  # share of pixels named right
     mean_accuracy: float  # mean over the classes of the share of their pixels named right
-
-
-@dataclass(frozen=True)
-class SegmentedClass:
-    """Of one class, in [0, 1]; nan where there is nothing to divide by."""
-
-    name: str
-    label: int  # in the masks
-    pixels: int
-    iou: float
-    accuracy: float
-    precision: float
 
 
 def margins(
@@ -106,22 +83,17 @@ def mean_iou(counts: Shaped[np.ndarray, "*rest 3 classes"]) -> Float[np.ndarray,
         return np.asarray(ious.sum(-1) / (union > 0).sum(-1))
 
 
-def per_class(counts: Margins, names: Sequence[str]) -> list[ClassScores]:
-    """Precision, recall and F1 of every class."""
+def class_scores(counts: Margins) -> dict[str, Shaped[np.ndarray, " classes"]]:
+    """Of every class how many there are, and its scores in [0, 1]; nan where there is nothing to divide by."""
     right, total, predicted = counts
     with np.errstate(invalid="ignore", divide="ignore"):
-        parts = (right / predicted, right / total, 2 * right / (total + predicted))
-    rows = zip(names, total.tolist(), *(part.tolist() for part in parts), strict=True)
-    return [ClassScores(*row) for row in rows]
-
-
-def segmented_classes(counts: Margins, names: Sequence[str], labels: Sequence[int]) -> list[SegmentedClass]:
-    """IoU, accuracy (recall) and precision of every class, beside its label in the masks."""
-    right, total, predicted = counts
-    with np.errstate(invalid="ignore", divide="ignore"):
-        parts = (right / (total + predicted - right), right / total, right / predicted)
-    rows = zip(names, labels, total.tolist(), *(part.tolist() for part in parts), strict=True)
-    return [SegmentedClass(*row) for row in rows]
+        return {
+            "total": total,
+            "precision": right / predicted,
+            "recall": right / total,
+            "f1": 2 * right / (total + predicted),
+            "iou": right / (total + predicted - right),
+        }
 
 
 def one_class(counts: Margins) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freqmask.console import rank, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import make_loader
-from freqmask.data.sampler import ChosenSampler, OrderedSampler
+from freqmask.data.sampler import OrderedSampler
 from freqmask.data.values import survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import check_models
@@ -180,41 +180,6 @@ class Predictor:
         return decoded
 
 
-@torch.inference_mode()
-def predict(
-    predictor: Predictor, data: SegmentationData, inference: str, name: str
-) -> tuple[Int64[np.ndarray, "image 3 classes"], Int64[np.ndarray, " image"], str]:
-    """Segment every test image in ``windows`` or ``whole``, and count; ``name`` is the model's, for what is printed.
-
-    Returns:
-        The margins of each image that could be read, the numbers of those images, and what is wrong, if anything.
-
-    Raises:
-        UserError: not one image can be read.
-    """
-    began = time.monotonic()
-    dataset = make_pairs(data, data.test, predictor.training, cut=False)
-    counts, images, skipped, finite = [], [], {}, True
-    loader = make_loader(dataset, OrderedSampler(len(data.test)), 1, predictor.training.workers)
-    for asked, batch in enumerate(loader):
-        skipped.update(batch["skipped"])
-        if int(batch["indices"][0]) != asked:  # a fallback for one that cannot be read
-            continue
-        image, truth = batch["views"][0][0], batch["views"][1][0].numpy()
-        predicted, good = predictor(image, truth.shape, inference)
-        counts.append(image_margins(truth, predicted, len(data.labels)))
-        images.append(asked)
-        finite = finite and good
-    say_skipped(list(skipped.items()))
-    if not images:
-        raise UserError("not one of the test images can be read; check DATA")
-    say(
-        f"tested      {name}: {len(images):,} images in {readable_time(time.monotonic() - began)} ({inference})"
-    )
-    error = "" if finite else "the logits are not finite; no result"
-    return np.stack(counts), np.array(images, np.int64), error
-
-
 @dataclass
 class Overlay:
     """One test image with the classes of its pixels, to be drawn."""
@@ -226,28 +191,57 @@ class Overlay:
 
 
 @torch.inference_mode()
-def add_overlays(
-    overlays: dict[str, Overlay],
+def predict(
     predictor: Predictor,
     data: SegmentationData,
     inference: str,
     name: str,
-    count: int,
-) -> None:
-    """A model's predictions of a few evenly spread test images, beside those of other models, in place."""
-    total = len(data.test)
-    places = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+    overlays: dict[int, Overlay],
+    drawn: int,
+) -> tuple[Int64[np.ndarray, "image 3 classes"], Int64[np.ndarray, " image"], str]:
+    """Segment every test image in ``windows`` or ``whole``, and count.
+
+    Args:
+        predictor: the network.
+        data: the test images.
+        inference: ``windows`` or ``whole``.
+        name: the model's, for what is printed and drawn.
+        overlays: of images that are drawn, which get the model's predictions beside those of others.
+        drawn: how many of them, evenly spread.
+
+    Returns:
+        The margins of each image that could be read, the numbers of those images, and what is wrong, if anything.
+
+    Raises:
+        UserError: not one image can be read.
+    """
+    began, count = time.monotonic(), len(data.test)
+    places = set(np.linspace(0, count - 1, min(drawn, count)).round().astype(int).tolist())
     dataset = make_pairs(data, data.test, predictor.training, cut=False)
-    for place, batch in zip(places, make_loader(dataset, ChosenSampler(places), 1, 0), strict=True):
-        if int(batch["indices"][0]) != place:
+    counts, images, skipped, finite = [], [], {}, True
+    loader = make_loader(dataset, OrderedSampler(count), 1, predictor.training.workers)
+    for asked, batch in enumerate(loader):
+        skipped.update(batch["skipped"])
+        if int(batch["indices"][0]) != asked:  # a fallback for one that cannot be read
             continue
         image, truth = batch["views"][0][0], batch["views"][1][0].numpy()
-        predicted, _ = predictor(image, truth.shape, inference)
-        title = data.test.name(place)
-        if title not in overlays:
-            pixels = F.interpolate(as_float(image)[None], size=truth.shape, mode="bilinear")
-            overlays[title] = Overlay(title, pixels[0].cpu().numpy(), truth)
-        overlays[title].predicted[name] = predicted
+        predicted, good = predictor(image, truth.shape, inference)
+        counts.append(image_margins(truth, predicted, len(data.labels)))
+        images.append(asked)
+        finite = finite and good
+        if asked in places:
+            if asked not in overlays:
+                pixels = F.interpolate(as_float(image)[None], size=truth.shape, mode="bilinear")
+                overlays[asked] = Overlay(data.test.name(asked), pixels[0].cpu().numpy(), truth)
+            overlays[asked].predicted[name] = predicted
+    say_skipped(list(skipped.items()))
+    if not images:
+        raise UserError("not one of the test images can be read; check DATA")
+    say(
+        f"tested      {name}: {len(images):,} images in {readable_time(time.monotonic() - began)} ({inference})"
+    )
+    error = "" if finite else "the logits are not finite; no result"
+    return np.stack(counts), np.array(images, np.int64), error
 
 
 def class_colors(count: int) -> Float[np.ndarray, "class 3"]:
@@ -325,7 +319,7 @@ class Segment(Protocol):
         self.options = {**options, "model": check_models(options["model"])}
         self.inferences = list(dict.fromkeys(options["inference"] or ["windows"]))
         self.headline = self.inferences[0]
-        self.overlays: dict[str, Overlay] = {}
+        self.overlays: dict[int, Overlay] = {}
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         return EvalConfig(
@@ -411,12 +405,11 @@ class Segment(Protocol):
         }
         results: list[Result] = []
         for way in self.inferences:
-            counts, images, error = predict(predictor, data, way, model.name)
+            is_drawn = way == self.headline and seed == self.experiment.config.seeds[0]
+            drawn = int(self.options["overlays"]) if is_drawn else 0
+            counts, images, error = predict(predictor, data, way, model.name, self.overlays, drawn)
             row = SegmentationResult(model, data, way, seed, images, counts, metadata=metadata, error=error)
             results.append(row)
-        if seed == self.experiment.config.seeds[0] and self.options["overlays"]:
-            count = int(self.options["overlays"])
-            add_overlays(self.overlays, predictor, data, self.headline, model.name, count)
         model.opened.backbone.cpu()
         return results
 
