@@ -19,7 +19,7 @@ from freqmask.filters import build_filter
 from freqmask.interop.weights import load_method
 from freqmask.methods import build_method
 from freqmask.reporting.reading import read_run
-from freqmask.reporting.summary import facts
+from freqmask.reporting.summary import metadata
 
 TINY = "vit_tiny_patch16_224"
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ def test_an_option_of_one_line_is_in_help_config_and_report(
     tiny = ["--model_args", "{depth: 1, embed_dim: 48, num_heads: 2}", "--method", "dimlab:Dimmed"]
     main(["pretrain", "builtin:digits", *words, *tiny, "--dimming", "0.5", "--radius", "3", "--out", "run"])
     assert yaml.safe_load((lab / "run" / "config.yaml").read_text())["dimming"] == 0.5
-    settings = facts(read_run(lab / "run"))["Method"]["Settings"]
+    settings = metadata(read_run(lab / "run"))["Method"]["Settings"]
     assert settings.startswith("filter fixed; radius 3; low_pass_share 0.5; softness 0; clamp yes")
     assert settings.endswith("; dimming 0.5")
     assert "dimming 0.5" in (lab / "run" / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The one place that speaks to the user: texts, the progress bar, and libraries that shall be silent."""
+"""All that is printed: texts, the progress bar, and libraries that shall be silent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOUD = (
 _UNSHOWN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
-LINES_A_RUN = 20  # how often a run without a terminal speaks
+LINES_A_RUN = 20  # lines of a run without a terminal
 
 
 def say(text: str = "") -> None:
@@ -45,7 +45,7 @@ def say_error(text: str) -> None:
 def _write(stream: TextIO, text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write(plain(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()  # a run's log is read while the run goes on
+    stream.flush()  # a run's log is read while it is trained
 
 
 def plain(text: str) -> str:
@@ -80,7 +80,7 @@ def shell_word(word: object) -> str:
 
 
 def be_quiet(quiet: bool = True) -> None:
-    """Silences ``say`` in this process and in those that it starts; False lets it speak again."""
+    """Silences ``say`` in this process and in those that it starts; False ends that."""
     if quiet:
         os.environ[_QUIET] = "1"
     else:
@@ -133,7 +133,7 @@ class Progress:
         done: steps made before this start.
         shown: names of the values to show, in order, each with its format.
         unit: what is counted.
-        lines: how often a whole run speaks where there is no terminal.
+        lines: of a whole run where there is no terminal.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Progress:
     ) -> None:
         self.total, self.done, self.shown, self.unit = total, done, dict(shown), unit
         self._between = max(total // lines, 1)
-        self._spoken = done
+        self._printed = done
         self._bar: Any = None
 
     def start(self) -> None:
@@ -169,8 +169,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(plain(text), refresh=False)
             self._bar.update(step - self.done)
-        elif step == self.total or step - self._spoken >= self._between:
-            self._spoken = step
+        elif step == self.total or step - self._printed >= self._between:
+            self._printed = step
             say(f"{self.unit} {step:,} of {self.total:,}" + (f": {text}" if text else ""))
         self.done = step
 

@@ -31,7 +31,7 @@ class CallError(UserError, TypeError):
 
 
 class BadImage(Exception):  # noqa: N818 - it names a thing, and no mistake of the user
-    """An image that cannot be read. The run goes on without it and lists it with this reason."""
+    """An image that cannot be read. The run continues without it and lists it with this reason."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -45,12 +45,12 @@ def test_a_checkpoint_cut_short_leaves_the_one_before_it(tmp_path: Path) -> None
     write(tmp_path, 10)
     newest = step_file(tmp_path, 10)
     newest.write_bytes(newest.read_bytes()[:1500])
-    found, complaints = newest_usable(tmp_path)
+    found, warnings = newest_usable(tmp_path)
     assert found is not None
     assert (found.path, found.step, found.content["global_step"]) == (step_file(tmp_path, 5), 5, 5)
-    assert len(complaints) == 1
-    assert "step-00000010" in complaints[0]
-    assert "cut short" in complaints[0]
+    assert len(warnings) == 1
+    assert "step-00000010" in warnings[0]
+    assert "cut short" in warnings[0]
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
 def test_a_file_of_weights_alone_is_passed_over(tmp_path: Path) -> None:
     write(tmp_path, 5)
     save_atomically({"state_dict": {}}, step_file(tmp_path, 10))
-    found, complaints = newest_usable(tmp_path)
+    found, warnings = newest_usable(tmp_path)
     assert found is not None
     assert (found.path, found.step, found.content["global_step"]) == (step_file(tmp_path, 5), 5, 5)
-    assert "lacks global_step, optimizer_states, loops; using the one before it" in complaints[0]
+    assert "lacks global_step, optimizer_states, loops; using the one before it" in warnings[0]
 
 
 def test_what_a_training_resumes_from_is_read_once_and_not_kept(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from freqmask.errors import UserError
 from freqmask.training.auto import check_started_once, choose_devices
-from freqmask.training.worker_pool import DiedError, Packer, Unpacker, WorkerPool
+from freqmask.training.worker_pool import Deserializer, DiedError, Serializer, WorkerPool
 
 CPU = torch.device("cpu")
 
@@ -152,29 +152,29 @@ def test_what_a_script_defines_is_named_and_so_is_what_cannot_be_sent(
 def test_tied_parameters_and_buffers_arrive_as_they_were() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
     model[2].weight = model[0].weight
-    packer, unpacker = Packer(), Unpacker(CPU)
-    numbers = packer.keep([model])
-    unpacker.keep(numbers, {number: packer.pack_lasting(number) for number in numbers})
-    one, other = unpacker.unpack(packer.pack([model, model[2]]))
+    serializer, deserializer = Serializer(), Deserializer(CPU)
+    numbers = serializer.keep([model])
+    deserializer.keep(numbers, {number: serializer.pack_lasting(number) for number in numbers})
+    one, other = deserializer.unpack(serializer.pack([model, model[2]]))
     assert one is not model and one[2].weight is one[0].weight
     assert isinstance(other.weight, torch.nn.Parameter)
     assert all(torch.equal(tensor, one.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert packer.keep([model]) == numbers and packer.keep([model[0]]) != numbers
+    assert serializer.keep([model]) == numbers and serializer.keep([model[0]]) != numbers
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_lay_on_the_gpu_arrives_on_that_of_the_receiver() -> None:
     model = torch.nn.Linear(2, 2).cuda()
-    there = Unpacker(torch.device("cuda", 0)).unpack(
-        Packer().pack([model, torch.ones(2, device="cuda"), torch.ones(2)])
+    there = Deserializer(torch.device("cuda", 0)).unpack(
+        Serializer().pack([model, torch.ones(2, device="cuda"), torch.ones(2)])
     )
     assert [there[0].weight.device.type, there[1].device.type, there[2].device.type] == [
         "cuda",
         "cuda",
         "cpu",
     ]
-    here = Unpacker(CPU).unpack(Packer().pack(model))
+    here = Deserializer(CPU).unpack(Serializer().pack(model))
     assert here.weight.device.type == "cpu" and isinstance(here.weight, torch.nn.Parameter)
 
 

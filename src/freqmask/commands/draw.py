@@ -128,7 +128,7 @@ def reconstruct(
             say(line)
         say()
     path = draw_reconstructions(out, pictures, f"{opened.name}, {method.name}")
-    say(f"look at     {path}")
+    say(f"figure      {path}")
     return path
 
 

@@ -115,7 +115,7 @@ def embed(
     if neighbours:
         from freqmask.commands.sheets import draw_neighbors
 
-        say(f"look at     {draw_neighbors(path, opened, source, _QUERIES, _NEIGHBORS)}")
+        say(f"figure      {draw_neighbors(path, opened, source, _QUERIES, _NEIGHBORS)}")
     return path
 
 

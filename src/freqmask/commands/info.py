@@ -30,7 +30,7 @@ def info() -> dict[str, str]:
     from freqmask.data.cache import cache_folder
 
     python = ".".join(map(str, sys.version_info[:3]))
-    facts = {
+    versions = {
         "freqmask": __version__,
         "python": python,
         **{name: _version(name) or "missing" for name in _LIBRARIES},
@@ -38,10 +38,10 @@ def info() -> dict[str, str]:
         **_extras(),
         "cache folder": str(cache_folder()),
     }
-    width = max(map(len, facts))
-    for title, text in facts.items():
+    width = max(map(len, versions))
+    for title, text in versions.items():
         say(f"{title:{width}}  {text}")
-    return facts
+    return versions
 
 
 def _version(distribution: str) -> str | None:

@@ -13,7 +13,7 @@ from freqmask.errors import UserError
 from freqmask.options import Auto, Range
 
 if TYPE_CHECKING:
-    from freqmask.data.sharding import Outcome, Parts, Settings
+    from freqmask.data.sharding import Parts, PrepareResult, Settings
 
 _SHOWN_SKIPPED = 3
 
@@ -92,10 +92,10 @@ def prepare(
 
     progress.start()
     try:
-        outcome = prepare_shards(parts, settings, path, processes, count)
+        result = prepare_shards(parts, settings, path, processes, count)
     finally:
         progress.close()
-    _summarize(outcome, settings, path)
+    _summarize(result, settings, path)
     return path
 
 
@@ -142,19 +142,19 @@ def _check_same(settings: Settings, before: Settings, out: Path) -> None:
         )
 
 
-def _summarize(outcome: Outcome, settings: Settings, path: Path) -> None:
+def _summarize(result: PrepareResult, settings: Settings, path: Path) -> None:
     from freqmask.data.encode import spectrum_words
 
-    shards, images = len(outcome.index.shards), len(outcome.index)
+    shards, images = len(result.index.shards), len(result.index)
     say(
         f"written     {path}    {images:,} images in {shards:,} shard{'s' * (shards > 1)}, "
-        f"{readable_bytes(outcome.bytes)}"
+        f"{readable_bytes(result.bytes)}"
     )
-    if outcome.skipped:
-        say(f"skipped     {len(outcome.skipped):,} images cannot be read; {path / 'skipped.csv'} lists them")
-        for name, reason in outcome.skipped[:_SHOWN_SKIPPED]:
+    if result.skipped:
+        say(f"skipped     {len(result.skipped):,} images cannot be read; {path / 'skipped.csv'} lists them")
+        for name, reason in result.skipped[:_SHOWN_SKIPPED]:
             say(f"            {plain_name(name)}: {reason}")
-    first, *rest = spectrum_words(outcome.reductions, images, settings.resize)
+    first, *rest = spectrum_words(result.reductions, images, settings.resize)
     say(f"spectrum    {first}")
     for line in rest:
         say(f"            {line}")

@@ -23,7 +23,7 @@ def report(
 
     The page opens from the disk without a network: what was run, its curves, its previews by step, skipped
     images, every evaluation. Several runs are overlaid and the settings in which they differ listed. It may be
-    written while a run goes on. The table joins runs that differ in their seed only into mean and
+    written while a run is being trained. The table joins runs that differ in their seed only into mean and
     standard deviation, names the settings that vary, and puts the evaluations beside them.
 
     Args:

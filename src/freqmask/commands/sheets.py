@@ -94,12 +94,14 @@ def draw_reconstructions(
     return save_sheet(figure, path)
 
 
-def _draw_row(axes: Any, shown: dict[str, Tensor], facts: tuple[str, str], headings: Sequence[str]) -> None:
+def _draw_row(
+    axes: Any, shown: dict[str, Tensor], captions: tuple[str, str], headings: Sequence[str]
+) -> None:
     target = shown["target"]
     palette = Palette.of(target[None])
     lines = {
-        "target": facts[0],
-        "filtered": f"{facts[1]} {psnr(shown['filtered'], target):.1f} dB",
+        "target": captions[0],
+        "filtered": f"{captions[1]} {psnr(shown['filtered'], target):.1f} dB",
         "prediction": f"{psnr(shown['prediction'], target):.1f} dB",
         "filled": f"{psnr(shown['filled'], target):.1f} dB",
     }

@@ -82,7 +82,7 @@ def open_file(path: Path, pages: Pages = "channels", page: int = 0) -> Picture:
             _refuse_empty(path.stat().st_size)
             return open_tiff(path, pages, page) or PillowPicture(path.read_bytes())
     except OSError as error:
-        raise BadImage(_in_words(error, path)) from error
+        raise BadImage(_format_error(error, path)) from error
     return open_bytes(read_file(path), pages, page)
 
 
@@ -120,7 +120,7 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BadImage(_in_words(error, path)) from error
+        raise BadImage(_format_error(error, path)) from error
 
 
 def suffix_of(data: bytes, name: str) -> str:
@@ -450,7 +450,7 @@ def _refuse_empty(size: int) -> None:
         raise BadImage("the file is empty")
 
 
-def _in_words(error: OSError, path: Path) -> str:
+def _format_error(error: OSError, path: Path) -> str:
     if isinstance(error, FileNotFoundError):
         return "it is a link to a file that is gone" if path.is_symlink() else "the file is gone"
     if isinstance(error, PermissionError):

@@ -55,7 +55,7 @@ class PackedIndex:
         return piece_of(self.arrays, column, image).decode("utf-8", "surrogateescape")
 
     def save(self, file: Path, **extra: Any) -> bool:
-        """Write it, whole or not at all, with anything JSON as `extra`; False where the place cannot be written."""
+        """Write it atomically, with anything JSON as `extra`; False where the place cannot be written."""
         return write_arrays(file, self.about | {"extra": extra}, self.arrays)
 
     @classmethod

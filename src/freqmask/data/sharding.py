@@ -54,7 +54,7 @@ class Settings:
 
 
 @dataclass
-class Outcome:
+class PrepareResult:
     """What was written."""
 
     index: ShardIndex  # of all shards
@@ -183,7 +183,7 @@ def prepare_shards(
     out: Path,
     workers: int,
     report: Callable[[int], None] = lambda done: None,
-) -> Outcome:
+) -> PrepareResult:
     """Writes all shards that are not there yet in ``workers`` further processes, then their index.
 
     ``settings`` are those of the manifest where there is one; ``report`` is called with the number of images done
@@ -278,7 +278,7 @@ def images_there(out: Path, parts: Parts, settings: Settings) -> int:
     return sum(len(shard.images) for shard in planned if _is_finished(out, shard))
 
 
-def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedShard]) -> Outcome:
+def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedShard]) -> PrepareResult:
     """The index of all shards, the list of bad images, the manifest; then what was kept on the way goes."""
     try:
         written, tallies = zip(*(_read_part(out, shard) for shard in planned), strict=True)
@@ -305,7 +305,7 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
     for shard in planned:
         _part_file(out, shard).unlink()
     (out / PARTS).rmdir()
-    return Outcome(index, sum(size for _, size, _ in index.shards), skipped, reductions)
+    return PrepareResult(index, sum(size for _, size, _ in index.shards), skipped, reductions)
 
 
 def _write_manifest(out: Path, settings: Settings, parts: Parts, shards: list[list[Any]]) -> None:

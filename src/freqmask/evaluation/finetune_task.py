@@ -118,7 +118,7 @@ class HeldOutAccuracy(PeriodicCallback):
         super().__init__(every_steps)
         self.monitor, self.images, self.batch_size = monitor, images, batch_size
 
-    def look(self, trainer: L.Trainer, module: Any, step: int) -> None:
+    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
         """Measure and record the accuracy of this step."""
         began = time.perf_counter()
         devices = [module.device] if module.device.type == "cuda" else []

@@ -23,7 +23,7 @@ from freqmask.training.files import read_rows, write_rows
 from freqmask.training.run_folder import RunFolder
 
 _AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
-MOST_COMPARED = 200_000  # images of a pre-training; beyond it a look at all of them would take hours
+MOST_COMPARED = 200_000  # images of a pre-training; beyond it comparing all of them would take hours
 SPLITS = Path("runs") / "splits"  # where splits of ours are kept
 DATA_WITH_LABELS = (
     "a folder with one folder a class, a parquet file with a label column, an .npz with labels, "
@@ -330,7 +330,7 @@ def _check_classes(data: LabelledData) -> None:
         trained, tested = set(data.labels[one.train].tolist()), set(data.labels[one.test].tolist())
         if len(trained) < 2:
             raise UserError(
-                f"DATA ({data.name}) has one class only ({data.class_names[trained.pop()]}) to learn from; "
+                f"DATA ({data.name}) has one class only ({data.class_names[trained.pop()]}) to train on; "
                 "there must be two or more"
             )
         unknown = sorted(data.class_names[number] for number in tested - trained)

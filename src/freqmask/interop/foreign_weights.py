@@ -23,7 +23,7 @@ from freqmask.timm_models import SIGNATURES, architecture_of, as_timm_names
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
 _COPIES = ("momentum", "ema", "teacher", "target", "encoder_k", "key_")  # of a method's online network
-# how a training goes on, not what it gave
+# how a training is resumed, not what it gave
 _STATES = ("optim", "sched", "scaler", "callbacks", "loops", "amp")
 _DEEPEST = 5  # parts of a prefix, such as student.module.backbone.0.
 # tensors of tasks and of pre-training, without which the backbone is the same

@@ -199,7 +199,7 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
 
     Args:
         text: the run (of a pre-training or a fine-tuning), the exported folder, or the run's ``backbone``.
-        option: what the complaint calls it.
+        option: what errors call it.
 
     Raises:
         UserError: there is none.

@@ -1,4 +1,4 @@
-"""Weights to start from or to look at: public ones, a run's checkpoint taken apart, an exported folder (``--init``)."""
+"""Weights to start from or to measure: public ones, a run's checkpoint taken apart, an exported folder (``--init``)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_public(name: str, option: str) -> None:
 
     Args:
         name: a timm model.
-        option: what the complaint calls it, such as ``model (timm:resnet50)``.
+        option: what errors call it, such as ``model (timm:resnet50)``.
 
     Raises:
         UserError: timm has no weights of that name, or there is no way to them.

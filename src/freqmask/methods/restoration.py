@@ -1,4 +1,4 @@
-"""Restoration tasks: undo a spatial corruption, judged on the whole spectrum (docs/methods.md, MFM)."""
+"""Restoration tasks: undo a spatial corruption, evaluated on the whole spectrum (docs/methods.md, MFM)."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ BUILT_FROM = ("backbone", "image_size", "channels")  # what every method takes f
 FROM_DATA = ("mean", "std", "patch_size")  # resolved by what the images are, for every method alike
 
 
-def judged_from(method: Any) -> int:
+def informative_from(method: Any) -> int:
     """Optimizer steps before which little can be said of a run of this method."""
     return int(METHOD_OPTIONS.get(str(method), BackboneOptions).JUDGED_FROM)  # type: ignore[attr-defined]
 

@@ -61,7 +61,7 @@ HARMLESS = {
     *("log_every_steps", "preview_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"),
     *("probe_data", "probe_every_epochs"),
 }
-# A run cannot go on without these.
+# A run cannot be resumed without these.
 _NUMBERS = (
     *("steps", "batch_size", "lr", "seed", "devices", "num_nodes", "accumulate", "keep_checkpoints"),
     *("log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "max_skipped_share"),

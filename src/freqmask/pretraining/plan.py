@@ -15,7 +15,7 @@ from freqmask.data.source import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.methods import find_method
 from freqmask.options import as_typed, command_words
-from freqmask.options.of_methods import judged_from
+from freqmask.options.of_methods import informative_from
 from freqmask.pretraining.resolve import Resolved, shorter_side
 from freqmask.reporting.reading import read_run
 from freqmask.reporting.summary import features_remarks
@@ -203,7 +203,7 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
     """What a person with few steps or few images should know before the hours go by."""
     if options["init"] or options["overfit"] or data.startswith("builtin:"):
         return
-    early = judged_from(options["method"])
+    early = informative_from(options["method"])
     if options["steps"] < early:
         yield (
             f"advice      {options['steps']:,} steps are few: little shows before {early:,}; "

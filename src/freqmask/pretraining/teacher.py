@@ -1,4 +1,4 @@
-"""The frozen teacher of a run: opened, checked, timed, and known again when the run goes on."""
+"""The frozen teacher of a run: opened, checked, timed, and known again when the run is resumed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def weights_of(method: Any) -> dict[str, str]:
 
 
 def check_same(method: Any, state: Mapping[str, Any]) -> None:
-    """Refuse to go on under other weights than those that the run began with.
+    """Refuse to resume with other weights than those that the run began with.
 
     Raises:
         UserError: the teacher's weights have changed.

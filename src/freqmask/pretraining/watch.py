@@ -53,7 +53,7 @@ class Measurement(PeriodicCallback):
         super().__init__(every_steps)
         self.monitor, self.batch_size = monitor, batch_size
 
-    def look(self, trainer: L.Trainer, module: Any, step: int) -> None:
+    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
         """Measure, in the first process, to which the others lend their share of sharded weights."""
         began = time.perf_counter()
         devices = [module.device] if module.device.type == "cuda" else []

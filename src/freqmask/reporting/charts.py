@@ -104,7 +104,7 @@ PANELS = (
     Panel(
         "probe",
         "Probes on labelled images",
-        "How well the frozen features tell classes apart while the training goes on. Higher is better.",
+        "How well the frozen features tell classes apart during the training. Higher is better.",
         r".*(knn|linear|probe|accuracy).*",
         logarithmic=False,
     ),

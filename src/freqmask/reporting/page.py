@@ -22,7 +22,7 @@ from freqmask.console import rank, say, shell_word
 from freqmask.errors import UserError
 from freqmask.reporting.charts import charts, evaluation_charts, spread_out
 from freqmask.reporting.reading import Run, read_results, read_runs
-from freqmask.reporting.summary import differences, facts, remarks, repeat_command
+from freqmask.reporting.summary import differences, metadata, remarks, repeat_command
 from freqmask.reporting.tables import Row, evaluation_table
 from freqmask.training.files import replace_atomically
 from freqmask.training.run_folder import now
@@ -228,7 +228,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _grouped(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     """What was run, by group, each line with its text in every run; lines that no run fills are left out."""
-    texts = [facts(run) for run in runs]
+    texts = [metadata(run) for run in runs]
     groups: dict[str, list[tuple[str, list[str]]]] = {}
     for group, name in [(group, name) for group, names in texts[0].items() for name in names]:
         cells = [one[group][name] for one in texts]

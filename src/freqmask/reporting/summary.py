@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from freqmask.console import readable_bytes, readable_time, shell_word
 from freqmask.options import options_of
-from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions, judged_from
+from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions, informative_from
 from freqmask.options.of_training import GROUPS
 from freqmask.reporting.reading import Curve, Run, number
 
@@ -36,12 +36,12 @@ INSTEAD = (
 )
 
 
-def facts(run: Run) -> dict[str, dict[str, str]]:
+def metadata(run: Run) -> dict[str, dict[str, str]]:
     """What a reader wants to know first, group -> name -> text; the whole configuration stands elsewhere."""
-    return {**_training_facts(run), **_cost_facts(run)}
+    return {**_training_metadata(run), **_cost_metadata(run)}
 
 
-def _training_facts(run: Run) -> dict[str, dict[str, str]]:
+def _training_metadata(run: Run) -> dict[str, dict[str, str]]:
     config, state = run.config, run.state
     backbone = text_of(config.get("backbone") or run.summary.get("backbone"))
     backbone += f", patch {config['patch_size']}" if config.get("patch_size") else ""
@@ -79,7 +79,7 @@ def _training_facts(run: Run) -> dict[str, dict[str, str]]:
     }
 
 
-def _cost_facts(run: Run) -> dict[str, dict[str, str]]:
+def _cost_metadata(run: Run) -> dict[str, dict[str, str]]:
     config, state, summary = run.config, run.state, run.summary
     count = (
         f"{text_of(config.get('devices'))} × {text_of(config['accelerator'])}"
@@ -200,7 +200,7 @@ def _state(run: Run) -> Iterator[Remark]:
     else:
         stopped = f"Not finished: it stopped at step {run.last_step:,}{asked}"
         yield Remark("warning", f"{stopped}. The same command resumes it.")
-    early = judged_from(run.config.get("method"))
+    early = informative_from(run.config.get("method"))
     if run.curves and run.last_step < early:
         yield Remark("note", f"Little can be judged before about {early:,} steps.")
 

@@ -35,7 +35,7 @@ class NotFiniteError(UserError):
 
 
 class PeriodicCallback(L.Callback, ABC):
-    """Calls :meth:`look` every so many optimizer steps (0: never), and at the end."""
+    """Calls :meth:`on_period` every so many optimizer steps (0: never), and at the end."""
 
     def __init__(self, every_steps: int) -> None:
         self.every_steps = every_steps
@@ -48,10 +48,10 @@ class PeriodicCallback(L.Callback, ABC):
             return
         step = trainer.global_step
         if step == trainer.max_steps or (self.every_steps and step % self.every_steps == 0):
-            self.look(trainer, module, step)
+            self.on_period(trainer, module, step)
 
     @abstractmethod
-    def look(self, trainer: L.Trainer, module: Any, step: int) -> None:
+    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
         """What is done; called by every process."""
 
 

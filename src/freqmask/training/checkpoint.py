@@ -86,7 +86,7 @@ def newest_usable(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         UserError: a file would run code when read; that is never passed over in silence.
     """
-    complaints: list[str] = []
+    warnings: list[str] = []
     candidates = sorted(folder.glob("step-*.ckpt"), reverse=True)
     last = folder / LAST
     if last.exists() and not any(last.samefile(file) for file in candidates):
@@ -100,7 +100,7 @@ def newest_usable(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except UserError as error:
             if "would run code" in str(error):
                 raise
-            complaints.append(f"{error}; using the one before it")
+            warnings.append(f"{error}; using the one before it")
             continue
-        return Checkpoint(file, found, found["global_step"]), complaints
-    return None, complaints
+        return Checkpoint(file, found, found["global_step"]), warnings
+    return None, warnings

@@ -110,7 +110,7 @@ class Task:
         default_factory=dict
     )  # metrics in the progress bar, each with its format
     warmup_steps: int = 0  # no warning of a collapse before their end
-    lines: int = LINES_A_RUN  # how often a run speaks where there is no terminal
+    lines: int = LINES_A_RUN  # of a run where there is no terminal
     # further arguments of Lightning's Trainer: strategy, logger, sync_batchnorm
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -315,7 +315,7 @@ def translate_errors(run: RunFolder, numbers: Mapping[str, Any]) -> Iterator[Non
         if "loading state_dict" in str(error):
             first = str(error).splitlines()[1].strip()[:200]
             raise UserError(
-                f"the newest checkpoint in {run.checkpoints} is of another network ({first}); delete it to go on "
+                f"the newest checkpoint in {run.checkpoints} is of another network ({first}); delete it to resume "
                 "from the one before it, or give another --out"
             ) from error
         if "--ntasks" in str(error):  # Lightning's rule for srun

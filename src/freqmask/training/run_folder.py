@@ -30,9 +30,7 @@ _DAMAGED = {  # what to do about each file of JSON
     STATE: _ANEW,
     SUMMARY: "delete it, and the command that trains resumes from the last checkpoint",
 }
-PATIENCE = (
-    1800.0  # seconds that other processes wait until the first has looked at the data and written its plan
-)
+PATIENCE = 1800.0  # seconds that other processes wait until the first has read the data and written its plan
 
 
 class RunFolder:
@@ -86,16 +84,16 @@ class RunFolder:
         """What the run was asked for word by word, its data's fingerprint, versions."""
         return _read_json(self.path / STATE)
 
-    def check_whole(self, numbers: Iterable[str], facts: Mapping[str, type]) -> None:
-        """Raises a UserError where a run cannot go on: files that were cut short may still be YAML and JSON.
+    def check_whole(self, numbers: Iterable[str], metadata: Mapping[str, type]) -> None:
+        """Raises a UserError where a run cannot be resumed: files that were cut short may still be YAML and JSON.
 
         Args:
             numbers: options that the config must hold a number for.
-            facts: what ``run.json`` must hold, and of which type.
+            metadata: what ``run.json`` must hold, and of which type.
         """
         config, state = self.config(), self.state()
         kinds = dict.fromkeys(numbers, (int, float))
-        for file, held, wanted in ((CONFIG, config, kinds), (STATE, state, facts)):
+        for file, held, wanted in ((CONFIG, config, kinds), (STATE, state, metadata)):
             wrong = [name for name, kind in wanted.items() if not isinstance(held.get(name), kind)]
             if wrong:
                 told = ", ".join(f"a usable {name} ({held.get(name)})" for name in wrong)

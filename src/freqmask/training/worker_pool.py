@@ -41,7 +41,7 @@ _LASTING, _TENSOR = "lasting", "tensor"
 _RESULT, _DONE, _FAILED = "result", "done", "failed"
 
 
-class Packer:
+class Serializer:
     """Writes objects for other processes and knows which of them need not be sent again."""
 
     def __init__(self) -> None:
@@ -73,8 +73,8 @@ class Packer:
         return _written(thing, {id(item): number for number, item in self._lasting.items()})
 
 
-class Unpacker:
-    """Reads what a `Packer` wrote.
+class Deserializer:
+    """Reads what a `Serializer` wrote.
 
     Args:
         device: where tensors of an accelerator arrive; those of the CPU stay there.
@@ -101,7 +101,7 @@ class Unpacker:
             UserError: it is defined where another process cannot find it.
         """
         try:
-            return _Reader(io.BytesIO(message), self.device, self._lasting).load()
+            return _Unpickler(io.BytesIO(message), self.device, self._lasting).load()
         except (AttributeError, ImportError) as error:
             raise UserError(
                 f"another process cannot find what it needs ({error}); define it in a module of its own rather "
@@ -109,7 +109,7 @@ class Unpacker:
             ) from error
 
 
-class _Writer(pickle.Pickler):
+class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, numbers: Mapping[int, int]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._numbers = numbers
@@ -122,7 +122,7 @@ class _Writer(pickle.Pickler):
         return None
 
 
-class _Reader(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, device: torch.device, lasting: Mapping[int, object]) -> None:
         super().__init__(file)
         self._device, self._lasting = device, lasting
@@ -135,7 +135,7 @@ class _Reader(pickle.Unpickler):
 def _written(thing: object, numbers: Mapping[int, int]) -> bytes:
     file = io.BytesIO()
     try:
-        _Writer(file, numbers).dump(thing)
+        _Pickler(file, numbers).dump(thing)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UserError(
             f"model or data cannot be sent to other processes ({error}); try --devices 1"
@@ -169,7 +169,7 @@ class WorkerPool:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.devices = tuple(devices)
         self._members: list[_Member] = []
-        self._packer = Packer()
+        self._serializer = Serializer()
         self._busy = False
         weakref.finalize(self, _end, self._members)  # at the latest when Python ends
 
@@ -214,16 +214,16 @@ class WorkerPool:
         """End the processes: at once where they are at work."""
         _end(self._members, at_once=self._busy)
         self._busy = False
-        self._packer = Packer()
+        self._serializer = Serializer()
 
     def _send(self, work: Work, arguments: Sequence[tuple[Any, ...]], lasting: Sequence[object]) -> None:
-        numbers = self._packer.keep(lasting)
-        messages = [self._packer.pack((work, own)) for own in arguments]
+        numbers = self._serializer.keep(lasting)
+        messages = [self._serializer.pack((work, own)) for own in arguments]
         while len(self._members) < len(arguments):
             self._members.append(_start(self.devices[len(self._members)]))
         members = self._members[: len(arguments)]
         new = {number for member in members for number in numbers if number not in member.held}
-        packed = {number: self._packer.pack_lasting(number) for number in new}
+        packed = {number: self._serializer.pack_lasting(number) for number in new}
         for member, message in zip(members, messages, strict=True):
             lacking = {number: packed[number] for number in numbers if number not in member.held}
             try:
@@ -320,7 +320,7 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    unpacker = Unpacker(device)
+    unpacker = Deserializer(device)
     code = 0
     with silence_third_party_loggers():
         try:
@@ -335,7 +335,7 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
     os._exit(code)  # taking torch apart takes seconds, and nothing is left to be done
 
 
-def _answer(unpacker: Unpacker, message: bytes) -> Generator[bytes]:
+def _answer(unpacker: Deserializer, message: bytes) -> Generator[bytes]:
     try:
         numbers, packed, call = pickle.loads(message)
         with _translate_memory_errors(unpacker.device):
