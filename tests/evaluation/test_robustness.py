@@ -307,6 +307,10 @@ def test_attacks_reach_through_backbone_and_head(data: str) -> None:
     [
         (["--corruptions", "fogg"], "corruptions (fogg) must be"),
         (["--severities", "6"], "severities (6) must be"),
+        (["--norm", "l1"], "norm (l1) must be"),
+        (["--steps", "0"], "steps (0) must be"),
+        (["--folds", "1"], "folds (1) must be"),
+        (["--test_share", "1"], "test_share (1) must be"),
         (["--constants", "imagenet"], "constants (imagenet) must be"),
         (["--frost", "nowhere"], "frost (nowhere) must be a folder"),
         (["--folder", "nowhere"], "folder (nowhere) must be a folder"),

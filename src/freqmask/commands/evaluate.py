@@ -208,14 +208,14 @@ def robustness(
         seeds: of the head and of random: weights; 0.
     """
     from freqmask.evaluation.attacks import make_attacks
-    from freqmask.evaluation.corruptions import check_severities, choose_corruptions
+    from freqmask.evaluation.corruptions import SEVERITIES, choose_corruptions
     from freqmask.evaluation.robustness import Robustness
 
-    budget = (options[name] for name in ("norm", "epsilon", "steps", "step_size", "random_start"))
+    budget: Any = (options[name] for name in ("norm", "epsilon", "steps", "step_size", "random_start"))
     return Robustness(
         head=head,
         corruptions=choose_corruptions(options["corruptions"] or ["common"]),
-        severities=check_severities(options["severities"] or [1, 2, 3, 4, 5]),
+        severities=sorted(set(options["severities"] or SEVERITIES)),
         attacks=make_attacks(options["attacks"] or ["fgsm", "pgd"], *budget),
         folders=[Path(one) for one in options["folder"] or []],
         constants=options["constants"],

@@ -29,7 +29,7 @@ Images = Float[Tensor, "batch channel height width"]
 Classifier = Callable[[Images], Float[Tensor, "batch class"]]
 
 KINDS = ("fgsm", "pgd")
-EPSILONS: dict[str, str] = {"linf": "4/255", "l2": "1/2"}
+EPSILONS: dict[Norm, str] = {"linf": "4/255", "l2": "1/2"}
 _REACH = 2.5  # PGD's steps together over epsilon (arXiv 1706.06083): 10 steps of 1/255 for 4/255
 
 
@@ -137,7 +137,7 @@ def size_of_change(change: Images, norm: Norm) -> Float[Tensor, " batch"]:
 
 
 def make_attacks(
-    kinds: list[str], norm: str, epsilon: str | float, steps: int, step: str | float, random_start: bool
+    kinds: list[str], norm: Norm, epsilon: str | float, steps: int, step: str | float, random_start: bool
 ) -> list[Attack]:
     """Attacks from what a user typed: numbers also as fractions such as 4/255, or auto.
 
@@ -148,16 +148,11 @@ def make_attacks(
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"attacks ({kind}) must be fgsm, pgd, or none alone")
-    if norm not in EPSILONS:
-        raise UserError(f"norm ({norm}) must be linf or l2")
-    if steps < 1:
-        raise UserError(f"steps ({steps}) must be at least 1; try 10")
     radius = _number("epsilon", EPSILONS[norm] if epsilon == "auto" else epsilon)
     if norm == "linf" and radius > 1:
         raise UserError(f"epsilon ({epsilon}) must be at most 1, images being in [0, 1]; try 4/255")
     length = _REACH * radius / steps if step == "auto" else _number("step_size", step)
-    chosen: Norm = "linf" if norm == "linf" else "l2"
-    return [Attack(kind, chosen, radius, steps, length, random_start) for kind in kinds]
+    return [Attack(kind, norm, radius, steps, length, random_start) for kind in kinds]
 
 
 def _number(name: str, text: str | float) -> float:

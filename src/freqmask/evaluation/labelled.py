@@ -103,7 +103,6 @@ def open_labelled(
         UserError: there are no labels, one class only, a test class without training images, an empty part.
     """
     config = config or SplitConfig()
-    _check(config)
     data = data[0] if isinstance(data, (list, tuple)) and len(data) == 1 else data
     several = isinstance(data, (list, tuple))
     splits = [] if several else splits_there(data, labels)  # type: ignore[arg-type]
@@ -124,15 +123,6 @@ def open_labelled(
     else:
         opened.rounds = [Round(one.train[:0], one.test) for one in opened.rounds]
     return opened
-
-
-def _check(config: SplitConfig) -> None:
-    if config.folds is not None and config.folds < 2:
-        raise UserError(f"folds ({config.folds}) must be at least 2; try 5")
-    if not 0 < config.test_share < 1:
-        raise UserError(f"test_share ({config.test_share}) must be above 0 and below 1; try 0.2")
-    if config.duplicates not in ("refuse", "together"):
-        raise UserError(f"duplicates ({config.duplicates}) must be refuse or together")
 
 
 def default_splits(names: Sequence[str]) -> dict[str, str | None]:

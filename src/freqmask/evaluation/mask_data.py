@@ -33,7 +33,6 @@ UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's own
-LAYOUT_NAMES = ("auto", "plain", "ade20k")
 _LAYOUT = 1  # raised when the cached arrays would mean something else
 _NUMBERED = re.compile(r"(\d+)\s*[\s,:;]\s*(\S.*)")
 
@@ -292,8 +291,6 @@ def open_segmentation(config: MaskConfig) -> SegmentationData:
             unknown label, or there are fewer than two classes.
     """
     parts, name, folder = _parts(config)
-    if config.layout not in LAYOUT_NAMES:
-        raise UserError(f"layout ({config.layout}) must be one of {', '.join(LAYOUT_NAMES)}")
     first = int(config.layout == "ade20k" or (config.layout == "auto" and is_ade20k(parts)))
     named, ignored = name_labels(config.class_names, folder, config.ignore_label, first)
     if len(parts) == 1 and not parts[0].name:
@@ -364,8 +361,6 @@ def _split_ourselves(
     part: Part, config: MaskConfig, name: str, named: dict[int, str] | None, ignored: tuple[int, ...]
 ) -> SegmentationData:
     """Hold a share of the images out; identical images stay on one side."""
-    if not 0 < config.test_share < 1:
-        raise UserError(f"test_share ({config.test_share}) must be above 0 and below 1; try 0.2")
     source = PairSource(part, config.pages)
     whole = survey_masks(source)
     images = whole.usable()

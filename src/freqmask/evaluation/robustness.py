@@ -168,10 +168,7 @@ class Robustness(Protocol):
 
     def open(self, config: EvalConfig) -> Experiment:
         """Open models, DATA (may be missing where nothing is trained) and folders."""
-        if self.test_images is not None and self.test_images < 1:
-            raise UserError(f"test_images ({self.test_images}) must be at least 1, or left out for all")
         check_frost(self.frost)
-        strengths_for(224, self.constants)
         if config.data:
             experiment: Experiment = super().open(config)
             experiment.data = self._thinned(experiment.data)

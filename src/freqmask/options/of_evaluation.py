@@ -59,7 +59,7 @@ class Labelled(Parts):
         None, "a CSV table with the columns path and label, and optionally split and group"
     )
     folds: int | None = option(
-        None, "cross-validation with so many parts, where a test part would be too small"
+        None, "cross-validation with so many parts, where a test part would be too small", least=2
     )
     duplicates: Literal["refuse", "together"] = option(
         "refuse", "what a split of ours does about identical images: refuse, or keep them together"
@@ -331,8 +331,8 @@ class HarderImages:
     corruptions: list[str] | None = option(
         None, "common (the 15), all (4 more), a family (noise blur weather digital extra), names, or none"
     )
-    severities: list[int] | None = option(None, "some of 1 2 3 4 5; all of them")
-    constants: str = option(
+    severities: list[int] | None = option(None, "some of 1 2 3 4 5; all of them", least=1, most=5)
+    constants: Literal["auto", "imagenet-c", "tiny-imagenet-c", "cifar-10-c"] = option(
         "auto",
         "how strong they are: imagenet-c (made for 224 pixels), tiny-imagenet-c (64), cifar-10-c (32); auto takes "
         "those of the size nearest to the model's and scales lengths in pixels",
@@ -347,7 +347,7 @@ class HarderImages:
     epsilon: float | str = option(
         "auto", "the budget for images in [0, 1]; auto is 4/255 for linf, 1/2 for l2"
     )
-    steps: int = option(10, "of PGD")
+    steps: int = option(10, "of PGD", least=1)
     step_size: float | str = option(
         "auto",
         "of PGD, in the norm; auto is 2.5 epsilon over the steps, 1/255 for the defaults",
@@ -359,5 +359,5 @@ class HarderImages:
         "ImageNet-A, -R, -Sketch, whose answers are restricted to the classes that they have",
     )
     test_images: int | None = option(
-        None, "at most so many test images of DATA, evenly taken; the default is all"
+        None, "at most so many test images of DATA, evenly taken; the default is all", least=1
     )
