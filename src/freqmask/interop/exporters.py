@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError
+from freqmask.images import Normalization
 from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.models import OpenedClassifier, OpenedModel
 from freqmask.interop.timm_folder import DECODER, Pooled, differences, read_tensors, write_timm_folder
@@ -46,18 +47,13 @@ class Exported(nn.Module):
         std: of each channel.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, network: Callable[[Tensor], Any], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.network, self.normalise = network, Normalization(len(mean), mean, std)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, ...]:
         """The network's outputs for images in [0, 1]."""
-        outputs = self.network((images - self.mean) / self.std)
+        outputs = self.network(self.normalise(images))
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
