@@ -318,11 +318,7 @@ def _write_graph(
 ) -> list[str]:
     """Any image size where the network takes any; what an exporter cannot follow is fixed to its own.
 
-    Args:
-        graph: what is exported.
-        path: of the file, replaced atomically.
-        write: given a path, an example and the dynamic axes, writes the file and returns how to compute with it.
-        checked_in: what computes with it.
+    ``write`` fills a file, given an example and the dynamic axes, and returns how to compute with it.
     """
     size = graph.input_size[1:]
     batch: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}

@@ -32,7 +32,7 @@ from freqmask.interop.timm_folder import (
     find_backbone,
     fitted,
     read_config,
-    run_options,
+    run_behind,
 )
 from freqmask.interop.torch_file import check_weights
 from freqmask.interop.weights import check_public, with_weights
@@ -70,8 +70,7 @@ class OpenedModel:
     @property
     def run(self) -> RunFolder | None:
         """The run that it was exported by, where it lies beside it."""
-        run = RunFolder(self.folder.resolve().parent) if self.folder is not None else None
-        return run if run is not None and run.exists() else None
+        return run_behind(self.folder) if self.folder is not None else None
 
     @property
     def weights_hash(self) -> str:
@@ -320,7 +319,8 @@ def _open_folder(
     """A run, an exported folder, and ``random:`` before either."""
     place = text.removeprefix(RANDOM)
     folder = find_backbone(place)
-    config, options = read_config(folder), run_options(place)
+    config, run = read_config(folder), run_behind(folder)
+    options = run.config() if run is not None else {}
     size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))
     metadata = dict(config.get(OURS, {}))
     stage = metadata.get("stage", -1) if options.get("stage") is None else options["stage"]

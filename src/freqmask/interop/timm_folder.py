@@ -261,15 +261,10 @@ def architecture_in(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int
     return str(config["architecture"]), arguments, arguments.pop("patch_size", None)
 
 
-def run_options(text: str | Path) -> dict[str, Any]:
-    """The options of the run behind a run folder or that of its weights; empty where there is none."""
-    path = Path(text).expanduser()
-    inside = path.resolve().name in ("backbone", CLASSIFIER)
-    for folder in (path, path.resolve().parent if inside else path):
-        run = RunFolder(folder)
-        if run.exists():
-            return run.config()
-    return {}
+def run_behind(folder: Path) -> RunFolder | None:
+    """The run that wrote a folder of weights, where it lies in one."""
+    run = RunFolder(folder.resolve().parent)
+    return run if run.exists() else None
 
 
 def fitted(values: Sequence[float], channels: int) -> tuple[float, ...]:
