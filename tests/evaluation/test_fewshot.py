@@ -5,25 +5,26 @@ import pytest
 
 from freqmask.errors import UserError
 from freqmask.evaluation import fewshot
+from freqmask.evaluation.labelled import draw_shots, parse_shots
 
 
 def test_draws_hold_the_number_of_each_class() -> None:
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
-    drawn = fewshot.draw(labels, "5", seed=0)
+    drawn = draw_shots(labels, "5", seed=0)
     assert np.bincount(labels[drawn]).tolist() == [5, 5, 3]
-    assert np.bincount(labels[fewshot.draw(labels, "10%", 0)]).tolist() == [5, 3, 1]
+    assert np.bincount(labels[draw_shots(labels, "10%", 0)]).tolist() == [5, 3, 1]
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
     labels = np.arange(100) % 2
-    assert np.array_equal(fewshot.draw(labels, "5", 1), fewshot.draw(labels, "5", 1))
-    assert not np.array_equal(fewshot.draw(labels, "5", 1), fewshot.draw(labels, "5", 2))
+    assert np.array_equal(draw_shots(labels, "5", 1), draw_shots(labels, "5", 1))
+    assert not np.array_equal(draw_shots(labels, "5", 1), draw_shots(labels, "5", 2))
 
 
 @pytest.mark.parametrize("shot", ["0", "x", "1.5", "200%", "-3"])
 def test_impossible_shots_are_refused(shot: str) -> None:
     with pytest.raises(UserError, match="shots"):
-        fewshot.parse_shots([shot])
+        parse_shots([shot])
 
 
 def test_logistic_regression_separates_what_can_be_separated() -> None:

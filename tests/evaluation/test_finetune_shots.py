@@ -9,7 +9,7 @@ from tiny_runs import make_run
 
 import freqmask
 from freqmask.errors import UserError
-from freqmask.evaluation.finetune import SETTINGS, summarize_settings
+from freqmask.evaluation.fewshot import SETTINGS, summarize_settings
 from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.results import ClassificationResult
 from freqmask.training.files import read_rows

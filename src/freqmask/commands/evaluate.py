@@ -147,7 +147,7 @@ def fewshot(
         feature: what stands for an image: the mean of the map, or the class token where there is one.
     """
     if tune != "frozen":
-        from freqmask.evaluation.finetune import TunedFewshot
+        from freqmask.evaluation.fewshot import TunedFewshot
 
         return TunedFewshot(running_options())
     if epochs is not None:

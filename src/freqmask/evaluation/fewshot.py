@@ -1,61 +1,32 @@
-"""Few labels: a handful a class, or a small share, and logistic regression on frozen features."""
+"""Few labels: logistic regression on frozen features, or all weights fine-tuned."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
 
+from freqmask.console import rank, say
 from freqmask.errors import UserError
-from freqmask.evaluation.labelled import Round
-from freqmask.evaluation.protocol import EvalContext, Prediction, Protocol
+from freqmask.evaluation.eval_model import PIXELS
+from freqmask.evaluation.labelled import Round, draw_shots, parse_shots, shot_name
+from freqmask.evaluation.protocol import (
+    EvalConfig,
+    EvalContext,
+    Experiment,
+    Prediction,
+    Protocol,
+    finish_report,
+    say_blocks,
+)
+from freqmask.evaluation.results import Result, ResultTable, Summary, draw_bar_chart, summarize
 
 SHOTS = ("1", "5", "10", "1%", "10%")
 INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
-
-
-def parse_shots(shots: Sequence[str]) -> list[str]:
-    """``5`` (images a class) or ``10%`` (of the training images), checked.
-
-    Raises:
-        UserError: one is neither.
-    """
-    for shot in shots:
-        number = shot.removesuffix("%")
-        if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) <= 0 or (number == shot and "." in shot):
-            raise UserError(f"shots ({shot}) must be images a class such as 5, or a share such as 10%")
-        if number != shot and float(number) > 100:
-            raise UserError(f"shots ({shot}) must be at most 100%")
-    return list(dict.fromkeys(shots))
-
-
-def shot_name(shot: str) -> str:
-    """A number of labels as tables say it.
-
-    >>> shot_name("5"), shot_name("10%")
-    ('5 a class', '10%')
-    """
-    return shot if shot.endswith("%") else f"{shot} a class"
-
-
-def draw(labels: Int64[np.ndarray, " image"], shot: str, seed: int) -> Int64[np.ndarray, " drawn"]:
-    """Which images are trained on, sorted: it depends on labels, shot and seed alone, so all models get the same.
-
-    A shot of ``5`` is that many of each class, all where there are fewer; ``10%`` is that share of each class, at
-    least one image.
-    """
-    share, is_share = float(shot.removesuffix("%")), shot.endswith("%")
-    generator = np.random.default_rng([seed, int(share * 1000), is_share])
-    chosen = []
-    for number in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == number))
-        wanted = max(1, round(share / 100 * len(members))) if is_share else int(share)
-        chosen.append(members[:wanted])
-    return np.sort(np.concatenate(chosen))
 
 
 def logistic_regression(
@@ -103,9 +74,146 @@ class Fewshot(Protocol):
         values, labels = context.end(self.feature), context.data.labels
         predictions = {}
         for shot in self.shots:
-            drawn = one.train[draw(labels[one.train], shot, seed)]
+            drawn = one.train[draw_shots(labels[one.train], shot, seed)]
             predicted = logistic_regression(
                 values[drawn], labels[drawn], values[one.test], values[one.train], self.strength
             )
             predictions[shot_name(shot)] = Prediction(predicted, n_train=len(drawn))
         return predictions
+
+
+EPOCHS = 50.0  # of the first two settings: the publication names the third one's only
+# Learning rates as published, at any batch: scaled down to a handful of images they would move nothing.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lr 2e-3, warm-up": {"lr": 2e-3, "warmup_epochs": 5},
+    "lr 2e-4": {"lr": 2e-4, "warmup_epochs": 0},
+    "lr 2e-4, 100 epochs": {"lr": 2e-4, "warmup_epochs": 0, "epochs": 100.0},
+}
+FROZEN, AVERAGE, BEST = "frozen", "average", "best"
+
+
+class TunedFewshot(Protocol):
+    """Fine-tuning on few labels, with or without the frozen features beside it, by the options of ``fewshot``."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.shots = parse_shots(options["shots"] or SHOTS)
+        _check_frozen(options)
+        self.frozen = None
+        if options["tune"] == "both":
+            self.frozen = Fewshot(self.shots, options["feature"], options["strength"])
+        from freqmask.evaluation.finetune import (
+            Finetune,  # it imports Lightning, which frozen features need not
+        )
+
+        self.options = _tuning_options(options)
+        self.tuning = Finetune(self.options, self.frozen is not None)
+
+    def config(self, options: Mapping[str, Any]) -> EvalConfig:
+        return EvalConfig.of(options, self.seeds, parallel=False)
+
+    def open(self, config: EvalConfig) -> Experiment:
+        experiment = self.tuning.experiment = self.tuning.open(config)
+        tuned = [text for text in experiment.models if text != PIXELS]
+        if not tuned:
+            raise UserError(
+                "model (pixels) has no weights to be fine-tuned; add a model, or give --tune frozen"
+            )
+        count = len(tuned) * len(self.shots) * len(SETTINGS) * len(config.seeds) * len(experiment.data.rounds)
+        say(f"{count} fine-tunings, each a run in {self.tuning.root}")
+        return experiment
+
+    def contexts(self, text: str) -> Iterator[tuple[Any, int]]:
+        if self.frozen is not None and rank() == 0:
+            self.frozen.experiment = self.experiment
+            yield from self.frozen.contexts(text)
+        if text != PIXELS:
+            yield from self.tuning.contexts(text)
+
+    def evaluate(self, context: Any, seed: int) -> list[Result]:
+        """Logistic regression on frozen features, or all labels and settings of fine-tuning."""
+        if self.frozen is not None and isinstance(context, EvalContext):
+            rows = self.frozen.evaluate(context, seed)
+            return [replace(row, variant=f"{row.variant}, {FROZEN}") for row in rows]
+        rows = []
+        for shot in self.shots:
+            for number, (name, setting) in enumerate(SETTINGS.items(), 1):
+                options = {**self.options, **setting, "shots": shot}
+                suffix = f"-{shot.replace('%', 'percent')}-{number}"
+                rows += self.tuning.measure(context, options, seed, f"{shot_name(shot)}, {name}", suffix)
+        return rows
+
+    def report(self, results: Sequence[Result]) -> list[Summary]:
+        """A table for each number of labels, the rows, a bar chart of the averages."""
+        summaries: list[Summary] = []
+        averages: list[Summary] = []
+        for words in map(shot_name, self.shots):
+            table = ResultTable(self.name, f"few labels: {words}", AVERAGE, results)
+            table.summaries = summarize_settings(results, words)
+            say_blocks(table.lines())
+            averages += [replace(one, variant=words) for one in table.summaries if one.variant == AVERAGE]
+            summaries += [replace(one, variant=f"{words}, {one.variant}") for one in table.summaries]
+        say(
+            f"({BEST}: the setting that is best on the test images, as published; {AVERAGE} is the fair number)"
+        )
+        table = ResultTable(self.name, "few labels", AVERAGE, results)
+        folder = table.folder(self.experiment.config.out)
+        figures = [folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"]
+        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{self.experiment.data.name}"
+        if averages:
+            draw_bar_chart(figures[0], title, "accuracy in %", averages)
+        table.write_classes(figures[1])
+        say_blocks(table.warnings())
+        finish_report([table], self.experiment.config, figures)
+        return summaries
+
+
+def _check_frozen(options: Mapping[str, Any]) -> None:
+    usual = {"strength": INVERSE_STRENGTH, "feature": "mean", "precision": "32", "cache": True}
+    given = [name for name, value in usual.items() if options[name] != value]
+    if options["tune"] == "finetune" and given:
+        raise UserError(
+            f"{given[0]} ({options[given[0]]}) is of frozen features; leave it out, or give --tune both"
+        )
+
+
+def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    from freqmask.evaluation.finetune_numbers import check_tuning, with_defaults
+
+    dropped = ("batch_size", "precision", "shots")
+    epochs = EPOCHS if options["epochs"] is None else options["epochs"]
+    tuned = with_defaults(
+        {
+            **{name: value for name, value in options.items() if name not in dropped},
+            "held_out": 0.0,
+            "epochs": epochs,
+            "seeds": options["seeds"] or [0, 1, 2],
+        }
+    )
+    check_tuning({**tuned, "model": [text for text in tuned["model"] if text != PIXELS]})
+    return tuned
+
+
+def summarize_settings(results: Sequence[Result], words: str) -> list[Summary]:
+    """Summaries for one number of labels: every setting, then their average, then the best one.
+
+    Args:
+        results: of all models, settings and seeds; their variants are ``WORDS, SETTING``.
+        words: the number of labels as tables say it.
+    """
+    beginning = f"{words}, "
+    here = [
+        replace(result, variant=result.variant.removeprefix(beginning))
+        for result in results
+        if result.variant.startswith(beginning)
+    ]
+    summaries = summarize(here)
+    for text in dict.fromkeys(result.model.text for result in here if result.variant != FROZEN):
+        family = [result for result in here if result.model.text == text and result.variant != FROZEN]
+        if any(result.error for result in family):
+            continue
+        (mean,) = summarize([replace(result, variant=AVERAGE) for result in family])
+        settings = summarize(family)
+        by_seed = np.mean([one.values for one in settings], axis=0)
+        summaries.append(replace(mean, values=[float(value) for value in by_seed]))
+        summaries.append(replace(max(settings, key=lambda one: one.mean), variant=BEST))
+    return summaries

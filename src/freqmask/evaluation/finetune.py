@@ -1,41 +1,304 @@
-"""Fine-tunes every model with every seed, on all labels or a few, and evaluates the classifiers on the test images."""
+"""Fine-tuning: its module and its job as a task of the loop, and the protocol, every model with every seed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import lightning as L
 import numpy as np
+import torch
+from timm.loss.binary_cross_entropy import BinaryCrossEntropy
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from timm.optim.lamb import Lamb
+from torch import Tensor, nn
 
-from freqmask.console import rank, say
+from freqmask import __version__
+from freqmask.backbones import eval_no_grad
+from freqmask.console import LINES_A_RUN, rank, readable_time, say
+from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.sampler import OrderedSampler
+from freqmask.data.source import Source
+from freqmask.data.splits import split_indices
+from freqmask.data.transforms import Geometry
+from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
-from freqmask.evaluation import fewshot
+from freqmask.evaluation.classifier import AugmentedGeometry, Mixer, Network, make_classifier
 from freqmask.evaluation.eval_model import LOGITS, PIXELS, BackboneModel, ClassifierModel
 from freqmask.evaluation.features import compute_features, not_finite
-from freqmask.evaluation.fewshot import Fewshot
-from freqmask.evaluation.finetune_numbers import DECIDING, check_tuning, with_defaults
-from freqmask.evaluation.finetune_task import FinetuneJob
-from freqmask.evaluation.labelled import LabelledData, subset
-from freqmask.evaluation.protocol import (
-    EvalConfig,
-    EvalContext,
-    Experiment,
-    Protocol,
-    finish_report,
-    say_blocks,
-    say_skipped,
+from freqmask.evaluation.finetune_numbers import (
+    DECIDING,
+    FinetunePlan,
+    Tuning,
+    check_tuning,
+    held_out_share,
+    say_short_plan,
 )
-from freqmask.evaluation.results import (
-    ClassificationResult,
-    Result,
-    ResultTable,
-    Summary,
-    draw_bar_chart,
-    summarize,
+from freqmask.evaluation.labelled import LabelledData, draw_shots, shot_name, subset
+from freqmask.evaluation.protocol import EvalConfig, Experiment, Protocol, say_skipped
+from freqmask.evaluation.results import ClassificationResult, Result
+from freqmask.evaluation.trainings import (
+    AUTO,
+    TrainingJob,
+    layer_groups,
+    make_adamw,
+    make_task,
+    run_names,
+    run_training,
+    series_folder,
 )
-from freqmask.evaluation.trainings import run_names, run_training, series_folder
-from freqmask.training.run_folder import RunFolder
+from freqmask.images import as_float
+from freqmask.interop.timm_folder import CLASSIFIER, write_timm_folder
+from freqmask.rng import sample_key
+from freqmask.training.callbacks import Monitor, PeriodicCallback
+from freqmask.training.loop import ScheduledModule, Task
+from freqmask.training.optim import Schedule, update_ema
+from freqmask.training.run_folder import RunFolder, comparable
+
+_PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
+_FEW_LINES = 4  # without a terminal a series of runs would be all progress
+
+
+class FinetuneModule(ScheduledModule):
+    """Trains a timm classifier."""
+
+    def __init__(self, model: nn.Module, tuning: Tuning, classes: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.average: Any = (
+            copy.deepcopy(model).requires_grad_(False).eval() if tuning.ema is not None else None
+        )
+        self.tuning = tuning
+        self.mixer = Mixer(classes, tuning.mixup, tuning.cutmix, tuning.smoothing, tuning.erasing)
+        binary = tuning.loss == "binary"
+        self.loss = BinaryCrossEntropy(target_threshold=_PRESENT) if binary else SoftTargetCrossEntropy()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(tuning.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(tuning.std)[:, None, None], persistent=False)
+
+    @property
+    def tested(self) -> Any:
+        """The classifier that is tested: the moving average where there is one."""
+        return self.model if self.average is None else self.average
+
+    def normalize(self, view: Tensor) -> Tensor:
+        """A view (B, C, H, W), uint8 or in [0, 1], as the classifier takes it."""
+        return (as_float(view) - self.mean) / self.std
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """One part of an optimizer step."""
+        with torch.no_grad():
+            part = batch_index % self.tuning.accumulate
+            key = sample_key(self.tuning.seed, self.step, self.trainer.global_rank, part)
+            images, targets = self.mixer(self.normalize(batch["views"][0]), batch["labels"], key)
+        loss = self.loss(self.model(images).float(), targets)
+        self.check(loss)
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW or LAMB, the layers at learning rates of their own."""
+        tuning = self.tuning
+        groups = layer_groups(self.model, tuning.weight_decay, tuning.layer_decay)
+        optimizer: torch.optim.Optimizer
+        if tuning.optimizer == "lamb":
+            optimizer = Lamb(groups, lr=tuning.lr, weight_decay=tuning.weight_decay)
+        else:
+            optimizer = make_adamw(groups, tuning.lr, self.device)
+        self.schedule = Schedule(optimizer, tuning.optim(tuning.min_lr, tuning.warmup_lr))
+        return optimizer
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, then let the moving average follow."""
+        optimizer.step(closure=optimizer_closure)
+        if self.average is None:
+            return
+        # young averages follow faster, or of a short training its beginning would be tested
+        momentum = min(float(self.tuning.ema or 0), (1 + self.step) / (10 + self.step))
+        update_ema(self.average, self.model, momentum)
+        for follower, leader in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            follower.copy_(leader)
+
+
+class HeldOutAccuracy(PeriodicCallback):
+    """Every so many optimizer steps, and at the end: the accuracy of the classifier on held-out images."""
+
+    def __init__(self, monitor: Monitor, images: TrainDataset, every_steps: int, batch_size: int) -> None:
+        super().__init__(every_steps)
+        self.monitor, self.images, self.batch_size = monitor, images, batch_size
+
+    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        """Measure and record the accuracy of this step."""
+        began = time.perf_counter()
+        devices = [module.device] if module.device.type == "cuda" else []
+        # a loader draws its seed from torch's generator, which belongs to the training
+        with torch.random.fork_rng(devices=devices), eval_no_grad(module):
+            correct, total = self._count(trainer, module)
+        if trainer.is_global_zero:
+            self.monitor.record(step, {"held_out_accuracy": float(correct / total)})
+        self.monitor.pause(time.perf_counter() - began)
+
+    def _count(self, trainer: L.Trainer, module: Any) -> tuple[Tensor, Tensor]:
+        sampler = OrderedSampler(len(self.images), trainer.global_rank, trainer.world_size)
+        counts = torch.zeros(2, device=module.device)
+        for batch in make_loader(self.images, sampler, min(self.batch_size, len(sampler)), workers=0):
+            images = module.normalize(batch["views"][0].to(module.device))
+            labels = batch["labels"].to(module.device)
+            with trainer.precision_plugin.forward_context():
+                predicted = module.tested(images).argmax(dim=1)
+            counts += torch.stack([(predicted == labels).sum(), torch.ones_like(labels).sum()])
+        counts = trainer.strategy.reduce(counts, reduce_op="sum") if trainer.world_size > 1 else counts
+        return counts[0], counts[1]
+
+
+@dataclass
+class FinetuneJob(TrainingJob):
+    """A fine-tuning of one model on some of the training images."""
+
+    data: LabelledData
+    train: np.ndarray = field(kw_only=True)  # numbers of the training images whose labels are used
+    short: bool = (
+        False  # whether the plan of such a run was printed already, with another seed or other labels
+    )
+    _classifier: Network | None = None
+
+    method, command, product = "finetune", "evaluate finetune", "classifier"
+    metrics, numbers, decides = ["loss", "held_out_accuracy"], Tuning, DECIDING
+
+    def images_decide(self) -> dict[str, Any]:
+        return {"images": subset(self.data, self.train).fingerprint()}
+
+    def plan(self) -> tuple[Tuning, dict[str, Any], Source]:
+        asked = self.asked
+        share = held_out_share(asked["held_out"], len(self.train))
+        train, held_out = self._parts(share)
+        plan = FinetunePlan(
+            asked,
+            opened=self.model.opened,
+            network=self._make(0.0),
+            survey=self.survey,
+            images=len(train),
+            seed=self.seed,
+            held_out=share,
+        )
+        tuning = plan.resolve()
+        network = self._classifier = self._make(tuning.drop_path)
+        if network.notes and asked["drop_path"] not in (None, AUTO):
+            raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {network.notes[0]}")
+        if self.short:
+            say_short_plan(tuning, len(train))
+        else:
+            say()
+            for line in plan.lines(self.model.name, tuning, network, len(held_out)):
+                say(line)
+        about = {
+            "data": comparable(asked["data"]),
+            **{name: asked[name] for name in ("labels", "pages")},
+            "split": asked["train_split"],
+        }
+        return tuning, about, subset(self.data, train)
+
+    def task(self, run: RunFolder, numbers: Tuning) -> Task:
+        network = self._classifier or self._make(numbers.drop_path)
+        train, held_out = (subset(self.data, part) for part in self._parts(numbers.held_out))
+        torch.manual_seed(numbers.seed)  # of drop path
+        module = FinetuneModule(network.model, numbers, len(self.data.class_names))
+        if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
+            module.to(memory_format=torch.channels_last)
+        lines = _FEW_LINES if self.short else LINES_A_RUN
+
+        def callbacks(monitor: Monitor) -> list[L.Callback]:
+            if not len(held_out):
+                return []
+            images = make_dataset(held_out, test_geometry(numbers), numbers)
+            at_once = max(numbers.images_at_once, 64)
+            return [HeldOutAccuracy(monitor, images, numbers.validate_every_steps, at_once)]
+
+        def export(trainer: L.Trainer, module: Any, step: int) -> None:
+            if trainer.is_global_zero:
+                self._write(run, numbers, module.tested, step)
+
+        dataset = make_dataset(train, training_geometry(numbers), numbers)
+        return make_task(run, numbers, module, dataset, export, callbacks=callbacks, lines=lines)
+
+    def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        """Print how it ended and where its classifier lies."""
+        measured = summary.get("held_out_accuracy")
+        accuracy = f", {measured:.1%} right on held-out images" if measured is not None else ""
+        say(f"done        {summary['steps']:,} steps in {readable_time(summary['seconds'])}{accuracy}")
+        say(f"classifier  {run.path / CLASSIFIER}")
+
+    def _make(self, drop_path: float) -> Network:
+        return make_classifier(self.model.opened, len(self.data.class_names), drop_path, self.seed)
+
+    def _parts(self, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the images that are trained on, and of those held out."""
+        if share == 0:
+            return self.train, self.train[:0]
+        groups = self.data.groups_of(self.train)
+        parts = split_indices(self.data.labels[self.train], groups, (1 - share, share), self.seed)
+        return self.train[parts[0]], self.train[parts[1]]
+
+    def _write(self, run: RunFolder, tuning: Tuning, model: Any, step: int) -> None:
+        """The classifier as a folder that timm loads."""
+        metadata = {
+            "version": __version__,
+            "method": self.method,
+            "model": self.model.text,
+            "run": run.path.name,
+            "recipe": tuning.recipe,
+            "data": self.data.source.fingerprint(),
+            "value_range": tuning.value_range,
+            "step": step,
+        }
+        height, width = tuning.image_size
+        write_timm_folder(
+            model,
+            run.path / CLASSIFIER,
+            input_size=(tuning.channels, height, width),
+            mean=tuning.mean,
+            std=tuning.std,
+            metadata=metadata,
+            crop_pct=tuning.crop_share,
+            label_names=self.data.class_names,
+        )
+
+
+def make_dataset(source: Source, geometry: Geometry, tuning: Tuning) -> TrainDataset:
+    """Images as the classifier sees them, whatever their channels."""
+    values = ValueRange.parse(tuning.value_range) or ValueRange()
+    return TrainDataset(source, [geometry], values, tuning.channels, convert_channels=True, seed=tuning.seed)
+
+
+def training_geometry(tuning: Tuning) -> AugmentedGeometry:
+    """How a training image is cut and changed before it becomes part of a batch."""
+    fill = tuple(min(255, round(255 * value)) for value in tuning.mean) if tuning.channels == 3 else (0, 0, 0)
+    return AugmentedGeometry(
+        image_size=_size(tuning.train_size),
+        scale=(tuning.crop_scale[0], tuning.crop_scale[1]),
+        horizontal_flip=0.5 if tuning.flip else 0.0,
+        augment=tuning.augment,
+        fill=fill,  # type: ignore[arg-type]
+    )
+
+
+def test_geometry(tuning: Tuning) -> Geometry:
+    """The centered window of a test."""
+    return Geometry(
+        image_size=_size(tuning.image_size),
+        crop="center",
+        horizontal_flip=0.0,
+        center_share=tuning.crop_share,
+    )
+
+
+def _size(sides: Sequence[int]) -> tuple[int, int]:
+    return sides[0], sides[1]
 
 
 def predict_images(
@@ -81,7 +344,7 @@ class Finetune(Protocol):
 
     def __init__(self, options: Mapping[str, Any], frozen_too: bool = False) -> None:
         self.options, self.frozen_too = options, frozen_too
-        self.headline = "all labels" if options["shots"] is None else fewshot.shot_name(str(options["shots"]))
+        self.headline = "all labels" if options["shots"] is None else shot_name(str(options["shots"]))
 
     def config(self, options: Mapping[str, Any]) -> EvalConfig:
         features = {"batch_size": "auto", "precision": "32", "cache": True}
@@ -120,7 +383,7 @@ class Finetune(Protocol):
             words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
             folder, train = self.root / f"{self.names[model.text]}-{words}{suffix}", fold.train
             if options.get("shots") is not None:
-                train = train[fewshot.draw(data.labels[train], str(options["shots"]), seed)]
+                train = train[draw_shots(data.labels[train], str(options["shots"]), seed)]
             short = model.text in self.planned
             job = FinetuneJob(model, data, experiment.survey, seed, folder, options, short, train=train)
             run = run_training(job)
@@ -137,135 +400,3 @@ class Finetune(Protocol):
         return [
             ClassificationResult(model, data, variant, seed, images, predicted, metadata=cells, error=error)
         ]
-
-
-EPOCHS = 50.0  # of the first two settings: the publication names the third one's only
-# Learning rates as published, at any batch: scaled down to a handful of images they would move nothing.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "lr 2e-3, warm-up": {"lr": 2e-3, "warmup_epochs": 5},
-    "lr 2e-4": {"lr": 2e-4, "warmup_epochs": 0},
-    "lr 2e-4, 100 epochs": {"lr": 2e-4, "warmup_epochs": 0, "epochs": 100.0},
-}
-FROZEN, AVERAGE, BEST = "frozen", "average", "best"
-
-
-class TunedFewshot(Finetune):
-    """Fine-tuning on few labels, with or without the frozen features beside it, by the options of ``fewshot``."""
-
-    seeds = (0, 1, 2)
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.shots = fewshot.parse_shots(options["shots"] or fewshot.SHOTS)
-        _check_frozen(options)
-        self.frozen = None
-        if options["tune"] == "both":
-            self.frozen = Fewshot(self.shots, options["feature"], options["strength"])
-        super().__init__(_tuning_options(options), self.frozen is not None)
-
-    def config(self, options: Mapping[str, Any]) -> EvalConfig:
-        return EvalConfig.of(options, self.seeds, parallel=False)
-
-    def open(self, config: EvalConfig) -> Experiment:
-        experiment = super().open(config)
-        tuned = [text for text in experiment.models if text != PIXELS]
-        if not tuned:
-            raise UserError(
-                "model (pixels) has no weights to be fine-tuned; add a model, or give --tune frozen"
-            )
-        count = len(tuned) * len(self.shots) * len(SETTINGS) * len(config.seeds) * len(experiment.data.rounds)
-        say(f"{count} fine-tunings, each a run in {self.root}")
-        return experiment
-
-    def contexts(self, text: str) -> Iterator[tuple[Any, int]]:
-        if self.frozen is not None and rank() == 0:
-            self.frozen.experiment = self.experiment
-            yield from self.frozen.contexts(text)
-        if text != PIXELS:
-            yield from super().contexts(text)
-
-    def evaluate(self, context: Any, seed: int) -> list[Result]:
-        """Logistic regression on frozen features, or all labels and settings of fine-tuning."""
-        if self.frozen is not None and isinstance(context, EvalContext):
-            rows = self.frozen.evaluate(context, seed)
-            return [replace(row, variant=f"{row.variant}, {FROZEN}") for row in rows]
-        rows = []
-        for shot in self.shots:
-            for number, (name, setting) in enumerate(SETTINGS.items(), 1):
-                options = {**self.options, **setting, "shots": shot}
-                suffix = f"-{shot.replace('%', 'percent')}-{number}"
-                rows += self.measure(context, options, seed, f"{fewshot.shot_name(shot)}, {name}", suffix)
-        return rows
-
-    def report(self, results: Sequence[Result]) -> list[Summary]:
-        """A table for each number of labels, the rows, a bar chart of the averages."""
-        summaries: list[Summary] = []
-        averages: list[Summary] = []
-        for words in map(fewshot.shot_name, self.shots):
-            table = ResultTable(self.name, f"few labels: {words}", AVERAGE, results)
-            table.summaries = summarize_settings(results, words)
-            say_blocks(table.lines())
-            averages += [replace(one, variant=words) for one in table.summaries if one.variant == AVERAGE]
-            summaries += [replace(one, variant=f"{words}, {one.variant}") for one in table.summaries]
-        say(
-            f"({BEST}: the setting that is best on the test images, as published; {AVERAGE} is the fair number)"
-        )
-        table = ResultTable(self.name, "few labels", AVERAGE, results)
-        folder = table.folder(self.experiment.config.out)
-        figures = [folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"]
-        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{self.experiment.data.name}"
-        if averages:
-            draw_bar_chart(figures[0], title, "accuracy in %", averages)
-        table.write_classes(figures[1])
-        say_blocks(table.warnings())
-        finish_report([table], self.experiment.config, figures)
-        return summaries
-
-
-def _check_frozen(options: Mapping[str, Any]) -> None:
-    usual = {"strength": fewshot.INVERSE_STRENGTH, "feature": "mean", "precision": "32", "cache": True}
-    given = [name for name, value in usual.items() if options[name] != value]
-    if options["tune"] == "finetune" and given:
-        raise UserError(
-            f"{given[0]} ({options[given[0]]}) is of frozen features; leave it out, or give --tune both"
-        )
-
-
-def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    dropped = ("batch_size", "precision", "shots")
-    epochs = EPOCHS if options["epochs"] is None else options["epochs"]
-    tuned = with_defaults(
-        {
-            **{name: value for name, value in options.items() if name not in dropped},
-            "held_out": 0.0,
-            "epochs": epochs,
-            "seeds": options["seeds"] or [0, 1, 2],
-        }
-    )
-    check_tuning({**tuned, "model": [text for text in tuned["model"] if text != PIXELS]})
-    return tuned
-
-
-def summarize_settings(results: Sequence[Result], words: str) -> list[Summary]:
-    """Summaries for one number of labels: every setting, then their average, then the best one.
-
-    Args:
-        results: of all models, settings and seeds; their variants are ``WORDS, SETTING``.
-        words: the number of labels as tables say it.
-    """
-    beginning = f"{words}, "
-    here = [
-        replace(result, variant=result.variant.removeprefix(beginning))
-        for result in results
-        if result.variant.startswith(beginning)
-    ]
-    summaries = summarize(here)
-    for text in dict.fromkeys(result.model.text for result in here if result.variant != FROZEN):
-        family = [result for result in here if result.model.text == text and result.variant != FROZEN]
-        if any(result.error for result in family):
-            continue
-        (mean,) = summarize([replace(result, variant=AVERAGE) for result in family])
-        settings = summarize(family)
-        by_seed = np.mean([one.values for one in settings], axis=0)
-        summaries.append(replace(mean, values=[float(value) for value in by_seed]))
-        summaries.append(replace(max(settings, key=lambda one: one.mean), variant=BEST))
-    return summaries

@@ -16,7 +16,7 @@ from freqmask.console import say
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.classifier import NO_AUGMENT, Network
-from freqmask.evaluation.fewshot import parse_shots
+from freqmask.evaluation.labelled import parse_shots
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, check_no_problems
 from freqmask.interop.models import OpenedModel
 from freqmask.options.of_evaluation import FineTuned, FineTuning

@@ -1,8 +1,9 @@
-"""Images with labels, split into training and test images; identical images among them, and in a pre-training."""
+"""Images with labels, split into training and test images, all labels or a few; identical images among them."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -388,6 +389,46 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
     known = set(pixel_hashes(trained, used))
     count = sum(value in known for value in pixel_hashes(source, tested))
     return f"{run.name}: pre-trained on {count:,} of the {len(tested):,} test images (labels unseen)"
+
+
+def parse_shots(shots: Sequence[str]) -> list[str]:
+    """``5`` (images a class) or ``10%`` (of the training images), checked.
+
+    Raises:
+        UserError: one is neither.
+    """
+    for shot in shots:
+        number = shot.removesuffix("%")
+        if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) <= 0 or (number == shot and "." in shot):
+            raise UserError(f"shots ({shot}) must be images a class such as 5, or a share such as 10%")
+        if number != shot and float(number) > 100:
+            raise UserError(f"shots ({shot}) must be at most 100%")
+    return list(dict.fromkeys(shots))
+
+
+def shot_name(shot: str) -> str:
+    """A number of labels as tables say it.
+
+    >>> shot_name("5"), shot_name("10%")
+    ('5 a class', '10%')
+    """
+    return shot if shot.endswith("%") else f"{shot} a class"
+
+
+def draw_shots(labels: Int64[np.ndarray, " image"], shot: str, seed: int) -> Int64[np.ndarray, " drawn"]:
+    """Which images are trained on, sorted: it depends on labels, shot and seed alone, so all models get the same.
+
+    A shot of ``5`` is that many of each class, all where there are fewer; ``10%`` is that share of each class, at
+    least one image.
+    """
+    share, is_share = float(shot.removesuffix("%")), shot.endswith("%")
+    generator = np.random.default_rng([seed, int(share * 1000), is_share])
+    chosen = []
+    for number in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == number))
+        wanted = max(1, round(share / 100 * len(members))) if is_share else int(share)
+        chosen.append(members[:wanted])
+    return np.sort(np.concatenate(chosen))
 
 
 def subset(data: LabelledData, indices: np.ndarray) -> Source:
