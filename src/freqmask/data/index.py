@@ -84,7 +84,7 @@ class FolderIndex:
         self.ignored = dict(ignored.most_common())  # suffix -> number of files that are not read
         self.masks = sum(entry["masks"] for entry in entries)
         paths = list(zip(about["folders"], about["tree"], strict=True))
-        self.own = sorted(_joined(path, name) for path, entry in paths for name in entry["own"])
+        self.own = sorted(f"{path}/{name}".strip("/") for path, entry in paths for name in entry["own"])
         self.unreadable = [path for path, entry in paths if entry["unreadable"]]
         self.fingerprint = self._hash()
 
@@ -404,7 +404,3 @@ def _known_folders(cached: tuple[dict[str, Any], dict[str, np.ndarray]]) -> dict
             **entry,
         )
     return known
-
-
-def _joined(*parts: str) -> str:
-    return "/".join(part for part in parts if part)

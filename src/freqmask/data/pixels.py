@@ -35,19 +35,12 @@ def as_bad_image(what: str = "", passing: tuple[type[Exception], ...] = ()) -> I
 
 
 class Picture(ABC):
-    """An image whose header has been read and whose pixels have not.
+    """An image whose header has been read and whose pixels have not."""
 
-    Attributes:
-        size: (height, width) in pixels, as shown (after EXIF rotation).
-        channels: number of channels that ``decode`` returns.
-        dtype: sample type that ``decode`` returns: ``uint8``, ``uint16``, ``int16`` or ``float32``.
-        nodata: the value that stands for "not measured" in the file (GeoTIFF), or None.
-    """
-
-    size: tuple[int, int]
-    channels: int
-    dtype: str
-    nodata: float | None = None
+    size: tuple[int, int]  # (height, width) in pixels, as shown (after EXIF rotation)
+    channels: int  # of what ``decode`` returns
+    dtype: str  # sample type that ``decode`` returns: ``uint8``, ``uint16``, ``int16`` or ``float32``
+    nodata: float | None = None  # the value that stands for "not measured" in the file (GeoTIFF)
 
     @abstractmethod
     def decode(

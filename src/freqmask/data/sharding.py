@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import io
 import json
@@ -10,7 +9,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -29,9 +28,10 @@ from freqmask.data.source import JoinedSource, Pages, Source
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.storage import INDEX_NAME, MANIFEST
 from freqmask.errors import BadImage, UserError
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import replace_atomically, write_rows
 
 SKIPPED, PARTS = "skipped.csv", ".parts"
+SKIPPED_COLUMNS = ("name", "reason")
 AT_ONCE = 8  # images that a worker hands over together
 SHARD_BYTES = 256_000_000  # what --shard_size auto aims at: few files, and little lost when one is cut off
 MOST_IN_A_SHARD = 10_000
@@ -208,14 +208,6 @@ def prepare_shards(
         ) from error
 
 
-@dataclass
-class _Tally:
-    """What happened to the images of a shard: (name, reason) of bad ones, reductions of reduced ones."""
-
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    reductions: list[float] = field(default_factory=list)
-
-
 def _write_missing(
     parts: Parts,
     settings: Settings,
@@ -229,25 +221,22 @@ def _write_missing(
     batches: Any = make_loader(dataset, indices, AT_ONCE, workers, pin_memory=False, together=as_it_is)
     images = enumerate((packed for batch in batches for packed in batch), 1)
     for shard in missing:
-        tally = _Tally()
-        rows = write_shard(out / shard.name, _counted(islice(images, len(shard.images)), tally, report))
-        size = (out / shard.name).stat().st_size
-        written = asdict(tally) | {"bytes": size}
+        written: dict[str, Any] = {"skipped": [], "reductions": []}
+
+        def counted(count: int, written: dict[str, Any]) -> Iterator[Packed]:
+            for done, packed in islice(images, count):
+                report(done)
+                if isinstance(packed.image, str):
+                    written["skipped"].append((packed.name, packed.image))
+                elif packed.image.reduction < 1:
+                    written["reductions"].append(round(packed.image.reduction, 4))
+                yield packed
+
+        rows = write_shard(out / shard.name, counted(len(shard.images), written))
+        written["bytes"] = (out / shard.name).stat().st_size
         with replacing(_part_file(out, shard)) as temporary:
             table = pack_rows(rows).replace_schema_metadata({"written": json.dumps(written)})
             feather.write_feather(table, str(temporary))
-
-
-def _counted(
-    images: Iterable[tuple[int, Packed]], tally: _Tally, report: Callable[[int], None]
-) -> Iterator[Packed]:
-    for done, packed in images:
-        report(done)
-        if isinstance(packed.image, str):
-            tally.skipped.append((packed.name, packed.image))
-        elif packed.image.reduction < 1:
-            tally.reductions.append(round(packed.image.reduction, 4))
-        yield packed
 
 
 def _part_file(out: Path, shard: PlannedShard) -> Path:
@@ -255,14 +244,13 @@ def _part_file(out: Path, shard: PlannedShard) -> Path:
     return out / PARTS / f"{shard.name}.index"
 
 
-def _read_part(out: Path, shard: PlannedShard) -> tuple[ShardRows, _Tally]:
+def _read_part(out: Path, shard: PlannedShard) -> tuple[ShardRows, dict[str, Any]]:
     """What is known of a finished shard; OSError or ValueError (Arrow's, too) where it is not whole."""
     table = feather.read_table(str(_part_file(out, shard)))
     if table.schema.metadata is None or not table.schema.equals(SCHEMA):
         raise ValueError(f"{shard.name}: its rows were written by another version")
     written = json.loads(table.schema.metadata[b"written"])
-    size = written.pop("bytes")
-    return ShardRows(shard.name, size, shard.split, table), _Tally(**written)
+    return ShardRows(shard.name, written["bytes"], shard.split, table), written
 
 
 def _is_finished(out: Path, shard: PlannedShard) -> bool:
@@ -281,14 +269,14 @@ def images_there(out: Path, parts: Parts, settings: Settings) -> int:
 def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedShard]) -> PrepareResult:
     """The index of all shards, the list of bad images, the manifest; then what was kept on the way goes."""
     try:
-        written, tallies = zip(*(_read_part(out, shard) for shard in planned), strict=True)
+        shards, written = zip(*(_read_part(out, shard) for shard in planned), strict=True)
     except (ValueError, OSError) as error:
         raise UserError(
             f"out ({out}) was changed meanwhile, perhaps by the same command started twice; start it again, once"
         ) from error
-    skipped = [(name, reason) for tally in tallies for name, reason in tally.skipped]
-    reductions = [reduction for tally in tallies for reduction in tally.reductions]
-    index = make_index(written, parts.class_names)
+    skipped = [(name, reason) for part in written for name, reason in part["skipped"]]
+    reductions = [reduction for part in written for reduction in part["reductions"]]
+    index = make_index(shards, parts.class_names)
     if len(index) == 0:
         raise UserError(
             f"not one of the {parts.count:,} images can be read; {skipped[0][0]}: {skipped[0][1]}"
@@ -298,9 +286,9 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
         raise OSError(errno.ENOSPC, "cannot be written", str(out / INDEX_NAME))
     shutil.copymode(out / planned[0].name, out / INDEX_NAME)  # a web server or a colleague reads it, too
     if skipped:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([("name", "reason"), *skipped])
-        _write(out / SKIPPED, text.getvalue().encode("utf-8", "surrogateescape"))
+        write_rows(
+            out / SKIPPED, SKIPPED_COLUMNS, [dict(zip(SKIPPED_COLUMNS, row, strict=True)) for row in skipped]
+        )
     _write_manifest(out, settings, parts, [list(shard) for shard in index.shards])
     for shard in planned:
         _part_file(out, shard).unlink()
@@ -311,14 +299,8 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
 def _write_manifest(out: Path, settings: Settings, parts: Parts, shards: list[list[Any]]) -> None:
     """``prepare.json``: the settings, the classes, and the shards once all of them are there."""
     content = {"settings": asdict(settings), "images": parts.count, "class_names": parts.class_names}
-    _write(out / MANIFEST, (json.dumps({**content, "shards": shards}, indent=1) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    replace_atomically(path, write)
+    text = json.dumps({**content, "shards": shards}, indent=1) + "\n"
+    replace_atomically(out / MANIFEST, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def read_manifest(out: Path) -> tuple[Settings, bool] | None:

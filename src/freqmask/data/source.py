@@ -32,37 +32,24 @@ class BlockLayout:
 
 @dataclass
 class SourceSummary:
-    """What a source holds, for the lines printed before a run.
+    """What a source holds, for the lines printed before a run."""
 
-    Attributes:
-        kind: what it is in a few words: ``folder``, ``numpy array``, ``parquet table`` ...
-        found: images found.
-        used: images used, after a split was chosen.
-        ignored: suffix -> number of files that are not read.
-        notes: whole sentences for the user.
-    """
-
-    kind: str
-    found: int
-    used: int
-    ignored: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    kind: str  # in a few words: ``folder``, ``numpy array``, ``parquet table`` ...
+    found: int  # images
+    used: int  # images, after a split was chosen
+    ignored: dict[str, int] = field(default_factory=dict)  # suffix -> number of files that are not read
+    notes: list[str] = field(default_factory=list)  # whole sentences for the user
 
 
 class Source(ABC):
-    """Images by number. Cheap to pickle: files are opened in the process that reads them.
+    """Images by number. Cheap to pickle: files are opened in the process that reads them."""
 
-    Attributes:
-        kind: what it is in a few words, for its summary.
-        notes: sentences for the user, for its summary.
-        class_names: names of the labels 0, 1, ..., or None where there are no classes.
-        why_unlabelled: in half a sentence, why a folder has no classes; empty where there is nothing to say.
-    """
-
-    kind: str = "images"
-    notes: Sequence[str] = ()
-    class_names: list[str] | None = None
-    why_unlabelled: str = ""
+    kind: str = "images"  # what it is in a few words, for its summary
+    notes: Sequence[str] = ()  # sentences for the user, for its summary
+    class_names: list[str] | None = None  # of the labels 0, 1, ...; None where there are no classes
+    why_unlabelled: str = (
+        ""  # in half a sentence, why a folder has no classes; empty where there is nothing to say
+    )
     _labels: np.ndarray | None = None  # int64 (image,), -1 where there is none; or `label` is overridden
 
     @abstractmethod

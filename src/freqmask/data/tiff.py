@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,6 @@ INKS_TAG = 332  # 1: the four inks are CMYK
 PILLOW_COLORS = ("YCBCR", "CIELAB", "ICCLAB")
 OLD_JPEG, JPEG = 6, 7
 JPEG_KINDS = (OLD_JPEG, JPEG, 34892, 33007)  # lossy in DNG, and Alternative JPEG
-
-
-@contextmanager
-def _reopened(handle: tifffile.FileHandle) -> Iterator[None]:
-    handle.open()
-    try:
-        yield
-    finally:
-        handle.close()
 
 
 def open_tifffile(source: Path | bytes) -> tifffile.TiffFile:
@@ -189,8 +180,9 @@ class TiffPicture(Picture):
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
         with (
             as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)),
-            _reopened(self._tiff.filehandle),
+            closing(self._tiff.filehandle) as handle,
         ):
+            handle.open()
             colored = [color.apply(window) for color, window in zip(*self._windows(stored), strict=True)]
         planes = np.concatenate(colored) if len(colored) > 1 else colored[0]
         if stored[2:] == self._layout.size:  # of a window alone nothing follows
@@ -202,7 +194,10 @@ class TiffPicture(Picture):
         if self._layout.by_page is not None:
             return self._colors, [_read_window(page, box) for page in self._pages]
         top, left, height, width = box
-        stacked = self._layout.stacked(_whole_series(self._series), self._image)
+        # mapped where it lies in a file in one piece, so that a window reads only its rows
+        mapped = self._series.keyframe.is_memmappable and self._series.dataoffset is not None
+        series = self._series.asarray(out="memmap" if mapped else None)
+        stacked = self._layout.stacked(series, self._image)
         part = stacked[..., top : top + height, left : left + width]
         return self._colors * len(part), list(part)
 
@@ -269,13 +264,6 @@ def _palette(table: np.ndarray | None, model: str, kind: str) -> np.ndarray | No
     if table is None or kind not in "ub":
         raise BadImage("its colors are a palette, which is missing")
     return (table if table.max() < 256 else table // 256).astype(np.uint8)
-
-
-def _whole_series(series: tifffile.TiffPageSeries) -> np.ndarray:
-    """All of a series; mapped where it lies in a file in one piece, so that a window reads only its rows."""
-    mapped = series.keyframe.is_memmappable and series.dataoffset is not None
-    array: np.ndarray = series.asarray(out="memmap" if mapped else None)
-    return array
 
 
 def _read_window(page: Any, box: Box) -> Shaped[np.ndarray, "sample height width"]:
