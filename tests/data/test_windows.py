@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freqmask.data.transforms import CROPS, TRIES, Geometry, draw_boxes, draw_flips, smallest_side
+from freqmask.data.transforms import CROPS, TRIES, Geometry, draw_flips, smallest_side
 from freqmask.rng import uniform_numbers
 
 KEYS = st.integers(-(2**63), 2**63 - 1)
@@ -63,7 +63,7 @@ def test_windows_are_those_drawn_one_by_one(
     geometry = Geometry(view, (smallest, 1.0), (1 / ratio, ratio), crop, center_share=center_share)
     sizes = torch.tensor([picture[:2] for picture in pictures])
     keys = torch.tensor([picture[2] for picture in pictures])
-    boxes = draw_boxes(geometry, sizes, keys, attempt)
+    boxes = geometry.boxes(sizes, keys, attempt)
     assert boxes.tolist() == one_by_one(geometry, sizes, keys, attempt)
     for (height, width), box in zip(sizes.tolist(), boxes.tolist(), strict=True):
         assert min(box[2:]) >= smallest_side(geometry, (height, width)) >= 1
@@ -73,7 +73,7 @@ def test_many_usual_windows_are_those_drawn_one_by_one() -> None:
     geometry = Geometry(32, scale=(0.5, 1.0))
     keys = torch.arange(3000)
     sizes = torch.stack((20 + keys % 77, 20 + keys % 61), dim=1)
-    assert draw_boxes(geometry, sizes, keys).tolist() == one_by_one(geometry, sizes, keys, 0)
+    assert geometry.boxes(sizes, keys).tolist() == one_by_one(geometry, sizes, keys, 0)
 
 
 @pytest.mark.parametrize("turns", [False, True])

@@ -35,7 +35,6 @@ from freqmask.data.transforms import (
     are_empty,
     as_numbers,
     cut_windows,
-    draw_boxes,
     draw_flips,
     resample,
     resize,
@@ -368,9 +367,7 @@ def _boxes(
     if attempt == WINDOWS:
         return torch.cat((torch.zeros_like(sizes), sizes), dim=1).expand(len(geometries), -1, -1)
     views = enumerate(geometries)
-    return torch.stack(
-        [draw_boxes(geometry, sizes, combine(keys, view), attempt) for view, geometry in views]
-    )
+    return torch.stack([geometry.boxes(sizes, combine(keys, view), attempt) for view, geometry in views])
 
 
 def make_plan(images: InMemoryImages, geometries: Sequence[Geometry], drawn: Drawn) -> Plan:

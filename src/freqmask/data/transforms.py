@@ -1,8 +1,9 @@
 """What the method sees of a picture: a window of it, brought to the asked size, perhaps mirrored or turned.
 
 All randomness comes from the sample's key, so a view does not depend on worker, batch, device or restart.
-Windows are chosen from the picture's size alone, before anything is decoded, on the host in float64; those of a batch
-together take a tenth of the time of one by one. :func:`draw_flips` is `Geometry.finish` for a whole batch.
+Windows are chosen from the picture's size alone, before anything is decoded, on the host in float64: one by one in a
+loader's worker, together for images in memory, in a tenth of the time. :func:`draw_flips` is `Geometry.finish` for a
+whole batch.
 
 :func:`cut_windows` and :func:`resample` cut a batch out of images in memory on a GPU. A loop over images, as on a
 CPU, would take a launch of some microseconds for every image and step. Each window has a matrix for its columns and
@@ -13,12 +14,13 @@ not do: it does not smooth before it reduces, and the spectrum it changes is wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,6 +35,7 @@ _REACH = 2  # pixels of the coarser of the two grids to which the kernel reaches
 
 Sizes = Int64[Tensor, "batch 2"]
 Boxes = Int64[Tensor, "batch 4"]
+Side = Any  # in pixels: of one picture, or an array of those of a batch
 
 
 @dataclass(frozen=True)
@@ -71,36 +74,57 @@ class Geometry:
 
         Another ``attempt`` draws another window, for when the first one held nothing.
         """
-        stream = f"crop/{attempt}"
-        drawn = self.boxes(np.array([picture_size]), lambda n: np.array([uniform_numbers(key, stream, n)]))
-        top, left, height, width = drawn[0].tolist()
+        box: Sequence[Any] | None = None
+        for tries in (1, TRIES) if self.crop == "resized" else ():
+            # the first one nearly always fits, and drawing numbers takes most of the time
+            numbers = uniform_numbers(key, f"crop/{attempt}", 2 + 2 * tries)
+            windows = (self._window(*picture_size, *numbers[k : k + 2]) for k in range(2, len(numbers), 2))
+            box = next((_placed(*picture_size, window, numbers) for *window, fits in windows if fits), None)
+            if box is not None:
+                break
+        box = box or self._unplaced(*picture_size)
+        if self.crop == "native":
+            box = _placed(*picture_size, box[2:], uniform_numbers(key, f"crop/{attempt}", 2))
+        top, left, height, width = (int(number) for number in box)
         return top, left, height, width
 
-    def boxes(
-        self, sizes: Int64[np.ndarray, "batch 2"], draw: Callable[[int], Float64[np.ndarray, "batch numbers"]]
-    ) -> Int64[np.ndarray, "batch 4"]:
-        """The windows in pictures of (height, width); ``draw`` gives so many numbers in [0, 1) for each."""
+    def boxes(self, sizes: Sizes, keys: Int64[Tensor, " batch"], attempt: int = 0) -> Boxes:
+        """`box` for every image of a batch; ``sizes`` are (height, width) of each picture, on the host."""
+        height, width = sizes.double().numpy().T
+        box: Sequence[np.ndarray] = self._unplaced(height, width)
+        if self.crop in ("native", "resized"):
+            numbers = uniform(keys, f"crop/{attempt}", (2 + 2 * TRIES,)).double().numpy().T
+            if self.crop == "native":
+                box = _placed(height, width, box[2:], numbers)
+            else:
+                *windows, fits = self._window(height, width, numbers[2::2], numbers[3::2])  # (try, batch)
+                first, every = fits.argmax(axis=0), np.arange(len(keys))
+                placed = _placed(height, width, [side[first, every] for side in windows], numbers)
+                box = np.where(fits.any(axis=0), placed, box)
+        shape = np.broadcast_shapes(*(np.shape(number) for number in box))
+        return torch.from_numpy(np.stack([np.broadcast_to(number, shape) for number in box], axis=1)).long()
+
+    def _unplaced(self, height: Side, width: Side) -> tuple[Side, Side, Side, Side]:
+        """The window that no number is drawn for, or that stands in where none of the drawn ones fits."""
         if self.crop == "whole":
-            return np.concatenate((np.zeros_like(sizes), sizes), axis=1)
-        if self.crop == "center":
-            return _centered(sizes, self.size, self.center_share)
+            return 0.0 * height, 0.0 * width, height, width
+        rows, columns = self.size
         if self.crop == "native":
-            return _placed(sizes, _native_windows(sizes, self.size), draw(2))
-        shape = self.size[1] / self.size[0]
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+            enlarged = np.maximum(np.maximum(rows / height, columns / width), 1.0)
+            return 0.0, 0.0, _at_most(height, rows / enlarged), _at_most(width, columns / enlarged)
+        factor = np.minimum(height / rows, width / columns)
+        factor = factor * self.center_share if self.crop == "center" else factor
+        tall, wide = _at_most(height, rows * factor), _at_most(width, columns * factor)
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+    def _window(self, height: Side, width: Side, first: Side, second: Side) -> tuple[Side, Side, Side]:
+        """Height and width of a window of random area and shape, and whether it fits."""
         smallest, largest = self.scale
-        for tries in (1, TRIES):  # the first nearly always fits, and drawing numbers takes longest
-            numbers = draw(2 + 2 * tries)
-            area = sizes.prod(axis=1)[:, None] * (smallest + numbers[:, 2::2] * (largest - smallest))
-            aspect = shape * np.exp(low + numbers[:, 3::2] * (high - low))
-            sides = np.sqrt(np.stack((area / aspect, area * aspect), axis=-1))  # (batch, tries, 2)
-            windows = np.rint(sides).astype(np.int64)
-            fits = ((windows > 0) & (windows <= sizes[:, None])).all(axis=2)
-            boxes = _placed(sizes, windows[np.arange(len(sizes)), fits.argmax(axis=1)], numbers[:, :2])
-            some = fits.any(axis=1)
-            if some.all():
-                return boxes
-        return np.where(some[:, None], boxes, _centered(sizes, self.size))
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        area = height * width * (smallest + first * (largest - smallest))
+        aspect = self.size[1] / self.size[0] * np.exp(low + second * (high - low))
+        tall, wide = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+        return tall, wide, (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
 
     def at_least(self) -> tuple[int, int] | None:
         """The pixels that a reduced decoding of the window must keep; None where it must not be reduced."""
@@ -175,21 +199,13 @@ def _inside(decoded: np.ndarray, around: Box, box: Box) -> np.ndarray:
     return decoded[:, top : top + height, left : left + width]
 
 
-def _native_windows(sizes: np.ndarray, view_size: tuple[int, int]) -> np.ndarray:
-    """The view's own size; for a smaller picture, the largest window of the view's shape."""
-    enlarged = (view_size / sizes).max(axis=1, keepdims=True).clip(min=1)
-    return np.rint(view_size / enlarged).astype(np.int64).clip(1, sizes)
+def _at_most(side: Side, wanted: Side) -> Side:
+    return np.maximum(np.minimum(np.rint(wanted), side), 1)
 
 
-def _centered(sizes: np.ndarray, view_size: tuple[int, int], share: float = 1.0) -> np.ndarray:
-    view = np.array(view_size)
-    factor = share * (sizes / view).min(axis=1, keepdims=True)
-    windows = np.rint(view * factor).astype(np.int64).clip(1, sizes)
-    return np.concatenate(((sizes - windows) // 2, windows), axis=1)
-
-
-def _placed(sizes: np.ndarray, windows: np.ndarray, place: np.ndarray) -> np.ndarray:
-    return np.concatenate(((place * (sizes - windows + 1)).astype(np.int64), windows), axis=1)
+def _placed(height: Side, width: Side, window: Sequence[Side], place: Sequence[Side]) -> Sequence[Side]:
+    tall, wide = window
+    return place[0] * (height - tall + 1) // 1, place[1] * (width - wide + 1) // 1, tall, wide
 
 
 def _problems(geometry: Geometry) -> list[str]:
@@ -215,17 +231,6 @@ def _problems(geometry: Geometry) -> list[str]:
     return problems
 
 
-def draw_boxes(geometry: Geometry, sizes: Sizes, keys: Int64[Tensor, " batch"], attempt: int = 0) -> Boxes:
-    """``geometry.box`` for every image of a batch, by the views' keys.
-
-    ``sizes`` are (height, width) of each picture, on the host; another ``attempt`` draws other windows.
-    """
-    stream = f"crop/{attempt}"
-    return torch.from_numpy(
-        geometry.boxes(sizes.numpy(), lambda count: uniform(keys, stream, (count,)).double().numpy())
-    )
-
-
 def draw_flips(geometry: Geometry, keys: Int64[Tensor, " batch"]) -> Bool[Tensor, "batch 3"]:
     """How ``geometry.finish`` mirrors and turns every view of a batch, by the views' keys.
 
@@ -243,17 +248,12 @@ def draw_flips(geometry: Geometry, keys: Int64[Tensor, " batch"]) -> Bool[Tensor
 
 def smallest_side(geometry: Geometry, picture_size: tuple[int, int]) -> int:
     """A side in pixels that no window of the picture falls below, at least 1."""
-    sizes = np.array([picture_size])
-    if geometry.crop == "whole":
-        return min(picture_size)
-    if geometry.crop == "native":
-        return int(_native_windows(sizes, geometry.size).min())
-    centered = int(_centered(sizes, geometry.size, geometry.center_share)[:, 2:].min())
-    if geometry.crop == "center":
-        return centered
+    unplaced = int(min(geometry._unplaced(*picture_size)[2:]))
+    if geometry.crop != "resized":
+        return unplaced
     area, shape = geometry.scale[0] * math.prod(picture_size), geometry.size[1] / geometry.size[0]
     random = math.sqrt(area * min(1 / (shape * geometry.ratio[1]), shape * geometry.ratio[0]))
-    return max(1, min(math.floor(random), centered))
+    return max(1, min(math.floor(random), unplaced))
 
 
 def cut_windows(
