@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from made_runs import make_run, result, write_table
 
 import freqmask
 from freqmask.cli import main
+from freqmask.commands.given import declared
+from freqmask.reporting.tables import FORMS
 
 
 def test_the_page_goes_into_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,3 +89,23 @@ def test_the_commands_need_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_table_stops_neither_the_report_nor_the_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "a")
+    for name in ("results.csv", "skipped.csv", "metrics.csv"):
+        with (folder / name).open("a") as file:
+            file.write("1," + "x" * 200_000 + "\n")  # beyond what the module csv takes
+    main(["report", str(folder), "--no-images"])
+    main(["runs", str(tmp_path)])
+    assert "40" in capsys.readouterr().out
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for words in ("results.csv cannot be read", "skipped.csv cannot be read", "1 lines of metrics.csv"):
+        assert words in page
+
+
+def test_every_form_of_table_can_be_asked_for() -> None:
+    (choices, _) = get_args(declared(freqmask.report)["table"].kind)
+    assert set(get_args(choices)) == set(FORMS)

@@ -59,7 +59,7 @@ def test_numbers_that_are_none_are_counted_and_not_drawn(tmp_path: Path) -> None
         ("metrics.csv", b"loss\n1\n", "no column named step"),
         ("metrics.csv", b"step,loss\n", "no row yet"),
         ("metrics.csv", b"\xff\xfe\x00\x01", "no column named step"),
-        ("metrics.csv", HUGE, "metrics.csv is damaged (field larger than"),
+        ("metrics.csv", HUGE, "1 lines of metrics.csv are cut short or garbled and were left out."),
         ("results.csv", HUGE, "results.csv cannot be read"),
         ("skipped.csv", HUGE, "skipped.csv cannot be read"),
         ("config.yaml", b"a: [", "config.yaml cannot be read"),

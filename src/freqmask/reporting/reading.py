@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -212,11 +211,7 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
 
 def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
     """Curves by column, without those that hold no number, and the number of rows; why there are none."""
-    try:
-        header, rows, broken = _table(path) if path.is_file() else ([], [], 0)
-    except csv.Error as error:
-        missing.append(f"metrics.csv is damaged ({error}); there are no curves.")
-        return {}
+    header, rows, broken = _table(path) if path.is_file() else ([], [], 0)
     if broken and "step" in header:
         missing.append(f"{broken:,} lines of metrics.csv are cut short or garbled and were left out.")
     if not rows or "step" not in header:
@@ -239,11 +234,18 @@ def _table(path: Path) -> tuple[list[str], list[list[str]], int]:
     """Header, whole rows, and how many lines are not whole."""
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
     cut = bool(lines) and not lines[-1].endswith("\n")
-    header, *rows = [*csv.reader(io.StringIO("".join(lines[: len(lines) - cut])))] or [[]]
+    header, *rows = [_cells(line) for line in lines[: len(lines) - cut]] or [[]]
     header = [current_name(name) for name in header]
     place = header.index("step") if "step" in header else 0
     whole = [row for row in rows if len(row) == len(header) and math.isfinite(number(row[place]))]
     return header, whole, len(rows) - len(whole) + cut
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a cell beyond the module's limit
+        return []
 
 
 def _curve(steps: np.ndarray, cells: Sequence[str]) -> Curve:

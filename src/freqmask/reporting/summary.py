@@ -227,7 +227,7 @@ def _try(run: Run, *tries: str) -> str:
     own = METHOD_OPTIONS.get(str(run.config.get("method")))
     known = {*run.config, *_GENERAL, *(options_of(own) if own else ())}
     fitting = [text for text in tries if text.partition("--")[2].split()[0] in known]
-    return f"Try {', '.join(fitting[:-1])}, or {fitting[-1]}"
+    return "Try " + ", or ".join(filter(None, [", ".join(fitting[:-1]), *fitting[-1:]]))
 
 
 def features_remarks(run: Run) -> Iterator[Remark]:
@@ -253,7 +253,8 @@ def features_remarks(run: Run) -> Iterator[Remark]:
         few = f"too few images to judge by; --probe_data wants {ENOUGH} or more to test"
         yield Remark("note", f"{scores}: {few}.")
         return
-    gains = [(now[name] - before[name]) / _standard_error(before[name], images) for name in names]
+    errors = {name: max(math.sqrt(p * (1 - p) / images), 1 / images) for name, p in before.items()}
+    gains = [(now[name] - before[name]) / errors[name] for name in names]
     if min(gains) < -NOTABLE and max(gains) < NOTABLE:
         yield Remark("warning", f"Its features are worse than those it began with: {scores}. {INSTEAD}")
     elif max(gains) < NOTABLE:
@@ -283,10 +284,6 @@ def _at(run: Run, name: str, place: int) -> float:
     """The first (0) or last (-1) value of a curve that was measured before the first step, else NaN."""
     curve = run.curves.get(name)
     return float(curve.values[place]) if curve is not None and curve.steps[0] == 0 else math.nan
-
-
-def _standard_error(share: float, images: int) -> float:
-    return max(math.sqrt(share * (1 - share) / images), 1 / images)
 
 
 def _bands(run: Run) -> Iterator[Remark]:
