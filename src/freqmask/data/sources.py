@@ -34,7 +34,6 @@ from freqmask.imports import IMPORT_PATH, import_object
 __all__ = ["JoinedSource", "Pages", "Source", "SourceSummary", "Subset", "open_source", "splits_there"]
 
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-ARRAY_SUFFIXES = (".npy", ".npz")
 HUB = "hf://"
 ON_HUB = (f"{HUB}datasets/", f"{HUB}buckets/")
 
@@ -108,7 +107,7 @@ def locate(data: str | Path, pages: Pages) -> Located:
         )
     if text.lower().endswith((".tar", ".parquet")) and (path.exists() or (is_pattern(text) and not far)):
         return _named_files(text, pages)
-    if path.suffix.lower() in ARRAY_SUFFIXES and path.exists():
+    if path.suffix.lower() in (".npy", ".npz") and path.exists():
         return locate_array(path)
     if path.exists():
         raise UserError(

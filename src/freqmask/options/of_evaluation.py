@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from freqmask.options import REQUIRED, Auto, Seed, Seeds, option
 from freqmask.options.of_training import Computing, Records
-from freqmask.options.option import REQUIRED, Auto, Seed, Seeds, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from freqmask.options.option import REQUIRED, Auto, Option, as_typed, option, options_of
+from freqmask.options import REQUIRED, Auto, Option, as_typed, option, options_of
 
 COM_FRACTIONS = (0.005, 0.01, 0.05)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from freqmask.options.option import Auto, Seed, option
+from freqmask.options import Auto, Seed, option
 
 
 @dataclass(frozen=True, kw_only=True)

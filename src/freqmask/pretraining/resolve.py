@@ -24,6 +24,7 @@ from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.weights import check_init, initial_backbone
 from freqmask.methods import METHODS, Distill, Method, build_method, find_method
 from freqmask.methods.distill import Teacher
+from freqmask.methods.folk import OUTPUTS
 from freqmask.options import Option
 from freqmask.options.of_methods import (
     BUILT_FROM,
@@ -41,7 +42,7 @@ SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band
 TINY_IMAGE = 96  # below it, blur and solarization leave too little
 TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more than the published learning rate
 MOST_TINY_LR = 4e-3  # more was never tried; large batches on GPUs would ask for it
-FEW_IMAGES, OUTPUTS, FEW_OUTPUTS = 100_000, 65_536, 4_096
+FEW_IMAGES, FEW_OUTPUTS = 100_000, 4_096
 OVERFIT_STEPS = 300
 CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
 LEARNS_MOST = "learned most in equal time, docs/results.md; the papers' own: --method mfm, --method folk"

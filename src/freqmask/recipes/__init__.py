@@ -17,21 +17,13 @@ STATES = ("measured", "never run to the end by us")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it lies in its file.
+    """A recipe as it lies in its file."""
 
-    Attributes:
-        name: the file's name without its suffix.
-        path: the file; ``--config`` takes it.
-        text: the whole file.
-        cost: what it takes, in words.
-        state: one of ``STATES``.
-    """
-
-    name: str
-    path: Path
-    text: str
-    cost: str
-    state: str
+    name: str  # the file's, without its suffix
+    path: Path  # ``--config`` takes it
+    text: str  # the whole file
+    cost: str  # what it takes, in words
+    state: str  # one of ``STATES``
 
     def options(self) -> dict[str, Any]:
         """The options of ``pretrain`` that the recipe sets."""
@@ -45,11 +37,8 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe.
-
-    Args:
-        name: one of ``recipe_names()``, with or without ``.yaml``.
+def read_recipe(name: str) -> Recipe:
+    """Reads a shipped recipe by its name, with or without ``.yaml``.
 
     Raises:
         UserError: there is no recipe of that name.
@@ -57,12 +46,7 @@ def recipe_path(name: str) -> Path:
     stem = name.removesuffix(".yaml")
     if stem not in recipe_names():
         raise UserError(f"recipe ({name}) must be a shipped one; {nearest(stem, recipe_names())}")
-    return FOLDER / f"{stem}.yaml"
-
-
-def read_recipe(name: str) -> Recipe:
-    """Reads a shipped recipe; arguments and errors are ``recipe_path``'s."""
-    path = recipe_path(name)
+    path = FOLDER / f"{stem}.yaml"
     text = path.read_text(encoding="utf-8")
     cost, _, state = text.partition("\n")[0].lstrip("# ").rpartition(";")
-    return Recipe(path.stem, path, text, cost.strip(), state.strip())
+    return Recipe(stem, path, text, cost.strip(), state.strip())
