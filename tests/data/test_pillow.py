@@ -15,8 +15,8 @@ from PIL import EpsImagePlugin, Image, ImageOps
 import freqmask
 from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, shorten_jpeg
 from freqmask.errors import BadImage, UserError
+from freqmask.evaluation.corruptions import _photographs as check_frost_photographs
 from freqmask.evaluation.mask_files import read_mask
-from freqmask.evaluation.weather import _photographs as check_frost_photographs
 from freqmask.reporting import page as pictures
 
 GENERATOR = np.random.default_rng(0)

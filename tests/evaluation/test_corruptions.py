@@ -17,7 +17,7 @@ from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
 from freqmask.errors import UserError
 from freqmask.evaluation import corruption_functions as functions
-from freqmask.evaluation import weather
+from freqmask.evaluation import corruptions
 from freqmask.evaluation.corruptions import (
     COMMON,
     CORRUPTIONS,
@@ -196,7 +196,7 @@ def test_glass_takes_pixels_from_near_by_and_copies_them() -> None:
 
 
 def test_plasma_is_smoother_where_displacements_decay_faster() -> None:
-    rough, smooth = (weather.plasma(64, decay, random(3)) for decay in (1.4, 3.0))
+    rough, smooth = (functions.plasma(64, decay, random(3)) for decay in (1.4, 3.0))
     for surface in (rough, smooth):
         assert surface.shape == (64, 64) and surface.min() >= 0 and surface.max() <= 1
     assert np.abs(np.diff(rough)).mean() > 1.5 * np.abs(np.diff(smooth)).mean()
@@ -205,10 +205,10 @@ def test_plasma_is_smoother_where_displacements_decay_faster() -> None:
 def test_an_edge_of_a_step_is_one_pixel_wide_and_lies_on_its_dark_side() -> None:
     step = np.zeros((12, 12), np.uint8)
     step[:, 6:] = 200
-    found = weather.find_edges(step, 50, 150)
+    found = functions.find_edges(step, 50, 150)
     assert found[:, 5].all() and found.sum() == 12
     step[:, 6:] = 10
-    assert not weather.find_edges(step, 50, 150).any()
+    assert not functions.find_edges(step, 50, 150).any()
 
 
 def test_jpeg_is_pillow_s_and_pixels_are_boxes() -> None:
@@ -222,18 +222,18 @@ def test_jpeg_is_pillow_s_and_pixels_are_boxes() -> None:
 
 
 def test_drawn_frost_is_the_same_everywhere_and_bluish() -> None:
-    panes = weather.frost_pictures(None, 1.0, 224)
+    panes = corruptions.frost_pictures(None, 1.0, 224)
     assert len(panes) == 5 and all(min(pane.shape[:2]) >= 224 for pane in panes)
     for pane in panes:
         red, _, blue = pane.mean(axis=(0, 1))
         assert blue > red and 0.04 < pane.std() < 0.25
-    weather._drawn_panes.cache_clear()
-    assert np.array_equal(weather._drawn_panes()[0], panes[0])
+    corruptions._drawn_panes.cache_clear()
+    assert np.array_equal(corruptions._drawn_panes()[0], panes[0])
 
 
 def test_frost_photographs_are_used_and_their_absence_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be a folder of photographs"):
-        weather.check_frost(str(tmp_path))
+        corruptions.check_frost(str(tmp_path))
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "ice.png")
     frosted = Corruption("frost", 5, strengths_for(32), str(tmp_path))(torch.zeros(3, 32, 32), 0)
     assert frosted[0].min() == pytest.approx(0.45) and frosted[1:].max() == 0
@@ -241,9 +241,9 @@ def test_frost_photographs_are_used_and_their_absence_told(tmp_path: Path) -> No
 
 def test_water_shines_and_mud_covers() -> None:
     image = np.full((96, 96, 3), 0.5, np.float32)
-    water = weather.spatter(image, random(), 0.65, 0.3, 2, 0.68, 0.5, 0)
+    water = functions.spatter(image, random(), 0.65, 0.3, 2, 0.68, 0.5, 0)
     assert water.min() == 0.5 and 0.9 < water.max() <= 1
-    mud = weather.spatter(image, random(), 0.65, 0.3, 1, 0.65, 1.5, 1)
+    mud = functions.spatter(image, random(), 0.65, 0.3, 1, 0.65, 1.5, 1)
     assert mud.max() <= 0.5 + 1e-6 and mud[..., 2].min() < mud[..., 0].min()
 
 

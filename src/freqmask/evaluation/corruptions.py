@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from PIL import Image as PillowImage
 from torch import Tensor
 
 from freqmask.data.loader import Sample, TrainDataset
 from freqmask.data.sampler import Item
 from freqmask.errors import UserError, nearest
-from freqmask.evaluation import corruption_functions, weather
+from freqmask.evaluation import corruption_functions
 from freqmask.evaluation.features import ImageChange
 from freqmask.rng import identity_of, sample_key
 
@@ -96,6 +99,113 @@ def strengths_for(side: int, published: str = AUTO) -> Strengths:
     return Strengths(published, side / PUBLISHED[published].side)
 
 
+# ImageNet-C adds photographs of frozen panes, which are not ours to ship (`--frost FOLDER` takes them). What stands in
+# for them is drawn: needles of ice in patches of one direction each, with the brightness, the tint, the contrast and
+# the falling spectrum of the photographs.
+Picture = Float[np.ndarray, "height width 3"]
+
+# Red, green and blue on average, and the standard deviation: as measured on the authors' five photographs.
+_PANES = (
+    ((0.31, 0.58, 0.65), 0.07),
+    ((0.79, 0.80, 0.84), 0.09),
+    ((0.79, 0.80, 0.84), 0.09),
+    ((0.54, 0.60, 0.65), 0.11),
+    ((0.44, 0.48, 0.53), 0.17),
+)
+_PANE = (360, 540)  # pixels, about the size of the photographs
+_DIRECTIONS = 9
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@lru_cache(maxsize=4)
+def frost_pictures(folder: str | None, scale: float, least: int) -> tuple[Picture, ...]:
+    """Pictures of frost in [0, 1] from a folder of photographs (PNG, JPEG), or drawn ones, at a scale of their size.
+
+    Reducing takes single pixels, as the published program does, so that frost stays sharp; the shorter side has at
+    least ``least`` pixels, whatever the scale.
+
+    Raises:
+        UserError: the folder holds no pictures.
+    """
+    originals = _drawn_panes() if folder is None else _photographs(Path(folder))
+    return tuple(_scaled(picture, scale, least) for picture in originals)
+
+
+def check_frost(folder: str | None) -> None:
+    """Raises a UserError for a folder without photographs."""
+    if folder is not None:
+        _files(Path(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise UserError(
+            f"frost ({folder}) must be a folder of photographs of frost (PNG or JPEG), such as frost1.png to "
+            "frost6.jpg of ImageNet-C's authors; leave it out for drawn frost"
+        )
+    return files
+
+
+def _photographs(folder: Path) -> list[Picture]:
+    pictures = []
+    for file in _files(folder):
+        try:
+            with PillowImage.open(file, formats=["PNG", "JPEG"]) as opened:
+                pictures.append(np.asarray(opened.convert("RGB"), np.float32) / 255)
+        except OSError as error:
+            raise UserError(f"frost ({file}) cannot be read as an image; take it away") from error
+    return pictures
+
+
+def _scaled(picture: Picture, scale: float, least: int) -> Picture:
+    scale = max(scale, least / min(picture.shape[:2]))
+    if scale == 1:
+        return picture
+    size = tuple(max(least, round(side * scale)) for side in picture.shape[:2])
+    planes = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
+    small = F.interpolate(planes, size=size, mode="bilinear", align_corners=False)
+    return np.ascontiguousarray(small[0].numpy().transpose(1, 2, 0))
+
+
+@lru_cache(maxsize=1)
+def _drawn_panes() -> list[Picture]:
+    """The drawn pictures, the same everywhere."""
+    panes = []
+    for number, (tint, contrast) in enumerate(_PANES):
+        ice = _needles(np.random.Generator(np.random.Philox(key=number)))
+        panes.append(np.clip(np.array(tint, np.float32) + contrast * ice[..., None], 0, 1).astype(np.float32))
+    return panes
+
+
+def _needles(random: np.random.Generator) -> Float[np.ndarray, "height width"]:
+    """A drawn pane of mean 0 and deviation 1: in every patch needles of another direction, and uneven light."""
+    height, width = _PANE
+    down, right = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    frequency, angle = np.hypot(down, right), np.arctan2(down, right)
+    ice, total = np.zeros(_PANE), np.zeros(_PANE)
+    for number in range(_DIRECTIONS):
+        off = (angle - np.pi * number / _DIRECTIONS + np.pi / 2) % np.pi - np.pi / 2
+        along = np.exp(-0.5 * (off / 0.13) ** 2) * _falling(frequency, 1.1, 0.015)
+        needles = np.abs(_filtered(random, along))
+        patch = np.exp(3.5 * _filtered(random, _falling(frequency, 2.0, 0.01)))
+        ice, total = ice + patch * needles, total + patch
+    light = _filtered(random, _falling(frequency, 2.0, 0.003))
+    return _standard(_standard(ice / total) + 0.5 * light)
+
+
+def _falling(frequency: np.ndarray, power: float, flat_below: float) -> np.ndarray:
+    return np.where(frequency > 0, np.maximum(frequency, flat_below) ** -power, 0)
+
+
+def _filtered(random: np.random.Generator, amplitudes: np.ndarray) -> np.ndarray:
+    return _standard(np.fft.irfft2(np.fft.rfft2(random.standard_normal(_PANE)) * amplitudes, _PANE))
+
+
+def _standard(values: np.ndarray) -> np.ndarray:
+    return (values - values.mean()) / values.std()
+
+
 @dataclass(frozen=True)
 class Corruption(ImageChange):
     """What is done to every image; a function of the image, its key and these settings."""
@@ -123,9 +233,9 @@ class Corruption(ImageChange):
         """
         whole = image.dtype == torch.uint8
         values = np.ascontiguousarray(image.numpy().transpose(1, 2, 0).astype(np.float32))
-        function: Any = getattr(weather, self.name, None) or getattr(corruption_functions, self.name)
+        function: Any = getattr(corruption_functions, self.name)
         if self.name == "frost":
-            function = partial(function, pictures=self.frost)
+            function = partial(function, pictures=self.frost_pictures(max(image.shape[1:])))
         strength = self.strengths.of(self.name, self.severity)
         own = sample_key(key, self.severity, identity_of(self.name))
         random = np.random.Generator(np.random.Philox(key=own % (1 << 64)))
@@ -138,9 +248,12 @@ class Corruption(ImageChange):
 
     def in_loader(self, dataset: TrainDataset) -> CorruptedDataset:
         if self.name == "frost":  # pictures get ready once, before a loader's workers fork
-            scale = self.strengths.of(self.name, self.severity)[2]
-            weather.frost_pictures(self.frost, scale, max(dataset.geometries[0].size))
+            self.frost_pictures(max(dataset.geometries[0].size))
         return CorruptedDataset(**vars(dataset), corruption=self)
+
+    def frost_pictures(self, side: int) -> tuple[Picture, ...]:
+        """Those for images of a longer side."""
+        return frost_pictures(self.frost, self.strengths.of(self.name, self.severity)[2], side)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from freqmask.evaluation.corruptions import (
     FAMILIES,
     SEVERITIES,
     Corruption,
+    check_frost,
     strengths_for,
 )
 from freqmask.evaluation.eval_model import EvalModel, check_models
@@ -53,7 +54,6 @@ from freqmask.evaluation.robustness_results import (
     main_lines,
     tables_of,
 )
-from freqmask.evaluation.weather import check_frost
 from freqmask.images import as_float
 
 _ATTACKED_AT_ONCE = 64  # images; gradients need several times the memory of features
