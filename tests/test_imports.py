@@ -43,3 +43,13 @@ def test_the_modules_of_all_commands_load_without_heavy_libraries() -> None:
     lines = [f"import {module}; print({module!r}, sorted({heavy} & set(sys.modules)))" for module in modules]
     result = run_python("\n".join(["import sys", *lines]))
     assert result.stdout.splitlines() == [f"{module} []" for module in modules], result.stdout + result.stderr
+
+
+def test_a_training_on_plain_images_imports_no_pyarrow() -> None:
+    """Tables, shards and files of features need it; a machine that trains on folders may be without."""
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "import freqmask.pretraining.job\nfrom freqmask.data.sources import open_source\n"
+        "print(len(open_source('builtin:photos', split='all')) > 0)"
+    )
+    assert run_python(code).stdout == "True\n"

@@ -31,10 +31,6 @@ from freqmask.data.storage import Files
 from freqmask.errors import BadImage, UserError, brief, nearest
 
 HUB = "hf:"
-SAVED = (
-    "dataset_dict.json",
-    "state.json",
-)  # what datasets.save_to_disk leaves, with several splits and with one
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
 # Beyond this the images here are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
@@ -363,11 +359,6 @@ def _lay_out(file: Path, leaf: str, cached: Path) -> None:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=[leaf]):
             images = _bytes_of_cells(batch.column(0)).cast(pa.large_binary())
             writer.write_batch(pa.record_batch([images], schema))
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether a folder was written by ``datasets.save_to_disk``."""
-    return any((folder / name).is_file() for name in SAVED)
 
 
 def locate_dataset(data: str | Path) -> Located:

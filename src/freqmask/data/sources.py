@@ -14,8 +14,6 @@ from freqmask.data.builtin import open_builtin
 from freqmask.data.decode import read_suffixes
 from freqmask.data.image_folder import locate_folder
 from freqmask.data.index import index_folder
-from freqmask.data.parquet import is_saved_dataset, locate_dataset, locate_tables, tables_of_one
-from freqmask.data.shards import locate_shards
 from freqmask.data.source import JoinedSource, Pages, Source, SourceSummary, Subset
 from freqmask.data.splits import Located, locate_labelled
 from freqmask.data.storage import (
@@ -33,6 +31,7 @@ from freqmask.imports import IMPORT_PATH, import_object
 
 __all__ = ["JoinedSource", "Pages", "Source", "SourceSummary", "Subset", "open_source", "splits_there"]
 
+SAVED = ("dataset_dict.json", "state.json")  # what datasets.save_to_disk leaves, of several splits and of one
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 HUB = "hf://"
 ON_HUB = (f"{HUB}datasets/", f"{HUB}buckets/")
@@ -95,6 +94,8 @@ def locate(data: str | Path, pages: Pages) -> Located:
     if text.startswith("builtin:"):
         return Located(text, lambda split, notes: open_builtin(text))
     if text.startswith("hf:") and not far:
+        from freqmask.data.parquet import locate_dataset
+
         return locate_dataset(text)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -125,14 +126,16 @@ def _locate_folder(path: Path, pages: Pages) -> Located:
     files = LocalFiles(path)
     if files.index_file() is not None or (files.names() and not len(index_folder(path, read_suffixes()))):
         return _shards(files, None, str(path), pages)
-    if is_saved_dataset(path):
+    if any((path / name).is_file() for name in SAVED):
+        from freqmask.data.parquet import locate_dataset
+
         return locate_dataset(path)
     tables = []
     for folder in (path, path / "data"):
         features = marked_in(folder)  # that we wrote
         tables += sorted(table for table in folder.glob("*.parquet") if table.name not in features)
     if tables and not len(index_folder(path, read_suffixes())):
-        return locate_tables(files, [table.relative_to(path).as_posix() for table in tables], str(path))
+        return _tables(files, [table.relative_to(path).as_posix() for table in tables], str(path))
     return locate_folder(path, pages)
 
 
@@ -159,7 +162,9 @@ def _locate_remote(text: str, pages: Pages) -> Located:
         )
     suffixes = {PurePosixPath(path).suffix.lower() for path in listing}
     if ".parquet" in suffixes and not suffixes & read_suffixes():
-        return locate_tables(files, tables_of_one(listing, text), text)
+        from freqmask.data.parquet import tables_of_one
+
+        return _tables(files, tables_of_one(listing, text), text)
     return locate_folder(files, listing=listing)
 
 
@@ -168,7 +173,13 @@ def _named_files(text: str, pages: Pages) -> Located:
     files, names = files_of(text)
     if text.lower().endswith(".tar"):
         return _shards(files, names, text, pages)
-    return locate_tables(files, names or [], text)
+    return _tables(files, names or [], text)
+
+
+def _tables(files: Files, names: list[str], text: str) -> Located:
+    from freqmask.data.parquet import locate_tables  # pyarrow comes with it, which most data does not need
+
+    return locate_tables(files, names, text)
 
 
 def _shards(files: Files, names: list[str] | None, text: str, pages: Pages) -> Located:
@@ -177,6 +188,8 @@ def _shards(files: Files, names: list[str] | None, text: str, pages: Pages) -> L
             f"pages (images) is for files, DATA ({text}) is shards; freqmask prepare --pages images makes "
             "an image of each page"
         )
+    from freqmask.data.shards import locate_shards  # and with these
+
     return locate_shards(files, names, text)
 
 
