@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.features import ImageChange
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.linear import fit_head
-from freqmask.evaluation.protocol import EvalContext, Protocol, finish_report, say_blocks
+from freqmask.evaluation.protocol import EvalContext, Protocol
 from freqmask.evaluation.results import (
     Result,
     ResultTable,
@@ -147,14 +147,13 @@ class Bands(Protocol):
             .numpy()
         )
 
-    def report(self, results: Sequence[Result]) -> list[Summary]:
-        """A table a kind of filter, the rows, curves."""
-        table = ResultTable(self.name, self.title, self.headline, results)
-        say_blocks([self.title, *band_lines(table)], table.warnings())
-        figure = table.folder(self.experiment.config.out) / "bands.png"
+    def shown(self, tables: Mapping[str, ResultTable]) -> list[list[str]]:
+        return [[self.title, *band_lines(table)] for table in tables.values()]
+
+    def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
+        (table,), figure = tables.values(), folder / "bands.png"
         draw_curves(figure, table)
-        finish_report([table], self.experiment.config, [figure])
-        return table.summaries
+        return [figure]
 
 
 def band_lines(table: ResultTable) -> list[str]:

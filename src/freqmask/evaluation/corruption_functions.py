@@ -312,7 +312,7 @@ def frost(
 
     The pictures have the ``scale`` already.
     """
-    picture, (height, width) = pictures[random.integers(len(pictures))], image.shape[:2]
+    picture, (height, width) = pictures[int(random.integers(len(pictures)))], image.shape[:2]
     top = random.integers(picture.shape[0] - height + 1)
     left = random.integers(picture.shape[1] - width + 1)
     window = picture[top : top + height, left : left + width]

@@ -266,7 +266,7 @@ def keep_parts(
         part_of = np.empty(len(names), np.int64)
         for number, members in enumerate(draw()):
             part_of[members] = number
-        table = {"path": names, "split": [words[part] for part in part_of], **columns}
+        table = {"path": names, "split": [words[part] for part in part_of.tolist()], **columns}
         rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
         write_rows(file, list(table), rows)
         return part_of

@@ -278,15 +278,30 @@ class Protocol(ABC):
         raise NotImplementedError
 
     def report(self, results: Sequence[Result]) -> list[Summary]:
-        """The table, the rows, the figures."""
-        table = ResultTable(self.name, self.title, self.headline, results)
-        say_blocks(table.lines(), table.class_lines(), table.warnings())
-        folder = table.folder(self.experiment.config.out)
-        figures = [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"]
+        """The tables, the rows, the figures."""
+        tables, out = self.tables(results), self.experiment.config.out
+        say_blocks(*self.shown(tables), [line for table in tables.values() for line in table.warnings()])
+        folder = next(iter(tables.values())).folder(out)
+        finish_report(list(tables.values()), self.experiment.config, self.draw(tables, folder))
+        return [summary for table in tables.values() for summary in table.summaries]
+
+    def tables(self, results: Sequence[Result]) -> dict[str, ResultTable]:
+        """The results by group: one table for most protocols."""
+        return {"": ResultTable(self.name, self.title, self.headline, results)}
+
+    def shown(self, tables: Mapping[str, ResultTable]) -> list[list[str]]:
+        """What is printed, blocks of lines."""
+        return [block for table in tables.values() for block in (table.lines(), table.class_lines())]
+
+    def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
+        """Draw the figures and write the table of classes; their files."""
+        (table,), figures = (
+            tables.values(),
+            [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"],
+        )
         table.draw_chart(figures[0])
         table.write_classes(figures[1], self.headline)
-        finish_report([table], self.experiment.config, figures)
-        return table.summaries
+        return figures
 
 
 def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary]:

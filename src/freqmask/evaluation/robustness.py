@@ -38,11 +38,9 @@ from freqmask.evaluation.protocol import (
     EvalContext,
     Experiment,
     Protocol,
-    finish_report,
     metadata_of,
-    say_blocks,
 )
-from freqmask.evaluation.results import ClassificationResult, Result, Summary
+from freqmask.evaluation.results import ClassificationResult, Result, ResultTable
 from freqmask.evaluation.robustness_results import (
     CLEAN,
     CORRUPTED,
@@ -52,7 +50,6 @@ from freqmask.evaluation.robustness_results import (
     draw_curves,
     draw_sheet,
     main_lines,
-    tables_of,
 )
 from freqmask.images import as_float
 
@@ -216,21 +213,27 @@ class Robustness(Protocol):
         """All rows of one model under one seed."""
         return RobustnessEval(self, context, seed=seed).measure()
 
-    def report(self, results: Sequence[Result]) -> list[Summary]:
-        """The tables, the rows, curves and a sheet of what was done to the images."""
-        experiment, tables = self.experiment, tables_of(self.name, self.title, results)
-        warnings = [line for table in tables.values() for line in table.warnings()]
-        say_blocks([self.title, *main_lines(tables)], *map(corruption_lines, tables.values()), warnings)
-        folder = next(iter(tables.values())).folder(experiment.config.out)
-        figures = [folder / "robustness.png"]
+    def tables(self, results: Sequence[Result]) -> dict[str, ResultTable]:
+        """One table for DATA, for each test set of others, and for an ImageNet-C tree, in that order."""
+        groups: dict[str, list[Result]] = {}
+        for result in results:
+            groups.setdefault(result.group, []).append(result)
+        names = sorted(groups, key=lambda name: name == TREE)
+        return {name: ResultTable(self.name, self.title, CLEAN, groups[name]) for name in names}
+
+    def shown(self, tables: Mapping[str, ResultTable]) -> list[list[str]]:
+        return [[self.title, *main_lines(tables)], *map(corruption_lines, tables.values())]
+
+    def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
+        """Curves, and a sheet of what was done to the images."""
+        experiment, figures = self.experiment, [folder / "robustness.png"]
         draw_curves(figures[0], tables)
         if self.made:
             figures.append(folder / "corruptions.png")
             model = experiment.open_model(experiment.models[0], experiment.config.seeds[0])
             names = (self.made, self.severities, self.constants, self.frost)
             draw_sheet(figures[-1], model, experiment.data, *names)
-        finish_report(list(tables.values()), experiment.config, figures)
-        return [summary for table in tables.values() for summary in table.summaries]
+        return figures
 
 
 @dataclass

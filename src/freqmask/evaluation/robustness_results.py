@@ -12,7 +12,6 @@ from freqmask.evaluation.corruptions import COMMON, CORRUPTIONS, SEVERITIES, Cor
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.results import (
-    Result,
     ResultTable,
     Summary,
     aligned,
@@ -81,17 +80,6 @@ def mean_corruption_error(measured: Points) -> float:
     1.0
     """
     return float(np.mean(list(corruption_errors(measured).values())))
-
-
-def tables_of(protocol: str, title: str, results: Sequence[Result]) -> Tables:
-    """One table for DATA, for each test set of others, and for an ImageNet-C tree, in that order."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.group, []).append(result)
-    return {
-        group: ResultTable(protocol, title, CLEAN, members)
-        for group, members in sorted(groups.items(), key=lambda item: item[0] == TREE)
-    }
 
 
 def points_of(summaries: Mapping[str, Summary]) -> Points:

@@ -29,15 +29,12 @@ from freqmask.evaluation.protocol import (
     Experiment,
     Protocol,
     check_seeds_differ,
-    finish_report,
-    say_blocks,
     say_skipped,
 )
 from freqmask.evaluation.results import (
     Result,
     ResultTable,
     SegmentationResult,
-    Summary,
     check_results,
     plain_texts,
     save_figure,
@@ -413,17 +410,11 @@ class Segment(Protocol):
         model.opened.backbone.cpu()
         return results
 
-    def report(self, results: Sequence[Result]) -> list[Summary]:
-        experiment = self.experiment
-        table = ResultTable(self.name, self.title, self.headline, results)
-        say_blocks(table.lines(), table.class_lines(), table.warnings())
-        folder = table.folder(experiment.config.out)
-        figures = [folder / "segment.png", folder / "segment-classes.csv"]
-        table.draw_chart(figures[0])
-        table.write_classes(figures[1])
+    def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
+        figures = super().draw(tables, folder)
+        tables[""].write_classes(figures[-1])  # of every way of inference
         if self.overlays:
-            figures.insert(0, folder / "segment-overlays.png")
-            overlays, names = list(self.overlays.values()), experiment.data.labels.names
-            draw_overlays(figures[0], experiment.data.name, overlays, names)
-        finish_report([table], experiment.config, figures)
-        return table.summaries
+            figures.insert(0, folder / f"{self.name}-overlays.png")
+            data, overlays = self.experiment.data, list(self.overlays.values())
+            draw_overlays(figures[0], data.name, overlays, data.labels.names)
+        return figures
