@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from freqmask.backbones import Backbone, Features, ImageSize
+from freqmask.backbones import Backbone, Features
 from freqmask.errors import UserError
 from freqmask.filters import Filtered
-from freqmask.heads import ProjectionHead, ReconstructionHead
+from freqmask.heads import ProjectionHead
 from freqmask.losses import SpectrumLoss, sum_over_processes
 from freqmask.methods.method import Method
 from freqmask.methods.mfm import masking_filter, reconstruction_health
@@ -39,16 +39,9 @@ class FOLK(Method):
     gets no gradient. What is not public of the paper has DINO's published values. Both views run through
     a network as one batch; so batch norm sees both, filtered in the student, original in the teacher.
 
-    Args:
-        backbone: as MFM's.
-        image_size: side in pixels, or (height, width).
-        channels: channels of the images.
-        **options: those of :class:`~freqmask.options.of_methods.FOLKOptions`. ``views="two"``: both views are
-            filtered and both are the teacher's (the paper's); ``"one"``: half of the passes, the first view is filtered
-            and the teacher sees the second.
-
-    Raises:
-        UserError: for an option out of range, or one that the filter or the backbone has no use for.
+    Its options are those of :class:`~freqmask.options.of_methods.FOLKOptions`. ``views="two"``: both views are
+    filtered and both are the teacher's (the paper's); ``"one"``: half of the passes, the first view is filtered
+    and the teacher sees the second.
     """
 
     name = "folk"
@@ -60,43 +53,38 @@ class FOLK(Method):
     student: Backbone
     current_teacher_temperature: Tensor
 
-    def __init__(
-        self,
-        backbone: str | Backbone = "vit_small_patch16_224",
-        image_size: ImageSize = 224,
-        channels: int = 3,
-        **options: Any,
-    ) -> None:
-        given = self.assemble(backbone, image_size, channels, options)
-        if max(given.reconstruction_weight, given.distillation_weight) == 0:
+    def build(self, options: FOLKOptions) -> None:
+        """Losses, filter, heads and teacher."""
+        if max(options.reconstruction_weight, options.distillation_weight) == 0:
             raise UserError(
                 "reconstruction_weight (0) and distillation_weight (0) must be at least 0 and not both 0"
             )
         self.loss = SpectrumLoss(
-            given.masked_weight, given.kept_weight, given.reduce, given.gamma, given.focal
+            options.masked_weight, options.kept_weight, options.reduce, options.gamma, options.focal
         )
-        outputs = OUTPUTS if given.outputs == "auto" else given.outputs
+        outputs = OUTPUTS if options.outputs == "auto" else options.outputs
         self.distillation = DistillationLoss(
-            outputs, given.student_temperature, given.teacher_temperature_start, given.center_momentum
+            outputs, options.student_temperature, options.teacher_temperature_start, options.center_momentum
         )
-        self.filter = masking_filter(given, self.settings, self.student.is_cnn)
+        self.filter = masking_filter(options, self.settings, self.student.is_cnn)
         dim = self.student.feature_dim
-        self.decoder = ReconstructionHead(dim, channels, self.student.stride)
-        self.student_head = ProjectionHead(dim, outputs, given.hidden_size, given.bottleneck_size)
+        self.decoder = self.make_decoder()
+        self.student_head = ProjectionHead(dim, outputs, options.hidden_size, options.bottleneck_size)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
-        self.clamp, self.views, self.distil = given.clamp, given.views, given.distil
-        self.reconstruction_weight = given.reconstruction_weight
-        self.distillation_weight = given.distillation_weight
-        self.ema_momentum, self.freeze_last_layer_steps = given.ema_momentum, given.freeze_last_layer_steps
+        self.clamp, self.views, self.distil = options.clamp, options.views, options.distil
+        self.reconstruction_weight = options.reconstruction_weight
+        self.distillation_weight = options.distillation_weight
+        self.ema_momentum = options.ema_momentum
+        self.freeze_last_layer_steps = options.freeze_last_layer_steps
         self.temperatures = (
-            given.teacher_temperature_start,
-            given.teacher_temperature,
-            given.teacher_temperature_warmup,
+            options.teacher_temperature_start,
+            options.teacher_temperature,
+            options.teacher_temperature_warmup,
         )
         # A tensor, so that compiled code does not depend on its value and a checkpoint carries it.
         self.register_buffer("current_teacher_temperature", torch.tensor(self.temperature(0, 1)))
-        if given.distil == "class_token" and not self.student.has_class_token:
+        if options.distil == "class_token" and not self.student.has_class_token:
             raise UserError(
                 f"distil (class_token) needs a class token; {self.student.name} has none, try distil=auto"
             )

@@ -24,6 +24,16 @@ from freqmask.spectrum import irfft2, rfft2
 class Method(nn.Module):
     """A self-supervised method as a plain module.
 
+    Args:
+        backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`, which then has its own
+            patch_size, stage, model_args and initialisation.
+        image_size: side in pixels, or (height, width).
+        channels: channels of the images.
+        **options: those of the class's ``Options``.
+
+    Raises:
+        UserError: for an option out of range, or one that the filter or the backbone has no use for.
+
     Attributes:
         name: what the command line calls it.
         about: what it does in a few words, for the plan of a run.
@@ -57,32 +67,31 @@ class Method(nn.Module):
         if cls.Options is not None:
             cls.__signature__ = signature(cls, options_of(cls.Options).values())  # type: ignore[attr-defined]
 
-    def assemble(
-        self, backbone: str | Backbone, image_size: ImageSize, channels: int, options: Mapping[str, Any]
-    ) -> Any:
-        """What a constructor with ``Options`` begins with: they are read and recorded, the backbone is built.
-
-        Args:
-            backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`, which then has its own
-                patch_size, stage, model_args and initialisation.
-            image_size: side in pixels, or (height, width).
-            channels: channels of the images.
-            options: as they were given.
-
-        Returns:
-            An ``Options``.
-
-        Raises:
-            UserError: for an option out of range, or a backbone that does not fit the images.
-        """
+    def __init__(
+        self,
+        backbone: str | Backbone = "vit_small_patch16_224",
+        image_size: ImageSize = 224,
+        channels: int = 3,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if type(self).build is Method.build:  # a constructor of its own does what follows
+            return
         kind: Any = self.Options
         given = read_group(kind, options)
-        super().__init__()
         first = {"backbone": backbone, "image_size": image_size, "channels": channels}
         self.settings = recorded({**first, **vars(given)})
         self.normalise = Normalization(channels, given.mean, given.std)
         setattr(self, self.default_backbone, build_backbone(backbone, image_size, channels, given))
-        return given
+        self.build(given)
+
+    def build(self, options: Any) -> None:
+        """What a method has beside its backbone, by its options; ``settings`` gets what was ``auto`` among them."""
+
+    def make_decoder(self) -> ReconstructionHead:
+        """A decoder behind the exported backbone."""
+        backbone: Backbone = getattr(self, self.default_backbone)
+        return ReconstructionHead(backbone.feature_dim, backbone.channels, backbone.stride)
 
     @abstractmethod
     def forward(

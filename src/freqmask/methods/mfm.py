@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.backbones import Backbone, ImageSize, height_and_width
+from freqmask.backbones import Backbone, height_and_width
 from freqmask.errors import UserError
 from freqmask.filters import Filter, OneOf, build_filter
 from freqmask.filters.fixed import RINGS_AT_224, exact_radius
-from freqmask.heads import ReconstructionHead
 from freqmask.losses import SpectrumLoss, spectrum_distance
 from freqmask.methods.method import Method
 from freqmask.options import as_typed
@@ -31,15 +30,7 @@ class MFM(Method):
     loss = sum(w d) / sum(w), with x~ = clamp(F^-1(F(x) keep)), d = |F(decoder(backbone(x~))) - F(x)|^gamma
     and w = masked_weight (1 - keep) + kept_weight keep; x~ and x are normalized after the filter.
 
-    Args:
-        backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`, which then has its own
-            patch_size, stage, model_args and initialisation.
-        image_size: side in pixels, or (height, width).
-        channels: channels of the images.
-        **options: those of :class:`~freqmask.options.of_methods.MFMOptions`.
-
-    Raises:
-        UserError: for an option out of range, or one that the filter has no use for.
+    Its options are those of :class:`~freqmask.options.of_methods.MFMOptions`.
     """
 
     name = "mfm"
@@ -47,20 +38,14 @@ class MFM(Method):
     backbone: Backbone
     about = "hides some frequencies of an image; the network predicts them"
 
-    def __init__(
-        self,
-        backbone: str | Backbone = "vit_small_patch16_224",
-        image_size: ImageSize = 224,
-        channels: int = 3,
-        **options: Any,
-    ) -> None:
-        given = self.assemble(backbone, image_size, channels, options)
+    def build(self, options: MFMOptions) -> None:
+        """Loss, filter and decoder."""
         self.loss = SpectrumLoss(
-            given.masked_weight, given.kept_weight, given.reduce, given.gamma, given.focal
+            options.masked_weight, options.kept_weight, options.reduce, options.gamma, options.focal
         )
-        self.filter = masking_filter(given, self.settings, self.backbone.is_cnn)
-        self.clamp = given.clamp
-        self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
+        self.filter = masking_filter(options, self.settings, self.backbone.is_cnn)
+        self.clamp = options.clamp
+        self.decoder = self.make_decoder()
 
     def forward(
         self,

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.backbones import Backbone, ImageSize, height_and_width
+from freqmask.backbones import Backbone, height_and_width
 from freqmask.errors import UserError
 from freqmask.filters import Filter, Filtered, build_filter
-from freqmask.heads import ReconstructionHead
 from freqmask.methods.method import Method
 from freqmask.options.of_methods import PartlySeenOptions
 from freqmask.rng import combine, uniform
@@ -26,37 +25,22 @@ class PartlySeen(Method):
     """A backbone that is given some patches of x~, the image with frequencies hidden; a linear decoder for pictures.
 
     ``filter_share`` of the images are filtered; what the network is to tell from the rest is a subclass's matter.
-
-    Args:
-        backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`.
-        image_size: side in pixels, or (height, width).
-        channels: channels of the images.
-        **options: those of the class's ``Options``.
-
-    Raises:
-        UserError: for an option out of range, or a token_share below 1 for a backbone that takes all patches.
     """
 
     Options: ClassVar[type[PartlySeenOptions]]
     backbone: Backbone
     tiny_lr = (2e-3, 128)  # of the trials in docs/log.md
 
-    def __init__(
-        self,
-        backbone: str | Backbone = "vit_small_patch16_224",
-        image_size: ImageSize = 224,
-        channels: int = 3,
-        **options: Any,
-    ) -> None:
-        given, size = self.assemble(backbone, image_size, channels, options), height_and_width(image_size)
-        settings = self.settings
-        if given.filter == "lowpass" and given.radius == "auto":
+    def build(self, options: Any) -> None:
+        """Filter, heads and decoder."""
+        settings, size = self.settings, height_and_width(self.settings["image_size"])
+        if options.filter == "lowpass" and options.radius == "auto":
             settings["radius"] = min(size) / RADIUS_SHARE
-        self.filter = _filter(given.filter, settings["radius"], size)
-        self.filter_share = given.filter_share
-        self.token_share = settings["token_share"] = _token_share(given.token_share, self.backbone)
-        self.add_heads(given)
-        self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
+        self.filter = _filter(options.filter, settings["radius"], size)
+        self.filter_share = options.filter_share
+        self.token_share = settings["token_share"] = _token_share(options.token_share, self.backbone)
+        self.add_heads(options)
+        self.decoder = self.make_decoder()
 
     @abstractmethod
     def add_heads(self, options: Any) -> None:

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from freqmask.backbones import Backbone, ImageSize
+from freqmask.backbones import Backbone
 from freqmask.degradations import Blur, Downscale, Noise
 from freqmask.filters import Filtered
-from freqmask.heads import ReconstructionHead
 from freqmask.losses import SpectrumLoss
 from freqmask.methods.method import Method
 from freqmask.methods.mfm import reconstruction_health
@@ -29,28 +28,16 @@ class Restoration(Method):
     """loss = mean(|F(decoder(backbone(degrade(x)))) - F(x)|^gamma), over the full spectrum.
 
     The three tasks differ in ``degrade`` alone, which their options describe; the rest is MFM's.
-
-    Args:
-        backbone: a timm model's name, or a :class:`~freqmask.backbones.Backbone`.
-        image_size: side in pixels, or (height, width).
-        channels: channels of the images.
-        **options: those of the class's ``Options``.
     """
 
     Options: ClassVar[type[RestorationOptions]]
     backbone: Backbone
 
-    def __init__(
-        self,
-        backbone: str | Backbone = "vit_small_patch16_224",
-        image_size: ImageSize = 224,
-        channels: int = 3,
-        **options: Any,
-    ) -> None:
-        given = self.assemble(backbone, image_size, channels, options)
-        self.degradation = self.degrade(given)
-        self.loss = SpectrumLoss(gamma=given.gamma, focal=given.focal)
-        self.decoder = ReconstructionHead(self.backbone.feature_dim, channels, self.backbone.stride)
+    def build(self, options: Any) -> None:
+        """Degradation, loss and decoder."""
+        self.degradation = self.degrade(options)
+        self.loss = SpectrumLoss(gamma=options.gamma, focal=options.focal)
+        self.decoder = self.make_decoder()
 
     @staticmethod
     @abstractmethod

@@ -34,8 +34,7 @@ class Words(PartlySeen):
     After Gidaris et al. (2020), who predict bags of words of a trained network's features; here words are whitened
     patches (Coates, Ng and Lee 2011), so that all bands of the spectrum count and nothing has to be trained before.
 
-    Its arguments are those of :class:`~freqmask.methods.partly_seen.PartlySeen`, its options
-    :class:`~freqmask.options.of_methods.WordsOptions`.
+    Its options are those of :class:`~freqmask.options.of_methods.WordsOptions`.
     """
 
     name = "words"
