@@ -35,8 +35,9 @@ class Distill(PartlySeen):
     After FitNets (Romero et al. 2015) and the patient teacher of Beyer et al. (2022), which sees what the student sees;
     here the student sees less.
 
-    Its options are those of :class:`~freqmask.options.of_methods.DistillOptions`; ``teacher`` is a :class:`Teacher`. With a
-    mere name of one, as ``settings`` record it, the method draws and exports what it has learned, but cannot train.
+    Its options are those of :class:`~freqmask.options.of_methods.DistillOptions`; ``teacher`` is a :class:`Teacher`.
+    With a mere name of one, as ``settings`` record it, the method draws and exports what it has learned, but cannot
+    train.
     """
 
     name = "distill"
