@@ -91,7 +91,7 @@ class Geometry:
     def boxes(self, sizes: Sizes, keys: Int64[Tensor, " batch"], attempt: int = 0) -> Boxes:
         """`box` for every image of a batch; ``sizes`` are (height, width) of each picture, on the host."""
         height, width = sizes.double().numpy().T
-        box: Sequence[np.ndarray] = self._unplaced(height, width)
+        box: Any = self._unplaced(height, width)
         if self.crop in ("native", "resized"):
             numbers = uniform(keys, f"crop/{attempt}", (2 + 2 * TRIES,)).double().numpy().T
             if self.crop == "native":
@@ -101,8 +101,7 @@ class Geometry:
                 first, every = fits.argmax(axis=0), np.arange(len(keys))
                 placed = _placed(height, width, [side[first, every] for side in windows], numbers)
                 box = np.where(fits.any(axis=0), placed, box)
-        shape = np.broadcast_shapes(*(np.shape(number) for number in box))
-        return torch.from_numpy(np.stack([np.broadcast_to(number, shape) for number in box], axis=1)).long()
+        return torch.from_numpy(np.stack(box, axis=1)).long()
 
     def _unplaced(self, height: Side, width: Side) -> tuple[Side, Side, Side, Side]:
         """The window that no number is drawn for, or that stands in where none of the drawn ones fits."""
@@ -173,21 +172,12 @@ def decode_windows(
     # Far apart, the rectangle around them can be a whole 30,000-pixel scan for two small windows.
     if len(boxes) == 1 or around[2] * around[3] > 2 * sum(box[2] * box[3] for box in boxes):
         return [picture.decode(box, least) for box, least in zip(boxes, at_least, strict=True)]
-    decoded = picture.decode(around, _at_least_around(around, boxes, at_least))
+    # The rectangle keeps as many pixels as it must for each window to keep its own.
+    kept = [(box, least) for box, least in zip(boxes, at_least, strict=True) if least is not None]
+    rows = [math.ceil(least[0] * around[2] / box[2]) for box, least in kept]
+    columns = [math.ceil(least[1] * around[3] / box[3]) for box, least in kept]
+    decoded = picture.decode(around, (max(rows), max(columns)) if len(kept) == len(boxes) else None)
     return [_inside(decoded, around, box) for box in boxes]
-
-
-def _at_least_around(
-    around: Box, boxes: Sequence[Box], at_least: Sequence[tuple[int, int] | None]
-) -> tuple[int, int] | None:
-    """The pixels that the rectangle around the windows must keep for each window to keep its own."""
-    heights, widths = [], []
-    for box, least in zip(boxes, at_least, strict=True):
-        if least is None:
-            return None
-        heights.append(math.ceil(least[0] * around[2] / box[2]))
-        widths.append(math.ceil(least[1] * around[3] / box[3]))
-    return max(heights), max(widths)
 
 
 def _inside(decoded: np.ndarray, around: Box, box: Box) -> np.ndarray:
@@ -203,7 +193,7 @@ def _at_most(side: Side, wanted: Side) -> Side:
     return np.maximum(np.minimum(np.rint(wanted), side), 1)
 
 
-def _placed(height: Side, width: Side, window: Sequence[Side], place: Sequence[Side]) -> Sequence[Side]:
+def _placed(height: Side, width: Side, window: Sequence[Side], place: Any) -> tuple[Side, ...]:
     tall, wide = window
     return place[0] * (height - tall + 1) // 1, place[1] * (width - wide + 1) // 1, tall, wide
 
