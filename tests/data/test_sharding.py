@@ -8,17 +8,20 @@ import pytest
 import tifffile
 from PIL import Image
 
+from freqmask.commands.prepare import empty_octave_share, spectrum_words
 from freqmask.data import sharding as prepare_module
 from freqmask.data.decode import open_bytes
-from freqmask.data.encode import empty_octave_share, encode_picture, reduced, reduced_size, spectrum_words
 from freqmask.data.pixels import ArrayPicture
 from freqmask.data.sharding import (
     Settings,
+    encode_picture,
     images_there,
     member_key,
     open_parts,
     prepare_shards,
     read_manifest,
+    reduced,
+    reduced_size,
 )
 from freqmask.data.sources import open_source
 from freqmask.errors import BadImage, UserError

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from freqmask.data.sharding import Parts, PrepareResult, Settings
 
 _SHOWN_SKIPPED = 3
+VIEW, SCALE = 224, (0.2, 1.0)  # MFM's usual view: its side in pixels, its share of the image's area
+RIVAL = 256  # the side that images are often reduced to
 
 
 @command(imports="freqmask.data.sharding")
@@ -143,8 +147,6 @@ def _check_same(settings: Settings, before: Settings, out: Path) -> None:
 
 
 def _summarize(result: PrepareResult, settings: Settings, path: Path) -> None:
-    from freqmask.data.encode import spectrum_words
-
     shards, images = len(result.index.shards), len(result.index)
     say(
         f"written     {path}    {images:,} images in {shards:,} shard{'s' * (shards > 1)}, "
@@ -159,3 +161,41 @@ def _summarize(result: PrepareResult, settings: Settings, path: Path) -> None:
     for line in rest:
         say(f"            {line}")
     say(f"use it      freqmask pretrain {shell_word(path)}")
+
+
+def empty_octave_share(side: int) -> float:
+    """How much of a crop's uppermost octave is empty, on average, because the crop had to be enlarged.
+
+    A window of the share s (uniform in SCALE) of a square image of ``side`` pixels is enlarged by
+    z = VIEW / (side sqrt(s)) where that is above 1. Its frequencies then end at 0.5 / z cycles a pixel instead of
+    0.5, which takes 2 (1 - 1 / z) of the octave from 0.25 to 0.5.
+
+    >>> round(empty_octave_share(448), 2), round(empty_octave_share(256), 2)
+    (0.01, 0.31)
+    """
+    import numpy as np
+
+    shares = np.linspace(*SCALE, 10_001)
+    enlargement = np.maximum(VIEW / (side * np.sqrt(shares)), 1)
+    return float(np.minimum(2 * (1 - 1 / enlargement), 1).mean())
+
+
+def spectrum_words(reductions: Sequence[float], images: int, side: int | None) -> list[str]:
+    """Sentences on what became of the frequencies of so many images, brought down to a shorter ``side``.
+
+    ``reductions`` are sides over those of the original, of the images that were reduced.
+    """
+    if not len(reductions) or side is None:
+        return ["untouched: no image was reduced, and every one keeps all its bits"]
+    median = statistics.median(reductions)
+    kept, rival = 1 - empty_octave_share(side), 1 - empty_octave_share(RIVAL)
+    others = "" if len(reductions) == images else "; the others keep every bit"
+    words = [
+        f"{len(reductions):,} of {images:,} images ({len(reductions) / images:.0%}) were reduced, the median one to "
+        f"{median:.2f} of its sides:",
+        f"what lay above {0.5 * median:.2g} cycles a pixel of the original is gone from it{others}",
+        f"a {VIEW}-pixel crop of {SCALE[0]:.0%} to {SCALE[1]:.0%} of such an image has {kept:.0%} of its upper octave",
+    ]
+    if side > RIVAL:
+        words[-1] += f" (from {RIVAL} pixels: {rival:.0%})"
+    return [*words, "--crop native sees the reduced pixels: for signals in single pixels take --resize none"]

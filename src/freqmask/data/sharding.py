@@ -1,4 +1,7 @@
-"""Images of any source into tar shards: planned, encoded in worker processes, written, resumed after a kill."""
+"""Images of any source into tar shards: planned, encoded in worker processes, written, resumed after a kill.
+
+An image is reduced where it is large, and becomes JPEG as a photograph of 8 bits; else every bit is kept.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,24 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import imagecodecs
 import numpy as np
+import tifffile
+import torch
+from jaxtyping import Shaped
 from pyarrow import feather
 from torch.utils.data import Dataset
 
 from freqmask.data.cache import hash_of, replacing
-from freqmask.data.encode import EncodedImage, encode_picture
 from freqmask.data.loader import as_it_is, make_loader
-from freqmask.data.pixels import as_bad_image
+from freqmask.data.pixels import Picture, as_bad_image, fill_missing, missing_pixels
 from freqmask.data.sampler import block_shuffle, some_images
 from freqmask.data.shards import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
 from freqmask.data.source import JoinedSource, Pages, Source
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.storage import INDEX_NAME, MANIFEST
+from freqmask.data.tiff import NODATA_TAG
+from freqmask.data.transforms import OVERSAMPLING, resize
 from freqmask.errors import BadImage, UserError
 from freqmask.training.files import replace_atomically, write_rows
 
@@ -38,6 +46,10 @@ MOST_IN_A_SHARD = 10_000
 SAMPLED = 32  # images that are encoded to learn how large they come out
 SAMPLED_BLOCKS = 4  # row groups that they come from where those are fetched whole
 ORDER_SEED = 0
+JPEG_QUALITY = 95
+# Color at full resolution: halved, as is usual, its upper octave would be gone. A third more time and bytes.
+JPEG_SUBSAMPLING = "444"
+MISSING_SHARE = 0.5  # a reduced pixel is missing where this much of what it came from was
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -61,6 +73,18 @@ class PrepareResult:
     bytes: int  # of all shards
     skipped: list[tuple[str, str]]  # (name, reason) of images that cannot be read
     reductions: list[float]  # sides over those of the original, of the images that were reduced
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it goes into a shard."""
+
+    data: bytes  # the file
+    suffix: str  # of its name, with the dot
+    size: tuple[int, int]  # (height, width) as shown
+    channels: int  # as decoded
+    bits: int  # of a sample
+    reduction: float = 1.0  # its sides over those of the original, at most 1
 
 
 class Packed(NamedTuple):
@@ -378,3 +402,89 @@ def member_key(name: str, taken: set[str]) -> str:
         unique = f"{key}_{number}"
     taken.add(unique)
     return unique
+
+
+def encode_picture(
+    picture: Picture, original: tuple[bytes, str] | None, shorter_side: int | None
+) -> EncodedImage:
+    """Decode an image once, so that it is known to be whole, and put it into the form of a shard; or a BadImage.
+
+    What needs no reduction to ``shorter_side`` pixels and has an ``original`` (its file, its suffix) stays that file,
+    byte for byte. A reduced image of 8 bits becomes a JPEG; everything else keeps every bit, as PNG where that can
+    be, as TIFF where not.
+    """
+    wanted = reduced_size(picture.size, shorter_side)
+    if wanted == picture.size:
+        pixels = picture.decode()
+        data, suffix = original or _lossless(pixels, picture.nodata)
+    else:
+        at_least = (OVERSAMPLING * wanted[0], OVERSAMPLING * wanted[1])
+        pixels = reduced(picture.decode(None, at_least), wanted, picture.nodata)
+        jpeg = pixels.dtype == np.uint8 and len(pixels) in (1, 3)
+        data, suffix = (_jpeg(pixels), ".jpg") if jpeg else _lossless(pixels, picture.nodata)
+    reduction = min(wanted) / min(picture.size)
+    return EncodedImage(data, suffix, wanted, len(pixels), 8 * pixels.dtype.itemsize, reduction)
+
+
+def reduced_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
+    """Height and width of an image whose shorter side is brought down to a limit.
+
+    >>> reduced_size((3000, 4000), 448), reduced_size((300, 500), 448)
+    ((448, 597), (300, 500))
+    """
+    if shorter_side is None or min(size) <= shorter_side:
+        return size
+    factor = shorter_side / min(size)
+    height, width = (max(1, round(side * factor)) for side in size)
+    return height, width
+
+
+def reduced(
+    pixels: Shaped[np.ndarray, "channel height width"], size: tuple[int, int], nodata: float | None
+) -> Shaped[np.ndarray, "channel new_height new_width"]:
+    """An image brought to (height, width) with our antialiased bicubic, in its own type and range.
+
+    Bicubic overshoots; what leaves the range of the image's own values is clamped to it. What is mostly missing
+    (NaN or ``nodata``) stays missing, and an image that is all missing is a BadImage.
+    """
+    if pixels.dtype == np.uint8 and nodata is None:
+        return resize(torch.from_numpy(pixels), size).numpy()
+    missing = missing_pixels(pixels, nodata)
+    if missing is not None and missing.all():
+        raise BadImage("all its values are missing (NaN or nodata)")
+    values = fill_missing(pixels, missing).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    unit = torch.from_numpy(((values - low) / max(high - low, 1e-300)).astype(np.float32))
+    scaled = resize(unit, size).numpy().astype(np.float64) * (high - low) + low
+    small = (np.rint(scaled) if pixels.dtype.kind in "iu" else scaled).astype(pixels.dtype)
+    if missing is not None and missing.any():
+        gone = resize(torch.from_numpy(missing.astype(np.float32)), size).numpy() >= MISSING_SHARE
+        small[gone] = np.nan if pixels.dtype.kind == "f" else nodata
+    return small
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    layout = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    if len(pixels) == 1:
+        return bytes(imagecodecs.jpeg8_encode(layout[..., 0], level=JPEG_QUALITY))
+    return bytes(imagecodecs.jpeg8_encode(layout, level=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING))
+
+
+def _lossless(pixels: np.ndarray, nodata: float | None) -> tuple[bytes, str]:
+    """PNG for whole numbers in one or three channels, else TIFF (deflate); with its nodata value."""
+    layout = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    if pixels.dtype in (np.uint8, np.uint16) and len(pixels) in (1, 3) and nodata is None:
+        return bytes(imagecodecs.png_encode(layout[..., 0] if len(pixels) == 1 else layout)), ".png"
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file,
+        layout[..., 0] if len(pixels) == 1 else layout,
+        photometric="minisblack",
+        planarconfig="contig" if len(pixels) > 1 else None,
+        compression="zlib",
+        predictor=True,
+        metadata=None,
+        software=False,
+        extratags=[] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)],
+    )
+    return file.getvalue(), ".tif"
