@@ -153,3 +153,19 @@ def test_what_a_killed_process_left_half_written_goes_when_the_run_goes_on(tmp_p
     run.lock()
     run.unlock()
     assert not half.exists()
+
+
+def test_what_fails_before_it_has_begun_is_gone_before_its_lock_is_given_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, unlock, gone = RunFolder(tmp_path / "new" / "run"), RunFolder.unlock, []
+
+    def noting(self: RunFolder) -> None:
+        gone.append(not (tmp_path / "new").exists())  # else the lock that is deleted could be another's
+        unlock(self)
+
+    monkeypatch.setattr(RunFolder, "unlock", noting)
+    with pytest.raises(KeyboardInterrupt), run.held("plan.png"):
+        (run.path / "plan.png").write_text("")
+        raise KeyboardInterrupt
+    assert gone == [True]
