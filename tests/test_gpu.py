@@ -16,7 +16,7 @@ import freqmask
 from freqmask.errors import UserError
 from freqmask.filters import build_filter
 from freqmask.methods import build_method
-from freqmask.pretraining.pretraining_module import PretrainingModule
+from freqmask.pretraining.task import PretrainingModule
 from freqmask.training.files import read_rows
 
 HAS_GPU = torch.cuda.is_available()

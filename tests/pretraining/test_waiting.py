@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from freqmask.data.augment import DINO_VIEWS, PhotometricAugmentation
 from freqmask.methods import build_method
-from freqmask.pretraining.pretraining_module import augmented
+from freqmask.pretraining.task import augmented
 from freqmask.training.optim import OptimConfig, build_optimizer
 
 TINY = {"embed_dim": 32, "depth": 1, "num_heads": 1}

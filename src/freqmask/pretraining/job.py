@@ -23,7 +23,6 @@ from freqmask.options import command_words
 from freqmask.pretraining import plan
 from freqmask.pretraining.cache_on_device import keep_images
 from freqmask.pretraining.figures import draw_plan
-from freqmask.pretraining.pretraining_module import augmented
 from freqmask.pretraining.resolve import (
     Resolved,
     check_options,
@@ -33,7 +32,7 @@ from freqmask.pretraining.resolve import (
     parse_image_size,
     resolve,
 )
-from freqmask.pretraining.task import Images, Pretraining, make_dataset
+from freqmask.pretraining.task import Images, Pretraining, augmented, make_dataset
 from freqmask.pretraining.teacher import check_same, weights_of
 from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe

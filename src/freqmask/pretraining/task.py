@@ -1,4 +1,4 @@
-"""Pre-training as a task of the loop: its data, its numbers, what is measured, and the backbone it exports."""
+"""Pre-training as a task of the loop: its step, its data, what is measured, and the backbone it exports."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from freqmask import __version__
 from freqmask.backbones import height_and_width, recalibrate_batch_norm
@@ -23,19 +28,23 @@ from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
+from freqmask.images import as_float
 from freqmask.interop.timm_folder import trained_feature, write_timm_folder
-from freqmask.pretraining.pretraining_module import (
-    SHARDED,
-    PretrainingModule,
-    sharding_strategy,
+from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
+from freqmask.pretraining.watch import (
+    ENOUGH_RANKED,
+    FEATURES_AT_ONCE,
+    HeldOut,
+    Probe,
+    calibration,
     whole_method,
 )
-from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
-from freqmask.pretraining.watch import ENOUGH_RANKED, FEATURES_AT_ONCE, HeldOut, Probe, calibration
+from freqmask.rng import combine
 from freqmask.training.auto import world_size
 from freqmask.training.callbacks import Monitor
 from freqmask.training.files import read_rows
-from freqmask.training.loop import Task, ends, images_at_once, make_sampler
+from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler
+from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
 from freqmask.training.run_folder import RunFolder
 
 PROBES_A_RUN = 10
@@ -44,6 +53,73 @@ FIRST_AND_LAST = [  # in the summary, beside those parts
     *("probe_knn", "probe_linear", "rankme"),  # the first of each is of the weights that the run began with
 ]
 LAST = ["held_out_loss", "held_out_relative_loss", "pixels_knn", "pixels_linear"]
+
+
+class PretrainingModule(ScheduledModule):
+    """Trains a method.
+
+    Args:
+        method: an ``nn.Module`` with the contract of :mod:`freqmask.methods`.
+        optim: how the weights are moved.
+        augmentation: photometric augmentation of one view each, ``(images, keys) -> images``; empty for none.
+    """
+
+    def __init__(
+        self, method: nn.Module, optim: OptimConfig, augmentation: list[nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        self.method: Any = method
+        self.optim = optim
+        self.augmentation = nn.ModuleList(augmentation or [])
+        self._sharded = False
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """One part of an optimizer step: the method's loss and its parts."""
+        with torch.no_grad():
+            views = [as_float(view) for view in batch["views"]]
+            views = augmented(views, list(self.augmentation), batch["keys"])
+        parts: dict[str, Tensor] = self.method(views, batch["keys"], details=self.want_details)
+        self.check(parts["loss"])
+        return parts
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, its learning rate set by the schedule at every step, after which FOLK's teacher follows."""
+        optimizer = build_optimizer(self.method, self.optim)
+        optimizer.register_step_post_hook(
+            lambda *_: self.method.after_step(self.step, self.optim.total_steps)
+        )
+        self.schedule = Schedule(optimizer, self.optim)
+        return optimizer
+
+    def configure_model(self) -> None:
+        """Spread the method over the devices where the strategy asks for it."""
+        mesh = getattr(self, "_device_mesh", None)  # set by Lightning's sharding strategy alone
+        if mesh is not None and not self._sharded:
+            shard(self.method, mesh["data_parallel"])
+            self._sharded = True
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Let the method drop gradients (FOLK's frozen layer), then clip the rest by their norm."""
+        self.method.before_optimizer_step(self.step, self.optim.total_steps)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = self.optim.clip_grad if self.optim.clip_grad is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit).detach()
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def augmented(views: list[Tensor], augmentation: list[nn.Module], keys: Tensor) -> list[Tensor]:
+    """Photometric augmentation of each view by its own module and keys; none where the list is empty."""
+    if not augmentation:
+        return views
+    return [
+        augment(view, combine(keys, number))
+        for number, (augment, view) in enumerate(zip(augmentation, views, strict=True))
+    ]
 
 
 @dataclass
@@ -83,8 +159,13 @@ class Pretraining:
             else:
                 say(f"note: torch.compile cannot be used here ({reason}); training without it")
         trainer: dict[str, Any] = {"logger": _logger(options["logger"], self.run)}
-        if options["strategy"] in SHARDED:
-            trainer["strategy"] = sharding_strategy(world_size(options))
+        if options["strategy"] in ("fsdp", "model_parallel"):
+            # weights, gradients and optimizer state over all processes; a checkpoint is still one file
+            trainer["strategy"] = ModelParallelStrategy(
+                data_parallel_size=world_size(options),
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=False,
+            )
         return Task(
             self.run,
             options,
@@ -233,6 +314,20 @@ def make_dataset(
     value_range = ValueRange.parse(options["value_range"]) or ValueRange()
     channels, seed = options["channels"], options["seed"]
     return TrainDataset(source, geometries, value_range, channels, convert_channels=convert, seed=seed)
+
+
+def shard(method: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread a method over the devices that share the data, in place: each block is gathered when its turn comes.
+
+    Teacher and student are cut alike, so that the moving average needs no communication.
+    """
+    for part in method.modules():
+        if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
+            for block in part:
+                sharded = any(isinstance(inner, FSDPModule) for inner in block.modules())
+                if any(parameter.ndim > 1 for parameter in block.parameters()) and not sharded:
+                    fully_shard(block, mesh=mesh)
+    fully_shard(method, mesh=mesh)
 
 
 def compile_failure(backbone: Any, device: torch.device) -> str | None:

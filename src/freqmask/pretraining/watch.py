@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from jaxtyping import Float
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from freqmask.backbones import Backbone, eval_no_grad, recalibrate_batch_norm
@@ -20,8 +21,8 @@ from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.images import as_float
+from freqmask.methods import build_method
 from freqmask.pretraining.figures import draw_preview, filter_names
-from freqmask.pretraining.pretraining_module import whole_method
 from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.run_folder import RunFolder
 
@@ -66,6 +67,21 @@ class Measurement(PeriodicCallback):
     @abstractmethod
     def measure(self, trainer: L.Trainer, module: Any, method: Any, step: int) -> dict[str, float]:
         """The numbers by their names in the metrics; ``method`` has all weights, and is None beside process 0."""
+
+
+def whole_method(trainer: L.Trainer, module: Any) -> Any:
+    """The method with all its weights; under sharding a copy on the CPU in the first process, in the others None.
+
+    Every process has to call this.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return module.method
+    state = trainer.strategy.lightning_module_state_dict()
+    if not trainer.is_global_zero:
+        return None
+    method = build_method(module.method.name, **module.method.settings)
+    method.load_state_dict({name.removeprefix("method."): value for name, value in state.items()})
+    return method.train(module.method.training)
 
 
 class HeldOut(Measurement):
