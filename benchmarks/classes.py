@@ -27,7 +27,7 @@ WORDS = {  # the model and the options of each protocol
         "pixels",
         "--rates",
         "1",
-    ],  # nine are tried without; time and memory of the heads are those of nine
+    ],  # by default nine: nine times the time, and the heads' memory
     "finetune": ["random:vit_tiny_patch16_224", "--image_size", "32", "--steps", "3", "--batch_size", "16"],
 }
 RESULTS = Path(__file__).parent / "results" / "classes.csv"
