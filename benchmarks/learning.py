@@ -94,12 +94,12 @@ FOR_A_CNN = {
 # ------------------------------------------------------------------------------------------------- data and views
 
 
-def load(path: str) -> dict[str, Tensor]:
-    """Images (N, 3, 32, 32) uint8 and labels of ``train`` and ``test``, decoded once."""
+def load(path: str, size: int) -> dict[str, Tensor]:
+    """Images (N, 3, size, size) uint8 and labels of ``train`` and ``test``, decoded once."""
     if path == "toy":
         draw = torch.Generator().manual_seed(0)
         labels = torch.arange(640) % 4
-        images = torch.randint(0, 120, (640, 3, 32, 32), generator=draw, dtype=torch.uint8)
+        images = torch.randint(0, 120, (640, 3, size, size), generator=draw, dtype=torch.uint8)
         images[:, 0] += (40 * labels).to(torch.uint8)[:, None, None]
         return {
             "train": images[:512],
@@ -113,7 +113,7 @@ def load(path: str) -> dict[str, Tensor]:
     for split in ("train", "test"):
         pictures, labels = (folder if (Path(path) / "train").is_dir() else table)(Path(path), split)
         small = [
-            np.asarray(Image.open(one).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS))
+            np.asarray(Image.open(one).convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
             for one in pictures
         ]
         loaded[split] = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
@@ -139,11 +139,12 @@ def folder(path: Path, split: str) -> tuple[list[Any], list[int]]:
     return [files[at] for at in order], [classes.index(files[at].parent.name) for at in order]
 
 
-def loaded_once(path: str) -> dict[str, Tensor]:
+def loaded_once(path: str, size: int) -> dict[str, Tensor]:
     """As :func:`load`, kept decoded in the temporary folder for the other processes."""
-    kept = Path(tempfile.gettempdir()) / f"learning-{hashlib.sha1(path.encode()).hexdigest()[:12]}.pt"
+    key = hashlib.sha1(f"{path} {size}".encode()).hexdigest()[:12]
+    kept = Path(tempfile.gettempdir()) / f"learning-{key}.pt"
     if not kept.exists():
-        torch.save(load(path), kept.with_suffix(f".{os.getpid()}"))
+        torch.save(load(path, size), kept.with_suffix(f".{os.getpid()}"))
         kept.with_suffix(f".{os.getpid()}").rename(kept)
     return torch.load(kept, weights_only=True, mmap=True)
 
@@ -176,11 +177,19 @@ def build(job: dict[str, Any]) -> nn.Module:
     for own in ("lr", "crop", "weight_decay"):
         options.pop(own, None)
     name = name.partition("-")[0]  # mfm-com and words-unfiltered are mfm and words with options
+    size = job["size"]
     if name == "teacher":
-        name, options["teacher"] = "distill", open_teacher({**job, "image_size": 32, "channels": 3})
-    if name in RIVALS:
-        return RIVALS[name](**BACKBONES[job["backbone"]], **options)
-    return METHODS[name](**BACKBONES[job["backbone"]], image_size=32, **options)
+        name, options["teacher"] = "distill", open_teacher({**job, "image_size": size, "channels": 3})
+    kind = RIVALS[name] if name in RIVALS else METHODS[name]
+    return kind(**network(job["backbone"], size), image_size=size, **options)
+
+
+def network(name: str, size: int) -> dict[str, Any]:
+    """A backbone's arguments; its patches grow with the images, so that there are 8 x 8 at every size."""
+    arguments = dict(BACKBONES[name])
+    if "patch_size" in arguments:
+        arguments["patch_size"] = size // 8
+    return arguments
 
 
 class Step:
@@ -354,7 +363,7 @@ def whitened(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 def corrupted(job: dict[str, Any], images: Tensor) -> Tensor:
     """The first test images under each of the 15 common corruptions at severities 1, 3 and 5, kept for later runs."""
-    key = hashlib.sha1(f"{job['path']}/{job['sweep']}".encode()).hexdigest()[:12]
+    key = hashlib.sha1(f"{job['path']}/{job['sweep']}/{job['size']}".encode()).hexdigest()[:12]
     kept = Path(tempfile.gettempdir()) / f"corrupted-{key}.pt"
     if not kept.exists():
         strengths = Strengths("cifar-10-c", images.shape[-1] / 32)
@@ -471,9 +480,9 @@ def work(job: dict[str, Any]) -> list[dict[str, Any]]:
     device = torch.device(job["device"])
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    key = f"{job['path']}/{job['sweep']}/{job['images']}"
+    key = f"{job['path']}/{job['sweep']}/{job['images']}/{job['size']}"
     if key not in _LOADED:
-        data = loaded_once(job["path"])
+        data = loaded_once(job["path"], job["size"])
         if job["sweep"]:
             held = min(HELD_OUT, len(data["train"]) // 4)
             data = {
@@ -494,21 +503,18 @@ def work(job: dict[str, Any]) -> list[dict[str, Any]]:
         if job["method"] in ("fresh", "pixels"):
             torch.manual_seed(1000 + job["seed"])
             if job["method"] == "fresh":
-                network = Backbone(
-                    image_size=32,
-                    **{"name": BACKBONES[job["backbone"]]["backbone"]}
-                    | {k: v for k, v in BACKBONES[job["backbone"]].items() if k != "backbone"},
-                ).to(device)
-                scores = measured(network, data, job, True)
+                arguments = network(job["backbone"], job["size"])
+                fresh = Backbone(arguments.pop("backbone"), image_size=job["size"], **arguments).to(device)
+                scores = measured(fresh, data, job, True)
             else:
                 scores = pixels(data, job["seed"])
             return [shared | {"minutes": 0, "steps": 0, "seconds": time.monotonic() - begun} | scores]
         steps = job["steps"] or max(20, int(job["minutes"] * 60 * job["images_per_second"] / BATCH))
         points = sorted({max(1, round(steps * share)) for share in job["points"]})
         for made, method, loss in train(job, images, steps, points, Path(job["out"])):
-            network = method.backbones()[method.default_backbone]
+            trained = method.backbones()[method.default_backbone]
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                scores = measured(network, data, job, made == steps and job["whole"])
+                scores = measured(trained, data, job, made == steps and job["whole"])
             rows.append(shared | scores | {
                 "minutes": made * BATCH / job["images_per_second"] / 60, "steps": made, "loss": loss,
                 "images_per_second": job["images_per_second"], "seconds": time.monotonic() - begun,
@@ -542,7 +548,7 @@ def speed(job: dict[str, Any]) -> tuple[str, float]:
     """Images/s of a job's method on one core."""
     torch.set_num_threads(1)
     try:
-        images = torch.randint(0, 255, (1024, 3, 32, 32), dtype=torch.uint8)
+        images = torch.randint(0, 255, (1024, 3, job["size"], job["size"]), dtype=torch.uint8)
         return speed_key(job), images_per_second(job, images)
     except Exception as error:
         if os.environ.get("LEARNING_RAISE"):
@@ -559,7 +565,8 @@ def speed_key(job: dict[str, Any]) -> str:
     options = {
         name: value for name, value in job["options"].items() if name not in ("lr", "crop", "weight_decay")
     }
-    return json.dumps([job["backbone"], job["method"], options], sort_keys=True)
+    size = [] if job["size"] == 32 else [job["size"]]
+    return json.dumps([job["backbone"], job["method"], options, *size], sort_keys=True)
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -586,9 +593,12 @@ def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     }  # fmt: skip
                     if job["method"] == "teacher":
                         job["teacher"] = arguments.teacher
+                    size = line.get("size", arguments.size)
+                    if size != 32:
+                        job["data"] += f" at {size}"
                     text = json.dumps(job, sort_keys=True)
                     job["id"] = hashlib.sha1(text.encode()).hexdigest()[:12]
-                    jobs.append(job | {"device": arguments.device, "out": arguments.out})
+                    jobs.append(job | {"size": size, "device": arguments.device, "out": arguments.out})
     return jobs
 
 
@@ -599,6 +609,9 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", default=["pixels", "fresh", "mfm", "folk", "simmim", "mae", "dino", "lejepa"]
     )
+    parser.add_argument(
+        "--size", type=int, default=32, help="of the images, in pixels; a ViT has 8 x 8 patches"
+    )
     parser.add_argument("--teacher", help="of the method teacher: timm:NAME, or a folder")
     parser.add_argument("--backbones", nargs="+", default=["vit"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -607,7 +620,7 @@ def main() -> None:
         "--points", nargs="+", type=float, default=[1.0], help="shares of the training to evaluate at"
     )
     parser.add_argument(
-        "--plan", help="JSON list of {method, options, data, backbones, seeds, images, minutes}"
+        "--plan", help="JSON list of {method, options, data, backbones, seeds, images, minutes, size}"
     )
     parser.add_argument("--sweep", action="store_true", help="judge on held-out training images")
     parser.add_argument("--device", default="cpu")
@@ -627,8 +640,8 @@ def main() -> None:
     done = {row["id"] for row in read_rows(table)}
     jobs = [job for job in make_jobs(arguments) if job["id"] not in done]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for path in {job["path"] for job in jobs}:
-        loaded_once(path)
+    for path, size in {(job["path"], job["size"]) for job in jobs}:
+        loaded_once(path, size)
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         jobs = with_speeds(jobs, pool, Path(arguments.speeds or out / "speeds.json"))
         new = not table.exists() or not table.stat().st_size
