@@ -96,6 +96,8 @@ def test_large_images_are_reduced_before_their_words_are_read() -> None:
     large = torch.nn.functional.interpolate(photographs(8), size=(96, 128), mode="bicubic").clamp(0, 1)
     assert words(large).shape == (8, 8 * 4)
     assert words._reduced(large).shape[-2:] == (32, 43)
+    sides = [build_method("words", **{**VIT, "image_size": size}).settings["word_side"] for size in (16, 64)]
+    assert sides == [16, 32]  # of larger images it is words of a small one that teach (docs/log.md)
 
 
 def test_the_backbone_is_given_the_share_of_patches() -> None:

@@ -19,7 +19,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from freqmask.errors import UserError, nearest
+from freqmask.errors import UserError, brief, nearest
 from freqmask.imports import named_by_user
 from freqmask.interop.timm_folder import (
     CONFIG,
@@ -117,9 +117,12 @@ def load_method(run: str | Path) -> Method:
         )
     with named_by_user((), folder.path / "config.yaml", imported_too=True):
         method = method_of(folder.config(), folder.state().get("images"))
-    load_fitting(
-        method, _of_method(run_state(run)), f"run ({run}): its checkpoint does not fit its config.yaml"
-    )
+    weights = _of_method(run_state(run))
+    try:
+        method.load_state_dict(weights)  # torch's own check: distill makes its heads by the weights that come
+    except RuntimeError as error:
+        reason = brief(error, 300)
+        raise UserError(f"run ({run}): its checkpoint does not fit its config.yaml: {reason}") from error
     return method
 
 

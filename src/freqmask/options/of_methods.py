@@ -171,7 +171,7 @@ class WordsOptions(PartlySeenOptions):
     words: int = option(256, "visual words to tell apart", least=2)
     word_grid: int = option(2, "rows and columns of cells in which words are counted", least=1)
     word_side: int | Auto = option(
-        "auto", "shorter side in pixels that an image is reduced to before its words are read; auto is at most 64",
+        "auto", "shorter side in pixels that an image is reduced to before its words are read; auto is at most 32",
         least=8,
     )  # fmt: skip
 
