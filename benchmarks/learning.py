@@ -6,7 +6,7 @@
 
 The time is that of one CPU core. Each method's images/s are measured first, with one thread, then it gets as many steps
 as fit ``--minutes``; where those steps are then carried out (``--device``) changes nothing but the waiting. Same
-images, crops, optimizer and batch for all; methods of two views get colour changes (DINO's). A row a finished training
+images, crops, optimizer and batch for all; methods of two views get color changes (DINO's). A row a finished training
 goes to ``learning.csv``; the same command goes on with what is missing, from the last checkpoint of each training.
 ``--sweep`` trains every method with its own small grid and judges on held-out training images, never on test images.
 """
@@ -201,7 +201,7 @@ class Step:
         options = job["options"]
         self.scale = tuple(options.get("crop", (0.5, 1.0) if method.n_views == 1 else (0.3, 1.0)))
         two = PhotometricAugmentation(TWO_VIEWS if method.n_views == 2 else NO_CHANGE)
-        self.colours = two if method.n_views == 2 else None
+        self.colors = two if method.n_views == 2 else None
         self.lr = options.get("lr", 1e-3)
         self.rate = torch.tensor(0.0, device=device)
         on_gpu = device.type == "cuda"
@@ -220,8 +220,8 @@ class Step:
     def views(self) -> list[Tensor]:
         batch = self.images[self.places].float() / 255
         made = [crop(batch, self.scale) for _ in range(self.method.n_views)]
-        if self.colours is not None:
-            made = [self.colours(view, self.keys + 7919 * (number + 1)) for number, view in enumerate(made)]
+        if self.colors is not None:
+            made = [self.colors(view, self.keys + 7919 * (number + 1)) for number, view in enumerate(made)]
         return made
 
     def work(self, step: int) -> None:

@@ -218,6 +218,10 @@ def test_the_changelog_names_each_kind_of_change_once_a_version_and_each_change_
         )
         changes = re.findall(r"^- .*$", version, re.MULTILINE)
         assert [change for change in set(changes) if changes.count(change) > 1] == []
+        long = [
+            line for line in version.splitlines() if len(line) > 60
+        ]  # a paste shows in the lines below, too
+        assert len(long) == len(set(long))
 
 
 def test_every_result_names_the_command_that_measures_it_again() -> None:

@@ -21,9 +21,8 @@ from freqmask.errors import UserError, nearest
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 ENOUGH_STEPS, SMALL_BATCH = 5_000, 64
-TARGET_STEPS = (
-    10_000  # of MFM and FOLK nothing can be judged before about 5,000 (docs/methods.md, small pictures)
-)
+# of MFM and FOLK nothing can be judged before about 5,000 (docs/methods.md, small pictures)
+TARGET_STEPS = 10_000
 PUBLISHED_EPOCHS = 300
 SECONDS_A_ROW = 5.0
 MOST_EPOCHS = 1_600

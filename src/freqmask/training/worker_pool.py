@@ -320,12 +320,12 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    unpacker = Deserializer(device)
+    deserializer = Deserializer(device)
     code = 0
     with silence_third_party_loggers():
         try:
             while True:
-                with closing(_answer(unpacker, connection.recv_bytes())) as messages:
+                with closing(_answer(deserializer, connection.recv_bytes())) as messages:
                     for message in messages:
                         connection.send_bytes(message)
         except SystemExit:
@@ -335,13 +335,13 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
     os._exit(code)  # taking torch apart takes seconds, and nothing is left to be done
 
 
-def _answer(unpacker: Deserializer, message: bytes) -> Generator[bytes]:
+def _answer(deserializer: Deserializer, message: bytes) -> Generator[bytes]:
     try:
         numbers, packed, call = pickle.loads(message)
-        with _translate_memory_errors(unpacker.device):
-            unpacker.keep(numbers, packed)
-            work, arguments = unpacker.unpack(call)
-            for result in work(unpacker.device, *arguments):
+        with _translate_memory_errors(deserializer.device):
+            deserializer.keep(numbers, packed)
+            work, arguments = deserializer.unpack(call)
+            for result in work(deserializer.device, *arguments):
                 yield pickle.dumps((_RESULT, result), pickle.HIGHEST_PROTOCOL)
         yield pickle.dumps((_DONE, None))
     except Exception as error:
