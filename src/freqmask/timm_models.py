@@ -288,7 +288,13 @@ def _resnet(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
 
 def _count(state: Mapping[str, Tensor], part: str) -> int:
     """How many blocks ``part.0``, ``part.1`` ... there are."""
-    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith(f"{part}.")), default=-1)
+    numbers = (name.split(".")[1] for name in state if name.startswith(f"{part}."))
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+
+
+def ratio_of(hidden: int, dim: int) -> float:
+    """The ``mlp_ratio`` from which timm, which cuts off what is behind the point, makes this hidden width."""
+    return hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
 
 
 def _vit(
@@ -309,7 +315,7 @@ def _vit(
         "embed_dim": dim,
         "depth": _count(state, "blocks"),
         "num_heads": given.get("num_heads") or (16 if dim == 1280 else max(1, dim // 64)),
-        "mlp_ratio": 4.0 if fc1 is None else fc1.shape[0] / dim,
+        "mlp_ratio": 4.0 if fc1 is None else ratio_of(fc1.shape[0], dim),
     }
     if name.startswith("beit"):
         return name, arguments | {

@@ -15,8 +15,8 @@ from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.evaluation import linear
 from freqmask.evaluation.corruptions import COMMON, SEVERITIES
-from freqmask.evaluation.results import ClassificationResult, summarize
-from freqmask.evaluation.robustness import RobustnessEval, find_folders, together
+from freqmask.evaluation.results import ClassificationResult, check_results, summarize
+from freqmask.evaluation.robustness import RobustnessEval, check_tree, find_folders, together
 from freqmask.evaluation.robustness_results import ALEXNET, corruption_errors, mce_applies
 from tests.evaluation.test_classifier import write_classifier
 
@@ -55,6 +55,20 @@ def write_classes(folder: Path, names: tuple[str, ...], value: int, count: int =
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_test_sets_of_one_name_are_told_before_anything_is_measured(tmp_path: Path) -> None:
+    folders = [write_classes(tmp_path / side / "sketch", ("cat", "dog"), 200) for side in ("a", "b")]
+    folders.append(write_classes(tmp_path / "data", ("cat", "dog"), 200))
+    for given, taken in ((folders[:2], "sketch"), (folders[2:], "data")):
+        with pytest.raises(UserError, match=f"{taken} is taken"):
+            check_tree([(found, None) for path in given for found in find_folders(path, [], [])])  # type: ignore[misc]
+
+
+def test_a_damaged_table_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("model,accuracy\na," + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"results\.csv"):
+        check_results(tmp_path)
 
 
 def test_one_table_over_all_models_with_rows_and_pictures(

@@ -23,6 +23,7 @@ from freqmask.interop.foreign_weights import convert_file
 from freqmask.interop.formats import FORMATS, export_model
 from freqmask.interop.models import open_model
 from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.timm_models import ratio_of
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {
@@ -187,6 +188,18 @@ def test_models_that_the_mfm_layout_cannot_hold_are_refused(name, arguments, nam
     with pytest.raises(UserError, match=named) as caught:
         mfm_encoder(model)
     assert "--format timm" in str(caught.value)
+
+
+def test_what_is_dropped_in_training_alone_and_odd_widths_pass():
+    rates = {"drop_path_rate": 0.1, "proj_drop_rate": 0.1, "patch_drop_rate": 0.2}
+    tiny = {"depth": 2, "embed_dim": 64, "num_heads": 1, "mlp_ratio": 352.5 / 64}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **tiny, **rates)
+    assert mfm_encoder(model)["blocks.1.mlp.fc1.weight"].shape == (352, 64)
+    assert all(
+        int(dim * ratio_of(hidden, dim)) == hidden
+        for dim in range(32, 512, 32)
+        for hidden in range(32, 2048, 32)
+    )
 
 
 def test_a_model_without_decoder_is_no_mfm_checkpoint(tmp_path):

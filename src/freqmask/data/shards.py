@@ -274,6 +274,7 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
     sizes = {name: size for name, size, _ in index.shards}
     if names is not None and not set(names) <= set(sizes):
         return None
+    states = dict(index.states)
     for name in () if files.remote else names or sizes:  # asking a server for each would take long
         try:
             state = files.state(name)
@@ -282,12 +283,13 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
                 f"DATA ({where}) lacks the shard {name}, which its {INDEX_NAME} lists; fetch it, or name those "
                 "that are there by a pattern"
             ) from error
-        index.states = {**index.states, name: state}
+        states[name] = state
         if state[0] != sizes[name]:
             raise UserError(
                 f"DATA ({where}): the shard {name} has {state[0]:,} bytes, not the {sizes[name]:,} of its "
                 f"{INDEX_NAME}; fetch it again, or delete {INDEX_NAME} to have it made anew"
             )
+    index.states = states
     return index
 
 

@@ -422,6 +422,7 @@ def check_results(folder: Path) -> None:
     """Raises a UserError for a folder whose table cannot be written; asked before hours of measuring."""
     check_writable(folder, folder=True)
     check_writable(folder / RESULTS, "results")
+    read_rows(folder / RESULTS)  # a damaged one would refuse the rows after all measuring
 
 
 def shortened(name: str, most: int = 24) -> str:

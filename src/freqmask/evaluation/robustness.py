@@ -141,6 +141,12 @@ def check_tree(folders: Sequence[tuple[TestFolder, LabelledData]]) -> None:
         first, same = trees[0]
         if not np.array_equal(data.labels, same.labels) or data.class_names != same.class_names:
             raise UserError(f"folder ({folder.folder}) must hold the same images as {first.folder}")
+    names = [folder.name for folder, _ in folders if not folder.corruption]
+    for name in names:
+        if names.count(name) > 1 or name in (DATA, TREE):
+            raise UserError(
+                f"folder names test sets by their last part, and {name} is taken; rename or link one"
+            )
 
 
 @dataclass

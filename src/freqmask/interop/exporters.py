@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.models import OpenedClassifier, OpenedModel
 from freqmask.interop.timm_folder import DECODER, Pooled, differences, read_tensors, write_timm_folder
 from freqmask.interop.weights import run_state
+from freqmask.timm_models import ratio_of
 from freqmask.training.checkpoint import save_atomically
 from freqmask.training.files import new_folder, replace_atomically
 
@@ -196,7 +198,7 @@ def mfm_encoder(model: Any) -> dict[str, Tensor]:
     else:
         plain = _plain_vit(model) if kind == "VisionTransformer" else _plain_resnet(model)
         problems = differences(to_beit_names(model.state_dict()), to_beit_names(plain.state_dict()))
-        layers = zip(repr(model).splitlines(), repr(plain).splitlines(), strict=False)
+        layers = zip(_layers(model), _layers(plain), strict=False)
         problems = problems or [
             f"{own.strip()} instead of {theirs.strip()}" for own, theirs in layers if own != theirs
         ]
@@ -212,6 +214,11 @@ def mfm_encoder(model: Any) -> dict[str, Tensor]:
     return to_beit_names(model.state_dict())
 
 
+def _layers(model: Any) -> list[str]:
+    """A line a layer, without those that drop something in training alone."""
+    return [line for line in repr(model).splitlines() if not re.search(r"\(\w*drop\w*\):", line)]
+
+
 def _plain_vit(model: Any) -> Any:
     """What readers of an MFM checkpoint make of a ViT's tensors."""
     dim, patches, mlp = model.embed_dim, model.patch_embed, model.blocks[0].mlp
@@ -225,7 +232,7 @@ def _plain_vit(model: Any) -> Any:
         embed_dim=dim,
         depth=len(model.blocks),
         num_heads=16 if dim == 1280 else max(1, dim // 64),
-        mlp_ratio=(hidden + 0.5) / dim,  # timm cuts off what is behind the point
+        mlp_ratio=ratio_of(hidden, dim),
     )
 
 
