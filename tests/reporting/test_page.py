@@ -9,11 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_runs import make_run, result
+from PIL import Image
 
 from freqmask.errors import UserError
-from freqmask.reporting.page import refresh_report, write_report
+from freqmask.reporting.page import _images as images_of
+from freqmask.reporting.page import embed_images, refresh_report, render, write_report
+from freqmask.reporting.reading import read_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
@@ -152,6 +156,52 @@ def test_a_long_run_is_thinned_and_not_cut(tmp_path: Path) -> None:
     faint, strong = loss["traces"]
     assert (faint["x"][0], faint["x"][-1], len(faint["x"]) <= 2000) == (1, 6000, True)
     assert len(strong["x"]) == 100
+
+
+def test_a_part_that_a_method_declares_is_drawn_beside_the_loss_whatever_its_name(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("old", "new")]
+    for folder in folders:
+        metrics = folder / "metrics.csv"
+        metrics.write_text(
+            metrics.read_text().replace("grad_norm", "agreement", 1).replace("lr", "word_loss", 1)
+        )
+    state = json.loads((folders[1] / "run.json").read_text())
+    (folders[1] / "run.json").write_text(json.dumps({**state, "parts": ["agreement"]}))
+    old, new = (
+        {
+            chart["title"]: [trace["name"] for trace in chart["traces"]]
+            for chart in data_of(written([folder]))["charts"]
+        }
+        for folder in folders
+    )
+    assert old["Loss and its parts"] == ["training", "word loss"]  # by the names of today's methods
+    assert old["agreement"] == ["agreement"]
+    assert new["Loss and its parts"] == ["training", "agreement"]
+    assert new["word_loss"] == ["word loss"]
+
+
+def test_of_many_runs_each_kind_of_image_is_kept_and_what_has_no_room_is_said(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (400, 1000, 3), dtype=np.uint8)
+    runs = []
+    for number in range(3):
+        folder = make_run(tmp_path / f"run{number}", previews=0)
+        for name in ("plan.png", "previews/step-000010.png", "previews/step-000020.png"):
+            Image.fromarray(noise).save(folder / name)
+        runs.append(read_run(folder))
+    shown = render(runs)
+    assert len(re.findall("data-step=", shown)) >= 3
+    assert shown.count("drawn before the first step") == 3
+    assert "left out" not in shown
+    size = len(embed_images([(0, runs[0].plan)], 10**9)[0][0].source)
+    plan, images, missing = (images_of(runs[0], size)[part] for part in ("plan", "images", "missing"))
+    assert plan is not None and images and not missing
+    nothing = images_of(runs[0], 1000)
+    assert (nothing["plan"], nothing["images"]) == (None, [])
+    assert [sentence.split(" left out")[0] for sentence in nothing["missing"]] == [
+        "The previews",
+        "The image of the plan",
+    ]
+    assert str(runs[0].plan) in nothing["missing"][1]
 
 
 def test_the_page_carries_its_charting_library_and_stays_small(tmp_path: Path) -> None:

@@ -32,6 +32,19 @@ def test_seeds_are_joined_into_mean_deviation_and_n(tmp_path: Path) -> None:
     assert cell.deviation == pytest.approx(statistics.stdev([40, 44]))
 
 
+def test_of_losses_the_held_out_one_is_the_last_and_the_other_a_median(tmp_path: Path) -> None:
+    folder, trained, held_out = make_run(tmp_path / "a"), [5.0, 4.0, 9.0, 1.0, 2.0, 3.0, 8.0, 1.5], [0.7, 0.9]
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "relative_loss", "held_out_relative_loss"])
+        writer.writeheader()
+        writer.writerows({"step": n, "relative_loss": value} for n, value in enumerate(trained))
+        writer.writerows({"step": 7, "held_out_relative_loss": value} for value in held_out)
+    table = join_seeds(read_runs([folder]))
+    assert table.numbers == ["relative loss", "held-out relative loss"]
+    ends = (statistics.median(trained[-2:]), held_out[-1])  # of a quarter of the rows
+    assert [cell and (cell.mean, cell.digits) for cell in table.lines[0].cells] == [(end, 3) for end in ends]
+
+
 def test_what_auto_chose_is_no_setting_that_varies(tmp_path: Path) -> None:
     typed = make_run(tmp_path / "a", {"lr": 1e-3})
     other = make_run(tmp_path / "b", {"lr": 2e-3})

@@ -217,6 +217,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
             "convert_channels": options["convert_channels"],
             "threads": torch.get_num_threads(),
             "cores": usable_cores(),
+            "parts": list(getattr(resolved.method, "parts", ())),
             **weights_of(resolved.method),
         }
         _draw_plan(run, resolved, images)

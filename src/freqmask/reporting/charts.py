@@ -99,7 +99,7 @@ PANELS = (
         "loss",
         "Loss and its parts",
         "What the training lowers. Its height means little by itself; the first chart gives it a scale.",
-        r"loss|held_out_loss|reconstruction|(token_)?distillation|(?!relative_loss).*_loss|loss/.*",
+        r"loss|held_out_loss",  # and the parts that a run names
     ),
     Panel(
         "probe",
@@ -154,7 +154,8 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     most = max(min(POINTS // max(sum(len(run.curves) for run in runs), 1), MOST_A_CURVE), 50)
     drawn: list[dict[str, Any]] = []
     for panel in PANELS:
-        chosen = sorted((name for name in left if re.fullmatch(panel.columns, name)), key=_in_order)
+        parts = {name for run in runs for name in run.loss_parts} if panel.key == "loss" else ()
+        chosen = sorted((n for n in left if n in parts or re.fullmatch(panel.columns, n)), key=_in_order)
         left = [name for name in left if name not in chosen]
         drawn += _panel_charts(panel, chosen, runs, most)
     for name in left:  # columns that a method of somebody's own logs

@@ -36,8 +36,9 @@ QUALITY = 75  # of WebP
 REPORT = "report.html"
 LIMIT = 4_300_000  # bytes of a page, 1.2 million of them the charting library
 PREVIEW_BYTES = 2_600_000  # of all runs, where so much is left
-PLAN_SHARE = 0.15  # of the images' bytes
+PLAN_SHARE = 0.15  # of a run's bytes for images; half of them where the plan does not fit into that
 MOST_RUNS = 24  # overlaid, a chart with more cannot be read
+_NO_ROOM = "{} left out: this page has no room for more; name fewer runs, or open {}."
 _LISTED = 200  # skipped images a run; skipped.csv has them all
 _WITHOUT_IMAGES = '<meta name="freqmask-images" content="no">'
 _HERE = Path(__file__).parent
@@ -71,37 +72,32 @@ def embed(path: Path, step: int = 0, widest: int = WIDEST) -> Embedded | None:
     return Embedded(step, source, image.width, image.height)
 
 
-def embed_previews(previews: Sequence[tuple[int, Path]], budget: int) -> tuple[list[Embedded], list[str]]:
-    """Previews spread evenly over the run, first and last among them, that fit into the budget.
+def embed_images(files: Sequence[tuple[int, Path]], budget: int) -> tuple[list[Embedded], list[str]]:
+    """Images spread evenly over the files, first and last among them, that fit into the budget.
 
     Args:
-        previews: step and file, rising.
+        files: step and file, rising.
         budget: bytes in the page.
 
     Returns:
-        The previews, and a sentence for each file that is no image.
+        The images, and a sentence for each file that is no image.
     """
-    if not previews or not budget:
-        return [], []
-    widest, size = _width_and_size(previews, budget)
-    chosen = spread_out(previews, max(min(MOST, budget // size), 1))
+    samples, widest = spread_out(files, 3), WIDEST
+    while True:
+        sizes = [
+            len(image.source) if image else 1 for image in (embed(path, 0, widest) for _, path in samples)
+        ]
+        size = sum(sizes) // max(len(sizes), 1) + 1
+        if size * min(WANTED, len(files)) <= budget or widest <= NARROWEST:
+            break
+        widest = max(int(widest * 0.8), NARROWEST)
+    chosen = spread_out(files, max(min(MOST, budget // size), 1))
     images = {path: embed(path, step, widest) for step, path in chosen}
     damaged = [f"{path.name} cannot be read as an image." for path, image in images.items() if image is None]
     good = [image for image in images.values() if image is not None]
     while good and sum(len(image.source) for image in good) > budget:
         good = spread_out(good, len(good) - 1)
     return good, damaged
-
-
-def _width_and_size(previews: Sequence[tuple[int, Path]], budget: int) -> tuple[int, int]:
-    """Width at which the wanted number fits, and the mean bytes of three samples at that width."""
-    samples, widest = spread_out(previews, 3), WIDEST
-    while True:
-        images = [embed(path, widest=widest) for _, path in samples]
-        size = sum(len(image.source) if image else 1 for image in images) // len(images) + 1
-        if size * min(WANTED, len(previews)) <= budget or widest <= NARROWEST:
-            return widest, size
-        widest = max(int(widest * 0.8), NARROWEST)
 
 
 def write_report(
@@ -261,8 +257,22 @@ def _run_context(run: Run) -> dict[str, Any]:
 
 
 def _images(run: Run, budget: int) -> dict[str, Any]:
-    """The plan and the previews within so many bytes of the page."""
-    plan_bytes = int(PLAN_SHARE * budget)
-    images, damaged = embed_previews(run.previews, budget - plan_bytes)
-    plan, broken = embed_previews([(0, run.plan)] if run.plan is not None else [], plan_bytes)
-    return {"images": images, "plan": plan[0] if plan else None, "missing": [*run.missing, *damaged, *broken]}
+    """The plan and the previews within so many bytes of the page, and a sentence on each that has no room there."""
+    plan: list[Embedded] = []
+    missing: list[str] = []
+    for share in (
+        (PLAN_SHARE, 0.5) if run.plan is not None else ()
+    ):  # beside many runs 15 % are too few for any
+        plan, missing = embed_images([(0, run.plan)], int(share * budget))
+        if plan or missing:
+            break
+    else:
+        missing = [_NO_ROOM.format("The image of the plan", run.plan)] if run.plan is not None else []
+    images, damaged = embed_images(run.previews, budget - sum(len(image.source) for image in plan))
+    if run.previews and not images and not damaged:
+        damaged = [_NO_ROOM.format("The previews", run.path / "previews")]
+    return {
+        "images": images,
+        "plan": plan[0] if plan else None,
+        "missing": [*run.missing, *damaged, *missing],
+    }

@@ -18,6 +18,8 @@ from freqmask.training.run_folder import CONFIG, SKIPPED, STATE, SUMMARY, RunFol
 
 RESULTS = "results.csv"
 _BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these, nor results, is no run
+# columns of runs that were begun before run.json recorded the parts of their loss
+_OLD_PARTS = re.compile(r"reconstruction|(token_)?distillation|(?!(held_out_)?relative_loss).*_loss|loss/.*")
 _PREVIEW = re.compile(r"step-(\d+)\.png")
 
 
@@ -78,6 +80,14 @@ class Run:
         """The options that were typed, as against those that were chosen by auto."""
         words = self.state.get("given")
         return words if isinstance(words, dict) else {}
+
+    @property
+    def loss_parts(self) -> list[str]:
+        """The columns that its method adds up to the loss."""
+        parts = self.state.get("parts")
+        return (
+            parts if isinstance(parts, list) else [name for name in self.curves if _OLD_PARTS.fullmatch(name)]
+        )
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -7,14 +7,15 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from freqmask.console import plain_name, readable_time
 from freqmask.errors import UserError
-from freqmask.reporting.reading import Run, is_run, number, read_run, run_folders
+from freqmask.reporting.reading import Curve, Run, is_run, number, read_run, run_folders
 from freqmask.reporting.summary import is_incidental, text_of
 
 SCORES = ("accuracy", "miou", "mean_iou", "score")  # the first that a row has is the one that is shown
@@ -26,10 +27,11 @@ _MEASURED = frozenset({"mean", "std", "value_range"})
 
 Row = Mapping[str, str]
 Kind = tuple[str, str, str, str]  # protocol, variant, data and score
-# columns of metrics.csv that stand among the scores
-_LOSSES: dict[Kind, str] = {
-    ("relative loss", "", "", ""): "relative_loss",
-    ("held-out relative loss", "", "", ""): "held_out_relative_loss",
+# columns of metrics.csv that stand among the scores, and which value counts at the end: held-out images are evaluated
+# rarely, and all of them, so that theirs needs no smoothing
+_LOSSES: dict[Kind, tuple[str, Callable[[Curve], float]]] = {
+    ("relative loss", "", "", ""): ("relative_loss", Curve.tail),
+    ("held-out relative loss", "", "", ""): ("held_out_relative_loss", attrgetter("last")),
 }
 
 
@@ -186,9 +188,9 @@ def _varying(runs: Sequence[Run]) -> list[str]:
 
 def _numbers(run: Run) -> dict[Kind, float]:
     """Losses at the end and the score of every protocol and variant on every data set."""
-    # held-out images are evaluated rarely, and all of them: their last value needs no smoothing
-    curves = {kind: run.curves[name] for kind, name in _LOSSES.items() if name in run.curves}
-    values = {kind: curve.last if "held" in kind[0] else curve.tail() for kind, curve in curves.items()}
+    values = {
+        kind: at_end(run.curves[name]) for kind, (name, at_end) in _LOSSES.items() if name in run.curves
+    }
     scores: dict[Kind, list[float]] = {}
     for one in measured(run.results):
         scores.setdefault(one.kind, []).append(one.percent.mean)
