@@ -51,6 +51,8 @@ def test_an_import_path_builds_somebody_elses_filter(monkeypatch):
     ("text", "words"),
     [
         ("lowpas", "did you mean 'lowpass'"),
+        ("low-pass", "plain arguments"),
+        ("high_pas", "did you mean 'highpass'"),
         ("lowpass(radiu=3)", "did you mean 'radius'"),
         ("lowpass(radius=120)", "at most 112"),
         ("lowpass(radius=-1)", "radius (-1) must be"),

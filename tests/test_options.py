@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 import freqmask
+from freqmask.cli import COMMANDS, load
 from freqmask.commands.given import declared, given_values
 from freqmask.commands.parser import read_words
-from freqmask.errors import UserError
+from freqmask.errors import ALIASES, UserError
+from freqmask.filters import FILTERS
+from freqmask.methods import METHODS
 from freqmask.options import Auto, Option, Range
 
 KNOWN = declared(freqmask.pretrain)
@@ -187,6 +190,31 @@ def test_an_unknown_option_of_the_twin_is_a_type_error_and_a_sentence() -> None:
     with pytest.raises(TypeError, match=r"option \(--stepz\) is unknown; did you mean 'steps'\?") as caught:
         freqmask.pretrain("x", stepz=3)  # type: ignore[call-arg]
     assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"), [("lerning_rate", "lr"), ("img_siz", "image_size"), ("archs", "backbone")]
+)
+def test_what_other_software_calls_an_option_counts_as_spelled_like_it(
+    typed: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"{typed}: 1\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_words(KNOWN, [f"--{typed}=1"])
+    for sentence in (outcome({"config": tmp_path / "c.yaml"}), outcome({typed: 1}), str(caught.value)):
+        assert sentence.endswith(f"; did you mean {name!r}?")
+
+
+def test_every_name_that_others_have_another_word_for_is_one_of_ours() -> None:
+    parts = {name: parts for name, command in COMMANDS.items() if (parts := command.parts)}
+    options = {
+        option
+        for name in COMMANDS
+        for part in parts.get(name, [None])
+        for option in declared(load(name, part))
+    }
+    protocols = {part for names in parts.values() for part in names}
+    assert set(ALIASES) <= {*options, *COMMANDS, *protocols, *METHODS, *FILTERS}
 
 
 def test_an_option_replaces_its_rivals_in_a_file_and_only_there(tmp_path: Path) -> None:

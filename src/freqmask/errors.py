@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 _WAYS_OUT = {
     errno.ENOSPC: "free some room",
@@ -19,6 +19,54 @@ _WAYS_OUT = {
     errno.ENAMETOOLONG: "name another place",
     errno.EMFILE: "raise the limit (ulimit -n 4096), or try --workers 0",
     errno.ENFILE: "close other programs, or try --workers 0",
+}
+
+# a name of ours -> what other software, or American spelling, calls the same
+ALIASES = {
+    "lr": "learning_rate peak_lr base_lr",
+    "min_lr": "min_learning_rate final_learning_rate",
+    "batch_size": "batch images_per_batch",
+    "epochs": "max_epochs num_epochs",
+    "steps": "max_steps iterations num_steps",
+    "warmup_epochs": "warmup",
+    "weight_decay": "wd",
+    "clip_grad": "gradient_clip_val max_grad_norm grad_clip",
+    "accumulate": "accumulate_grad_batches gradient_accumulation_steps accum_iter",
+    "workers": "num_workers",
+    "accelerator": "device gpu",
+    "precision": "amp dtype fp16 bf16",
+    "image_size": "img_size input_size resolution",
+    "channels": "in_chans in_channels",
+    "backbone": "architecture arch model encoder",
+    "init": "pretrained initial_checkpoint checkpoint",
+    "initialisation": "initialization",
+    "out": "output output_dir save_dir",
+    "seed": "random_seed",
+    "flip": "hflip horizontal_flip",
+    "vertical_flip": "vflip",
+    "colour_jitter": "color_jitter",
+    "grey": "gray grayscale",
+    "solarise": "solarize",
+    "neighbours": "neighbors",
+    "augment": "augmentation aa auto_augment",
+    "erasing": "reprob random_erasing",
+    "smoothing": "label_smoothing",
+    "sr": "super_resolution superresolution",
+    "deblur": "deblurring",
+    "denoise": "denoising",
+    "distill": "distillation",
+    "lowpass": "low_pass",
+    "highpass": "high_pass",
+    "bandpass": "band_pass",
+    "bandstop": "band_stop bandreject notch",
+    "pretrain": "train fit",
+    "evaluate": "eval test benchmark",
+    "finetune": "fine_tune fine_tuning",
+    "segment": "segmentation",
+    "linear": "linear_probe probe",
+    "fewshot": "few_shot",
+    "predict": "inference infer",
+    "embed": "extract features",
 }
 
 
@@ -61,26 +109,26 @@ def name_of(error: OSError) -> str:
     return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
 
 
-def nearest(name: str, names: Iterable[str], meant: Sequence[str] = ()) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """A hint that names the nearest valid name, or lists all of them.
 
     Args:
         name: what was typed.
-        names: the valid names.
-        meant: valid names, the likeliest first, that go before one that is spelled only vaguely alike.
+        names: the valid names; what other software calls them counts as spelled like them.
 
     Returns:
         ``did you mean 'folk'?`` or ``choose from 'mfm', 'folk'``.
 
-    >>> nearest("fokl", ["mfm", "folk"])
-    "did you mean 'folk'?"
+    >>> nearest("fokl", ["mfm", "folk"]), nearest("lerning-rate", ["mean", "lr"])
+    ("did you mean 'folk'?", "did you mean 'lr'?")
     """
     valid = list(names)
-    close = (
-        difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
-        or [*meant]
-        or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    )
-    if close:
-        return f"did you mean {close[0]!r}?"
+    meant = {
+        alias: known for known, aliases in ALIASES.items() if known in valid for alias in aliases.split()
+    }
+    meant |= {known: known for known in valid}
+    typed = name.lower().replace("-", "_")
+    for word, words, cutoff in ((name, valid, 0.75), (typed, [*meant], 0.75), (name, valid, 0.5)):
+        if close := difflib.get_close_matches(word, words, n=1, cutoff=cutoff):
+            return f"did you mean {meant[close[0]]!r}?"
     return "choose from " + ", ".join(repr(known) for known in valid)

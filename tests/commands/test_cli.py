@@ -101,6 +101,14 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
         (["pretrian"], "command (pretrian) is unknown; did you mean 'pretrain'?"),
         (["pretrain", "--stepz", "1"], "option (--stepz) is unknown; did you mean 'steps'?"),
         (["pretrain", "--learning_rate", "1"], "option (--learning_rate) is unknown; did you mean 'lr'?"),
+        (["pretrain", "--lerning_rate", "1"], "option (--lerning_rate) is unknown; did you mean 'lr'?"),
+        (["pretrain", "--num-workers", "1"], "option (--num_workers) is unknown; did you mean 'workers'?"),
+        (
+            ["pretrain", "x", "--method", "denoisng"],
+            "method (denoisng) must be a known method or an import path; did you",
+        ),
+        (["tran"], "command (tran) is unknown; did you mean 'pretrain'?"),
+        (["evaluate", "fine-tuning"], "command (evaluate fine-tuning) is unknown; did you mean 'finetune'?"),
         (["pretrain", "x", "--steps", "abc"], "steps (abc) must be a whole number at least 1"),
         (["pretrain", "x", "--seed", "1.5"], "seed (1.5) must be a whole number from 0 to below 2^63"),
         (

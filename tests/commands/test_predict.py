@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from freqmask.cli import run
 from freqmask.errors import UserError
+from freqmask.training.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -70,6 +71,23 @@ def test_masks_are_written_and_score_what_the_evaluation_said():
     with Path("results/segment.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert right / total == pytest.approx(float(row["pixel_accuracy"]), abs=0.02)  # its stride was another
+
+
+def test_as_many_windows_are_segmented_at_once_as_its_training_had_room_for(monkeypatch):
+    pytest.importorskip("segmentation_models_pytorch")
+    from freqmask.evaluation.segmentation import Predictor
+
+    seen, logits = [], Predictor._logits
+    monkeypatch.setattr(
+        Predictor, "_logits", lambda self, images: seen.append(len(images)) or logits(self, images)
+    )
+    Path("large").mkdir()
+    Image.fromarray(np.zeros((200, 200, 3), np.uint8)).save("large/1.png")
+    words = ["predict", "segmented/mfm-seed0", "large", "--workers", "0", "--out"]
+    run([*words, "masks"])
+    assert max(seen) == RunFolder("segmented/mfm-seed0").config()["batch_size"] < sum(seen)
+    run([*words, "again", "--batch_size", "3"])
+    assert max(seen[seen.index(3) :]) == 3
 
 
 def test_a_segmentation_network_is_a_graph():

@@ -317,7 +317,7 @@ def write_masks(
     values = ValueRange.parse(training.value_range) or ValueRange()
     dataset = _WholeImages(source, [geometry], values, training.channels, convert_channels=True)
     dataset.shorter_side = training.image_size
-    at_once = config.images_at_once(training.crop, training.crop)
+    at_once = config.batch_size or training.images_at_once  # what a step of its training had room for
     predictor = Predictor(segmenter.network, training, config.device, at_once)
     labels = np.array(segmenter.labels, np.uint16 if max(segmenter.labels) > 255 else np.uint8)
     skipped: list[tuple[str, str]] = []

@@ -96,10 +96,7 @@ def _known(name: str, known: Mapping[str, Option]) -> Option:
     if base == "print_config" and "config" in known:
         return Option(base, bool)
     if base not in known:
-        # what other tools call learning_rate is spelled out in the help of lr
-        spelled = [one.name for one in known.values() if "_" in base and base.replace("_", " ") in one.help]
-        hint = nearest(name, sorted({*known, "help"}), spelled)
-        raise UserError(f"option (--{name}) is unknown; {hint}")
+        raise UserError(f"option (--{name}) is unknown; {nearest(name, sorted({*known, 'help'}))}")
     return known[base]
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from freqmask.errors import UserError, nearest
 from freqmask.filters.filter import Complement, Filter
 from freqmask.images import LUMA
+from freqmask.options.of_methods import COM_FRACTIONS
 from freqmask.rng import uniform
 from freqmask.spectrum import bin_weights, constant, power, self_conjugate_columns
 
 Magnitude = Literal["luma", "mean", "each"]
 
-FOLK_FRACTIONS = (0.005, 0.01, 0.05)
 _FLAT = 1e-6  # a channel whose root mean square is below this share of its mean is constant but for rounding
 
 
@@ -171,7 +171,7 @@ def _check_fractions(name: str, fractions: Sequence[float]) -> tuple[float, ...]
     if not len(fractions) or not all(0 < fraction <= 1 for fraction in fractions):
         raise UserError(
             f"{name} ({list(fractions)}) must be above 0 and at most 1; "
-            f"FOLK's are {', '.join(map(str, FOLK_FRACTIONS))}"
+            f"FOLK's are {', '.join(map(str, COM_FRACTIONS))}"
         )
     return tuple(float(fraction) for fraction in fractions)
 
@@ -200,7 +200,7 @@ class Com(Filter):
 
     name = "com"
 
-    def __init__(self, fractions: Sequence[float] = FOLK_FRACTIONS, magnitude: Magnitude = "luma") -> None:
+    def __init__(self, fractions: Sequence[float] = COM_FRACTIONS, magnitude: Magnitude = "luma") -> None:
         super().__init__()
         _check_magnitude(magnitude)
         self.fractions = _check_fractions("fractions", fractions)

@@ -180,8 +180,9 @@ def _say_finished(run: RunFolder) -> None:
     steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
     say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
     say(f"its backbone: {run.backbone}")
-    data = " ".join(map(shell_word, run.config().get("data", [])))
-    say(f"to train on from it: {plan.train_on(data, run.path)}")
+    config = run.config()
+    data = " ".join(map(shell_word, config.get("data", [])))
+    say(f"to train on from it: {plan.train_on(data, run.path, config)}")
 
 
 def part(options: Mapping[str, Any]) -> Images:
@@ -357,7 +358,7 @@ def _train(
         refresh_report(run.path)
         for line in plan.summary_lines(run, summary):
             say(line)
-        lines = plan.next_lines(run.path, data)
+        lines = plan.next_lines(run.path, data, options)
         for line in lines if options["overfit"] is None else _overfit_lines(summary, int(options["overfit"])):
             say(line)
     return run.path

@@ -274,15 +274,17 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"skipped     {summary['skipped']:,} images that could not be read: {run.path / 'skipped.csv'}"
 
 
-def train_on(data: str, run: Path) -> str:
-    """The command that trains on from a run."""
-    return f"freqmask pretrain {data} --init {shell_word(run)} --out {shell_word(f'{run}-continued')}"
+def train_on(data: str, run: Path, options: Mapping[str, Any]) -> str:
+    """The command that trains on from a run, by the method that its options name."""
+    name = "teacher" if options.get("teacher") else "method"
+    way = f"--{name} {shell_word(options[name])} --init {shell_word(run)}"
+    return f"freqmask pretrain {data} {way} --out {shell_word(f'{run}-continued')}"
 
 
-def next_lines(run: Path, data: str) -> Iterator[str]:
+def next_lines(run: Path, data: str, options: Mapping[str, Any]) -> Iterator[str]:
     """The commands to type next."""
     yield f"next        freqmask embed {shell_word(run)} {data} --neighbours    (what it finds alike)"
     if data.startswith("builtin:"):
         yield "            freqmask pretrain FOLDER_OF_YOUR_IMAGES"
     else:
-        yield f"            {train_on(data, run)}    (trains on)"
+        yield f"            {train_on(data, run, options)}    (trains on)"
