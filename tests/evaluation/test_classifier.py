@@ -47,3 +47,23 @@ def test_classes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert ClassifierModel(str(tmp_path / "plain"), ["a", "b", "c"]).columns.tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="classifies 3 classes and DATA has 2"):
         ClassifierModel(str(tmp_path / "plain"), ["a", "b"])
+
+
+def test_making_networks_leaves_the_generators_of_other_devices_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from freqmask.evaluation.classifier import make_classifier, randomness_from
+    from freqmask.interop.models import open_model
+
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    seeded.clear()
+    opened = open_model("random:resnet10t", image_size=32)
+    make_classifier(opened, 2, 0.0, seed=5)
+    with randomness_from(7, torch_too=True, device=torch.device("cpu")):
+        torch.rand(1)
+    assert not seeded
+    assert torch.equal(torch.rand(1), expected)

@@ -36,9 +36,21 @@ def made(settings: dict[str, list[list[int]]]) -> list[ClassificationResult]:
 def test_the_average_is_over_settings_and_the_best_is_the_best_on_average() -> None:
     right, half, wrong = [0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 1, 0]
     results = made({"a": [right, wrong], "b": [right, half], "c": [half, half]})
-    found = {one.variant: one.accuracies for one in summarize_settings(results, "1 a class")}
-    assert found["average"] == pytest.approx([(1 + 1 + 0.5) / 3, (0 + 0.5 + 0.5) / 3])
-    assert found["best"] == found["b"] == [1.0, 0.5]
+    found = {one.variant: one.accuracies for one in summarize_settings(results, "1 a class, ")}
+    assert found["1 a class, average"] == pytest.approx([(1 + 1 + 0.5) / 3, (0 + 0.5 + 0.5) / 3])
+    assert found["1 a class, best"] == found["1 a class, b"] == [1.0, 0.5]
+
+
+def test_intervals_are_drawn_once_a_setting_and_once_for_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freqmask.evaluation import results
+
+    drawn: list[int] = []
+    whole = results.bootstrap_interval
+    monkeypatch.setattr(
+        results, "bootstrap_interval", lambda units, of: drawn.append(len(units)) or whole(units, of)
+    )
+    summarize_settings(made({"a": [[0, 1, 0, 1]], "b": [[0, 1, 1, 0]]}), "1 a class, ")
+    assert len(drawn) == 3
 
 
 def test_frozen_and_fine_tuned_stand_beside_each_other(

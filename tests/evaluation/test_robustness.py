@@ -13,10 +13,10 @@ from tiny_runs import make_run
 import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
-from freqmask.evaluation import linear
+from freqmask.evaluation import linear, results
 from freqmask.evaluation.corruptions import COMMON, SEVERITIES
 from freqmask.evaluation.results import ClassificationResult, check_results, summarize
-from freqmask.evaluation.robustness import RobustnessEval, check_tree, find_folders, together
+from freqmask.evaluation.robustness import Robustness, RobustnessEval, check_tree, find_folders, together
 from freqmask.evaluation.robustness_results import ALEXNET, corruption_errors, mce_applies
 from tests.evaluation.test_classifier import write_classifier
 
@@ -69,6 +69,30 @@ def test_a_damaged_table_is_told_before_anything_is_measured(tmp_path: Path) -> 
     (tmp_path / "results.csv").write_text("model,accuracy\na," + "x" * 200_000 + "\n")
     with pytest.raises(UserError, match=r"results\.csv"):
         check_results(tmp_path)
+
+
+def test_a_damaged_table_is_told_at_the_start_without_data_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results.csv").write_text("model,accuracy\na," + "x" * 200_000 + "\n")
+    write_classifier(tmp_path / "model", ["cat", "dog", "wolf"])
+    write_classes(tmp_path / "sketch", ("dog", "wolf"), 200)
+    monkeypatch.setattr(Robustness, "evaluate", None)  # it must not come as far
+    with pytest.raises(UserError, match=r"results\.csv is damaged"):
+        freqmask.evaluate.robustness("model", head="own", folder=["sketch"], workers=0)
+
+
+def test_the_interval_of_a_row_is_drawn_once(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    whole = results.bootstrap_interval
+    monkeypatch.setattr(
+        results, "bootstrap_interval", lambda units, of: drawn.append(len(units)) or whole(units, of)
+    )
+    found = freqmask.evaluate.robustness(
+        "pixels", data=data, corruptions=["fog"], severities=[1], attacks=["none"], workers=0
+    )
+    assert [one.variant for one in found] == ["clean", "corrupted", "fog 1"]
+    assert len(drawn) == 3
 
 
 def test_one_table_over_all_models_with_rows_and_pictures(
@@ -236,16 +260,17 @@ def test_the_mean_of_several_results_draws_whole_images(data: str) -> None:
     from freqmask.evaluation.knn import Knn
     from freqmask.evaluation.protocol import EvalConfig
 
-    experiment = Knn().open(EvalConfig(models=["pixels"], data=[data]))
-    opened, model = experiment.data, PixelModel(experiment.survey)
+    knn = Knn()
+    knn.open(EvalConfig(models=["pixels"], data=[data]))
+    opened, model = knn.data, PixelModel(knn.survey)
     tested = opened.tested
     half = np.where(np.arange(10) < 5, opened.labels[tested], 1 - opened.labels[tested])
-    results = [
+    three_times = [
         ClassificationResult(model, opened, f"fog {s}", 0, tested, half, metadata={"severity": s})
         for s in (1, 2, 3)
     ]
-    (one,) = summarize(results[:1])
-    (three,) = summarize([together(results)])
+    (one,) = summarize(three_times[:1])
+    (three,) = summarize([together(three_times)])
     assert three.accuracies == one.accuracies == [0.5]
     assert three.interval == pytest.approx(one.interval, abs=0.02)  # three times the same image tells no more
 

@@ -54,7 +54,7 @@ def make_classifier(opened: OpenedModel, classes: int, drop_path: float, seed: i
         UserError: the architecture has no classifier, or its weights do not fit.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the user's of CUDA, too
         model, notes = _create(opened, classes, drop_path)
         head = model.get_classifier()
         if opened.backbone.is_vit and isinstance(head, nn.Linear):
@@ -156,7 +156,10 @@ def randomness_from(key: int, torch_too: bool = False, device: torch.device | No
             return
         devices = [device] if device is not None and device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(key)
+            torch.default_generator.manual_seed(key)
+            for one in devices:  # those of other devices stay as they are
+                with torch.cuda.device(one):
+                    torch.cuda.manual_seed(key)
             yield
     finally:
         random.setstate(before[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,17 @@ from freqmask.evaluation.labelled import Round, draw_shots, parse_shots, shot_na
 from freqmask.evaluation.protocol import (
     EvalConfig,
     EvalContext,
-    Experiment,
     Prediction,
     Protocol,
-    finish_report,
-    say_blocks,
 )
-from freqmask.evaluation.results import Result, ResultTable, Summary, draw_bar_chart, summarize
+from freqmask.evaluation.results import (
+    Result,
+    ResultTable,
+    Summary,
+    draw_bar_chart,
+    summarize,
+    write_class_scores,
+)
 
 SHOTS = ("1", "5", "10", "1%", "10%")
 INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
@@ -108,23 +113,24 @@ class TunedFewshot(Protocol):
         self.options = _tuning_options(options)
         self.tuning = Finetune(self.options, self.frozen is not None)
 
-    def config(self, options: Mapping[str, Any]) -> EvalConfig:
+    def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         return EvalConfig.of(options, self.seeds, parallel=False)
 
-    def open(self, config: EvalConfig) -> Experiment:
-        experiment = self.tuning.experiment = self.tuning.open(config)
-        tuned = [text for text in experiment.models if text != PIXELS]
+    def open(self, config: EvalConfig) -> None:
+        self.tuning.open(config)
+        for other in (self, self.frozen):
+            if other is not None:
+                other.config, other.data, other.survey = config, self.tuning.data, self.tuning.survey
+        tuned = [text for text in config.models if text != PIXELS]
         if not tuned:
             raise UserError(
                 "model (pixels) has no weights to be fine-tuned; add a model, or give --tune frozen"
             )
-        count = len(tuned) * len(self.shots) * len(SETTINGS) * len(config.seeds) * len(experiment.data.rounds)
+        count = len(tuned) * len(self.shots) * len(SETTINGS) * len(config.seeds) * len(self.data.rounds)
         say(f"{count} fine-tunings, each a run in {self.tuning.root}")
-        return experiment
 
     def contexts(self, text: str) -> Iterator[tuple[Any, int]]:
         if self.frozen is not None and rank() == 0:
-            self.frozen.experiment = self.experiment
             yield from self.frozen.contexts(text)
         if text != PIXELS:
             yield from self.tuning.contexts(text)
@@ -142,29 +148,37 @@ class TunedFewshot(Protocol):
                 rows += self.tuning.measure(context, options, seed, f"{shot_name(shot)}, {name}", suffix)
         return rows
 
-    def report(self, results: Sequence[Result]) -> list[Summary]:
-        """A table for each number of labels, the rows, a bar chart of the averages."""
-        summaries: list[Summary] = []
-        averages: list[Summary] = []
+    def tables(self, results: Sequence[Result]) -> dict[str, ResultTable]:
+        """One for each number of labels, with the averages and the best of the settings."""
+        tables = {}
         for words in map(shot_name, self.shots):
-            table = ResultTable(self.name, f"few labels: {words}", AVERAGE, results)
-            table.summaries = summarize_settings(results, words)
-            say_blocks(table.lines())
-            averages += [replace(one, variant=words) for one in table.summaries if one.variant == AVERAGE]
-            summaries += [replace(one, variant=f"{words}, {one.variant}") for one in table.summaries]
-        say(
-            f"({BEST}: the setting that is best on the test images, as published; {AVERAGE} is the fair number)"
-        )
-        table = ResultTable(self.name, "few labels", AVERAGE, results)
-        folder = table.folder(self.experiment.config.out)
+            here = [one for one in results if one.variant.startswith(f"{words}, ")]
+            if here:
+                table = ResultTable(self.name, f"few labels: {words}", AVERAGE, here, f"{words}, ")
+                table.summaries = summarize_settings(here, f"{words}, ")
+                tables[words] = table
+        return tables
+
+    def shown(self, tables: Mapping[str, ResultTable]) -> list[list[str]]:
+        blocks = [table.lines() for table in tables.values()]
+        fair = f"({BEST}: the setting that is best on the test images, as published; {AVERAGE} is the fair number)"
+        blocks[-1].append(fair)
+        return blocks
+
+    def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
+        """A bar chart of the averages, and all classes."""
         figures = [folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"]
-        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{self.experiment.data.name}"
+        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{self.data.name}"
+        averages = [
+            replace(one, variant=words)
+            for words, table in tables.items()
+            for one in table.summaries
+            if one.variant == f"{words}, {AVERAGE}"
+        ]
         if averages:
             draw_bar_chart(figures[0], title, "accuracy in %", averages)
-        table.write_classes(figures[1])
-        say_blocks(table.warnings())
-        finish_report([table], self.experiment.config, figures)
-        return summaries
+        write_class_scores(figures[1], [one for table in tables.values() for one in table.results])
+        return figures
 
 
 def _check_frozen(options: Mapping[str, Any]) -> None:
@@ -193,27 +207,22 @@ def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return tuned
 
 
-def summarize_settings(results: Sequence[Result], words: str) -> list[Summary]:
-    """Summaries for one number of labels: every setting, then their average, then the best one.
+def summarize_settings(results: Sequence[Result], prefix: str) -> list[Summary]:
+    """Summaries for one number of labels: every setting, then by model their average and the best one.
 
-    Args:
-        results: of all models, settings and seeds; their variants are ``WORDS, SETTING``.
-        words: the number of labels as tables say it.
+    The results are those of all models, settings and seeds; their variants are a prefix (``5 a class, ``) and the
+    setting.
     """
-    beginning = f"{words}, "
-    here = [
-        replace(result, variant=result.variant.removeprefix(beginning))
-        for result in results
-        if result.variant.startswith(beginning)
-    ]
-    summaries = summarize(here)
-    for text in dict.fromkeys(result.model.text for result in here if result.variant != FROZEN):
-        family = [result for result in here if result.model.text == text and result.variant != FROZEN]
+    summaries, families = summarize(results), dict[str, list[Result]]()
+    for result in results:
+        if result.variant != prefix + FROZEN:
+            families.setdefault(result.model.name, []).append(result)
+    for name, family in families.items():
         if any(result.error for result in family):
             continue
-        (mean,) = summarize([replace(result, variant=AVERAGE) for result in family])
-        settings = summarize(family)
+        (mean,) = summarize([replace(result, variant=prefix + AVERAGE) for result in family])
+        settings = [one for one in summaries if one.name == name and one.variant != prefix + FROZEN]
         by_seed = np.mean([one.values for one in settings], axis=0)
         summaries.append(replace(mean, values=[float(value) for value in by_seed]))
-        summaries.append(replace(max(settings, key=lambda one: one.mean), variant=BEST))
+        summaries.append(replace(max(settings, key=lambda one: one.mean), variant=prefix + BEST))
     return summaries

@@ -38,7 +38,7 @@ from freqmask.evaluation.finetune_numbers import (
     say_short_plan,
 )
 from freqmask.evaluation.labelled import LabelledData, draw_shots, shot_name, subset
-from freqmask.evaluation.protocol import EvalConfig, Experiment, Protocol, say_skipped
+from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
     AUTO,
@@ -346,28 +346,27 @@ class Finetune(Protocol):
         self.options, self.frozen_too = options, frozen_too
         self.headline = "all labels" if options["shots"] is None else shot_name(str(options["shots"]))
 
-    def config(self, options: Mapping[str, Any]) -> EvalConfig:
+    def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         features = {"batch_size": "auto", "precision": "32", "cache": True}
         return replace(EvalConfig.of({**options, **features}, self.seeds, parallel=False), options=options)
 
-    def open(self, config: EvalConfig) -> Experiment:
+    def open(self, config: EvalConfig) -> None:
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]
         check_tuning({**self.options, "model": models})
-        experiment = super().open(config)
+        super().open(config)
         words = {name: self.options[name] for name in (*DECIDING, "tune") if name in self.options}
         self.root = series_folder(
-            config.out, "finetune", words, experiment.data.source.fingerprint(), experiment.data.split
+            config.out, "finetune", words, self.data.source.fingerprint(), self.data.split
         )
-        self.names = run_names(experiment.models)
+        self.names = run_names(config.models)
         self.planned: set[str] = set()  # models whose plan has been printed
-        return experiment
 
     def contexts(self, text: str) -> Iterator[tuple[Any, int]]:
         """A model that is to be fine-tuned, for each seed."""
-        experiment, model = self.experiment, None
-        for seed in experiment.config.seeds:
+        model = None
+        for seed in self.config.seeds:
             if model is None or model.kind == "random":
-                model = experiment.open_model(text, seed)
+                model = self.open_model(text, seed)
             yield model, seed
 
     def evaluate(self, context: Any, seed: int) -> list[Result]:
@@ -378,18 +377,18 @@ class Finetune(Protocol):
         self, model: BackboneModel, options: Mapping[str, Any], seed: int, variant: str, suffix: str = ""
     ) -> list[Result]:
         """One classifier a round, and their predictions of all test images as one row; ``suffix`` ends run names."""
-        experiment, data, parts, metadata = self.experiment, self.experiment.data, [], []
+        data, parts, metadata = self.data, [], []
         for number, fold in enumerate(data.rounds):
             words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
             folder, train = self.root / f"{self.names[model.text]}-{words}{suffix}", fold.train
             if options.get("shots") is not None:
                 train = train[draw_shots(data.labels[train], str(options["shots"]), seed)]
             short = model.text in self.planned
-            job = FinetuneJob(model, data, experiment.survey, seed, folder, options, short, train=train)
+            job = FinetuneJob(model, data, self.survey, seed, folder, options, short, train=train)
             run = run_training(job)
             self.planned.add(model.text)
             if rank() == 0 and not options["dry_run"]:
-                parts.append(predict_images(run, data, fold.test, experiment.config))
+                parts.append(predict_images(run, data, fold.test, self.config))
                 metadata.append((run, len(train)))
         if not parts:
             return []

@@ -15,7 +15,7 @@ from freqmask.data.splits import split_indices
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.evaluation.labelled import Round
-from freqmask.evaluation.protocol import EvalConfig, EvalContext, Experiment, Prediction, Protocol
+from freqmask.evaluation.protocol import EvalConfig, EvalContext, Prediction, Protocol
 from freqmask.interop.feature_space import KINDS, PLAIN, FeatureSpace, save_space
 
 NEIGHBORS = (10, 20, 100, 200)
@@ -167,14 +167,13 @@ class Knn(Protocol):
         self.headline = f"k={20 if 20 in self.k else min(self.k)}"
         self.blocks = self.features != PLAIN
 
-    def open(self, config: EvalConfig) -> Experiment:
+    def open(self, config: EvalConfig) -> None:
         """As for every protocol; what is kept comes from one training part."""
         if self.features == "save" and config.split.folds:
             raise UserError(
                 "features (save) needs one training part and --folds makes several; leave one out"
             )
-        experiment: Experiment = super().open(config)
-        return experiment
+        super().open(config)
 
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
         """One prediction a k, of plain and of chosen features."""

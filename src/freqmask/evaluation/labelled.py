@@ -60,6 +60,14 @@ class LabelledData:
         """All test images, over the rounds."""
         return np.concatenate([one.test for one in self.rounds])
 
+    def describe(self) -> str:
+        """What is said of them before anything is measured."""
+        n_train = len(np.unique(np.concatenate([one.train for one in self.rounds])))
+        return (
+            f"{self.name}: {n_train:,} training images, {len(self.tested):,} test images, "
+            f"{len(self.class_names)} classes ({self.split})"
+        )
+
     def groups_of(self, images: np.ndarray) -> list[str | None] | None:
         """The groups of some images."""
         return None if self.groups is None else [self.groups[int(index)] for index in images]

@@ -282,6 +282,18 @@ class SegmentationData:
         """All images, the training images first."""
         return JoinedSource([self.train, self.test])
 
+    @property
+    def tested(self) -> Int64[np.ndarray, " tested"]:
+        """All test images among them."""
+        return np.arange(len(self.train), len(self.train) + len(self.test))
+
+    def describe(self) -> str:
+        """What is said of them before anything is measured."""
+        return (
+            f"{self.name}: {len(self.train):,} training images, {len(self.test):,} test images, {len(self.labels)} "
+            f"classes ({self.split}); ignored labels: {self.labels.describe_ignored()}"
+        )
+
 
 def open_segmentation(config: MaskConfig) -> SegmentationData:
     """Find the images, pair them with their masks, look at all labels, split them.

@@ -34,7 +34,14 @@ from freqmask.evaluation.labelled import (
     seen_in_pretraining,
     subset,
 )
-from freqmask.evaluation.results import ClassificationResult, Result, ResultTable, Summary, check_results
+from freqmask.evaluation.results import (
+    ClassificationResult,
+    Result,
+    ResultTable,
+    Summary,
+    check_results,
+    write_class_scores,
+)
 
 _SHOWN_SKIPPED = 3
 LONG = 5.0  # seconds after which silence seems a standstill
@@ -80,35 +87,6 @@ class EvalConfig:
             options=options,
             **{name: options[name] for name in shared},
         )
-
-
-@dataclass
-class Experiment:
-    """Everything opened, before the first model is measured."""
-
-    config: EvalConfig
-    models: list[str]  # MODEL, each once
-    data: Any  # the images and what is known of them: LabelledData, SegmentationData
-    survey: Survey  # what the images are like
-
-    own_heads: bool = False  # whether each MODEL is measured with its own classifier
-    # models with a classifier of their own, by model and classes
-    classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel] = field(default_factory=dict)
-
-    def open_model(self, text: str, seed: int) -> EvalModel:
-        """One MODEL as the config wants it."""
-        if self.own_heads:
-            return self.classifier(text, self.data)
-        names = ("image_size", "weights", "value_range", "crop")
-        shared: dict[str, Any] = {name: getattr(self.config, name) for name in names}
-        return open_eval_model(text, self.survey, seed=seed, **shared)
-
-    def classifier(self, text: str, data: LabelledData) -> ClassifierModel:
-        """A model with its own classifier, predicting the classes of some images."""
-        key = (text, tuple(data.class_names))
-        if key not in self.classifiers:
-            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.crop)
-        return self.classifiers[key]
 
 
 @dataclass
@@ -201,52 +179,78 @@ class Protocol(ABC):
     seeded: bool = True  # whether its result depends on the seed, the model being the same
     blocks: bool = False  # whether it reads the blocks inside, too
     own_heads: bool = False  # whether each MODEL is measured with its own classifier, and nothing is trained
-    experiment: Experiment  # what was opened
+    all_classes: bool = False  # whether the table of classes holds every variant, not the headline alone
+    config: EvalConfig  # what was asked for, once it is opened
+    data: Any  # the images and what is known of them: LabelledData, SegmentationData
+    survey: Survey  # what the images are like
+    # models with a classifier of their own, by model and classes
+    classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel]
 
-    def config(self, options: Mapping[str, Any]) -> EvalConfig:
+    def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         """What the protocol shares with every other, by the options of its command."""
         return EvalConfig.of(options, self.seeds)
 
-    def open(self, config: EvalConfig) -> Experiment:
+    def open(self, config: EvalConfig) -> None:
         """Models, data and the folder of the results, each tried once: a mistake shows before hours of work.
 
         Raises:
             UserError: whatever is wrong with models, data, seeds or the protocol's own options.
         """
-        models, own_heads = check_models(config.models), self.own_heads
-        check_seeds_differ(config.seeds)
+        config.models = check_models(config.models)
+        if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+            raise UserError(
+                f"seeds ({list(config.seeds)}) must be one or several different numbers; try 0 1 2"
+            )
         if config.out is not None:
             check_results(config.out)
-        split = replace(config.split, train=not own_heads)  # a classifier of its own needs no training images
-        data = open_labelled(config.data, config.labels, split, config.pages)
-        experiment = Experiment(config, models, data, survey(data.source), own_heads)
+        self.config, self.classifiers, self.data = config, {}, self.open_data(config)
+        self.survey = survey(self.data.source)
         differences: dict[str, None] = {}
-        for text in models:
-            model = experiment.open_model(text, config.seeds[0])
+        for text in config.models:
+            model = self.open_model(text, config.seeds[0])
             self.check_model(model)
             check_results(config.out or model.results or Path())
-            differences |= dict.fromkeys(what_differs(model, experiment.survey))
+            differences |= dict.fromkeys(self.what_differs(model))
             if model.kind == "run" and model.results is not None:
-                say(seen_in_pretraining(model.results, data.source, data.tested))
-        n_train = len(np.unique(np.concatenate([one.train for one in data.rounds])))
-        say(
-            f"{data.name}: {n_train:,} training images, {len(data.tested):,} test images, "
-            f"{len(data.class_names)} classes ({data.split})"
-        )
-        for note in [*data.notes, *differences]:
+                say(seen_in_pretraining(model.results, self.data.source, self.data.tested))
+        say(self.data.describe())
+        for note in [*self.data.notes, *differences]:
             say(f"note: {note}")
-        return experiment
 
-    def check_model(self, model: EvalModel) -> None:  # noqa: B027 - most protocols take any
+    def open_data(self, config: EvalConfig) -> Any:
+        """The images."""
+        # a classifier of its own needs no training images
+        split = replace(config.split, train=not self.own_heads)
+        return open_labelled(config.data, config.labels, split, config.pages)
+
+    def open_model(self, text: str, seed: int) -> Any:
+        """One MODEL as the config wants it."""
+        if self.own_heads:
+            return self.classifier(text, self.data)
+        names = ("image_size", "weights", "value_range", "crop")
+        shared: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        return open_eval_model(text, self.survey, seed=seed, **shared)
+
+    def classifier(self, text: str, data: LabelledData) -> ClassifierModel:
+        """A model with its own classifier, predicting the classes of some images."""
+        key = (text, tuple(data.class_names))
+        if key not in self.classifiers:
+            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.crop)
+        return self.classifiers[key]
+
+    def check_model(self, model: Any) -> None:  # noqa: B027 - most protocols take any
         """Raises a UserError where the protocol's own options do not fit a model."""
+
+    def what_differs(self, model: EvalModel) -> list[str]:
+        """Sentences on what of the images a model is not shown."""
+        return what_differs(model, self.survey)
 
     def contexts(self, text: str) -> Any:
         """(context, seed) of each measurement of a model; seeds that nothing depends on are left out."""
-        experiment, context = self.experiment, None
-        for seed in experiment.config.seeds:
+        context = None
+        for seed in self.config.seeds:
             if context is None or context.model.kind == "random":
-                model = experiment.open_model(text, seed)
-                context = prepare_context(model, experiment.data, experiment.config.compute)
+                context = prepare_context(self.open_model(text, seed), self.data, self.config.compute)
             yield context, seed
             if not self.seeded and context.model.kind != "random":
                 return
@@ -279,10 +283,14 @@ class Protocol(ABC):
 
     def report(self, results: Sequence[Result]) -> list[Summary]:
         """The tables, the rows, the figures."""
-        tables, out = self.tables(results), self.experiment.config.out
+        tables = self.tables(results)
         say_blocks(*self.shown(tables), [line for table in tables.values() for line in table.warnings()])
-        folder = next(iter(tables.values())).folder(out)
-        finish_report(list(tables.values()), self.experiment.config, self.draw(tables, folder))
+        folder = next(iter(tables.values())).folder(self.config.out)
+        figures = self.draw(tables, folder)
+        files = [table.add_rows(self.config.options, self.config.out) for table in tables.values()]
+        say()
+        say(f"results     {', '.join(dict.fromkeys(str(file) for some in files for file in some))}")
+        say(f"figures     {', '.join(map(str, figures))}")
         return [summary for table in tables.values() for summary in table.summaries]
 
     def tables(self, results: Sequence[Result]) -> dict[str, ResultTable]:
@@ -295,12 +303,12 @@ class Protocol(ABC):
 
     def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
         """Draw the figures and write the table of classes; their files."""
-        (table,), figures = (
-            tables.values(),
-            [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"],
-        )
+        figures = [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"]
+        (table,) = tables.values()
         table.draw_chart(figures[0])
-        table.write_classes(figures[1], self.headline)
+        write_class_scores(
+            figures[1], [one for one in table.results if self.all_classes or one.variant == self.headline]
+        )
         return figures
 
 
@@ -313,20 +321,14 @@ def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary
     Raises:
         UserError: a model or the data cannot be opened; nothing has been written then.
     """
-    config = protocol.config(options)
-    experiment = protocol.experiment = protocol.open(config)
+    config = protocol.config_of(options)
+    protocol.open(config)
     results: list[Result] = []
     with closing(config.compute):
-        for text in experiment.models:
+        for text in config.models:
             for context, seed in protocol.contexts(text):
                 results += protocol.evaluate(context, seed)
     return protocol.report(results) if results and rank() == 0 else []
-
-
-def check_seeds_differ(seeds: Sequence[int]) -> None:
-    """Refuses no seed, and one that comes twice."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds ({list(seeds)}) must be one or several different numbers; try 0 1 2")
 
 
 def prepare_context(model: EvalModel, data: LabelledData, compute: ComputeConfig) -> EvalContext:
@@ -362,11 +364,3 @@ def say_blocks(*blocks: Sequence[str]) -> None:
     for block in blocks:
         for line in ["", *block] if block else []:
             say(line)
-
-
-def finish_report(tables: Sequence[ResultTable], config: EvalConfig, figures: Sequence[Path]) -> None:
-    """Add the rows and say where everything is."""
-    files = dict.fromkeys(file for table in tables for file in table.add_rows(config.options, config.out))
-    say()
-    say(f"results     {', '.join(map(str, files))}")
-    say(f"figures     {', '.join(map(str, figures))}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from freqmask import __version__
 from freqmask.console import plain_name
@@ -28,7 +29,14 @@ from freqmask.evaluation.scores import (
     segmentation_score,
 )
 from freqmask.options import command_words
-from freqmask.training.files import append_row, check_writable, read_rows, replace_atomically, write_rows
+from freqmask.training.files import (
+    append_row,
+    check_writable,
+    read_rows,
+    replace_atomically,
+    write_rows,
+    writing,
+)
 from freqmask.training.run_folder import now
 
 RESULTS = "results.csv"
@@ -87,6 +95,11 @@ class Result(ABC):
     @abstractmethod
     def interval(cls, results: Sequence[Any]) -> tuple[float, float]:
         """95 % of the mean of `METRIC` over several seeds."""
+
+    @cached_property
+    def own_interval(self) -> tuple[float, float]:
+        """95 % of `METRIC` under this seed."""
+        return type(self).interval([self])
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -181,11 +194,6 @@ class Summary:
         return self.values
 
     @property
-    def mean_ious(self) -> list[float]:
-        """The values of a segmentation."""
-        return self.values
-
-    @property
     def mean(self) -> float:
         """Over seeds; nan where there is no number."""
         return float(np.mean(self.values)) if self.values else float("nan")
@@ -226,7 +234,7 @@ def _summary(family: Sequence[Result]) -> Summary:
         first.model.name,
         first.variant,
         [float(vars(one)[first.METRIC]) for one in each],
-        type(first).interval(family),
+        type(first).interval(family) if len(family) > 1 else first.own_interval,
         scores,
         dict(zip(first.class_names, np.mean(values, axis=0).tolist(), strict=True)),
     )
@@ -240,6 +248,7 @@ class ResultTable:
     title: str  # above the table
     headline: str  # the variant whose interval and further scores the table shows
     results: Sequence[Result]  # in the order of the rows
+    prefix: str = ""  # of all variants, which its lines leave out
 
     @cached_property
     def summaries(self) -> list[Summary]:
@@ -256,9 +265,11 @@ class ResultTable:
     def lines(self) -> list[str]:
         """One table over all models: a column a variant, then more on the headline variant. In per cent."""
         variants = list(dict.fromkeys(one.variant for one in self.summaries if not one.error))
-        headline = self.headline if self.headline in variants else (variants[0] if variants else "")
+        first, wanted = variants[0] if variants else "", self.prefix + self.headline
+        headline = wanted if wanted in variants else first
         others = type(self.results[0]).OTHERS
-        rows = [["model", *variants, "95 % interval", *others.values()]]
+        names = [variant.removeprefix(self.prefix) for variant in variants]
+        rows = [["model", *names, "95 % interval", *others.values()]]
         for name, summaries in self.models().items():
             main = summaries.get(headline)
             cells = [summaries[variant].percent() if variant in summaries else "-" for variant in variants]
@@ -270,7 +281,7 @@ class ResultTable:
             else:
                 rows.append([name, next((one.error for one in summaries.values() if one.error), "no result")])
         further = " and ".join(others.values())
-        note = f"({self.metric} in %; interval, {further} are those of {headline})"
+        note = f"({self.metric} in %; interval, {further} are those of {headline.removeprefix(self.prefix)})"
         return [self.title, *aligned(rows), *([note] if headline else [])]
 
     @property
@@ -316,18 +327,6 @@ class ResultTable:
             add_rows(path, members)
         return list(rows)
 
-    def write_classes(self, path: Path, variant: str | None = None) -> None:
-        """A CSV of the scores of every class, model and seed, of one variant or (None) of all."""
-        rows = []
-        for result in self.results:
-            about = {"model": result.model.name, "variant": result.variant, "seed": result.seed}
-            if variant in (None, result.variant) and not result.error:
-                table = {name: column.tolist() for name, column in result.classes().items()}
-                for name, *numbers in zip(result.class_names, *table.values(), strict=True):
-                    plain = [None if x != x else f"{x:.4f}" if isinstance(x, float) else x for x in numbers]
-                    rows.append({**about, "class": name, **dict(zip(table, plain, strict=True))})
-        write_rows(path, list(rows[0]) if rows else ["model", "variant", "seed", "class"], rows)
-
     def draw_chart(self, path: Path) -> None:
         """Bars by model, side by side for the variants, with their intervals; nothing where there are none."""
         measured = [one for one in self.summaries if not one.error]
@@ -338,6 +337,20 @@ class ResultTable:
     def folder(self, out: Path | None) -> Path:
         """Where figures go: ``out``, else the first run that was measured, else here."""
         return out or next((one.model.results for one in self.results if one.model.results), None) or Path()
+
+
+def write_class_scores(path: Path, results: Iterable[Result]) -> None:
+    """A CSV of the scores of every class in each of the results."""
+    rows = []
+    for result in results:
+        about = {"model": result.model.name, "variant": result.variant, "seed": result.seed}
+        if result.error:
+            continue
+        table = {name: column.tolist() for name, column in result.classes().items()}
+        for name, *numbers in zip(result.class_names, *table.values(), strict=True):
+            plain = [None if x != x else f"{x:.4f}" if isinstance(x, float) else x for x in numbers]
+            rows.append({**about, "class": name, **dict(zip(table, plain, strict=True))})
+    write_rows(path, list(rows[0]) if rows else ["model", "variant", "seed", "class"], rows)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -358,7 +371,7 @@ def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[st
     """A row of results.csv: when, who, how good, on what, and all that repeats it."""
     scores: dict[str, Any] = {result.METRIC: "", "error": result.error}
     if not result.error:
-        low, high = type(result).interval([result])
+        low, high = result.own_interval
         scores = {**vars(result.scores()), f"{result.METRIC}_low": low, f"{result.METRIC}_high": high}
     return {
         "time": now(),
@@ -389,17 +402,17 @@ def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     Rows of other weights, images, options, seeds or versions stay: they are the history.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    known, measured = read_rows(path), {_measurement(row) for row in rows}
-    others = [row for row in known if _measurement(row) not in measured]
-    if len(others) == len(known):  # appended, since another process may write to the same table
+    measured = {_measurement(row) for row in rows}
+    # another process may write to the same table: its rows must not come between reading and writing
+    with writing(path), FileLock(path.with_name(f".{path.name}.lock")):
+        known = read_rows(path)
+        others = [row for row in known if _measurement(row) not in measured]
+        if len(others) < len(known):
+            header = list(dict.fromkeys(name for row in (*known, *rows) for name in row if name))
+            write_rows(path, header, [*others, *rows])
+            return
         for row in rows:
             append_row(path, row)
-    else:
-        write_rows(
-            path,
-            list(dict.fromkeys(name for row in (*known, *rows) for name in row if name)),
-            [*others, *rows],
-        )
 
 
 def _measurement(row: Mapping[str, str]) -> frozenset[tuple[str, str]]:

@@ -29,14 +29,13 @@ from freqmask.evaluation.corruptions import (
     check_frost,
     strengths_for,
 )
-from freqmask.evaluation.eval_model import EvalModel, check_models
+from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.features import compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.linear import ClassifierHead, fit_head
 from freqmask.evaluation.protocol import (
     EvalConfig,
     EvalContext,
-    Experiment,
     Protocol,
     metadata_of,
 )
@@ -169,32 +168,24 @@ class Robustness(Protocol):
         self.own_heads = self.head == "own"
         self.seeded = not self.own_heads
 
-    def open(self, config: EvalConfig) -> Experiment:
-        """Open models, DATA (may be missing where nothing is trained) and folders."""
+    def open_data(self, config: EvalConfig) -> LabelledData:
+        """DATA, which may be missing where nothing is trained, and the folders."""
         check_frost(self.frost)
-        if config.data:
-            experiment: Experiment = super().open(config)
-            experiment.data = self._thinned(experiment.data)
-        elif self.own_heads and self.folders:
-            experiment = Experiment(config, check_models(config.models), None, None, True)  # type: ignore[arg-type]
-        else:
+        if not config.data and not (self.own_heads and self.folders):
             raise UserError("data is missing; --data DATA, or --head own with --folder alone")
-        known = None if self.own_heads else experiment.data.class_names
+        data = self._thinned(super().open_data(config)) if config.data else None
+        known = None if data is None or self.own_heads else data.class_names
         self.test_sets = [
             (folder, open_folder(folder, known))
             for path in self.folders
             for folder in find_folders(path, self.corruptions, self.severities)
         ]
         check_tree(self.test_sets)
-        if known is not None and self.test_sets and len(experiment.data.rounds) > 1:
+        if data is not None and known and self.test_sets and len(data.rounds) > 1:
             raise UserError("folder needs one head and --folds makes several; leave one of them out")
-        if not config.data:
-            experiment.data = self.test_sets[0][1]
-            for text in experiment.models:
-                experiment.open_model(text, config.seeds[0])
         is_read = any(folder.corruption for folder, _ in self.test_sets)
-        self.made = [] if is_read or not config.data else list(self.corruptions)
-        return experiment
+        self.made = [] if is_read or data is None else list(self.corruptions)
+        return self.test_sets[0][1] if data is None else data
 
     def _thinned(self, data: LabelledData) -> LabelledData:
         """With fewer test images where asked for, and without training images where nothing is trained."""
@@ -232,13 +223,13 @@ class Robustness(Protocol):
 
     def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
         """Curves, and a sheet of what was done to the images."""
-        experiment, figures = self.experiment, [folder / "robustness.png"]
+        figures = [folder / "robustness.png"]
         draw_curves(figures[0], tables)
         if self.made:
             figures.append(folder / "corruptions.png")
-            model = experiment.open_model(experiment.models[0], experiment.config.seeds[0])
+            model = self.open_model(self.config.models[0], self.config.seeds[0])
             names = (self.made, self.severities, self.constants, self.frost)
-            draw_sheet(figures[-1], model, experiment.data, *names)
+            draw_sheet(figures[-1], model, self.data, *names)
         return figures
 
 
@@ -264,7 +255,7 @@ class RobustnessEval:
             return [replace(context.failed(CLEAN, seed, error), group=DATA)]
         self.heads = [fit_head(context, self.protocol.head, one, seed) for one in context.data.rounds]
         results: list[Result] = []
-        if self.protocol.experiment.config.data:
+        if self.protocol.config.data:
             clean = self.clean()
             _say_accuracy(CLEAN, [clean])
             made = list(self._all_corrupted()) if self.protocol.made else []
@@ -352,7 +343,7 @@ class RobustnessEval:
         """A test set of others, among the classes that it has."""
         context, model, columns = self.context, self.model, None
         if self.protocol.head == "own":
-            model = self.protocol.experiment.classifier(self.model.text, data)
+            model = self.protocol.classifier(self.model.text, data)
             model.prepare(data.source, context.compute.device)
         else:
             columns = [context.data.class_names.index(name) for name in data.class_names]

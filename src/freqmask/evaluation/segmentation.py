@@ -19,23 +19,14 @@ from torch import Tensor
 from freqmask.console import rank, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import OrderedSampler
-from freqmask.data.values import survey
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import check_models
-from freqmask.evaluation.labelled import seen_in_pretraining
+from freqmask.evaluation.eval_model import BackboneModel, EvalModel, check_models
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
-from freqmask.evaluation.protocol import (
-    EvalConfig,
-    Experiment,
-    Protocol,
-    check_seeds_differ,
-    say_skipped,
-)
+from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
 from freqmask.evaluation.results import (
     Result,
     ResultTable,
     SegmentationResult,
-    check_results,
     plain_texts,
     save_figure,
     shortened,
@@ -311,6 +302,7 @@ class Segment(Protocol):
     """UperNet on a backbone, all weights trained, by the options of the command."""
 
     title, seeds = "UperNet, evaluated after the last step", (0,)
+    all_classes = True  # of every way of inference
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = {**options, "model": check_models(options["model"])}
@@ -318,7 +310,7 @@ class Segment(Protocol):
         self.headline = self.inferences[0]
         self.overlays: dict[int, Overlay] = {}
 
-    def config(self, options: Mapping[str, Any]) -> EvalConfig:
+    def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         return EvalConfig(
             models=check_models(options["model"]),
             data=options["data"],
@@ -329,56 +321,45 @@ class Segment(Protocol):
             options=options,
         )
 
-    def open(self, config: EvalConfig) -> Experiment:
-        options = self.options
-        check_options(options)
+    def open(self, config: EvalConfig) -> None:
+        check_options(self.options)
         decoder_class()
-        check_seeds_differ(config.seeds)
         check_writable(config.out or RUNS, folder=True)
-        data = open_segmentation(
-            MaskConfig(**{name: options[name] for name in MaskConfig.__dataclass_fields__})
-        )
-        words = {name: options[name] for name in DECIDING if name in options}
-        decides = (words, data.train.fingerprint(), data.split, data.labels.values)
+        super().open(config)
+        words = {name: self.options[name] for name in DECIDING if name in self.options}
+        decides = (words, self.data.train.fingerprint(), self.data.split, self.data.labels.values)
         self.root, self.names = series_folder(config.out, self.name, *decides), run_names(config.models)
-        experiment = Experiment(config, config.models, data, survey(data.source))
-        for text in experiment.models:
-            self._check_model(experiment, text)
-        say(
-            f"{data.name}: {len(data.train):,} training images, {len(data.test):,} test images, {len(data.labels)} "
-            f"classes ({data.split}); ignored labels: {data.labels.describe_ignored()}"
-        )
-        for note in data.notes:
-            say(f"note: {note}")
-        return experiment
 
-    def _check_model(self, experiment: Experiment, text: str) -> None:
-        data, config = experiment.data, experiment.config
-        model = open_for_training(text, experiment.survey, config.seeds[0], self.options)
-        check_results(config.out or model.results or Path())
-        if "whole" in self.inferences:
-            crop = int(choose_crop(self.options, experiment.survey).value)
-            images = torch.zeros(1, model.opened.backbone.channels, crop + 8, 2 * crop)
-            try:
-                with torch.no_grad():
-                    stage_features(model.opened.backbone, images)
-            except (AssertionError, RuntimeError, ValueError, UserError) as error:
-                raise UserError(
-                    f"inference (whole) must be left out: {text} takes images of {crop}x{crop} pixels only; "
-                    "--inference windows will do"
-                ) from error
-        if model.kind == "run" and model.results is not None:
-            tested = np.arange(len(data.train), len(data.source))
-            say(seen_in_pretraining(model.results, data.source, tested))
+    def open_data(self, config: EvalConfig) -> SegmentationData:
+        names = MaskConfig.__dataclass_fields__
+        return open_segmentation(MaskConfig(**{name: self.options[name] for name in names}))
+
+    def open_model(self, text: str, seed: int) -> BackboneModel:
+        return open_for_training(text, self.survey, seed, self.options)
+
+    def what_differs(self, model: EvalModel) -> list[str]:
+        return []  # whole images are segmented
+
+    def check_model(self, model: BackboneModel) -> None:
+        """Whether the network takes whole images, where they are asked for."""
+        if "whole" not in self.inferences:
+            return
+        crop = int(choose_crop(self.options, self.survey).value)
+        try:
+            with torch.no_grad():
+                images = torch.zeros(1, model.opened.backbone.channels, crop + 8, 2 * crop)
+                stage_features(model.opened.backbone, images)
+        except (AssertionError, RuntimeError, ValueError, UserError) as error:
+            raise UserError(
+                f"inference (whole) must be left out: {model.text} takes images of {crop}x{crop} pixels only; "
+                "--inference windows will do"
+            ) from error
 
     def contexts(self, text: str) -> Iterator[tuple[SegmentationJob, int]]:
         """A training for each seed."""
-        experiment = self.experiment
-        for seed in experiment.config.seeds:
-            folder = self.root / f"{self.names[text]}-seed{seed}"
-            model = open_for_training(text, experiment.survey, seed, self.options)
-            job = SegmentationJob(model, experiment.data, experiment.survey, seed, folder, self.options)
-            yield job, seed
+        for seed in self.config.seeds:
+            folder, model = self.root / f"{self.names[text]}-seed{seed}", self.open_model(text, seed)
+            yield SegmentationJob(model, self.data, self.survey, seed, folder, self.options), seed
 
     def evaluate(self, job: SegmentationJob, seed: int) -> list[Result]:
         """One training, tested in each of the ways asked for; nothing after a dry run or in a helping process."""
@@ -402,7 +383,7 @@ class Segment(Protocol):
         }
         results: list[Result] = []
         for way in self.inferences:
-            is_drawn = way == self.headline and seed == self.experiment.config.seeds[0]
+            is_drawn = way == self.headline and seed == self.config.seeds[0]
             drawn = int(self.options["overlays"]) if is_drawn else 0
             counts, images, error = predict(predictor, data, way, model.name, self.overlays, drawn)
             row = SegmentationResult(model, data, way, seed, images, counts, metadata=metadata, error=error)
@@ -412,9 +393,8 @@ class Segment(Protocol):
 
     def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
         figures = super().draw(tables, folder)
-        tables[""].write_classes(figures[-1])  # of every way of inference
         if self.overlays:
             figures.insert(0, folder / f"{self.name}-overlays.png")
-            data, overlays = self.experiment.data, list(self.overlays.values())
+            data, overlays = self.data, list(self.overlays.values())
             draw_overlays(figures[0], data.name, overlays, data.labels.names)
         return figures

@@ -258,7 +258,7 @@ class SegmentationJob(TrainingJob):
     def __post_init__(self) -> None:
         channels = self.asked["decoder_channels"]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # that of CUDA is the user's
             width = None if channels in (None, AUTO) else int(channels)
             self.network = UperNet(self.model.opened, len(self.data.labels), width)
 

@@ -167,7 +167,7 @@ def open_model(
     text = str(text)
     place = text.removeprefix(RANDOM)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the user's of CUDA, too
         if text.startswith(PUBLIC) or (text.startswith(RANDOM) and not Path(place).is_dir()):
             return _open_named(text, image_size, channels, optional_model_args)
         return _open_folder(text, image_size, weights, optional_model_args)
