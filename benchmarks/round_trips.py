@@ -33,7 +33,7 @@ from freqmask.interop.exporters import Exported
 from freqmask.interop.foreign_weights import convert_file, read_weights
 from freqmask.interop.formats import export_model
 from freqmask.interop.models import OpenedModel, open_model
-from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.interop.weight_files import write_timm_folder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from reference import mfm_vit_shapes

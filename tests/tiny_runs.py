@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from freqmask.interop.timm_folder import trained_feature, write_timm_folder
+from freqmask.interop.weight_files import trained_feature, write_timm_folder
 from freqmask.interop.weights import method_of
 from freqmask.training.run_folder import RunFolder
 

@@ -7,8 +7,7 @@ from reference import mfm_vit_shapes
 from safetensors.torch import save_file
 
 from freqmask.errors import UserError
-from freqmask.interop.exporters import to_beit_names
-from freqmask.interop.foreign_weights import convert_file, from_beit_names
+from freqmask.interop.foreign_weights import convert_file, from_beit_names, to_beit_names
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,11 +20,11 @@ from freqmask.backbones import Backbone
 from freqmask.commands.given import declared
 from freqmask.errors import UserError
 from freqmask.interop import exporters
-from freqmask.interop.exporters import compare, decoder_of, graph_of, mfm_encoder
-from freqmask.interop.foreign_weights import convert_file
+from freqmask.interop.exporters import compare, graph_of
+from freqmask.interop.foreign_weights import convert_file, mfm_encoder
 from freqmask.interop.formats import FORMATS, export_model
-from freqmask.interop.models import open_model
-from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.interop.models import decoder_of, open_model
+from freqmask.interop.weight_files import write_timm_folder
 from freqmask.timm_models import ratio_of
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -250,6 +252,53 @@ def test_formats_and_places_that_cannot_be_are_one_sentence(vit_run, tmp_path):
         export_model(opened, tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
         export_model(opened, tmp_path / "file" / "below")
+
+
+TRIES = """
+import sys
+import freqmask
+from freqmask.errors import UserError
+folder = sys.argv[1]
+for command, arguments, options in (
+    (freqmask.export, [folder + "/none"], {"out": folder + "/new"}),
+    (freqmask.export, ["random:" + folder], {"out": folder + "/new"}),
+    (freqmask.export, ["timm:resnet18"], {"out": folder, "format": "onnx"}),
+    (freqmask.export, ["timm:resnet18"], {"push": "mine"}),
+    (freqmask.export, ["timm:resnet18"], {"out": folder + "/new", "format": "onx"}),
+    (freqmask.convert, [folder + "/none"], {"out": folder + "/new"}),
+    (freqmask.convert, [folder], {"out": folder + "/new"}),
+    (freqmask.convert, [folder + "/file"], {"out": folder}),
+):
+    try:
+        command(*arguments, **options)
+    except UserError as error:
+        print(error)
+print(*[name for name in ("torch", "timm", "numpy.linalg") if name in sys.modules])
+"""
+
+
+def test_what_cannot_be_exported_is_told_before_anything_large_is_imported(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", TRIES, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    *told, imported = done.stdout.splitlines()
+    assert imported == ""
+    for line, part in zip(
+        told,
+        (
+            "nothing of that name exists",
+            "there is no backbone in it",
+            "is a folder",
+            "must be USER/NAME",
+            "did you mean 'onnx'",
+            "does not exist",
+            "is a folder; an exported folder needs no converting",
+            "exists already",
+        ),
+        strict=True,
+    ):
+        assert part in line
 
 
 def test_the_help_and_the_documentation_know_every_format_and_each_has_its_writer():

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from freqmask.errors import UserError
-from freqmask.interop.hub import check_hub, push_model
+from freqmask.interop.exporters import push_model
+from freqmask.interop.formats import check_hub
 from freqmask.interop.models import open_model
 
 

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from freqmask.backbones import Backbone
-from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.interop.weight_files import write_timm_folder
 
 
 def test_a_network_that_trains_channels_last_is_written_as_any_other(tmp_path: Path) -> None:

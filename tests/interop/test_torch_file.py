@@ -13,7 +13,7 @@ import torch
 
 from freqmask.errors import UserError
 from freqmask.interop.foreign_weights import read_weights
-from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
+from freqmask.interop.weight_files import Inert, read_torch_file, tensors_in
 
 
 class Bomb:

@@ -15,7 +15,7 @@ from tiny_runs import TINY, steps_made, train_until
 import freqmask
 from freqmask.commands.draw import reconstruct
 from freqmask.errors import UserError
-from freqmask.interop.timm_folder import write_timm_folder
+from freqmask.interop.weight_files import write_timm_folder
 
 WEIGHTS = "model.safetensors"
 

@@ -109,7 +109,7 @@ def reconstruct(
         UserError: no decoder, an image that cannot be read, or an unknown filter.
     """
     from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
-    from freqmask.interop.reconstruction import open_method, psnr_by_band, read_image
+    from freqmask.interop.models import open_method, psnr_by_band, read_image
 
     _check(image, 8, out)
     method, opened = open_method(model, filter)

@@ -8,10 +8,21 @@ from typing import Any
 from freqmask.commands.given import command
 from freqmask.console import say, shell_word
 from freqmask.errors import UserError
-from freqmask.interop.formats import FormatName, export_model
+from freqmask.imports import import_uncollected
+from freqmask.interop.formats import (
+    FOLDER,
+    PUBLIC,
+    RANDOM,
+    FormatName,
+    check_file,
+    check_hub,
+    check_model,
+    export_model,
+)
+from freqmask.training.files import check_out, new_folder
 
 
-@command(imports="freqmask.commands.inference")
+@command()
 def export(
     model: str,
     *,
@@ -57,10 +68,12 @@ def export(
         raise UserError(f"push goes with --format timm, not {format}; export the file and upload it by hand")
     if push is None and (public or with_images):
         raise UserError("public and with_images concern --push USER/NAME, which is not given")
+    check_model(model)
+    if out is not None:
+        check_out(out, overwrite, folder=format == FOLDER)
     if push is not None:
-        from freqmask.interop.hub import check_hub
-
         check_hub(push)
+    import_uncollected("freqmask.commands.inference")  # after what is told without it
     opened = _open(model, image_size, weights, format)
     if out is not None:
         told = export_model(opened, out, format, overwrite)
@@ -69,7 +82,7 @@ def export(
             say(f"            {sentence}")
     if push is None:
         return Path(str(out))
-    from freqmask.interop.hub import push_model
+    from freqmask.interop.exporters import push_model
 
     address = push_model(opened, push, public=public, with_images=with_images)
     say(f"pushed      {address}    ({'public' if public else 'private'})")
@@ -80,7 +93,6 @@ def _open(model: str, image_size: int | None, weights: str | None, format: str) 
     """A classifier with its head, a segmentation network as a graph, or a backbone."""
     from freqmask.commands.inference import open_segmenter, segmentation_graph
     from freqmask.interop.models import open_classifier, open_model
-    from freqmask.interop.timm_folder import PUBLIC, RANDOM
 
     segmenter = open_segmenter(model)
     if segmenter is not None:
@@ -92,7 +104,7 @@ def _open(model: str, image_size: int | None, weights: str | None, format: str) 
     return open_model(model, image_size=image_size, weights=weights)
 
 
-@command(imports="freqmask.interop.foreign_weights")
+@command()
 def convert(
     file: str,
     *,
@@ -124,11 +136,12 @@ def convert(
     Raises:
         UserError: the file is broken, refused or does not fit; tensors that do not are named.
     """
-    from freqmask.interop.foreign_weights import convert_file
-    from freqmask.interop.timm_folder import write_timm_folder
-    from freqmask.training.files import check_out, new_folder
-
     path = check_out(out, overwrite, folder=True)
+    check_file(file)
+    import_uncollected("freqmask.interop.foreign_weights")
+    from freqmask.interop.foreign_weights import convert_file
+    from freqmask.interop.weight_files import write_timm_folder
+
     converted = convert_file(file, backbone, image_size, model_args, key)
     with new_folder(path) as scratch:
         write_timm_folder(

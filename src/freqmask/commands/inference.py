@@ -29,7 +29,8 @@ from freqmask.evaluation.mask_files import scaled_size
 from freqmask.interop.exporters import Exported, Graph
 from freqmask.interop.feature_files import Parts, PartWriter, rows_of
 from freqmask.interop.feature_space import features_by_name
-from freqmask.interop.models import OpenedClassifier, OpenedModel, hash_weights, still_images
+from freqmask.interop.models import OpenedClassifier, OpenedModel, still_images
+from freqmask.interop.weight_files import hash_weights
 from freqmask.training.files import new_folder, open_table, replace_atomically
 from freqmask.training.run_folder import RunFolder
 from freqmask.training.worker_pool import DiedError

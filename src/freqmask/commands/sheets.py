@@ -14,8 +14,7 @@ from freqmask.console import plain_name
 from freqmask.data.source import Source
 from freqmask.images import as_float, psnr
 from freqmask.interop.feature_files import nearest_neighbors
-from freqmask.interop.models import OpenedModel, still_images
-from freqmask.interop.reconstruction import Band
+from freqmask.interop.models import Band, OpenedModel, still_images
 from freqmask.pretraining.figures import (
     Palette,
     filter_names,

@@ -51,7 +51,8 @@ from freqmask.evaluation.trainings import (
     series_folder,
 )
 from freqmask.images import as_float
-from freqmask.interop.timm_folder import CLASSIFIER, write_timm_folder
+from freqmask.interop.formats import CLASSIFIER
+from freqmask.interop.weight_files import write_timm_folder
 from freqmask.rng import sample_key
 from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.loop import ScheduledModule, Task

@@ -44,8 +44,7 @@ from freqmask.evaluation.trainings import (
 from freqmask.evaluation.upernet import UperNet, segmentation_losses
 from freqmask.images import as_float
 from freqmask.interop.models import OpenedModel, open_model
-from freqmask.interop.timm_folder import write_tensors
-from freqmask.interop.torch_file import check_weights
+from freqmask.interop.weight_files import check_weights, write_tensors
 from freqmask.training.auto import Choice
 from freqmask.training.loop import ScheduledModule, Task
 from freqmask.training.optim import Schedule, parameter_groups, scaled_lr

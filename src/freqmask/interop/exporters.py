@@ -1,4 +1,4 @@
-"""What writes a backbone in each format: a timm folder, MFM's own checkpoint, a graph of ONNX or torch.export."""
+"""What writes a backbone in each format: a timm folder, here or on the hub, MFM's checkpoint, ONNX, torch.export."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,25 +18,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.backbones import Backbone
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 from freqmask.images import Normalization
 from freqmask.interop.feature_space import FILE, load_space
-from freqmask.interop.models import OpenedClassifier, OpenedModel
-from freqmask.interop.timm_folder import DECODER, Pooled, differences, read_tensors, write_timm_folder
-from freqmask.interop.weights import run_state
-from freqmask.timm_models import ratio_of
+from freqmask.interop.foreign_weights import mfm_encoder
+from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
+from freqmask.interop.weight_files import Pooled, write_timm_folder
 from freqmask.training.checkpoint import save_atomically
-from freqmask.training.files import new_folder, replace_atomically
+from freqmask.training.files import new_folder, read_rows, replace_atomically
+from freqmask.training.run_folder import RunFolder
 
 Compute = Callable[[Tensor], tuple[Tensor, ...]]  # images (B, C, H, W) in [0, 1] to outputs
-
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
 _LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
 
@@ -103,19 +103,6 @@ def pooled_of(opened: OpenedModel) -> Pooled:
     return "class_token" if is_token else "mean"
 
 
-def decoder_of(opened: OpenedModel) -> dict[str, Tensor]:
-    """The reconstruction head that was trained with a backbone; empty where none came along.
-
-    Raises:
-        UserError: the run has gone on since its backbone was written, or the file is broken.
-    """
-    if opened.folder is not None and (opened.folder / DECODER).is_file():
-        return read_tensors(opened.folder / DECODER, "decoder")
-    prefix = "method.decoder."
-    state = run_state(opened.run.path) if opened.run is not None else {}
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
 def _holds(format: str, what: str) -> UserError:
     return UserError(f"format ({format}) holds {what} only; --format onnx or torch-export holds this network")
 
@@ -176,87 +163,6 @@ def write_mfm(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> lis
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_atomically({"model": state, "epoch": _epoch(opened)}, path)
     return [f"{len(state)} tensors, plain: torch.load(..., weights_only=True) reads it"]
-
-
-def mfm_encoder(model: Any) -> dict[str, Tensor]:
-    """The encoder of an MFM checkpoint, without its prefix: timm's names of a ResNet, BEiT's of a ViT.
-
-    Args:
-        model: a timm ViT or ResNet.
-
-    Raises:
-        UserError: it is no plain one. Readers pass over what they do not know, and would compute something else without
-            a word.
-    """
-    kind = type(model).__name__
-    if kind not in ("VisionTransformer", "ResNet"):
-        raise UserError(
-            f"format (mfm-checkpoint) holds a plain ViT or ResNet, not {kind}; --format timm holds every model"
-        )
-    if kind == "ResNet" and not isinstance(model.conv1, nn.Conv2d):
-        problems = ["a stem of several convolutions"]
-    else:
-        plain = _plain_vit(model) if kind == "VisionTransformer" else _plain_resnet(model)
-        problems = differences(to_beit_names(model.state_dict()), to_beit_names(plain.state_dict()))
-        layers = zip(_layers(model), _layers(plain), strict=False)
-        problems = problems or [
-            f"{own.strip()} instead of {theirs.strip()}" for own, theirs in layers if own != theirs
-        ]
-        if kind == "VisionTransformer" and model.blocks[0].attn.num_heads != plain.blocks[0].attn.num_heads:
-            heads = f"{model.blocks[0].attn.num_heads} attention heads for width {model.embed_dim}"
-            problems.append(f"{heads} (readers expect {plain.blocks[0].attn.num_heads})")
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(
-            "format (mfm-checkpoint) cannot hold this model, and its readers would drop the difference in silence: "
-            f"{'; '.join(problems[:4])}{more}; --format timm holds every model"
-        )
-    return to_beit_names(model.state_dict())
-
-
-def _layers(model: Any) -> list[str]:
-    """A line a layer, without those that drop something in training alone."""
-    return [line for line in repr(model).splitlines() if not re.search(r"\(\w*drop\w*\):", line)]
-
-
-def _plain_vit(model: Any) -> Any:
-    """What readers of an MFM checkpoint make of a ViT's tensors."""
-    dim, patches, mlp = model.embed_dim, model.patch_embed, model.blocks[0].mlp
-    hidden = mlp.fc1.out_features if hasattr(mlp, "fc1") else 4 * dim
-    return timm.create_model(
-        "vit_base_patch16_224",
-        num_classes=0,
-        img_size=patches.img_size,
-        patch_size=patches.patch_size,
-        in_chans=patches.proj.in_channels,
-        embed_dim=dim,
-        depth=len(model.blocks),
-        num_heads=16 if dim == 1280 else max(1, dim // 64),
-        mlp_ratio=ratio_of(hidden, dim),
-    )
-
-
-def _plain_resnet(model: Any) -> Any:
-    return timm.create_model(
-        "resnet50" if type(model.layer1[0]).__name__ == "Bottleneck" else "resnet18",
-        num_classes=0,
-        in_chans=model.conv1.in_channels,
-        layers=tuple(len(getattr(model, f"layer{number}")) for number in range(1, 5)),
-    )
-
-
-def to_beit_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A timm ViT's tensors under BEiT's names: queries and values with a bias of their own, keys with none.
-
-    Dropping the keys' bias changes nothing: it adds the same number to every score of a query, which softmax does not
-    see. What has no such name passes as it is.
-    """
-    renamed = dict(state)
-    for name in [name for name in state if name.endswith(".attn.qkv.bias")]:
-        query, _, value = renamed.pop(name).chunk(3)
-        block = name.removesuffix("qkv.bias")
-        renamed |= {f"{block}q_bias": query, f"{block}v_bias": value}
-    return renamed
 
 
 def _epoch(opened: OpenedModel) -> int:
@@ -403,3 +309,113 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+# options of a run that name places on this machine, or say nothing of the backbone
+_LOCAL = "data out init config probe_data logger workers devices strategy num_nodes".split()  # noqa: SIM905
+_LOCAL_COLUMNS = re.compile(r"data|path|file|out|folder|model", re.IGNORECASE)
+
+
+def push_model(
+    opened: OpenedModel, repository: str, *, public: bool = False, with_images: bool = False, api: Any = None
+) -> str:
+    """Send the timm folder and a model card.
+
+    Args:
+        opened: the model.
+        repository: ``USER/NAME``, made where it is missing.
+        public: False makes it private.
+        with_images: True adds previews, and the data's names and paths to the card.
+        api: a ``huggingface_hub.HfApi``; None makes one.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: the hub refuses or does not answer.
+    """
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="freqmask", library_version=__version__)
+    run = opened.run
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        write_timm(opened, folder)
+        previews = sorted(run.previews.glob("step-*.png"))[-1:] if with_images and run is not None else []
+        for preview in previews:
+            shutil.copy(preview, folder)
+        card = model_card(opened, repository, [preview.name for preview in previews], with_images)
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        try:
+            address = api.create_repo(repository, private=not public, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=str(folder),
+                commit_message=f"{opened.name}, freqmask {__version__}",
+            )
+        except Exception as error:  # the hub's library raises its own, httpx's and the system's
+            reason = brief(error, 200)
+            raise UserError(f"push ({repository}) failed ({type(error).__name__}: {reason})") from error
+    return str(address)
+
+
+def model_card(opened: OpenedModel, repository: str, previews: list[str], with_images: bool) -> str:
+    """The README.md of a pushed backbone.
+
+    Args:
+        opened: the model.
+        repository: ``USER/NAME``.
+        previews: pictures in the folder to show.
+        with_images: True names the data.
+    """
+    from huggingface_hub import ModelCardData
+
+    run = opened.run
+    options = run.config() if run is not None else {}
+    header = ModelCardData(
+        library_name="timm", pipeline_tag="image-feature-extraction", tags=["freqmask", "timm"]
+    )
+    parts = [
+        f"---\n{header}\n---",
+        f"# {repository.split('/')[1]}",
+        f"A {opened.module.pretrained_cfg.get('architecture', 'timm')} backbone, pre-trained without labels by "
+        f"[freqmask](https://pypi.org/project/freqmask/) {__version__}"
+        + (f" ({options['method']})." if options else "."),
+        f"```python\nimport timm\nmodel = timm.create_model('hf-hub:{repository}', pretrained=True).eval()\n```",
+        f"Images of {opened.input_size[0]} channels, {opened.input_size[1]}x{opened.input_size[2]} pixels; values "
+        f"`{opened.value_range}` become [0, 1], then mean {list(opened.mean)} and std {list(opened.std)}.",
+    ]
+    if run is not None:
+        parts += ["## Data", _data(run, options, with_images), "## Recipe", _recipe(options)]
+        parts += ["## Results", _results(run)]
+    parts += [f"![preview]({name})" for name in previews]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(run: RunFolder, options: Mapping[str, Any], with_images: bool) -> str:
+    state = run.state()
+    images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else "Images"
+    source = f", from {', '.join(map(str, options.get('data') or []))}" if with_images else ""
+    return f"{images}, fingerprint `{state.get('data')}`{source}."
+
+
+def _recipe(options: Mapping[str, Any]) -> str:
+    public = {name: value for name, value in options.items() if name not in _LOCAL and not _is_path(value)}
+    return "```yaml\n" + yaml.safe_dump(public, sort_keys=False) + "```"
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or "\\" in value)
+
+
+def _results(run: RunFolder) -> str:
+    summary, rows = run.summary(), read_rows(run.path / "results.csv")
+    names = ("steps", "loss", "relative_loss", "held_out_loss", "held_out_relative_loss")
+    lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
+    columns = [name for name in (rows[0] if rows else {}) if not _LOCAL_COLUMNS.search(name)]
+    columns = [name for name in columns if not any(_is_path(row[name]) for row in rows)]
+    if columns:
+        lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(str(row[name] or '') for name in columns)} |" for row in rows]
+    return "\n".join(lines) or "The run has not ended yet."

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from freqmask.errors import UserError
+from freqmask.interop.formats import OURS
 from freqmask.interop.models import OpenedModel
-from freqmask.interop.timm_folder import OURS, write_tensors
+from freqmask.interop.weight_files import write_tensors
 from freqmask.training.files import replace_atomically
 
 PLAIN, CENTERED, WHITENED = "plain", "centered", "whitened"

@@ -1,4 +1,4 @@
-"""Somebody else's checkpoint becomes a timm model: MFM's, BEiT's, DINOv2's, or a state dict with timm's names."""
+"""Other people's checkpoints: MFM's, BEiT's, DINOv2's or plain state dicts become timm models, and back to MFM's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.errors import UserError, brief
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
-from freqmask.interop.timm_folder import differences, fitted, read_tensors
-from freqmask.interop.torch_file import Inert, read_torch_file, tensors_in
+from freqmask.interop.formats import check_file, fitted
+from freqmask.interop.weight_files import Inert, differences, read_tensors, read_torch_file, tensors_in
 from freqmask.interop.weights import resampled
-from freqmask.timm_models import SIGNATURES, architecture_of, as_timm_names
+from freqmask.timm_models import SIGNATURES, architecture_of, as_timm_names, ratio_of
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
 _COPIES = ("momentum", "ema", "teacher", "target", "encoder_k", "key_")  # of a method's online network
@@ -136,9 +136,8 @@ def read_weights(path: str | Path, key: str | None = None, backbone: str | None 
 
 
 def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
-    if path.is_dir():
-        raise UserError(f"file ({path}) is a folder; an exported folder needs no converting")
-    if path.suffix == ".safetensors" and path.is_file():
+    check_file(path)
+    if path.suffix == ".safetensors":
         return dict(read_tensors(path, "file")), []
     read = read_torch_file(path)
     if isinstance(read.content, dict):
@@ -344,4 +343,85 @@ def from_beit_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         del renamed[name]
         renamed[f"{block}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    return renamed
+
+
+def mfm_encoder(model: Any) -> dict[str, Tensor]:
+    """The encoder of an MFM checkpoint, without its prefix: timm's names of a ResNet, BEiT's of a ViT.
+
+    Args:
+        model: a timm ViT or ResNet.
+
+    Raises:
+        UserError: it is no plain one. Readers pass over what they do not know, and would compute something else without
+            a word.
+    """
+    kind = type(model).__name__
+    if kind not in ("VisionTransformer", "ResNet"):
+        raise UserError(
+            f"format (mfm-checkpoint) holds a plain ViT or ResNet, not {kind}; --format timm holds every model"
+        )
+    if kind == "ResNet" and not isinstance(model.conv1, nn.Conv2d):
+        problems = ["a stem of several convolutions"]
+    else:
+        plain = _plain_vit(model) if kind == "VisionTransformer" else _plain_resnet(model)
+        problems = differences(to_beit_names(model.state_dict()), to_beit_names(plain.state_dict()))
+        layers = zip(_layers(model), _layers(plain), strict=False)
+        problems = problems or [
+            f"{own.strip()} instead of {theirs.strip()}" for own, theirs in layers if own != theirs
+        ]
+        if kind == "VisionTransformer" and model.blocks[0].attn.num_heads != plain.blocks[0].attn.num_heads:
+            heads = f"{model.blocks[0].attn.num_heads} attention heads for width {model.embed_dim}"
+            problems.append(f"{heads} (readers expect {plain.blocks[0].attn.num_heads})")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(
+            "format (mfm-checkpoint) cannot hold this model, and its readers would drop the difference in silence: "
+            f"{'; '.join(problems[:4])}{more}; --format timm holds every model"
+        )
+    return to_beit_names(model.state_dict())
+
+
+def _layers(model: Any) -> list[str]:
+    """A line a layer, without those that drop something in training alone."""
+    return [line for line in repr(model).splitlines() if not re.search(r"\(\w*drop\w*\):", line)]
+
+
+def _plain_vit(model: Any) -> Any:
+    """What readers of an MFM checkpoint make of a ViT's tensors."""
+    dim, patches, mlp = model.embed_dim, model.patch_embed, model.blocks[0].mlp
+    hidden = mlp.fc1.out_features if hasattr(mlp, "fc1") else 4 * dim
+    return timm.create_model(
+        "vit_base_patch16_224",
+        num_classes=0,
+        img_size=patches.img_size,
+        patch_size=patches.patch_size,
+        in_chans=patches.proj.in_channels,
+        embed_dim=dim,
+        depth=len(model.blocks),
+        num_heads=16 if dim == 1280 else max(1, dim // 64),
+        mlp_ratio=ratio_of(hidden, dim),
+    )
+
+
+def _plain_resnet(model: Any) -> Any:
+    return timm.create_model(
+        "resnet50" if type(model.layer1[0]).__name__ == "Bottleneck" else "resnet18",
+        num_classes=0,
+        in_chans=model.conv1.in_channels,
+        layers=tuple(len(getattr(model, f"layer{number}")) for number in range(1, 5)),
+    )
+
+
+def to_beit_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A timm ViT's tensors under BEiT's names: queries and values with a bias of their own, keys with none.
+
+    Dropping the keys' bias changes nothing: it adds the same number to every score of a query, which softmax does not
+    see. What has no such name passes as it is.
+    """
+    renamed = dict(state)
+    for name in [name for name in state if name.endswith(".attn.qkv.bias")]:
+        query, _, value = renamed.pop(name).chunk(3)
+        block = name.removesuffix("qkv.bias")
+        renamed |= {f"{block}q_bias": query, f"{block}v_bias": value}
     return renamed

@@ -1,27 +1,50 @@
-"""The formats of `freqmask export` by name. No torch here: the command's help lists them."""
+"""A model's forms on the disk and the hub: formats by name, a folder found, its config read. No torch here.
+
+Commands check what they were given by this, before they import what takes seconds.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
-from freqmask.errors import UserError, nearest
-from freqmask.training.files import check_out
+from safetensors import SafetensorError, safe_open
 
+from freqmask.errors import UserError, brief, nearest
+from freqmask.training.files import check_encoding, check_out
+from freqmask.training.run_folder import RunFolder
+
+# name -> function of freqmask.interop.exporters; adding a format is a line here and its function there
 FORMATS = {
     "timm": "write_timm",
     "onnx": "write_onnx",
     "torch-export": "write_torch_export",
     "mfm-checkpoint": "write_mfm",
 }
-"""Name -> function of :mod:`freqmask.interop.exporters`; adding a format is a line here and its function there."""
 FOLDER = "timm"  # the one that is no file
-
 if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal[tuple(FORMATS)]
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+DECODER = "decoder.safetensors"  # ours: timm and transformers pass it over
+OURS = "freqmask"  # the key of config.json under which our own metadata stand; timm passes it over
+CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
+PUBLIC, RANDOM = "timm:", "random:"  # how MODEL names public and fresh weights
+LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
+_LARGEST_CONFIG = 10_000_000  # bytes; a real one has a few thousand
+_SECONDS = 5.0
+_ENDPOINT = "https://huggingface.co"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def export_model(opened: Any, out: str | Path, format: str = "timm", overwrite: bool = False) -> list[str]:
@@ -46,3 +69,167 @@ def export_model(opened: Any, out: str | Path, format: str = "timm", overwrite: 
     write = getattr(import_module("freqmask.interop.exporters"), FORMATS[format])
     sentences: list[str] = write(opened, path)
     return sentences
+
+
+def check_model(text: str) -> None:
+    """Refuse a MODEL that is neither on the disk nor a name of timm's; names and files are not looked into."""
+    place = text.removeprefix(RANDOM)
+    is_name = text.startswith(PUBLIC) or (text.startswith(RANDOM) and not Path(place).is_dir())
+    if not is_name and not RunFolder(Path(place).expanduser()).exists():
+        find_backbone(place)
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse what is no file that could hold somebody's weights."""
+    if Path(path).is_dir():
+        raise UserError(f"file ({path}) is a folder; an exported folder needs no converting")
+    if not Path(path).is_file():
+        raise UserError(f"file ({path}) does not exist")
+
+
+def find_backbone(text: str | Path, option: str = "model") -> Path:
+    """The folder with config.json and model.safetensors behind a run or an exported folder.
+
+    Args:
+        text: the run (of a pre-training or a fine-tuning), the exported folder, or the run's ``backbone``.
+        option: what errors call it.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(text).expanduser()
+    check_encoding(path, option)
+    for folder in (path, path / "backbone", path / CLASSIFIER):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    if path.is_file():
+        raise UserError(
+            f"{option} ({text}) is a file; freqmask convert {text} --out FOLDER makes a model of it"
+        )
+    if RunFolder(path).exists():
+        raise UserError(f"{option} ({text}) has no model yet: its run has not reached a checkpoint")
+    forms = "a run folder, an exported folder, timm:NAME" + (" or random:NAME" if option == "model" else "")
+    raise UserError(f"{option} ({text}) must be {forms}; {_what_is_wrong(path, str(text))}")
+
+
+def _what_is_wrong(path: Path, text: str) -> str:
+    """Why there is nothing of that name: the likely slips."""
+    if path.is_dir():
+        return f"there is no backbone in it ({CONFIG} with {WEIGHTS})"
+    prefix, colon, bare = text.partition(":")
+    name = bare.removeprefix("timm/") if colon else text
+    if f"{prefix}:" == RANDOM:
+        return "leave it out to begin with random weights"
+    if "/" not in name and os.sep not in name:  # no name of timm's has one, and timm takes seconds to import
+        import timm
+
+        if timm.is_model(name.split(".")[0]):
+            return f"public weights are {PUBLIC}{name}"
+    near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+    return "nothing of that name exists" + (f"; {near}" if near.startswith("did you mean") else "")
+
+
+def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
+    """The config.json of an exported folder, its weights looked at but not loaded.
+
+    Raises:
+        UserError: it is no JSON of timm's, or the weights are cut short.
+    """
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise UserError(f"{option}: {path} is far larger than any config.json; it is refused")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{option}: {path} is not valid JSON; export the model again") from error
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
+    _check_config(config, path, option)
+    with readable(folder / WEIGHTS, option), safe_open(folder / WEIGHTS, "np") as weights:
+        weights.keys()
+    return dict(config)
+
+
+@contextmanager
+def readable(path: Path, option: str) -> Iterator[None]:
+    """Within, a file of safetensors that is cut short or not there is a UserError, which begins with ``option``."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        reason = brief(error, 160)
+        raise UserError(f"{option}: {path} cannot be read, it may be cut short ({reason})") from error
+
+
+def architecture_in(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int | None]:
+    """The timm name behind a config.json, its arguments, and the side of its patches where it is not the name's own."""
+    ours = {"img_size", "in_chans", "num_classes", "global_pool", "fc_norm", "use_fc_norm"}
+    arguments = {name: value for name, value in config.get("model_args", {}).items() if name not in ours}
+    return str(config["architecture"]), arguments, arguments.pop("patch_size", None)
+
+
+def run_behind(folder: Path) -> RunFolder | None:
+    """The run that wrote a folder of weights, where it lies in one."""
+    run = RunFolder(folder.resolve().parent)
+    return run if run.exists() else None
+
+
+def fitted(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Statistics of color images for another number of channels: their mean for each."""
+    if len(values) == channels:
+        return tuple(float(value) for value in values)
+    return (sum(values) / len(values),) * channels
+
+
+def _check_config(config: Any, path: Path, option: str) -> None:
+    pretrained = config.get("pretrained_cfg") if isinstance(config, dict) else None
+    if not isinstance(pretrained, dict) or not isinstance(config.get("architecture"), str):
+        raise UserError(f"{option}: {path} must be a timm config with architecture and pretrained_cfg")
+    size = pretrained.get("input_size")
+    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise UserError(f"{option}: {path} must give input_size as channels, height and width")
+    for name in ("mean", "std"):
+        values = pretrained.get(name)
+        if not isinstance(values, list) or len(values) != size[0]:
+            raise UserError(f"{option}: {path} must give {name} as {size[0]} numbers, one a channel")
+
+
+def check_reachable(what: str) -> None:
+    """Refuse where the hub does not answer.
+
+    Args:
+        what: cannot be had then, the beginning of the sentence.
+
+    Raises:
+        UserError: offline by choice, or no connection within five seconds.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        raise UserError(f"{what} cannot be reached: HF_HUB_OFFLINE is set; unset it or use a local folder")
+    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
+        return  # only the proxy knows
+    address = urlsplit(os.environ.get("HF_ENDPOINT", _ENDPOINT))
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be reached: no connection to {address.hostname} ({error.strerror or error}); "
+            "check the network, or use a local folder"
+        ) from error
+
+
+def check_hub(repository: str) -> None:
+    """Refuse early what cannot be pushed.
+
+    Args:
+        repository: ``USER/NAME``.
+
+    Raises:
+        UserError: the name is none of the hub's, nobody is logged in, or the hub does not answer.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise UserError(f"push ({repository}) must be USER/NAME, a repository of the Hugging Face hub")
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise UserError("push needs a token of the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
+    check_reachable(f"push ({repository})")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import timm
 from timm.layers.patch_embed import resample_patch_embed
@@ -21,26 +18,22 @@ from torch import Tensor
 
 from freqmask.errors import UserError, brief, nearest
 from freqmask.imports import named_by_user
-from freqmask.interop.timm_folder import (
+from freqmask.interop.formats import (
     CONFIG,
     PUBLIC,
     WEIGHTS,
     architecture_in,
+    check_reachable,
     find_backbone,
-    load_fitting,
     read_config,
-    read_tensors,
-    write_tensors,
 )
-from freqmask.interop.torch_file import check_weights
+from freqmask.interop.weight_files import check_weights, load_fitting, read_tensors, write_tensors
 from freqmask.methods import Method, build_method, find_method
 from freqmask.options.of_methods import BUILT_FROM, method_settings, options_of_class
 from freqmask.timm_models import check_name, create_model
 from freqmask.training.checkpoint import LAST, load_safely
 from freqmask.training.run_folder import RunFolder
 
-_SECONDS = 5.0
-_ENDPOINT = "https://huggingface.co"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -69,30 +62,6 @@ def is_cached(repository: str) -> bool:
 
     repository = repository.split("@")[0]
     return any(isinstance(try_to_load_from_cache(repository, name), str) for name in _HUB_FILES)
-
-
-def check_reachable(what: str) -> None:
-    """Refuse where the hub does not answer.
-
-    Args:
-        what: cannot be had then, the beginning of the sentence.
-
-    Raises:
-        UserError: offline by choice, or no connection within five seconds.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        raise UserError(f"{what} cannot be reached: HF_HUB_OFFLINE is set; unset it or use a local folder")
-    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
-        return  # only the proxy knows
-    address = urlsplit(os.environ.get("HF_ENDPOINT", _ENDPOINT))
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"{what} cannot be reached: no connection to {address.hostname} ({error.strerror or error}); "
-            "check the network, or use a local folder"
-        ) from error
 
 
 def load_method(run: str | Path) -> Method:

@@ -29,7 +29,7 @@ from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.images import as_float
-from freqmask.interop.timm_folder import trained_feature, write_timm_folder
+from freqmask.interop.weight_files import trained_feature, write_timm_folder
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
 from freqmask.pretraining.watch import (
     ENOUGH_RANKED,

@@ -9,7 +9,8 @@ import torch
 
 from freqmask.backbones import height_and_width
 from freqmask.errors import UserError, brief
-from freqmask.interop.models import OpenedModel, hash_weights, open_model
+from freqmask.interop.models import OpenedModel, open_model
+from freqmask.interop.weight_files import hash_weights
 from freqmask.methods.distill import Teacher, teacher_size
 from freqmask.training import auto
 

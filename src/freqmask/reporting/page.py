@@ -259,20 +259,19 @@ def _run_context(run: Run) -> dict[str, Any]:
 def _images(run: Run, budget: int) -> dict[str, Any]:
     """The plan and the previews within so many bytes of the page, and a sentence on each that has no room there."""
     plan: list[Embedded] = []
-    missing: list[str] = []
-    for share in (
-        (PLAN_SHARE, 0.5) if run.plan is not None else ()
-    ):  # beside many runs 15 % are too few for any
-        plan, missing = embed_images([(0, run.plan)], int(share * budget))
-        if plan or missing:
-            break
-    else:
-        missing = [_NO_ROOM.format("The image of the plan", run.plan)] if run.plan is not None else []
+    broken: list[str] = []
+    if run.plan is not None:
+        for share in (PLAN_SHARE, 0.5):  # beside many runs 15 % are too few for any
+            plan, broken = embed_images([(0, run.plan)], int(share * budget))
+            if plan or broken:
+                break
+        else:
+            broken = [_NO_ROOM.format("The image of the plan", run.plan)]
     images, damaged = embed_images(run.previews, budget - sum(len(image.source) for image in plan))
     if run.previews and not images and not damaged:
         damaged = [_NO_ROOM.format("The previews", run.path / "previews")]
     return {
         "images": images,
         "plan": plan[0] if plan else None,
-        "missing": [*run.missing, *damaged, *missing],
+        "missing": [*run.missing, *damaged, *broken],
     }
