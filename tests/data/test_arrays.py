@@ -114,6 +114,21 @@ def test_an_npz_without_images_is_refused(tmp_path, arrays, words):
         open_source(tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize(
+    "labels", [np.array(3), np.zeros(0, int), np.zeros((5, 0), int), np.zeros((5, 2), int)]
+)
+def test_labels_of_a_shape_that_fits_no_images_are_left_out_and_said(tmp_path, labels):
+    np.savez(tmp_path / "x.npz", images=stack(5, 8, 8), labels=labels)
+    source = open_source(tmp_path / "x.npz")
+    assert source.class_names is None and "are left out" in source.notes[-1]
+
+
+def test_a_split_without_images_beside_another_costs_nothing(tmp_path):
+    np.savez(tmp_path / "x.npz", train_images=stack(0, 8, 8), test_images=stack(5, 8, 8))
+    source = open_source(tmp_path / "x.npz", split="all")
+    assert len(source) == 5 and len(source.fingerprint()) == 16
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (0, 8, 8), (2, 2, 2, 2, 2)])
 def test_an_npy_that_is_no_stack_is_refused(tmp_path, shape):
     np.save(tmp_path / "x.npy", np.zeros(shape))

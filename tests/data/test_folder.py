@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 from freqmask.data import decode, image_folder
-from freqmask.data.sources import open_source
+from freqmask.data.sources import Subset, open_source
 from freqmask.errors import BadImage, UserError
 
 
@@ -195,3 +195,16 @@ def test_a_source_travels_to_workers(tmp_path):
     copy = pickle.loads(pickle.dumps(source))
     assert names_of(copy) == names_of(source) and labels_of(copy) == [0, 1]
     np.testing.assert_array_equal(copy.open(1).decode(), source.open(1).decode())
+
+
+@pytest.mark.parametrize("split", ["auto", "all"])
+@pytest.mark.parametrize("pages", ["channels", "images"])
+def test_the_identities_of_all_images_are_those_of_each(tmp_path, split, pages):
+    plant(tmp_path, "train/a/1.png", "train/b/ü.png", "train/b/c/2.png", "val/a/3.png", "val/b/4.png")
+    Image.new("RGB", (8, 6)).save(os.fsencode(tmp_path) + b"/train/a/\xfc.png")
+    source = open_source(tmp_path, pages, split)
+    assert len(source) == {"auto": 4, "all": 6}[split]
+    alone = [source.identity(index) for index in range(len(source))]
+    assert (
+        source.identities().tolist() == alone == Subset(source, np.arange(len(source))).identities().tolist()
+    )

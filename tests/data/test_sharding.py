@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from pyarrow import feather
 
 from freqmask.commands.prepare import empty_octave_share, spectrum_words
 from freqmask.data import sharding as prepare_module
@@ -275,6 +276,30 @@ def test_the_same_command_twice_at_once_is_a_sentence(photos, tmp_path):
 
     with pytest.raises(UserError, match="started twice"):
         prepared(photos, tmp_path / "out", report=take_away)
+
+
+@pytest.mark.parametrize(
+    "told", [None, {"a": "b"}, {"written": "3"}, {"written": "{}"}, {"written": "[" * 9999}]
+)
+def test_damaged_notes_of_a_finished_shard_have_it_written_again(photos, tmp_path, told):
+    prepared(photos, tmp_path / "one")
+    parts, _ = open_parts([photos], "channels", "all", None)
+    settings = Settings(None, 3, "channels", "all", parts.content)
+    planned = parts.shards(3)
+    (tmp_path / "two").mkdir()
+    prepare_module._write_missing(parts, settings, tmp_path / "two", planned[:1], 0, lambda done: None)
+    part = prepare_module._part_file(tmp_path / "two", planned[0])
+    feather.write_feather(feather.read_table(part).replace_schema_metadata(told), str(part))
+    assert images_there(tmp_path / "two", parts, settings) == 0
+    prepare_shards(parts, settings, tmp_path / "two", 0)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("manifest", ['"x"', '{"settings": "x"}', '{"settings": []}', "[" * 99_999])
+def test_a_damaged_manifest_is_a_sentence(tmp_path, manifest):
+    (tmp_path / "prepare.json").write_text(manifest)
+    with pytest.raises(UserError, match="is damaged; delete"):
+        read_manifest(tmp_path)
 
 
 def test_a_folder_that_the_first_release_began_is_continued(photos, tmp_path):

@@ -109,6 +109,43 @@ def test_a_table_without_images_is_refused(tmp_path, content, words):
         open_source(path)
 
 
+HOSTILE = pa.Array.from_buffers(pa.string(), 6, pa.array([b"\xfc"] * 6).buffers())  # a text that is no UTF-8
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes"),
+    [
+        ({"label": HOSTILE}, ["\udcfc"]),
+        ({"label": pa.array([[1]] * 6)}, None),
+        ({"label": pa.array([1.5] * 6)}, None),
+        ({"path": HOSTILE}, None),
+        ({"path": pa.array([3] * 6)}, None),
+    ],
+    ids=["label of bytes", "label of lists", "label of fractions", "path of bytes", "path of numbers"],
+)
+@pytest.mark.parametrize(
+    "metadata", [[], 3, {"label": 3}, {"label": {"_type": "ClassLabel", "names": 3}}, "[" * 9999]
+)
+def test_odd_columns_and_metadata_of_a_table_are_no_end(tmp_path, columns, classes, metadata):
+    columns = {"label": pa.array([None] * 6, pa.string()), "path": pa.array(["a"] * 6)} | columns
+    images = pa.StructArray.from_arrays([pa.array([png(1)] * 6), columns["path"]], ["bytes", "path"])
+    told = metadata if isinstance(metadata, str) else json.dumps({"info": {"features": metadata}})
+    table = pa.table({"image": images, "label": columns["label"]}).replace_schema_metadata(
+        {"huggingface": told}
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = open_source(tmp_path / "t.parquet")
+    assert (source.class_names or None) == classes and source.encoded(0) == (png(1), ".png")
+    assert columns["path"] is not HOSTILE or source.name(0) == "0:\udcfc"
+
+
+@pytest.mark.parametrize("leaf", [pa.array(["x"] * 6), pa.array([3] * 6), pa.array([[b"x"]] * 6)])
+def test_a_struct_of_something_else_than_bytes_is_no_image(tmp_path, leaf):
+    pq.write_table(pa.table({"image": pa.StructArray.from_arrays([leaf], ["bytes"])}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="must hold a column of encoded images"):
+        open_source(tmp_path / "t.parquet")
+
+
 def test_a_damaged_file_among_good_ones_is_named(tmp_path):
     for name in ("a", "b"):
         pq.write_table(pa.table({"image": [png(1)]}), tmp_path / f"{name}.parquet")

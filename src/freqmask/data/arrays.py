@@ -123,15 +123,15 @@ class ArraySource(Source):
         parts = [_read(self.file, labels) for _, labels in self.pairs if labels is not None]
         if len(parts) < len(self.pairs):
             return None
-        parts = [part.reshape(len(part), -1) for part in parts]
         usable = all(
-            part.shape[1] == 1 and part.dtype.kind in "iu" and part.min(initial=0) >= 0 for part in parts
+            part.shape[:1] == (part.size,) and part.dtype.kind in "iu" and part.min(initial=0) >= 0
+            for part in parts
         )
-        if not usable or sum(map(len, parts)) != len(self):
+        if not usable or sum(part.size for part in parts) != len(self):
             note = f"The labels in {self.file.name} are not one class number an image and are left out."
             self.notes = [*self.notes, note]
             return None
-        return [label for part in parts for label in part[:, 0].tolist()]
+        return [label for part in parts for label in part.ravel().tolist()]
 
     def open(self, index: int) -> Picture:
         self.check(index)
@@ -150,7 +150,7 @@ class ArraySource(Source):
         """A hash of the first and last bytes of every array and their shapes."""
         parts: list[str | np.ndarray] = []
         for stack in self._load():
-            parts += [f"{stack.shape}{stack.dtype}", stack[0], stack[len(stack) // 2], stack[-1]]
+            parts += [f"{stack.shape}{stack.dtype}", stack[:1], stack[len(stack) // 2 :][:1], stack[-1:]]
         return hash_of(*parts)
 
 

@@ -129,6 +129,15 @@ def read_arrays(
     return (header["about"], arrays) if intact and arrays.keys() >= set(holding) else None
 
 
+def stamp_of(file: Path | None) -> tuple[int, int] | None:
+    """What tells a file from one that has taken its name."""
+    try:
+        state = None if file is None else file.stat()
+    except OSError:
+        return None
+    return None if state is None else (state.st_ino, state.st_mtime_ns)
+
+
 def text_arrays(column: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Texts or other pieces as one array of bytes and where each ends, for `write_arrays`."""
     return {

@@ -20,6 +20,7 @@ from freqmask.data.source import Pages, Source, SourceSummary
 from freqmask.data.splits import Located, split_of
 from freqmask.data.storage import RemoteFiles, unpacker_of
 from freqmask.errors import BadImage, UserError
+from freqmask.rng import identity_of
 
 EACH_A_REQUEST = (
     "Each image is a request of its own; freqmask prepare makes shards, which are read in pieces of 4 MB."
@@ -318,6 +319,12 @@ class FolderSource(Source):
         name = self.prefix + self.index.relative(file)
         pages = 1 if self._first_images is None else self._first_images[file + 1] - self._first_images[file]
         return f"{name}#{page}" if pages > 1 else name
+
+    def identities(self) -> np.ndarray:
+        if self._first_images is not None:
+            return super().identities()
+        prefix = os.fsencode(self.prefix)
+        return np.array([identity_of(prefix + path) for path in self.index.paths()], np.int64)
 
     def label(self, index: int) -> int | None:
         number = int(self._class_of_folder[self.index.folder_of(self._file_and_page(index)[0])])

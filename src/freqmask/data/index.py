@@ -7,15 +7,16 @@ import re
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from freqmask.artifacts import MARKER, is_own_folder, is_part_of_run, marked
-from freqmask.data.cache import cache_file, hash_of, read_arrays, write_arrays
+from freqmask.data.cache import cache_file, hash_of, read_arrays, stamp_of, write_arrays
 from freqmask.errors import UserError
 
 VERSION = 3
@@ -66,7 +67,7 @@ class FolderIndex:
         below: bytes = b"",
         cached_in: Path | None = None,
     ) -> None:
-        self.root, self.cached_in, self._stamp = root, cached_in, _stamp_of(cached_in)
+        self.root, self.cached_in, self._stamp = root, cached_in, stamp_of(cached_in)
         self._about, self._arrays, self._below = about, arrays, below
         every = [os.fsencode(folder) for folder in about["folders"]]
         counts = np.diff(arrays["starts"])
@@ -108,12 +109,17 @@ class FolderIndex:
 
     def names_in(self, folder: int) -> list[bytes]:
         """The names of the files of a folder, by its number."""
-        offsets = self._arrays["offsets"]
         first = self._arrays["starts"][self._chosen[folder]]
         count = self.starts[folder + 1] - self.starts[folder]
-        return [
-            self._arrays["names"][offsets[k] : offsets[k + 1]].tobytes() for k in range(first, first + count)
-        ]
+        offsets = self._arrays["offsets"][first : first + count + 1]
+        names = self._arrays["names"][offsets[0] : offsets[-1]].tobytes()
+        return [names[start:end] for start, end in pairwise((offsets - offsets[0]).tolist())]
+
+    def paths(self) -> Iterator[bytes]:
+        """The relative paths of all files, in a tenth of the time of one by one."""
+        for number, folder in enumerate(self.folders):
+            prefix = folder + b"/" if folder else b""
+            yield from (prefix + name for name in self.names_in(number))
 
     def select(self, folders: Iterable[int], below: bytes = b"") -> FolderIndex:
         """Some folders by their numbers, increasing, sharing the arrays; the one ``below`` becomes the root."""
@@ -138,19 +144,10 @@ class FolderIndex:
         view = (self._chosen, self._below)
         large = sum(a.nbytes for a in self._arrays.values()) > SENT_WHOLE_BYTES
         # Another process may have written a newer index under the name; ours is still mapped here.
-        if self.cached_in is not None and large and _stamp_of(self.cached_in) == self._stamp:
+        if self.cached_in is not None and large and stamp_of(self.cached_in) == self._stamp:
             return _reopen, (self.root, self.cached_in, self.fingerprint, *view)
         arrays = {name: np.array(array) for name, array in self._arrays.items()}
         return FolderIndex, (self.root, self._about, arrays, *view)
-
-
-def _stamp_of(file: Path | None) -> tuple[int, int] | None:
-    """What tells a file from one that has taken its name."""
-    try:
-        state = None if file is None else file.stat()
-    except OSError:
-        return None
-    return None if state is None else (state.st_ino, state.st_mtime_ns)
 
 
 def _leading_to_files(folders: list[bytes], counts: np.ndarray) -> np.ndarray:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 import numpy as np
 
-from freqmask.data.cache import cache_file, piece_of, read_arrays, write_arrays
+from freqmask.data.cache import cache_file, piece_of, read_arrays, stamp_of, write_arrays
 from freqmask.data.decode import open_bytes
 from freqmask.data.pixels import Picture
 from freqmask.data.source import Source, SourceSummary
@@ -29,12 +30,13 @@ class PackedIndex:
     kind: str  # of its cache file
     version: int
     columns: Collection[str]  # names of its arrays
+    of_images: Collection[str] = ("labels",)  # of those that hold a number of each image
     states: Mapping[str, State] = {}  # of the files when they were read, by name
 
     def __init__(
         self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
     ) -> None:
-        self.about, self.arrays, self.file = about, arrays, file
+        self.about, self.arrays, self.file, self._stamp = about, arrays, file, stamp_of(file)
         self.starts: np.ndarray = arrays["starts"]
         self.class_names: list[str] | None = about["class_names"]
 
@@ -42,9 +44,13 @@ class PackedIndex:
         return int(self.starts[-1])
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        if self.file is None:
-            return type(self), (self.about, self.arrays)
-        return type(self).load, (self.file, False)  # workers that are not forked map the same file
+        if self.file is not None and stamp_of(self.file) == self._stamp:
+            return _reopen, (
+                type(self),
+                self.file,
+                self._stamp,
+            )  # workers that are not forked map the same file
+        return type(self), (self.about, {name: np.array(array) for name, array in self.arrays.items()})
 
     def part_of(self, image: int) -> int:
         """The number of the shard or row group that holds an image."""
@@ -63,12 +69,21 @@ class PackedIndex:
         """An index from the file that `save` wrote, its checksum compared with ``verify``.
 
         Raises:
-            ValueError: it is damaged, or of another version.
+            ValueError: it is damaged, of another version, or of something else.
         """
         read = read_arrays(file, verify, cls.columns)
-        if read is None or read[0].get("version") != cls.version:
-            raise ValueError(f"{file} is damaged, or was written by another version")
-        return cls(*read, file)
+        with suppress(
+            AttributeError, IndexError, KeyError, TypeError, ValueError
+        ):  # what any JSON may lead to
+            if read is not None and read[0]["version"] == cls.version and cls(*read).is_sound():
+                return cls(*read, file)
+        raise ValueError(f"{file} is damaged, or was written by another version")
+
+    def is_sound(self) -> bool:
+        """Whether the arrays fit each other, and the names."""
+        plain = all(array.ndim == 1 and array.dtype.kind in "iu" for array in self.arrays.values())
+        whole = all(len(self.arrays[column]) == len(self) for column in self.of_images)
+        return plain and whole and self.arrays["labels"].max(initial=-1) < len(self.class_names or ())
 
     @classmethod
     def cached(cls, files: Files, names: Sequence[str], make: Callable[[], Self]) -> Self:
@@ -81,12 +96,21 @@ class PackedIndex:
             except ValueError:
                 index = make()
                 index.file = file if index.save(file) else None
+                index._stamp = stamp_of(index.file)
         except FileNotFoundError as error:
             raise UserError(
                 f"DATA ({files.where}): {error.filename or error} is not there; check it"
             ) from error
         index.states = states
         return index
+
+
+def _reopen(kind: type[PackedIndex], file: Path, stamp: object) -> PackedIndex:
+    """The index in a loader worker: the same memory as in the process that started it."""
+    if stamp_of(file) == stamp:
+        with suppress(ValueError):
+            return kind.load(file, verify=False)
+    raise UserError(f"the index {file} was replaced while workers started; start again")
 
 
 class PackedSource(Source):

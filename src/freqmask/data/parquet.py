@@ -35,7 +35,6 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
 # Beyond this the images here are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
-CLASS_KINDS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
 VERSION = 2
 
@@ -62,8 +61,8 @@ class Columns:
         Raises:
             UserError: none of them holds images; ``where`` names the file.
         """
-        structs = [f for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-        plain = [f for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+        structs = [f for f in schema if _is_bytes(_part(f.type, "bytes"))]
+        plain = [f for f in schema if _is_bytes(f.type)]
         if not structs and not plain:
             hint = nearest("image", schema.names) if schema.names else "it has no columns"
             raise UserError(
@@ -71,11 +70,9 @@ class Columns:
             )
         image = [*structs, *plain][0]
         features = _features(schema)
-        kinds = {field.name: field.type for field in schema}
-        named = [name for name in kinds if features.get(name, {}).get("_type") == "ClassLabel"]
-        usual = [
-            name for name in LABEL_COLUMNS if name in kinds and any(is_a(kinds[name]) for is_a in CLASS_KINDS)
-        ]
+        able = [field.name for field in schema if pa.types.is_integer(field.type) or _is_text(field.type)]
+        named = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
+        usual = [name for name in LABEL_COLUMNS if name in able]
         label = next(iter([*named, *usual]), None)
         names = features.get(label or "", {}).get("names")
         return cls(
@@ -83,17 +80,39 @@ class Columns:
             f"{image.name}.bytes" if structs else image.name,
             label,
             [str(name) for name in names] if isinstance(names, list) else None,
-            bool(structs) and image.type.get_field_index("path") >= 0,
+            bool(structs) and _is_text(_part(image.type, "path")),
         )
+
+
+def _part(kind: pa.DataType, name: str) -> pa.DataType:
+    """The type of a struct's field, or of nothing where there is none."""
+    known = pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+    return kind.field(name).type if known else pa.null()
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _values(cells: pa.ChunkedArray) -> list[Any]:
+    """Cells in Python; texts as those of files' names, because nothing makes a writer keep to UTF-8."""
+    if not _is_text(cells.type):
+        return list(cells.to_pylist())
+    texts = cells.cast(pa.large_binary()).to_pylist()
+    return [text if text is None else text.decode("utf-8", "surrogateescape") for text in texts]
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
     """What Hugging Face's metadata says of the columns, or nothing."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    return {name: feature for name, feature in features if isinstance(feature, dict)}
 
 
 def tables_of_one(names: Iterable[str], where: str) -> list[str]:
@@ -192,9 +211,9 @@ def _read_index(files: Files, sizes: list[tuple[str, int]]) -> tuple[dict[str, A
                 raise UserError(f"DATA: {files.url(name)} is damaged; write or fetch it again") from error
 
         tables = list(pool.map(small, groups)) if columns.small else []
-    labels = [value for t in tables for value in t[columns.label].to_pylist()] if columns.label else []
+    labels = [value for t in tables for value in _values(t[columns.label])] if columns.label else []
     paths = [t for t in tables if columns.has_paths and columns.image in t.column_names]
-    texts = [text or "" for t in paths for text in pc.struct_field(t[columns.image], "path").to_pylist()]
+    texts = [text or "" for t in paths for text in _values(pc.struct_field(t[columns.image], "path"))]
     numbers, classes = number_classes(labels, columns.class_names)
     row_groups = [footers[k].row_group(g) for k, g in groups]
     arrays: dict[str, np.ndarray] = {
@@ -219,12 +238,16 @@ def _read_footer(files: Files, name: str) -> pq.FileMetaData:
     where = files.url(name)
     try:
         with files.stream(name, 0) as file:
-            return pq.ParquetFile(file).metadata
+            footer = pq.ParquetFile(file).metadata
+        footer.schema.to_arrow_schema()  # what is damaged in it raises here, where the file has a name
+        for group in range(footer.num_row_groups):
+            _image_bytes(footer.row_group(group), "")
+        return footer
     except PermissionError as error:
         raise UserError(f"DATA ({where}) may not be read: no permission; check its access rights") from error
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"DATA ({where}) is truncated or no parquet file; write or fetch it again") from error
 
 

@@ -271,9 +271,17 @@ def _part_file(out: Path, shard: PlannedShard) -> Path:
 def _read_part(out: Path, shard: PlannedShard) -> tuple[ShardRows, dict[str, Any]]:
     """What is known of a finished shard; OSError or ValueError (Arrow's, too) where it is not whole."""
     table = feather.read_table(str(_part_file(out, shard)))
-    if table.schema.metadata is None or not table.schema.equals(SCHEMA):
+    if not table.schema.equals(SCHEMA):
         raise ValueError(f"{shard.name}: its rows were written by another version")
-    written = json.loads(table.schema.metadata[b"written"])
+    try:
+        written = json.loads((table.schema.metadata or {})[b"written"])
+        written = {
+            "bytes": int(written["bytes"]),
+            "skipped": [(str(name), str(reason)) for name, reason in written["skipped"]],
+            "reductions": [float(reduction) for reduction in written["reductions"]],
+        }
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{shard.name}: what was written beside its rows is damaged") from error
     return ShardRows(shard.name, written["bytes"], shard.split, table), written
 
 
@@ -298,7 +306,7 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
         raise UserError(
             f"out ({out}) was changed meanwhile, perhaps by the same command started twice; start it again, once"
         ) from error
-    skipped = [(name, reason) for part in written for name, reason in part["skipped"]]
+    skipped = [entry for part in written for entry in part["skipped"]]
     reductions = [reduction for part in written for reduction in part["reductions"]]
     index = make_index(shards, parts.class_names)
     if len(index) == 0:
@@ -344,7 +352,7 @@ def read_manifest(out: Path) -> tuple[Settings, bool] | None:
         settings = manifest["settings"]
         settings["workers"] = settings.pop("lanes", settings.get("workers", 1))  # as 0.1.0 called them
         return Settings(**settings), bool(manifest["shards"]) and (out / INDEX_NAME).is_file()
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{out / MANIFEST} is damaged; delete {out} and prepare it again") from error
 
 

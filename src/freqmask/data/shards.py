@@ -10,6 +10,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -25,7 +26,7 @@ from freqmask.data.packed import PackedIndex, PackedSource
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary, Subset
 from freqmask.data.splits import Located, in_order, split_of, split_of_shard
 from freqmask.data.storage import INDEX_NAME, Files
-from freqmask.errors import BadImage, UserError, brief
+from freqmask.errors import BadImage, UserError, brief, describe_os_error
 from freqmask.rng import identity_of
 
 BLOCK_BYTES = 4_000_000
@@ -87,7 +88,18 @@ class ShardIndex(PackedIndex):
     """The images of some shards."""
 
     kind, version = "shards", VERSION
-    columns = ("offsets", "sizes", "labels", "groups", "members", "names", "starts")
+    columns = (
+        "offsets",
+        "sizes",
+        "labels",
+        "groups",
+        "members",
+        "members_ends",
+        "names",
+        "names_ends",
+        "starts",
+    )
+    of_images = ("offsets", "sizes", "labels", "groups")
 
     def __init__(
         self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
@@ -95,7 +107,14 @@ class ShardIndex(PackedIndex):
         super().__init__(about, arrays, file)
         self.shards = [(str(name), int(size), split) for name, size, split in about["shards"]]
         self.group_names: list[str] | None = about["group_names"]
-        self.notes: list[str] = about["notes"]
+        self.notes: list[str] = list(about["notes"])
+        self.ignored: dict[str, int] = dict(about["ignored"])  # suffix -> members that are not read
+
+    def is_sound(self) -> bool:
+        fitting = len(self.shards) == len(self.starts) - 1
+        named = self.arrays["groups"].max(initial=-1) < len(self.group_names or ())
+        ends = (len(self.arrays["members_ends"]), len(self.arrays["names_ends"]))
+        return fitting and named and set(ends) <= {1, len(self) + 1} and super().is_sound()
 
     def splits(self, names: Collection[str] | None = None) -> list[str]:
         """The names of the splits there are: in some shards, or in all."""
@@ -227,7 +246,7 @@ def _read_note(sample: _Sample, kind: str, tar: tarfile.TarFile, info: tarfile.T
         return
     try:
         metadata = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if isinstance(metadata, dict):
         label = next((metadata[key] for key in LABEL_KEYS if isinstance(metadata.get(key), str | int)), None)
@@ -275,6 +294,9 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
     if names is not None and not set(names) <= set(sizes):
         return None
     states = dict(index.states)
+    if files.remote:
+        with suppress(UserError):
+            states[INDEX_NAME] = files.state(INDEX_NAME)
     for name in () if files.remote else names or sizes:  # asking a server for each would take long
         try:
             state = files.state(name)
@@ -300,8 +322,13 @@ def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
         say(f"index       reading the headers of {len(names):,} shard{plural} of {files.where}, once")
 
     def read(name: str, size: int) -> ShardRows:
-        with files.stream(name) as file:
-            return read_headers(name, file, size)
+        try:
+            with files.stream(name) as file:
+                return read_headers(name, file, size)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UserError(f"DATA ({files.url(name)}) cannot be read: {describe_os_error(error)}") from error
 
     with ThreadPoolExecutor(HEADER_READERS) as pool:
         return list(pool.map(read, names, sizes))
@@ -332,8 +359,9 @@ class ShardSource(PackedSource):
             raise BadImage(f"the shard {shard} cannot be read ({error.strerror or error})") from error
         if len(data) < stop - start:
             raise BadImage(f"the shard {shard} is truncated")
-        if shard in self._states:
-            self.files.refuse_changed(shard, self._states[shard])
+        watched = shard if shard in self._states else INDEX_NAME
+        if watched in self._states:
+            self.files.refuse_changed(watched, self._states[watched])
         return data
 
     def _fetch(self, index: int, shard: str, start: int, stop: int) -> bytes:
@@ -386,16 +414,14 @@ class ShardSource(PackedSource):
 
     def summary(self) -> SourceSummary:
         read = "Shards are read over the network in pieces of 4 MB, mixed within windows of 16 pieces"
-        return replace(self._summary(len(self.index.shards), read), ignored=dict(self.index.about["ignored"]))
+        return replace(self._summary(len(self.index.shards), read), ignored=dict(self.index.ignored))
 
 
 def locate_shards(files: Files, names: Sequence[str] | None, where: str) -> Located:
     """The images of shards (None: all); their splits are told by the folders that they lie in, or by their names."""
     index = find_index(files, names, where)
     if len(index) == 0:
-        counts = [
-            f"{count:,} {suffix or 'without suffix'}" for suffix, count in index.about["ignored"].items()
-        ]
+        counts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in index.ignored.items()]
         raise UserError(f"DATA ({where}) holds no images ({', '.join(counts) or 'the shards are empty'})")
 
     def open_split(chosen: str | None, notes: list[str]) -> Source:

@@ -79,6 +79,8 @@ class Source(ABC):
         """The labels of all images, int64 (image,), -1 where there is none."""
         if self._labels is not None:
             return np.array(self._labels, np.int64)
+        if type(self).label is Source.label:
+            return np.full(len(self), -1, np.int64)
         numbers = (self.label(index) for index in range(len(self)))
         return np.array([-1 if label is None else label for label in numbers], np.int64)
 
@@ -106,6 +108,10 @@ class Source(ABC):
     def identity(self, index: int) -> int:
         """A 64-bit number that stays with the image when DATA moves or other images come and go."""
         return identity_of(self.name(index).encode(errors="surrogateescape"))
+
+    def identities(self) -> np.ndarray:
+        """Those of all images, int64 (image,)."""
+        return np.array([self.identity(index) for index in range(len(self))], np.int64)
 
 
 class _Selection(Source):
@@ -157,6 +163,9 @@ class Subset(_Selection):
 
     def identity(self, index: int) -> int:
         return self.source.identity(int(self.indices[index]))
+
+    def identities(self) -> np.ndarray:
+        return self.source.identities()[self.indices]
 
     def fingerprint(self) -> str:
         return hash_of(self.source.fingerprint(), self.indices)

@@ -133,7 +133,7 @@ def _locate_folder(path: Path, pages: Pages) -> Located:
     tables = []
     for folder in (path, path / "data"):
         features = marked_in(folder)  # that we wrote
-        tables += sorted(table for table in folder.glob("*.parquet") if table.name not in features)
+        tables += sorted(t for t in folder.glob("*.parquet") if t.name not in features and t.is_file())
     if tables and not len(index_folder(path, read_suffixes())):
         return _tables(files, [table.relative_to(path).as_posix() for table in tables], str(path))
     return locate_folder(path, pages)

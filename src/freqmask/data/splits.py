@@ -213,8 +213,7 @@ def hold_out(
     wanted = min(at_most, max(1, round(share * total))) if share > 0 and total >= _FEWEST else 0
     if wanted == 0:
         return np.arange(total), np.arange(0)
-    identities = torch.tensor([source.identity(index) for index in range(total)], dtype=torch.int64)
-    drawn = uniform(combine(identities, "hold out", seed), 0).numpy()
+    drawn = uniform(combine(torch.from_numpy(source.identities()), "hold out", seed), 0).numpy()
     blocks = source.blocks()
     if blocks is None or not blocks.whole:
         order = np.argsort(drawn, kind="stable")

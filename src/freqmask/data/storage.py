@@ -36,6 +36,7 @@ _HELD: list[Any] = []  # indexes that could not be cached
 
 BACKOFF = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
 TIMEOUT = 30
+ASKED_SECONDS = 60  # a request a minute and process costs nothing; one for every block a third of the speed
 HEADER_BYTES = 65_536  # asked for at once while headers are read; the next header often lies in it
 EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 EXTRAS |= dict.fromkeys(("http", "https"), "aiohttp")
@@ -133,13 +134,13 @@ class Files(ABC):
         """The bytes of a file, and whatever else changes when it does; raises FileNotFoundError."""
 
     def refuse_changed(self, name: str, state: State) -> None:
-        """Raises a UserError where a file here is no longer in the state in which places were read from it.
+        """Raises a UserError where a file is no longer in the state in which places were read from it.
 
-        A map of a file that was cut would end the process, and places in another one are those of other images. A
-        server is not asked for every image.
+        A map of a file that was cut would end the process, and places in another one are those of other images.
         """
         with contextlib.suppress(FileNotFoundError):  # whoever reads it says so
-            if not self.remote and self.state(name) != state:
+            size, tag = self.state(name)
+            if size != state[0] or (tag != state[1] and None not in (tag, state[1])):
                 raise UserError(f"DATA ({self.url(name)}) was changed while it was being read; start again")
 
     @abstractmethod
@@ -168,11 +169,12 @@ class LocalFiles(Files):
 
     def names(self) -> list[str]:
         folders = [folder for folder in self.root.iterdir() if split_of(folder.name) and folder.is_dir()]
-        found = [tar for folder in (self.root, *folders) for tar in folder.glob("*.tar")]
+        found = [tar for folder in (self.root, *folders) for tar in folder.glob("*.tar") if tar.is_file()]
         return sorted(path.relative_to(self.root).as_posix() for path in found if path.name[0] != ".")
 
     def matching(self, pattern: str) -> list[str]:
-        return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
+        found = (path for path in self.root.glob(pattern) if path.is_file())
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
 
     def state(self, name: str) -> State:
         state = (self.root / name).stat()
@@ -207,6 +209,7 @@ class RemoteFiles(Files):
         self._states: dict[str, State] = {}
         self._listings: dict[int | None, dict[str, int | None]] = {}
         self._index: Path | Literal[False] | None = False  # not asked for
+        self._asked = time.monotonic()  # when a server was last asked whether a file is as before
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listings": {}}  # of no use to a worker, and maybe of millions of files
@@ -241,6 +244,19 @@ class RemoteFiles(Files):
                 raise UserError(f"{self.url(name)}: the server does not tell its size; copy it here first")
             self._states[name] = _state_of(info)
         return self._states[name]
+
+    def refuse_changed(self, name: str, state: State) -> None:
+        """As here, but a server is asked once a minute, about the file that is read then: a set is replaced as one."""
+        if time.monotonic() < self._asked + ASKED_SECONDS:
+            return
+        self._asked = time.monotonic()
+        with contextlib.suppress(
+            Exception
+        ):  # whoever reads it has more patience, and words for what is wrong
+            system, path = _system(self.url(name))
+            system.invalidate_cache()
+            self._states[name] = _state_of(system.info(path))
+        super().refuse_changed(name, state)
 
     def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
         raw = RangeFile(partial(self.read, name), self.state(name)[0])
