@@ -53,6 +53,14 @@ def test_what_auto_chose_is_no_setting_that_varies(tmp_path: Path) -> None:
     assert join_seeds(read_runs([typed, other])).settings == ["lr"]
 
 
+def test_a_run_of_0_1_0_that_recorded_no_default_is_joined_with_one_that_did(tmp_path: Path) -> None:
+    old, new = make_run(tmp_path / "a"), make_run(tmp_path / "b", {"seed": 1, "clamp": True})
+    (line,) = join_seeds(read_runs([old, new])).lines
+    assert line.cells[0] is not None and len(line.cells[0].values) == 2
+    other = make_run(tmp_path / "c", {"seed": 1, "clamp": False})
+    assert [one.settings for one in join_seeds(read_runs([old, other])).lines] == [["yes"], ["no"]]
+
+
 def test_a_measurement_made_again_counts_once(tmp_path: Path) -> None:
     rows = [result("a", 0.1, time="1"), result("a", 0.3, time="2"), result("a", 0.5, seed=1, time="3")]
     table = join_seeds(read_runs([make_run(tmp_path / "a", results=rows)]))

@@ -1,18 +1,20 @@
-"""One self-contained HTML page from run folders."""
+"""One self-contained HTML page from run folders: its curves, thinned for the eye, its images, its words."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
+import numpy as np
 import yaml
 from markupsafe import Markup, escape
 from PIL import Image
@@ -20,12 +22,13 @@ from PIL import Image
 from freqmask import __version__
 from freqmask.console import rank, say, shell_word
 from freqmask.errors import UserError
-from freqmask.reporting.charts import charts, evaluation_charts, spread_out
-from freqmask.reporting.reading import Run, read_results, read_runs
-from freqmask.reporting.summary import differences, metadata, remarks, repeat_command
-from freqmask.reporting.tables import Row, evaluation_table
+from freqmask.reporting.reading import Curve, Run, read_results, read_runs
+from freqmask.reporting.summary import differences, metadata, remarks, repeat_command, wording
+from freqmask.reporting.tables import Row, evaluation_charts, evaluation_table
 from freqmask.training.files import replace_atomically
 from freqmask.training.run_folder import now
+
+Item = TypeVar("Item")
 
 WIDEST = 1400  # pixels; previews are drawn about this wide
 NARROWEST = 640  # below it the titles in a preview cannot be read
@@ -46,6 +49,29 @@ _HERE = Path(__file__).parent
 # the whole library's size
 _SCRIPTS = ("plotly-basic.min.js", "page.js")
 
+POINTS = 60_000  # in the whole page, over all curves of all runs: about 1 MB
+MOST_A_CURVE = 2_000  # no screen shows more
+TREND_FROM = 300  # points from which a curve is too ragged to be read without its mean
+TREND_PARTS = 100
+TABLE_ROWS = 12
+WIDE = 5  # largest over smallest value from which a linear scale hides the smaller lines
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_LINES_TOGETHER = 3  # columns of several runs that one chart can hold and be read
+
+
+def spread_out(items: Sequence[Item], most: int) -> list[Item]:
+    """At most ``most`` of the items, evenly spaced, the first and the last among them.
+
+    >>> spread_out(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(items) <= most:
+        return list(items)
+    if most <= 1:
+        return [items[-1]][:most]
+    places = np.linspace(0, len(items) - 1, most).round().astype(int)
+    return [items[place] for place in places]
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -64,8 +90,7 @@ def embed(path: Path, step: int = 0, widest: int = WIDEST) -> Embedded | None:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    if image.width > widest:
-        image = image.resize((widest, round(image.height * widest / image.width)), Image.Resampling.LANCZOS)
+    image.thumbnail((widest, image.height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY)
     source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -275,3 +300,192 @@ def _images(run: Run, budget: int) -> dict[str, Any]:
         "plan": plan[0] if plan else None,
         "missing": [*run.missing, *damaged, *broken],
     }
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of curves."""
+
+    key: str  # its anchor in the page
+    title: str  # above it
+    meaning: str  # how to read it, for somebody who has not read the papers
+    columns: str  # pattern of the columns that it shows
+    reference: float | None = None  # a level that means something
+    logarithmic: bool = True  # whether the scale may be switched to a logarithmic one
+    wide: bool = False  # whether it is logarithmic at once where the lines lie far apart
+
+
+PANELS = (
+    Panel(
+        "zero",
+        "Relative loss (1 = zero prediction)",
+        "1 means that nothing has been learned: an empty prediction would do as well. Apart for each filter, and "
+        "for held-out images where there are some.",
+        r"(held_out_)?relative_loss(/(?!band_).*)?",
+        reference=1.0,
+        logarithmic=False,
+    ),
+    Panel(
+        "bands",
+        "The same by frequency",
+        "Bands of radii in the spectrum, in cycles per shorter side: low numbers are shapes, high numbers are fine "
+        "detail. Low bands fall first; a band that stays at 1 is not being learned.",
+        r"relative_loss/band_.*",
+        reference=1.0,
+        wide=True,
+    ),
+    Panel(
+        "loss",
+        "Loss and its parts",
+        "What the training lowers. Its height means little by itself; the first chart gives it a scale.",
+        r"loss|held_out_loss",  # and the parts that a run names
+    ),
+    Panel(
+        "probe",
+        "Probes on labelled images",
+        "How well the frozen features tell classes apart during the training. Higher is better.",
+        r".*(knn|linear|probe|accuracy).*",
+        logarithmic=False,
+    ),
+    Panel(
+        "rankme",
+        "RankMe",
+        "The effective number of dimensions that the features use. A fall towards 1 is a collapse.",
+        r".*rank_?me.*",
+    ),
+    Panel(
+        "collapse",
+        "Collapse number of the teacher, in nats",
+        "Entropy of the teacher's mean answer minus its mean entropy. Below 0.1 after warm-up nearly all images get "
+        "the same answer: the run has collapsed.",
+        r"collapse",
+        reference=0.1,
+        logarithmic=False,
+    ),
+    Panel("lr", "Learning rate", "A linear warm-up, then a cosine.", r"lr|learning_rate.*"),
+    Panel(
+        "grad_norm",
+        "Gradient norm",
+        "Before it is clipped. Rare spikes are harmless; a steady rise comes before a loss that is not a number.",
+        r"grad(ient)?_norm.*",
+    ),
+    Panel("speed", "Images per second", "Without previews and checkpoints.", r"images_per_second"),
+    Panel(
+        "wait",
+        "Share of the time spent waiting for images",
+        "Above some 0.1 the loader slows the training: more workers, smaller files.",
+        r"data_wait_share",
+        logarithmic=False,
+    ),
+    Panel("weight_decay", "Weight decay", "Constant unless weight_decay_end is given.", r"weight_decay"),
+)
+
+
+def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Everything the page needs to draw the curves of all runs.
+
+    Returns:
+        One mapping a chart: ``key``, ``title``, ``meaning``, ``summary`` (a sentence for those who cannot see
+        it), ``traces``, ``reference``, ``logarithmic``, and ``header`` and ``rows`` of its table of numbers.
+    """
+    columns = list(dict.fromkeys(name for run in runs for name in run.curves))
+    left = [name for name in columns if name not in ("step", "epoch")]
+    most = max(min(POINTS // max(sum(len(run.curves) for run in runs), 1), MOST_A_CURVE), 50)
+    drawn: list[dict[str, Any]] = []
+    for panel in PANELS:
+        parts = {name for run in runs for name in run.loss_parts} if panel.key == "loss" else ()
+        chosen = sorted((n for n in left if n in parts or re.fullmatch(panel.columns, n)), key=_in_order)
+        left = [name for name in left if name not in chosen]
+        drawn += _panel_charts(panel, chosen, runs, most)
+    for name in left:  # columns that a method of somebody's own logs
+        panel = Panel(f"other-{len(drawn)}", name, "Logged by the method.", re.escape(name))
+        drawn += _panel_charts(panel, [name], runs, most)
+    return drawn
+
+
+def _in_order(column: str) -> tuple[int, float, str]:
+    band = re.search(r"band_([\d.]+)", column)
+    order = 0 if column in ("loss", "relative_loss") else 1 if column.startswith("held_out") else 2
+    return (order, float(band[1]) if band else 0.0, column)
+
+
+def _panel_charts(panel: Panel, columns: list[str], runs: Sequence[Run], most: int) -> list[dict[str, Any]]:
+    curves = [run.curves[name] for run in runs for name in columns if name in run.curves]
+    if not curves or (panel.key == "weight_decay" and all(np.ptp(curve.values) == 0 for curve in curves)):
+        return []
+    if len(runs) == 1 or len(columns) <= _LINES_TOGETHER:
+        return [_chart(panel, columns, runs, most)]
+    return [
+        _chart(
+            replace(panel, key=f"{panel.key}-{number}", title=f"{panel.title}: {wording(column)}"),
+            [column],
+            runs,
+            most,
+        )
+        for number, column in enumerate(columns)
+    ]
+
+
+def _chart(panel: Panel, columns: list[str], runs: Sequence[Run], most: int) -> dict[str, Any]:
+    traces: list[dict[str, Any]] = []
+    named: list[tuple[str, Curve]] = []
+    for number, run in enumerate(runs):
+        for part, column in enumerate(name for name in columns if name in run.curves):
+            words = [run.name] * (len(runs) > 1) + [wording(column)] * (len(runs) == 1 or len(columns) > 1)
+            name, curve = ": ".join(words), run.curves[column]
+            color, dash = (number, DASHES[part % len(DASHES)]) if len(runs) > 1 else (part, "solid")
+            named.append((name, curve))
+            for line, faint in _lines(curve, most):
+                points = {
+                    "x": np.round(line.steps).astype(int).tolist(),
+                    "y": [float(f"{y:.5g}") for y in line.values],
+                }
+                traces.append(
+                    {"name": html.escape(name), "color": color, "dash": dash, **points, "faint": faint}
+                )
+    header, rows = _numbers(named)
+    lowest = min(curve.values.min() for _, curve in named)
+    spread = max(curve.values.max() for _, curve in named) / lowest if lowest > 0 else 0.0
+    return {
+        "key": panel.key,
+        "title": panel.title,
+        "meaning": panel.meaning,
+        "summary": " ".join(_sentence(name, curve) for name, curve in named),
+        "traces": traces,
+        "reference": panel.reference,
+        "logarithmic": bool(panel.logarithmic and lowest > 0),
+        "wide": bool(panel.wide and spread > WIDE),
+        "header": header,
+        "rows": rows,
+    }
+
+
+def _lines(curve: Curve, most: int) -> Iterator[tuple[Curve, bool]]:
+    """The curve; a long one as a faint band of its extremes under the line of its mean."""
+    if len(curve.steps) < TREND_FROM:
+        yield curve, False
+        return
+    yield curve.thinned(most - TREND_PARTS if most > 200 else most), True
+    yield curve.trend(TREND_PARTS), False
+
+
+def _sentence(name: str, curve: Curve) -> str:
+    low, high = float(curve.values.min()), float(curve.values.max())
+    text = (
+        f"{name}: from {curve.values[0]:.4g} at step {curve.steps[0]:,.0f} to {curve.last:.4g} "
+        f"at step {curve.steps[-1]:,.0f}, lowest {low:.4g}, highest {high:.4g}"
+    )
+    return text + (f", {curve.not_finite:,} values that are no numbers." if curve.not_finite else ".")
+
+
+def _numbers(named: Sequence[tuple[str, Curve]]) -> tuple[list[str], list[list[str]]]:
+    """A few rows of the chart as a table: at these steps the last value known."""
+    steps = np.unique(np.concatenate([curve.steps for _, curve in named]))
+    rows = []
+    for step in spread_out(steps.tolist(), TABLE_ROWS):
+        cells = [f"{step:,.0f}"]
+        for _, curve in named:
+            before = np.searchsorted(curve.steps, step, side="right")
+            cells.append(f"{curve.values[before - 1]:.4g}" if before and step <= curve.steps[-1] else "")
+        rows.append(cells)
+    return ["step", *(name for name, _ in named)], rows

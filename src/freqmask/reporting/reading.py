@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,28 @@ class Curve:
     def tail(self, rows: int = 20) -> float:
         """The median of the last rows, at most a quarter of all, which one odd batch does not move."""
         return float(np.median(self.values[-min(rows, max(len(self.values) // 4, 1)) :]))
+
+    def thinned(self, most: int) -> Curve:
+        """With at most ``most`` (4 or more) points: of each stretch its lowest and its highest, and both ends.
+
+        A spike of a single step survives, which a mean or every n-th point would lose.
+        """
+        if len(self.steps) <= most:
+            return self
+        bounds = np.linspace(0, len(self.steps), (most - 2) // 2 + 1).astype(int)
+        chosen = {0, len(self.steps) - 1}
+        for start, stop in pairwise(bounds):
+            stretch = self.values[start:stop]
+            chosen |= {start + int(np.argmin(stretch)), start + int(np.argmax(stretch))}
+        places = sorted(chosen)
+        return Curve(self.steps[places], self.values[places])
+
+    def trend(self, parts: int) -> Curve:
+        """Its mean over each of ``parts`` stretches, at the stretch's mean step."""
+        stretches = np.array_split(np.arange(len(self.steps)), min(parts, len(self.steps)))
+        return Curve(
+            *(np.array([column[part].mean() for part in stretches]) for column in (self.steps, self.values))
+        )
 
 
 @dataclass(frozen=True)
@@ -221,39 +244,35 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
 
 def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
     """Curves by column, without those that hold no number, and the number of rows; why there are none."""
-    header, rows, broken = _table(path) if path.is_file() else ([], [], 0)
-    if broken and "step" in header:
-        missing.append(f"{broken:,} lines of metrics.csv are cut short or garbled and were left out.")
-    if not rows or "step" not in header:
-        why = (
-            "is missing: nothing was logged, or it was moved"
-            if not path.is_file()
-            else "holds no row yet"
-            if "step" in header
-            else "has no column named step"
-        )
-        missing.append(f"metrics.csv {why}; there are no curves.")
-        return {}
-    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    steps = np.array([number(cell) for cell in columns.pop("step")])
-    curves = {name: _curve(steps, cells) for name, cells in columns.items()}
-    return {"curves": {name: curve for name, curve in curves.items() if len(curve.values)}, "rows": len(rows)}
-
-
-def _table(path: Path) -> tuple[list[str], list[list[str]], int]:
-    """Header, whole rows, and how many lines are not whole."""
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
-    cut = bool(lines) and not lines[-1].endswith("\n")
-    header, *rows = [_cells(line) for line in lines[: len(lines) - cut]] or [[]]
+    lines = (
+        path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        if path.is_file()
+        else []
+    )
+    header, *rows = [_cells(line) for line in lines] or [[]]
     header = [current_name(name) for name in header]
     place = header.index("step") if "step" in header else 0
     whole = [row for row in rows if len(row) == len(header) and math.isfinite(number(row[place]))]
-    return header, whole, len(rows) - len(whole) + cut
+    if "step" in header and len(whole) < len(rows):
+        broken = len(rows) - len(whole)
+        missing.append(f"{broken:,} lines of metrics.csv are cut short or garbled and were left out.")
+    if "step" not in header or not whole:
+        why = "holds no row yet" if "step" in header else "has no column named step"
+        why = why if path.is_file() else "is missing: nothing was logged, or it was moved"
+        missing.append(f"metrics.csv {why}; there are no curves.")
+        return {}
+    columns = dict(zip(header, zip(*whole, strict=True), strict=True))
+    steps = np.array([number(cell) for cell in columns.pop("step")])
+    curves = {name: _curve(steps, cells) for name, cells in columns.items()}
+    return {
+        "curves": {name: curve for name, curve in curves.items() if len(curve.values)},
+        "rows": len(whole),
+    }
 
 
 def _cells(line: str) -> list[str]:
     try:
-        return next(csv.reader([line]), [])
+        return next(csv.reader([line]), []) if line.endswith("\n") else []  # a kill cuts the last one short
     except csv.Error:  # a cell beyond the module's limit
         return []
 

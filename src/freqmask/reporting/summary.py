@@ -132,25 +132,23 @@ def _method_options(config: Mapping[str, Any]) -> list[str]:
     return [name for name in config if name not in _GENERAL]
 
 
-def is_incidental(name: str) -> bool:
-    """Whether an option changes only how a run is recorded, computed or watched."""
-    return _INCIDENTAL.fullmatch(name) is not None
+def settings_of(run: Run) -> dict[str, str]:
+    """What makes a run what it is, each setting as a text.
+
+    Runs of 0.1.0 recorded no option of the method that was left at its default.
+    """
+    method = METHOD_OPTIONS.get(str(run.config.get("method")))
+    defaults = {name: option.default for name, option in options_of(method).items()} if method else {}
+    values = {**run.config, **{name: value for name, value in defaults.items() if name not in run.config}}
+    return {name: text_of(value) for name, value in values.items() if not _INCIDENTAL.fullmatch(name)}
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings in which the runs are not all alike, each with its value in every run."""
-    names = sorted(name for name in {name for run in runs for name in run.config} if not is_incidental(name))
-    table = [(name, [_setting(run, name) for run in runs]) for name in names]
-    return [(name, values) for name, values in table if len(set(values)) > 1]
-
-
-def _setting(run: Run, name: str) -> str:
-    """A value of a run; runs of 0.1.0 recorded no option of the method that was left at its default."""
-    if name in run.config:
-        return text_of(run.config[name])
-    method = METHOD_OPTIONS.get(str(run.config.get("method")))
-    default = options_of(method).get(name) if method else None
-    return text_of(default.default) if default is not None else "–"
+    """The recorded settings in which the runs are not all alike, each with its value in every run."""
+    settings = [settings_of(run) for run in runs]
+    names = sorted({name for run in runs for name in run.config})
+    table = [(name, [one.get(name, "–") for one in settings]) for name in names]
+    return [(name, texts) for name, texts in table if len(set(texts)) > 1]
 
 
 def repeat_command(run: Run) -> str:

@@ -1,8 +1,9 @@
-"""Rows of results.csv joined over seeds; runs joined over seeds as Markdown, CSV or LaTeX; the list of runs."""
+"""Rows of results.csv joined over seeds, as bars; runs joined over seeds as Markdown, CSV, LaTeX; the list of runs."""
 
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
 import re
@@ -16,10 +17,11 @@ from typing import Any
 from freqmask.console import plain_name, readable_time
 from freqmask.errors import UserError
 from freqmask.reporting.reading import Curve, Run, is_run, number, read_run, run_folders
-from freqmask.reporting.summary import is_incidental, text_of
+from freqmask.reporting.summary import settings_of
 
 SCORES = ("accuracy", "miou", "mean_iou", "score")  # the first that a row has is the one that is shown
 MOST_ROWS = 2_000  # in the page
+MOST_BARS = 40  # of a chart in it
 # What is measured; rows that agree in these and in the seed are the same measurement made again.
 _SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model", "feature")
 # Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
@@ -61,6 +63,19 @@ class Measured:
     model: str  # as the row names it
     percent: Cell  # 100 times the score, a value a seed
     interval: tuple[float, float] | None  # 95 % over test images, in percent, where the rows give one
+
+    def whiskers(self) -> tuple[float, float]:
+        """How far they reach below and above its bar: over seeds where there are several, else over test images."""
+        if self.percent.deviation is not None:
+            return self.percent.deviation, self.percent.deviation
+        low, high = self.interval or (self.percent.mean, self.percent.mean)
+        return max(self.percent.mean - low, 0.0), max(high - self.percent.mean, 0.0)
+
+    def __str__(self) -> str:
+        text = f"{self.percent.mean:.1f}"
+        if self.percent.deviation is not None:
+            return f"{text} ± {self.percent.deviation:.1f} over {len(self.percent.values)} seeds"
+        return f"{text}, interval {self.interval[0]:.1f} to {self.interval[1]:.1f}" if self.interval else text
 
 
 def measured(rows: Sequence[Row]) -> list[Measured]:
@@ -110,6 +125,51 @@ def evaluation_table(tables: Sequence[tuple[str, Sequence[Row]]]) -> dict[str, A
         "rows": [[owner, *(row.get(name, "") for name in shown)] for owner, row in pairs[-MOST_ROWS:]],
         "count": len(pairs),
         "alike": [(name, text) for name, text in alike.items() if text],
+    }
+
+
+def evaluation_charts(tables: Sequence[tuple[str, Sequence[Row]]]) -> list[dict[str, Any]]:
+    """Bars, a chart for each protocol and data set; the same mapping as of the curves, with ``bars``.
+
+    Args:
+        tables: the run that rows belong to (empty for models that are no runs), and the rows.
+    """
+    kinds: dict[tuple[str, str, str], list[tuple[str, int, Measured]]] = {}
+    for color, (owner, rows) in enumerate(tables):
+        for one in measured(rows):
+            protocol, variant, data, score = one.kind
+            label = " · ".join(filter(None, [owner or one.model, variant]))
+            kinds.setdefault((protocol, data, score), []).append((label, color, one))
+    return [_bars(f"bars-{number}", *part) for number, part in enumerate(kinds.items())]
+
+
+def _bars(key: str, kind: tuple[str, str, str], parts: Sequence[tuple[str, int, Measured]]) -> dict[str, Any]:
+    protocol, data, score = kind
+    bars = parts[:MOST_BARS]
+    labels, colors, scores = zip(*bars, strict=True)
+    rows = [[label, str(one)] for label, _, one in bars]
+    title = f"{protocol} on {data}" if data else protocol
+    more = f" The first {MOST_BARS} of {len(parts)}." if len(parts) > MOST_BARS else ""
+    below, above = zip(*(one.whiskers() for one in scores), strict=True)
+    trace = {
+        "name": html.escape(title),
+        "labels": [html.escape(label) for label in labels],
+        "values": [round(one.percent.mean, 3) for one in scores],
+        "below": [round(value, 3) for value in below],
+        "above": [round(value, 3) for value in above],
+        "colors": list(colors),
+    }
+    return {
+        "key": key,
+        "bars": True,
+        "title": title,
+        "unit": f"{score} in %",
+        "meaning": f"{score} in %. Whiskers: standard deviation over seeds where there are several, else the "
+        f"95 % interval over test images.{more}",
+        "summary": " ".join(f"{label}: {text}." for label, text in rows),
+        "traces": [trace],
+        "header": ["model", f"{score} in %"],
+        "rows": rows,
     }
 
 
@@ -168,14 +228,9 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
 
 def identity(run: Run) -> dict[str, str]:
     """The settings that make a run what it is, without its seed; a run without config.yaml is one of its own."""
-    if not run.config:
-        return {"run": run.name}
     ignored = {"seed"} | (_MEASURED - set(run.given))
-    return {
-        name: text_of(value)
-        for name, value in run.config.items()
-        if name not in ignored and not is_incidental(name)
-    }
+    settings = {name: text for name, text in settings_of(run).items() if name not in ignored}
+    return settings if run.config else {"run": run.name}
 
 
 def _varying(runs: Sequence[Run]) -> list[str]:
