@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
     last = arguments.steps
     end = max(last - 10, 1)  # before the workers, which have nothing left to read, go
@@ -49,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         freqmask.pretrain(
             str(make_files(Path(work) / "photos", arguments.files)), out=str(Path(work) / "run"),
-            backbone="vit_tiny_patch16_224", model_args=TINY, image_size=32, patch_size=8, batch_size=8,
+            backbone="vit_tiny_patch16_224", model_args=TINY, image_size=32, patch_size=8, batch_size=arguments.batch,
             steps=last, workers=arguments.workers, images_from="loader", accelerator="cpu",
             preview_every_steps=max(last // 10, 1), checkpoint_every_steps=max(last // 20, 1), log_every_steps=20,
         )  # fmt: skip

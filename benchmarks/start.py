@@ -147,13 +147,13 @@ def start(given: dict[str, Any]) -> None:
             ended(self, *rest)
 
         Monitor.on_train_batch_end = first  # type: ignore[method-assign]
-        train = job._train
+        train = job.train
 
         def training(*args: Any, **more: Any) -> Any:
             marks["trainer"] = time.process_time()
             return train(*args, **more)
 
-        job._train = training
+        job.train = training
 
     hook(begun)
     sys.argv = [

@@ -174,7 +174,7 @@ class OneOf(Filter):
         self.filters = nn.ModuleList(filters)
         self.weights = weights
         self._filters = tuple(filters)  # the same, typed
-        self._selections, self._plan = _shared_selections(filters)
+        self._selections = _shared_selections(filters)
         names = [getattr(filter, "name", "") or type(filter).__name__.lower() for filter in filters]
         self.names = [f"{name}{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
@@ -189,13 +189,15 @@ class OneOf(Filter):
 
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """Each image's map from its own filter, see ``Filter.keep``."""
-        maps = [selection.keep(spectrum, size, keys) for selection in self._selections]
-        keeps = [1.0 - maps[number] if reverse else maps[number] for number, reverse in self._plan]
         drawn = self.draw(keys)[:, None, None, None]
-        chosen = keeps[0]
+        chosen = None
         # all maps are made and one is picked: to make only those drawn, the device would have to be asked
-        for number, keep in enumerate(keeps[1:], start=1):
-            chosen = torch.where(drawn == number, keep, chosen)
+        for selection, places in self._selections:
+            kept = selection.keep(spectrum, size, keys)
+            for number, reverse in places:
+                keep = 1.0 - kept if reverse else kept
+                chosen = keep if chosen is None else torch.where(drawn == number, keep, chosen)
+        assert chosen is not None  # there is at least one filter
         return chosen
 
     def check(self, image_size: tuple[int, int]) -> None:
@@ -213,21 +215,18 @@ def _thresholds(weights: tuple[float, ...], device: torch.device) -> Tensor:
     return (torch.tensor(weights, dtype=torch.float64).cumsum(0)[:-1] / sum(weights)).float().to(device)
 
 
-def _shared_selections(filters: Sequence[Filter]) -> tuple[tuple[Filter, ...], tuple[tuple[int, bool], ...]]:
+def _shared_selections(filters: Sequence[Filter]) -> tuple[tuple[Filter, list[tuple[int, bool]]], ...]:
     """What must be computed: Com and RCom, low-pass and high-pass of one radius share one selection.
 
     Returns:
-        The distinct filters and, for every given one, (which of these, whether it is the complement).
+        The distinct filters, each with its places in the list, and whether its complement stands there.
     """
-    selections: dict[str, Filter] = {}
-    plan: list[tuple[str, bool]] = []
-    for filter in filters:
+    selections: dict[str, tuple[Filter, list[tuple[int, bool]]]] = {}
+    for number, filter in enumerate(filters):
         selection = filter.opposite if isinstance(filter, Complement) else filter
         try:
             name = selection.describe()
         except UserError:  # a filter that does not tell its settings equals none but itself
             name = str(id(selection))
-        selections.setdefault(name, selection)
-        plan.append((name, selection is not filter))
-    indices = {name: number for number, name in enumerate(selections)}
-    return tuple(selections.values()), tuple((indices[name], reverse) for name, reverse in plan)
+        selections.setdefault(name, (selection, []))[1].append((number, selection is not filter))
+    return tuple(selections.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,6 @@ from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
 from freqmask.training.auto import launched_processes, pick_device, usable_cores, world_size
-from freqmask.training.checkpoint import Checkpoint
 from freqmask.training.files import check_writable
 from freqmask.training.loop import begin_run, check_parts, find_checkpoint, train
 from freqmask.training.run_folder import (
@@ -79,25 +80,35 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
     Returns:
         The run folder.
     """
-    with silence_third_party_loggers():
+    with silence_third_party_loggers(), ExitStack() as held:
         options, given = _with_data(_as_words(options), _as_words(given))
         check_options(options)
         pick_device(options["accelerator"])
-        world = (
-            1 if os.environ.get(CHOSEN_BY_RANK_0) else launched_processes()
-        )  # not those that Lightning starts
-        check_processes(options, world)
-        if rank() > 0 and world > 1:  # the first process chooses
+        launched = 1 if os.environ.get(CHOSEN_BY_RANK_0) else launched_processes()  # else by Lightning
+        check_processes(options, launched)
+        if rank() > 0 and launched > 1:  # the first process chooses
             if options["dry_run"]:
                 return Path(options["out"])  # nothing will be begun that it could wait for
-            return _resume(RunFolder(options["out"]).begun(), given, options)
-        run = find_run(given)
-        if run is None:
-            return _begin(options, given)
-        if run.finished():
+            run = RunFolder(options["out"]).begun()
+        else:
+            run = find_run(given)
+        if run is not None and run.finished():
             _say_finished(run)
             return run.path
-        return _resume(run, given, options)
+        training = _begin(options, given, held) if run is None else _resume(run, given, options, held)
+        run = training.run
+        if not training.options.get("dry_run"):
+            os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
+            try:
+                summary = train(
+                    training.task(), training.checkpoint, training.summary, partial(_say_stopped, training)
+                )
+            finally:
+                if rank() == 0:
+                    os.environ.pop(CHOSEN_BY_RANK_0, None)
+            if rank() == 0:
+                _say_end(training, summary)
+        return run.path
 
 
 def _as_words(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,9 +191,7 @@ def _say_finished(run: RunFolder) -> None:
     steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
     say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
     say(f"its backbone: {run.backbone}")
-    config = run.config()
-    data = " ".join(map(shell_word, config.get("data", [])))
-    say(f"to train on from it: {plan.train_on(data, run.path, config)}")
+    say(f"to train on from it: {plan.train_on(run.path, run.config())}")
 
 
 def part(options: Mapping[str, Any]) -> Images:
@@ -198,47 +207,47 @@ def part(options: Mapping[str, Any]) -> Images:
     return Images(source, Subset(source, train_indices), held_out_images, probed)
 
 
-def _begin(options: dict[str, Any], given: dict[str, Any]) -> Path:
-    """A new run: resolve, print the plan, draw it, train."""
+def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> Pretraining:
+    """A new run, its folder held: every `auto` resolved, the plan printed and drawn."""
     check_writable(options["out"] or RUNS, folder=True)
     images = part(options)
     resolved = resolve(options, images.source, len(images.train))
-    options = resolved.values
+    options, method = resolved.values, resolved.method
     run = (
         RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), options["backbone"])
     )
-    with run.held("plan.png"):
-        _say_plan(resolved, images, run, given)
-        state = {
-            "given": _identity(given),
-            "data": images.source.fingerprint(),
-            "images": len(images.train),
-            "held_out_images": 0 if images.held_out is None else len(images.held_out),
-            "probe_images": 0 if images.probed is None else len(images.probed.rounds[0].test),
-            "convert_channels": options["convert_channels"],
-            "threads": torch.get_num_threads(),
-            "cores": usable_cores(),
-            "parts": list(getattr(resolved.method, "parts", ())),
-            **weights_of(resolved.method),
-        }
-        _draw_plan(run, resolved, images)
-        if options["dry_run"]:
-            say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
-            return run.path
-        kept = _kept(options, images, state, by_hand=given.get("images_from") == "device")
-        plain = comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
-        # null is the default of every option but this one, where it means something
-        config = {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
-        begin_run(run, "pretrain", config, state)
-        teacher = getattr(resolved.method, "teacher", None)
-        return _train(run, options, images, state, kept, teacher=teacher if options.get("teacher") else None)
+    held.enter_context(run.held("plan.png"))
+    _say_plan(resolved, images, run, given)
+    state = {
+        "given": _identity(given),
+        "data": images.source.fingerprint(),
+        "images": len(images.train),
+        "held_out_images": 0 if images.held_out is None else len(images.held_out),
+        "probe_images": 0 if images.probed is None else len(images.probed.rounds[0].test),
+        "convert_channels": options["convert_channels"],
+        "threads": torch.get_num_threads(),
+        "cores": usable_cores(),
+        "parts": list(getattr(method, "parts", ())),
+        **weights_of(method),
+    }
+    _draw_plan(run, resolved, images)
+    if options["dry_run"]:
+        say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
+        return Pretraining(run, options, images, method, state)
+    kept = _kept(options, images, state, by_hand=given.get("images_from") == "device")
+    plain = comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
+    # null is the default of every option but this one, where it means something
+    config = {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
+    begin_run(run, "pretrain", config, state)
+    teacher = method.teacher if options.get("teacher") else None
+    return Pretraining(run, options, images, _first_weights(options, images, teacher), state, kept)
 
 
 def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
     held_out = len(images.held_out) if images.held_out is not None else 0
     for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
         say(line)
-    for line in plan.advice_lines(resolved.values, len(images.train), data_words(resolved.values)):
+    for line in plan.advice_lines(resolved.values, len(images.train), plan.data_words(resolved.values)):
         say(line)
     say(f"run         {run.path}")
     for line in plan.length_lines(resolved, given):
@@ -254,21 +263,25 @@ def _draw_plan(run: RunFolder, resolved: Resolved, images: Images) -> None:
     draw_plan(run.path / "plan.png", views, method, batch["keys"])
 
 
-def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str]) -> Path:
-    """An unfinished run: everything from its config, the data compared, train on."""
+def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str], held: ExitStack) -> Pretraining:
+    """An unfinished run, its folder held: everything from its config, the data compared."""
     options, notes = continued_options(run, given, known)
-    with run.held():
-        state = run.state()
-        images = part(options)
-        if images.source.fingerprint() != state.get("data"):
-            notes.append(
-                f"the images have changed since the run began: {state.get('images'):,} to train on then, "
-                f"{len(images.train):,} now"
-            )
-        checkpoint = find_checkpoint(run, notes)
-        if options.get("dry_run"):
-            return run.path
-        return _train(run, options, images, state, _kept(options, images, state, by_hand=False), checkpoint)
+    held.enter_context(run.held())
+    state = run.state()
+    images = part(options)
+    if images.source.fingerprint() != state.get("data"):
+        notes.append(
+            f"the images have changed since the run began: {state.get('images'):,} to train on then, "
+            f"{len(images.train):,} now"
+        )
+    checkpoint = find_checkpoint(run, notes)
+    if options.get("dry_run"):
+        return Pretraining(run, options, images, None, state)
+    kept = _kept(options, images, state, by_hand=False)
+    method = _first_weights(options, images)
+    if checkpoint is not None:
+        check_same(method, state)
+    return Pretraining(run, options, images, method, state, kept, checkpoint)
 
 
 def continued_options(
@@ -323,45 +336,32 @@ def _kept(
     return kept
 
 
-def _train(
-    run: RunFolder,
-    options: dict[str, Any],
-    images: Images,
-    state: Mapping[str, Any],
-    kept: InMemoryImages | None,
-    checkpoint: Checkpoint | None = None,
-    teacher: Any = None,
-) -> Path:
-    """The method with its first weights, trained, and how it ended."""
+def _first_weights(options: Mapping[str, Any], images: Images, teacher: Any = None) -> Any:
+    """The method as the run begins with it; where a checkpoint follows, Lightning reads it."""
     torch.manual_seed(options["seed"])
     method = make_method(options, len(images.train) / options["batch_size"], teacher)
-    if checkpoint is not None:
-        check_same(method, state)
     if options["init"]:
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
-    data = data_words(options)
-    training = Pretraining(run, options, images, method, dict(state), kept)
+    return method
 
-    def stopped(step: int) -> None:
-        if rank() == 0:
-            refresh_report(run.path)
-        say(f"    freqmask pretrain {data} --out {shell_word(run.path)}    (from anywhere)")
 
-    os.environ.setdefault(CHOSEN_BY_RANK_0, str(run.path))
-    try:
-        summary = train(training.task(), checkpoint, training.summary, stopped)
-    finally:
-        if rank() == 0:
-            os.environ.pop(CHOSEN_BY_RANK_0, None)
+def _say_stopped(training: Pretraining) -> None:
+    run = training.run
     if rank() == 0:
         refresh_report(run.path)
-        for line in plan.summary_lines(run, summary):
-            say(line)
-        lines = plan.next_lines(run.path, data, options)
-        for line in lines if options["overfit"] is None else _overfit_lines(summary, int(options["overfit"])):
-            say(line)
-    return run.path
+    data, out = plan.data_words(training.options), shell_word(run.path)
+    say(f"    freqmask pretrain {data} --out {out}    (from anywhere)")
+
+
+def _say_end(training: Pretraining, summary: Mapping[str, Any]) -> None:
+    run, options = training.run, training.options
+    refresh_report(run.path)
+    for line in plan.summary_lines(run, summary):
+        say(line)
+    lines = plan.next_lines(run.path, options)
+    for line in lines if options["overfit"] is None else _overfit_lines(summary, int(options["overfit"])):
+        say(line)
 
 
 def _overfit_lines(summary: Mapping[str, Any], count: int) -> Iterable[str]:
@@ -370,10 +370,3 @@ def _overfit_lines(summary: Mapping[str, Any], count: int) -> Iterable[str]:
     yield f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
     if word == "FAIL":
         yield "      try a higher --lr or more --steps; if it still fails, the method or the data is broken"
-
-
-def data_words(options: Mapping[str, Any]) -> str:
-    """DATA as it would be typed; what was made in Python cannot be."""
-    return " ".join(
-        shell_word(source) if isinstance(source, (str, Path)) else "DATA" for source in options["data"]
-    )

@@ -274,17 +274,24 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"skipped     {summary['skipped']:,} images that could not be read: {run.path / 'skipped.csv'}"
 
 
-def train_on(data: str, run: Path, options: Mapping[str, Any]) -> str:
-    """The command that trains on from a run, by the method that its options name."""
+def data_words(options: Mapping[str, Any]) -> str:
+    """DATA as it would be typed; what was made in Python cannot be."""
+    data = options.get("data", ())
+    return " ".join(shell_word(source) if isinstance(source, (str, Path)) else "DATA" for source in data)
+
+
+def train_on(run: Path, options: Mapping[str, Any]) -> str:
+    """The command that trains on from a run, on its data and by the method that its options name."""
     name = "teacher" if options.get("teacher") else "method"
     way = f"--{name} {shell_word(options[name])} --init {shell_word(run)}"
-    return f"freqmask pretrain {data} {way} --out {shell_word(f'{run}-continued')}"
+    return f"freqmask pretrain {data_words(options)} {way} --out {shell_word(f'{run}-continued')}"
 
 
-def next_lines(run: Path, data: str, options: Mapping[str, Any]) -> Iterator[str]:
+def next_lines(run: Path, options: Mapping[str, Any]) -> Iterator[str]:
     """The commands to type next."""
+    data = data_words(options)
     yield f"next        freqmask embed {shell_word(run)} {data} --neighbours    (what it finds alike)"
     if data.startswith("builtin:"):
         yield "            freqmask pretrain FOLDER_OF_YOUR_IMAGES"
     else:
-        yield f"            {train_on(data, run, options)}    (trains on)"
+        yield f"            {train_on(run, options)}    (trains on)"

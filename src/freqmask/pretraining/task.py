@@ -42,6 +42,7 @@ from freqmask.pretraining.watch import (
 from freqmask.rng import combine
 from freqmask.training.auto import world_size
 from freqmask.training.callbacks import Monitor
+from freqmask.training.checkpoint import Checkpoint
 from freqmask.training.files import read_rows
 from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler
 from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
@@ -142,6 +143,7 @@ class Pretraining:
     method: Any  # what is trained
     state: dict[str, Any]  # the run's state, traced in the export
     kept: InMemoryImages | None = None  # the decoded training images where they stay on the device, or None
+    checkpoint: Checkpoint | None = None  # what it resumes from
 
     def task(self) -> Task:
         """The same for the loop."""

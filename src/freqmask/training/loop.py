@@ -124,7 +124,7 @@ def train(
     task: Task,
     checkpoint: Checkpoint | None,
     summarize: Callable[[], Mapping[str, Any]],
-    stopped: Callable[[int], None] | None = None,
+    stopped: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train from a checkpoint, or from the beginning, to the end, and write what the run ended with.
 
@@ -134,7 +134,7 @@ def train(
         task: what is trained.
         checkpoint: to resume from.
         summarize: what the summary holds beside steps, speed and times.
-        stopped: called with the step when a signal has stopped it.
+        stopped: called when a signal has stopped it.
 
     Returns:
         The summary.
@@ -169,7 +169,7 @@ def train(
     if signals.received is not None and step < task.steps:
         say(f"stopped at step {step:,} of {task.steps:,}, saved in {run.path}; the same command resumes it")
         if stopped is not None:
-            stopped(step)
+            stopped()
         leave(signals.received)
     counts = {"steps": step, "images_per_second": rate, "skipped": len(read_rows(run.skipped))}
     seconds = round(time.time() - began, 1)
