@@ -44,7 +44,7 @@ from freqmask.evaluation.knn import predict
 from freqmask.evaluation.linear import choose_and_fit
 from freqmask.images import Normalization
 from freqmask.methods import METHODS
-from freqmask.pretraining.teacher import open_teacher
+from freqmask.pretraining.resolve import open_teacher
 from freqmask.training.optim import parameter_groups
 
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -9,8 +9,8 @@ import torch
 
 import freqmask
 from freqmask.training.callbacks import Monitor
-from freqmask.training.checkpoint import load_safely
 from freqmask.training.files import read_rows
+from freqmask.training.run_folder import load_safely
 
 TINY: dict[str, Any] = {
     "image_size": 16,

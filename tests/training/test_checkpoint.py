@@ -9,7 +9,7 @@ import torch
 
 from freqmask.errors import UserError
 from freqmask.training.callbacks import AtomicCheckpointIO
-from freqmask.training.checkpoint import (
+from freqmask.training.run_folder import (
     LAST,
     load_safely,
     newest_usable,

@@ -31,9 +31,8 @@ from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.foreign_weights import mfm_encoder
 from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
 from freqmask.interop.weight_files import Pooled, write_timm_folder
-from freqmask.training.checkpoint import save_atomically
 from freqmask.training.files import new_folder, read_rows, replace_atomically
-from freqmask.training.run_folder import RunFolder
+from freqmask.training.run_folder import RunFolder, save_atomically
 
 Compute = Callable[[Tensor], tuple[Tensor, ...]]  # images (B, C, H, W) in [0, 1] to outputs
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it

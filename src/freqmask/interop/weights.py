@@ -31,8 +31,7 @@ from freqmask.interop.weight_files import check_weights, load_fitting, read_tens
 from freqmask.methods import Method, build_method, find_method
 from freqmask.options.of_methods import BUILT_FROM, method_settings, options_of_class
 from freqmask.timm_models import check_name, create_model
-from freqmask.training.checkpoint import LAST, load_safely
-from freqmask.training.run_folder import RunFolder
+from freqmask.training.run_folder import LAST, RunFolder, load_safely
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 

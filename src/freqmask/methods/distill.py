@@ -14,7 +14,7 @@ from freqmask.backbones import Backbone, Features, height_and_width
 from freqmask.errors import UserError
 from freqmask.heads import FeatureNorm
 from freqmask.images import Normalization
-from freqmask.methods.partly_seen import PartlySeen, at_places
+from freqmask.methods.words import PartlySeen, at_places
 from freqmask.options.of_methods import DistillOptions
 
 HIDDEN = 512  # width of the heads

@@ -20,7 +20,9 @@ from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import open_labelled
 from freqmask.images import as_float
+from freqmask.interop.weight_files import hash_weights
 from freqmask.interop.weights import load_initial
+from freqmask.methods.distill import Teacher
 from freqmask.options import command_words
 from freqmask.pretraining import plan
 from freqmask.pretraining.cache_on_device import keep_images
@@ -35,7 +37,6 @@ from freqmask.pretraining.resolve import (
     resolve,
 )
 from freqmask.pretraining.task import Images, Pretraining, augmented, make_dataset
-from freqmask.pretraining.teacher import check_same, weights_of
 from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
@@ -282,6 +283,26 @@ def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str], held
     if checkpoint is not None:
         check_same(method, state)
     return Pretraining(run, options, images, method, state, kept, checkpoint)
+
+
+def weights_of(method: Any) -> dict[str, str]:
+    """What tells the teacher's weights from others, for the run's state; nothing where none teaches."""
+    teacher = getattr(method, "teacher", None)
+    return {"teacher": hash_weights(teacher.backbone)} if isinstance(teacher, Teacher) else {}
+
+
+def check_same(method: Any, state: Mapping[str, Any]) -> None:
+    """Refuse to resume with other weights than those that the run began with.
+
+    Raises:
+        UserError: the teacher's weights have changed.
+    """
+    now = weights_of(method)
+    if now and state.get("teacher", now["teacher"]) != now["teacher"]:
+        raise UserError(
+            f"teacher ({method.teacher.name}) has other weights than when the run began; bring back the old ones, or "
+            "begin anew with another --out"
+        )
 
 
 def continued_options(

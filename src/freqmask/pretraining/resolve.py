@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from freqmask.data.augment import DINO_VIEWS, NO_CHANGE, PhotometricAugmentation
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, survey
-from freqmask.errors import UserError
+from freqmask.errors import UserError, brief
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
+from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.weights import check_init, initial_backbone
 from freqmask.methods import METHODS, Distill, Method, build_method, find_method
-from freqmask.methods.distill import Teacher
+from freqmask.methods.distill import Teacher, teacher_size
 from freqmask.methods.folk import OUTPUTS
 from freqmask.options import Option
 from freqmask.options.of_methods import (
@@ -34,7 +35,6 @@ from freqmask.options.of_methods import (
     typed_options,
 )
 from freqmask.pretraining.cache_on_device import choose_place
-from freqmask.pretraining.teacher import open_teacher, share_of_step
 from freqmask.training import auto
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
 
@@ -244,6 +244,45 @@ def make_method(
     return build_method(options["method"], **settings)
 
 
+def open_teacher(options: Mapping[str, Any]) -> Teacher:
+    """The teacher that resolved options name, at its size.
+
+    Raises:
+        UserError: there is none of that name, its weights cannot be had, or it cannot see these images.
+    """
+    name = str(options["teacher"])
+    opened = _open(name)
+    own = (opened.input_size[1], opened.input_size[2])
+    student = height_and_width(options["image_size"])
+    size = teacher_size(student, own, options.get("teacher_size") or "auto")
+    if opened.backbone.fixed_size and size != opened.backbone.image_size:
+        opened = _open(name, size)
+    teacher = Teacher(opened.backbone, name, size, opened.mean, opened.std)
+    _check(teacher)
+    return teacher
+
+
+def _open(name: str, size: tuple[int, int] | None = None) -> OpenedModel:
+    try:
+        return open_model(name, image_size=size)
+    except UserError as error:
+        at = f"; at --teacher_size {min(size)}" if size is not None else ""
+        raise UserError(f"--teacher: {error}{at}") from error
+
+
+def _check(teacher: Teacher) -> None:
+    images = torch.rand(
+        2, teacher.backbone.channels, *teacher.size, generator=torch.Generator().manual_seed(0)
+    )
+    try:
+        teacher(images)
+    except RuntimeError as error:
+        reason = brief(error, 160)
+        raise UserError(
+            f"teacher_size ({min(teacher.size)}) is none at which {teacher.name} works ({reason}); try another"
+        ) from error
+
+
 def _resolve_length(resolved: Resolved, images: int) -> None:
     """Batch and parts by the cost of an image; steps, whatever the length was given in; what happens how often."""
     options = resolved.values
@@ -286,6 +325,26 @@ def _trial_loss(method: Any, images: Tensor) -> Tensor:
     views = [images, *(torch.rand_like(images) for _ in range(method.n_views - 1))]
     loss: Tensor = method(views, torch.arange(len(images), device=images.device))["loss"]
     return loss
+
+
+def share_of_step(method: Any, loss: Callable[[int], Tensor], device: torch.device) -> float:
+    """The share of a step's time that the teacher's passes take, the least of three measurements.
+
+    Args:
+        method: a trial, which is hooked into.
+        loss: its loss of a number of images.
+        device: where it runs.
+    """
+    clock: list[float] = []
+    method.teacher.register_forward_pre_hook(lambda *_: clock.append(auto.seconds_now(device)))
+    method.teacher.register_forward_hook(lambda *_: clock.append(auto.seconds_now(device)))
+    shares = []
+    for _ in range(4):
+        clock.clear()
+        began = auto.seconds_now(device)
+        loss(4).backward()
+        shares.append((clock[1] - clock[0]) / (auto.seconds_now(device) - began))
+    return min(shares[1:])
 
 
 def _resolve_learning_rates(resolved: Resolved) -> None:

@@ -42,11 +42,10 @@ from freqmask.pretraining.watch import (
 from freqmask.rng import combine
 from freqmask.training.auto import world_size
 from freqmask.training.callbacks import Monitor
-from freqmask.training.checkpoint import Checkpoint
 from freqmask.training.files import read_rows
 from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler
 from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
-from freqmask.training.run_folder import RunFolder
+from freqmask.training.run_folder import Checkpoint, RunFolder
 
 PROBES_A_RUN = 10
 FIRST_AND_LAST = [  # in the summary, beside those parts

@@ -19,9 +19,15 @@ from torch import Tensor
 
 from freqmask.console import Progress
 from freqmask.errors import UserError
-from freqmask.training.checkpoint import Checkpoint, load_safely, publish, save_atomically, step_file
 from freqmask.training.files import append_row, read_rows, write_rows
-from freqmask.training.run_folder import RunFolder
+from freqmask.training.run_folder import (
+    Checkpoint,
+    RunFolder,
+    load_safely,
+    publish,
+    save_atomically,
+    step_file,
+)
 
 COLLAPSE_WARNING = 0.1  # nats, docs/methods.md, small pictures
 Export = Callable[[L.Trainer, L.LightningModule, int], None]

@@ -38,10 +38,9 @@ from freqmask.training.callbacks import (
     Skipped,
     StopSignals,
 )
-from freqmask.training.checkpoint import Checkpoint, newest_usable
 from freqmask.training.files import WriteError, cut_back, read_rows
 from freqmask.training.optim import Schedule
-from freqmask.training.run_folder import RunFolder, heading, now
+from freqmask.training.run_folder import Checkpoint, RunFolder, heading, newest_usable, now
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc takes
