@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask import __version__
-from freqmask.backbones import Backbone
+from freqmask.backbones import Features
 from freqmask.errors import UserError, brief
 from freqmask.images import Normalization
 from freqmask.interop.feature_space import FILE, load_space
@@ -40,13 +40,7 @@ _LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
 
 
 class Exported(nn.Module):
-    """What graphs compute: normalization, then a network.
-
-    Args:
-        network: gives one tensor or several of normalized images (B, C, H, W).
-        mean: of each channel in [0, 1].
-        std: of each channel.
-    """
+    """What graphs compute: normalization, then a network, which gives one tensor or several."""
 
     def __init__(self, network: Callable[[Tensor], Any], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -55,17 +49,9 @@ class Exported(nn.Module):
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, ...]:
         """The network's outputs for images in [0, 1]."""
         outputs = self.network(self.normalise(images))
+        if isinstance(outputs, Features):
+            return outputs.pooled, outputs.feature_map
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-class _PooledAndMap(nn.Module):
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.backbone(normalized)
-        return features.pooled, features.feature_map
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
     else:
         multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
         outputs = {"features": "(B, D)", "feature_map": "(B, D, h, w)"}
-        network = _PooledAndMap(opened.backbone)
+        network = opened.backbone
     return Graph(Exported(network, opened.mean, opened.std), outputs, opened.input_size, notes, multiple)
 
 
@@ -203,8 +189,7 @@ def write_onnx(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> li
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
-    notes = _write_graph(graph, path, write, "onnxruntime")
-    return [f"images in [0, 1], normalization inside; {_outputs(graph)}", *notes]
+    return _write_graph(graph, path, write, "images in [0, 1], normalization inside", "onnxruntime")
 
 
 def write_torch_export(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> list[str]:
@@ -221,17 +206,24 @@ def write_torch_export(opened: OpenedModel | OpenedClassifier | Graph, path: Pat
         loaded: Compute = torch.export.load(content).module()
         return loaded
 
-    notes = _write_graph(graph, path, write, "torch")
-    return [f'torch.export.load("{path}").module()(images in [0, 1]); {_outputs(graph)}', *notes]
+    return _write_graph(
+        graph, path, write, f'torch.export.load("{path}").module()(images in [0, 1])', "torch"
+    )
 
 
 def _write_graph(
-    graph: Graph, path: Path, write: Callable[[Path, Tensor, dict[int, Any]], Compute], checked_in: str
+    graph: Graph,
+    path: Path,
+    write: Callable[[Path, Tensor, dict[int, Any]], Compute],
+    call: str,
+    checked_in: str,
 ) -> list[str]:
     """Any image size where the network takes any; what an exporter cannot follow is fixed to its own.
 
-    ``write`` fills a file, given an example and the dynamic axes, and returns how to compute with it.
+    ``write`` fills a file, given an example and the dynamic axes, and returns how to compute with it. The sentences
+    tell how it is called, what it takes, and how well it agrees.
     """
+    outputs = " and ".join(f"{name} {what}" for name, what in graph.outputs.items())
     size = graph.input_size[1:]
     batch: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     attempts = [(batch, [size], f"the image size is fixed: {size[0]}x{size[1]}")]
@@ -253,7 +245,8 @@ def _write_graph(
     for number, (dynamic, sizes, taken) in enumerate(attempts, start=1):
         try:
             replace_atomically(path, partial(attempt, dynamic=dynamic, sizes=sizes))
-            return [taken, f"checked in {checked_in} with batches of 1 and 3: largest difference {largest}"]
+            checked = f"checked in {checked_in} with batches of 1 and 3: largest difference {largest}"
+            return [f"{call}; outputs {outputs}", taken, checked]
         except Exception:  # exporters raise whatever they please where a shape decides what is computed
             if number == len(attempts):
                 raise
@@ -284,10 +277,6 @@ def compare(compute: Compute, graph: Graph, sizes: Sequence[tuple[int, int]]) ->
 def _example(graph: Graph, batch: int, size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     return torch.rand(batch, graph.input_size[0], *size, generator=generator)
-
-
-def _outputs(graph: Graph) -> str:
-    return "outputs " + " and ".join(f"{name} {what}" for name, what in graph.outputs.items())
 
 
 def _metadata(graph: Graph) -> dict[str, str]:
@@ -360,14 +349,7 @@ def push_model(
 
 
 def model_card(opened: OpenedModel, repository: str, previews: list[str], with_images: bool) -> str:
-    """The README.md of a pushed backbone.
-
-    Args:
-        opened: the model.
-        repository: ``USER/NAME``.
-        previews: pictures in the folder to show.
-        with_images: True names the data.
-    """
+    """The README.md of a pushed backbone, with the previews in its folder; ``with_images`` names the data, too."""
     from huggingface_hub import ModelCardData
 
     run = opened.run
@@ -386,8 +368,18 @@ def model_card(opened: OpenedModel, repository: str, previews: list[str], with_i
         f"`{opened.value_range}` become [0, 1], then mean {list(opened.mean)} and std {list(opened.std)}.",
     ]
     if run is not None:
-        parts += ["## Data", _data(run, options, with_images), "## Recipe", _recipe(options)]
-        parts += ["## Results", _results(run)]
+        public = {
+            name: value for name, value in options.items() if name not in _LOCAL and not _is_path(value)
+        }
+        recipe = f"```yaml\n{yaml.safe_dump(public, sort_keys=False)}```"
+        parts += [
+            "## Data",
+            _data(run, options, with_images),
+            "## Recipe",
+            recipe,
+            "## Results",
+            _results(run),
+        ]
     parts += [f"![preview]({name})" for name in previews]
     return "\n\n".join(parts) + "\n"
 
@@ -397,11 +389,6 @@ def _data(run: RunFolder, options: Mapping[str, Any], with_images: bool) -> str:
     images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else "Images"
     source = f", from {', '.join(map(str, options.get('data') or []))}" if with_images else ""
     return f"{images}, fingerprint `{state.get('data')}`{source}."
-
-
-def _recipe(options: Mapping[str, Any]) -> str:
-    public = {name: value for name, value in options.items() if name not in _LOCAL and not _is_path(value)}
-    return "```yaml\n" + yaml.safe_dump(public, sort_keys=False) + "```"
 
 
 def _is_path(value: Any) -> bool:

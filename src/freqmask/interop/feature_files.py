@@ -77,11 +77,7 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def whole(self) -> tuple[list[Path], list[tuple[str, str]]]:
-        """All parts, and name and reason of images that could not be read.
-
-        Raises:
-            UserError: a part is missing.
-        """
+        """All parts, or a UserError, and name and reason of images that could not be read."""
         missing = self.missing()
         if missing:
             raise UserError(f"{len(missing)} parts of {self.out} are missing; the same command computes them")
@@ -172,11 +168,10 @@ def join_parts(parts: Parts, grid: tuple[int, ...] | None = None) -> tuple[int, 
     paths, skipped = parts.whole()
     rows = sum(pq.read_metadata(path).num_rows for path in paths)
     if parts.out.suffix == ".npy":
-        replace_atomically(parts.out.with_suffix(".csv"), lambda path: _write_names(paths, path))
-        replace_atomically(parts.out, lambda path: _write_npy(paths, path, rows, grid))
+        replace_atomically(parts.out.with_suffix(".csv"), partial(_write_names, paths))
+        replace_atomically(parts.out, partial(_write_npy, paths, rows, grid))
     else:
-        schema = pq.read_schema(paths[0]).with_metadata({"freqmask": json.dumps(parts.task)})
-        replace_atomically(parts.out, lambda path: _write_parquet(paths, path, schema))
+        replace_atomically(parts.out, partial(_write_parquet, paths, parts.task))
     parts.remove()
     return rows, skipped
 
@@ -192,13 +187,14 @@ def task_of(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_parquet(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
+def _write_parquet(parts: Sequence[Path], task: Mapping[str, Any], path: Path) -> None:
+    schema = pq.read_schema(parts[0]).with_metadata({"freqmask": json.dumps(task)})
     with pq.ParquetWriter(path, schema) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part).cast(schema))
 
 
-def _write_npy(parts: Sequence[Path], path: Path, rows: int, grid: tuple[int, ...] | None) -> None:
+def _write_npy(parts: Sequence[Path], rows: int, grid: tuple[int, ...] | None, path: Path) -> None:
     blocks = [name for name in pq.read_schema(parts[0]).names if name.startswith("block_")]
     with path.open("wb") as file:
         for part in parts:

@@ -97,13 +97,7 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 def features_by_name(
     opened: OpenedModel, normalized: Float[Tensor, "batch channel height width"], parts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The features that a space takes: of the end, and of blocks counted from 1.
-
-    Args:
-        opened: the model.
-        normalized: images as the backbone takes them.
-        parts: names.
-    """
+    """The features that a space takes, by name: of the end, and of blocks counted from 1."""
     end = opened.backbone(normalized)
     found = {"end/mean": end.pooled, "end/token": end.class_token}
     numbers = sorted(

@@ -88,14 +88,10 @@ def check_file(path: str | Path) -> None:
 
 
 def find_backbone(text: str | Path, option: str = "model") -> Path:
-    """The folder with config.json and model.safetensors behind a run or an exported folder.
-
-    Args:
-        text: the run (of a pre-training or a fine-tuning), the exported folder, or the run's ``backbone``.
-        option: what errors call it.
+    """The folder with config.json and model.safetensors behind a run, its ``backbone``, or an exported folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; the sentence begins with ``option``.
     """
     path = Path(text).expanduser()
     check_encoding(path, option)
@@ -130,11 +126,7 @@ def _what_is_wrong(path: Path, text: str) -> str:
 
 
 def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
-    """The config.json of an exported folder, its weights looked at but not loaded.
-
-    Raises:
-        UserError: it is no JSON of timm's, or the weights are cut short.
-    """
+    """The config.json of an exported folder; a UserError where it is none of timm's, or the weights are cut short."""
     path = folder / CONFIG
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
@@ -144,7 +136,15 @@ def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
         raise UserError(f"{option}: {path} is not valid JSON; export the model again") from error
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
-    _check_config(config, path, option)
+    pretrained = config.get("pretrained_cfg") if isinstance(config, dict) else None
+    if not isinstance(pretrained, dict) or not isinstance(config.get("architecture"), str):
+        raise UserError(f"{option}: {path} must be a timm config with architecture and pretrained_cfg")
+    size = pretrained.get("input_size")
+    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise UserError(f"{option}: {path} must give input_size as channels, height and width")
+    for name in ("mean", "std"):
+        if not isinstance(pretrained.get(name), list) or len(pretrained[name]) != size[0]:
+            raise UserError(f"{option}: {path} must give {name} as {size[0]} numbers, one a channel")
     with readable(folder / WEIGHTS, option), safe_open(folder / WEIGHTS, "np") as weights:
         weights.keys()
     return dict(config)
@@ -180,28 +180,8 @@ def fitted(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return (sum(values) / len(values),) * channels
 
 
-def _check_config(config: Any, path: Path, option: str) -> None:
-    pretrained = config.get("pretrained_cfg") if isinstance(config, dict) else None
-    if not isinstance(pretrained, dict) or not isinstance(config.get("architecture"), str):
-        raise UserError(f"{option}: {path} must be a timm config with architecture and pretrained_cfg")
-    size = pretrained.get("input_size")
-    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
-        raise UserError(f"{option}: {path} must give input_size as channels, height and width")
-    for name in ("mean", "std"):
-        values = pretrained.get(name)
-        if not isinstance(values, list) or len(values) != size[0]:
-            raise UserError(f"{option}: {path} must give {name} as {size[0]} numbers, one a channel")
-
-
 def check_reachable(what: str) -> None:
-    """Refuse where the hub does not answer.
-
-    Args:
-        what: cannot be had then, the beginning of the sentence.
-
-    Raises:
-        UserError: offline by choice, or no connection within five seconds.
-    """
+    """Raises a UserError, which begins with ``what``, where the hub does not answer or may not be asked."""
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         raise UserError(f"{what} cannot be reached: HF_HUB_OFFLINE is set; unset it or use a local folder")
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
@@ -218,14 +198,7 @@ def check_reachable(what: str) -> None:
 
 
 def check_hub(repository: str) -> None:
-    """Refuse early what cannot be pushed.
-
-    Args:
-        repository: ``USER/NAME``.
-
-    Raises:
-        UserError: the name is none of the hub's, nobody is logged in, or the hub does not answer.
-    """
+    """Raises a UserError where the name is none of the hub's, nobody is logged in, or the hub does not answer."""
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(f"push ({repository}) must be USER/NAME, a repository of the Hugging Face hub")
     from huggingface_hub import get_token

@@ -40,7 +40,7 @@ from freqmask.interop.formats import (
     run_behind,
 )
 from freqmask.interop.weight_files import check_weights, hash_weights, load_fitting, read_tensors
-from freqmask.interop.weights import check_public, load_method, run_state, with_weights
+from freqmask.interop.weights import check_public, load_method, run_state, under, with_weights
 from freqmask.methods import MFM
 from freqmask.methods.mfm import band_edges
 from freqmask.spectrum import inside, pair_weights, rfft2
@@ -126,10 +126,8 @@ class MiddleWindow(Geometry):
 def still_geometry(model: Any, crop: str = "auto") -> Geometry:
     """One window of the model's size, neither random nor flipped.
 
-    Args:
-        model: anything with ``input_size``, and perhaps ``trained_crop`` and ``crop_share``.
-        crop: ``center``, ``whole`` (distorted to the size), ``native`` (the middle at its own resolution), or ``auto``:
-            native where it was trained so, else center.
+    ``crop`` is ``center``, ``whole`` (distorted to the size), ``native`` (the middle at its own resolution), or
+    ``auto``: native where the model was trained so, else center.
     """
     if crop == "auto":
         crop = "native" if getattr(model, "trained_crop", "") == "native" else "center"
@@ -177,25 +175,17 @@ def open_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the user's of CUDA, too
         if text.startswith(PUBLIC) or (text.startswith(RANDOM) and not Path(place).is_dir()):
-            return _open_named(text, image_size, channels, optional_model_args)
-        return _open_folder(text, image_size, weights, optional_model_args)
+            return _open_named(text, channels, image_size=image_size, optional_model_args=optional_model_args)
+        return _open_folder(text, weights, image_size=image_size, optional_model_args=optional_model_args)
 
 
 def load_backbone(
     model: str | Path, *, image_size: ImageSize | None = None, weights: str | None = None
 ) -> nn.Module:
-    """A plain timm module, in evaluation mode.
-
-    Args:
-        model: as for :func:`open_model`.
-        image_size: side in pixels or (height, width); None is the size that it was trained for.
-        weights: ``"teacher"`` or ``"student"`` of a FOLK run; None is what the run exports.
+    """A plain timm module, in evaluation mode; arguments and errors are those of :func:`open_model`.
 
     Returns:
         timm's module on the CPU, its weights ready to be trained on; it takes normalized images (B, C, H, W).
-
-    Raises:
-        UserError: as for :func:`open_model`.
     """
     module: nn.Module = open_model(model, image_size=image_size, weights=weights).module
     return module.requires_grad_(True)
@@ -281,12 +271,7 @@ def stage_features(
     return [Features(one, one.mean(dim=(2, 3)), token) for one, token in zip(maps, prefixes, strict=True)]
 
 
-def _open_named(
-    text: str,
-    image_size: ImageSize | None,
-    channels: int | None,
-    optional_model_args: Mapping[str, Any] | None,
-) -> OpenedModel:
+def _open_named(text: str, channels: int | None, **asked: Any) -> OpenedModel:
     """``timm:NAME`` and ``random:NAME``."""
     is_public = text.startswith(PUBLIC)
     name = text.removeprefix(PUBLIC if is_public else RANDOM)
@@ -296,11 +281,9 @@ def _open_named(
     config = timm.models.get_pretrained_cfg(name)
     own_channels, *own_size = config.input_size if config is not None else (3, 224, 224)
     channels = own_channels if channels is None else channels
-    size = (own_size[0], own_size[1]) if image_size is None else image_size
+    asked["image_size"] = tuple(own_size) if asked["image_size"] is None else asked["image_size"]
     try:
-        backbone = Backbone(
-            name, size, channels, pretrained=is_public, optional_model_args=optional_model_args
-        )
+        backbone = Backbone(name, channels=channels, pretrained=is_public, **asked)
     except UserError as error:
         raise UserError(f"model ({text}): {error}") from error
     mean = config.mean if config is not None else IMAGENET_MEAN
@@ -309,12 +292,7 @@ def _open_named(
     return _opened(text, "timm" if is_public else "random", backbone, *statistics)
 
 
-def _open_folder(
-    text: str,
-    image_size: ImageSize | None,
-    weights: str | None,
-    optional_model_args: Mapping[str, Any] | None,
-) -> OpenedModel:
+def _open_folder(text: str, weights: str | None, **asked: Any) -> OpenedModel:
     """A run, an exported folder, and ``random:`` before either."""
     place = text.removeprefix(RANDOM)
     folder = find_backbone(place)
@@ -323,12 +301,8 @@ def _open_folder(
     size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))
     metadata = dict(config.get(OURS, {}))
     stage = metadata.get("stage", -1) if options.get("stage") is None else options["stage"]
-    asked: dict[str, Any] = {
-        "image_size": size[1:] if image_size is None else image_size,
-        "channels": size[0],
-        "stage": int(stage),
-        "optional_model_args": optional_model_args,
-    }
+    asked |= {"channels": size[0], "stage": int(stage)}
+    asked["image_size"] = size[1:] if asked["image_size"] is None else asked["image_size"]
     value_range = str(metadata.get("value_range", "dtype"))
     if text.startswith(RANDOM):
         name, model_args, patch = architecture_in(config)
@@ -366,16 +340,10 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def decoder_of(opened: OpenedModel) -> dict[str, Tensor]:
-    """The reconstruction head that was trained with a backbone; empty where none came along.
-
-    Raises:
-        UserError: the run has gone on since its backbone was written, or the file is broken.
-    """
+    """The reconstruction head that was trained with a backbone; empty where none came along."""
     if opened.folder is not None and (opened.folder / DECODER).is_file():
         return read_tensors(opened.folder / DECODER, "decoder")
-    prefix = "method.decoder."
-    state = run_state(opened.run.path) if opened.run is not None else {}
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return under(run_state(opened.run.path), "method.decoder.") if opened.run is not None else {}
 
 
 @dataclass(frozen=True)
@@ -435,11 +403,7 @@ def _from_decoder(opened: OpenedModel, filter: str | None) -> MFM:
 
 
 def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channel height width"]:
-    """The center of an image as the model takes it: its size, its channels, in [0, 1].
-
-    Raises:
-        UserError: it cannot be read, or has other channels.
-    """
+    """The center of an image as the model takes it, in [0, 1]; a UserError where it cannot be read."""
     geometry = still_geometry(opened)
     try:
         picture = open_file(Path(file))

@@ -129,11 +129,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path, option: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        UserError: it is cut short or not there; the sentence begins with ``option``.
-    """
+    """The tensors of a safetensors file; where it cannot be read a UserError that begins with ``option``."""
     with readable(path, option):
         return dict(load_file(path))
 

@@ -37,15 +37,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def check_public(name: str, option: str) -> None:
-    """Refuse early where timm's weights are neither here nor within reach.
-
-    Args:
-        name: a timm model.
-        option: what errors call it, such as ``model (timm:resnet50)``.
-
-    Raises:
-        UserError: timm has no weights of that name, or there is no way to them.
-    """
+    """Raises a UserError, which begins with ``option``, where timm has no weights of that name or none within reach."""
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise UserError(f"{option}: timm has no public weights of {name}; random:{name} begins without")
@@ -85,7 +77,7 @@ def load_method(run: str | Path) -> Method:
         )
     with named_by_user((), folder.path / "config.yaml", imported_too=True):
         method = method_of(folder.config(), folder.state().get("images"))
-    weights = _of_method(run_state(run))
+    weights = under(run_state(run))
     try:
         method.load_state_dict(weights)  # torch's own check: distill makes its heads by the weights that come
     except RuntimeError as error:
@@ -95,15 +87,7 @@ def load_method(run: str | Path) -> Method:
 
 
 def method_of(options: Mapping[str, Any], images: int | None = None) -> Method:
-    """The method, freshly initialized, that a run's resolved options describe.
-
-    Args:
-        options: from the run's config.yaml.
-        images: trained on; turns the epochs of FOLK's frozen layer into steps.
-
-    Raises:
-        UserError: the method is unknown here, or an option is.
-    """
+    """The method, freshly initialized, that a run's config.yaml describes; ``images`` turn epochs into steps."""
     name = str(options.get("method"))
     known, steps_an_epoch = options_of_class(find_method(name)), images and images / options["batch_size"]
     settings = method_settings(known, options, steps_an_epoch) | {key: options[key] for key in BUILT_FROM}
@@ -113,31 +97,21 @@ def method_of(options: Mapping[str, Any], images: int | None = None) -> Method:
 
 
 def run_state(run: str | Path) -> dict[str, Tensor]:
-    """The state dict in the run's last checkpoint.
-
-    Raises:
-        UserError: there is none, or it is broken.
-    """
+    """The state dict in the run's last checkpoint; a UserError where there is none, or it is broken."""
     checkpoint = RunFolder(run).checkpoints / LAST
     if not checkpoint.is_file():
         raise UserError(f"run ({run}) has no checkpoint yet; let it train until its first one")
     return dict(load_safely(checkpoint)["state_dict"])
 
 
-def _of_method(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("method."): tensor for name, tensor in state.items() if name.startswith("method.")
-    }
+def under(state: Mapping[str, Tensor], prefix: str = "method.") -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 @contextmanager
 def with_weights(run: str | Path, exported: Path, weights: str) -> Iterator[Path]:
-    """A temporary copy of an exported folder with another of the run's backbones in it.
-
-    Args:
-        run: the run folder.
-        exported: the run's ``backbone``.
-        weights: the backbone's name in the method, such as ``"teacher"``.
+    """A temporary copy of a run's ``backbone`` with another of its backbones in it, such as ``"teacher"``.
 
     Raises:
         UserError: it is no run, or has no such backbone.
@@ -146,7 +120,7 @@ def with_weights(run: str | Path, exported: Path, weights: str) -> Iterator[Path
     if not RunFolder(path).exists():
         raise UserError(f"weights ({weights}) can be chosen for a run folder only; {run} holds one backbone")
     backbones: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _of_method(run_state(path)).items():
+    for name, tensor in under(run_state(path)).items():
         backbone, inside, rest = name.partition(".timm_model.")
         if inside and "." not in backbone:
             backbones.setdefault(backbone, {})[rest] = tensor
@@ -161,11 +135,7 @@ def with_weights(run: str | Path, exported: Path, weights: str) -> Iterator[Path
 def initial_backbone(
     init: str, model_args: Mapping[str, Any] | None
 ) -> tuple[str, dict[str, Any] | None, int | None]:
-    """The architecture behind ``--init``, for when no backbone is named.
-
-    Args:
-        init: ``timm:NAME``, a run folder, or an exported folder.
-        model_args: those that were given; they go first.
+    """The architecture behind ``--init``, for when no backbone is named; ``model_args`` go before its own.
 
     Returns:
         The timm name, its arguments, and the side of its patches where it is not the name's own.
@@ -191,10 +161,6 @@ def check_init(init: str) -> None:
 def load_initial(method: Any, init: str) -> list[str]:
     """Put the weights into a method's backbones, in place; from a run of the same method the heads come along.
 
-    Args:
-        method: a method of :mod:`freqmask.methods`.
-        init: as for :func:`initial_backbone`.
-
     Returns:
         Sentences on what was taken.
 
@@ -204,7 +170,7 @@ def load_initial(method: Any, init: str) -> list[str]:
     is_public = init.startswith(PUBLIC)
     whole = Path(init) / "checkpoints" / LAST
     if not is_public and whole.is_file():
-        state, own = _of_method(load_safely(whole)["state_dict"]), method.state_dict()
+        state, own = under(load_safely(whole)["state_dict"]), method.state_dict()
         if {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in own.items()}:
             check_weights(state, f"init ({init})")
             method.load_state_dict(state)
@@ -227,11 +193,7 @@ def load_initial(method: Any, init: str) -> list[str]:
 
 
 def resampled(weights: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """A ViT's weights for another image or patch size, as timm resamples its own public ones.
-
-    Args:
-        weights: of a square grid; the others pass as they are.
-        model: the timm module that they are for.
+    """A ViT's weights of a square grid for a model's image and patch size, as timm resamples its own public ones.
 
     Returns:
         The weights, and a sentence for each tensor that was resampled.

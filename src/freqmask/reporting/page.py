@@ -98,14 +98,9 @@ def embed(path: Path, step: int = 0, widest: int = WIDEST) -> Embedded | None:
 
 
 def embed_images(files: Sequence[tuple[int, Path]], budget: int) -> tuple[list[Embedded], list[str]]:
-    """Images spread evenly over the files, first and last among them, that fit into the budget.
+    """Images spread evenly over the files, first and last among them, that fit into ``budget`` bytes of the page.
 
-    Args:
-        files: step and file, rising.
-        budget: bytes in the page.
-
-    Returns:
-        The images, and a sentence for each file that is no image.
+    Beside them a sentence for each file that is no image.
     """
     samples, widest = spread_out(files, 3), WIDEST
     while True:
@@ -185,13 +180,7 @@ def _is_without_images(report: Path) -> bool:
 
 
 def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ()) -> str:
-    """The page's HTML.
-
-    Args:
-        runs: in the order of their colors.
-        images: whether previews are embedded.
-        others: evaluation rows of models that are no runs.
-    """
+    """The page's HTML, of runs in the order of their colors and of evaluation rows of models that are no runs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,  # names of files, classes and runs are data

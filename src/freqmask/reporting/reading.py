@@ -129,15 +129,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """One run.
-
-    Args:
-        path: its folder.
-        name: what it is called; by default as its folder.
-
-    Raises:
-        UserError: there is no run.
-    """
+    """The run in a folder, called as that where it has no other name; a UserError where there is none."""
     if not is_run(path):
         raise UserError(_no_run(path))
     missing: list[str] = []

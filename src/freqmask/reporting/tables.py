@@ -103,10 +103,7 @@ def _joined(family: Sequence[Row], score: str) -> Measured:
 
 
 def evaluation_table(tables: Sequence[tuple[str, Sequence[Row]]]) -> dict[str, Any]:
-    """Every evaluation row.
-
-    Args:
-        tables: the run that rows belong to (empty for models that are no runs), and the rows.
+    """Every evaluation row, of ``tables`` of a run's name (empty for models that are no runs) and its rows.
 
     Returns:
         ``header`` and ``rows``, the last so many; ``count``: how many there are; ``alike``: columns that say the
@@ -129,11 +126,7 @@ def evaluation_table(tables: Sequence[tuple[str, Sequence[Row]]]) -> dict[str, A
 
 
 def evaluation_charts(tables: Sequence[tuple[str, Sequence[Row]]]) -> list[dict[str, Any]]:
-    """Bars, a chart for each protocol and data set; the same mapping as of the curves, with ``bars``.
-
-    Args:
-        tables: the run that rows belong to (empty for models that are no runs), and the rows.
-    """
+    """Bars of the same tables, a chart for each protocol and data set, as ``page.charts`` gives them, with ``bars``."""
     kinds: dict[tuple[str, str, str], list[tuple[str, int, Measured]]] = {}
     for color, (owner, rows) in enumerate(tables):
         for one in measured(rows):
@@ -194,9 +187,7 @@ class Table:
 def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
     """Families of runs that differ in nothing but their seed, beside what varies between the families.
 
-    Args:
-        runs: in the order in which their families are shown.
-        others: evaluation rows of models that are no runs; a line a model, at the end.
+    Other models, of ``others``' evaluation rows, have a line each at the end.
     """
     settings = _varying(runs)
     families: dict[tuple[tuple[str, str], ...], list[Run]] = {}
