@@ -1,14 +1,18 @@
 """What is pushed is private unless asked, and shows nothing of the machine or the images."""
 
+import json
 import socket
 from pathlib import Path
 
 import pytest
+import timm
 
 from freqmask.errors import UserError
-from freqmask.interop.exporters import push_model
+from freqmask.interop.exporters import graph_of, push_model
 from freqmask.interop.formats import check_hub
-from freqmask.interop.models import open_model
+from freqmask.interop.models import open_classifier, open_model
+from freqmask.interop.weight_files import write_timm_folder
+from freqmask.training.run_folder import RunFolder
 
 
 class FakeHub:
@@ -60,6 +64,35 @@ def test_with_images_shows_them_and_public_is_public(run_with_results):
     card = hub.files["README.md"].decode()
     assert "![preview](step-000020.png)" in card
     assert "secret holiday" in card
+
+
+def test_a_fine_tuned_classifier_is_pushed_with_its_head_and_no_paths(tmp_path):
+    run = RunFolder(tmp_path / "tuned")
+    asked = {"model": ["/home/somebody/run"], "data": "/home/somebody/labels", "labels": "somebody.csv"}
+    run.begin({"method": "finetune", "lr": 0.1, "model": "/home/somebody/run", "options": asked}, {}, "")
+    write_timm_folder(
+        timm.create_model("resnet18", num_classes=2, layers=[1, 1, 1, 1]),
+        run.path / "classifier",
+        input_size=(3, 32, 32),
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+        metadata={"model": "/home/somebody/run", "step": 3},
+        label_names=["cat", "dog"],
+    )
+    hub = FakeHub()
+    push_model(open_classifier(run.path), "me/mine", api=hub)
+    assert set(hub.files) == {"README.md", "config.json", "model.safetensors"}
+    assert not [name for name, content in hub.files.items() if b"somebody" in content]
+    card, config = hub.files["README.md"].decode(), json.loads(hub.files["config.json"])
+    assert (config["label_names"], config["num_classes"], config["freqmask"]["step"]) == (
+        ["cat", "dog"],
+        2,
+        3,
+    )
+    for text in ("image-classification", "resnet18 classifier of 2 classes, fine-tuned", "lr: 0.1"):
+        assert text in card
+    with pytest.raises(UserError, match="holds timm models only"):
+        push_model(graph_of(open_classifier(run.path)), "me/mine", api=hub)
 
 
 def test_a_hub_that_refuses_is_one_sentence(vit_run):

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ from freqmask.errors import UserError, brief
 from freqmask.images import Normalization
 from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.foreign_weights import mfm_encoder
+from freqmask.interop.formats import run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
 from freqmask.interop.weight_files import Pooled, write_timm_folder
 from freqmask.training.files import new_folder, read_rows, replace_atomically
@@ -300,12 +301,17 @@ def _silence() -> Iterator[None]:
 
 
 # options of a run that name places on this machine, or say nothing of the backbone
-_LOCAL = "data out init config probe_data logger workers devices strategy num_nodes".split()  # noqa: SIM905
+_LOCAL = "data out init config probe_data logger workers devices strategy num_nodes options".split()  # noqa: SIM905
 _LOCAL_COLUMNS = re.compile(r"data|path|file|out|folder|model", re.IGNORECASE)
 
 
 def push_model(
-    opened: OpenedModel, repository: str, *, public: bool = False, with_images: bool = False, api: Any = None
+    opened: OpenedModel | OpenedClassifier | Graph,
+    repository: str,
+    *,
+    public: bool = False,
+    with_images: bool = False,
+    api: Any = None,
 ) -> str:
     """Send the timm folder and a model card.
 
@@ -320,20 +326,24 @@ def push_model(
         The repository's address.
 
     Raises:
-        UserError: the hub refuses or does not answer.
+        UserError: the hub refuses or does not answer; the model is none of timm's.
     """
+    if isinstance(opened, Graph):
+        raise _holds("timm", "timm models")
     if api is None:
         from huggingface_hub import HfApi
 
         api = HfApi(library_name="freqmask", library_version=__version__)
-    run = opened.run
+    run = run_behind(opened.folder) if opened.folder is not None else None
+    if not with_images:
+        opened = replace(opened, metadata={n: v for n, v in opened.metadata.items() if not _holds_path(v)})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_timm(opened, folder)
         previews = sorted(run.previews.glob("step-*.png"))[-1:] if with_images and run is not None else []
         for preview in previews:
             shutil.copy(preview, folder)
-        card = model_card(opened, repository, [preview.name for preview in previews], with_images)
+        card = model_card(opened, run, repository, [preview.name for preview in previews], with_images)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         try:
             address = api.create_repo(repository, private=not public, exist_ok=True)
@@ -348,19 +358,25 @@ def push_model(
     return str(address)
 
 
-def model_card(opened: OpenedModel, repository: str, previews: list[str], with_images: bool) -> str:
-    """The README.md of a pushed backbone, with the previews in its folder; ``with_images`` names the data, too."""
+def model_card(
+    opened: OpenedModel | OpenedClassifier,
+    run: RunFolder | None,
+    repository: str,
+    previews: list[str],
+    with_images: bool,
+) -> str:
+    """The README.md of what is pushed, with the previews in its folder; ``with_images`` names the data, too."""
     from huggingface_hub import ModelCardData
 
-    run = opened.run
     options = run.config() if run is not None else {}
-    header = ModelCardData(
-        library_name="timm", pipeline_tag="image-feature-extraction", tags=["freqmask", "timm"]
-    )
+    task, kind = "image-feature-extraction", "backbone, pre-trained without labels"
+    if isinstance(opened, OpenedClassifier):
+        task, kind = "image-classification", f"classifier of {len(opened.class_names)} classes, fine-tuned"
+    header = ModelCardData(library_name="timm", pipeline_tag=task, tags=["freqmask", "timm"])
     parts = [
         f"---\n{header}\n---",
         f"# {repository.split('/')[1]}",
-        f"A {opened.module.pretrained_cfg.get('architecture', 'timm')} backbone, pre-trained without labels by "
+        f"A {opened.module.pretrained_cfg.get('architecture', 'timm')} {kind} by "
         f"[freqmask](https://pypi.org/project/freqmask/) {__version__}"
         + (f" ({options['method']})." if options else "."),
         f"```python\nimport timm\nmodel = timm.create_model('hf-hub:{repository}', pretrained=True).eval()\n```",
@@ -369,7 +385,7 @@ def model_card(opened: OpenedModel, repository: str, previews: list[str], with_i
     ]
     if run is not None:
         public = {
-            name: value for name, value in options.items() if name not in _LOCAL and not _is_path(value)
+            name: value for name, value in options.items() if name not in _LOCAL and not _holds_path(value)
         }
         recipe = f"```yaml\n{yaml.safe_dump(public, sort_keys=False)}```"
         parts += [
@@ -391,7 +407,9 @@ def _data(run: RunFolder, options: Mapping[str, Any], with_images: bool) -> str:
     return f"{images}, fingerprint `{state.get('data')}`{source}."
 
 
-def _is_path(value: Any) -> bool:
+def _holds_path(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_path, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and ("/" in value or "\\" in value)
 
 
@@ -400,7 +418,7 @@ def _results(run: RunFolder) -> str:
     names = ("steps", "loss", "relative_loss", "held_out_loss", "held_out_relative_loss")
     lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
     columns = [name for name in (rows[0] if rows else {}) if not _LOCAL_COLUMNS.search(name)]
-    columns = [name for name in columns if not any(_is_path(row[name]) for row in rows)]
+    columns = [name for name in columns if not any(_holds_path(row[name]) for row in rows)]
     if columns:
         lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         lines += [f"| {' | '.join(str(row[name] or '') for name in columns)} |" for row in rows]

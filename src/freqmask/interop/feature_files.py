@@ -19,6 +19,7 @@ from pyarrow import ArrowInvalid
 from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.training.files import open_table, replace_atomically
+from freqmask.training.run_folder import write_text
 
 SUFFIXES = (".parquet", ".npy")
 _PART_BYTES = 256 * 2**20  # of features in memory before a part is written
@@ -52,7 +53,7 @@ class Parts:
         if not note.is_file() or note.read_bytes() != json.dumps(task).encode():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            replace_atomically(note, lambda path: path.write_text(json.dumps(task), encoding="utf-8"))
+            write_text(note, json.dumps(task))
         for path in self.folder.glob("part-*.parquet"):
             try:
                 pq.read_metadata(path)  # it stands at the end

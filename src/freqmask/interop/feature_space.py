@@ -22,14 +22,13 @@ from freqmask.errors import UserError
 from freqmask.interop.formats import OURS
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.weight_files import write_tensors
-from freqmask.training.files import replace_atomically
+from freqmask.training.run_folder import write_text
 
 PLAIN, CENTERED, WHITENED = "plain", "centered", "whitened"
 KINDS = (PLAIN, CENTERED, WHITENED)
 FILE, KEY = "features.safetensors", "features"  # beside the weights; in config.json under `freqmask`
-SHRINKAGE = (
-    0.01  # of the mean variance is added to each: directions of rounding errors must not count like others
-)
+# of the mean variance is added to each: directions of rounding errors must not count like others
+SHRINKAGE = 0.01
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ def save_space(space: FeatureSpace, opened: OpenedModel) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     about = {"parts": list(space.parts), "kind": space.kind, "weights_hash": opened.weights_hash}
     config[OURS] = {**config.get(OURS, {}), KEY: about}
-    text = json.dumps(config, indent=2) + "\n"
-    replace_atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return folder / FILE
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from freqmask.errors import UserError, brief
 from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.formats import check_file, fitted
 from freqmask.interop.weight_files import Inert, differences, read_tensors, read_torch_file, tensors_in
-from freqmask.interop.weights import resampled
+from freqmask.interop.weights import resampled, under
 from freqmask.timm_models import SIGNATURES, architecture_of, as_timm_names, ratio_of
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")
@@ -229,12 +230,8 @@ def _prefixed(state: Mapping[str, Any], container: str, names: set[str] | None) 
 
 def _shared_prefix(state: Mapping[str, Any]) -> str:
     """What every name begins with, in whole parts."""
-    prefix = ""
-    for part in next(iter(state)).split(".")[:-1]:
-        if not all(name.startswith(f"{prefix}{part}.") for name in state):
-            break
-        prefix += f"{part}."
-    return prefix
+    shared: Any = commonprefix([name.split(".")[:-1] for name in state])  # noqa: RUF071  # lists of parts
+    return "".join(f"{part}." for part in shared)
 
 
 def _no_weights(content: Mapping[Any, Any], path: str | Path) -> UserError:
@@ -254,15 +251,9 @@ def _parts(chosen: _Candidate) -> tuple[dict[str, Any], dict[str, Any], list[str
     """Encoder and decoder without their prefixes, and the names that belong to neither."""
     prefix = chosen.prefix
     head = prefix.removesuffix(_ENCODER) + _DECODER if prefix.endswith(_ENCODER) else None
-    encoder, decoder, others = dict[str, Any](), dict[str, Any](), list[str]()
-    for name, value in chosen.state.items():
-        if name.startswith(prefix):
-            encoder[name.removeprefix(prefix)] = value
-        elif head is not None and name.startswith(head):
-            decoder[name.removeprefix(head)] = value
-        else:
-            others.append(name)
-    return encoder, decoder, others
+    decoder = under(chosen.state, head) if head is not None else {}
+    others = [name for name in chosen.state if not name.startswith((prefix, head or prefix))]
+    return under(chosen.state, prefix), decoder, others
 
 
 def _some(names: Sequence[str]) -> str:

@@ -112,6 +112,7 @@ class OpenedClassifier:
     value_range: str = "dtype"  # what became [0, 1] in training
     crop_share: float = 1.0  # share of an image's side that the centered test window keeps
     metadata: dict[str, Any] = field(default_factory=dict)  # where the weights come from
+    folder: Path | None = None  # of the weights, None for ``timm:``
 
 
 class MiddleWindow(Geometry):
@@ -200,7 +201,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
     Raises:
         UserError: there is no such model, or its files are broken.
     """
-    text, metadata = str(text), {}
+    text, metadata, folder = str(text), {}, None
     if text.startswith(RANDOM):
         return None
     if text.startswith(PUBLIC):
@@ -233,6 +234,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
         str(metadata.get("value_range", "dtype")),
         float(config.get("crop_pct") or 1.0),
         metadata,
+        folder,
     )
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from freqmask.errors import UserError, brief
 from freqmask.interop.formats import CONFIG, DECODER, OURS, WEIGHTS, check_file, readable
 from freqmask.training.files import replace_atomically
+from freqmask.training.run_folder import write_text
 
 README = "README.md"  # only where a plain call needs words
 Pooled = Literal["mean", "class_token"]
@@ -80,11 +81,9 @@ def write_timm_folder(
     write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
     if decoder is not None:
         write_tensors(folder / DECODER, decoder, metadata)
-    text = json.dumps(config, indent=2) + "\n"
-    replace_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if notes:
-        readme = "\n\n".join(["# How this backbone is called", *notes]) + "\n"
-        replace_atomically(folder / README, lambda path: path.write_text(readme, encoding="utf-8"))
+        write_text(folder / README, "\n\n".join(["# How this backbone is called", *notes]) + "\n")
 
 
 def plain_call_notes(model: Any, input_size: tuple[int, int, int]) -> list[str]:

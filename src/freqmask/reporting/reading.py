@@ -200,9 +200,7 @@ def _no_run(path: Path) -> str:
         return f"run ({path}) does not exist{hint}"
     if not path.is_dir():
         return f"run ({path}) must be a run folder, it is a file; name the folder that pretrain printed"
-    return (
-        f"run ({path}) holds no run: no {CONFIG}, no metrics.csv; `freqmask runs` lists the runs under runs/"
-    )
+    return f"run ({path}) holds no run: no {CONFIG}, no metrics.csv; name a run folder, or the folder that such lie in"
 
 
 def _is_trained(folder: RunFolder) -> bool:

@@ -81,11 +81,9 @@ def _training_metadata(run: Run) -> dict[str, dict[str, str]]:
 
 def _cost_metadata(run: Run) -> dict[str, dict[str, str]]:
     config, state, summary = run.config, run.state, run.summary
-    count = (
-        f"{text_of(config.get('devices'))} × {text_of(config['accelerator'])}"
-        if "accelerator" in config
-        else ""
-    )
+    on = text_of(config.get("accelerator"))
+    count = f"{text_of(config.get('devices'))} × {on}" if on else ""
+    cores = f"{state['cores']} cores, threads: {state.get('threads', '?')}" if state.get("cores") else ""
     seconds, speed = number(summary.get("seconds")), number(summary.get("images_per_second"))
     files = [path.stat() for path in run.path.rglob("*") if path.is_file() and not path.is_symlink()]
     sizes = {(file.st_dev, file.st_ino): file.st_size for file in files}  # a checkpoint may have two names
@@ -93,9 +91,7 @@ def _cost_metadata(run: Run) -> dict[str, dict[str, str]]:
     return {
         "Machine": {
             "Devices": ", ".join(filter(None, [count, text_of(state.get("device"))])),
-            "Processor": f"{state['cores']} cores, threads: {state.get('threads', '?')}"
-            if state.get("cores")
-            else "",
+            "Processor": cores,
             "Precision": text_of(config.get("precision")),
             "Loader workers": text_of(config.get("workers")),
             "Versions": ", ".join(versions),
@@ -253,10 +249,9 @@ def features_remarks(run: Run) -> Iterator[Remark]:
         return
     errors = {name: max(math.sqrt(p * (1 - p) / images), 1 / images) for name, p in before.items()}
     gains = [(now[name] - before[name]) / errors[name] for name in names]
-    if min(gains) < -NOTABLE and max(gains) < NOTABLE:
-        yield Remark("warning", f"Its features are worse than those it began with: {scores}. {INSTEAD}")
-    elif max(gains) < NOTABLE:
-        yield Remark("warning", f"Its features are no better than those it began with: {scores}. {INSTEAD}")
+    if max(gains) < NOTABLE:
+        how = "worse" if min(gains) < -NOTABLE else "no better"
+        yield Remark("warning", f"Its features are {how} than those it began with: {scores}. {INSTEAD}")
     elif any(now[name] <= pixels[name] for name in names):  # never of a missing one
         begun = "Better than what it began with, and not yet better than raw pixels"
         yield Remark("note", f"{begun}: {scores}. {INSTEAD}")

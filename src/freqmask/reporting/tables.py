@@ -16,7 +16,7 @@ from typing import Any
 
 from freqmask.console import plain_name, readable_time
 from freqmask.errors import UserError
-from freqmask.reporting.reading import Curve, Run, is_run, number, read_run, run_folders
+from freqmask.reporting.reading import Curve, Run, number, read_runs
 from freqmask.reporting.summary import settings_of
 
 SCORES = ("accuracy", "miou", "mean_iou", "score")  # the first that a row has is the one that is shown
@@ -329,17 +329,10 @@ def _padded(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[list[s
 
 
 def list_runs(folder: Path) -> list[Run]:
-    """The runs of a folder, or the run that it is.
-
-    Raises:
-        UserError: the folder does not exist, or there is none in it.
-    """
+    """The runs of a folder, or the run that it is; a UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"folder ({folder}) does not exist; `freqmask pretrain` makes runs/, or name another")
-    paths = run_folders(folder)
-    if paths == [folder] and not is_run(folder):
-        raise UserError(f"folder ({folder}) holds no run; name the folder above the run folders")
-    return [read_run(path) for path in paths]
+    return read_runs([folder])
 
 
 def table_lines(runs: Sequence[Run]) -> list[str]:
