@@ -11,6 +11,7 @@ them, so that other programs disturb little.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import io
@@ -184,15 +185,17 @@ def start(given: dict[str, Any]) -> None:
 
 def hook(begun: Any) -> None:
     """Call `begun` where the command has imported what it needs and starts its work."""
-    import freqmask.commands.given as given
+    import freqmask.commands.pretrain as command
 
-    importing = given.import_uncollected
+    importing = command.uncollected
 
-    def noted(module: str) -> None:
-        importing(module)
+    @contextlib.contextmanager
+    def noted() -> Any:
+        with importing():
+            yield
         begun()
 
-    given.import_uncollected = noted
+    command.uncollected = noted
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 from freqmask.cli import COMMANDS, load, main
-from freqmask.commands.given import declared
+from freqmask.commands.command import declared
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -12,8 +12,7 @@ import yaml
 
 import freqmask
 from freqmask.cli import COMMANDS, load
-from freqmask.commands.given import declared, given_values
-from freqmask.commands.parser import read_words
+from freqmask.commands.command import declared, given_values, read_words
 from freqmask.errors import ALIASES, UserError
 from freqmask.filters import FILTERS
 from freqmask.methods import METHODS

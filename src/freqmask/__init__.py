@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from freqmask.commands.draw import reconstruct, spectra
     from freqmask.commands.embed import embed, predict
     from freqmask.commands.export import convert, export
-    from freqmask.commands.info import info
     from freqmask.commands.prepare import prepare
     from freqmask.commands.pretrain import pretrain
-    from freqmask.commands.report import report, runs
+    from freqmask.commands.show import info, report, runs
     from freqmask.errors import UserError
     from freqmask.interop.models import load_backbone
     from freqmask.interop.weights import load_method

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,11 +41,11 @@ COMMANDS = {
     "reconstruct": Command("freqmask.commands.draw", "show what a model fills in"),
     "export": Command("freqmask.commands.export", "hand a backbone on: timm, onnx, torch-export, MFM"),
     "convert": Command("freqmask.commands.export", "bring in somebody else's checkpoint"),
-    "report": Command("freqmask.commands.report", "one HTML page, or a table, of one or several runs"),
-    "runs": Command("freqmask.commands.report", "list runs: state, cost, best probe"),
+    "report": Command("freqmask.commands.show", "one HTML page, or a table, of one or several runs"),
+    "runs": Command("freqmask.commands.show", "list runs: state, cost, best probe"),
     "spectra": Command("freqmask.commands.draw", "draw every filter on an image"),
-    "recipes": Command("freqmask.commands.info", "list, show or copy the shipped recipes"),
-    "info": Command("freqmask.commands.info", "versions, devices, extras"),
+    "recipes": Command("freqmask.commands.show", "list, show or copy the shipped recipes"),
+    "info": Command("freqmask.commands.show", "versions, devices, extras"),
 }
 
 
@@ -75,8 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments is None and not {"", str(Path.cwd())} & set(sys.path):
             # loader workers look for modules where this process does, not in the data or the run where it was started
             os.environ.setdefault("PYTHONSAFEPATH", "1")
+    with _exit_codes(), called(words) as (function, options):
+        function(**options)
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """What is raised within becomes a sentence, unless it is a fault of ours, and an exit code."""
     try:
-        run(words)
+        yield
     except UserError as error:
         say_error(f"error: {error}")
         raise SystemExit(2) from None
@@ -100,36 +107,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def run(words: Sequence[str]) -> Any:
-    """Find the command and call it.
+@contextlib.contextmanager
+def called(words: Sequence[str]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """Within, the command that words name runs: its function, and the options to call it with.
 
     Raises:
         UserError: there is no such command or option.
     """
-    if not words or words[0] in ("-h", "--help", "help"):
-        say(overview())
-        return None
-    if words[0] in ("-V", "--version"):
-        say(f"freqmask {__version__}")
-        return None
-    if words[0] in ("--completion", "--complete"):
-        for line in completion(words[1:]) if words[0] == "--completion" else complete(words[1:]):
-            say(line)
-        return None
-    name = words[0]
-    if name not in COMMANDS:
+    name, *rest = words or ["help"]
+    text: str | None = None
+    if name in ("-h", "--help", "help"):
+        text = overview()
+    elif name in ("-V", "--version"):
+        text = f"freqmask {__version__}"
+    elif name in ("--completion", "--complete"):
+        text = "\n".join(completion(rest) if name == "--completion" else complete(rest))
+    elif name not in COMMANDS:
         raise UserError(f"command ({name}) is unknown; {nearest(name, COMMANDS)}")
-    from freqmask.commands.parser import call
-
-    command, path, rest = COMMANDS[name], [name], list(words[1:])
-    if command.parts is not None:
+    elif (parts := COMMANDS[name].parts) is not None:
         if not rest or rest[0] in ("-h", "--help", "help"):
-            say(group_overview(name))
-            return None
-        if rest[0] not in command.parts:
-            raise UserError(f"command ({name} {rest[0]}) is unknown; {nearest(rest[0], command.parts)}")
-        path.append(rest.pop(0))
-    return call(" ".join(["freqmask", *path]), load(*path), rest)
+            text = group_overview(name)
+        elif rest[0] not in parts:
+            raise UserError(f"command ({name} {rest[0]}) is unknown; {nearest(rest[0], parts)}")
+        else:
+            name, rest = f"{name} {rest[0]}", rest[1:]
+    if text is None:
+        from freqmask.commands.command import read_call, running
+
+        command = load(*name.split())
+        given, text = read_call(f"freqmask {name}", command, rest)
+        if given is not None:
+            with running(command, given) as options:
+                yield command.__wrapped__, options  # type: ignore[attr-defined]
+            return
+    yield say, {"text": text}
 
 
 def completion(words: Sequence[str]) -> list[str]:
@@ -160,7 +171,7 @@ def complete(words: Sequence[str]) -> list[str]:
         return list(parts)
     if parts is not None and words[1] not in parts:
         return []
-    from freqmask.commands.parser import completions
+    from freqmask.commands.command import completions
 
     path = words[: 1 if parts is None else 2]
     return completions(load(*path), words[len(path) :])

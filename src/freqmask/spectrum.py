@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int64
 from torch import Tensor
 
+from freqmask.imports import compiled_as_constant
+
 REFERENCE_SIDE = 224  # pixels of the papers' images; their radii and strengths are scaled from here
 
 _P = ParamSpec("_P")
@@ -39,7 +41,7 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """
     remembered = functools.lru_cache(maxsize=256)(function)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @compiled_as_constant
     def held(*args: _P.args, **kwargs: _P.kwargs) -> tuple[_R]:
         # a mask first made under inference_mode could not be saved for a later backward pass
         with torch.inference_mode(False), torch.no_grad():
@@ -54,7 +56,7 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@compiled_as_constant
 def _expect_complex_operators() -> None:
     # Inductor leaves FFTs to the library that eager uses, as it should, and warns; this runs only while one
     # of our functions is being traced, so that nobody else's graphs lose the warning

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib.util
 import inspect
 import re
 import shutil
@@ -15,8 +14,7 @@ import pytest
 import freqmask
 from freqmask import imports
 from freqmask.cli import COMMANDS, load, main
-from freqmask.commands.given import declared, given_values
-from freqmask.commands.parser import read_words
+from freqmask.commands.command import declared, given_values, read_words
 
 
 def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -216,29 +214,98 @@ def test_help_calls_only_what_must_be_given_required(capsys: pytest.CaptureFixtu
     assert "(required)" in typed(capsys, "convert", "--help")[1]
 
 
-@pytest.mark.parametrize("text", ["", "raise ImportError('no')"])
+@pytest.mark.parametrize("fails", [False, True])
 def test_no_garbage_is_collected_while_a_command_of_its_own_process_imports(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = f"heavy_{len(text)}"
-    (tmp_path / f"{name}.py").write_text(
-        f"import gc\nCOLLECTED = gc.isenabled()\ngc.COLLECTED = COLLECTED\n{text}"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(gc, "COLLECTED", None, raising=False)
-    imports.import_uncollected(name)
-    assert gc.COLLECTED is None, "a program that calls us keeps its collector, and imports as it goes"  # type: ignore[attr-defined]
+    with imports.uncollected():
+        assert gc.isenabled(), "a program that calls us keeps its collector"
     monkeypatch.setattr(imports, "own_process", True)
     try:
-        with contextlib.suppress(ImportError):
-            imports.import_uncollected(name)
-        assert gc.COLLECTED is False  # type: ignore[attr-defined]
+        with contextlib.suppress(ImportError), imports.uncollected():
+            assert not gc.isenabled()
+            if fails:
+                raise ImportError("no")
         assert gc.isenabled() and gc.get_freeze_count() > 1_000
     finally:
         gc.unfreeze()
 
 
-@pytest.mark.parametrize("words", EVERY, ids=" ".join)
-def test_a_command_says_truly_what_it_imports(words: list[str]) -> None:
-    module = load(*words).imports  # type: ignore[attr-defined]
-    assert not module or importlib.util.find_spec(module)
+HEAVY = {"torch", "torchvision", "timm", "lightning", "matplotlib", "scipy", "sklearn"}
+LIGHT = ("report", "runs", "recipes")  # commands that import none of them
+CALLS = {  # as short as a command can be typed, beside MODEL and DATA
+    "pretrain": ["DATA"],
+    "info": [],
+    "prepare": ["DATA", "--out", "OUT"],
+    "spectra": ["1.png"],
+    "reconstruct": ["timm:MODEL", "1.png"],
+    "export": ["timm:MODEL", "--out", "OUT"],
+    "convert": ["there", "--out", "OUT"],
+    "embed": ["timm:MODEL", "DATA"],
+    "predict": ["timm:MODEL", "DATA", "--out", "OUT"],
+    "evaluate": ["MODEL", "--data", "DATA"],
+}
+MISTAKES = [  # that need nothing heavy to be found
+    ["export", "MODEL"],
+    ["export", "MODEL", "--push", "ME/IT", "--format", "onnx"],
+    ["export", "MODEL", "--out", "OUT", "--public"],
+    ["export", "MODEL", "--out", "OUT"],
+    ["embed", "MODEL", "DATA"],
+    ["predict", "MODEL", "DATA", "--out", "x.csv"],
+    ["reconstruct", "MODEL", "1.png"],
+    ["embed", "MODEL", "DATA", "--out", "x.csv"],
+    ["embed", "MODEL", "DATA", "--out", "x.npy", "--patches", "--blocks", "1"],
+    ["spectra", *"12345"],
+    ["spectra", "1.png", "--out", "x.pdf"],
+    ["reconstruct", "MODEL", "1.png", "--out", "x.pdf"],
+    ["convert", "FILE", "--out", "."],
+    ["evaluate", "fewshot", "pixels", "--data", "DATA", "--epochs", "3"],
+    ["pretrain", "DATA", "--lerning_rate", "3"],
+]
+
+
+def first_heavy_imports(calls: list[list[str]], folder: Path) -> list[str]:
+    """For each call of a fresh process: which library is imported first, and whether garbage is collected then.
+
+    The import itself is not made: every call ends there, or with a sentence before it.
+    """
+    code = f"""
+import contextlib, gc, io, sys
+from freqmask.cli import main
+
+class Stopped(BaseException):
+    pass
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in {HEAVY!r}:
+            raise Stopped(f"{{name}} {{gc.isenabled()}}")
+
+sys.meta_path.insert(0, Watch())
+for words in {calls!r}:
+    sys.argv = ["freqmask", *words]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+        try:
+            main()
+            ended = "nothing"
+        except (Stopped, SystemExit) as error:
+            ended = told.getvalue() or str(error)
+    print(" ".join(ended.split()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_command_imports_what_is_heavy_without_collecting_garbage(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("")
+    calls = [[*words, *CALLS[words[0]]] for words in EVERY if words[0] not in LIGHT]
+    assert set(first_heavy_imports(calls, tmp_path)) <= {f"{library} False" for library in HEAVY}
+    light = first_heavy_imports([["recipes"], ["runs"], ["report", "x"]], tmp_path)
+    assert not [ended for ended in light if ended.endswith(("True", "False"))]
+
+
+def test_a_mistake_that_needs_nothing_heavy_is_told_before_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("")
+    for words, ended in zip(MISTAKES, first_heavy_imports(MISTAKES, tmp_path), strict=True):
+        assert ended.startswith("error: "), (words, ended)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import freqmask
-from freqmask.commands.info import _presence, info
+from freqmask.commands.show import _presence, info
 
 
 def test_info_names_versions_devices_and_extras(capsys: pytest.CaptureFixture[str]) -> None:

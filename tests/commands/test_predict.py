@@ -12,11 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from freqmask.cli import run
+from freqmask.cli import called
 from freqmask.errors import UserError
 from freqmask.training.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def run(words):
+    """A command as it is typed, whose errors stay errors."""
+    with called(words) as (function, options):
+        function(**options)
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from freqmask.commands.given import declared, given_values
-from freqmask.commands.info import recipes
-from freqmask.commands.parser import read_words
+from freqmask.commands.command import declared, given_values, read_words
 from freqmask.commands.pretrain import pretrain
+from freqmask.commands.show import recipes
 from freqmask.errors import UserError
 from freqmask.pretraining.resolve import check_options
 from freqmask.recipes import STATES, read_recipe, recipe_names

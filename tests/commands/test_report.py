@@ -12,7 +12,7 @@ from made_runs import make_run, result, write_table
 
 import freqmask
 from freqmask.cli import main
-from freqmask.commands.given import declared
+from freqmask.commands.command import declared
 from freqmask.reporting.tables import FORMS
 
 

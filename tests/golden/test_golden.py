@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from freqmask.cli import run
+from freqmask.cli import main as run
 
 HERE = Path(__file__).parent
 FROZEN: dict[str, Any] = json.loads((HERE / "frozen.json").read_text())

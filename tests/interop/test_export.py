@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 import freqmask
 from freqmask.backbones import Backbone
-from freqmask.commands.given import declared
+from freqmask.commands.command import declared
 from freqmask.errors import UserError
 from freqmask.interop import exporters
 from freqmask.interop.exporters import compare, graph_of

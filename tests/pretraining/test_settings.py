@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import freqmask
-from freqmask.commands.given import declared, given_values
+from freqmask.commands.command import declared, given_values
 from freqmask.errors import UserError
 from freqmask.methods import METHODS
 from freqmask.options.of_methods import method_settings, options_of_class

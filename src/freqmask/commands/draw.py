@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from freqmask.commands.given import command
+from freqmask.commands.command import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.imports import uncollected
+from freqmask.interop.formats import check_model
 from freqmask.options import Range, Seed
 
 
-@command(imports="freqmask.pretraining.figures")
+@command()
 def spectra(
     image: list[str],
     *,
@@ -42,13 +44,14 @@ def spectra(
     Raises:
         UserError: no image, more than four, one that cannot be read, or an unknown filter.
     """
-    import torch
-
-    from freqmask.filters import build_filter
-    from freqmask.pretraining.figures import apply_filter, draw_filters, filter_table, read_squares
-    from freqmask.rng import identity_of, sample_key
-
     _check(image, 4, out)
+    with uncollected():
+        import torch
+
+        from freqmask.filters import build_filter
+        from freqmask.pretraining.figures import apply_filter, draw_filters, filter_table, read_squares
+        from freqmask.rng import identity_of, sample_key
+
     squares = read_squares(image, image_size)
     size = next(iter(squares.values())).shape[-1]
     built = {text: build_filter(text, size) for text in filters or default_filters(size)}
@@ -81,7 +84,7 @@ def default_filters(size: int) -> list[str]:
     return [name + arguments.get(name, "") for name in FILTERS if name != "oneof"]
 
 
-@command(imports="freqmask.commands.sheets")
+@command()
 def reconstruct(
     model: str,
     image: list[str],
@@ -108,10 +111,12 @@ def reconstruct(
     Raises:
         UserError: no decoder, an image that cannot be read, or an unknown filter.
     """
-    from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
-    from freqmask.interop.models import open_method, psnr_by_band, read_image
-
     _check(image, 8, out)
+    check_model(model)
+    with uncollected():
+        from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
+        from freqmask.interop.models import open_method, psnr_by_band, read_image
+
     method, opened = open_method(model, filter)
     images = {file: read_image(file, opened) for file in image}
     pictures = [

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from freqmask.commands.given import command, running_options
+from freqmask.commands.command import command, running_options
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.imports import uncollected
+from freqmask.interop.formats import check_model
 from freqmask.options import Auto, Range
 
 BatchSize = Annotated[int | Auto, Range(least=1)]
@@ -15,7 +17,7 @@ Workers = Annotated[int | Auto, Range(least=0)]
 _QUERIES, _NEIGHBORS = 8, 7
 
 
-@command(imports="freqmask.commands.inference")
+@command()
 def embed(
     model: str,
     data: list[str],
@@ -74,31 +76,33 @@ def embed(
     Raises:
         UserError: the model or the data cannot be opened, or out cannot be written.
     """
-    from freqmask.commands.inference import (
-        EmbedConfig,
-        Embedding,
-        checked_blocks,
-        compute_parts,
-        plan_parts,
-        say_left_out,
-    )
-    from freqmask.data.sources import open_source
-    from freqmask.evaluation.features import ComputeConfig
-    from freqmask.interop.feature_files import SUFFIXES, join_parts, task_of
-    from freqmask.interop.models import open_model
-    from freqmask.training.files import check_out
-
-    opened = open_model(model, image_size=image_size, weights=weights)
-    source = open_source(data, pages=pages, split=split, labels=labels)
     path = Path(out if out is not None else "embeddings.parquet")
-    if out is None and opened.kind == "run" and opened.folder is not None:
-        path = opened.folder.parent / path
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in (".parquet", ".npy"):
         raise UserError(
             f"out ({path}) must end in .parquet or .npy; try --out {path.with_suffix('.parquet')}"
         )
     if path.suffix == ".npy" and patches and blocks:
         raise UserError("a .npy holds one array: ask for patches or blocks, or --out FILE.parquet for both")
+    check_model(model)
+    with uncollected():
+        from freqmask.commands.inference import (
+            EmbedConfig,
+            Embedding,
+            checked_blocks,
+            compute_parts,
+            plan_parts,
+            say_left_out,
+        )
+        from freqmask.data.sources import open_source
+        from freqmask.evaluation.features import ComputeConfig
+        from freqmask.interop.feature_files import join_parts, task_of
+        from freqmask.interop.models import open_model
+        from freqmask.training.files import check_out
+
+    opened = open_model(model, image_size=image_size, weights=weights)
+    source = open_source(data, pages=pages, split=split, labels=labels)
+    if out is None and opened.kind == "run" and opened.folder is not None:
+        path = opened.folder.parent / path
     pooled, crop = _choose(opened, feature, crop, value_range)
     config = EmbedConfig(pooled, patches, checked_blocks(blocks, opened), crop, precision)
     compute = ComputeConfig.of(running_options(), "embed")
@@ -145,7 +149,7 @@ def _choose(opened: Any, feature: str, crop: Any, value_range: str | None) -> tu
     return pooled, crop
 
 
-@command(imports="freqmask.commands.inference")
+@command()
 def predict(
     model: str,
     data: list[str],
@@ -186,16 +190,13 @@ def predict(
     Raises:
         UserError: the model has no head, the data cannot be opened, or out cannot be written.
     """
-    from freqmask.commands.inference import (
-        Classification,
-        open_segmenter,
-        write_classes,
-        write_masks,
-    )
-    from freqmask.data.sources import open_source
-    from freqmask.evaluation.features import ComputeConfig
-    from freqmask.interop.models import open_classifier
-    from freqmask.training.files import check_out
+    check_model(model)
+    with uncollected():
+        from freqmask.commands.inference import Classification, open_segmenter, write_classes, write_masks
+        from freqmask.data.sources import open_source
+        from freqmask.evaluation.features import ComputeConfig
+        from freqmask.interop.models import open_classifier
+        from freqmask.training.files import check_out
 
     segmenter = open_segmenter(model)
     classifier = None if segmenter is not None else open_classifier(model)

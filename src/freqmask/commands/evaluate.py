@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from freqmask.commands.given import command, running_options
+from freqmask.commands.command import command, running_options
+from freqmask.errors import UserError
+from freqmask.imports import uncollected
 from freqmask.options import Range, Seeds
 from freqmask.options.of_evaluation import (
     FineTuned,
@@ -46,10 +48,11 @@ def protocol(summary: str, *groups: type) -> Callable[[Callable[..., Any]], Call
     def decorate(function: Callable[..., Any]) -> Callable[..., list[Any]]:
         @functools.wraps(function)
         def measure(*args: Any, **kwargs: Any) -> list[Any]:
-            from freqmask.evaluation.protocol import run_protocol
-            from freqmask.reporting.page import refresh_report
+            with uncollected():
+                way, options = function(*args, **kwargs), running_options()
+                from freqmask.evaluation.protocol import run_protocol
+                from freqmask.reporting.page import refresh_report
 
-            way, options = function(*args, **kwargs), running_options()
             way.name = function.__name__
             summaries = run_protocol(way, options)
             for name in options["model"]:
@@ -66,7 +69,7 @@ Returns:
 Raises:
     UserError: a model, the data or a folder cannot be opened, labels or masks do not fit, or an option cannot be.
 """
-        return command(*groups, imports="freqmask.evaluation.protocol")(measure)
+        return command(*groups)(measure)
 
     return decorate
 
@@ -151,8 +154,6 @@ def fewshot(
 
         return TunedFewshot(running_options())
     if epochs is not None:
-        from freqmask.errors import UserError
-
         raise UserError(
             f"epochs ({epochs:g}) are those of fine-tuning; leave them out, or give --tune finetune"
         )

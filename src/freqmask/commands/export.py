@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from freqmask.commands.given import command
+from freqmask.commands.command import command
 from freqmask.console import say, shell_word
 from freqmask.errors import UserError
-from freqmask.imports import import_uncollected
+from freqmask.imports import uncollected
 from freqmask.interop.formats import (
     FOLDER,
     PUBLIC,
@@ -73,7 +73,6 @@ def export(
         check_out(out, overwrite, folder=format == FOLDER)
     if push is not None:
         check_hub(push)
-    import_uncollected("freqmask.commands.inference")  # after what is told without it
     opened = _open(model, image_size, weights, format)
     if out is not None:
         told = export_model(opened, out, format, overwrite)
@@ -91,8 +90,9 @@ def export(
 
 def _open(model: str, image_size: int | None, weights: str | None, format: str) -> Any:
     """A classifier with its head, a segmentation network as a graph, or a backbone."""
-    from freqmask.commands.inference import open_segmenter, segmentation_graph
-    from freqmask.interop.models import open_classifier, open_model
+    with uncollected():
+        from freqmask.commands.inference import open_segmenter, segmentation_graph
+        from freqmask.interop.models import open_classifier, open_model
 
     segmenter = open_segmenter(model)
     if segmenter is not None:
@@ -138,9 +138,9 @@ def convert(
     """
     path = check_out(out, overwrite, folder=True)
     check_file(file)
-    import_uncollected("freqmask.interop.foreign_weights")
-    from freqmask.interop.foreign_weights import convert_file
-    from freqmask.interop.weight_files import write_timm_folder
+    with uncollected():
+        from freqmask.interop.foreign_weights import convert_file
+        from freqmask.interop.weight_files import write_timm_folder
 
     converted = convert_file(file, backbone, image_size, model_args, key)
     with new_folder(path) as scratch:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from freqmask.commands.given import command
+from freqmask.commands.command import command
 from freqmask.console import Progress, plain_name, readable_bytes, say, shell_word
 from freqmask.errors import UserError
+from freqmask.imports import uncollected
 from freqmask.options import Auto, Range
+from freqmask.training.files import check_out, check_writable, clear_leftovers, existing_parent
 
 if TYPE_CHECKING:
     from freqmask.data.sharding import Parts, PrepareResult, Settings
@@ -22,7 +24,7 @@ VIEW, SCALE = 224, (0.2, 1.0)  # MFM's usual view: its side in pixels, its share
 RIVAL = 256  # the side that images are often reduced to
 
 
-@command(imports="freqmask.data.sharding")
+@command()
 def prepare(
     data: list[str],
     *,
@@ -56,16 +58,10 @@ def prepare(
     Raises:
         UserError: the images cannot be opened, or out cannot be written or was begun otherwise.
     """
-    from freqmask.data.sharding import (
-        PARTS,
-        images_there,
-        open_parts,
-        prepare_shards,
-        read_manifest,
-    )
-    from freqmask.data.storage import INDEX_NAME
-    from freqmask.training.auto import usable_cores
-    from freqmask.training.files import check_out, check_writable, clear_leftovers
+    with uncollected():
+        from freqmask.data.sharding import PARTS, images_there, open_parts, prepare_shards, read_manifest
+        from freqmask.data.storage import INDEX_NAME
+        from freqmask.training.auto import usable_cores
 
     side = None if resize == "none" else resize
     path = Path(out).expanduser()
@@ -108,7 +104,6 @@ def _settings(
 ) -> Settings:
     """The settings of this start; those of a folder that was begun must be the same."""
     from freqmask.data.sharding import Settings, choose_shard_size
-    from freqmask.training.files import existing_parent
 
     side, size, pages, split = asked
     if before is not None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from freqmask.commands.given import command, given_options
+from freqmask.commands.command import command, given_options
+from freqmask.imports import uncollected
 from freqmask.options import Option
 from freqmask.options.of_methods import built_in_options, options_of_class, typed_options
 from freqmask.options.of_training import First, Images, Machine, Optimization, RunRecords, Views
@@ -22,9 +23,7 @@ def options_of_method(method: Any) -> Mapping[str, Option]:
 
 
 @command(
-    *(First, Images, Views, Optimization, built_in_options(), Machine, RunRecords),
-    imports="freqmask.pretraining.job",
-    more=options_of_method,
+    *(First, Images, Views, Optimization, built_in_options(), Machine, RunRecords), more=options_of_method
 )
 def pretrain(data: list[Any] | None = None, *, config: str | None = None, **options: Any) -> Path:
     """Pre-train a backbone on images without labels.
@@ -45,6 +44,7 @@ def pretrain(data: list[Any] | None = None, *, config: str | None = None, **opti
     Raises:
         UserError: an option that cannot be, with the way out.
     """
-    from freqmask.pretraining.job import run_job
+    with uncollected():
+        from freqmask.pretraining.job import run_job
 
     return run_job({"data": data, **options}, given_options())

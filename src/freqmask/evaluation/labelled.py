@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
@@ -315,6 +313,10 @@ def _united(groups: list[str | None], hashes: list[int]) -> list[str | None]:
     pictures = [("pixels", value) for value in hashes]
     numbers = {key: number for number, key in enumerate(dict.fromkeys([*keys, *pictures]))}
     rows, columns = ([numbers[key] for key in side] for side in (keys, pictures))
+    # here, since no training needs them
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     links = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(numbers), len(numbers)))
     component = connected_components(links, directed=False)[1]
     return [str(component[row]) for row in rows]

@@ -1,4 +1,4 @@
-"""``freqmask info`` and ``freqmask recipes``: what is here: versions, devices, extras; the shipped recipes."""
+"""What is here: ``freqmask info`` (versions, devices, extras), ``recipes``, ``runs``, and a ``report`` on runs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import sys
 import textwrap
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
-from freqmask.commands.given import command
+from freqmask.commands.command import command
 from freqmask.console import say
 from freqmask.errors import UserError
+from freqmask.imports import uncollected
 from freqmask.recipes import Recipe, read_recipe, recipe_names
 from freqmask.training.files import writing
+from freqmask.training.run_folder import write_text
 
 _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "tifffile", "matplotlib")
 _FOR_DEVELOPERS = ("dev", "docs", "bench")
 
 
-@command(imports="torch")
+@command()
 def info() -> dict[str, str]:
     """Prints versions, devices, extras and folders: what a bug report should hold.
 
@@ -52,9 +55,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _devices() -> dict[str, str]:
-    import torch
+    with uncollected():
+        import torch
 
-    from freqmask.training.auto import usable_cores
+        from freqmask.training.auto import usable_cores
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
@@ -143,3 +147,82 @@ def _copy(recipe: Recipe, target: Path) -> Path:
             file.write(recipe.text)
     say(f"{target} holds the recipe; run it with: freqmask pretrain DATA --config {target}")
     return target
+
+
+@command()
+def report(
+    run: list[str],
+    *,
+    out: str | None = None,
+    table: Literal["md", "csv", "latex"] | None = None,
+    results: list[str] | None = None,
+    no_images: bool = False,
+) -> Path | str:
+    """Writes one HTML page on one or several runs, or a table of them.
+
+    The page opens from the disk without a network: what was run, its curves, its previews by step, skipped
+    images, every evaluation. Several runs are overlaid and the settings in which they differ listed. It may be
+    written while a run is being trained. The table joins runs that differ in their seed only into mean and
+    standard deviation, names the settings that vary, and puts the evaluations beside them.
+
+    Args:
+        run: run folders, or a folder that holds them.
+        out: the file to write. The page goes to RUN/report.html, or report.html here where there are several
+            runs; a table is printed.
+        table: a table instead of the page: md (Markdown), csv or latex.
+        results: further results.csv, of models that are no runs: raw pixels, random or public weights.
+        no_images: leave previews and the picture of the inputs out, for those who may not share them. Names of
+            files stay.
+
+    Returns:
+        The path of the page; of a table its path, or its text where there is no ``out``.
+
+    Raises:
+        UserError: no run where one was named.
+    """
+    if isinstance(run, (str, Path)):
+        run = [str(run)]
+    if table is not None:
+        return _table(run, out, table, results or [])
+    from freqmask.reporting.page import write_report
+
+    path = write_report(run, out, images=not no_images, results=results or [])
+    say(f"{path}    ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
+    return path
+
+
+def _table(run: list[str], out: str | None, form: str, results: list[str]) -> Path | str:
+    from freqmask.reporting.reading import read_results, read_runs
+    from freqmask.reporting.tables import FORMS, join_seeds
+
+    text = FORMS[form](join_seeds(read_runs(run), read_results(results)))
+    if out is None:
+        say(text)
+        return text
+    try:
+        write_text(Path(out), text + "\n")
+    except OSError as error:
+        raise UserError(f"out ({out}) cannot be written: {error.strerror}; name another file") from error
+    say(out)
+    return Path(out)
+
+
+@command()
+def runs(folder: str = "runs") -> list[str]:
+    """Lists runs: state, method, steps, time, loss, best probe.
+
+    Args:
+        folder: where the run folders are.
+
+    Returns:
+        The names of the runs.
+
+    Raises:
+        UserError: the folder does not exist or holds no run.
+    """
+    from freqmask.reporting.tables import list_runs, table_lines
+
+    found = list_runs(Path(folder))
+    for line in table_lines(found):
+        say(line)
+    return [run.name for run in found]
