@@ -14,10 +14,9 @@ import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.evaluation import linear, results
-from freqmask.evaluation.corruptions import COMMON, SEVERITIES
+from freqmask.evaluation.corruptions import ALEXNET, COMMON, SEVERITIES, corruption_errors, mce_applies
 from freqmask.evaluation.results import ClassificationResult, check_results, summarize
 from freqmask.evaluation.robustness import Robustness, RobustnessEval, check_tree, find_folders, together
-from freqmask.evaluation.robustness_results import ALEXNET, corruption_errors, mce_applies
 from tests.evaluation.test_classifier import write_classifier
 
 

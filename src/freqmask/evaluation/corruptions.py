@@ -25,7 +25,11 @@ from freqmask.data.loader import Sample, TrainDataset
 from freqmask.data.sampler import Item
 from freqmask.errors import UserError, nearest
 from freqmask.evaluation import corruption_functions
+from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.features import ImageChange
+from freqmask.evaluation.labelled import LabelledData
+from freqmask.evaluation.results import save_figure
+from freqmask.images import as_float
 from freqmask.rng import identity_of, sample_key
 
 FAMILIES = {
@@ -53,6 +57,8 @@ LENGTHS: dict[str, tuple[int, ...]] = {
     "spatter": (2, 4),
 }
 Strength = tuple[float, ...]
+Points = dict[tuple[str, int], float]  # (corruption, severity) -> accuracy
+IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -299,6 +305,71 @@ def choose_corruptions(words: Sequence[str]) -> list[str]:
     return [name for name in CORRUPTIONS if name in chosen]
 
 
+def draw_sheet(
+    path: Path,
+    model: EvalModel,
+    data: LabelledData,
+    corruptions: Sequence[str],
+    severities: Sequence[int],
+    constants: str,
+    frost: str | None,
+) -> None:
+    """The first test image as the model sees it, clean and in every corruption and severity."""
+    from matplotlib.figure import Figure
+
+    sample = model.dataset(data.source)[(0, 0, int(data.tested[0]))]
+    image, key = sample.views[0], sample_key(0, 0, data.source.identity(sample.index))
+    strengths = strengths_for(min(image.shape[1:]), constants)
+    columns = [0, *severities]
+    figure = Figure(figsize=(1.35 * len(columns) + 1.3, 1.35 * len(corruptions) + 0.3), dpi=100)
+    axes = figure.subplots(len(corruptions), len(columns), squeeze=False)
+    left, top = 1.3 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight()
+    figure.subplots_adjust(left=left, right=1, bottom=0, top=top, wspace=0.03, hspace=0.03)
+    for row, name in zip(axes, corruptions, strict=True):
+        title = name.replace("_", " ")
+        row[0].text(-0.05, 0.5, title, ha="right", va="center", fontsize=9, transform=row[0].transAxes)
+        for axis, severity in zip(row, columns, strict=True):
+            shown = Corruption(name, severity, strengths, frost)(image, key) if severity else image
+            values = as_float(shown).numpy()
+            colors = values.transpose(1, 2, 0) if len(values) == 3 else values.mean(axis=0)
+            axis.imshow(colors, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+    for axis, severity in zip(axes[0], columns, strict=True):
+        axis.set_title(str(severity) if severity else "clean", fontsize=9)
+    save_figure(figure, path)
+
+
+def mce_applies(classes: Sequence[str], side: int, measured: Points) -> bool:
+    """Whether AlexNet's errors may be divided by: ImageNet's 1,000 classes, 224 pixels, everything measured."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    everything = {(name, severity) for name in COMMON for severity in SEVERITIES}
+    if len(classes) != IMAGENET_CLASSES or side != 224 or not everything <= set(measured):
+        return False
+    return set(classes) == set(ImageNetInfo("imagenet-1k").label_names())
+
+
+def corruption_errors(measured: Points) -> dict[str, float]:
+    """CE of each of the 15 (arXiv 1903.12261, section 4.2): the sum of the errors over severities, over AlexNet's.
+
+    ``measured`` is (corruption, severity) -> accuracy in [0, 1], all 15 in all 5.
+    """
+    return {
+        name: sum(1 - measured[name, severity] for severity in SEVERITIES) / sum(ALEXNET[name])
+        for name in COMMON
+    }
+
+
+def mean_corruption_error(measured: Points) -> float:
+    """The mean of the 15 corruption errors, mCE; that of AlexNet is 1.
+
+    >>> alexnet = {(name, severity): 1 - ALEXNET[name][severity - 1] for name in COMMON for severity in SEVERITIES}
+    >>> round(mean_corruption_error(alexnet), 6)
+    1.0
+    """
+    return float(np.mean(list(corruption_errors(measured).values())))
+
+
 def _parse(cell: str) -> Strength:
     """The numbers of one severity; 1.1:0.05 stands for 1, 1.05, 1.1."""
     if ":" not in cell:
@@ -396,4 +467,23 @@ PUBLISHED = {
     "cifar-10-c": Published("CIFAR-10-C", 32, _read("cifar-10-c")),
     "tiny-imagenet-c": Published("Tiny-ImageNet-C", 64, _read("tiny-imagenet-c")),
     "imagenet-c": Published("ImageNet-C", 224, _read("imagenet-c")),
+}
+
+# AlexNet's error on ImageNet-C by severity, as published; sums over severities are what mCE divides by.
+ALEXNET: dict[str, Sequence[float]] = {
+    "gaussian_noise": (0.69528, 0.82542, 0.93554, 0.98138, 0.99452),
+    "shot_noise": (0.71224, 0.85108, 0.93574, 0.98182, 0.99146),
+    "impulse_noise": (0.78374, 0.89808, 0.94870, 0.98720, 0.99548),
+    "defocus_blur": (0.65624, 0.73202, 0.85036, 0.91364, 0.94714),
+    "glass_blur": (0.64308, 0.75054, 0.88806, 0.91622, 0.93344),
+    "motion_blur": (0.58430, 0.70048, 0.82108, 0.89750, 0.92638),
+    "zoom_blur": (0.70008, 0.76992, 0.80784, 0.84198, 0.87198),
+    "snow": (0.71726, 0.88392, 0.86468, 0.91870, 0.94952),
+    "frost": (0.61390, 0.79734, 0.88790, 0.89942, 0.93430),
+    "fog": (0.67474, 0.76050, 0.84378, 0.87260, 0.94500),
+    "brightness": (0.45140, 0.48502, 0.54048, 0.62166, 0.72440),
+    "contrast": (0.64548, 0.76150, 0.88874, 0.97760, 0.99270),
+    "elastic_transform": (0.52596, 0.70116, 0.55686, 0.64076, 0.80554),
+    "pixelate": (0.52218, 0.54620, 0.73728, 0.87092, 0.91262),
+    "jpeg_compression": (0.51002, 0.54718, 0.57294, 0.65458, 0.74778),
 }

@@ -10,49 +10,46 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from freqmask.console import say
-from freqmask.data.loader import make_loader
-from freqmask.data.sampler import ChosenSampler
-from freqmask.data.source import Source
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.attacks import Attack, size_of_change
 from freqmask.evaluation.corruptions import (
     COMMON,
     CORRUPTIONS,
     FAMILIES,
     SEVERITIES,
     Corruption,
+    Points,
     check_frost,
+    draw_sheet,
+    mce_applies,
+    mean_corruption_error,
     strengths_for,
 )
-from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.features import compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.linear import ClassifierHead, fit_head
-from freqmask.evaluation.protocol import (
-    EvalConfig,
-    EvalContext,
-    Protocol,
-    metadata_of,
+from freqmask.evaluation.perturbations import Attack, attack_images
+from freqmask.evaluation.protocol import EvalConfig, EvalContext, Protocol, metadata_of
+from freqmask.evaluation.results import (
+    ClassificationResult,
+    Result,
+    ResultTable,
+    Summary,
+    aligned,
+    draw_bars,
+    plain_texts,
+    save_figure,
+    shortened,
 )
-from freqmask.evaluation.results import ClassificationResult, Result, ResultTable
-from freqmask.evaluation.robustness_results import (
-    CLEAN,
-    CORRUPTED,
-    DATA,
-    TREE,
-    corruption_lines,
-    draw_curves,
-    draw_sheet,
-    main_lines,
-)
-from freqmask.images import as_float
 
+CLEAN, CORRUPTED = "clean", "corrupted"
+DATA, TREE = "data", "tree"  # groups of results; any other is the name of a test set
+_COLUMNS = 4  # panels side by side: 15 or 19 corruptions and the bars fill the sheet
 _ATTACKED_AT_ONCE = 64  # images; gradients need several times the memory of features
+
+Tables = Mapping[str, ResultTable]
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def find_folders(folder: Path, corruptions: Sequence[str], severities: Sequence[
     missing = [
         f"{name}/{severity}"
         for name, severity in wanted
-        if name not in by_name or not (by_name[name] / str(severity)).is_dir()
+        if not (by_name.get(name, folder / name) / str(severity)).is_dir()
     ]
     if missing:
         raise UserError(
@@ -189,18 +186,16 @@ class Robustness(Protocol):
 
     def _thinned(self, data: LabelledData) -> LabelledData:
         """With fewer test images where asked for, and without training images where nothing is trained."""
-        rounds, every = data.rounds, len(data.tested)
+        every = len(data.tested)
         if self.test_images is not None and self.test_images < every:
-            share = self.test_images / every
-            counts = [max(1, round(share * len(one.test))) for one in rounds]
-            places = [
-                np.linspace(0, len(one.test) - 1, count).round().astype(np.int64)
-                for one, count in zip(rounds, counts, strict=True)
-            ]
-            rounds = [Round(one.train, one.test[some]) for one, some in zip(rounds, places, strict=True)]
-            say(f"note: {sum(counts):,} of {every:,} test images, evenly taken.")
-        data = replace(data, rounds=rounds)
-        if self.head != "own":
+            rounds = []
+            for one in data.rounds:
+                count = max(1, round(self.test_images / every * len(one.test)))
+                places = np.linspace(0, len(one.test) - 1, count).round().astype(np.int64)
+                rounds.append(Round(one.train, one.test[places]))
+            data = replace(data, rounds=rounds)
+            say(f"note: {len(data.tested):,} of {every:,} test images, evenly taken.")
+        if not self.own_heads:
             return data
         images = data.tested
         source, labels, groups = subset(data, images), data.labels[images], data.groups_of(images)
@@ -242,15 +237,10 @@ class RobustnessEval:
     heads: list[ClassifierHead] = field(default_factory=list)  # what classifies, one a round
     seed: int = 0  # of the heads
 
-    @property
-    def model(self) -> EvalModel:
-        """The one that is measured."""
-        return self.context.model
-
     def measure(self) -> list[Result]:
         """DATA clean, corrupted and attacked, then the folders."""
         context, seed = self.context, self.seed
-        say(f"\n{self.model.name}, {min(self.model.input_size[1:])} pixels")
+        say(f"\n{context.model.name}, {min(context.model.input_size[1:])} pixels")
         if error := context.table("end").error:
             return [replace(context.failed(CLEAN, seed, error), group=DATA)]
         self.heads = [fit_head(context, self.protocol.head, one, seed) for one in context.data.rounds]
@@ -269,21 +259,37 @@ class RobustnessEval:
         values = self.context.table("end").values
         return self._result(CLEAN, {name: rows[tested] for name, rows in values.items()}, {})
 
-    def corrupted(self, corruption: Corruption) -> ClassificationResult:
-        """Corrupted test images."""
-        table = self.context.changed(self.context.data.tested, corruption, quiet=True)
-        metadata = {
-            "corruption": corruption.name,
-            "severity": corruption.severity,
-            "constants": corruption.strengths.describe(),
-            "frost": (corruption.frost or "drawn") if corruption.name == "frost" else "",
-        }
-        return self._result(f"{corruption.name} {corruption.severity}", table.values, metadata)
+    def _all_corrupted(self) -> Iterator[ClassificationResult]:
+        """A result a corruption and severity; a line for each corruption tells how far it is."""
+        context, frost = self.context, self.protocol.frost
+        strengths = strengths_for(min(context.model.input_size[1:]), self.protocol.constants)
+        say(f"constants   {strengths.describe()}")
+        for name in self.protocol.corruptions:
+            began, results = time.monotonic(), []
+            for severity in self.protocol.severities:
+                metadata = {"corruption": name, "severity": severity, "constants": strengths.describe()}
+                metadata["frost"] = (frost or "drawn") if name == "frost" else ""
+                corruption = Corruption(name, severity, strengths, frost)
+                values = context.changed(context.data.tested, corruption, quiet=True).values
+                results.append(self._result(f"{name} {severity}", values, metadata))
+                yield results[-1]
+            _say_accuracy(name, results, time.monotonic() - began)
 
     def attacked(self, attack: Attack) -> ClassificationResult:
         """Adversarial test images, made against this model and its heads."""
-        rounds, began = zip(self.context.data.rounds, self.heads, strict=True), time.monotonic()
-        measured = [self._attack(attack, one, head) for one, head in rounds]
+        data, compute, began = self.context.data, self.context.compute, time.monotonic()
+        measured: list[list[np.ndarray]] = []
+        for one, head in zip(data.rounds, self.heads, strict=True):
+            source, labels, count = (
+                subset(data, one.test),
+                torch.from_numpy(data.labels[one.test]),
+                len(one.test),
+            )
+            size = min(compute.batch_size or _ATTACKED_AT_ONCE, count)
+            arguments = (attack, self.context.model, head, source, labels, size, compute.workers)
+            shared = [*shared_objects(self.context.model, source), head]
+            batches = dict(compute.run(attack_images, count, size, arguments, shared))
+            measured += [batches[first] for first in sorted(batches)]
         predicted, losses, harder, change = (np.concatenate(parts) for parts in zip(*measured, strict=True))
         metadata = {
             "attack": attack.describe(),
@@ -294,27 +300,6 @@ class RobustnessEval:
         result = self._row(attack.name, predicted, metadata)
         _say_accuracy(attack.name, [result], time.monotonic() - began)
         return result
-
-    def _all_corrupted(self) -> Iterator[ClassificationResult]:
-        """A result a corruption and severity; a line for each corruption tells how far it is."""
-        strengths = strengths_for(min(self.model.input_size[1:]), self.protocol.constants)
-        say(f"constants   {strengths.describe()}")
-        for name in self.protocol.corruptions:
-            began, results = time.monotonic(), []
-            for severity in self.protocol.severities:
-                results.append(self.corrupted(Corruption(name, severity, strengths, self.protocol.frost)))
-                yield results[-1]
-            _say_accuracy(name, results, time.monotonic() - began)
-
-    def _attack(self, attack: Attack, one: Round, head: ClassifierHead) -> list[np.ndarray]:
-        """Predictions, losses before and after, and sizes of the changes, of a round's test images."""
-        compute, data, count = self.context.compute, self.context.data, len(one.test)
-        source, labels = subset(data, one.test), torch.from_numpy(data.labels[one.test])
-        size = min(compute.batch_size or _ATTACKED_AT_ONCE, count)
-        arguments = (attack, self.model, head, source, labels, size, compute.workers)
-        shared = [*shared_objects(self.model, source), head]
-        batches = dict(compute.run(_attack_images, count, size, arguments, shared))
-        return [np.concatenate(parts) for parts in zip(*(batches[k] for k in sorted(batches)), strict=True)]
 
     def _result(
         self, variant: str, values: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
@@ -341,9 +326,9 @@ class RobustnessEval:
 
     def _folder(self, folder: TestFolder, data: LabelledData) -> ClassificationResult:
         """A test set of others, among the classes that it has."""
-        context, model, columns = self.context, self.model, None
+        context, model, columns = self.context, self.context.model, None
         if self.protocol.head == "own":
-            model = self.protocol.classifier(self.model.text, data)
+            model = self.protocol.classifier(model.text, data)
             model.prepare(data.source, context.compute.device)
         else:
             columns = [context.data.class_names.index(name) for name in data.class_names]
@@ -351,7 +336,7 @@ class RobustnessEval:
         images = np.flatnonzero(table.read)
         metadata: dict[str, Any] = {"head": self.protocol.head}
         if folder.corruption:
-            metadata |= {"corruption": folder.corruption[0], "severity": folder.corruption[1]}
+            metadata |= dict(zip(("corruption", "severity"), folder.corruption, strict=True))
         result = ClassificationResult(
             model, data, folder.name, self.seed, images, metadata=metadata, error=table.error
         )
@@ -362,35 +347,6 @@ class RobustnessEval:
             read = {"folder": data.name, "left_out": len(table.skipped), "chosen": self.heads[0].chosen}
             result.metadata = {**read, **metadata}
         return result
-
-
-def _attack_images(
-    device: torch.device,
-    images: range,
-    attack: Attack,
-    model: EvalModel,
-    head: ClassifierHead,
-    source: Source,
-    labels: Tensor,
-    size: int,
-    workers: int,
-) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """A batch's first number; its predictions, losses before and after, sizes of the changes; in whatever process."""
-
-    def classify(batch: Tensor) -> Tensor:
-        return head.logits(model.features(batch, "end"))
-
-    first = images.start
-    for batch in make_loader(model.dataset(source), ChosenSampler(images), size, workers):
-        clean, keys = as_float(batch["views"][0].to(device)), batch["keys"].to(device)
-        truth = labels[first : first + len(clean)].to(device)
-        harder = attack.run(classify, clean, truth, keys)
-        with torch.no_grad():
-            before, after = classify(clean).float(), classify(harder).float()
-        losses = (F.cross_entropy(logits, truth, reduction="none") for logits in (before, after))
-        change = size_of_change(harder - clean, attack.norm)
-        yield first, [part.cpu().numpy() for part in (after.argmax(dim=1), *losses, change)]
-        first += len(clean)
 
 
 def together(results: Sequence[ClassificationResult]) -> ClassificationResult:
@@ -416,3 +372,129 @@ def together(results: Sequence[ClassificationResult]) -> ClassificationResult:
 def _say_accuracy(name: str, results: Sequence[ClassificationResult], seconds: float = 0) -> None:
     numbers = " ".join(f"{100 * result.scores().accuracy:5.1f}" for result in results)
     say(f"  {name:<18} {numbers}" + (f"   ({seconds:.0f} s)" if seconds > 1 else ""))
+
+
+def points_of(summaries: Mapping[str, Summary]) -> Points:
+    """A model's accuracies on corrupted images, from its summaries by variant (``fog 3``)."""
+    known = {_corruption_of(variant): one.mean for variant, one in summaries.items() if one.values}
+    return {point: accuracy for point, accuracy in known.items() if point is not None}
+
+
+def _corruption_of(variant: str) -> tuple[str, int] | None:
+    name, _, severity = variant.rpartition(" ")
+    return (name, int(severity)) if name in CORRUPTIONS and severity.isdecimal() else None
+
+
+def _measured_corruptions(table: ResultTable) -> list[str]:
+    measured = {name for summaries in table.models().values() for name, _ in points_of(summaries)}
+    return [name for name in CORRUPTIONS if name in measured]
+
+
+def _headlines(group: str, summaries: Mapping[str, Summary]) -> dict[str, Summary]:
+    rest = {variant: one for variant, one in summaries.items() if _corruption_of(variant) is None}
+    return {"imagenet-c" if group == TREE else variant: one for variant, one in rest.items()}
+
+
+def main_lines(tables: Tables) -> list[str]:
+    """A line a model: clean, corrupted (also in per cent of clean), attacks, mCE, other test sets."""
+    rows: dict[str, dict[str, str]] = {}
+    for group, table in tables.items():
+        for name, summaries in table.models().items():
+            rows.setdefault(name, {}).update(_cells(group, table, summaries))
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    lines = [["model", *columns]]
+    for name, cells in rows.items():
+        error = cells.get(CLEAN, "").startswith("the features")
+        lines.append(
+            [name, cells[CLEAN]] if error else [name, *(cells.get(column, "-") for column in columns)]
+        )
+    notes = {
+        CORRUPTED: "(corrupted: the mean over corruptions and severities; the interval is its own)",
+        "mCE (made)": "(mCE (made): ImageNet-C's files are JPEGs, ours are not; read them for published numbers)",
+    }
+    return [*aligned(lines), *(note for column, note in notes.items() if column in columns)]
+
+
+def _cells(group: str, table: ResultTable, summaries: Mapping[str, Summary]) -> dict[str, str]:
+    """Column -> text."""
+    cells: dict[str, str] = {}
+    for title, one in _headlines(group, summaries).items():
+        cells[title] = one.error or one.percent()
+        if one.variant == CORRUPTED and one.values:
+            cells["95 % interval"] = one.interval_text()
+            if CLEAN in summaries and summaries[CLEAN].mean > 0:  # of nothing there is no share
+                cells["of clean"] = f"{100 * one.mean / summaries[CLEAN].mean:.0f} %"
+    points, first = points_of(summaries), table.results[0]
+    side = 224 if group == TREE else min(first.model.input_size[1:])
+    if mce_applies(first.class_names, side, points):
+        title = "mCE" if group == TREE else "mCE (made)"
+        cells[title] = f"{100 * mean_corruption_error(points):.1f}"
+    return cells
+
+
+def corruption_lines(table: ResultTable) -> list[str]:
+    """Mean over severities: a line a corruption, a column a model."""
+    models = {name: points for name, summaries in table.models().items() if (points := points_of(summaries))}
+    if not models:
+        return []
+    rows = [["mean over severities", *models]]
+    for name in _measured_corruptions(table):
+        by_model = [[points[key] for key in points if key[0] == name] for points in models.values()]
+        rows.append([name, *(f"{100 * np.mean(values):.1f}" if values else "-" for values in by_model)])
+    return aligned(rows)
+
+
+def draw_curves(path: Path, tables: Tables) -> None:
+    """A panel a corruption, a curve a model; the last panel has clean images, attacks and other test sets."""
+    from matplotlib.figure import Figure
+
+    curves = [(name, table) for table in tables.values() for name in _measured_corruptions(table)]
+    models = list(dict.fromkeys(name for table in tables.values() for name in table.models()))
+    columns = min(_COLUMNS, len(curves) + 1)
+    rows = -(-(len(curves) + 1) // columns)
+    figure = Figure(
+        figsize=(max(2.2 * columns, 4.5), 1.9 * rows + 0.6 + 0.18 * len(models)),
+        dpi=110,
+        layout="constrained",
+    )
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for axis, (name, table) in zip(axes, curves, strict=False):
+        _draw_curve(axis, name, table, models)
+    _draw_bars(axes[len(curves)], tables, models)
+    for axis in axes[len(curves) + 1 :]:
+        axis.set_axis_off()
+    for axis in axes[max(len(curves) - columns, 0) : len(curves)]:
+        axis.set_xlabel("severity", fontsize=8)
+    for axis in axes[::columns]:
+        axis.set_ylabel("accuracy in %", fontsize=8)
+    handles, labels = axes[len(curves)].get_legend_handles_labels()
+    plain_texts(figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False))
+    save_figure(figure, path)
+
+
+def _draw_curve(axis: Any, name: str, table: ResultTable, models: Sequence[str]) -> None:
+    """Accuracy over severity; severity 0 is the clean image."""
+    for model, summaries in table.models().items():
+        clean, points = summaries.get(CLEAN), points_of(summaries)
+        curve = [(0.0, clean.mean)] if clean is not None and clean.values else []
+        curve += [(severity, points[name, severity]) for severity in SEVERITIES if (name, severity) in points]
+        x, y = np.array(curve or [(np.nan, np.nan)]).T
+        axis.plot(x, 100 * y, "o-", ms=2.5, lw=1.2, color=f"C{models.index(model)}")
+    axis.axhline(100 / len(table.results[0].class_names), color="0.75", lw=0.8)
+    axis.set_title(name.replace("_", " "), fontsize=8)
+    axis.set_xticks(range(6))
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+
+
+def _draw_bars(axis: Any, tables: Tables, models: Sequence[str]) -> None:
+    """Clean, corrupted, attacked, other test sets, side by side for the models."""
+    series: dict[str, dict[str, Summary]] = {model: {} for model in models}
+    for group, table in tables.items():
+        for model, summaries in table.models().items():
+            series[model] |= _headlines(group, summaries)
+    names = list(dict.fromkeys(name for bars in series.values() for name in bars))
+    draw_bars(axis, names, series)
+    words = [shortened(name, 18) for name in names]
+    axis.set_xticks(range(len(names)), words, rotation=40, ha="right", fontsize=6, parse_math=False)
+    axis.tick_params(axis="y", labelsize=7)
