@@ -52,7 +52,8 @@ def test_classes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_making_networks_leaves_the_generators_of_other_devices_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from freqmask.evaluation.classifier import make_classifier, randomness_from
+    from freqmask.evaluation.finetune import randomness_from
+    from freqmask.evaluation.finetune_plan import make_classifier
     from freqmask.interop.models import open_model
 
     seeded: list[int] = []

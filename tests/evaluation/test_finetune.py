@@ -19,10 +19,9 @@ from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import OrderedSampler
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.classifier import AugmentedGeometry, Mixer, make_classifier
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel
-from freqmask.evaluation.finetune import FinetuneModule
-from freqmask.evaluation.finetune_numbers import Tuning
+from freqmask.evaluation.finetune import AugmentedGeometry, FinetuneModule, Mixer
+from freqmask.evaluation.finetune_plan import Tuning, make_classifier
 from freqmask.evaluation.trainings import layer_groups
 from freqmask.interop.models import open_model
 from freqmask.training.run_folder import RunFolder

@@ -191,7 +191,7 @@ def _check_frozen(options: Mapping[str, Any]) -> None:
 
 
 def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    from freqmask.evaluation.finetune_numbers import check_tuning, with_defaults
+    from freqmask.evaluation.finetune_plan import check_tuning, with_defaults
 
     dropped = ("batch_size", "precision", "shots")
     epochs = EPOCHS if options["epochs"] is None else options["epochs"]

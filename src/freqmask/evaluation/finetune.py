@@ -1,16 +1,24 @@
-"""Fine-tuning: its module and its job as a task of the loop, and the protocol, every model with every seed."""
+"""Fine-tuning: how images are augmented, its module and its job as a task of the loop, and the protocol."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from jaxtyping import Float, Int64, Shaped
+from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.optim.lamb import Lamb
@@ -26,15 +34,17 @@ from freqmask.data.splits import split_indices
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
-from freqmask.evaluation.classifier import AugmentedGeometry, Mixer, Network, make_classifier
 from freqmask.evaluation.eval_model import LOGITS, PIXELS, BackboneModel, ClassifierModel
 from freqmask.evaluation.features import compute_features, not_finite
-from freqmask.evaluation.finetune_numbers import (
+from freqmask.evaluation.finetune_plan import (
     DECIDING,
+    NO_AUGMENT,
     FinetunePlan,
+    Network,
     Tuning,
     check_tuning,
     held_out_share,
+    make_classifier,
     say_short_plan,
 )
 from freqmask.evaluation.labelled import LabelledData, draw_shots, shot_name, subset
@@ -61,6 +71,88 @@ from freqmask.training.run_folder import RunFolder, comparable
 
 _PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
 _FEW_LINES = 4  # without a terminal a series of runs would be all progress
+_TRANSLATION = 0.45  # of the shorter side: how far RandAugment shifts at most, as in timm's transforms
+_RANDAUGMENT = 1  # the view's number in the key of its RandAugment: other numbers than those of its crop
+
+
+@contextmanager
+def randomness_from(key: int, torch_too: bool = False, device: torch.device | None = None) -> Iterator[None]:
+    """Python's, numpy's and (``torch_too``) torch's generators start from a signed 64-bit key; restored afterwards.
+
+    timm draws from them; so an image's changes follow from its key alone, whatever the worker or a restart.
+    """
+    before = random.getstate(), np.random.get_state()
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    try:
+        if not torch_too:
+            yield
+            return
+        devices = [device] if device is not None and device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(key)
+            for one in devices:  # those of other devices stay as they are
+                with torch.cuda.device(one):
+                    torch.cuda.manual_seed(key)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+@dataclass(frozen=True)
+class AugmentedGeometry(Geometry):
+    """A view that RandAugment changes after it is cut and mirrored."""
+
+    augment: str = NO_AUGMENT  # as timm writes it, such as rand-m9-mstd0.5-inc1
+    fill: tuple[int, int, int] = (124, 116, 104)  # color of what comes in from outside the image, 0 to 255
+
+    def finish(
+        self, window: Shaped[Tensor, "channel window_height window_width"], key: int
+    ) -> Shaped[Tensor, "channel height width"]:
+        """The view, changed by numbers from its key; 8-bit color only."""
+        view = super().finish(window, key)
+        if self.augment == NO_AUGMENT:
+            return view
+        change = _randaugment(self.augment, min(self.size), self.fill)
+        with randomness_from(sample_key(key, _RANDAUGMENT, 0)):
+            changed = change(Image.fromarray(view.permute(1, 2, 0).contiguous().numpy()))
+        return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _randaugment(text: str, side: int, fill: tuple[int, int, int]) -> RandAugment:
+    settings = {"translate_const": int(side * _TRANSLATION), "img_mean": fill}
+    return rand_augment_transform(text, {**settings, "interpolation": Image.Resampling.BICUBIC})
+
+
+@dataclass
+class Mixer:
+    """Erases rectangles and mixes the images of a batch with each other."""
+
+    classes: int
+    mixup: float  # alpha; 0 for none
+    cutmix: float  # alpha; 0 for none
+    smoothing: float  # of the labels
+    erasing: float  # probability that an image loses a rectangle to noise
+
+    def __call__(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        labels: Int64[Tensor, " batch"],
+        key: int,
+    ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch class"]]:
+        """The batch as the classifier is trained on it: images, and how much of each class they are.
+
+        The normalized images are changed in place.
+        """
+        with randomness_from(key, torch_too=self.erasing > 0, device=images.device):
+            if self.erasing:
+                images = RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
+            if self.mixup or self.cutmix:
+                mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=self.classes)
+                return mix(images, labels)
+        return images, mixup_target(labels, self.classes, smoothing=self.smoothing)
 
 
 class FinetuneModule(ScheduledModule):
@@ -178,15 +270,7 @@ class FinetuneJob(TrainingJob):
         asked = self.asked
         share = held_out_share(asked["held_out"], len(self.train))
         train, held_out = self._parts(share)
-        plan = FinetunePlan(
-            asked,
-            opened=self.model.opened,
-            network=self._make(0.0),
-            survey=self.survey,
-            images=len(train),
-            seed=self.seed,
-            held_out=share,
-        )
+        plan = FinetunePlan(asked, job=self, network=self._make(0.0), images=len(train), held_out=share)
         tuning = plan.resolve()
         network = self._classifier = self._make(tuning.drop_path)
         if network.notes and asked["drop_path"] not in (None, AUTO):
@@ -195,7 +279,7 @@ class FinetuneJob(TrainingJob):
             say_short_plan(tuning, len(train))
         else:
             say()
-            for line in plan.lines(self.model.name, tuning, network, len(held_out)):
+            for line in plan.lines(tuning, network, len(held_out)):
                 say(line)
         about = {
             "data": comparable(asked["data"]),
@@ -280,7 +364,7 @@ def training_geometry(tuning: Tuning) -> AugmentedGeometry:
     """How a training image is cut and changed before it becomes part of a batch."""
     fill = tuple(min(255, round(255 * value)) for value in tuning.mean) if tuning.channels == 3 else (0, 0, 0)
     return AugmentedGeometry(
-        image_size=_size(tuning.train_size),
+        image_size=(tuning.train_size[0], tuning.train_size[1]),
         scale=(tuning.crop_scale[0], tuning.crop_scale[1]),
         horizontal_flip=0.5 if tuning.flip else 0.0,
         augment=tuning.augment,
@@ -290,16 +374,8 @@ def training_geometry(tuning: Tuning) -> AugmentedGeometry:
 
 def test_geometry(tuning: Tuning) -> Geometry:
     """The centered window of a test."""
-    return Geometry(
-        image_size=_size(tuning.image_size),
-        crop="center",
-        horizontal_flip=0.0,
-        center_share=tuning.crop_share,
-    )
-
-
-def _size(sides: Sequence[int]) -> tuple[int, int]:
-    return sides[0], sides[1]
+    size = (tuning.image_size[0], tuning.image_size[1])
+    return Geometry(size, crop="center", horizontal_flip=0.0, center_share=tuning.crop_share)
 
 
 def predict_images(
@@ -362,13 +438,8 @@ class Finetune(Protocol):
         self.names = run_names(config.models)
         self.planned: set[str] = set()  # models whose plan has been printed
 
-    def contexts(self, text: str) -> Iterator[tuple[Any, int]]:
-        """A model that is to be fine-tuned, for each seed."""
-        model = None
-        for seed in self.config.seeds:
-            if model is None or model.kind == "random":
-                model = self.open_model(text, seed)
-            yield model, seed
+    def context_of(self, model: BackboneModel) -> BackboneModel:
+        return model
 
     def evaluate(self, context: Any, seed: int) -> list[Result]:
         """The classifiers of all rounds as one row."""

@@ -247,13 +247,18 @@ class Protocol(ABC):
 
     def contexts(self, text: str) -> Any:
         """(context, seed) of each measurement of a model; seeds that nothing depends on are left out."""
-        context = None
+        model = None
         for seed in self.config.seeds:
-            if context is None or context.model.kind == "random":
-                context = prepare_context(self.open_model(text, seed), self.data, self.config.compute)
+            if model is None or model.kind == "random":
+                model = self.open_model(text, seed)
+                context = self.context_of(model)
             yield context, seed
-            if not self.seeded and context.model.kind != "random":
+            if not self.seeded and model.kind != "random":
                 return
+
+    def context_of(self, model: Any) -> Any:
+        """What a model is measured by."""
+        return prepare_context(model, self.data, self.config.compute)
 
     def evaluate(self, context: Any, seed: int) -> list[Result]:
         """The rows of one model and seed: one a variant, put together from all rounds."""

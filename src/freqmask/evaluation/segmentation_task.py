@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -126,12 +126,6 @@ def _drops_paths(model: nn.Module) -> bool:
 class SegmentationPlan(Plan):
     """The numbers of one training as they come together."""
 
-    model: BackboneModel = field(kw_only=True)
-    network: UperNet = field(kw_only=True)
-    survey: Survey = field(kw_only=True)
-    images: int = field(kw_only=True)  # training images
-    seed: int = field(kw_only=True)
-
     def resolve(self) -> Training:
         """Every number.
 
@@ -139,8 +133,8 @@ class SegmentationPlan(Plan):
             UserError: numbers do not fit each other.
         """
         values = self.values
-        self.take_model(self.model.opened, self.seed)
-        values["crop"], self.reasons["crop"] = choose_crop(self.asked, self.survey)
+        self.take_model()
+        values["crop"], self.reasons["crop"] = choose_crop(self.asked, self.job.survey)
         values["image_size"] = self.asked["image_size"]
         values["decoder_channels"] = self.network.decoder_channels
         self.take("scale", SCALE, _BEIT)
@@ -174,7 +168,7 @@ class SegmentationPlan(Plan):
         base = LR if plain else LR_OTHERS
         self.take("lr", scaled_lr(base, int(self.values["batch_size"]), BATCH), f"{base:g} x batch/{BATCH}")
         self.take("weight_decay", WEIGHT_DECAY, _BEIT)
-        if self.model.kind == "random":
+        if self.job.model.kind == "random":
             self.take("layer_decay", 1.0, "fresh weights have nothing to keep")
         else:
             self.take("layer_decay", LAYER_DECAY if plain else 1.0, _BEIT if plain else "no plain ViT")
@@ -187,7 +181,7 @@ class SegmentationPlan(Plan):
         pyramid, (low, high) = self.network.pyramid, training.scale
         stages = ", ".join(str(stage + 1) for stage in pyramid.stages)
         yield (
-            f"model       {self.model.name}, {'blocks' if pyramid.is_plain else 'stages'} {stages}; UperNet of "
+            f"model       {self.job.model.name}, {'blocks' if pyramid.is_plain else 'stages'} {stages}; UperNet of "
             f"{training.decoder_channels} channels"
         )
         size = (
@@ -198,7 +192,7 @@ class SegmentationPlan(Plan):
             f"samples     crops of {training.crop} pixels{self.why('crop')}, images {size}, times {low:g} to {high:g}, "
             f"{mirrored}"
         )
-        yield from self.length_lines(training, self.images, "samples", "AdamW", "linear to 0")
+        yield from self.length_lines(training, "samples", "AdamW", "linear to 0")
         yield from self.machine_lines(training)
 
 
@@ -271,14 +265,7 @@ class SegmentationJob(TrainingJob):
 
     def plan(self) -> tuple[Training, dict[str, Any], Source]:
         images, labels = self.data.train, self.data.labels
-        plan = SegmentationPlan(
-            self.asked,
-            model=self.model,
-            network=self.network,
-            survey=self.survey,
-            images=len(images),
-            seed=self.seed,
-        )
+        plan = SegmentationPlan(self.asked, job=self, network=self.network, images=len(images))
         training = plan.resolve()
         say()
         for line in plan.lines(training):

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,7 +24,6 @@ from freqmask.data.source import Source
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import PIXELS, BackboneModel
-from freqmask.interop.models import OpenedModel
 from freqmask.training import auto
 from freqmask.training.callbacks import Export
 from freqmask.training.files import check_writable
@@ -114,17 +113,23 @@ class TrainingNumbers:
 class Plan(auto.Plan):
     """The numbers of a fine-tuning or a segmentation, and how they are printed."""
 
-    def take_model(self, opened: OpenedModel, seed: int) -> None:
+    job: TrainingJob = field(kw_only=True)
+    network: Any = field(kw_only=True)  # what is trained
+    images: int = field(kw_only=True)  # training images
+
+    def take_model(self) -> None:
         """What the model decides, and what is no matter of choice."""
-        names = ("mean", "std", "value_range")
-        self.values |= {"seed": seed, "flip": bool(self.asked["flip"]), "channels": opened.input_size[0]}
+        names, opened = ("mean", "std", "value_range"), self.job.model.opened
+        self.values |= {
+            "seed": self.job.seed,
+            "flip": bool(self.asked["flip"]),
+            "channels": opened.input_size[0],
+        }
         self.values |= {name: getattr(opened, name) for name in names}
 
-    def length_lines(
-        self, numbers: TrainingNumbers, images: int, unit: str, optimizer: str, end: str
-    ) -> Iterator[str]:
+    def length_lines(self, numbers: TrainingNumbers, unit: str, optimizer: str, end: str) -> Iterator[str]:
         """The plan's lines on steps, learning rate and decays."""
-        why, epochs = self.why, numbers.steps * numbers.batch_size / images
+        why, epochs = self.why, numbers.steps * numbers.batch_size / self.images
         yield (
             f"training    {numbers.steps:,} steps of {numbers.batch_size} {unit}{why('batch_size')} = "
             f"{epochs:,.1f} epochs{why('steps')}"

@@ -1,7 +1,8 @@
-"""The numbers of a fine-tuning: what was published, and every ``auto`` resolved once, with its reason, and printed."""
+"""A fine-tuning before its first step: the classifier made of a backbone, and its numbers, resolved and printed."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -9,19 +10,128 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+from timm.models import get_model_args
+from torch import Tensor, nn
 
 from freqmask.console import say
-from freqmask.data.values import Survey
 from freqmask.errors import UserError
-from freqmask.evaluation.classifier import NO_AUGMENT, Network
 from freqmask.evaluation.labelled import parse_shots
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, check_no_problems
 from freqmask.interop.models import OpenedModel
 from freqmask.options.of_evaluation import FineTuned, FineTuning
+from freqmask.timm_models import REFUSED, cannot, parameters_behind
 from freqmask.training import auto
 from freqmask.training.auto import check_single_image
+
+HEAD_STD, HEAD_SCALE = 0.02, 0.001  # docs/evaluating.md, Fine-tuning
+_DROPPED = ("norm.", "attn_pool.")  # a ViT's own end, which the mean of its patches bypasses
+
+
+@dataclass
+class Network:
+    """A classifier before its first step."""
+
+    model: Any  # timm's
+    image_size: tuple[int, int]  # (height, width) that it takes
+    fresh: list[str]  # parameters that begin from nothing
+    dropped: list[str]  # pre-trained parameters that have no place in it
+    fixed_size: bool  # whether it takes this size only
+    notes: list[str]  # sentences for the user
+
+
+def make_classifier(opened: OpenedModel, classes: int, drop_path: float, seed: int) -> Network:
+    """The model's own timm architecture with its weights and a fresh head.
+
+    A ViT is read as MFM reads it: the mean of the patch tokens through a fresh normalization (``fc_norm``), its
+    pre-trained final one left out; the head is normal with std 0.02, cut at two, times 0.001. Other families
+    keep their own end, with timm's initialization of the head.
+
+    Raises:
+        UserError: the architecture has no classifier, or its weights do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the user's of CUDA, too
+        model, notes = _create(opened, classes, drop_path)
+        head = model.get_classifier()
+        if opened.backbone.is_vit and isinstance(head, nn.Linear):
+            nn.init.trunc_normal_(head.weight, std=HEAD_STD)
+            with torch.no_grad():
+                head.weight.mul_(HEAD_SCALE)
+                head.bias.zero_()
+    fresh, dropped = _load(model, opened)
+    backbone = opened.backbone
+    size = backbone.padded_size if backbone.fixed_size else backbone.image_size
+    _leave_out_unreached(model, torch.zeros(1, backbone.channels, *size), opened.name)
+    return Network(model, size, fresh, dropped, backbone.fixed_size, notes)
+
+
+def _create(opened: OpenedModel, classes: int, drop_path: float) -> tuple[Any, list[str]]:
+    module = opened.module
+    architecture = str(module.pretrained_cfg["architecture"])
+    arguments = {**get_model_args(module), **_pooling(opened), "num_classes": classes}
+    try:
+        return timm.create_model(architecture, drop_path_rate=drop_path, **arguments), []
+    except TypeError as error:
+        refused = REFUSED.search(str(error))
+        if refused is None or refused[1] != "drop_path_rate":
+            raise cannot(architecture, f"{classes} classes with {arguments}", error) from error
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise cannot(architecture, f"{classes} classes with {arguments}", error) from error
+    notes = [f"drop path is off: {architecture} does not take it"] if drop_path else []
+    return timm.create_model(architecture, **arguments), notes
+
+
+def _pooling(opened: OpenedModel) -> dict[str, Any]:
+    taken = inspect.signature(type(opened.module).__init__).parameters
+    norm = next((name for name in ("fc_norm", "use_fc_norm") if name in taken), None)
+    if not opened.backbone.is_vit or norm is None or "global_pool" not in taken:
+        return {}
+    return {"global_pool": "avg", norm: True}
+
+
+def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
+    ours, theirs = model.state_dict(), opened.module.state_dict()
+    head = {id(tensor) for part in _heads(model) for tensor in part.state_dict(keep_vars=True).values()}
+    heads = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in head}
+    fresh = [name for name in ours if name not in theirs]
+    dropped = [name for name in theirs if name not in ours]
+    lost = [name for name in fresh if name not in heads and not name.startswith("fc_norm.")]
+    lost += [name for name in dropped if not name.startswith(_DROPPED)]
+    lost += [name for name in ours if name in theirs and ours[name].shape != theirs[name].shape]
+    if lost:
+        shapes = ", ".join(f"{name} {_shape(theirs, name)} -> {_shape(ours, name)}" for name in lost[:3])
+        raise UserError(
+            f"model ({opened.name}): {len(lost)} of its parameters do not fit a classifier of the same "
+            f"architecture ({shapes}); export it again, or take another model"
+        )
+    model.load_state_dict({name: tensor for name, tensor in theirs.items() if name in ours}, strict=False)
+    return fresh, dropped
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    head = model.get_classifier()
+    heads = [part for part in (head if isinstance(head, tuple) else (head,)) if isinstance(part, nn.Module)]
+    if not any(list(part.parameters()) for part in heads):
+        raise UserError(f"model ({type(model).__name__}) has no classifier in timm; take another backbone")
+    return heads
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
+    return "x".join(map(str, state[name].shape)) or "scalar" if name in state else "nothing"
+
+
+def _leave_out_unreached(model: Any, image: Tensor, name: str) -> None:
+    model.requires_grad_(True).eval()
+    try:
+        with torch.enable_grad():
+            reached = parameters_behind([model(image)])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise cannot(name, f"images of {tuple(image.shape[-2:])}", error) from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in reached)
+    model.train()
 
 
 @dataclass(frozen=True)
@@ -132,6 +242,7 @@ DECIDING = (
     *("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment", "erasing", "crop_scale", "flip"),
     *("crop_share", "train_size", "ema", "held_out", "precision", "image_size", "value_range", "weights"),
 )
+NO_AUGMENT = "none"
 _AUGMENT = re.compile(r"rand(-(mstd|mmax|inc|m|n|p)\d+(\.\d+)?)+")
 
 
@@ -189,11 +300,6 @@ def held_out_share(asked: Any, images: int) -> float:
 class FinetunePlan(Plan):
     """The numbers of one fine-tuning as they come together."""
 
-    opened: OpenedModel = field(kw_only=True)  # the backbone
-    network: Network = field(kw_only=True)  # the classifier made of it
-    survey: Survey = field(kw_only=True)  # what the images are like
-    images: int = field(kw_only=True)  # training images
-    seed: int = field(kw_only=True)
     held_out: float = field(kw_only=True)  # share of the training images
 
     def resolve(self) -> Tuning:
@@ -203,7 +309,8 @@ class FinetunePlan(Plan):
             UserError: options that do not fit the model, the images or the machine.
         """
         asked, size = self.asked, self.network.image_size
-        cnn = self.opened.backbone.is_cnn
+        opened = self.job.model.opened
+        cnn = opened.backbone.is_cnn
         self.take("recipe", "a3" if cnn else "vit", "a CNN" if cnn else "it has attention")
         published = self.published = PUBLISHED[self.values["recipe"]]
         self.small = min(size) < SMALL_SIDE
@@ -214,7 +321,7 @@ class FinetunePlan(Plan):
             "ema": asked["ema"],
             "image_size": list(size),
         }
-        self.take_model(self.opened, self.seed)
+        self.take_model()
         self._take_views()
         self._take_machine()
         few = self.images < FEW_IMAGES and self.small and published is PUBLISHED["vit"]
@@ -245,13 +352,13 @@ class FinetunePlan(Plan):
                 self.take(name, usual, published.words)
         values["crop_scale"] = list(values["crop_scale"])
         self._take_train_size()
-        colors = set(self.survey.dtypes) == {"uint8"} and values["value_range"] in ("dtype", "0,255")
+        colors = set(self.job.survey.dtypes) == {"uint8"} and values["value_range"] in ("dtype", "0,255")
         if values["augment"] == NO_AUGMENT or (colors and values["channels"] == 3):
             return
         if self.asked["augment"] not in (None, AUTO):
             raise UserError(
                 f"augment ({values['augment']}) must be none: RandAugment is for 8-bit color images, and these have "
-                f"{values['channels']} channels of {'/'.join(map(str, self.survey.dtypes))}"
+                f"{values['channels']} channels of {'/'.join(map(str, self.job.survey.dtypes))}"
             )
         values["augment"] = NO_AUGMENT
         self.reasons["augment"] = "RandAugment is for 8-bit color images"
@@ -265,13 +372,13 @@ class FinetunePlan(Plan):
         self.values["train_size"] = [chosen, chosen] if isinstance(chosen, int) else list(chosen)
         if fixed and self.values["train_size"] != size:
             raise UserError(
-                f"train_size ({chosen}) must be the {size[0]}x{size[1]} pixels that {self.opened.name} is built for; "
-                "leave it out, or give --image_size"
+                f"train_size ({chosen}) must be the {size[0]}x{size[1]} pixels that {self.job.model.name} is built "
+                "for; leave it out, or give --image_size"
             )
 
     def _take_machine(self) -> None:
         device = self.take_machine(num_nodes=1, strategy=self.asked["strategy"])
-        light = max(self.survey.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
+        light = max(self.job.survey.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
         if self.values["workers"] and self.asked["workers"] == AUTO and device.type == "cpu" and light:
             self.values["workers"] = 0
             self.reasons["workers"] = "small images load faster than they travel"
@@ -287,7 +394,7 @@ class FinetunePlan(Plan):
         )
         batch = int(values["batch_size"])
         if part == 1 and not rest:
-            check_single_image(trial, str(self.opened.name))
+            check_single_image(trial, str(self.job.model.opened.name))
         if rest or (part % 2 and (values["mixup"] or values["cutmix"])):
             raise UserError(
                 f"batch_size ({batch}) must give every device and part the same even number of images, because images "
@@ -323,11 +430,11 @@ class FinetunePlan(Plan):
         if self.asked["min_lr"] not in (None, AUTO) and float(values["min_lr"]) > peak:
             raise UserError(f"min_lr ({values['min_lr']:g}) must be at most lr ({peak:g})")
 
-    def lines(self, name: str, tuning: Tuning, network: Network, held_out: int) -> Iterator[str]:
-        """The plan of a new fine-tuning of a model: its numbers, its classifier with drop path, images held out."""
+    def lines(self, tuning: Tuning, network: Network, held_out: int) -> Iterator[str]:
+        """The plan of a new fine-tuning: its numbers, its classifier with drop path, images held out."""
         why, (height, width) = self.why, tuning.image_size
         left_out = f"; left out: {_names(network.dropped)}" if network.dropped else ""
-        yield f"model       {name} at {height}x{width} pixels, fresh: {_names(network.fresh)}{left_out}"
+        yield f"model       {self.job.model.name} at {height}x{width} pixels, fresh: {_names(network.fresh)}{left_out}"
         for note in network.notes:
             yield f"            {note}"
         held = f"{held_out:,} held out to be watched" if held_out else "none held out"
@@ -336,7 +443,7 @@ class FinetunePlan(Plan):
         optimizer = "AdamW" if tuning.optimizer == "adamw" else "LAMB"
         average = f", moving average {tuning.ema:g}" if tuning.ema else ""
         end = f"cosine to {tuning.min_lr:.2g}{average}"
-        yield from self.length_lines(tuning, self.images, "images", optimizer, end)
+        yield from self.length_lines(tuning, "images", optimizer, end)
         (low, high), size = tuning.crop_scale, "x".join(map(str, tuning.train_size))
         mirrored = "mirrored half of the time" if tuning.flip else "never mirrored"
         yield f"views       crops of {low:g} to {high:g} of the area{why('crop_scale')} at {size}, {mirrored}"
