@@ -81,7 +81,7 @@ def test_masks_are_written_and_score_what_the_evaluation_said():
 
 def test_as_many_windows_are_segmented_at_once_as_its_training_had_room_for(monkeypatch):
     pytest.importorskip("segmentation_models_pytorch")
-    from freqmask.evaluation.segmentation import Predictor
+    from freqmask.evaluation.upernet import Predictor
 
     seen, logits = [], Predictor._logits
     monkeypatch.setattr(

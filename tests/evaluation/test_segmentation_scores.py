@@ -14,7 +14,7 @@ from freqmask.evaluation.scores import (
     mean_iou,
     segmentation_score,
 )
-from freqmask.evaluation.segmentation import classes_at, segment_whole, segment_windows, window_starts
+from freqmask.evaluation.upernet import classes_at, segment_whole, segment_windows, window_starts
 
 
 def maps(count: int = 3, classes: int = 4) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -20,7 +20,8 @@ from freqmask.errors import UserError
 
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask[seg]'")
 
-from freqmask.evaluation.segmentation_task import SegmentationModule, groups_of, open_network
+from freqmask.evaluation.segmentation import open_network
+from freqmask.evaluation.upernet import SegmentationModule, groups_of
 from freqmask.training.run_folder import RunFolder
 
 TINY: dict[str, Any] = {
@@ -143,7 +144,7 @@ def test_layers_learn_slower_the_deeper_they_lie(
             assert scales["pyramid.backbone.timm_model.patch_embed.proj.weight"] == pytest.approx(0.65**3)
         return groups
 
-    monkeypatch.setattr("freqmask.evaluation.segmentation_task.groups_of", note)
+    monkeypatch.setattr("freqmask.evaluation.upernet.groups_of", note)
     freqmask.evaluate.segment([run, f"random:{run}"], data=data, **{**TINY, "steps": 1, "overlays": 0})
     assert seen == [0.65, 1.0]
 

@@ -255,7 +255,7 @@ def open_segmenter(model: str) -> Segmenter | None:
     if config.get("method") != "segment":
         return None
     # here and not above: Lightning comes with it, and classifiers do not wait for it
-    from freqmask.evaluation.segmentation_task import open_network
+    from freqmask.evaluation.segmentation import open_network
 
     network, training = open_network(run)
     labels: dict[int, str] = config["classes"]
@@ -311,7 +311,7 @@ def write_masks(
         inference: ``windows`` that overlap by a third, or ``whole``.
         config: device, windows at once, and loader processes.
     """
-    from freqmask.evaluation.segmentation import Predictor
+    from freqmask.evaluation.upernet import Predictor
 
     training = segmenter.training
     geometry = Geometry(training.crop, crop="whole", horizontal_flip=0.0)

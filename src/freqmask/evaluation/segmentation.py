@@ -1,27 +1,33 @@
-"""Segmentation: from a network that sees windows to the classes of whole images, counted and drawn; the protocol."""
+"""Segmentation: a network trained on images with masks, tested on whole images, counted and drawn; the protocol."""
 
 from __future__ import annotations
 
 import colorsys
-import itertools
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int16, Int64, Shaped
-from torch import Tensor
+from safetensors.torch import load_file
+from timm.models import get_model_args
 
+from freqmask.backbones import Backbone
 from freqmask.console import rank, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import make_loader
 from freqmask.data.sampler import OrderedSampler
+from freqmask.data.source import Source
+from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import BackboneModel, EvalModel, check_models
+from freqmask.evaluation.eval_model import BackboneModel, EvalModel, check_models, open_eval_model
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
+from freqmask.evaluation.mask_files import PairDataset, RandomCrop
 from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
 from freqmask.evaluation.results import (
     Result,
@@ -32,25 +38,40 @@ from freqmask.evaluation.results import (
     shortened,
 )
 from freqmask.evaluation.scores import image_margins
-from freqmask.evaluation.segmentation_task import (
-    DECIDING,
-    STRIDE_SHARE,
-    SegmentationJob,
-    Training,
-    check_options,
-    choose_crop,
-    make_pairs,
-    open_for_training,
+from freqmask.evaluation.trainings import (
+    AUTO,
+    TrainingJob,
+    check_no_problems,
+    make_task,
+    run_names,
+    run_training,
+    series_folder,
 )
-from freqmask.evaluation.trainings import AUTO, run_names, run_training, series_folder
-from freqmask.evaluation.upernet import UperNet, decoder_class
+from freqmask.evaluation.upernet import (
+    DROP_PATH,
+    NETWORK,
+    Predictor,
+    SegmentationModule,
+    SegmentationPlan,
+    Training,
+    UperNet,
+    choose_crop,
+    decoder_class,
+    drops_paths,
+)
 from freqmask.images import as_float
-from freqmask.interop.models import stage_features
+from freqmask.interop.models import OpenedModel, open_model, stage_features
+from freqmask.interop.weight_files import check_weights, write_tensors
 from freqmask.training.auto import pick_device
 from freqmask.training.files import check_writable
-from freqmask.training.run_folder import RUNS
+from freqmask.training.loop import Task
+from freqmask.training.run_folder import RUNS, RunFolder, comparable
 
-Network = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> logits (B, K, h, w)
+# The options that decide what a network becomes.
+DECIDING = (
+    *("crop", "image_size", "scale", "flip", "steps", "epochs", "batch_size", "lr", "warmup_steps"),
+    *("weight_decay", "layer_decay", "drop_path", "decoder_channels", "precision", "value_range", "weights"),
+)
 _MOST_LEGEND = 40
 _INCHES = 2.6  # of one panel's longer side
 _LARGEST = 640  # pixels of a side; more would make a sheet of many megabytes
@@ -58,114 +79,159 @@ _OPACITY = 0.65
 _GOLDEN = 0.618033988749895
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side, so that they cover it: the last one ends where the side ends.
-
-    >>> window_starts(100, 40, 30), window_starts(30, 40, 30)
-    ([0, 30, 60], [0])
-    """
-    if length <= window:
-        return [0]
-    return [min(start, length - window) for start in range(0, length - window + stride, stride)]
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises a UserError with all that is wrong with the options."""
+    check_no_problems(options["model"], "trained on", "baseline", _problems(options))
 
 
-def segment_windows(
-    logits: Network,
-    image: Float[Tensor, "channel height width"],
-    window: int,
-    stride: int,
-    batch_size: int,
-    fill: Float[Tensor, " channel"],
-) -> Float[Tensor, "classes height width"]:
-    """The mean logits of overlapping square windows of an image in [0, 1].
+def _problems(options: Mapping[str, Any]) -> Iterator[str]:
+    scale, crop, stride = options["scale"], options["crop"], options["stride"]
+    if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
+        yield f"scale ({scale}) must be the smallest and the largest factor on the image, such as 0.5 2"
+    if isinstance(stride, int) and isinstance(crop, int) and stride > crop:
+        yield f"stride ({stride}) must be at most crop ({crop}), or windows would leave gaps"
 
-    Window and stride are in pixels, the stride at most the window; ``batch_size`` windows are taken at once, filled up
-    where the image is smaller.
-    """
-    height, width = image.shape[1:]
-    padded = _pad_to(image, (max(height, window), max(width, window)), fill)
-    corners = list(
-        itertools.product(window_starts(height, window, stride), window_starts(width, window, stride))
+
+def open_for_training(text: str, survey: Survey, seed: int, asked: Mapping[str, Any]) -> BackboneModel:
+    """MODEL for samples of the crop's size, with drop path; one that takes any size stays able to."""
+    rate = DROP_PATH if asked["drop_path"] in (None, AUTO) else float(asked["drop_path"])
+    model = open_eval_model(
+        text,
+        survey,
+        seed=seed,
+        image_size=choose_crop(asked, survey).value,
+        weights=asked["weights"],
+        value_range=asked["value_range"],
+        optional_model_args={"drop_path_rate": rate, "dynamic_img_size": True},
     )
-    total, counts = None, image.new_zeros(padded.shape[1:])
-    for first in range(0, len(corners), batch_size):
-        some = corners[first : first + batch_size]
-        windows = torch.stack([padded[:, top : top + window, left : left + window] for top, left in some])
-        batch = _resized(logits(windows), (window, window))
-        total = batch.new_zeros(batch.shape[1], *padded.shape[1:]) if total is None else total
-        for (top, left), window_logits in zip(some, batch, strict=True):
-            total[:, top : top + window, left : left + window] += window_logits
-            counts[top : top + window, left : left + window] += 1
-    assert total is not None  # there is always a window
-    return (total / counts)[:, :height, :width]
-
-
-def segment_whole(
-    logits: Network, image: Float[Tensor, "channel height width"]
-) -> Float[Tensor, "classes height width"]:
-    """The logits of the image seen in one piece; the network must take its size."""
-    return _resized(logits(image[None]), (image.shape[1], image.shape[2]))[0]
-
-
-def classes_at(
-    logits: Float[Tensor, "classes height width"], size: tuple[int, int]
-) -> Int64[Tensor, "mask_height mask_width"]:
-    """The likeliest class of every pixel of the mask; logits are resampled, never classes."""
-    return _resized(logits[None], size)[0].argmax(dim=0)
-
-
-def _pad_to(image: Tensor, size: tuple[int, int], fill: Tensor) -> Tensor:
-    if tuple(image.shape[1:]) == size:
-        return image
-    padded = fill.to(image)[:, None, None].expand(-1, *size).clone()
-    padded[:, : image.shape[1], : image.shape[2]] = image
-    return padded
-
-
-def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(logits.shape[-2:]) == size:
-        return logits.float()
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    assert isinstance(model, BackboneModel)  # pixels were refused
+    deep = len(model.opened.module.feature_info) > 1  # the first block of all never drops
+    if rate and deep and asked["drop_path"] not in (None, AUTO) and not drops_paths(model.opened.module):
+        raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {text} does not take it")
+    return model
 
 
 @dataclass
-class Predictor:
-    """A network on a device."""
+class SegmentationJob(TrainingJob):
+    """The training of one network."""
 
-    network: UperNet
-    training: Training  # how it was trained
-    device: torch.device
-    batch_size: int  # windows at once
-    stride: int = 0  # from window to window in pixels; 0 is two thirds of the crop
+    data: SegmentationData
+
+    method, command, product = "segment", "evaluate segment", "network"
+    metrics, numbers, decides = ["loss"], Training, DECIDING
+    resumes_with = ("accumulate",)
 
     def __post_init__(self) -> None:
-        self.network.to(self.device).eval()
-        self.stride = self.stride or max(1, round(self.training.crop * STRIDE_SHARE))
-        self.fill = torch.tensor(self.training.mean)
+        channels = self.asked["decoder_channels"]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)  # that of CUDA is the user's
+            width = None if channels in (None, AUTO) else int(channels)
+            self.network = UperNet(self.model.opened, len(self.data.labels), width)
 
-    def __call__(
-        self, image: Shaped[Tensor, "channel height width"], size: tuple[int, int], inference: str
-    ) -> tuple[Int64[np.ndarray, "mask_height mask_width"], bool]:
-        """The class of every pixel of the mask, and whether all logits were finite.
+    def images_decide(self) -> dict[str, Any]:
+        labels = self.data.labels
+        return {
+            "images": self.data.train.fingerprint(),
+            "classes": list(labels.values),
+            "ignored labels": list(labels.ignored),
+        }
 
-        Args:
-            image: uint8 or in [0, 1], at the network's input size.
-            size: of the mask.
-            inference: ``windows`` or ``whole``.
-        """
-        pixels = as_float(image.to(self.device))
-        if inference == "whole":
-            logits = segment_whole(self._logits, pixels)
-        else:
-            crop = self.training.crop
-            logits = segment_windows(self._logits, pixels, crop, self.stride, self.batch_size, self.fill)
-        return classes_at(logits, size).cpu().numpy(), bool(torch.isfinite(logits).all())
+    def plan(self) -> tuple[Training, dict[str, Any], Source]:
+        images, labels = self.data.train, self.data.labels
+        plan = SegmentationPlan(self.asked, job=self, network=self.network, images=len(images))
+        training = plan.resolve()
+        say()
+        for line in plan.lines(training):
+            say(line)
+        arguments = get_model_args(self.model.opened.module)
+        made = ("img_size", "in_chans", "num_classes", "patch_size")
+        about = {
+            "data": self.data.name,
+            "split": self.data.split,
+            "patch_size": arguments.get("patch_size"),
+            "model_args": comparable({k: v for k, v in arguments.items() if k not in made}),
+            "classes": {int(value): name for value, name in zip(labels.values, labels.names, strict=True)},
+            "ignore_label": list(labels.ignored),
+        }
+        return training, about, images
 
-    def _logits(self, images: Tensor) -> Tensor:
-        kind = torch.bfloat16 if "bf16" in self.training.precision else torch.float16
-        with torch.autocast(self.device.type, kind, enabled="mixed" in self.training.precision):
-            decoded: Tensor = self.network(images).decoder
-        return decoded
+    def task(self, run: RunFolder, numbers: Training) -> Task:
+        torch.manual_seed(numbers.seed)  # of dropout and drop path
+
+        def export(trainer: L.Trainer, module: Any, step: int) -> None:
+            # the whole network once it is done; until then the checkpoints hold it
+            if trainer.is_global_zero and step == numbers.steps:
+                write_tensors(run.path / NETWORK, module.network.state_dict())
+
+        module = SegmentationModule(self.network.train(), numbers)
+        dataset = make_pairs(self.data, self.data.train, numbers, cut=True)
+        return make_task(run, numbers, module, dataset, export)
+
+    def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
+        """Print how it ended; the checkpoints, three times the network, have served."""
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        say(f"done        {summary['steps']:,} steps in {readable_time(summary['seconds'])}")
+
+    def trained(self, run: RunFolder) -> UperNet:
+        """The network with the weights that a finished run ended with."""
+        if not (run.path / NETWORK).is_file():
+            raise UserError(
+                f"run ({run.path}) is finished and its {NETWORK} is gone; delete it to train again"
+            )
+        self.network.load_state_dict(load_file(run.path / NETWORK))
+        return self.network
+
+
+def make_pairs(data: SegmentationData, source: Source, training: Training, cut: bool) -> PairDataset:
+    """Images with masks: random crops of them where ``cut``, else whole."""
+    crop = RandomCrop(training.crop, training.scale, training.image_size, 0.5 if training.flip else 0.0)
+    return PairDataset(
+        source,
+        data.labels.lookup(),
+        ValueRange.parse(training.value_range) or ValueRange(),
+        training.channels,
+        training.seed,
+        crop if cut else None,
+        training.image_size,
+        training.mean,
+    )
+
+
+def open_network(run: RunFolder) -> tuple[UperNet, Training]:
+    """The network of a finished run, from the run alone.
+
+    Raises:
+        UserError: it is not finished; of a run of 0.1.0, which knows MODEL's path only, MODEL is gone.
+    """
+    if not (run.path / NETWORK).is_file():
+        raise UserError(f"model ({run.path}) has no network yet; its command resumes it")
+    config = run.config()
+    training = Training.read(config)
+    optional = {"drop_path_rate": 0.0, "dynamic_img_size": True}
+    if "model_args" in config:
+        backbone = Backbone(
+            config["backbone"],
+            training.crop,
+            training.channels,
+            config.get("patch_size"),
+            model_args=config["model_args"],
+            optional_model_args=optional,
+        )
+        size = (training.channels, training.crop, training.crop)
+        opened = OpenedModel(
+            run.path.name, "random", backbone, size, tuple(training.mean), tuple(training.std)
+        )
+    else:
+        try:
+            opened = open_model(config["model"], image_size=training.crop, optional_model_args=optional)
+        except UserError as error:
+            raise UserError(
+                f"model ({run.path}) was built on {config['model']}, whose architecture is needed: {error}"
+            ) from error
+    network = UperNet(opened, len(config["classes"]), training.decoder_channels)
+    network.load_state_dict(load_file(run.path / NETWORK))
+    check_weights(network.state_dict(), str(run.path))
+    return network.eval(), training
 
 
 @dataclass
