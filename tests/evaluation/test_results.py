@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from freqmask.evaluation import results
+from freqmask.evaluation import protocol
 from freqmask.training.files import read_rows
 
 OTHER = """
 import sys
 from pathlib import Path
-from freqmask.evaluation.results import add_rows
+from freqmask.evaluation.protocol import add_rows
 table = Path(sys.argv[1])
 table.with_name("ready").touch()
 add_rows(table, [{"model": "other", "accuracy": "0.5"}])
@@ -24,7 +24,7 @@ def test_a_row_of_another_process_is_not_lost_while_rows_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table, others = tmp_path / "results.csv", []
-    results.add_rows(table, [{"model": "own", "accuracy": "0.1"}])
+    protocol.add_rows(table, [{"model": "own", "accuracy": "0.1"}])
 
     def reading(path: Path) -> list[dict[str, str]]:
         rows = read_rows(path)
@@ -34,7 +34,7 @@ def test_a_row_of_another_process_is_not_lost_while_rows_are_replaced(
         time.sleep(0.5)  # the other one would have written by now
         return rows
 
-    monkeypatch.setattr(results, "read_rows", reading)
-    results.add_rows(table, [{"model": "own", "accuracy": "0.2"}])
+    monkeypatch.setattr(protocol, "read_rows", reading)
+    protocol.add_rows(table, [{"model": "own", "accuracy": "0.2"}])
     assert [other.wait() for other in others] == [0]
     assert {row["model"]: row["accuracy"] for row in read_rows(table)} == {"own": "0.2", "other": "0.5"}

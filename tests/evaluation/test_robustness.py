@@ -15,7 +15,8 @@ from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.evaluation import linear, results
 from freqmask.evaluation.corruptions import ALEXNET, COMMON, SEVERITIES, corruption_errors, mce_applies
-from freqmask.evaluation.results import ClassificationResult, check_results, summarize
+from freqmask.evaluation.protocol import check_results
+from freqmask.evaluation.results import ClassificationResult, summarize
 from freqmask.evaluation.robustness import Robustness, RobustnessEval, check_tree, find_folders, together
 from tests.evaluation.test_classifier import write_classifier
 

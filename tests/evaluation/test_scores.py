@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from freqmask.evaluation.scores import (
+from freqmask.evaluation.results import (
     accuracy_of,
     accuracy_units,
     bootstrap_interval,

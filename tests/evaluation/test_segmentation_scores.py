@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freqmask.evaluation.scores import (
+from freqmask.evaluation.results import (
     bootstrap_interval,
     class_scores,
     image_margins,

@@ -154,7 +154,7 @@ class TunedFewshot(Protocol):
         for words in map(shot_name, self.shots):
             here = [one for one in results if one.variant.startswith(f"{words}, ")]
             if here:
-                table = ResultTable(self.name, f"few labels: {words}", AVERAGE, here, f"{words}, ")
+                table = ResultTable(f"few labels: {words}", AVERAGE, here, f"{words}, ")
                 table.summaries = summarize_settings(here, f"{words}, ")
                 tables[words] = table
         return tables

@@ -17,7 +17,7 @@ from freqmask.evaluation.eval_model import LOGITS
 from freqmask.evaluation.knn import outside_autocast
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.protocol import EvalContext, Prediction, Protocol
-from freqmask.evaluation.scores import margins, score
+from freqmask.evaluation.results import margins, score
 
 LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
 DECAY = 1e-3  # weight decay times learning rate, see `Sweep`

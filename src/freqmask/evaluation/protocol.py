@@ -1,4 +1,4 @@
-"""The contract of every evaluation, and how one is carried out: open, measure every model, report."""
+"""The contract of every evaluation, and how one is carried out: open, measure every model, report, add rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from jaxtyping import Int64
 from torch import Tensor
 
+from freqmask import __version__
 from freqmask.console import plain_name, rank, say
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
@@ -39,10 +41,29 @@ from freqmask.evaluation.results import (
     Result,
     ResultTable,
     Summary,
-    check_results,
+    draw_bar_chart,
     write_class_scores,
 )
+from freqmask.options import command_words
+from freqmask.training.files import append_row, check_writable, read_rows, write_rows, writing
+from freqmask.training.run_folder import now
 
+RESULTS = "results.csv"
+# Columns that say, with those of the model, what was measured: a row of the same replaces it.
+_IDENTITY = {
+    *(
+        "protocol",
+        "model",
+        "variant",
+        "seed",
+        "data",
+        "split",
+        "data_fingerprint",
+        "command",
+        "freqmask",
+        "torch",
+    ),
+}
 _SHOWN_SKIPPED = 3
 LONG = 5.0  # seconds after which silence seems a standstill
 
@@ -288,19 +309,25 @@ class Protocol(ABC):
 
     def report(self, results: Sequence[Result]) -> list[Summary]:
         """The tables, the rows, the figures."""
-        tables = self.tables(results)
+        tables, out = self.tables(results), self.config.out
         say_blocks(*self.shown(tables), [line for table in tables.values() for line in table.warnings()])
-        folder = next(iter(tables.values())).folder(self.config.out)
+        # figures go to ``out``, else to the first run that was measured, else here; rows to the run of each model
+        folder = out or next((one.model.results for one in results if one.model.results), None) or Path()
         figures = self.draw(tables, folder)
-        files = [table.add_rows(self.config.options, self.config.out) for table in tables.values()]
+        rows: dict[Path, list[dict[str, str]]] = {}
+        for result in [result for table in tables.values() for result in table.results]:
+            file = (out or result.model.results or Path()) / RESULTS
+            rows.setdefault(file, []).append(row_of(result, self.name, self.config.options))
+        for file, members in rows.items():
+            add_rows(file, members)
         say()
-        say(f"results     {', '.join(dict.fromkeys(str(file) for some in files for file in some))}")
+        say(f"results     {', '.join(map(str, rows))}")
         say(f"figures     {', '.join(map(str, figures))}")
         return [summary for table in tables.values() for summary in table.summaries]
 
     def tables(self, results: Sequence[Result]) -> dict[str, ResultTable]:
         """The results by group: one table for most protocols."""
-        return {"": ResultTable(self.name, self.title, self.headline, results)}
+        return {"": ResultTable(self.title, self.headline, results)}
 
     def shown(self, tables: Mapping[str, ResultTable]) -> list[list[str]]:
         """What is printed, blocks of lines."""
@@ -310,7 +337,10 @@ class Protocol(ABC):
         """Draw the figures and write the table of classes; their files."""
         figures = [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"]
         (table,) = tables.values()
-        table.draw_chart(figures[0])
+        measured = [one for one in table.summaries if not one.error]
+        if measured:
+            title = f"{table.title}\n{self.data.name}"
+            draw_bar_chart(figures[0], title, f"{table.metric} in %", measured)
         write_class_scores(
             figures[1], [one for one in table.results if self.all_classes or one.variant == self.headline]
         )
@@ -369,3 +399,75 @@ def say_blocks(*blocks: Sequence[str]) -> None:
     for block in blocks:
         for line in ["", *block] if block else []:
             say(line)
+
+
+def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """A row of results.csv: when, who, how good, on what, and all that repeats it by the options that were given."""
+    scores: dict[str, Any] = {result.METRIC: "", "error": result.error}
+    if not result.error:
+        low, high = result.own_interval
+        scores = {**vars(result.scores()), f"{result.METRIC}_low": low, f"{result.METRIC}_high": high}
+    row = {
+        "time": now(),
+        "protocol": protocol,
+        "model": result.model.name,
+        "variant": result.variant,
+        "seed": result.seed,
+        **scores,
+        "data": result.data.name,
+        "split": result.data.split,
+        "classes": len(result.class_names),
+        "test_images": len(np.unique(result.images)),
+        **result.metadata,
+        **{
+            f"model_{name}": " ".join(f"{x:g}" for x in value) if isinstance(value, list) else value
+            for name, value in result.model.key().items()
+        },
+        "data_fingerprint": result.data.source.fingerprint(),
+        "command": command_of(protocol, result.model.text, options),
+        "freqmask": __version__,
+        "torch": torch.__version__,
+    }
+    return {name: f"{cell:.7g}" if isinstance(cell, float) else str(cell) for name, cell in row.items()}
+
+
+def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Append rows; those of the same measurements, which a command that was repeated left before, make room.
+
+    Rows of other weights, images, options, seeds or versions stay: they are the history.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = {_measurement(row) for row in rows}
+    # another process may write to the same table: its rows must not come between reading and writing
+    with writing(path), FileLock(path.with_name(f".{path.name}.lock")):
+        known = read_rows(path)
+        others = [row for row in known if _measurement(row) not in measured]
+        if len(others) < len(known):
+            header = list(dict.fromkeys(name for row in (*known, *rows) for name in row if name))
+            write_rows(path, header, [*others, *rows])
+            return
+        for row in rows:
+            append_row(path, row)
+
+
+def _measurement(row: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    """What was measured, and how, whatever came out."""
+    return frozenset(
+        (name, cell)
+        for name, cell in row.items()
+        if cell and name and (name in _IDENTITY or name.startswith("model_"))
+    )
+
+
+def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:
+    """The command that measures this model again."""
+    dropped = ("model", "out", "dry_run")
+    given = {name: value for name, value in options.items() if value is not None and name not in dropped}
+    return f"freqmask evaluate {protocol} {command_words({'model': [model], **given}, first='model')}"
+
+
+def check_results(folder: Path) -> None:
+    """Raises a UserError for a folder whose table cannot be written; asked before hours of measuring."""
+    check_writable(folder, folder=True)
+    check_writable(folder / RESULTS, "results")
+    read_rows(folder / RESULTS)  # a damaged one would refuse the rows after all measuring

@@ -211,7 +211,7 @@ class Robustness(Protocol):
         for result in results:
             groups.setdefault(result.group, []).append(result)
         names = sorted(groups, key=lambda name: name == TREE)
-        return {name: ResultTable(self.name, self.title, CLEAN, groups[name]) for name in names}
+        return {name: ResultTable(self.title, CLEAN, groups[name]) for name in names}
 
     def shown(self, tables: Mapping[str, ResultTable]) -> list[list[str]]:
         return [[self.title, *main_lines(tables)], *map(corruption_lines, tables.values())]

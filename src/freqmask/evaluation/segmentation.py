@@ -33,11 +33,11 @@ from freqmask.evaluation.results import (
     Result,
     ResultTable,
     SegmentationResult,
+    image_margins,
     plain_texts,
     save_figure,
     shortened,
 )
-from freqmask.evaluation.scores import image_margins
 from freqmask.evaluation.trainings import (
     AUTO,
     TrainingJob,
