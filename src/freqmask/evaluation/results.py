@@ -182,7 +182,7 @@ class Result(ABC):
     CLASS_METRIC: ClassVar[str] = "recall"
     UNIT: ClassVar[str] = "image"  # what is classified
 
-    SCORE: ClassVar[Callable[[Margins], Any]]  # the scores of margins, `METRIC` first
+    SCORE: ClassVar[Any]  # the scores of margins, `METRIC` first
 
     def scores(self) -> Any:
         """A dataclass of scores in [0, 1]."""
