@@ -75,9 +75,9 @@ def export(
         check_hub(push)
     opened = _open(model, image_size, weights, format)
     if out is not None:
-        told = export_model(opened, out, format, overwrite)
+        sentences = export_model(opened, out, format, overwrite)
         say(f"written     {out}    ({getattr(opened, 'name', model)}, {format})")
-        for sentence in told:
+        for sentence in sentences:
             say(f"            {sentence}")
     if push is None:
         return Path(str(out))

@@ -236,7 +236,7 @@ def _exact(cell: Any) -> Any:
     """Undoes :func:`_as_utf8`."""
     if not isinstance(cell, str):
         return cell
-    return re.sub(r"\\x([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), cell)
+    return re.sub(r"\\x([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), cell)
 
 
 def _write_names(parts: Sequence[Path], path: Path) -> None:
@@ -291,16 +291,16 @@ def nearest_neighbors(path: Path, queries: int, neighbors: int) -> tuple[np.ndar
     mean = (total / count).astype(np.float32)
     asked, own = _unit(np.concatenate(picked) - mean), np.concatenate(numbers)
     # too few images leave -1 in the last columns
-    found = np.full((len(chosen), 1 + neighbors), -1)
+    nearest = np.full((len(chosen), 1 + neighbors), -1)
     scores = np.full((len(chosen), 1 + neighbors), -np.inf, np.float32)
     for rows, indices in _pieces(path):
         similarity = asked @ _unit(rows - mean).T
         similarity[own[:, None] == indices[None]] = np.inf  # itself comes first
         scores = np.concatenate([scores, similarity], axis=1)
-        found = np.concatenate([found, np.broadcast_to(indices, similarity.shape)], axis=1)
+        nearest = np.concatenate([nearest, np.broadcast_to(indices, similarity.shape)], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, : 1 + neighbors]
-        scores, found = np.take_along_axis(scores, best, 1), np.take_along_axis(found, best, 1)
-    return found, scores
+        scores, nearest = np.take_along_axis(scores, best, 1), np.take_along_axis(nearest, best, 1)
+    return nearest, scores
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

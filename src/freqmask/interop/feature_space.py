@@ -98,15 +98,15 @@ def features_by_name(
 ) -> dict[str, Tensor]:
     """The features that a space takes, by name: of the end, and of blocks counted from 1."""
     end = opened.backbone(normalized)
-    found = {"end/mean": end.pooled, "end/token": end.class_token}
+    features = {"end/mean": end.pooled, "end/token": end.class_token}
     numbers = sorted(
         {int(name.split("/")[0].removeprefix("block")) for name in parts if name.startswith("block")}
     )
     if numbers:
         stages = opened.stages(normalized, [number - 1 for number in numbers])
         for number, stage in zip(numbers, stages, strict=True):
-            found |= {f"block{number}/mean": stage.pooled, f"block{number}/token": stage.class_token}
-    return {name: found[name] for name in parts}
+            features |= {f"block{number}/mean": stage.pooled, f"block{number}/token": stage.class_token}
+    return {name: features[name] for name in parts}
 
 
 def save_space(space: FeatureSpace, opened: OpenedModel) -> Path:

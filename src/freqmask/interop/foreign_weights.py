@@ -177,11 +177,15 @@ def _choose(
     if not containers:
         raise _no_weights(content, path)
     names = set(_model(known, {}).state_dict()) if known is not None and timm.is_model(known) else None
-    candidates = [found for state, at in containers for found in _prefixed(state, at, names)]
+    candidates = [candidate for state, at in containers for candidate in _prefixed(state, at, names)]
     candidates.sort(key=lambda candidate: candidate.order)
     keys = [candidate.key for candidate in candidates]
     if key is not None:
-        asked = [one for one in candidates if one.key == key or one.key.startswith(f"{key}.")]
+        asked = [
+            candidate
+            for candidate in candidates
+            if candidate.key == key or candidate.key.startswith(f"{key}.")
+        ]
         asked += [_Candidate(state, at, "", 0) for state, at in containers if at == key]
         if not asked:
             known_keys = [name for name in dict.fromkeys([*keys, *(at for _, at in containers)]) if name]
@@ -191,7 +195,10 @@ def _choose(
     if not candidates:  # of a family that we do not know
         whole = [_Candidate(state, at, _shared_prefix(state), len(state)) for state, at in containers]
         return min(whole, key=lambda candidate: candidate.order), []
-    best, others = candidates[0], [one.key for one in candidates[1:] if 2 * one.fit >= candidates[0].fit]
+    best, others = (
+        candidates[0],
+        [candidate.key for candidate in candidates[1:] if 2 * candidate.fit >= candidates[0].fit],
+    )
     taken = f"taken: {best.key or 'the weights without a key'}; --key takes others: {_some(others)}"
     return best, [taken] if others else []
 

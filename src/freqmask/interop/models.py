@@ -270,7 +270,10 @@ def stage_features(
     )
     maps = [stage if not backbone.has_class_token else stage[0] for stage in stages]
     prefixes = [stage[1][:, 0] if backbone.has_class_token else None for stage in stages]
-    return [Features(one, one.mean(dim=(2, 3)), token) for one, token in zip(maps, prefixes, strict=True)]
+    return [
+        Features(stage_map, stage_map.mean(dim=(2, 3)), token)
+        for stage_map, token in zip(maps, prefixes, strict=True)
+    ]
 
 
 def _open_named(text: str, channels: int | None, **asked: Any) -> OpenedModel:
@@ -422,42 +425,34 @@ def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channe
 
 
 @torch.no_grad()
-def psnr_by_band(pictures: dict[str, Tensor], edges: Sequence[int] | None = None) -> list[Band]:
+def psnr_by_band(images: dict[str, Tensor], edges: Sequence[int] | None = None) -> list[Band]:
     """PSNR of the filtered input, the prediction and what is filled in, ring by ring.
 
     The PSNR of a band is -10 log10 of the mean squared error of its bins (ortho-normal FFT, a mean over bins and
     channels), so that the bands' errors, weighted by their bins, add up to the image's.
 
     Args:
-        pictures: from a method's ``reconstruct``.
+        images: from a method's ``reconstruct``.
         edges: radii in bins; None takes the bands of the training's health table.
 
     Returns:
         The bands from the center outwards.
     """
-    target = pictures["target"].double()
+    target = images["target"].double()
     height, width = target.shape[-2:]
     limits = band_edges(height, width) if edges is None else edges
     weights = pair_weights(height, width).double()
     whole = rfft2(target)
-    errors = {
-        name: (rfft2(pictures[name].double()) - whole).abs().square().mean(dim=(0, 1))
+    errors = [
+        (rfft2(images[name].double()) - whole).abs().square().mean(dim=(0, 1))
         for name in ("filtered", "prediction", "filled")
-    }
-    hidden = 1 - pictures["keep"].double().mean(dim=(0, 1))
+    ]
+    maps = [1 - images["keep"].double().mean(dim=(0, 1)), *errors]
     bands = []
     for low, high in pairwise(limits):
         ring = inside(height, width, Fraction(high)) & ~inside(height, width, Fraction(low))
         mass = weights * ring
-        if not mass.any():
-            continue
-        share = {name: float((mass * error).sum() / mass.sum()) for name, error in errors.items()}
-        bands.append(
-            Band(
-                low,
-                high,
-                float((mass * hidden).sum() / mass.sum()),
-                *(decibel(share[name]) for name in ("filtered", "prediction", "filled")),
-            )
-        )
+        if mass.any():
+            hidden, *squares = (float((mass * values).sum() / mass.sum()) for values in maps)
+            bands.append(Band(low, high, hidden, *map(decibel, squares)))
     return bands

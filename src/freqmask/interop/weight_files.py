@@ -135,14 +135,16 @@ def read_tensors(path: Path, option: str) -> dict[str, Tensor]:
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """What is too many, missing or of another shape, a phrase each."""
-    found, wanted = ({name: tuple(one.shape) for name, one in part.items()} for part in (state, expected))
+    shapes, needed = (
+        {name: tuple(tensor.shape) for name, tensor in part.items()} for part in (state, expected)
+    )
     return [
-        *(f"{name} {found[name]} is too many" for name in sorted(found.keys() - wanted.keys())),
-        *(f"{name} {wanted[name]} is missing" for name in sorted(wanted.keys() - found.keys())),
+        *(f"{name} {shapes[name]} is too many" for name in sorted(shapes.keys() - needed.keys())),
+        *(f"{name} {needed[name]} is missing" for name in sorted(needed.keys() - shapes.keys())),
         *(
-            f"{name} is {found[name]} instead of {wanted[name]}"
-            for name in sorted(wanted.keys() & found.keys())
-            if found[name] != wanted[name]
+            f"{name} is {shapes[name]} instead of {needed[name]}"
+            for name in sorted(needed.keys() & shapes.keys())
+            if shapes[name] != needed[name]
         ),
     ]
 

@@ -192,7 +192,7 @@ def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ())
     scripts = [(_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     evaluated = [*((run.name, run.results) for run in runs), ("", others)]
     drawn = [*charts(runs), *evaluation_charts(evaluated)]
-    in_words = {"header", "rows", "meaning", "summary"}  # the template's; the script needs the rest
+    of_template = {"header", "rows", "meaning", "summary"}  # the script needs the rest
     context = {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "version": __version__,
@@ -205,7 +205,7 @@ def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ())
         "charts": drawn,
         "data": {
             "runs": len(runs),
-            "charts": [{name: chart[name] for name in chart if name not in in_words} for chart in drawn],
+            "charts": [{name: chart[name] for name in chart if name not in of_template} for chart in drawn],
         },
         "groups": _grouped(runs),
         "differences": differences(runs),
@@ -241,7 +241,7 @@ def _grouped(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]
     texts = [metadata(run) for run in runs]
     groups: dict[str, list[tuple[str, list[str]]]] = {}
     for group, name in [(group, name) for group, names in texts[0].items() for name in names]:
-        cells = [one[group][name] for one in texts]
+        cells = [text[group][name] for text in texts]
         if any(cells):
             groups.setdefault(group, []).append((name, [cell or "–" for cell in cells]))
     return list(groups.items())

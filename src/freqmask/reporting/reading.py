@@ -59,9 +59,9 @@ class Curve:
     def trend(self, parts: int) -> Curve:
         """Its mean over each of ``parts`` stretches, at the stretch's mean step."""
         stretches = np.array_split(np.arange(len(self.steps)), min(parts, len(self.steps)))
-        return Curve(
-            *(np.array([column[part].mean() for part in stretches]) for column in (self.steps, self.values))
-        )
+        columns = (self.steps, self.values)
+        steps, values = (np.array([column[part].mean() for part in stretches]) for column in columns)
+        return Curve(steps, values)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         raise UserError(_no_run(path))
     missing: list[str] = []
     folder = RunFolder(path)
-    found = [(_PREVIEW.fullmatch(file.name), file) for file in folder.previews.glob("*.png")]
+    matches = [(_PREVIEW.fullmatch(file.name), file) for file in folder.previews.glob("*.png")]
     run = Run(
         path=path,
         name=name or path.resolve().name,
@@ -145,7 +145,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         **_metrics(folder.metrics, missing),
         skipped=_rows(path / SKIPPED, missing),
         results=_rows(path / RESULTS, missing),
-        previews=sorted((int(match[1]), file) for match, file in found if match),
+        previews=sorted((int(match[1]), file) for match, file in matches if match),
         plan=path / "plan.png" if (path / "plan.png").is_file() else None,
         missing=missing,
     )
@@ -188,9 +188,9 @@ def _is_begun(path: Path) -> bool:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
     # a folder of runs with a table of results beside them is no run
-    return [path for path in found if _is_begun(path) or not any(map(is_run, path.iterdir()))]
+    return [path for path in folders if _is_begun(path) or not any(map(is_run, path.iterdir()))]
 
 
 def _no_run(path: Path) -> str:

@@ -143,7 +143,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """The recorded settings in which the runs are not all alike, each with its value in every run."""
     settings = [settings_of(run) for run in runs]
     names = sorted({name for run in runs for name in run.config})
-    table = [(name, [one.get(name, "–") for one in settings]) for name in names]
+    table = [(name, [texts_of_run.get(name, "–") for texts_of_run in settings]) for name in names]
     return [(name, texts) for name, texts in table if len(set(texts)) > 1]
 
 

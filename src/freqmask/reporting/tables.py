@@ -129,10 +129,10 @@ def evaluation_charts(tables: Sequence[tuple[str, Sequence[Row]]]) -> list[dict[
     """Bars of the same tables, a chart for each protocol and data set, as ``page.charts`` gives them, with ``bars``."""
     kinds: dict[tuple[str, str, str], list[tuple[str, int, Measured]]] = {}
     for color, (owner, rows) in enumerate(tables):
-        for one in measured(rows):
-            protocol, variant, data, score = one.kind
-            label = " · ".join(filter(None, [owner or one.model, variant]))
-            kinds.setdefault((protocol, data, score), []).append((label, color, one))
+        for entry in measured(rows):
+            protocol, variant, data, score = entry.kind
+            label = " · ".join(filter(None, [owner or entry.model, variant]))
+            kinds.setdefault((protocol, data, score), []).append((label, color, entry))
     return [_bars(f"bars-{number}", *part) for number, part in enumerate(kinds.items())]
 
 
@@ -140,14 +140,14 @@ def _bars(key: str, kind: tuple[str, str, str], parts: Sequence[tuple[str, int, 
     protocol, data, score = kind
     bars = parts[:MOST_BARS]
     labels, colors, scores = zip(*bars, strict=True)
-    rows = [[label, str(one)] for label, _, one in bars]
+    rows = [[label, str(entry)] for label, _, entry in bars]
     title = f"{protocol} on {data}" if data else protocol
     more = f" The first {MOST_BARS} of {len(parts)}." if len(parts) > MOST_BARS else ""
-    below, above = zip(*(one.whiskers() for one in scores), strict=True)
+    below, above = zip(*(entry.whiskers() for entry in scores), strict=True)
     trace = {
         "name": html.escape(title),
         "labels": [html.escape(label) for label in labels],
-        "values": [round(one.percent.mean, 3) for one in scores],
+        "values": [round(entry.percent.mean, 3) for entry in scores],
         "below": [round(value, 3) for value in below],
         "above": [round(value, 3) for value in above],
         "colors": list(colors),
@@ -202,8 +202,8 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
                 seeds.setdefault(kind, []).append(value)
         lines.append((names, {kind: Cell(tuple(seeds[kind]), 3 if kind in _LOSSES else 1) for kind in seeds}))
     models: dict[str, dict[Kind, Cell]] = {}
-    for one in measured(others):
-        models.setdefault(one.model, {})[one.kind] = one.percent
+    for entry in measured(others):
+        models.setdefault(entry.model, {})[entry.kind] = entry.percent
     lines += [([model, *["–"] * (len(settings) - 1)], cells) for model, cells in models.items()]
     kinds = dict.fromkeys(kind for _, cells in lines for kind in cells)
     columns = sorted(kinds, key=lambda kind: [*_LOSSES, *kinds].index(kind))
@@ -227,8 +227,8 @@ def identity(run: Run) -> dict[str, str]:
 def _varying(runs: Sequence[Run]) -> list[str]:
     """What varies and was typed for some run; what only follows from that (auto) is left out where it can be."""
     settings = [identity(run) for run in runs]
-    names = list(dict.fromkeys(name for one in settings for name in one))
-    varying = [name for name in names if len({one.get(name) for one in settings}) > 1]
+    names = list(dict.fromkeys(name for identified in settings for name in identified))
+    varying = [name for name in names if len({identified.get(name) for identified in settings}) > 1]
     return [name for name in varying if any(name in run.given for run in runs)] or varying
 
 
@@ -238,9 +238,9 @@ def _numbers(run: Run) -> dict[Kind, float]:
         kind: at_end(run.curves[name]) for kind, (name, at_end) in _LOSSES.items() if name in run.curves
     }
     scores: dict[Kind, list[float]] = {}
-    for one in measured(run.results):
-        scores.setdefault(one.kind, []).append(one.percent.mean)
-    return values | {kind: statistics.fmean(found) for kind, found in scores.items()}
+    for entry in measured(run.results):
+        scores.setdefault(entry.kind, []).append(entry.percent.mean)
+    return values | {kind: statistics.fmean(means) for kind, means in scores.items()}
 
 
 def _title(kind: Kind, kinds: Iterable[Kind]) -> str:
@@ -346,8 +346,8 @@ def table_lines(runs: Sequence[Run]) -> list[str]:
 def _run_row(run: Run) -> tuple[str, ...]:
     seconds = number(run.summary.get("seconds"))
     curve = run.curves.get("relative_loss")
-    probes = [one for one in measured(run.results) if one.kind[0] in ("linear", "knn")]
-    best = max(probes, key=lambda one: one.percent.mean, default=None)
+    probes = [entry for entry in measured(run.results) if entry.kind[0] in ("linear", "knn")]
+    best = max(probes, key=lambda entry: entry.percent.mean, default=None)
     asked = f" of {run.total_steps:,}" if run.status != "finished" and run.total_steps else ""
     cells = (
         run.name,
