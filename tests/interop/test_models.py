@@ -32,6 +32,12 @@ def test_the_backbone_folder_of_a_run_is_the_same_model(vit_run):
     assert folder.weights_hash == run.weights_hash
 
 
+def test_a_home_is_the_same_place_as_its_path(vit_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(vit_run.path.parent))
+    assert open_model("~/mfm-vit/backbone").kind == open_model(vit_run.backbone).kind
+    assert load_method("~/mfm-vit").name == "mfm"
+
+
 def test_the_weights_hash_tells_weights_apart_and_stays_the_same(vit_run):
     one, again = open_model("random:resnet18", seed=1), open_model("random:resnet18", seed=1)
     assert one.weights_hash == again.weights_hash

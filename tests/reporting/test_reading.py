@@ -20,7 +20,7 @@ HUGE = b"step,model\n1," + b"x" * 200_000 + b"\n"  # a cell beyond what the modu
 
 def test_a_run_is_read_whole(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a"))
-    assert (run.name, run.status, run.rows, run.last_step) == ("a", "finished", 40, 40)
+    assert (run.name, run.status, len(run.curves["loss"].steps), run.last_step) == ("a", "finished", 40, 40)
     assert run.curves["loss"].last == pytest.approx(1 / 40)
     assert [step for step, _ in run.previews] == [10, 20, 30]
     assert run.missing == []
@@ -42,7 +42,7 @@ def test_a_cut_line_is_left_out_and_said(tmp_path: Path) -> None:
     metrics = folder / "metrics.csv"
     metrics.write_bytes(metrics.read_bytes()[:-7])
     run = read_run(folder)
-    assert run.rows == 39
+    assert len(run.curves["loss"].steps) == 39
     assert any("1 lines of metrics.csv are cut short" in sentence for sentence in run.missing)
 
 

@@ -322,7 +322,7 @@ def _open_folder(text: str, weights: str | None, **asked: Any) -> OpenedModel:
             raise UserError(f"model ({text}) cannot be opened: {error}") from error
     return _opened(
         _name(Path(text), folder),
-        "folder" if folder == Path(text) else "run",
+        "folder" if folder == Path(text).expanduser() else "run",
         backbone,
         mean,
         std,

@@ -70,14 +70,14 @@ def load_method(run: str | Path) -> Method:
     Raises:
         UserError: it is no run, has no checkpoint yet, or its method cannot be made here.
     """
-    folder = RunFolder(run)
+    folder = RunFolder(Path(run).expanduser())
     if not folder.exists():
         raise UserError(
             f"run ({run}) must be a run folder of freqmask pretrain; there is no config.yaml in it"
         )
     with named_by_user((), folder.path / "config.yaml", imported_too=True):
         method = method_of(folder.config(), folder.state().get("images"))
-    weights = under(run_state(run))
+    weights = under(run_state(folder.path))
     try:
         method.load_state_dict(weights)  # torch's own check: distill makes its heads by the weights that come
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -192,7 +192,7 @@ def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ())
     scripts = [(_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     evaluated = [*((run.name, run.results) for run in runs), ("", others)]
     drawn = [*charts(runs), *evaluation_charts(evaluated)]
-    of_template = {"header", "rows", "meaning", "summary"}  # the script needs the rest
+    of_template = {"header", "rows", "meaning", "summary", "columns"}  # the script needs the rest
     context = {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "version": __version__,
@@ -375,7 +375,7 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     Returns:
         One mapping a chart: ``key``, ``title``, ``meaning``, ``summary`` (a sentence for those who cannot see
-        it), ``traces``, ``reference``, ``logarithmic``, and ``header`` and ``rows`` of its table of numbers.
+        it), ``traces``, ``reference``, ``logarithmic``, ``wide``, and ``header`` and ``rows`` of its table.
     """
     columns = list(dict.fromkeys(name for run in runs for name in run.curves))
     left = [name for name in columns if name not in ("step", "epoch")]
@@ -435,13 +435,9 @@ def _chart(panel: Panel, columns: list[str], runs: Sequence[Run], most: int) -> 
     header, rows = _numbers(named)
     lowest = min(curve.values.min() for _, curve in named)
     spread = max(curve.values.max() for _, curve in named) / lowest if lowest > 0 else 0.0
-    return {
-        "key": panel.key,
-        "title": panel.title,
-        "meaning": panel.meaning,
+    return asdict(panel) | {
         "summary": " ".join(_sentence(name, curve) for name, curve in named),
         "traces": traces,
-        "reference": panel.reference,
         "logarithmic": bool(panel.logarithmic and lowest > 0),
         "wide": bool(panel.wide and spread > WIDE),
         "header": header,

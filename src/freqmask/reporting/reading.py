@@ -78,7 +78,6 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)  # what it ended with
     curves: dict[str, Curve] = field(default_factory=dict)  # column of metrics.csv to its curve
-    rows: int = 0  # logged rows that could be read
     skipped: list[dict[str, str]] = field(default_factory=list)  # rows of skipped.csv
     results: list[dict[str, str]] = field(default_factory=list)  # rows of results.csv
     previews: list[tuple[int, Path]] = field(default_factory=list)  # step and image file, rising
@@ -142,7 +141,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         config=_read(folder.config, path / CONFIG, missing),
         state=_read(folder.state, path / STATE, missing),
         summary=_read(folder.summary, path / SUMMARY, missing) if folder.finished() else {},
-        **_metrics(folder.metrics, missing),
+        curves=_metrics(folder.metrics, missing),
         skipped=_rows(path / SKIPPED, missing),
         results=_rows(path / RESULTS, missing),
         previews=sorted((int(match[1]), file) for match, file in matches if match),
@@ -232,8 +231,8 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
     return [{key: value or "" for key, value in row.items() if key} for row in rows]
 
 
-def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
-    """Curves by column, without those that hold no number, and the number of rows; why there are none."""
+def _metrics(path: Path, missing: list[str]) -> dict[str, Curve]:
+    """Curves by column, without those that hold no number; why there are none."""
     lines = (
         path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
         if path.is_file()
@@ -254,10 +253,7 @@ def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
     columns = dict(zip(header, zip(*whole, strict=True), strict=True))
     steps = np.array([number(cell) for cell in columns.pop("step")])
     curves = {name: _curve(steps, cells) for name, cells in columns.items()}
-    return {
-        "curves": {name: curve for name, curve in curves.items() if len(curve.values)},
-        "rows": len(whole),
-    }
+    return {name: curve for name, curve in curves.items() if len(curve.values)}
 
 
 def _cells(line: str) -> list[str]:
