@@ -329,7 +329,7 @@ def loader(options: Any, claims: Claims) -> None:
     from freqmask.data.sampler import TrainSampler
     from freqmask.data.sources import open_source
     from freqmask.data.transforms import Geometry
-    from freqmask.images import as_float
+    from freqmask.spectrum import as_float
 
     workers = 0 if options.toy else min(16, os.cpu_count() or 1)
     photographs = os.environ.get("PHOTOS") or str(

@@ -42,9 +42,9 @@ from freqmask.data.augment import NO_CHANGE, PhotometricAugmentation, Photometri
 from freqmask.evaluation.corruptions import COMMON, Corruption, Strengths
 from freqmask.evaluation.knn import predict
 from freqmask.evaluation.linear import choose_and_fit
-from freqmask.images import Normalization
 from freqmask.methods import METHODS
 from freqmask.pretraining.resolve import open_teacher
+from freqmask.spectrum import Normalization
 from freqmask.training.optim import parameter_groups
 
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -33,8 +33,8 @@ from freqmask.data.sampler import TrainSampler
 from freqmask.data.source import Source
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
-from freqmask.images import as_float
 from freqmask.methods import build_method
+from freqmask.spectrum import as_float
 from freqmask.training.loop import tune_malloc
 from freqmask.training.optim import OptimConfig, build_optimizer
 

@@ -17,10 +17,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from freqmask.heads import ProjectionHead
-from freqmask.images import Normalization
 from freqmask.methods.folk import DistillationLoss
 from freqmask.methods.method import Method, build_backbone
 from freqmask.options.of_methods import BackboneOptions
+from freqmask.spectrum import Normalization
 from freqmask.training.optim import cosine_momentum, update_ema
 
 

@@ -20,8 +20,8 @@ from freqmask.evaluation.eval_model import (
     open_eval_model,
     what_differs,
 )
-from freqmask.images import as_float
 from freqmask.interop.models import open_model
+from freqmask.spectrum import as_float
 
 CPU = torch.device("cpu")
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_runs import make_run
 
-from freqmask.artifacts import MARKER
 from freqmask.commands.inference import EmbedConfig, Embedding, plan_parts, some_parts
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.evaluation.features import part_images
-from freqmask.images import as_float
 from freqmask.interop.feature_files import Parts, join_parts, nearest_neighbors, task_of
 from freqmask.interop.models import open_model, still_images
+from freqmask.spectrum import as_float
+from freqmask.training.files import MARKER
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from freqmask.errors import UserError
-from freqmask.images import decibel
 from freqmask.interop.foreign_weights import convert_file
 from freqmask.interop.formats import export_model
 from freqmask.interop.models import open_method, open_model, psnr_by_band, read_image
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.methods.mfm import band_edges
+from freqmask.spectrum import decibel
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

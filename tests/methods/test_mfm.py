@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import CNN, photographs, tiny_method
 
-from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.methods.mfm import band_edges
 from freqmask.rng import combine
+from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 
 KEYS = torch.arange(2, 6)  # draws two low-passes and two high-passes
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from freqmask.artifacts import MARKER
-from freqmask.images import psnr
 from freqmask.pretraining.figures import Palette, centered, new_sheet, save_sheet, show_image, spectrum_levels
+from freqmask.spectrum import psnr
+from freqmask.training.files import MARKER
 
 
 def random_images(channels: int, seed: int = 0) -> torch.Tensor:

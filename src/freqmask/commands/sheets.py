@@ -12,7 +12,6 @@ from torch import Tensor
 
 from freqmask.console import plain_name
 from freqmask.data.source import Source
-from freqmask.images import as_float, psnr
 from freqmask.interop.feature_files import nearest_neighbors
 from freqmask.interop.models import Band, OpenedModel, still_images
 from freqmask.pretraining.figures import (
@@ -25,6 +24,7 @@ from freqmask.pretraining.figures import (
     spectrum_scale,
 )
 from freqmask.rng import combine, identity_of, sample_key
+from freqmask.spectrum import as_float, psnr
 
 _LONGEST_NAME = 22
 _KEYS = 256  # tried to see every filter of a mixture

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from freqmask.artifacts import MARKER, is_own_folder, is_part_of_run, marked
 from freqmask.data.cache import cache_file, hash_of, read_arrays, stamp_of, write_arrays
 from freqmask.errors import UserError
+from freqmask.training.files import MARKER, is_own_folder, is_part_of_run, marked
 
 VERSION = 3
 # A folder changed within this time before it was read may change again without a new time stamp.

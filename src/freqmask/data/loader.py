@@ -36,8 +36,8 @@ from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, decode_windows
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
-from freqmask.images import as_float
 from freqmask.rng import sample_key, uniform_numbers
+from freqmask.spectrum import as_float
 
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, with reasons
 MAX_FALLBACKS = 32  # with a tenth of the images bad, that many bad ones in a row do not happen

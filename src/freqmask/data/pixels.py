@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from freqmask.errors import BadImage, UserError, brief
-from freqmask.images import LUMA
+from freqmask.spectrum import LUMA
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in full-resolution pixels, after EXIF rotation."""

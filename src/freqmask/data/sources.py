@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from freqmask.artifacts import marked_in
 from freqmask.data.arrays import locate_array
 from freqmask.data.builtin import open_builtin
 from freqmask.data.decode import read_suffixes
@@ -28,6 +27,7 @@ from freqmask.data.storage import (
 )
 from freqmask.errors import UserError, nearest
 from freqmask.imports import IMPORT_PATH, import_object
+from freqmask.training.files import marked_in
 
 __all__ = ["JoinedSource", "Pages", "Source", "SourceSummary", "Subset", "open_source", "splits_there"]
 

@@ -28,7 +28,7 @@ from scipy.ndimage import (
 from scipy.signal import fftconvolve
 from skimage.filters import apply_hysteresis_threshold
 
-from freqmask.images import LUMA
+from freqmask.spectrum import LUMA
 
 Image = Float[np.ndarray, "height width channel"]
 

@@ -29,8 +29,8 @@ from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.features import ImageChange
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.results import save_figure
-from freqmask.images import as_float
 from freqmask.rng import identity_of, sample_key
+from freqmask.spectrum import as_float
 
 FAMILIES = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),

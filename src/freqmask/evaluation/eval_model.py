@@ -20,10 +20,10 @@ from freqmask.data.sampler import ChosenSampler
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
-from freqmask.images import as_float
 from freqmask.interop.formats import CLASSIFIER, PUBLIC, RANDOM
 from freqmask.interop.models import OpenedClassifier, OpenedModel, open_classifier, open_model, still_images
 from freqmask.interop.weight_files import hash_weights
+from freqmask.spectrum import as_float
 from freqmask.training.run_folder import RunFolder
 
 PIXELS = "pixels"

@@ -19,7 +19,7 @@ from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import ChosenSampler
 from freqmask.data.source import Source, Subset
 from freqmask.evaluation.eval_model import EvalModel
-from freqmask.images import as_float
+from freqmask.spectrum import as_float
 from freqmask.training.auto import (
     check_started_once,
     choose_devices,

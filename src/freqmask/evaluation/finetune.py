@@ -60,10 +60,10 @@ from freqmask.evaluation.trainings import (
     run_training,
     series_folder,
 )
-from freqmask.images import as_float
 from freqmask.interop.formats import CLASSIFIER
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.rng import sample_key
+from freqmask.spectrum import as_float
 from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.loop import ScheduledModule, Task
 from freqmask.training.optim import Schedule, update_ema

@@ -48,8 +48,8 @@ from freqmask.evaluation.results import (
 )
 from freqmask.filters import BandPass, HighPass, LowPass
 from freqmask.filters.filter import Filter
-from freqmask.images import as_float
 from freqmask.rng import normal, uniform
+from freqmask.spectrum import as_float
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the highest frequency along an axis
 KINDS = {"low": "low-pass: below", "high": "high-pass: from", "band": "band-pass: around"}

@@ -59,9 +59,9 @@ from freqmask.evaluation.upernet import (
     decoder_class,
     drops_paths,
 )
-from freqmask.images import as_float
 from freqmask.interop.models import OpenedModel, open_model, stage_features
 from freqmask.interop.weight_files import check_weights, write_tensors
+from freqmask.spectrum import as_float
 from freqmask.training.auto import pick_device
 from freqmask.training.files import check_writable
 from freqmask.training.loop import Task

@@ -27,8 +27,8 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.mask_files import IGNORED
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, layer_groups, make_adamw
-from freqmask.images import as_float
 from freqmask.interop.models import OpenedModel, stage_features
+from freqmask.spectrum import as_float
 from freqmask.timm_models import parameters_behind, strides
 from freqmask.training.auto import Choice
 from freqmask.training.loop import ScheduledModule

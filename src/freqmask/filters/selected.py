@@ -15,10 +15,9 @@ from torch import Tensor
 
 from freqmask.errors import UserError, nearest
 from freqmask.filters.filter import Complement, Filter
-from freqmask.images import LUMA
 from freqmask.options.of_methods import COM_FRACTIONS
 from freqmask.rng import uniform
-from freqmask.spectrum import bin_weights, constant, power, self_conjugate_columns
+from freqmask.spectrum import LUMA, bin_weights, constant, power, self_conjugate_columns
 
 Magnitude = Literal["luma", "mean", "each"]
 

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.backbones import Features
 from freqmask.errors import UserError, brief
-from freqmask.images import Normalization
 from freqmask.interop.feature_space import FILE, load_space
 from freqmask.interop.foreign_weights import mfm_encoder
 from freqmask.interop.formats import run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
 from freqmask.interop.weight_files import Pooled, write_timm_folder
+from freqmask.spectrum import Normalization
 from freqmask.training.files import new_folder, read_rows, replace_atomically
 from freqmask.training.run_folder import RunFolder, save_atomically
 

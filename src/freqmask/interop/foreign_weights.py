@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.errors import UserError, brief
-from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.formats import check_file, fitted
 from freqmask.interop.weight_files import Inert, differences, read_tensors, read_torch_file, tensors_in
 from freqmask.interop.weights import resampled, under
+from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.timm_models import SIGNATURES, architecture_of, as_timm_names, ratio_of
 
 _CONTAINERS = ("model", "state_dict", "model_state", "module", "teacher", "student", "backbone", "net")

@@ -25,7 +25,6 @@ from freqmask.data.transforms import Geometry, decode_windows
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError, brief
 from freqmask.filters import build_filter
-from freqmask.images import IMAGENET_MEAN, IMAGENET_STD, as_float, decibel
 from freqmask.interop.formats import (
     CLASSIFIER,
     DECODER,
@@ -43,7 +42,7 @@ from freqmask.interop.weight_files import check_weights, hash_weights, load_fitt
 from freqmask.interop.weights import check_public, load_method, run_state, under, with_weights
 from freqmask.methods import MFM
 from freqmask.methods.mfm import band_edges
-from freqmask.spectrum import inside, pair_weights, rfft2
+from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD, as_float, decibel, inside, pair_weights, rfft2
 from freqmask.timm_models import check_name
 from freqmask.training.run_folder import RunFolder
 

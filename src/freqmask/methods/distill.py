@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from freqmask.backbones import Backbone, Features, height_and_width
 from freqmask.errors import UserError
 from freqmask.heads import FeatureNorm
-from freqmask.images import Normalization
 from freqmask.methods.words import PartlySeen, at_places
 from freqmask.options.of_methods import DistillOptions
+from freqmask.spectrum import Normalization
 
 HIDDEN = 512  # width of the heads
 ENLARGED = 3  # a teacher's image has at most three times the student's side: more is time without new detail

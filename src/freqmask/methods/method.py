@@ -14,11 +14,10 @@ from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_wid
 from freqmask.errors import UserError
 from freqmask.filters import Filter, Filtered
 from freqmask.heads import ReconstructionHead
-from freqmask.images import Normalization
 from freqmask.options import options_of, read_group, signature
 from freqmask.options.of_methods import BackboneOptions
 from freqmask.rng import fresh_keys
-from freqmask.spectrum import irfft2, rfft2
+from freqmask.spectrum import Normalization, irfft2, rfft2
 
 
 class Method(nn.Module):

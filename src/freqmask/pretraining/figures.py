@@ -22,9 +22,8 @@ from freqmask.backbones import eval_no_grad
 from freqmask.console import plain, plain_name
 from freqmask.data.decode import open_file
 from freqmask.errors import BadImage, UserError
-from freqmask.images import as_float, psnr
 from freqmask.rng import combine
-from freqmask.spectrum import full_spectrum, log_magnitude, pair_weights, power, rfft2
+from freqmask.spectrum import as_float, full_spectrum, log_magnitude, pair_weights, power, psnr, rfft2
 from freqmask.training.files import replace_atomically
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import open_labelled
-from freqmask.images import as_float
 from freqmask.interop.weight_files import hash_weights
 from freqmask.interop.weights import load_initial
 from freqmask.methods.distill import Teacher
@@ -40,6 +39,7 @@ from freqmask.pretraining.task import Images, Pretraining, augmented, make_datas
 from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
+from freqmask.spectrum import as_float
 from freqmask.training.auto import launched_processes, pick_device, usable_cores, world_size
 from freqmask.training.files import check_writable
 from freqmask.training.loop import begin_run, check_parts, find_checkpoint, train

@@ -20,7 +20,6 @@ from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError, brief
-from freqmask.images import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.weights import check_init, initial_backbone
 from freqmask.methods import METHODS, Distill, Method, build_method, find_method
@@ -35,6 +34,7 @@ from freqmask.options.of_methods import (
     typed_options,
 )
 from freqmask.pretraining.cache_on_device import choose_place
+from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.training import auto
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
 

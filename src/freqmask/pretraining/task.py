@@ -28,7 +28,6 @@ from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
-from freqmask.images import as_float
 from freqmask.interop.weight_files import trained_feature, write_timm_folder
 from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
 from freqmask.pretraining.watch import (
@@ -40,6 +39,7 @@ from freqmask.pretraining.watch import (
     whole_method,
 )
 from freqmask.rng import combine
+from freqmask.spectrum import as_float
 from freqmask.training.auto import world_size
 from freqmask.training.callbacks import Monitor
 from freqmask.training.files import read_rows

@@ -20,9 +20,9 @@ from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.sampler import ChosenSampler, OrderedSampler
 from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
-from freqmask.images import as_float
 from freqmask.methods import build_method
 from freqmask.pretraining.figures import draw_preview, filter_names
+from freqmask.spectrum import as_float
 from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.run_folder import RunFolder
 

@@ -1,24 +1,39 @@
-"""Files that are replaced atomically, and tables that grow by rows. No torch here: quick commands use them, too."""
+"""What we write: files replaced atomically, tables that grow by rows, a mark beside what could be taken for data.
+
+No torch here: quick commands use them, too.
+"""
 
 from __future__ import annotations
 
 import csv
 import errno
 import io
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import psutil
 
-from freqmask.artifacts import mark
 from freqmask.errors import UserError, describe_os_error
 
+MARKER = ".freqmask"
+"""The file in a folder that names what freqmask wrote there, a JSON string a line."""
+LIKE_DATA = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".npy", ".parquet"})
+
+# Folders that were written before there was a marker, or that somebody copied without it.
+_SIGNATURES = (
+    {b"config.yaml", b"run.json"},  # a training
+    {b"config.yaml", b"metrics.csv"},
+    {b"run.lock", b"plan.png"},  # one that was planned only
+    {b"config.json", b"model.safetensors"},  # an exported backbone
+)
+_IN_A_RUN = frozenset({b"plan.png", b"previews", b"backbone", b"checkpoints"})
 _PLENTY = 2**28  # bytes; with as much room a write fails for a quota or a limit on file sizes
 
 
@@ -270,3 +285,46 @@ def write_rows(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, An
             csv.writer(file).writerows([header, *([row.get(name) for name in header] for row in rows)])
 
     replace_atomically(path, write)
+
+
+def mark(path: Path) -> None:
+    """Note that we write a file which a source could take for data; a note that fails loses nothing but itself."""
+    in_run = any((folder / "run.lock").exists() for folder in (path.parent, path.parent.parent))
+    if path.suffix.lower() not in LIKE_DATA or in_run:  # a run's folders are known without a marker
+        return
+    line = json.dumps(path.name).encode()
+    marker = path.parent / MARKER
+    with suppress(OSError):
+        if not marker.exists() or line not in marker.read_bytes().splitlines():
+            # Appending a short line is atomic, so two processes may write beside each other.
+            with marker.open("ab") as file:
+                file.write(line + b"\n")
+
+
+def marked_in(folder: Path) -> set[str]:
+    """The names in a folder of what we wrote there."""
+    try:
+        return set(map(os.fsdecode, marked((folder / MARKER).read_bytes())))
+    except OSError:
+        return set()
+
+
+def marked(marker: bytes) -> set[bytes]:
+    """The names in a marker; lines that are not ours count for nothing."""
+    names = set()
+    for line in marker.splitlines():
+        with suppress(ValueError):
+            name = json.loads(line)
+            if isinstance(name, str):
+                names.add(os.fsencode(name))
+    return names
+
+
+def is_own_folder(entries: Collection[bytes]) -> bool:
+    """Whether the names in a folder are those of a training or of an exported backbone."""
+    return any(signature <= set(entries) for signature in _SIGNATURES)
+
+
+def is_part_of_run(name: bytes) -> bool:
+    """Whether an entry of a run folder holds figures or arrays of the run."""
+    return name in _IN_A_RUN
