@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -316,19 +317,28 @@ class ClassifierHead:
         return np.concatenate(predicted)
 
 
-def fit_head(context: EvalContext, head: str, one: Round, seed: int) -> ClassifierHead:
-    """The classifier of a model: its ``own``, or ``linear``, trained on the last features of a round's images."""
-    if head == "own":
-        return ClassifierHead()
-    chosen, sweep = choose_and_fit(
-        context.tensors(context.table("end").values, one.train),
+def fit_heads(
+    context: EvalContext, features: Mapping[str, np.ndarray], one: Round, seed: int, **options: Any
+) -> dict[str, ClassifierHead]:
+    """The heads that :func:`choose_and_fit` gives for a round's training images, by the features of all images."""
+    chosen = choose_and_fit(
+        context.tensors(features, one.train),
         context.labels(one.train),
         context.classes,
         groups=context.data.groups_of(one.train),
         seed=seed,
-        weighted=False,
-    )["plain"]
-    return ClassifierHead(sweep, chosen.describe(), len(one.train))
+        **options,
+    )
+    return {
+        name: ClassifierHead(sweep, head.describe(), len(one.train)) for name, (head, sweep) in chosen.items()
+    }
+
+
+def fit_head(context: EvalContext, head: str, one: Round, seed: int) -> ClassifierHead:
+    """The classifier of a model: its ``own``, or ``linear``, trained on the last features of a round's images."""
+    if head == "own":
+        return ClassifierHead()
+    return fit_heads(context, context.table("end").values, one, seed, weighted=False)["plain"]
 
 
 @dataclass
@@ -344,17 +354,9 @@ class Linear(Protocol):
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
         """The plain head and, where classes differ in size, the one with class weights."""
         inside = context.inside()
-        chosen = choose_and_fit(
-            context.tensors(inside, one.train),
-            context.labels(one.train),
-            context.classes,
-            groups=context.data.groups_of(one.train),
-            seed=seed,
-            rates=self.rates,
-            epochs=self.epochs,
-        )
-        test = context.tensors(inside, one.test)
+        test = {name: rows[one.test] for name, rows in inside.items()}
+        heads = fit_heads(context, inside, one, seed, rates=self.rates, epochs=self.epochs)
         return {
-            variant: Prediction(sweep.predict(test)[0].cpu().numpy(), head.describe(), len(one.train))
-            for variant, (head, sweep) in chosen.items()
+            name: Prediction(head.predict(context, test), head.chosen, head.n_train)
+            for name, head in heads.items()
         }

@@ -36,7 +36,7 @@ from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.features import ImageChange
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.linear import ClassifierHead, fit_head
-from freqmask.evaluation.protocol import EvalContext, Protocol
+from freqmask.evaluation.protocol import EvalContext, Predict, Protocol
 from freqmask.evaluation.results import (
     Result,
     ResultTable,
@@ -55,7 +55,6 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the highest freque
 KINDS = {"low": "low-pass: below", "high": "high-pass: from", "band": "band-pass: around"}
 _NEIGHBORS = 20
 
-Predictor = Callable[[dict[str, np.ndarray]], Int64[np.ndarray, " image"]]
 Curves = dict[str, list[tuple[float, Summary]]]  # kind -> (cycles per pixel, summary), by frequency
 
 
@@ -140,20 +139,15 @@ class Bands(Protocol):
         if error := context.table("end").error:
             return [context.failed("whole", seed, error)]
         heads = [self._fit(context, one, seed) for one in context.data.rounds]
-        size, tested = context.model.input_size[1:], context.data.tested
         results: list[Result] = []
+        size = context.model.input_size[1:]
         for band in bands_of(size, self.radii):
-            if band.kind == "whole":
-                values = {name: rows[tested] for name, rows in context.table("end").values.items()}
-            else:
-                values = context.changed(tested, band).values
-            parts = zip(heads, context.by_round(values), strict=True)
-            predicted = np.concatenate([head(part) for head, part in parts])
+            predicted = context.predicted(heads, None if band.kind == "whole" else band)
             metadata = {"head": self.head, "radius": band.place, "cycles_per_pixel": band.place / min(size)}
             results.append(context.result(band.name, seed, predicted, **metadata))
         return results
 
-    def _fit(self, context: EvalContext, one: Round, seed: int) -> Predictor:
+    def _fit(self, context: EvalContext, one: Round, seed: int) -> Predict:
         """What turns features into classes, trained on whole images."""
         if self.head != "knn":
             head = fit_head(context, self.head, one, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +65,7 @@ _IDENTITY = {
     ),
 }
 _SHOWN_SKIPPED = 3
+Predict = Callable[[dict[str, np.ndarray]], np.ndarray]  # features of images by name -> their classes
 LONG = 5.0  # seconds after which silence seems a standstill
 
 
@@ -136,9 +137,22 @@ class EvalContext:
         blocks = self.table("blocks").values if self.model.blocks else {}
         return {**self.table("end").values, **blocks}
 
-    def changed(self, images: np.ndarray, change: ImageChange, quiet: bool = False) -> FeatureTable:
-        """The last features of some images after something was done to them."""
-        return compute_features(self.model, subset(self.data, images), "end", self.compute, change, quiet)
+    def predicted(
+        self, heads: Sequence[Predict], change: ImageChange | None = None, quiet: bool = False
+    ) -> np.ndarray:
+        """What the head of each round predicts of its test images, after something was done to them."""
+        tested = self.data.tested
+        if change is None:
+            values = {name: rows[tested] for name, rows in self.table("end").values.items()}
+        else:
+            images = subset(self.data, tested)
+            values = compute_features(self.model, images, "end", self.compute, change, quiet).values
+        ends = np.cumsum([len(one.test) for one in self.data.rounds])[:-1]
+        parts = np.split(np.arange(len(tested)), ends)
+        rounds = zip(heads, parts, strict=True)
+        return np.concatenate(
+            [head({name: rows[part] for name, rows in values.items()}) for head, part in rounds]
+        )
 
     def tensor(self, values: np.ndarray, images: np.ndarray | None = None) -> Tensor:
         """Rows of an array, or all of it, on the device."""
@@ -159,12 +173,6 @@ class EvalContext:
     def classes(self) -> int:
         """How many there are."""
         return len(self.data.class_names)
-
-    def by_round(self, values: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Features of the test images, cut into those of each round."""
-        ends = np.cumsum([len(one.test) for one in self.data.rounds])[:-1]
-        parts = np.split(np.arange(len(self.data.tested)), ends)
-        return [{name: rows[part] for name, rows in values.items()} for part in parts]
 
     def result(self, variant: str, seed: int, predicted: np.ndarray, **metadata: Any) -> ClassificationResult:
         """Predictions of all test images as a row."""
@@ -310,7 +318,10 @@ class Protocol(ABC):
     def report(self, results: Sequence[Result]) -> list[Summary]:
         """The tables, the rows, the figures."""
         tables, out = self.tables(results), self.config.out
-        say_blocks(*self.shown(tables), [line for table in tables.values() for line in table.warnings()])
+        warnings = [line for table in tables.values() for line in table.warnings()]
+        for block in filter(None, [*self.shown(tables), warnings]):
+            for line in ["", *block]:
+                say(line)
         # figures go to ``out``, else to the first run that was measured, else here; rows to the run of each model
         folder = out or next((one.model.results for one in results if one.model.results), None) or Path()
         figures = self.draw(tables, folder)
@@ -392,13 +403,6 @@ def metadata_of(predictions: Sequence[Any]) -> dict[str, Any]:
         "train_images": " ".join(str(one.n_train) for one in predictions),
         "chosen": "; ".join(chosen),
     }
-
-
-def say_blocks(*blocks: Sequence[str]) -> None:
-    """Blocks of lines with an empty one before each."""
-    for block in blocks:
-        for line in ["", *block] if block else []:
-            say(line)
 
 
 def row_of(result: Result, protocol: str, options: Mapping[str, Any]) -> dict[str, str]:

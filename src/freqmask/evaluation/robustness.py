@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from freqmask.evaluation.features import compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.linear import ClassifierHead, fit_head
 from freqmask.evaluation.perturbations import Attack, attack_images
-from freqmask.evaluation.protocol import EvalConfig, EvalContext, Protocol, metadata_of
+from freqmask.evaluation.protocol import EvalConfig, EvalContext, Predict, Protocol, metadata_of
 from freqmask.evaluation.results import (
     ClassificationResult,
     Result,
@@ -255,9 +256,11 @@ class RobustnessEval:
 
     def clean(self) -> ClassificationResult:
         """The images as they are."""
-        tested = self.context.data.tested
-        values = self.context.table("end").values
-        return self._result(CLEAN, {name: rows[tested] for name, rows in values.items()}, {})
+        return self._row(CLEAN, self.context.predicted(self._predict), {})
+
+    @property
+    def _predict(self) -> list[Predict]:
+        return [functools.partial(head.predict, self.context) for head in self.heads]
 
     def _all_corrupted(self) -> Iterator[ClassificationResult]:
         """A result a corruption and severity; a line for each corruption tells how far it is."""
@@ -270,8 +273,8 @@ class RobustnessEval:
                 metadata = {"corruption": name, "severity": severity, "constants": strengths.describe()}
                 metadata["frost"] = (frost or "drawn") if name == "frost" else ""
                 corruption = Corruption(name, severity, strengths, frost)
-                values = context.changed(context.data.tested, corruption, quiet=True).values
-                results.append(self._result(f"{name} {severity}", values, metadata))
+                predicted = context.predicted(self._predict, corruption, quiet=True)
+                results.append(self._row(f"{name} {severity}", predicted, metadata))
                 yield results[-1]
             _say_accuracy(name, results, time.monotonic() - began)
 
@@ -300,13 +303,6 @@ class RobustnessEval:
         result = self._row(attack.name, predicted, metadata)
         _say_accuracy(attack.name, [result], time.monotonic() - began)
         return result
-
-    def _result(
-        self, variant: str, values: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
-    ) -> ClassificationResult:
-        parts = zip(self.heads, self.context.by_round(values), strict=True)
-        predicted = [head.predict(self.context, part) for head, part in parts]
-        return self._row(variant, np.concatenate(predicted), metadata)
 
     def _row(self, variant: str, predicted: np.ndarray, metadata: Mapping[str, Any]) -> ClassificationResult:
         cells = {"head": self.protocol.head, **metadata_of(self.heads), **metadata}
