@@ -41,6 +41,16 @@ def test_train_and_val_folders_are_used(tmp_path: Path) -> None:
     assert np.bincount(data.labels[one.test]).tolist() == [4, 4]
 
 
+def test_a_training_split_that_is_named_leaves_the_usual_test_split(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_classes(tmp_path / "data" / part, 4)
+    assert (
+        open_labelled(tmp_path / "data", config=parting(tmp_path, train_split="train")).split == "train / val"
+    )
+    with pytest.raises(UserError, match=r"\(val, val\) must be two different splits"):
+        open_labelled(tmp_path / "data", config=parting(tmp_path, train_split="val"))
+
+
 def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "tree")
     first = open_labelled(folder, config=parting(tmp_path))

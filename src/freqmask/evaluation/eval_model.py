@@ -223,16 +223,11 @@ def open_eval_model(
     """Open MODEL for an evaluation.
 
     Args:
-        text: as for :func:`freqmask.interop.models.open_model`, or ``pixels``.
+        text: as for :func:`freqmask.interop.models.open_model`, whose arguments the others are, or ``pixels``.
         survey: what the images are like; ``timm:NAME`` and ``random:NAME`` are made for their channels where these
             cannot become three.
-        seed: of fresh weights.
-        image_size: side in pixels; None is what the model was trained at.
-        weights: ``teacher`` or ``student`` of a FOLK run; None elsewhere leaves it out.
-        value_range: what becomes [0, 1]; None is the model's own, or for weights from outside that of
-            the images.
+        value_range: what becomes [0, 1]; None is the model's own, or for weights from outside that of the images.
         crop: ``auto``, ``center``, ``whole`` or ``native``.
-        optional_model_args: timm's arguments for a training, as for :func:`freqmask.interop.models.open_model`.
 
     Raises:
         UserError: there is no such model.
@@ -255,10 +250,8 @@ def open_eval_model(
         optional_model_args=optional_model_args,
     )
     if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).is_dir():
-        opened.mean, opened.std = (
-            tuple(survey.mean),
-            tuple(survey.std),
-        )  # ImageNet's are those of three colors
+        # ImageNet's are those of three colors
+        opened.mean, opened.std = tuple(survey.mean), tuple(survey.std)
     if value_range is not None or (foreign and opened.value_range == "dtype"):
         opened.value_range = survey.value_range.describe()
     return BackboneModel(text, opened, crop)

@@ -255,9 +255,8 @@ class FinetuneJob(TrainingJob):
 
     data: LabelledData
     train: np.ndarray = field(kw_only=True)  # numbers of the training images whose labels are used
-    short: bool = (
-        False  # whether the plan of such a run was printed already, with another seed or other labels
-    )
+    # whether the plan of such a run was printed already, with another seed or other labels
+    short: bool = False
     _classifier: Network | None = None
 
     method, command, product = "finetune", "evaluate finetune", "classifier"

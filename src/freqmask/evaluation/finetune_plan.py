@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import timm
@@ -134,29 +133,29 @@ def _leave_out_unreached(model: Any, image: Tensor, name: str) -> None:
     model.train()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
-    """The numbers of a publication."""
+    """The numbers of a publication; the defaults are what both ResNet strikes back procedures below share."""
 
     words: str  # whose they are
-    optimizer: str  # adamw or lamb
-    loss: str  # cross_entropy (soft targets) or binary (a yes or no for each class)
+    optimizer: str = "lamb"  # adamw or lamb
+    loss: str = "binary"  # cross_entropy (soft targets) or binary (a yes or no for each class)
     lr: float  # peak learning rate at ``lr_batch`` images a step
-    lr_batch: int
-    lr_rule: str  # how ``lr`` follows another batch: linear, or sqrt as timm does for LAMB
-    min_lr: float  # at the end, at that batch
-    warmup_lr: float  # at the first step, at that batch
+    lr_batch: int = 2048
+    lr_rule: str = "sqrt"  # how ``lr`` follows another batch: linear, or sqrt as timm does for LAMB
+    min_lr: float = 1e-6  # at the end, at that batch
+    warmup_lr: float = 1e-4  # at the first step, at that batch
     epochs: float
-    warmup_epochs: float
-    weight_decay: float
-    layer_decay: float  # 1 is none
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.02
+    layer_decay: float = 1.0  # 1 is none
     drop_path: float
-    mixup: float  # alpha
-    cutmix: float  # alpha
-    smoothing: float
+    mixup: float = 0.1  # alpha
+    cutmix: float = 1.0  # alpha
+    smoothing: float = 0.0
     augment: str  # RandAugment, as timm writes it
-    erasing: float  # probability that a rectangle is replaced by noise
-    crop_share: float  # of the side that the centered test window keeps
+    erasing: float = 0.0  # probability that a rectangle is replaced by noise
+    crop_share: float = 0.95  # of the side that the centered test window keeps
     train_share: float = 1.0  # side of the training images over that of the test images
 
     def scaled(self, rate: float, batch_size: int) -> float:
@@ -165,57 +164,38 @@ class Published:
         return rate * (math.sqrt(ratio) if self.lr_rule == "sqrt" else ratio)
 
 
-# ResNet strikes back (Wightman, Touvron, Jegou 2021), table 2, procedures A3 and A2: what both share.
-_RSB = partial(
-    Published,
-    optimizer="lamb",
-    loss="binary",
-    lr_batch=2048,
-    lr_rule="sqrt",
-    min_lr=1e-6,
-    warmup_lr=1e-4,
-    warmup_epochs=5.0,
-    weight_decay=0.02,
-    layer_decay=1.0,
-    mixup=0.1,
-    cutmix=1.0,
-    smoothing=0.0,
-    erasing=0.0,
-    crop_share=0.95,
-)
 PUBLISHED = {
     # MFM's fine-tuning of a ViT (docs/evaluating.md, Fine-tuning); its ViT-S had 200 epochs.
     "vit": Published(
-        "MFM's recipe for a ViT",
-        "adamw",
-        "cross_entropy",
+        words="MFM's recipe for a ViT",
+        optimizer="adamw",
+        loss="cross_entropy",
         lr=2e-3,
         lr_batch=512,
         lr_rule="linear",
         min_lr=2.5e-7,
         warmup_lr=2.5e-7,
         epochs=100.0,
-        warmup_epochs=5.0,
         weight_decay=0.05,
         layer_decay=0.8,
         drop_path=0.1,
         mixup=0.8,
-        cutmix=1.0,
         smoothing=0.1,
         augment="rand-m9-mstd0.5-inc1",
         erasing=0.25,
         crop_share=224 / 256,
     ),
-    "a3": _RSB(
-        "RSB A3",
+    # ResNet strikes back (Wightman, Touvron, Jegou 2021), table 2, procedures A3 and A2.
+    "a3": Published(
+        words="RSB A3",
         lr=8e-3,
         epochs=100.0,
         drop_path=0.0,
         augment="rand-m6-mstd0.5-inc1",
         train_share=160 / 224,
     ),
-    "a2": _RSB(
-        "RSB A2 (without its repeated augmentation)",
+    "a2": Published(
+        words="RSB A2 (without its repeated augmentation)",
         lr=5e-3,
         epochs=300.0,
         drop_path=0.05,

@@ -119,12 +119,16 @@ def open_labelled(
     # counted over both, and draws (corruptions, attacks) follow from them.
     if not config.train and not ("train" in kinds and kinds & {"test", "val"}):
         return _test_only(named, labels, splits, config, pages)
-    whole = config.folds is None or not config.train
-    own = _own_splits(splits, config, str(data)) if whole else None
-    if own is not None:
-        opened = _use_splits(named, labels, own, pages)
-    else:
+    asked = (config.train_split, config.test_split)
+    undivided = asked == ("auto", "auto") and len(splits) < 2 and default_splits(splits)["test"] is None
+    if undivided or (config.folds is not None and config.train):
         opened = _split_ourselves(named, labels, config, pages)
+    else:
+        missing = (
+            f"DATA ({data}) has the splits {', '.join(splits)}; say which are which with --train_split and "
+            "--test_split, or part it anew with --folds 5"
+        )
+        opened = _use_splits(named, labels, choose_parts(splits, *asked, str(data), missing), pages)
     if config.train:
         _check_classes(opened)
     else:
@@ -138,25 +142,21 @@ def default_splits(names: Sequence[str]) -> dict[str, str | None]:
     return {"train": kinds.get("train"), "test": kinds.get("test") or kinds.get("val")}
 
 
-def _own_splits(splits: list[str], config: SplitConfig, where: str) -> tuple[str, str] | None:
-    """The names of the training and of the test split that DATA has; None where we have to split it."""
-    if (config.train_split, config.test_split) == ("auto", "auto"):
-        train, test = default_splits(splits).values()
-        if test is None and len(splits) < 2:
-            return None
-        if test is None or train is None:
-            raise UserError(
-                f"DATA ({where}) has the splits {', '.join(splits)}; say which are which with "
-                "--train_split and --test_split, or part it anew with --folds 5"
-            )
-        return train, test
-    chosen = [
-        choose_split(splits, usual if name == "auto" else name, where)
-        for name, usual in ((config.train_split, "train"), (config.test_split, "test"))
-    ]
-    if chosen[0] == chosen[1] or None in chosen:
-        raise UserError(f"train_split and test_split ({chosen[0]}, {chosen[1]}) must be two different splits")
-    return str(chosen[0]), str(chosen[1])
+def choose_parts(splits: Sequence[str], train: str, test: str, where: str, missing: str) -> tuple[str, str]:
+    """The names of the training and of the test split, by what was asked for each: a name, or ``auto``.
+
+    Raises:
+        UserError: there is no such split, or none that ``auto`` can mean, which the sentence ``missing`` says.
+    """
+    chosen: list[str | None] = []
+    for asked, usual in zip((train, test), default_splits(splits).values(), strict=True):
+        if asked == "auto" and usual is None:
+            raise UserError(missing)
+        chosen.append(usual if asked == "auto" else choose_split(splits, asked, where))
+    first, second = chosen
+    if first is None or second is None or first == second:
+        raise UserError(f"train_split and test_split ({first}, {second}) must be two different splits")
+    return first, second
 
 
 def _test_only(

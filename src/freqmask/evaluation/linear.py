@@ -80,9 +80,8 @@ class Columns:
         for images in self.chunks():
             rows = self.rows(images)
             covariance += rows.T @ rows / count
-        covariance[-1, :-1] = covariance[:-1, -1] = (
-            0.0  # means are zero but for rounding: the bias stays apart
-        )
+        # means are zero but for rounding: the bias stays apart
+        covariance[-1, :-1] = covariance[:-1, -1] = 0.0
         variances, directions = torch.linalg.eigh(covariance.double())
         return directions.float(), variances.float().clamp_min(0)
 

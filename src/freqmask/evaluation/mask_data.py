@@ -15,9 +15,9 @@ from jaxtyping import Int16, Int64
 from freqmask.console import plain_name, say
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Pages, Source, Subset
-from freqmask.data.splits import choose_split, split_indices
+from freqmask.data.splits import split_indices
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.labelled import SPLITS, default_splits, keep_parts, pixel_hashes, split_file
+from freqmask.evaluation.labelled import SPLITS, choose_parts, keep_parts, pixel_hashes, split_file
 from freqmask.evaluation.mask_files import (
     IGNORED,
     MOST_LABEL,
@@ -250,9 +250,8 @@ class MaskConfig:
     images: str | None = None
     masks: str | None = None
     layout: str = "auto"  # auto, plain or ade20k (label 0 counts for nothing, names begin with label 1)
-    class_names: Sequence[str] | None = (
-        None  # of the labels in order, or one file; None looks for classes.txt
-    )
+    # of the labels in order, or one file; None looks for classes.txt
+    class_names: Sequence[str] | None = None
     ignore_label: Sequence[int] | None = None  # labels that count for nothing; None takes the usual ones
     train_split: str = "auto"
     test_split: str = "auto"  # auto is test, else val
@@ -307,7 +306,13 @@ def open_segmentation(config: MaskConfig) -> SegmentationData:
     named, ignored = name_labels(config.class_names, folder, config.ignore_label, first)
     if len(parts) == 1 and not parts[0].name:
         return _split_ourselves(parts[0], config, name, named, ignored)
-    train, test = (survey_masks(PairSource(part, config.pages)) for part in _chosen(parts, config, name))
+    by_name = {part.name: part for part in parts}
+    missing = (
+        f"DATA ({name}) has masks for {', '.join(by_name)} only; it must have a train and a test or val part, or no "
+        "such folders at all, and we hold images out"
+    )
+    chosen = choose_parts(list(by_name), config.train_split, config.test_split, name, missing)
+    train, test = (survey_masks(PairSource(by_name[one], config.pages)) for one in chosen)
     labels = labels_of(named, ignored, train.labels())
     for one in (train, test):
         check_labels(one, labels)
@@ -332,23 +337,6 @@ def _parts(config: MaskConfig) -> tuple[list[Part], str, Path | None]:
         raise UserError("DATA is missing; name a folder with images and masks by --data")
     folder = Path(config.data).expanduser()
     return find_parts(folder), config.data, folder
-
-
-def _chosen(parts: Sequence[Part], config: MaskConfig, where: str) -> tuple[Part, Part]:
-    """The training and the test part."""
-    by_name = {part.name: part for part in parts}
-    usual = default_splits(list(by_name))
-    train = usual["train"] if config.train_split == "auto" else config.train_split
-    test = usual["test"] if config.test_split == "auto" else config.test_split
-    if train is None or test is None:
-        raise UserError(
-            f"DATA ({where}) has masks for {', '.join(by_name)} only; it must have a train and a test or val "
-            "part, or no such folders at all, and we hold images out"
-        )
-    names = [choose_split(list(by_name), name, where) for name in (train, test)]
-    if names[0] is None or names[1] is None or names[0] == names[1]:
-        raise UserError(f"train_split and test_split ({names[0]}, {names[1]}) must be two different splits")
-    return by_name[names[0]], by_name[names[1]]
 
 
 def _notes(labels: Labels, survey: MaskSurvey, train: np.ndarray, test: np.ndarray) -> list[str]:
