@@ -325,8 +325,7 @@ def loader(options: Any, claims: Claims) -> None:
     from step import method_works
 
     import freqmask
-    from freqmask.data.loader import TrainDataset, make_loader
-    from freqmask.data.sampler import TrainSampler
+    from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
     from freqmask.data.sources import open_source
     from freqmask.data.transforms import Geometry
     from freqmask.spectrum import as_float

@@ -45,8 +45,7 @@ from torchvision.transforms import (
 
 from freqmask import prepare
 from freqmask.console import be_quiet
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import TrainSampler
+from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry

@@ -28,8 +28,7 @@ from torch import nn
 
 from freqmask.data import in_memory
 from freqmask.data.in_memory import InMemoryBatches, Limits, read_images
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import TrainSampler
+from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry

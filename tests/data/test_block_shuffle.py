@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data.sampler import TrainSampler, block_shuffle, deal, runs_of_images, some_images
-from freqmask.data.source import BlockLayout, JoinedSource, Subset
+from freqmask.data.loader import TrainSampler, block_shuffle, deal
+from freqmask.data.source import BlockLayout, JoinedSource, Subset, runs_of_images, some_images
 
 # 103 images in shards of very different sizes, 4 images a block
 SIZES = (41, 3, 30, 1, 28)
@@ -152,9 +152,7 @@ def pack_unevenly(folder, sizes):
 
 PROCESS = """
 import json, sys
-from freqmask.data.loader import TrainDataset
-from freqmask.data.loader import make_loader
-from freqmask.data.sampler import TrainSampler
+from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
 from freqmask.data import shards as blocks

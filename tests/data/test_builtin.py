@@ -4,8 +4,7 @@ import pickle
 
 import numpy as np
 
-from freqmask.data.builtin import PHOTOGRAPHS, BuiltinPhotos
-from freqmask.data.sources import open_source
+from freqmask.data.sources import PHOTOGRAPHS, BuiltinPhotos, open_source
 
 
 def test_photos_are_many_different_cut_outs_of_photographs():

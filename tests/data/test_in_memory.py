@@ -22,9 +22,8 @@ from freqmask.data.in_memory import (
     make_plan,
     read_images,
 )
-from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.pixels import ArrayPicture
-from freqmask.data.sampler import TrainSampler
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange

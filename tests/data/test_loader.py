@@ -13,8 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from freqmask.data.loader import TrainDataset, TrainLoader, make_loader, worker_failure
-from freqmask.data.sampler import OrderedSampler, TrainSampler
+from freqmask.data.loader import (
+    OrderedSampler,
+    TrainDataset,
+    TrainLoader,
+    TrainSampler,
+    make_loader,
+    worker_failure,
+)
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
@@ -156,8 +162,7 @@ def test_a_worker_killed_from_outside_ends_the_training_where_a_batch_is_fetched
 
 
 _LEAVES_IN_THE_MIDST = """
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import TrainSampler
+from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
 dataset = TrainDataset(open_source({data!r}), [Geometry(8)])

@@ -17,8 +17,7 @@ from PIL import Image
 from freqmask.data import shards as shards_module
 from freqmask.data import storage
 from freqmask.data.cache import cache_folder
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import OrderedSampler, TrainSampler
+from freqmask.data.loader import OrderedSampler, TrainDataset, TrainSampler, make_loader
 from freqmask.data.sharding import Settings, open_parts, prepare_shards
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.transforms import Geometry

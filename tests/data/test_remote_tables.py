@@ -14,8 +14,7 @@ from PIL import Image
 
 from freqmask.data import parquet, storage
 from freqmask.data.in_memory import Limits, read_images
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import TrainSampler
+from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.sharding import Settings, open_parts, prepare_shards
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out

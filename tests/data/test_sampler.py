@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from freqmask.data.sampler import OrderedSampler, TrainSampler, epoch_order
+from freqmask.data.loader import OrderedSampler, TrainSampler, epoch_order
 from freqmask.errors import UserError
 
 

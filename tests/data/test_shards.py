@@ -14,8 +14,7 @@ from PIL import Image
 
 from freqmask.data import shards as shards_module
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import TrainSampler
+from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.shards import (
     SCHEMA,
     Row,

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data.builtin import BuiltinDigits
 from freqmask.data.source import JoinedSource, Subset
-from freqmask.data.sources import open_source, splits_there
+from freqmask.data.sources import BuiltinDigits, open_source, splits_there
 from freqmask.errors import UserError
 
 

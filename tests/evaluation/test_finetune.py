@@ -15,8 +15,7 @@ from tiny_runs import make_run, steps_made
 
 import freqmask
 from freqmask.cli import main
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import OrderedSampler
+from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel

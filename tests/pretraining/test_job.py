@@ -143,7 +143,7 @@ def test_a_source_made_in_python_is_named_and_its_run_goes_on(
     steps = steps_made(monkeypatch)
     freqmask.pretrain(open_source("builtin:digits"), **options, out=out)
     assert steps == [3, 4, 5, 6]
-    assert RunFolder(out).config()["data"] == ["freqmask.data.builtin:BuiltinDigits"]
+    assert RunFolder(out).config()["data"] == ["freqmask.data.sources:BuiltinDigits"]
     told = capsys.readouterr().out
     assert "object at" not in told
     assert f"freqmask embed {out} DATA --neighbours" in told

@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from freqmask.console import Progress, plain_name, say
-from freqmask.data.loader import TrainDataset, make_loader
+from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.pixels import missing_pixels
-from freqmask.data.sampler import ChosenSampler
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange

@@ -26,6 +26,7 @@ from freqmask.data.pixels import (
     Box,
     Color,
     Orientation,
+    Pages,
     Picture,
     as_bad_image,
     as_kept_type,
@@ -34,7 +35,6 @@ from freqmask.data.pixels import (
     orientation_of,
     refuse_all_nan,
 )
-from freqmask.data.source import Pages
 from freqmask.data.tiff import TIFF_BEGINNINGS, count_tiff_images, open_tiff
 from freqmask.errors import BadImage, brief
 

@@ -15,8 +15,8 @@ import numpy as np
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.decode import EXTRAS, count_images, open_bytes, open_file, read_file, read_suffixes
 from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder, index_listing
-from freqmask.data.pixels import Picture
-from freqmask.data.source import Pages, Source, SourceSummary
+from freqmask.data.pixels import Pages, Picture
+from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import Located, split_of
 from freqmask.data.storage import RemoteFiles, unpacker_of
 from freqmask.errors import BadImage, UserError

@@ -21,15 +21,16 @@ from torch.utils.data import Dataset
 from freqmask.console import readable_bytes
 from freqmask.data.loader import (
     WINDOWS,
+    Item,
     Skipped,
+    TrainSampler,
     as_it_is,
     candidates,
     make_loader,
     none_usable,
 )
 from freqmask.data.pixels import as_bad_image, check_channels, convert_channels, is_empty, missing_pixels
-from freqmask.data.sampler import Item, TrainSampler, runs_of_images
-from freqmask.data.source import Source
+from freqmask.data.source import Source, runs_of_images
 from freqmask.data.transforms import (
     Geometry,
     are_empty,

@@ -21,11 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from freqmask.console import readable_bytes, say
-from freqmask.data.cache import cache_file, hash_of, piece_of, replacing, text_arrays
+from freqmask.data.cache import PackedIndex, cache_file, hash_of, piece_of, replacing, text_arrays
 from freqmask.data.decode import open_bytes, read_file, suffix_of
-from freqmask.data.packed import PackedIndex, PackedSource
 from freqmask.data.pixels import Picture
-from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, Source, SourceSummary
+from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, PackedSource, Source, SourceSummary
 from freqmask.data.splits import Located, number_classes, split_of
 from freqmask.data.storage import Files
 from freqmask.errors import BadImage, UserError, brief, nearest

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Shaped
@@ -13,6 +14,7 @@ from jaxtyping import Shaped
 from freqmask.errors import BadImage, UserError, brief
 from freqmask.spectrum import LUMA
 
+Pages = Literal["channels", "images"]  # what the pages of a TIFF are: channels of one image, or images
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in full-resolution pixels, after EXIF rotation."""
 

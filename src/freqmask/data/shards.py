@@ -20,10 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from freqmask.console import say
-from freqmask.data.cache import hash_of, text_arrays
+from freqmask.data.cache import PackedIndex, hash_of, text_arrays
 from freqmask.data.decode import read_suffixes
-from freqmask.data.packed import PackedIndex, PackedSource
-from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, Source, SourceSummary, Subset
+from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, PackedSource, Source, SourceSummary, Subset
 from freqmask.data.splits import Located, in_order, split_of, split_of_shard
 from freqmask.data.storage import INDEX_NAME, Files
 from freqmask.errors import BadImage, UserError, brief, describe_os_error

@@ -1,20 +1,24 @@
-"""What images there are: the contract of every source, a part of one, and several as one."""
+"""What images there are: the contract of every source, those that lie many in a file, a part of one, several as one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from freqmask.data.cache import hash_of
+from freqmask.data.cache import PackedIndex, hash_of
+from freqmask.data.decode import open_bytes
 from freqmask.data.pixels import Picture
 from freqmask.rng import identity_of
 
-Pages = Literal["channels", "images"]
+if TYPE_CHECKING:
+    from freqmask.data.storage import Files
+
 # Images of a source without blocks that go together where it is mixed with one that has them.
 LOCAL_BLOCK = 64
 # Blocks whose images a worker mixes: 64 MB of 4 each that it keeps, about a thousand images.
@@ -112,6 +116,55 @@ class Source(ABC):
     def identities(self) -> np.ndarray:
         """Those of all images, int64 (image,)."""
         return np.array([self.identity(index) for index in range(len(self))], np.int64)
+
+
+class PackedSource(Source):
+    """Images by the index of what lies where in some files, here or behind a URL."""
+
+    most_kept: int  # blocks that a process keeps
+
+    def __init__(self, files: Files, index: PackedIndex, notes: Sequence[str] = ()) -> None:
+        self.files, self.index, self.notes = files, index, list(notes)
+        self.class_names, self._states = index.class_names, index.states
+        self._begin()
+
+    def _begin(self) -> None:
+        self._kept: OrderedDict[int, Any] = OrderedDict()  # by number of the block
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()  # each process reads or maps blocks itself
+
+    def _keep(self, block: int, content: Any) -> None:
+        self._kept[block] = content
+        self._kept.move_to_end(block)
+        while len(self._kept) > self.most_kept:
+            self._kept.popitem(last=False)
+
+    @property
+    def _labels(self) -> np.ndarray | None:  # type: ignore[override]
+        return None if self.class_names is None else self.index.arrays["labels"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @abstractmethod
+    def _bytes(self, index: int) -> bytes:
+        """The image's own file; raises BadImage."""
+
+    def open(self, index: int) -> Picture:
+        return open_bytes(self._bytes(index))
+
+    def _summary(self, count: int, note_of_remote: str) -> SourceSummary:
+        kind, notes = f"{count:,} {self.kind}{'s' * (count > 1)}", list(self.notes)
+        if self.files.remote:
+            kind += f" at {self.files.where}"
+            notes.append(f"{note_of_remote}; the order depends on the number of processes and workers.")
+        return SourceSummary(kind, len(self), len(self), notes=notes)
 
 
 class _Selection(Source):
@@ -244,3 +297,29 @@ class JoinedSource(_Selection):
             ignored=dict(sum((Counter(part.ignored) for part in parts), Counter[str]())),
             notes=[note for part in parts for note in part.notes],
         )
+
+
+def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most_blocks: int) -> list[int]:
+    """Numbers of up to ``count`` of so many images, drawn at random to be looked at, increasing.
+
+    Where each look fetches a whole block, they come from ``most_blocks`` at most.
+    """
+    generator = np.random.default_rng(seed % 2**64)
+    places = np.arange(of)
+    if blocks is not None and blocks.whole:
+        numbers = np.unique(blocks.numbers)
+        chosen = generator.choice(numbers, min(most_blocks, len(numbers)), replace=False)
+        places = np.flatnonzero(np.isin(blocks.numbers, chosen))
+    drawn = generator.choice(len(places), min(count, len(places)), replace=False)
+    return [int(index) for index in np.sort(places[drawn])]
+
+
+def runs_of_images(count: int, blocks: BlockLayout | None, at_once: int) -> list[tuple[int, int]]:
+    """All images in order, cut where they can be shared out among workers: (first, the one after the last).
+
+    Blocks are not cut; where nothing lies together, a run has ``at_once`` images.
+    """
+    if blocks is None:
+        return [(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+    starts = np.flatnonzero(np.diff(blocks.numbers, prepend=-1))
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), count], strict=True))

@@ -1,20 +1,28 @@
-"""How the text that a user types for DATA becomes a source."""
+"""How the text that a user types for DATA becomes a source; the sources of numpy files (``.npy``, ``.npz`` with labels
+and splits) and of images that are there without a download.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
-from freqmask.data.arrays import locate_array
-from freqmask.data.builtin import open_builtin
+import numpy as np
+from PIL import Image
+
+from freqmask.data.cache import hash_of
 from freqmask.data.decode import read_suffixes
 from freqmask.data.image_folder import locate_folder
 from freqmask.data.index import index_folder
-from freqmask.data.source import JoinedSource, Pages, Source, SourceSummary, Subset
-from freqmask.data.splits import Located, locate_labelled
+from freqmask.data.pixels import ArrayPicture, Pages, Picture
+from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset
+from freqmask.data.splits import Located, locate_labelled, number_classes, split_of
 from freqmask.data.storage import (
     INDEX_NAME,
     MANIFEST,
@@ -25,7 +33,7 @@ from freqmask.data.storage import (
     is_pattern,
     unpacker_of,
 )
-from freqmask.errors import UserError, nearest
+from freqmask.errors import BadImage, UserError, brief, nearest
 from freqmask.imports import IMPORT_PATH, import_object
 from freqmask.training.files import marked_in
 
@@ -35,6 +43,15 @@ SAVED = ("dataset_dict.json", "state.json")  # what datasets.save_to_disk leaves
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 HUB = "hf://"
 ON_HUB = (f"{HUB}datasets/", f"{HUB}buckets/")
+
+IMAGE_KEYS = ("images", "image", "x", "data", "arr_0")
+LABEL_KEYS = ("labels", "label", "y", "targets", "arr_1")
+# The color photographs inside scikit-image's wheel; its other images would be fetched from the network. The
+# right eye of the motorcycle pair is left out, being nearly the left one.
+PHOTOGRAPHS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+    "retina.jpg", "rocket.jpg",
+)  # fmt: skip
 
 
 def open_source(
@@ -89,7 +106,9 @@ def splits_there(data: str | Path | Source, labels: str | Path | None = None) ->
 
 def locate(data: str | Path, pages: Pages) -> Located:
     """What a text names, before any image is read; a UserError where it names nothing."""
-    text = str(data).removeprefix("file://")
+    text = (
+        str(data).removeprefix("file://").replace("freqmask.data.builtin:", f"{__name__}:")
+    )  # as 0.1.0 recorded it
     far = bool(REMOTE.match(text))
     if text.startswith("builtin:"):
         return Located(text, lambda split, notes: open_builtin(text))
@@ -223,3 +242,257 @@ def _nearest_sibling(path: Path) -> str:
     if hint.startswith("did you mean"):
         return f"did you mean {str(existing / hint.split(chr(39))[1])!r}?"
     return f"the folder {existing} holds nothing of a similar name"
+
+
+def locate_array(path: Path) -> Located:
+    """The images of a ``.npy`` or ``.npz`` file.
+
+    A ``.npy`` is (image, height, width[, channel]) or (image, channel, height, width). A ``.npz`` has such an array
+    as ``images`` (or x, data) and labels as ``labels`` (or y), each also with the name of a split before or after it
+    (``train_images``, ``x_test``). A UserError where it is damaged, needs code to be run, or holds no images.
+    """
+    if path.suffix.lower() == ".npy":
+        return Located(str(path), lambda split, notes: ArraySource(path, [(None, None)]))
+    pairs = _find_pairs(_npz_shapes(path), path)
+
+    def open_split(split: str | None, notes: list[str]) -> Source:
+        return ArraySource(path, list(pairs.values()) if split is None else [pairs[split]], split, notes)
+
+    return Located(str(path), open_split, [name for name in pairs if name])
+
+
+def _npz_shapes(path: Path) -> dict[str, int]:
+    """Name of each array of a ``.npz`` -> its number of axes; pixels are not read."""
+    axes = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    old = np.lib.format.read_magic(file) == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                    axes[member.removesuffix(".npy")] = len(read(file)[0])
+    except Exception as error:  # of zipfile, of the file system, of numpy's header
+        raise UserError(f"DATA ({path}) is damaged or no numpy archive ({error}); write it again") from error
+    return axes
+
+
+def _find_pairs(axes: dict[str, int], path: Path) -> dict[str, tuple[str, str | None]]:
+    """Split (or "") -> the names of its images and its labels."""
+    images: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    for key, count in axes.items():
+        words = key.lower().split("_") if key.lower() not in (*IMAGE_KEYS, *LABEL_KEYS) else [key.lower()]
+        split = next((word for word in words if split_of(word)), "")
+        kind = "_".join(word for word in words if word != split)
+        if kind in IMAGE_KEYS and count in (3, 4):
+            images.setdefault(split, key)
+        elif kind in LABEL_KEYS:
+            labels.setdefault(split, key)
+    if not images:
+        hint = nearest("images", axes)
+        raise UserError(f"DATA ({path}) must hold images of 3 or 4 axes under the name images or x; {hint}")
+    return {split: (key, labels.get(split)) for split, key in images.items()}
+
+
+class ArraySource(Source):
+    """Images stacked along the first axis of one or several arrays of a file.
+
+    A ``.npy`` is mapped, a ``.npz`` read whole, in each process at its first image. ``pairs`` are the names of
+    the arrays of images and of labels, one pair of None for a ``.npy``; ``split`` goes into the images' names.
+    """
+
+    kind = "numpy array"
+
+    def __init__(
+        self,
+        path: Path,
+        pairs: Sequence[tuple[str | None, str | None]],
+        split: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.file, self.pairs, self.split, self.notes = path, pairs, split, notes
+        self._files = LocalFiles(path.parent)
+        self._state = self._files.state(path.name)
+        self._stacks: list[np.ndarray] | None = None
+        stacks = self._load()
+        self._starts = np.cumsum([0, *(len(stack) for stack in stacks)])
+        if len(self) == 0:
+            raise UserError(f"DATA ({path}) holds no images; its array has the shape {stacks[0].shape}")
+        labels = self._load_labels()
+        if labels is not None:
+            self._labels, self.class_names = number_classes(labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stacks": None}  # each process maps or reads the file itself
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _load(self) -> list[np.ndarray]:
+        """The stacks of images, read once a process."""
+        if self._stacks is None:
+            self._stacks = [_read(self.file, images) for images, _ in self.pairs]
+            for stack in self._stacks:
+                if stack.ndim not in (3, 4) or stack.dtype.kind not in "biuf":
+                    raise UserError(
+                        f"DATA ({self.file}) must be numbers of the shape (image, height, width) or "
+                        f"(image, height, width, channel), not {stack.dtype} of {stack.shape}; "
+                        "a single image goes into a folder"
+                    )
+        return self._stacks
+
+    def _load_labels(self) -> list[int] | None:
+        """All labels, or None where they are missing, of several columns or not counted from 0."""
+        parts = [_read(self.file, labels) for _, labels in self.pairs if labels is not None]
+        if len(parts) < len(self.pairs):
+            return None
+        usable = all(
+            part.shape[:1] == (part.size,) and part.dtype.kind in "iu" and part.min(initial=0) >= 0
+            for part in parts
+        )
+        if not usable or sum(part.size for part in parts) != len(self):
+            note = f"The labels in {self.file.name} are not one class number an image and are left out."
+            self.notes = [*self.notes, note]
+            return None
+        return [label for part in parts for label in part.ravel().tolist()]
+
+    def open(self, index: int) -> Picture:
+        self.check(index)
+        self._files.refuse_changed(self.file.name, self._state)
+        stack = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            image = self._load()[stack][index - int(self._starts[stack])]
+        except OSError as error:
+            raise BadImage(f"{self.file.name} can no longer be read ({error.strerror})") from error
+        return ArrayPicture(image)
+
+    def name(self, index: int) -> str:
+        return f"{self.split}-{index}" if self.split else str(index)
+
+    def fingerprint(self) -> str:
+        """A hash of the first and last bytes of every array and their shapes."""
+        parts: list[str | np.ndarray] = []
+        for stack in self._load():
+            parts += [f"{stack.shape}{stack.dtype}", stack[:1], stack[len(stack) // 2 :][:1], stack[-1:]]
+        return hash_of(*parts)
+
+
+def _read(path: Path, key: str | None) -> np.ndarray:
+    """One array of a file; objects, which would run code, are refused."""
+    try:
+        if key is None:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.asarray(array)  # a plain view: np.memmap is slow to index
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[key]
+    except PermissionError as error:
+        raise UserError(f"DATA ({path}) may not be read: no permission; check its access rights") from error
+    except Exception as error:  # numpy parses headers as Python, and hands on whatever that raises
+        raise UserError(
+            f"DATA ({path}) must be a plain numpy array ({brief(error, 100)}); write it again"
+        ) from error
+
+
+@cache
+def _photograph(name: str) -> Image.Image:
+    """One decoded photograph; all eight take 13 MB in each process that reads them."""
+    import skimage
+
+    with Image.open(Path(skimage.__file__).parent / "data" / name, formats=["PNG", "JPEG"]) as picture:
+        return picture.convert("RGB")
+
+
+class BuiltinPhotos(Source):
+    """Square cut-outs of eight photographs: always the same ones for the same seed.
+
+    A cut-out shows a window of ``size`` to ``2 size`` pixels, reduced to ``size`` with an antialiased bicubic
+    filter, so that the small set has more than one scale. Photographs take turns.
+    """
+
+    kind = "built-in photographs"
+
+    def __init__(self, count: int = 2048, size: int = 128, seed: int = 0) -> None:
+        self.count, self.size, self.seed = count, size, seed
+        self.notes = [
+            f"{count:,} cut-outs of {len(PHOTOGRAPHS)} photographs that come with scikit-image: enough to see that "
+            "training works, too few to learn a useful backbone from."
+        ]
+        self.windows = np.random.default_rng(seed).random((count, 3), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def open(self, index: int) -> Picture:
+        drawn, *place = self.windows[index].tolist()
+        photograph = _photograph(PHOTOGRAPHS[index % len(PHOTOGRAPHS)])
+        width, height = photograph.size
+        side = min(int(self.size * 2**drawn), width, height)
+        for down, right in (place, (0.5, 0.5)):
+            top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
+            box = (left, top, left + side, top + side)
+            window = np.asarray(photograph.resize((self.size,) * 2, Image.Resampling.BICUBIC, box))
+            if np.ptp(window, axis=(0, 1)).any():  # else the black round the retina: its middle is taken
+                break
+        return ArrayPicture(window)
+
+    def name(self, index: int) -> str:
+        return f"{self.group(index)}-{index:04d}"
+
+    def group(self, index: int) -> str:
+        return PHOTOGRAPHS[index % len(PHOTOGRAPHS)].rpartition(".")[0]
+
+    def fingerprint(self) -> str:
+        return hash_of(f"photos {self.count} {self.size} {self.seed}")
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 8, 8) of float 0 to 16 and labels (1797,)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+class BuiltinDigits(Source):
+    """1,797 handwritten digits of 8×8 pixels with labels, enlarged with a bicubic filter to ``size`` pixels.
+
+    Frequencies beyond 4 cycles a side are empty.
+    """
+
+    kind = "built-in digits"
+
+    def __init__(self, size: int = 32) -> None:
+        self.size = size
+        self.notes = [f"Digits of 8×8 pixels enlarged to {size}×{size}: their higher frequencies are empty."]
+        self.class_names = [str(digit) for digit in range(10)]
+
+    def __len__(self) -> int:
+        return len(_digits()[1])
+
+    def open(self, index: int) -> Picture:
+        eight = np.rint(_digits()[0][index] * (255 / 16)).astype(np.uint8)
+        return ArrayPicture(
+            np.asarray(Image.fromarray(eight).resize((self.size,) * 2, Image.Resampling.BICUBIC))
+        )
+
+    def label(self, index: int) -> int:
+        return int(_digits()[1][index])
+
+    def name(self, index: int) -> str:
+        return f"digit-{index:04d}"
+
+    def fingerprint(self) -> str:
+        return hash_of(f"digits {self.size}")
+
+
+BUILTINS: dict[str, Callable[[], Source]] = {"photos": BuiltinPhotos, "digits": BuiltinDigits}
+
+
+def open_builtin(text: str) -> Source:
+    """The set that ``builtin:NAME`` names; a UserError where there is none."""
+    name = text.removeprefix("builtin:")
+    if name not in BUILTINS:
+        hint = nearest(text, [f"builtin:{known}" for known in BUILTINS])
+        raise UserError(f"DATA ({text}) is no built-in set; {hint}")
+    return BUILTINS[name]()

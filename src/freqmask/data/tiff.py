@@ -21,6 +21,7 @@ from freqmask.data.pixels import (
     Box,
     Color,
     Orientation,
+    Pages,
     Picture,
     as_bad_image,
     as_kept_type,
@@ -29,7 +30,6 @@ from freqmask.data.pixels import (
     orientation_of,
     refuse_all_nan,
 )
-from freqmask.data.source import Pages
 from freqmask.errors import BadImage
 
 # What tifffile finds odd it logs; what stops it, it raises, and that becomes a reason in words.

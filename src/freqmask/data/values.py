@@ -20,8 +20,7 @@ from freqmask.data.pixels import (
     is_empty,
     missing_pixels,
 )
-from freqmask.data.sampler import some_images
-from freqmask.data.source import Source
+from freqmask.data.source import Source, some_images
 from freqmask.errors import BadImage, UserError
 
 _GRID = 32  # a survey keeps 32x32 pixels of each image: a thousand images give a million per channel

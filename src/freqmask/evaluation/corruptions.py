@@ -21,8 +21,7 @@ from jaxtyping import Float, Shaped
 from PIL import Image as PillowImage
 from torch import Tensor
 
-from freqmask.data.loader import Sample, TrainDataset
-from freqmask.data.sampler import Item
+from freqmask.data.loader import Item, Sample, TrainDataset
 from freqmask.errors import UserError, nearest
 from freqmask.evaluation import corruption_functions
 from freqmask.evaluation.eval_model import EvalModel

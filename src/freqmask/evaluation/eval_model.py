@@ -15,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from freqmask.backbones import Features, recalibrate_batch_norm
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import ChosenSampler
+from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from freqmask.console import Progress, say
 from freqmask.data.cache import cache_file, cache_folder, read_arrays, write_arrays
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import ChosenSampler
+from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.source import Source, Subset
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.spectrum import as_float

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.backbones import eval_no_grad
 from freqmask.console import LINES_A_RUN, rank, readable_time, say
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import OrderedSampler
+from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.data.splits import split_indices
 from freqmask.data.transforms import Geometry

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
-from freqmask.data.source import JoinedSource, Pages, Source, Subset
+from freqmask.data.pixels import Pages
+from freqmask.data.source import JoinedSource, Source, Subset
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import choose_split, hold_out, split_indices, split_of
 from freqmask.errors import BadImage, UserError

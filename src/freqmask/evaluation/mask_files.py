@@ -23,12 +23,13 @@ from freqmask.data.pixels import (
     EXIF_TAG,
     Box,
     Orientation,
+    Pages,
     Picture,
     as_bad_image,
     missing_pixels,
     orientation_of,
 )
-from freqmask.data.source import Pages, Source, SourceSummary
+from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import split_of
 from freqmask.data.tiff import open_tifffile, turn_of
 from freqmask.data.transforms import Geometry, resize

@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.data.loader import make_loader
-from freqmask.data.sampler import ChosenSampler
+from freqmask.data.loader import ChosenSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.errors import UserError
 from freqmask.evaluation import knn

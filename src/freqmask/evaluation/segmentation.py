@@ -20,8 +20,7 @@ from timm.models import get_model_args
 
 from freqmask.backbones import Backbone
 from freqmask.console import rank, readable_time, say, silence_third_party_loggers
-from freqmask.data.loader import make_loader
-from freqmask.data.sampler import OrderedSampler
+from freqmask.data.loader import OrderedSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError

@@ -21,8 +21,7 @@ from freqmask import __version__
 from freqmask.backbones import height_and_width, recalibrate_batch_norm
 from freqmask.console import rank, say
 from freqmask.data.in_memory import InMemoryBatches, InMemoryImages
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import deal
+from freqmask.data.loader import TrainDataset, deal, make_loader
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange

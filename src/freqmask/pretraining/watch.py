@@ -16,8 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from freqmask.backbones import Backbone, eval_no_grad, recalibrate_batch_norm
-from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.sampler import ChosenSampler, OrderedSampler
+from freqmask.data.loader import ChosenSampler, OrderedSampler, TrainDataset, make_loader
 from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.methods import build_method

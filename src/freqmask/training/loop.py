@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.console import LINES_A_RUN, Progress, rank, say
-from freqmask.data.loader import worker_failure
-from freqmask.data.sampler import TrainSampler
+from freqmask.data.loader import TrainSampler, worker_failure
 from freqmask.errors import UserError
 from freqmask.training.auto import LONE_VALUE, is_out_of_memory, launched_processes, lone_image, world_size
 from freqmask.training.callbacks import (
