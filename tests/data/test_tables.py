@@ -180,6 +180,14 @@ def test_labels_and_names_of_a_table_are_read_once(tmp_path, monkeypatch):
     assert len(open_source(path)) == 3
 
 
+def test_a_table_without_labels_is_read_once_and_travels_too(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"image": [png(k) for k in range(4)]}), tmp_path / "t.parquet")
+    open_source(tmp_path)
+    monkeypatch.setattr(parquet, "_read_index", None)
+    again = pickle.loads(pickle.dumps(open_source(tmp_path)))
+    assert len(again) == 4 and again.all_labels().tolist() == [-1] * 4
+
+
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
     source = open_source(write(tmp_path / "t.parquet"))

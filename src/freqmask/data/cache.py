@@ -169,7 +169,7 @@ class PackedIndex:
     kind: str  # of its cache file
     version: int
     columns: Collection[str]  # names of its arrays
-    of_images: Collection[str] = ("labels",)  # of those that hold a number of each image
+    of_images: Collection[str] = ()  # of those that always hold a number of each image
     states: Mapping[str, State] = {}  # of the files when they were read, by name
 
     def __init__(
@@ -221,7 +221,8 @@ class PackedIndex:
     def is_sound(self) -> bool:
         """Whether the arrays fit each other, and the names."""
         plain = all(array.ndim == 1 and array.dtype.kind in "iu" for array in self.arrays.values())
-        whole = all(len(self.arrays[column]) == len(self) for column in self.of_images)
+        full = [*self.of_images, *(["labels"] if self.class_names is not None else [])]
+        whole = all(len(self.arrays[column]) == len(self) for column in full)
         return plain and whole and self.arrays["labels"].max(initial=-1) < len(self.class_names or ())
 
     @classmethod
