@@ -32,11 +32,7 @@ _NAMES = ("path", "index", "label", "class")
 class Parts:
     """The scratch folder beside the file, with a note of what its parts are.
 
-    Args:
-        out: the file to be written.
-        task: plain values that decide what the file will hold.
-        images: in the source.
-        row_bytes: of one image's features.
+    ``task`` are plain values that decide what the file ``out`` will hold; an image's features have ``row_bytes``.
     """
 
     def __init__(self, out: Path, task: dict[str, Any], images: int, row_bytes: int) -> None:
@@ -157,14 +153,11 @@ def join_parts(parts: Parts, grid: tuple[int, ...] | None = None) -> tuple[int, 
     all columns, and in its metadata what it was made from.
 
     Args:
-        parts: all computed.
+        parts: all computed; a UserError where one is missing.
         grid: (h, w, D) of the patches, where a ``.npy`` shall hold them.
 
     Returns:
         The rows written, and (name, reason) of images that could not be read.
-
-    Raises:
-        UserError: a part is missing.
     """
     paths, skipped = parts.whole()
     rows = sum(pq.read_metadata(path).num_rows for path in paths)
@@ -267,11 +260,6 @@ def nearest_neighbors(path: Path, queries: int, neighbors: int) -> tuple[np.ndar
 
     Similarity is the cosine after the mean of all features is taken off, which they have in common. The search goes
     through the file piece by piece: scikit-learn's ``NearestNeighbors`` would hold all features in memory.
-
-    Args:
-        path: the file, parquet or npy.
-        queries: how many images.
-        neighbors: how many each.
 
     Returns:
         Indices in the data (query, 1 + neighbors), each query first, and the similarities; -1 where there are

@@ -100,16 +100,7 @@ def convert_file(
 
 
 def read_weights(path: str | Path, key: str | None = None, backbone: str | None = None) -> Weights:
-    """The weights in a file, and what of the file is left out.
-
-    Args:
-        path: the file.
-        key: of the weights, where there are several.
-        backbone: the timm model whose names are looked for; None looks for those of a ViT, BEiT or ResNet.
-
-    Raises:
-        UserError: it cannot be read, or holds no weights.
-    """
+    """The weights in a file, and what is left out; arguments and errors are those of :func:`convert_file`."""
     content, foreign = _read(Path(path))
     architecture = content.get("arch", content.get("architecture"))
     if not (isinstance(architecture, str) and timm.is_model(architecture)):

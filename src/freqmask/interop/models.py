@@ -363,11 +363,7 @@ class Band:
 
 
 def open_method(model: str, filter: str | None = None) -> tuple[Any, OpenedModel]:
-    """The method with its decoder, and the model's sizes and value range.
-
-    Args:
-        model: a run folder, or an exported folder that a decoder came along with.
-        filter: another filter than the run's, see :func:`freqmask.filters.build_filter`.
+    """The method of a run, or of an exported folder with its decoder, under another ``filter`` where one is named.
 
     Raises:
         UserError: there is no decoder, or the method hides no frequencies that a filter could choose.

@@ -102,12 +102,14 @@ def embed_images(files: Sequence[tuple[int, Path]], budget: int) -> tuple[list[E
 
     Beside them a sentence for each file that is no image.
     """
+    if not files or budget <= 0:
+        return [], []
     samples, widest = spread_out(files, 3), WIDEST
     while True:
         sizes = [
             len(image.source) if image else 1 for image in (embed(path, 0, widest) for _, path in samples)
         ]
-        size = sum(sizes) // max(len(sizes), 1) + 1
+        size = sum(sizes) // len(sizes) + 1
         if size * min(WANTED, len(files)) <= budget or widest <= NARROWEST:
             break
         widest = max(int(widest * 0.8), NARROWEST)
