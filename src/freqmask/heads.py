@@ -83,7 +83,10 @@ class ProjectionHead(nn.Module):
         for number, (width_in, width_out) in enumerate(pairwise(widths)):
             if number:
                 self.mlp.append(nn.GELU())
-            self.mlp.append(_linear(width_in, width_out))
+            layer = nn.Linear(width_in, width_out)
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+            self.mlp.append(layer)
         self.last_layer = nn.Parameter(nn.init.trunc_normal_(torch.empty(outputs, bottleneck), std=0.02))
 
     def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch outputs"]:
@@ -102,10 +105,3 @@ class FeatureNorm(nn.BatchNorm1d):
         return F.batch_norm(
             features, *statistics, self.weight, self.bias, training, self.momentum or 0.0, self.eps
         )
-
-
-def _linear(width_in: int, width_out: int) -> nn.Linear:
-    layer = nn.Linear(width_in, width_out)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
-    return layer

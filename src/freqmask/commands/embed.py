@@ -11,13 +11,12 @@ from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.interop.formats import check_model
 from freqmask.options import Auto, Range
+from freqmask.options.of_evaluation import Inference, Windows
 
-BatchSize = Annotated[int | Auto, Range(least=1)]
-Workers = Annotated[int | Auto, Range(least=0)]
 _QUERIES, _NEIGHBORS = 8, 7
 
 
-@command()
+@command(Windows, Inference)
 def embed(
     model: str,
     data: list[str],
@@ -27,19 +26,11 @@ def embed(
     patches: bool = False,
     blocks: list[int] | None = None,
     feature: Literal["auto", "mean", "class_token"] = "auto",
-    weights: str | None = None,
-    image_size: int | None = None,
-    crop: Literal["auto", "center", "whole", "native"] = "auto",
-    value_range: str | None = None,
     pages: Literal["channels", "images"] = "channels",
     split: str = "all",
     labels: str | None = None,
-    batch_size: BatchSize = "auto",
-    workers: Workers = "auto",
-    accelerator: str = "auto",
-    devices: Annotated[int | Auto, Range(least=1)] = "auto",
-    precision: Literal["32", "bf16"] = "32",
     overwrite: bool = False,
+    **options: Any,
 ) -> Path:
     """Writes the features of images to a parquet or npy file; the same command resumes where it was cut short.
 
@@ -55,19 +46,9 @@ def embed(
         blocks: also the mean feature of these blocks or stages, counted from 0.
         feature: what stands for an image; auto is what evaluate knn --features save kept with the model, else the
             mean of the map, and the class token for FOLK.
-        weights: teacher or student of a FOLK run; the default is what the run exports.
-        image_size: side of the input in pixels; the default is what it was trained at.
-        crop: center takes the largest centered square, whole the whole image, distorted to a square, native the
-            middle at its own resolution; auto is native where the model was trained with --crop native, else center.
-        value_range: the values that become 0 and 1 (dtype or LOW,HIGH); the default is the model's own.
         pages: what the pages of a TIFF are.
         split: all, auto or the name of a split.
         labels: a CSV table with the columns path and label.
-        batch_size: images at once on a device.
-        workers: loader processes of each device.
-        accelerator: auto, cpu, cuda or mps.
-        devices: how many, a process each; auto is all GPUs, else one.
-        precision: 32 or bf16; bf16 is faster and rounds to three digits.
         overwrite: replace a file that holds something else.
 
     Returns:
@@ -99,12 +80,12 @@ def embed(
         from freqmask.interop.models import open_model
         from freqmask.training.files import check_out
 
-    opened = open_model(model, image_size=image_size, weights=weights)
+    opened = open_model(model, image_size=options["image_size"], weights=options["weights"])
     source = open_source(data, pages=pages, split=split, labels=labels)
     if out is None and opened.kind == "run" and opened.folder is not None:
         path = opened.folder.parent / path
-    pooled, crop = _choose(opened, feature, crop, value_range)
-    config = EmbedConfig(pooled, patches, checked_blocks(blocks, opened), crop, precision)
+    pooled, crop = _choose(opened, feature, options["crop"], options["value_range"])
+    config = EmbedConfig(pooled, patches, checked_blocks(blocks, opened), crop, options["precision"])
     compute = ComputeConfig.of(running_options(), "embed")
     task = Embedding(opened, config)
     parts = plan_parts(task, source, path)
@@ -159,8 +140,8 @@ def predict(
     inference: Literal["windows", "whole"] = "windows",
     pages: Literal["channels", "images"] = "channels",
     split: str = "all",
-    batch_size: BatchSize = "auto",
-    workers: Workers = "auto",
+    batch_size: Annotated[int | Auto, Range(least=1)] = "auto",
+    workers: Annotated[int | Auto, Range(least=0)] = "auto",
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> Path:

@@ -68,9 +68,13 @@ def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int
             if index < 0:
                 continue
             colors, _ = palette.show(images[index])
-            heading = (
-                _short(source.name(index)) if column == 0 else f"{_similarity(score)}{_label(source, index)}"
-            )
+            heading = _short(source.name(index))
+            if column:
+                label = source.label(index)
+                name = (
+                    "" if label is None else f" {source.class_names[label] if source.class_names else label}"
+                )
+                heading = f"{_similarity(score)}{name[:14]}"
             show_image(axes[row, column], colors, heading)
     return save_sheet(figure, path.with_suffix(".neighbours.png"))
 
@@ -122,13 +126,6 @@ def _similarity(score: float) -> str:
 def _short(name: str) -> str:
     plain = plain_name(name)
     return plain if len(plain) <= _LONGEST_NAME else "..." + plain[-(_LONGEST_NAME - 3) :]
-
-
-def _label(source: Source, index: int) -> str:
-    label = source.label(index)
-    if label is None:
-        return ""
-    return f" {source.class_names[label] if source.class_names else label}"[:14]
 
 
 def turns(method: Any, file: str, seed: int) -> list[tuple[str, Tensor]]:

@@ -91,7 +91,7 @@ class Windows(Weights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frozen:
+class Inference:
     """Machine."""
 
     batch_size: int | Auto = option("auto", "images at once on a device, of frozen features", least=1)
@@ -105,6 +105,12 @@ class Frozen:
     precision: Literal["32", "bf16"] = option(
         "32", "of the features: 32, or bf16, which is faster and rounds to three digits"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Inference):
+    """Machine."""
+
     cache: bool = option(True, "keep features, so that the next evaluation need not compute them again")
 
 
