@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from freqmask.evaluation import protocol
 from freqmask.training.files import read_rows
@@ -38,3 +39,10 @@ def test_a_row_of_another_process_is_not_lost_while_rows_are_replaced(
     protocol.add_rows(table, [{"model": "own", "accuracy": "0.2"}])
     assert [other.wait() for other in others] == [0]
     assert {row["model"]: row["accuracy"] for row in read_rows(table)} == {"own": "0.2", "other": "0.5"}
+
+
+def test_a_lock_that_nobody_gives_free_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_PATIENCE", 0.1)
+    with FileLock(tmp_path / ".results.csv.lock"):
+        protocol.add_rows(tmp_path / "results.csv", [{"model": "own", "accuracy": "0.1"}])
+    assert [row["model"] for row in read_rows(tmp_path / "results.csv")] == ["own"]

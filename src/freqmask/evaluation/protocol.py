@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -49,6 +49,7 @@ from freqmask.training.files import append_row, check_writable, read_rows, write
 from freqmask.training.run_folder import now
 
 RESULTS = "results.csv"
+_PATIENCE = 60.0  # seconds until a lock on it that nobody gives free is passed over
 # Columns that say, with those of the model, what was measured: a row of the same replaces it.
 _IDENTITY = {
     *(
@@ -443,7 +444,11 @@ def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     measured = {_measurement(row) for row in rows}
     # another process may write to the same table: its rows must not come between reading and writing
-    with writing(path), FileLock(path.with_name(f".{path.name}.lock")):
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE, mode=0o666)
+    with writing(path), ExitStack() as held:
+        # on a file system without locks, or behind one that is stuck: better a row at risk than none
+        with suppress(NotImplementedError, Timeout):
+            held.enter_context(lock)
         known = read_rows(path)
         others = [row for row in known if _measurement(row) not in measured]
         if len(others) < len(known):
