@@ -6,6 +6,7 @@ processor time, so that other programs disturb little. `faster` is the first ove
 
     python benchmarks/choices.py
     python benchmarks/choices.py --device cuda --batch 256
+    python benchmarks/choices.py --backbone resnet50 --batch 2 --ways channels_last fused bf16    # compiles for minutes
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=list(PLAIN), default=list(PLAIN))
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
@@ -49,8 +51,8 @@ def compare(backbone: str, arguments: argparse.Namespace) -> list[dict[str, Any]
     """A row for each way to make the same step."""
     ways = {
         "as it is": PLAIN,
-        **{name: {**PLAIN, name: True} for name in PLAIN},
-        "all": dict.fromkeys(PLAIN, True),
+        **{name: {**PLAIN, name: True} for name in arguments.ways},
+        "all": {**PLAIN, **dict.fromkeys(arguments.ways, True)},
     }
     steps = {name: make_step(backbone, way, arguments) for name, way in ways.items()}
     clock = time.process_time if arguments.device == "cpu" else time.perf_counter

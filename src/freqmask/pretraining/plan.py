@@ -16,7 +16,7 @@ from freqmask.data.values import Survey
 from freqmask.methods import find_method
 from freqmask.options import as_typed, command_words
 from freqmask.options.of_methods import informative_from
-from freqmask.pretraining.resolve import Resolved, shorter_side
+from freqmask.pretraining.resolve import Resolved, is_channels_last, shorter_side
 from freqmask.reporting.reading import read_run
 from freqmask.reporting.summary import features_remarks
 from freqmask.training import auto
@@ -33,6 +33,7 @@ CROPS = {
     "center": "the largest window in the middle",
     "whole": "whole images, distorted to this size",
 }
+CHANNELS_LAST = "channels last (a CNN: a step of ResNet-50 is 1.22 times as fast so in bf16 on a CPU)"
 METHOD_LINE = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
 
 
@@ -168,8 +169,9 @@ def _training_lines(resolved: Resolved) -> Iterator[str]:
         f"then cosine to {options['min_lr']:.2g}; weight decay {options['weight_decay']:g}"
     )
     parts = f", batch in {options['accumulate']} parts ({reasons.get('accumulate', 'as asked')})"
+    layout = f", {CHANNELS_LAST}" if is_channels_last(options, resolved.method) else ""
     yield (
-        f"machine     {options['devices']} x {options['accelerator']}, {_with(resolved, 'precision')}, "
+        f"machine     {options['devices']} x {options['accelerator']}, {_with(resolved, 'precision')}{layout}, "
         f"{_with(resolved, 'workers', '{} loader workers')}{parts if options['accumulate'] > 1 else ''}"
     )
     if options["images_from"] == "device":

@@ -396,6 +396,13 @@ def make_augmentation(options: Mapping[str, Any], views: int) -> list[nn.Module]
     return [PhotometricAugmentation(setting) for setting in settings]
 
 
+def is_channels_last(options: Mapping[str, Any], method: Any) -> bool:
+    """Whether weights and images lie channels last in memory: where all backbones are CNNs."""
+    return options["accelerator"] in ("cpu", "cuda") and all(
+        backbone.is_cnn for backbone in method.backbones().values()
+    )
+
+
 def make_optim(options: Mapping[str, Any], images: int) -> OptimConfig:
     """How resolved options move the weights."""
     batch, steps = int(options["batch_size"]), int(options["steps"])

@@ -28,7 +28,7 @@ from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.interop.weight_files import trained_feature, write_timm_folder
-from freqmask.pretraining.resolve import make_augmentation, make_geometries, make_optim
+from freqmask.pretraining.resolve import is_channels_last, make_augmentation, make_geometries, make_optim
 from freqmask.pretraining.watch import (
     ENOUGH_RANKED,
     FEATURES_AT_ONCE,
@@ -150,8 +150,8 @@ class Pretraining:
         module = PretrainingModule(self.method, optim, make_augmentation(options, self.method.n_views))
         # layout and compilation, before the optimizer sees the parameters
         backbones = self.method.backbones().values()
-        if options["accelerator"] in ("cpu", "cuda") and all(backbone.is_cnn for backbone in backbones):
-            module.to(memory_format=torch.channels_last)  # a ResNet-50 in bf16 on a CPU: 1.22 times as fast
+        if is_channels_last(options, self.method):
+            module.to(memory_format=torch.channels_last)
         if options["compile"]:
             reason = compile_failure(next(iter(backbones)), torch.device(options["accelerator"]))
             if reason is None:
