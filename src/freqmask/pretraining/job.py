@@ -90,7 +90,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         if rank() > 0 and launched > 1:  # the first process chooses
             if options["dry_run"]:
                 return Path(options["out"])  # nothing will be begun that it could wait for
-            run = RunFolder(options["out"]).begun()
+            run: RunFolder | None = RunFolder(options["out"]).begun()
         else:
             run = find_run(given)
         if run is not None and run.finished():
