@@ -167,26 +167,12 @@ class TableIndex(PackedIndex):
         return self._footers[file]
 
 
-def index_tables(files: Files, names: Sequence[str]) -> TableIndex:
-    """The index of some parquet files of one layout, from the cache where they have not changed.
-
-    Raises:
-        UserError: one of them is missing, damaged, or without images; or all are empty.
-    """
-
-    def make() -> TableIndex:
-        if files.remote:
-            plural = "s" * (len(names) > 1)
-            say(
-                f"index       reading footers and labels of {len(names):,} table{plural} of {files.where}, once"
-            )
-        return TableIndex(*_read_index(files, [(name, files.state(name)[0]) for name in names]))
-
-    return TableIndex.cached(files, names, make)
-
-
-def _read_index(files: Files, sizes: list[tuple[str, int]]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Footers, labels and paths of all files."""
+    if files.remote:
+        plural = "s" * (len(names) > 1)
+        say(f"index       reading footers and labels of {len(names):,} table{plural} of {files.where}, once")
+    sizes = [(name, files.state(name)[0]) for name in names]
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(lambda file: _read_footer(files, file[0]), sizes))
         columns = Columns.of(footers[0].schema.to_arrow_schema(), files.url(sizes[0][0]))
@@ -281,7 +267,8 @@ class TableSource(PackedSource):
     index: TableIndex
 
     def __init__(self, files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> None:
-        super().__init__(files, index_tables(files, names), notes)
+        index = TableIndex.cached(files, names, lambda: TableIndex(*_read_index(files, names)))
+        super().__init__(files, index, notes)
         sizes = self.index.arrays["group_bytes"]  # what their images take in memory
         self.window = min(max(KEPT_BYTES // max(int(sizes.max()), 1), 1), WINDOW_BLOCKS)
         self.most_kept = self.window if files.remote else len(sizes)

@@ -13,9 +13,9 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from freqmask.data.cache import MAGIC, cache_file, hash_of, replacing
@@ -208,7 +208,6 @@ class RemoteFiles(Files):
         self.root = self.where = root.rstrip("/") if urlsplit(root).path.strip("/") else root
         self._states: dict[str, State] = {}
         self._listings: dict[int | None, dict[str, int | None]] = {}
-        self._index: Path | Literal[False] | None = False  # not asked for
         self._asked = time.monotonic()  # when a server was last asked whether a file is as before
 
     def __getstate__(self) -> dict[str, Any]:
@@ -294,11 +293,10 @@ class RemoteFiles(Files):
         return self._listings[levels]
 
     def index_file(self) -> Path | None:
-        if self._index is False:
-            self._index = self._fetch_index()
         return self._index
 
-    def _fetch_index(self) -> Path | None:
+    @cached_property
+    def _index(self) -> Path | None:  # asked for once
         try:
             data = self.read(INDEX_NAME)
         except FileNotFoundError:
