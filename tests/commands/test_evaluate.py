@@ -200,14 +200,14 @@ def test_a_command_that_is_killed_after_its_rows_and_repeated_leaves_them_once(
             freqmask.evaluate.knn(models, data=data, k=[k], image_size=32, seeds=[0, 1], workers=0)
         return [(row["model"], row["variant"]) for row in rows(tmp_path / "results.csv")]
 
-    finish = protocol.finish_report
+    finish = protocol.add_rows
     with monkeypatch.context() as patch:
 
         def killed(*arguments: Any) -> None:
             finish(*arguments)
             raise KeyboardInterrupt
 
-        patch.setattr(protocol, "finish_report", killed)
+        patch.setattr(protocol, "add_rows", killed)
         first = measure(3)
     whole = [("pixels", "k=3"), *[("random:resnet10t", "k=3")] * 2]
     assert first == whole
