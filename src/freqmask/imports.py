@@ -8,17 +8,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from freqmask.errors import UserError
 
 TRUST = "FREQMASK_TRUST"  # in the environment: import paths that files may name, with commas between them
 IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
-Function = TypeVar("Function", bound=Callable[..., Any])
 own_process = False  # whether this process is a command's alone, no program that calls us
 
 
@@ -106,29 +104,6 @@ def import_object(path: str, what: str) -> Any:
     return getattr(found, name)
 
 
-def compiled_as_constant(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result``, which for this one line imports the compiler: a second."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-class _Later(ModuleType):
-    """In the place of ``scipy.signal`` until something of it is used.
-
-    torchmetrics, which Lightning imports, loads it to see whether it has ``hamming``, and scipy.stats with it: half a
-    second of each start.
-    """
-
-    hamming: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), name)
-
-
 @contextmanager
 def uncollected() -> Iterator[None]:
     """For imports: in a command's own process no garbage is collected within, nor what is made there sought in later.
@@ -138,7 +113,6 @@ def uncollected() -> Iterator[None]:
     """
     if own_process:
         gc.disable()
-        sys.modules.setdefault("scipy.signal", _Later("scipy.signal"))
     try:
         yield
     finally:

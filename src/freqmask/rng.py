@@ -16,8 +16,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.imports import compiled_as_constant
-
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the step between the counters of splitmix64
 _FIRST = 0xBF58476D1CE4E5B9
@@ -45,7 +43,7 @@ def identity_of(content: str | bytes) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little", signed=True)
 
 
-@compiled_as_constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _number(value: int | str) -> int:
     """What a stream's name or an integer contributes to the hash, mixed once, as a signed number."""
     return _signed(_mix_number(identity_of(value) if isinstance(value, str) else value))

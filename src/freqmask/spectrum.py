@@ -20,7 +20,6 @@ from jaxtyping import Bool, Complex, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.imports import compiled_as_constant
 
 REFERENCE_SIDE = 224  # pixels of the papers' images; their radii and strengths are scaled from here
 
@@ -47,7 +46,7 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """
     remembered = functools.lru_cache(maxsize=256)(function)
 
-    @compiled_as_constant
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def held(*args: _P.args, **kwargs: _P.kwargs) -> tuple[_R]:
         # a mask first made under inference_mode could not be saved for a later backward pass
         with torch.inference_mode(False), torch.no_grad():
@@ -62,7 +61,7 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-@compiled_as_constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _expect_complex_operators() -> None:
     # Inductor leaves FFTs to the library that eager uses, as it should, and warns; this runs only while one
     # of our functions is being traced, so that nobody else's graphs lose the warning
