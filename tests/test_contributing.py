@@ -141,5 +141,5 @@ def test_the_map_names_every_module_and_none_that_is_gone() -> None:
     named = {path for path in re.findall(r"`([\w/]+\.py)`", text) if not path.startswith("tests/")}
     assert {path for path in named if not (package / path).is_file()} == set()
     there = {str(path.relative_to(package).as_posix()) for path in package.rglob("[!_]*.py")}
-    assert len(there) > 100
+    assert len(there) > 80
     assert there - named == set(), "give each a line in docs/architecture.md"

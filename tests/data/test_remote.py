@@ -169,29 +169,6 @@ def test_a_shard_that_its_server_changed_at_the_same_size_is_indexed_anew(server
     assert open_source(f"{server.url}/shards/{name}").name(0).startswith("val-000000/x")
 
 
-@pytest.mark.parametrize("indexed", [True, False])
-def test_a_set_that_its_server_changes_at_the_same_size_is_noticed_while_it_is_read(
-    server, shards, monkeypatch, indexed
-):
-    (shards / "prepare.json").unlink()
-    if not indexed:
-        (shards / "shards.index").unlink()
-    far = open_source(f"{server.url}/shards")
-    far.open(0)
-    for path in shards.iterdir():
-        os.utime(path, (2_000_000_000, 2_000_000_000))
-    far.open(1)  # a minute has not passed
-    server.asked.clear()
-    monkeypatch.setattr(storage, "ASKED_SECONDS", -1)
-    with pytest.raises(UserError, match="changed while it was being read; start again"):
-        far.open(2)
-    again = open_source(f"{server.url}/shards")
-    again.open(3)
-    server.gone = True  # then it is the reading that fails, in its own words
-    with pytest.raises(UserError, match="after 5 tries"):
-        again.open(4)
-
-
 def test_a_place_is_asked_once_for_its_index_and_once_for_its_files(server):
     storage.RemoteFiles(f"{server.url}/photos").listing()
     one_listing = server.asked.copy()

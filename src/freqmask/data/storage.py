@@ -36,7 +36,6 @@ _HELD: list[Any] = []  # indexes that could not be cached
 
 BACKOFF = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
 TIMEOUT = 30
-ASKED_SECONDS = 60  # a request a minute and process costs nothing; one for every block a third of the speed
 HEADER_BYTES = 65_536  # asked for at once while headers are read; the next header often lies in it
 EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 EXTRAS |= dict.fromkeys(("http", "https"), "aiohttp")
@@ -134,13 +133,13 @@ class Files(ABC):
         """The bytes of a file, and whatever else changes when it does; raises FileNotFoundError."""
 
     def refuse_changed(self, name: str, state: State) -> None:
-        """Raises a UserError where a file is no longer in the state in which places were read from it.
+        """Raises a UserError where a file here is no longer in the state in which places were read from it.
 
-        A map of a file that was cut would end the process, and places in another one are those of other images.
+        A map of a file that was cut would end the process, and places in another one are those of other images. A
+        server is not asked: some name the same file by another tag at each of their machines, which would end a run.
         """
         with contextlib.suppress(FileNotFoundError):  # whoever reads it says so
-            size, tag = self.state(name)
-            if size != state[0] or (tag != state[1] and None not in (tag, state[1])):
+            if not self.remote and self.state(name) != state:
                 raise UserError(f"DATA ({self.url(name)}) was changed while it was being read; start again")
 
     @abstractmethod
@@ -208,7 +207,6 @@ class RemoteFiles(Files):
         self.root = self.where = root.rstrip("/") if urlsplit(root).path.strip("/") else root
         self._states: dict[str, State] = {}
         self._listings: dict[int | None, dict[str, int | None]] = {}
-        self._asked = time.monotonic()  # when a server was last asked whether a file is as before
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listings": {}}  # of no use to a worker, and maybe of millions of files
@@ -243,19 +241,6 @@ class RemoteFiles(Files):
                 raise UserError(f"{self.url(name)}: the server does not tell its size; copy it here first")
             self._states[name] = _state_of(info)
         return self._states[name]
-
-    def refuse_changed(self, name: str, state: State) -> None:
-        """As here, but a server is asked once a minute, about the file that is read then: a set is replaced as one."""
-        if time.monotonic() < self._asked + ASKED_SECONDS:
-            return
-        self._asked = time.monotonic()
-        with contextlib.suppress(
-            Exception
-        ):  # whoever reads it has more patience, and words for what is wrong
-            system, path = _system(self.url(name))
-            system.invalidate_cache()
-            self._states[name] = _state_of(system.info(path))
-        super().refuse_changed(name, state)
 
     def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
         raw = RangeFile(partial(self.read, name), self.state(name)[0])
