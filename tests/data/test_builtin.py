@@ -55,3 +55,8 @@ def test_no_cut_out_is_empty() -> None:
     retina = next(place for place, name in enumerate(PHOTOGRAPHS) if "retina" in name)  # black in its corners
     for number in range(retina, len(photos), len(PHOTOGRAPHS)):
         assert photos.open(number).decode().std() > 0
+
+
+def test_a_run_of_0_1_0_finds_the_images_by_the_name_that_it_recorded():
+    digits = open_source("freqmask.data.builtin:BuiltinDigits")
+    assert digits.fingerprint() == open_source("builtin:digits").fingerprint()
