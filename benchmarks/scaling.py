@@ -40,15 +40,12 @@ from freqmask.training.optim import OptimConfig, build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "scaling.csv"
 OVERLAP = {"cpu": 0.0, "cuda": 0.5}  # of the backward pass, during which gradients already travel
-BACKWARD = (
-    2 / 3
-)  # of a network's own step, where it was not measured: two products for each of the forward pass
+# The backward pass's share of a network's own step, where it was not measured: two products for one forward.
+BACKWARD = 2 / 3
 RECORD, RECORDED = RESULTS.parent / "gpu.csv", "ViT-B/16"
 RECORDED_BATCH, RECORDED_WEIGHTS = 256, 86.4  # images; millions, the decoder's with them
-PASSES = {
-    "MFM": 3,
-    "FOLK": 8,
-}  # in forward passes: three with gradient, FOLK's two views and two of the teacher
+# In forward passes: three with gradient, FOLK's two views and two of the teacher.
+PASSES = {"MFM": 3, "FOLK": 8}
 EXPECTED = (8, 64)
 
 
@@ -131,21 +128,18 @@ def run_process(rank: int, count: int, port: int, arguments: argparse.Namespace,
         with parallel.no_sync():
             step()
 
-    def passed() -> None:
-        with parallel.no_sync():
-            backwards.append(step(True))
-
-    times: dict[str, list[float]] = {"step": [], "home": [], "passed": []}
-    backwards: list[float] = []
+    times: dict[str, list[float]] = {"step": [], "home": [], "backward": []}
     for number in range(arguments.rounds + 1):
-        for name, work in (("step", step), ("home", at_home), ("passed", passed)):
-            seconds = timed(work, device)
+        seconds = {"step": timed(step, device), "home": timed(at_home, device)}
+        with parallel.no_sync():
+            seconds["backward"] = step(True)
+        for name, values in times.items():
             if number:
-                times[name].append(seconds)
+                values.append(seconds[name])
     if rank == 0:
         trained = (p for p in parallel.parameters() if p.requires_grad)
         size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        medians = (statistics.median(values) for values in (times["step"], times["home"], backwards[1:]))
+        medians = map(statistics.median, times.values())
         answers.put((*medians, size))
     distributed.barrier()
     distributed.destroy_process_group()

@@ -260,6 +260,7 @@ MISTAKES = [  # that need nothing heavy to be found
     ["reconstruct", "MODEL", "1.png", "--out", "x.pdf"],
     ["convert", "FILE", "--out", "."],
     ["evaluate", "fewshot", "pixels", "--data", "DATA", "--epochs", "3"],
+    ["evaluate", "linear", "pixels", "no/MODEL", "--data", "DATA"],
     ["pretrain", "DATA", "--lerning_rate", "3"],
 ]
 

@@ -181,6 +181,10 @@ def predict(
 
     segmenter = open_segmenter(model)
     classifier = None if segmenter is not None else open_classifier(model)
+    if segmenter is None and classifier is None:
+        raise UserError(
+            f"model ({model}) has no head to predict with; freqmask evaluate finetune or segment trains one"
+        )
     path = check_out(out, overwrite, folder=segmenter is not None)
     if classifier is not None and path.suffix != ".csv":
         raise UserError(f"out ({out}) must end in .csv; try --out {path.with_suffix('.csv')}")
@@ -188,11 +192,7 @@ def predict(
     compute = ComputeConfig.of(running_options(), "predict")
     if segmenter is not None:
         written = write_masks(segmenter, source, path, inference, compute)
-    elif classifier is not None:
-        written = write_classes(Classification(classifier, crop), source, path, compute)
     else:
-        raise UserError(
-            f"model ({model}) has no head to predict with; freqmask evaluate finetune or segment trains one"
-        )
+        written = write_classes(Classification(classifier, crop), source, path, compute)
     say(f"predicted   {path}: {written:,} of {len(source):,} images, {model}")
     return path

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from freqmask.commands.command import command, running_options
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
+from freqmask.interop.formats import PIXELS, check_model
 from freqmask.options import Range, Seeds
 from freqmask.options.of_evaluation import (
     FineTuned,
@@ -48,6 +49,9 @@ def protocol(summary: str, *groups: type) -> Callable[[Callable[..., Any]], Call
     def decorate(function: Callable[..., Any]) -> Callable[..., list[Any]]:
         @functools.wraps(function)
         def measure(*args: Any, **kwargs: Any) -> list[Any]:
+            for model in running_options()["model"]:
+                if model != PIXELS:
+                    check_model(str(model))
             with uncollected():
                 way, options = function(*args, **kwargs), running_options()
                 from freqmask.evaluation.protocol import run_protocol

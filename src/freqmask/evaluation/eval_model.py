@@ -19,13 +19,12 @@ from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
-from freqmask.interop.formats import CLASSIFIER, PUBLIC, RANDOM
+from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM
 from freqmask.interop.models import OpenedClassifier, OpenedModel, open_classifier, open_model, still_images
 from freqmask.interop.weight_files import hash_weights
 from freqmask.spectrum import as_float
 from freqmask.training.run_folder import RunFolder
 
-PIXELS = "pixels"
 LOGITS = "end/mean"  # the table's name of a classifier's logits, here one number a class of DATA
 CONVERTIBLE = (1, 3, 4)  # channels of images that any model can be shown
 NOTABLE = 0.05  # share of an image's area or side from which a difference is told

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int64
 
 from freqmask.console import rank, say
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import PIXELS
 from freqmask.evaluation.labelled import Round, draw_shots, parse_shots, shot_name
 from freqmask.evaluation.protocol import (
     EvalConfig,
@@ -29,6 +28,7 @@ from freqmask.evaluation.results import (
     summarize,
     write_class_scores,
 )
+from freqmask.interop.formats import PIXELS
 
 SHOTS = ("1", "5", "10", "1%", "10%")
 INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)

@@ -33,7 +33,7 @@ from freqmask.data.splits import split_indices
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import LOGITS, PIXELS, BackboneModel, ClassifierModel
+from freqmask.evaluation.eval_model import LOGITS, BackboneModel, ClassifierModel
 from freqmask.evaluation.features import compute_features, not_finite
 from freqmask.evaluation.finetune_plan import (
     DECIDING,
@@ -59,7 +59,7 @@ from freqmask.evaluation.trainings import (
     run_training,
     series_folder,
 )
-from freqmask.interop.formats import CLASSIFIER
+from freqmask.interop.formats import CLASSIFIER, PIXELS
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.rng import sample_key
 from freqmask.spectrum import as_float

@@ -23,7 +23,8 @@ from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import PIXELS, BackboneModel
+from freqmask.evaluation.eval_model import BackboneModel
+from freqmask.interop.formats import PIXELS
 from freqmask.training import auto
 from freqmask.training.callbacks import Export
 from freqmask.training.files import check_writable

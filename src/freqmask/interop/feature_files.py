@@ -21,7 +21,6 @@ from freqmask.errors import UserError
 from freqmask.training.files import open_table, replace_atomically
 from freqmask.training.run_folder import write_text
 
-SUFFIXES = (".parquet", ".npy")
 _PART_BYTES = 256 * 2**20  # of features in memory before a part is written
 _MOST_IMAGES = 8192  # of a part: no more than these are computed again after a crash
 _FEWEST_IMAGES = 64

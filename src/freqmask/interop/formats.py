@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from safetensors import SafetensorError, safe_open
 
 from freqmask.errors import UserError, brief, nearest
+from freqmask.imports import uncollected
 from freqmask.training.files import check_encoding, check_out
 from freqmask.training.run_folder import RunFolder
 
@@ -40,6 +41,7 @@ DECODER = "decoder.safetensors"  # ours: timm and transformers pass it over
 OURS = "freqmask"  # the key of config.json under which our own metadata stand; timm passes it over
 CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
 PUBLIC, RANDOM = "timm:", "random:"  # how MODEL names public and fresh weights
+PIXELS = "pixels"  # a MODEL of evaluations alone
 LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
 _LARGEST_CONFIG = 10_000_000  # bytes; a real one has a few thousand
 _SECONDS = 5.0
@@ -117,7 +119,8 @@ def _what_is_wrong(path: Path, text: str) -> str:
     if f"{prefix}:" == RANDOM:
         return "leave it out to begin with random weights"
     if "/" not in name and os.sep not in name:  # no name of timm's has one, and timm takes seconds to import
-        import timm
+        with uncollected():
+            import timm
 
         if timm.is_model(name.split(".")[0]):
             return f"public weights are {PUBLIC}{name}"
