@@ -49,6 +49,10 @@ def test_a_training_split_that_is_named_leaves_the_usual_test_split(tmp_path: Pa
     )
     with pytest.raises(UserError, match=r"\(val, val\) must be two different splits"):
         open_labelled(tmp_path / "data", config=parting(tmp_path, train_split="val"))
+    with pytest.raises(UserError, match=r"\(None, val\) must be two different splits"):
+        open_labelled(tmp_path / "data", config=parting(tmp_path, train_split="all"))
+    with pytest.raises(UserError, match=r"^split \(held\) must be one that .* holds"):
+        open_labelled(write_classes(tmp_path / "whole"), config=parting(tmp_path, test_split="held"))
 
 
 def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) -> None:

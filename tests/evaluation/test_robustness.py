@@ -59,8 +59,11 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_test_sets_of_one_name_are_told_before_anything_is_measured(tmp_path: Path) -> None:
     folders = [write_classes(tmp_path / side / "sketch", ("cat", "dog"), 200) for side in ("a", "b")]
-    folders.append(write_classes(tmp_path / "data", ("cat", "dog"), 200))
-    for given, taken in ((folders[:2], "sketch"), (folders[2:], "data")):
+    alone = {
+        name: write_classes(tmp_path / name, ("cat", "dog"), 200)
+        for name in ("data", "clean", "corrupted", "imagenet-c", "fog 3")
+    }
+    for given, taken in ((folders, "sketch"), *(([folder], name) for name, folder in alone.items())):
         with pytest.raises(UserError, match=f"{taken} is taken"):
             check_tree([(found, None) for path in given for found in find_folders(path, [], [])])  # type: ignore[misc]
 

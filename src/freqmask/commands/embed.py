@@ -193,6 +193,7 @@ def predict(
     if segmenter is not None:
         written = write_masks(segmenter, source, path, inference, compute)
     else:
+        assert classifier is not None  # or the model would have been refused
         written = write_classes(Classification(classifier, crop), source, path, compute)
     say(f"predicted   {path}: {written:,} of {len(source):,} images, {model}")
     return path

@@ -183,7 +183,7 @@ def bands(
     Args:
         head: what classifies: a linear or k-NN head on frozen features, trained on whole images; or own, the
             model's own classifier (exported classifiers, and timm:NAME on ImageNet's classes).
-        radii: in frequency bins; the default are seven from an eighth of the highest frequency to all of it.
+        radii: in frequency bins; the default are seven from a sixteenth of the highest frequency to all of it.
         seeds: of the head and of random: weights; 0.
     """
     from freqmask.evaluation.perturbations import Bands

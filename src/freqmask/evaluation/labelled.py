@@ -149,12 +149,12 @@ def choose_parts(splits: Sequence[str], train: str, test: str, where: str, missi
     Raises:
         UserError: there is no such split, or none that ``auto`` can mean, which the sentence ``missing`` says.
     """
-    chosen: list[str | None] = []
-    for asked, usual in zip((train, test), default_splits(splits).values(), strict=True):
-        if asked == "auto" and usual is None:
-            raise UserError(missing)
-        chosen.append(usual if asked == "auto" else choose_split(splits, asked, where))
-    first, second = chosen
+    # what was named goes first: a name that is none says more than what auto lacks
+    named = [asked if asked == "auto" else choose_split(splits, asked, where) for asked in (train, test)]
+    pairs = list(zip(named, default_splits(splits).values(), strict=True))
+    if ("auto", None) in pairs:
+        raise UserError(missing)
+    first, second = (usual if name == "auto" else name for name, usual in pairs)
     if first is None or second is None or first == second:
         raise UserError(f"train_split and test_split ({first}, {second}) must be two different splits")
     return first, second

@@ -45,7 +45,7 @@ from freqmask.evaluation.results import (
     shortened,
 )
 
-CLEAN, CORRUPTED = "clean", "corrupted"
+COLUMNS = CLEAN, CORRUPTED, IMAGENET_C = "clean", "corrupted", "imagenet-c"
 DATA, TREE = "data", "tree"  # groups of results; any other is the name of a test set
 _COLUMNS = 4  # panels side by side: 15 or 19 corruptions and the bars fill the sheet
 _ATTACKED_AT_ONCE = 64  # images; gradients need several times the memory of features
@@ -139,8 +139,8 @@ def check_tree(folders: Sequence[tuple[TestFolder, LabelledData]]) -> None:
         if not np.array_equal(data.labels, same.labels) or data.class_names != same.class_names:
             raise UserError(f"folder ({folder.folder}) must hold the same images as {first.folder}")
     names = [folder.name for folder, _ in folders if not folder.corruption]
-    for name in names:
-        if names.count(name) > 1 or name in (DATA, TREE):
+    for name in names:  # which are columns beside ours
+        if names.count(name) > 1 or name in (DATA, TREE, *COLUMNS) or _corruption_of(name):
             raise UserError(
                 f"folder names test sets by their last part, and {name} is taken; rename or link one"
             )
@@ -388,7 +388,7 @@ def _measured_corruptions(table: ResultTable) -> list[str]:
 
 def _headlines(group: str, summaries: Mapping[str, Summary]) -> dict[str, Summary]:
     rest = {variant: one for variant, one in summaries.items() if _corruption_of(variant) is None}
-    return {"imagenet-c" if group == TREE else variant: one for variant, one in rest.items()}
+    return {IMAGENET_C if group == TREE else variant: one for variant, one in rest.items()}
 
 
 def main_lines(tables: Tables) -> list[str]:
