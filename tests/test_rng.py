@@ -15,6 +15,7 @@ from freqmask.rng import (
     normal,
     sample_key,
     sample_keys,
+    torch_seeded,
     uniform,
     uniform_numbers,
 )
@@ -103,6 +104,17 @@ def test_fresh_keys_follow_the_global_seed_and_nothing_else_does():
     torch.manual_seed(0)
     assert torch.equal(first, fresh_keys(3))
     assert first.dtype == torch.int64
+
+
+def test_seeded_draws_leave_the_global_generator_as_it_was():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch_seeded(5):
+        inside = torch.rand(4)
+    with pytest.raises(RuntimeError), torch_seeded(6):
+        raise RuntimeError
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(inside, torch.rand(4, generator=torch.Generator().manual_seed(5)))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int64
@@ -137,6 +138,21 @@ def fresh_keys(count: int, device: torch.device | str | None = None) -> Int64[Te
         Random keys, repeatable by ``torch.manual_seed``.
     """
     return torch.randint(-(1 << 63), (1 << 63) - 1, (count,), dtype=torch.int64, device=device)
+
+
+@contextmanager
+def torch_seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, torch's generator starts from a seed, and that of a CUDA device where one is given; restored afterwards.
+
+    ``torch.manual_seed`` would reset the generators of every other device, too.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for one in devices:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _bits(keys: Tensor, stream: int | str, count: int) -> Tensor:

@@ -11,7 +11,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.evaluation.perturbations import Attack, format_level, make_attacks, random_point, size_of_change
+from freqmask.evaluation.bands_and_attacks import (
+    Attack,
+    format_level,
+    make_attacks,
+    random_point,
+    size_of_change,
+)
 
 
 def images_of(count: int, side: int = 6) -> Tensor:

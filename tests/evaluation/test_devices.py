@@ -24,12 +24,12 @@ from freqmask.data.sources import open_source
 from freqmask.data.values import survey
 from freqmask.errors import UserError
 from freqmask.evaluation import features, linear
+from freqmask.evaluation.bands_and_attacks import Band, make_attacks
 from freqmask.evaluation.corruptions import Corruption, strengths_for
 from freqmask.evaluation.eval_model import open_eval_model
 from freqmask.evaluation.features import UNCHANGED, ComputeConfig, compute_features, part_images
 from freqmask.evaluation.labelled import open_labelled
 from freqmask.evaluation.linear import fit_head
-from freqmask.evaluation.perturbations import Band, make_attacks
 from freqmask.evaluation.protocol import prepare_context
 from freqmask.evaluation.robustness import Robustness, RobustnessEval
 from freqmask.training.worker_pool import WorkerPool

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from freqmask.errors import UserError
-from freqmask.evaluation.perturbations import Band, bands_of
+from freqmask.evaluation.bands_and_attacks import Band, bands_of
 from freqmask.pretraining.watch import probe, rankme
 from freqmask.spectrum import rfft2
 

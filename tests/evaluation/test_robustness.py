@@ -378,7 +378,12 @@ def test_data_is_asked_for_where_a_head_is_learnt() -> None:
 
 @pytest.mark.parametrize(("protocol", "options"), [("robustness", {}), ("knn", {"k": [3]}), ("bands", {})])
 def test_features_that_are_not_finite_give_a_row_without_a_number(
-    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, options: dict[str, Any]
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    options: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from freqmask.evaluation.eval_model import PixelModel
 
@@ -390,3 +395,5 @@ def test_features_that_are_not_finite_give_a_row_without_a_number(
     (summary,) = measure("pixels", data=data, workers=0, cache=False, **options)
     assert "not finite" in summary.error
     assert [row["accuracy"] for row in rows(tmp_path / "results.csv")] == [""]
+    told = capsys.readouterr().out.partition("figures     ")[2].split()
+    assert told and all(Path(name.strip(",")).is_file() for name in told)

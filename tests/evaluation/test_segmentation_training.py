@@ -20,6 +20,7 @@ from freqmask.errors import UserError
 
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask[seg]'")
 
+from freqmask.evaluation import segmentation
 from freqmask.evaluation.segmentation import open_network
 from freqmask.evaluation.upernet import SegmentationModule, groups_of
 from freqmask.training.run_folder import RunFolder
@@ -74,6 +75,24 @@ def test_it_learns_two_colours_in_a_few_steps_and_tells(
     folder = tmp_path / "out" / "mine-seed0"
     assert (folder / "network.safetensors").is_file()
     assert not (folder / "checkpoints").exists()
+
+
+def test_runs_of_one_name_stand_beside_each_other_in_rows_and_picture(
+    run: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = str(make_run(tmp_path / "others" / "mine").path)
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        segmentation, "draw_overlays", lambda path, title, overlays, names: drawn.extend(overlays)
+    )
+    found = freqmask.evaluate.segment([run, other], data=data, out="out", **{**TINY, "steps": 1})
+    assert [one.name for one in found] == [run, other]
+    assert [row["model"] for row in rows(tmp_path / "out" / "results.csv")] == [run, other]
+    assert [list(overlay.predicted) for overlay in drawn] == [[run, other]] * 2
+    assert {path.parent.name for path in (tmp_path / "out").glob("*/config.yaml")} == {
+        "mine-seed0",
+        "mine-2-seed0",
+    }
 
 
 def test_a_killed_training_ends_as_one_that_was_not(

@@ -15,11 +15,10 @@ from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import (
     BackboneModel,
     EvalModel,
-    check_models,
-    disambiguate,
     open_eval_model,
     what_differs,
 )
+from freqmask.evaluation.protocol import EvalConfig
 from freqmask.interop.models import open_model
 from freqmask.spectrum import as_float
 
@@ -138,21 +137,11 @@ def test_gradients_reach_the_pixels(tmp_path: Path, folder: Path) -> None:
 
 
 def test_models_are_listed_once_and_one_is_needed(folder: Path) -> None:
-    assert check_models(["pixels", "a", "pixels"]) == ["pixels", "a"]
+    assert EvalConfig(["pixels", Path("a"), "pixels", "a"], data=[]).models == ["pixels", "a"]
     with pytest.raises(UserError, match="MODEL is missing"):
-        check_models([])
+        EvalConfig([], data=[])
     with pytest.raises(UserError, match="model \\(nowhere\\)"):
         opened("nowhere", folder)
-
-
-def test_models_of_the_same_name_are_called_by_what_was_typed(tmp_path: Path, folder: Path) -> None:
-    texts = [str(make_run(tmp_path / where / "run").path) for where in ("a", "b")]
-    subjects = [opened(text, folder) for text in (*texts, "pixels", texts[0])]
-    disambiguate(subjects)
-    assert [subject.name for subject in subjects] == [*texts, "pixels", texts[0]]
-    alone = opened(texts[0], folder)
-    disambiguate([alone, alone])
-    assert alone.name == "run"
 
 
 def test_what_a_model_is_not_shown_is_told(tmp_path: Path, folder: Path) -> None:

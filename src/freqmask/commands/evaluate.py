@@ -186,7 +186,7 @@ def bands(
         radii: in frequency bins; the default are seven from a sixteenth of the highest frequency to all of it.
         seeds: of the head and of random: weights; 0.
     """
-    from freqmask.evaluation.perturbations import Bands
+    from freqmask.evaluation.bands_and_attacks import Bands
 
     return Bands(head, radii)
 
@@ -212,8 +212,8 @@ def robustness(
             own classifier (what finetune leaves behind, and timm:NAME on ImageNet's classes).
         seeds: of the head and of random: weights; 0.
     """
+    from freqmask.evaluation.bands_and_attacks import make_attacks
     from freqmask.evaluation.corruptions import SEVERITIES, choose_corruptions
-    from freqmask.evaluation.perturbations import make_attacks
     from freqmask.evaluation.robustness import Robustness
 
     budget: Any = (options[name] for name in ("norm", "epsilon", "steps", "step_size", "random_start"))

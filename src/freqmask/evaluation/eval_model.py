@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,29 +284,6 @@ def what_differs(model: EvalModel, survey: Survey) -> list[str]:
 
 def _usual(crop: str) -> str:
     return "center" if crop == "auto" else crop
-
-
-def check_models(models: str | Path | Sequence[str | Path]) -> list[str]:
-    """MODEL as a list, without repetitions.
-
-    Raises:
-        UserError: there is none.
-    """
-    models = [models] if isinstance(models, (str, Path)) else models
-    if not models:
-        raise UserError("MODEL is missing; try pixels, random:vit_tiny_patch16_224 and a run folder together")
-    return list(dict.fromkeys(str(model) for model in models))
-
-
-def disambiguate(models: Iterable[EvalModel]) -> None:
-    """Models whose names are alike (``a/run`` and ``b/run``) are called by what was typed."""
-    models = list(models)
-    texts: dict[str, set[str]] = {}
-    for model in models:
-        texts.setdefault(model.name, set()).add(model.text)
-    for model in models:
-        if len(texts.get(model.name, ())) > 1:
-            model.name = model.text
 
 
 def _named(place: str, features: Features) -> dict[str, Tensor]:

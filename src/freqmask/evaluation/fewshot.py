@@ -118,9 +118,9 @@ class TunedFewshot(Protocol):
 
     def open(self, config: EvalConfig) -> None:
         self.tuning.open(config)
-        for other in (self, self.frozen):
-            if other is not None:
-                other.config, other.data, other.survey = config, self.tuning.data, self.tuning.survey
+        opened = {name: getattr(self.tuning, name) for name in ("config", "data", "survey", "names")}
+        for other in filter(None, (self, self.frozen)):
+            vars(other).update(opened)
         tuned = [text for text in config.models if text != PIXELS]
         if not tuned:
             raise UserError(
@@ -167,7 +167,7 @@ class TunedFewshot(Protocol):
 
     def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
         """A bar chart of the averages, and all classes."""
-        figures = [folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"]
+        chart, classes = folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"
         title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{self.data.name}"
         averages = [
             replace(one, variant=words)
@@ -176,9 +176,9 @@ class TunedFewshot(Protocol):
             if one.variant == f"{words}, {AVERAGE}"
         ]
         if averages:
-            draw_bar_chart(figures[0], title, "accuracy in %", averages)
-        write_class_scores(figures[1], [one for table in tables.values() for one in table.results])
-        return figures
+            draw_bar_chart(chart, title, "accuracy in %", averages)
+        write_class_scores(classes, [one for table in tables.values() for one in table.results])
+        return [chart, classes] if averages else [classes]
 
 
 def _check_frozen(options: Mapping[str, Any]) -> None:
@@ -191,20 +191,12 @@ def _check_frozen(options: Mapping[str, Any]) -> None:
 
 
 def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    from freqmask.evaluation.finetune_plan import check_tuning, with_defaults
+    from freqmask.evaluation.finetune_plan import with_defaults
 
     dropped = ("batch_size", "precision", "shots")
+    kept = {name: value for name, value in options.items() if name not in dropped}
     epochs = EPOCHS if options["epochs"] is None else options["epochs"]
-    tuned = with_defaults(
-        {
-            **{name: value for name, value in options.items() if name not in dropped},
-            "held_out": 0.0,
-            "epochs": epochs,
-            "seeds": options["seeds"] or [0, 1, 2],
-        }
-    )
-    check_tuning({**tuned, "model": [text for text in tuned["model"] if text != PIXELS]})
-    return tuned
+    return with_defaults({**kept, "held_out": 0.0, "epochs": epochs})
 
 
 def summarize_settings(results: Sequence[Result], prefix: str) -> list[Summary]:

@@ -7,7 +7,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ from freqmask.evaluation.trainings import (
 )
 from freqmask.interop.formats import CLASSIFIER, PIXELS
 from freqmask.interop.weight_files import write_timm_folder
-from freqmask.rng import sample_key
+from freqmask.rng import sample_key, torch_seeded
 from freqmask.spectrum import as_float
 from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.loop import ScheduledModule, Task
@@ -84,15 +84,7 @@ def randomness_from(key: int, torch_too: bool = False, device: torch.device | No
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     try:
-        if not torch_too:
-            yield
-            return
-        devices = [device] if device is not None and device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(key)
-            for one in devices:  # those of other devices stay as they are
-                with torch.cuda.device(one):
-                    torch.cuda.manual_seed(key)
+        with torch_seeded(key, device) if torch_too else nullcontext():
             yield
     finally:
         random.setstate(before[0])
@@ -433,7 +425,7 @@ class Finetune(Protocol):
         self.root = series_folder(
             config.out, "finetune", words, self.data.source.fingerprint(), self.data.split
         )
-        self.names = run_names(config.models)
+        self.run_names = run_names(config.models)
         self.planned: set[str] = set()  # models whose plan has been printed
 
     def context_of(self, model: BackboneModel) -> BackboneModel:
@@ -450,7 +442,7 @@ class Finetune(Protocol):
         data, parts, metadata = self.data, [], []
         for number, fold in enumerate(data.rounds):
             words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
-            folder, train = self.root / f"{self.names[model.text]}-{words}{suffix}", fold.train
+            folder, train = self.root / f"{self.run_names[model.text]}-{words}{suffix}", fold.train
             if options.get("shots") is not None:
                 train = train[draw_shots(data.labels[train], str(options["shots"]), seed)]
             short = model.text in self.planned

@@ -20,6 +20,7 @@ from freqmask.evaluation.labelled import parse_shots
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, check_no_problems
 from freqmask.interop.models import OpenedModel
 from freqmask.options.of_evaluation import FineTuned, FineTuning
+from freqmask.rng import torch_seeded
 from freqmask.timm_models import REFUSED, cannot, parameters_behind
 from freqmask.training import auto
 from freqmask.training.auto import check_single_image
@@ -50,8 +51,7 @@ def make_classifier(opened: OpenedModel, classes: int, drop_path: float, seed: i
     Raises:
         UserError: the architecture has no classifier, or its weights do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the user's of CUDA, too
+    with torch_seeded(seed):
         model, notes = _create(opened, classes, drop_path)
         head = model.get_classifier()
         if opened.backbone.is_vit and isinstance(head, nn.Linear):

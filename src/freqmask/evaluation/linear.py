@@ -308,10 +308,11 @@ class ClassifierHead:
         self, context: EvalContext, values: Mapping[str, np.ndarray], among: Sequence[int] | None = None
     ) -> Int64[np.ndarray, " image"]:
         """The classes of images by their features (image, dim) in a table; ``among`` some classes, their places."""
-        predicted = []
-        for images in torch.arange(len(next(iter(values.values())))).split(_AT_ONCE):
+        predicted, inputs = [], (LOGITS,) if self.sweep is None else self.sweep.inputs
+        read = {name: values[name] for name in inputs}
+        for images in torch.arange(len(read[inputs[0]])).split(_AT_ONCE):
             with torch.no_grad():
-                logits = self.logits(context.tensors(values, images.numpy()))
+                logits = self.logits(context.tensors(read, images.numpy()))
             predicted.append((logits if among is None else logits[:, among]).argmax(dim=1).cpu().numpy())
         return np.concatenate(predicted)
 

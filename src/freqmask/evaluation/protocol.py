@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,6 @@ from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import (
     ClassifierModel,
     EvalModel,
-    check_models,
     open_eval_model,
     what_differs,
 )
@@ -74,7 +74,7 @@ LONG = 5.0  # seconds after which silence seems a standstill
 class EvalConfig:
     """What all protocols share, as the commands' options give it."""
 
-    models: list[str]  # MODEL as typed
+    models: Sequence[str]  # MODEL as typed, each once
     data: Any
     labels: str | None = None  # a CSV table
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -87,6 +87,13 @@ class EvalConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     out: Path | None = None  # folder of the results
     options: Mapping[str, Any] = field(default_factory=dict)  # those of the command, to repeat it
+
+    def __post_init__(self) -> None:
+        self.models = list(dict.fromkeys(map(str, self.models)))
+        if not self.models:
+            raise UserError(
+                "MODEL is missing; try pixels, random:vit_tiny_patch16_224 and a run folder together"
+            )
 
     @classmethod
     def of(cls, options: Mapping[str, Any], seeds: Sequence[int], parallel: bool = True) -> EvalConfig:
@@ -101,7 +108,7 @@ class EvalConfig:
         split = ("train_split", "test_split", "test_share", "folds", "split_seed", "duplicates")
         shared = ("labels", "pages", "image_size", "weights", "value_range", "crop")
         return cls(
-            models=check_models(options["model"]),
+            models=options["model"],
             data=[] if data is None else list(data) if isinstance(data, (list, tuple)) else [data],
             split=SplitConfig(*(options[name] for name in split)),
             seeds=options["seeds"] or seeds,
@@ -213,6 +220,9 @@ class Protocol(ABC):
     config: EvalConfig  # what was asked for, once it is opened
     data: Any  # the images and what is known of them: LabelledData, SegmentationData
     survey: Survey  # what the images are like
+    names: Mapping[
+        str, str
+    ]  # MODEL -> what tables and figures call it: ``a/run`` and ``b/run`` as they were typed
     # models with a classifier of their own, by model and classes
     classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel]
 
@@ -226,7 +236,6 @@ class Protocol(ABC):
         Raises:
             UserError: whatever is wrong with models, data, seeds or the protocol's own options.
         """
-        config.models = check_models(config.models)
         if not config.seeds or len(set(config.seeds)) < len(config.seeds):
             raise UserError(
                 f"seeds ({list(config.seeds)}) must be one or several different numbers; try 0 1 2"
@@ -235,14 +244,17 @@ class Protocol(ABC):
             check_results(config.out)
         self.config, self.classifiers, self.data = config, {}, self.open_data(config)
         self.survey = survey(self.data.source)
-        differences: dict[str, None] = {}
+        differences, names = dict[str, None](), dict[str, str]()
         for text in config.models:
             model = self.open_model(text, config.seeds[0])
             self.check_model(model)
+            names[text] = model.name
             check_results(config.out or model.results or Path())
             differences |= dict.fromkeys(self.what_differs(model))
             if model.kind == "run" and model.results is not None:
                 say(seen_in_pretraining(model.results, self.data.source, self.data.tested))
+        counts = Counter(names.values())
+        self.names = {text: name if counts[name] == 1 else text for text, name in names.items()}
         say(self.data.describe())
         for note in [*self.data.notes, *differences]:
             say(f"note: {note}")
@@ -260,6 +272,12 @@ class Protocol(ABC):
         names = ("image_size", "weights", "value_range", "crop")
         shared: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         return open_eval_model(text, self.survey, seed=seed, **shared)
+
+    def named(self, text: str, seed: int) -> Any:
+        """The same under the name that tells it from the others."""
+        model = self.open_model(text, seed)
+        model.name = self.names[text]
+        return model
 
     def classifier(self, text: str, data: LabelledData) -> ClassifierModel:
         """A model with its own classifier, predicting the classes of some images."""
@@ -280,7 +298,7 @@ class Protocol(ABC):
         model = None
         for seed in self.config.seeds:
             if model is None or model.kind == "random":
-                model = self.open_model(text, seed)
+                model = self.named(text, seed)
                 context = self.context_of(model)
             yield context, seed
             if not self.seeded and model.kind != "random":
@@ -347,16 +365,16 @@ class Protocol(ABC):
 
     def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
         """Draw the figures and write the table of classes; their files."""
-        figures = [folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"]
+        chart, classes = folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"
         (table,) = tables.values()
         measured = [one for one in table.summaries if not one.error]
         if measured:
             title = f"{table.title}\n{self.data.name}"
-            draw_bar_chart(figures[0], title, f"{table.metric} in %", measured)
+            draw_bar_chart(chart, title, f"{table.metric} in %", measured)
         write_class_scores(
-            figures[1], [one for one in table.results if self.all_classes or one.variant == self.headline]
+            classes, [one for one in table.results if self.all_classes or one.variant == self.headline]
         )
-        return figures
+        return [chart, classes] if measured else [classes]
 
 
 def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary]:

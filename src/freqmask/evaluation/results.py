@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int64, Shaped
 
 from freqmask.console import plain_name
-from freqmask.evaluation.eval_model import EvalModel, disambiguate
+from freqmask.evaluation.eval_model import EvalModel
 from freqmask.training.files import replace_atomically, write_rows
 
 _MOST_BARS = 5  # variants side by side in the chart
@@ -314,8 +314,7 @@ class Summary:
 
 
 def summarize(results: Sequence[Result]) -> list[Summary]:
-    """One summary a model and variant, in the order in which they came; no two models have the same name then."""
-    disambiguate([result.model for result in results])
+    """One summary a model and variant, in the order in which they came."""
     families: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         families.setdefault((result.model.text, result.variant), []).append(result)

@@ -15,6 +15,7 @@ import torch
 from freqmask.console import say
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
+from freqmask.evaluation.bands_and_attacks import Attack, attack_images
 from freqmask.evaluation.corruptions import (
     COMMON,
     CORRUPTIONS,
@@ -31,7 +32,6 @@ from freqmask.evaluation.corruptions import (
 from freqmask.evaluation.features import compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round, subset
 from freqmask.evaluation.linear import ClassifierHead, fit_head
-from freqmask.evaluation.perturbations import Attack, attack_images
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Predict, Protocol, metadata_of
 from freqmask.evaluation.results import (
     ClassificationResult,
@@ -325,6 +325,7 @@ class RobustnessEval:
         context, model, columns = self.context, self.context.model, None
         if self.protocol.head == "own":
             model = self.protocol.classifier(model.text, data)
+            model.name = context.model.name
             model.prepare(data.source, context.compute.device)
         else:
             columns = [context.data.class_names.index(name) for name in data.class_names]

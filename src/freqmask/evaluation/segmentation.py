@@ -24,7 +24,7 @@ from freqmask.data.loader import OrderedSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import BackboneModel, EvalModel, check_models, open_eval_model
+from freqmask.evaluation.eval_model import BackboneModel, EvalModel, open_eval_model
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
 from freqmask.evaluation.mask_files import PairDataset, RandomCrop
 from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
@@ -60,6 +60,7 @@ from freqmask.evaluation.upernet import (
 )
 from freqmask.interop.models import OpenedModel, open_model, stage_features
 from freqmask.interop.weight_files import check_weights, write_tensors
+from freqmask.rng import torch_seeded
 from freqmask.spectrum import as_float
 from freqmask.training.auto import pick_device
 from freqmask.training.files import check_writable
@@ -122,8 +123,7 @@ class SegmentationJob(TrainingJob):
 
     def __post_init__(self) -> None:
         channels = self.asked["decoder_channels"]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)  # that of CUDA is the user's
+        with torch_seeded(self.seed):
             width = None if channels in (None, AUTO) else int(channels)
             self.network = UperNet(self.model.opened, len(self.data.labels), width)
 
@@ -370,14 +370,14 @@ class Segment(Protocol):
     all_classes = True  # of every way of inference
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = {**options, "model": check_models(options["model"])}
+        self.options = options
         self.inferences = list(dict.fromkeys(options["inference"] or ["windows"]))
         self.headline = self.inferences[0]
         self.overlays: dict[int, Overlay] = {}
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         return EvalConfig(
-            models=check_models(options["model"]),
+            models=options["model"],
             data=options["data"],
             seeds=options["seeds"] or self.seeds,
             weights=options["weights"],
@@ -387,13 +387,13 @@ class Segment(Protocol):
         )
 
     def open(self, config: EvalConfig) -> None:
-        check_options(self.options)
+        check_options({**self.options, "model": config.models})
         decoder_class()
         check_writable(config.out or RUNS, folder=True)
         super().open(config)
         words = {name: self.options[name] for name in DECIDING if name in self.options}
         decides = (words, self.data.train.fingerprint(), self.data.split, self.data.labels.values)
-        self.root, self.names = series_folder(config.out, self.name, *decides), run_names(config.models)
+        self.root, self.run_names = series_folder(config.out, self.name, *decides), run_names(config.models)
 
     def open_data(self, config: EvalConfig) -> SegmentationData:
         names = MaskConfig.__dataclass_fields__
@@ -423,7 +423,7 @@ class Segment(Protocol):
     def contexts(self, text: str) -> Iterator[tuple[SegmentationJob, int]]:
         """A training for each seed."""
         for seed in self.config.seeds:
-            folder, model = self.root / f"{self.names[text]}-seed{seed}", self.open_model(text, seed)
+            folder, model = self.root / f"{self.run_names[text]}-seed{seed}", self.named(text, seed)
             yield SegmentationJob(model, self.data, self.survey, seed, folder, self.options), seed
 
     def evaluate(self, job: SegmentationJob, seed: int) -> list[Result]:

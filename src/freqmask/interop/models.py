@@ -42,6 +42,7 @@ from freqmask.interop.weight_files import check_weights, hash_weights, load_fitt
 from freqmask.interop.weights import check_public, load_method, run_state, under, with_weights
 from freqmask.methods import MFM
 from freqmask.methods.mfm import band_edges
+from freqmask.rng import torch_seeded
 from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD, as_float, decibel, inside, pair_weights, rfft2
 from freqmask.timm_models import check_name
 from freqmask.training.run_folder import RunFolder
@@ -172,8 +173,7 @@ def open_model(
     """
     text = str(text)
     place = text.removeprefix(RANDOM)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the user's of CUDA, too
+    with torch_seeded(seed):
         if text.startswith(PUBLIC) or (text.startswith(RANDOM) and not Path(place).is_dir()):
             return _open_named(text, channels, image_size=image_size, optional_model_args=optional_model_args)
         return _open_folder(text, weights, image_size=image_size, optional_model_args=optional_model_args)
