@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,38 @@ def test_a_folder_that_cannot_take_results_is_found_before_measuring(
             UserError, match=rf"(out|results) \({out}.*\) (is a file|is a folder|cannot be written)"
         ):
             freqmask.evaluate.knn("pixels", data=data, k=[3], workers=0, out=out)
+
+
+def test_rows_are_kept_where_a_figure_fails(data: str, tmp_path: Path) -> None:
+    (tmp_path / "out" / "knn-classes.csv").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"knn-classes\.csv"):
+        freqmask.evaluate.knn("pixels", data=data, k=[3], workers=0, out="out")
+    assert [row["model"] for row in rows(tmp_path / "out" / "results.csv")] == ["pixels"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["linear", "pixels"],
+            "a linear head is chosen on 30% of the training images, held out, and 3 images of 3",
+        ),
+        (["knn", "pixels", "--features", "auto"], "features are chosen on 30% .* or leave --features out"),
+        (
+            ["finetune", "random:resnet10t", "--image_size", "32", "--held_out", "0.3"],
+            "accuracy is watched on 30% .* or give --held_out 0",
+        ),
+    ],
+)
+def test_an_image_a_class_is_too_few_to_hold_any_out(words: list[str], sentence: str) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(3)
+    np.savez(
+        "few.npz", train_images=images[:3], train_labels=labels, test_images=images[3:], test_labels=labels
+    )
+    code, text = attempt(["evaluate", *words, "--data", "few.npz", "--workers", "0", "--accelerator", "cpu"])
+    assert code == 2
+    assert re.search(sentence, text)
 
 
 def test_a_model_that_takes_all_images_for_one_class_is_pointed_out(

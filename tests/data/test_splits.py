@@ -83,6 +83,15 @@ def test_equal_parts_serve_as_folds():
     assert [np.bincount(np.arange(50)[part] % 5).tolist() for part in parts] == [[2] * 5] * 5
 
 
+@pytest.mark.parametrize(("classes", "members", "folds"), [(10, 2, 5), (10, 3, 5), (100, 6, 10), (7, 5, 3)])
+def test_folds_are_alike_in_size_and_classes_where_these_are_small(classes, members, folds):
+    labels = np.repeat(np.arange(classes), members)
+    parts = split_indices(labels, None, [1] * folds, 0)
+    assert {len(part) for part in parts} <= {len(labels) // folds, -(-len(labels) // folds)}
+    counts = np.array([np.bincount(labels[part], minlength=classes) for part in parts])
+    assert counts.max() - counts.min() <= 1
+
+
 @pytest.mark.parametrize(
     ("labels", "groups", "fractions", "words"),
     [

@@ -74,6 +74,13 @@ def test_a_damaged_table_is_told_before_anything_is_measured(tmp_path: Path) -> 
         check_results(tmp_path)
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_table_that_is_not_ours_is_left_alone(tmp_path: Path, separator: str) -> None:
+    (tmp_path / "results.csv").write_text(f"protocol{separator}model\nknn{separator}a\n")
+    with pytest.raises(UserError, match=r"no table of ours.*another --out"):
+        check_results(tmp_path)
+
+
 def test_a_damaged_table_is_told_at_the_start_without_data_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,16 @@ def test_cutting_back_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(table)] == ["1", "2"]
 
 
+def test_a_table_that_a_spreadsheet_saved_is_read_and_goes_on(tmp_path: Path) -> None:
+    table = tmp_path / "s.csv"
+    table.write_bytes("name,reason\r\na.png,broken\r\n".encode("utf-8-sig"))
+    append_row(table, {"name": "b.png", "reason": "empty"})
+    assert read_rows(table) == [
+        {"name": "a.png", "reason": "broken"},
+        {"name": "b.png", "reason": "empty"},
+    ]
+
+
 def test_names_with_newlines_commas_and_broken_bytes_come_back(tmp_path: Path) -> None:
     table = tmp_path / "s.csv"
     name = b'a,\n"b"\xff.jpg'.decode(errors="surrogateescape")

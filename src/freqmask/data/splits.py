@@ -153,13 +153,17 @@ def _deal_images(classes: np.ndarray, shares: np.ndarray, generator: np.random.G
     """The part of each image, (image,): every class is shuffled and cut at the shares.
 
     What rounding takes from one class it gives to the next, so that the parts have their sizes, too. A class
-    never misses from the largest part.
+    never misses from the largest part. Three equal parts or more are folds, to which images are dealt in turn.
     """
     part_of = np.empty(len(classes), np.int64)
     edges, dealt = np.cumsum(shares), 0
     by_class = np.split(np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1])
     for number in generator.permutation(len(by_class)):
         members = generator.permutation(by_class[number])
+        if len(shares) > 2 and shares.max() == shares.min():
+            part_of[members] = np.arange(dealt, dealt + len(members)) % len(shares)
+            dealt += len(members)
+            continue
         cuts = np.rint(edges * (dealt + len(members))) - np.rint(edges * dealt)
         cuts[-1], dealt = len(members), dealt + len(members)
         parts = np.searchsorted(np.maximum.accumulate(cuts), np.arange(len(members)), side="right")

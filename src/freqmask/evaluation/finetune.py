@@ -29,7 +29,6 @@ from freqmask.backbones import eval_no_grad
 from freqmask.console import LINES_A_RUN, rank, readable_time, say
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.source import Source
-from freqmask.data.splits import split_indices
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
@@ -46,7 +45,7 @@ from freqmask.evaluation.finetune_plan import (
     make_classifier,
     say_short_plan,
 )
-from freqmask.evaluation.labelled import LabelledData, draw_shots, shot_name, subset
+from freqmask.evaluation.labelled import LabelledData, draw_shots, held_out_parts, shot_name, subset
 from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
@@ -316,8 +315,10 @@ class FinetuneJob(TrainingJob):
         if share == 0:
             return self.train, self.train[:0]
         groups = self.data.groups_of(self.train)
-        parts = split_indices(self.data.labels[self.train], groups, (1 - share, share), self.seed)
-        return self.train[parts[0]], self.train[parts[1]]
+        use, way_out = "accuracy is watched on", "give --held_out 0"
+        labels = self.data.labels[self.train]
+        train, held_out = held_out_parts(labels, groups, share, self.seed, use, way_out)
+        return self.train[train], self.train[held_out]
 
     def _write(self, run: RunFolder, tuning: Tuning, model: Any, step: int) -> None:
         """The classifier as a folder that timm loads."""

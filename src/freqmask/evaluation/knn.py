@@ -11,10 +11,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.console import say
-from freqmask.data.splits import split_indices
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel
-from freqmask.evaluation.labelled import Round
+from freqmask.evaluation.labelled import Round, held_out_parts
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Prediction, Protocol
 from freqmask.interop.feature_space import KINDS, PLAIN, FeatureSpace, save_space
 
@@ -132,7 +131,8 @@ def choose_space(
     some = torch.linspace(0, len(labels) - 1, min(len(labels), MOST_CHOOSING)).long()  # enough to choose by
     known = None if groups is None else [groups[index] for index in some.tolist()]
     numbers = labels.cpu()[some].numpy()
-    parts = split_indices(numbers, known, (1 - CHOOSING_SHARE, CHOOSING_SHARE), seed=0)
+    use, way_out = "features are chosen on", "leave --features out"
+    parts = held_out_parts(numbers, known, CHOOSING_SHARE, 0, use, way_out)
     fitted, held = (some[torch.from_numpy(part)].to(labels.device) for part in parts)
     rows = {name: values[fitted] for name, values in features.items()}
     asked = {name: values[held] for name, values in features.items()}

@@ -343,6 +343,28 @@ def _check_classes(data: LabelledData) -> None:
             )
 
 
+def held_out_parts(
+    labels: Int64[np.ndarray, " image"],
+    groups: Sequence[str | None] | None,
+    share: float,
+    seed: int,
+    use: str,
+    way_out: str,
+) -> list[np.ndarray]:
+    """Numbers of the training images that stay, and of the share that is held out; no group is divided.
+
+    Raises:
+        UserError: there are too few, which is told by what they are held out for and the way out.
+    """
+    try:
+        return split_indices(labels, groups, (1 - share, share), seed)
+    except UserError as error:
+        of = f"{len(labels)} images of {len(np.unique(labels))} classes" + (" in groups" if groups else "")
+        raise UserError(
+            f"{use} {share:.0%} of the training images, held out, and {of} are too few; add images, or {way_out}"
+        ) from error
+
+
 def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[int]:
     """A 64-bit number of the pixels of each image, or of some: the same for identical images, whatever they are called.
 

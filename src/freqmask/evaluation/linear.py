@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.data.splits import split_indices
 from freqmask.evaluation.eval_model import LOGITS
 from freqmask.evaluation.knn import outside_autocast
-from freqmask.evaluation.labelled import Round
+from freqmask.evaluation.labelled import Round, held_out_parts
 from freqmask.evaluation.protocol import EvalContext, Prediction, Protocol
 from freqmask.evaluation.results import margins, score
 
@@ -254,10 +253,9 @@ def choose_and_fit(
     if weighted is None:
         weighted = bool(counts.max() > IMBALANCED * counts[counts > 0].min())
     share = held_out_share(len(labels))
-    fitted, held = (
-        torch.from_numpy(part).to(labels.device)
-        for part in split_indices(labels.cpu().numpy(), groups, (1 - share, share), seed)
-    )
+    use, way_out = "a linear head is chosen on", "measure by knn or fewshot"
+    parts = held_out_parts(labels.cpu().numpy(), groups, share, seed, use, way_out)
+    fitted, held = (torch.from_numpy(part).to(labels.device) for part in parts)
     heads = sweep_of(list(features), weighted, rates)
     predicted, losses, truth = list[np.ndarray](), list[float](), labels[held].cpu().numpy()
     for inputs, members in itertools.groupby(

@@ -341,15 +341,16 @@ class Protocol(ABC):
         for block in filter(None, [*self.shown(tables), warnings]):
             for line in ["", *block]:
                 say(line)
-        # figures go to ``out``, else to the first run that was measured, else here; rows to the run of each model
-        folder = out or next((one.model.results for one in results if one.model.results), None) or Path()
-        figures = self.draw(tables, folder)
+        # rows go to ``out``, else to the run of each model, else here; first of all, since a figure may fail
         rows: dict[Path, list[dict[str, str]]] = {}
         for result in [result for table in tables.values() for result in table.results]:
             file = (out or result.model.results or Path()) / RESULTS
             rows.setdefault(file, []).append(row_of(result, self.name, self.config.options))
         for file, members in rows.items():
             add_rows(file, members)
+        # figures go to ``out``, else to the first run that was measured, else here
+        folder = out or next((one.model.results for one in results if one.model.results), None) or Path()
+        figures = self.draw(tables, folder)
         say()
         say(f"results     {', '.join(map(str, rows))}")
         say(f"figures     {', '.join(map(str, figures))}")
@@ -496,5 +497,12 @@ def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:
 def check_results(folder: Path) -> None:
     """Raises a UserError for a folder whose table cannot be written; asked before hours of measuring."""
     check_writable(folder, folder=True)
-    check_writable(folder / RESULTS, "results")
-    read_rows(folder / RESULTS)  # a damaged one would refuse the rows after all measuring
+    table = folder / RESULTS
+    check_writable(table, "results")
+    rows = read_rows(table)  # a damaged one would refuse the rows after all measuring
+    if rows and not {"protocol", "model"} <= set(rows[0]):
+        names = ", ".join(map(str, rows[0]))[:80]
+        raise UserError(
+            f"results ({table}) is no table of ours, separated by commas, with columns protocol and model (it has "
+            f"{names}); move it away, or give another --out"
+        )

@@ -199,7 +199,8 @@ def check_encoding(path: Path, option: str) -> None:
 
 def open_table(path: Path, mode: Literal["r", "w", "a"] = "r") -> TextIO:
     """A CSV file, for the module csv: a name that is no UTF-8 stands in it with the bytes that it has on the disk."""
-    return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
+    encoding = "utf-8-sig" if mode == "r" else "utf-8"  # a spreadsheet puts a mark before the first name
+    return path.open(mode, newline="", encoding=encoding, errors="surrogateescape")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -231,7 +232,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a table; a last line that a kill cut short is left out."""
     if not path.is_file():
         return []
-    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     rows: Iterable[dict[str, str]] = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     try:
         return [
