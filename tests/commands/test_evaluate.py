@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from broken_runner import attempt
+from PIL import Image
 from tiny_runs import make_run
 
 import freqmask
@@ -206,6 +207,27 @@ def test_an_image_a_class_is_too_few_to_hold_any_out(words: list[str], sentence:
     code, text = attempt(["evaluate", *words, "--data", "few.npz", "--workers", "0", "--accelerator", "cpu"])
     assert code == 2
     assert re.search(sentence, text)
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        ("test/*/*.png", "the test part is empty"),
+        ("train/*/*.png", "the training part is empty"),
+        ("train/a/*.png", "1 classes of the test part are missing from the training part (a)"),
+        ("t*/[ab]/*.png", "has one class only (c)"),
+    ],
+)
+def test_parts_of_which_nothing_can_be_read_are_told(tmp_path: Path, broken: str, sentence: str) -> None:
+    for number in range(12):
+        path = tmp_path / "d" / ("train" if number < 9 else "test") / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+    for path in (tmp_path / "d").glob(broken):
+        path.write_bytes(path.read_bytes()[:50])
+    code, text = attempt(["evaluate", "knn", "pixels", "--data", "d", "--workers", "0"])
+    assert code == 2 and sentence in text
+    assert not (tmp_path / "results.csv").exists()
 
 
 def test_a_model_that_takes_all_images_for_one_class_is_pointed_out(

@@ -72,11 +72,17 @@ class LabelledData:
         return None if self.groups is None else [self.groups[int(index)] for index in images]
 
     def without(self, images: set[int]) -> LabelledData:
-        """The same with some images taken out of every part, such as those that cannot be read."""
+        """The same with some images taken out of every part, such as those that cannot be read.
+
+        Raises:
+            UserError: what is left cannot be trained or tested on.
+        """
         if not images:
             return self
         rounds = _without(self.rounds, np.array(sorted(images)))
-        return replace(self, rounds=rounds, notes=[*self.notes, f"{len(images)} images are left out."])
+        left = replace(self, rounds=rounds, notes=[*self.notes, f"{len(images)} images are left out."])
+        _check_classes(left, trained=bool(len(self.rounds[0].train)))
+        return left
 
 
 @dataclass(frozen=True)
@@ -323,19 +329,21 @@ def _united(groups: list[str | None], hashes: list[int]) -> list[str | None]:
     return [str(component[row]) for row in rows]
 
 
-def _check_classes(data: LabelledData) -> None:
+def _check_classes(data: LabelledData, trained: bool = True) -> None:
     """Every part must be there, hold several classes, and be tested on those that it was trained on."""
     for one in data.rounds:
-        if len(one.train) == 0 or len(one.test) == 0:
-            empty = "training" if len(one.train) == 0 else "test"
-            raise UserError(f"DATA ({data.name}): the {empty} part is empty ({data.split})")
-        trained, tested = set(data.labels[one.train].tolist()), set(data.labels[one.test].tolist())
-        if len(trained) < 2:
+        for part, images in (("training", one.train), ("test", one.test)):
+            if len(images) == 0 and (trained or part == "test"):
+                raise UserError(f"DATA ({data.name}): the {part} part is empty ({data.split})")
+        if not trained:
+            continue
+        known, tested = set(data.labels[one.train].tolist()), set(data.labels[one.test].tolist())
+        if len(known) < 2:
             raise UserError(
-                f"DATA ({data.name}) has one class only ({data.class_names[trained.pop()]}) to train on; "
+                f"DATA ({data.name}) has one class only ({data.class_names[known.pop()]}) to train on; "
                 "there must be two or more"
             )
-        unknown = sorted(data.class_names[number] for number in tested - trained)
+        unknown = sorted(data.class_names[number] for number in tested - known)
         if unknown:
             raise UserError(
                 f"{len(unknown)} classes of the test part are missing from the training part "

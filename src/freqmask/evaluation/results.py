@@ -405,7 +405,7 @@ class ResultTable:
         """A sentence for every result that takes everything for one class: its number says nothing of the model."""
         return [
             f"warning: {result.model.name} ({result.variant}, seed {result.seed}) takes every {result.UNIT} "
-            f"for {result.class_names[alone]!r}: its {result.METRIC.replace('_', ' ')} follows from how common that "
+            f"for {result.class_names[alone]!r}: its {self.metric} follows from how common that "
             "class is, not from what was learned"
             for result in self.results
             if not result.error and (alone := one_class(result.margins())) is not None
