@@ -47,7 +47,7 @@ COMMANDS = {
     "recipes": Command("freqmask.commands.show", "list, show or copy the shipped recipes"),
     "info": Command("freqmask.commands.show", "versions, devices, extras"),
 }
-
+_HELP = ("-h", "--help", "help")
 
 # What a shell asks is answered by `freqmask --complete WORDS`, so that it never falls behind the options.
 SHELLS = {
@@ -75,8 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments is None and not {"", str(Path.cwd())} & set(sys.path):
             # loader workers look for modules where this process does, not in the data or the run where it was started
             os.environ.setdefault("PYTHONSAFEPATH", "1")
-    with _exit_codes(), called(words) as (function, options):
-        function(**options)
+    with _exit_codes():
+        function, given = parse(words)
+        function(**given)
 
 
 @contextlib.contextmanager
@@ -107,43 +108,38 @@ def _exit_codes() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-@contextlib.contextmanager
-def called(words: Sequence[str]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
-    """Within, the command that words name runs: its function, and the options to call it with.
+def parse(words: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What words ask for: a command and the texts of its options by name, or :func:`say` and the text to be shown.
 
     Raises:
         UserError: there is no such command or option.
     """
     name, *rest = words or ["help"]
-    text: str | None = None
-    if name in ("-h", "--help", "help"):
-        text = overview()
-    elif name in ("-V", "--version"):
-        text = f"freqmask {__version__}"
-    elif name in ("--completion", "--complete"):
-        text = "\n".join(completion(rest) if name == "--completion" else complete(rest))
-    elif name not in COMMANDS:
+    if name in _HELP:
+        return say, {"text": overview()}
+    if name in ("-V", "--version"):
+        return say, {"text": f"freqmask {__version__}"}
+    if name == "--completion":
+        return say, {"text": completion(rest)}
+    if name == "--complete":
+        return say, {"text": "\n".join(complete(rest))}
+    if name not in COMMANDS:
         raise UserError(f"command ({name}) is unknown; {nearest(name, COMMANDS)}")
-    elif (parts := COMMANDS[name].parts) is not None:
-        if not rest or rest[0] in ("-h", "--help", "help"):
-            text = group_overview(name)
-        elif rest[0] not in parts:
+    path, parts = [name], COMMANDS[name].parts
+    if parts is not None:
+        if not rest or rest[0] in _HELP:
+            return say, {"text": group_overview(name)}
+        if rest[0] not in parts:
             raise UserError(f"command ({name} {rest[0]}) is unknown; {nearest(rest[0], parts)}")
-        else:
-            name, rest = f"{name} {rest[0]}", rest[1:]
-    if text is None:
-        from freqmask.commands.command import read_call, running
+        path.append(rest.pop(0))
+    from freqmask.commands.command import read_call
 
-        command = load(*name.split())
-        given, text = read_call(f"freqmask {name}", command, rest)
-        if given is not None:
-            with running(command, given) as options:
-                yield command.__wrapped__, options  # type: ignore[attr-defined]
-            return
-    yield say, {"text": text}
+    command = load(*path)
+    given, text = read_call(f"freqmask {' '.join(path)}", command, rest)
+    return (say, {"text": text}) if given is None else (command, given)
 
 
-def completion(words: Sequence[str]) -> list[str]:
+def completion(words: Sequence[str]) -> str:
     """The lines that switch completion on in a shell: ``eval "$(freqmask --completion bash)"``.
 
     Raises:
@@ -152,7 +148,7 @@ def completion(words: Sequence[str]) -> list[str]:
     shell = words[0] if words else ""
     if shell not in SHELLS:
         raise UserError(f"completion ({shell}) must be for one of {', '.join(SHELLS)}")
-    return [SHELLS[shell]]
+    return SHELLS[shell]
 
 
 def complete(words: Sequence[str]) -> list[str]:

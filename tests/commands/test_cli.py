@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_runs import make_run, result
 
 import freqmask
 from freqmask import imports
@@ -97,6 +98,7 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
     ("words", "sentence"),
     [
         (["pretrian"], "command (pretrian) is unknown; did you mean 'pretrain'?"),
+        (["pretrain", "x", "-o", "y"], "option (-o) is unknown; options begin with --, such as --out"),
         (["pretrain", "--stepz", "1"], "option (--stepz) is unknown; did you mean 'steps'?"),
         (["pretrain", "--learning_rate", "1"], "option (--learning_rate) is unknown; did you mean 'lr'?"),
         (["pretrain", "--lerning_rate", "1"], "option (--lerning_rate) is unknown; did you mean 'lr'?"),
@@ -121,6 +123,10 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
         (
             ["pretrain", "--config", "mfm-23"],
             "config (mfm-23) is neither a file nor a shipped recipe; did you mean",
+        ),
+        (
+            ["export", "resnet18.a1_in1k", "--out", "x"],
+            "model (resnet18.a1_in1k) must be a run folder, an exported",
         ),
         (["recipes", "a", "b"], "'b' is more than this command takes"),
     ],
@@ -232,7 +238,11 @@ def test_no_garbage_is_collected_while_a_command_of_its_own_process_imports(
 
 
 HEAVY = {"torch", "torchvision", "timm", "lightning", "matplotlib", "scipy", "sklearn"}
-LIGHT = ("report", "runs", "recipes")  # commands that import none of them
+LIGHT = {  # commands that import none of them, each as far as it goes
+    "recipes": [["recipes"], ["recipes", "mfm-32"]],
+    "runs": [["runs", "."]],
+    "report": [["report", "run"], ["report", "run", "--table", "md"]],
+}
 CALLS = {  # as short as a command can be typed, beside MODEL and DATA
     "pretrain": ["DATA"],
     "info": [],
@@ -243,13 +253,15 @@ CALLS = {  # as short as a command can be typed, beside MODEL and DATA
     "convert": ["there", "--out", "OUT"],
     "embed": ["timm:MODEL", "DATA"],
     "predict": ["timm:MODEL", "DATA", "--out", "OUT"],
-    "evaluate": ["MODEL", "--data", "DATA"],
+    "evaluate": ["timm:MODEL", "--data", "DATA"],
 }
 MISTAKES = [  # that need nothing heavy to be found
     ["export", "MODEL"],
     ["export", "MODEL", "--push", "ME/IT", "--format", "onnx"],
     ["export", "MODEL", "--out", "OUT", "--public"],
     ["export", "no/MODEL", "--out", "OUT"],
+    ["export", "resnet19x", "--out", "OUT"],
+    ["export", "resnet18", "--out", "OUT"],
     ["embed", "no/MODEL", "DATA"],
     ["predict", "no/MODEL", "DATA", "--out", "x.csv"],
     ["reconstruct", "no/MODEL", "1.png"],
@@ -262,6 +274,8 @@ MISTAKES = [  # that need nothing heavy to be found
     ["evaluate", "fewshot", "pixels", "--data", "DATA", "--epochs", "3"],
     ["evaluate", "linear", "pixels", "no/MODEL", "--data", "DATA"],
     ["pretrain", "DATA", "--lerning_rate", "3"],
+    ["pretrain", "DATA", "--method", "nonsense"],
+    ["pretrain", "DATA", "--init", "no/MODEL"],
 ]
 
 
@@ -302,8 +316,9 @@ def test_every_command_imports_what_is_heavy_without_collecting_garbage(tmp_path
     (tmp_path / "there").write_text("")
     calls = [[*words, *CALLS[words[0]]] for words in EVERY if words[0] not in LIGHT]
     assert set(first_heavy_imports(calls, tmp_path)) <= {f"{library} False" for library in HEAVY}
-    light = first_heavy_imports([["recipes"], ["runs"], ["report", "x"]], tmp_path)
-    assert not [ended for ended in light if ended.endswith(("True", "False"))]
+    make_run(tmp_path / "run", results=[result("run", 0.5)])
+    light = [words for calls in LIGHT.values() for words in calls]
+    assert set(first_heavy_imports(light, tmp_path)) == {"nothing"}
 
 
 def test_a_mistake_that_needs_nothing_heavy_is_told_before_it_is_imported(tmp_path: Path) -> None:

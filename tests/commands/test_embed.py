@@ -39,8 +39,15 @@ def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_
     assert left.value.code == 2
     assert "exists already" in capsys.readouterr().err
     assert out.read_bytes() == b"something else"
+    table = out.with_suffix(".csv")
+    out.rename(table)  # where the names of the rows go
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"out ({table}) exists already" in capsys.readouterr().err
+    assert table.read_bytes() == b"something else"
     main([*words, "--overwrite"])
     assert np.load(out).shape == (6, 64)
+    assert "cats/1.png" in table.read_text()
 
 
 @pytest.mark.slow

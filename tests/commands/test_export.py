@@ -7,6 +7,8 @@ from tiny_runs import make_run
 
 import freqmask
 from freqmask.cli import main
+from freqmask.errors import UserError
+from freqmask.interop.weight_files import write_timm_folder
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +44,21 @@ def test_what_cannot_be_is_one_sentence(run, tmp_path, monkeypatch, capsys, word
     assert left.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("image_size", 64), ("weights", "teacher")])
+def test_what_is_for_a_backbone_is_not_dropped_with_a_head_or_a_name(option, value, tmp_path):
+    write_timm_folder(
+        timm.create_model("resnet18", num_classes=2, layers=[1, 1, 1, 1]),
+        tmp_path / "tuned",
+        input_size=(3, 32, 32),
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+        metadata={},
+        label_names=["cat", "dog"],
+    )
+    with pytest.raises(UserError, match=rf"{option} \({value}\) is for backbones; .* at 32x32 pixels"):
+        freqmask.export(tmp_path / "tuned", out=tmp_path / "x", **{option: value})
+    if option == "weights":
+        with pytest.raises(UserError, match=r"weights \(teacher\) can be chosen for a run folder only"):
+            freqmask.export("random:resnet18", out=tmp_path / "x", weights="teacher")

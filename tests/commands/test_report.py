@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -79,16 +77,6 @@ def test_mistakes_are_sentences(
     assert leaving.value.code == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_commands_need_no_torch(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a")
-    code = (
-        "import sys; from freqmask.cli import main; "
-        f"main(['report', {str(folder)!r}]); main(['runs', {str(tmp_path)!r}]); assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_damaged_table_stops_neither_the_report_nor_the_list(

@@ -96,3 +96,7 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(
     with pytest.raises(UserError, match=sentence):
         spectra(**{"image": [photo], "out": str(tmp_path / "out.png"), **options})
     assert not (tmp_path / "out.png").exists()
+    before = Path(photo).read_bytes()
+    with pytest.raises(UserError, match="is one of the images"):
+        spectra([photo], out=photo)
+    assert Path(photo).read_bytes() == before

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+from safetensors.torch import load as load_tensors
 
 from freqmask.errors import UserError
 from freqmask.interop.exporters import graph_of, push_model
+from freqmask.interop.feature_space import FeatureSpace, save_space
 from freqmask.interop.formats import check_hub
 from freqmask.interop.models import open_classifier, open_model
 from freqmask.interop.weight_files import write_timm_folder
@@ -54,6 +57,18 @@ def test_a_push_is_private_and_shows_no_images_names_or_paths(run_with_results):
     card = hub.files["README.md"].decode()
     for text in ("library_name: timm", "hf-hub:me/mine", "40 images", "abc123", "method: mfm", "knn", "0.75"):
         assert text in card
+
+
+def test_a_push_takes_the_feature_space_along_and_passes_over_a_cell_without_a_column(run_with_results):
+    with (run_with_results.path / "results.csv").open("a") as file:
+        file.write("knn,here,0.5,a fourth cell\n")
+    features = {"end/mean": torch.arange(6.0).reshape(3, 2)}
+    save_space(FeatureSpace.fit(features, ["end/mean"], "centered"), open_model(run_with_results.path))
+    hub = FakeHub()
+    push_model(open_model(run_with_results.path), "me/mine", api=hub)
+    assert json.loads(hub.files["config.json"])["freqmask"]["features"]["parts"] == ["end/mean"]
+    assert load_tensors(hub.files["features.safetensors"])["mean"].tolist() == [2.0, 3.0]
+    assert "0.75" in hub.files["README.md"].decode()
 
 
 def test_with_images_shows_them_and_public_is_public(run_with_results):

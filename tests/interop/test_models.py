@@ -3,6 +3,7 @@ import shutil
 import socket
 
 import pytest
+import timm
 import torch
 
 import freqmask
@@ -36,6 +37,14 @@ def test_a_home_is_the_same_place_as_its_path(vit_run, monkeypatch):
     monkeypatch.setenv("HOME", str(vit_run.path.parent))
     assert open_model("~/mfm-vit/backbone").kind == open_model(vit_run.backbone).kind
     assert load_method("~/mfm-vit").name == "mfm"
+    assert open_model("random:~/mfm-vit").module.embed_dim == 64
+
+
+def test_a_name_is_told_from_timm_s_source_as_timm_tells_it():
+    from freqmask.interop.formats import _is_of_timm
+
+    names = [*timm.list_models()[::80], "resnet19x", "resnet", "checkpoint_filter_fn", "no/MODEL"]
+    assert [_is_of_timm(name) for name in names] == [timm.is_model(name) for name in names]
 
 
 def test_the_weights_hash_tells_weights_apart_and_stays_the_same(vit_run):

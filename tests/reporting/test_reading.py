@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_runs import make_run
+from made_runs import make_run, result
 
 from freqmask.errors import UserError
-from freqmask.reporting.page import spread_out
-from freqmask.reporting.reading import Curve, read_run, read_runs
+from freqmask.reporting.page import spread_out, write_report
+from freqmask.reporting.reading import Curve, read_results, read_run, read_runs
+from freqmask.training.files import append_row
 from freqmask.training.run_folder import RunFolder
 
 HUGE = b"step,model\n1," + b"x" * 200_000 + b"\n"  # a cell beyond what the module csv takes
@@ -65,6 +66,12 @@ def test_numbers_that_are_none_are_counted_and_not_drawn(tmp_path: Path) -> None
         ("metrics.csv", b"\xff\xfe\x00\x01", "no column named step"),
         ("metrics.csv", HUGE, "1 lines of metrics.csv are cut short or garbled and were left out."),
         ("results.csv", HUGE, "results.csv cannot be read"),
+        (
+            "results.csv",
+            b"model;accuracy\r\na;0,5\r\n",
+            "is separated by semicolons; save it separated by commas",
+        ),
+        ("results.csv", b"model,accuracy\na,0.5", "The last line of results.csv has no line break"),
         ("skipped.csv", HUGE, "skipped.csv cannot be read"),
         ("config.yaml", b"a: [", "config.yaml cannot be read"),
         ("config.yaml", b"\xff", "config.yaml cannot be read"),
@@ -81,6 +88,37 @@ def test_what_is_missing_or_damaged_is_said(
     if content is not None:
         (folder / name).write_bytes(content)
     assert any(sentence in one for one in read_run(folder).missing)
+
+
+def test_tables_with_the_mark_of_excel_are_read(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", results=[result("a", 0.5)])
+    for name in ("metrics.csv", "results.csv"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    run = read_run(folder)
+    assert (run.missing, len(run.curves["loss"].steps), run.results[0]["protocol"]) == ([], 40, "knn")
+    append_row(folder / "results.csv", result("b", 0.25))
+    assert [row["protocol"] for row in read_run(folder).results] == ["knn", "knn"]
+
+
+def test_folders_of_other_programs_and_files_that_vanish_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, strange = tmp_path / "a", {"steps": "many", "data": {"train": 1}, "image_size": ["x", None]}
+    config = {**strange, "method": ["a"], "batch_size": "auto", "lr": {"max": 1}, "warmup_epochs": None}
+    make_run(folder, {**config, "crop_scale": ["a", 2], "model_args": 3, "channels": "RGB"})
+    (folder / "run.json").write_text('{"images": "many", "given": 3, "probe_images": "x", "parts": 4}')
+    (folder / "summary.json").write_text('{"steps": "all", "seconds": "long", "ended": [1]}')
+    table = (folder / "metrics.csv").read_text().splitlines()
+    probes = [
+        "step," + ",".join(f"{kind}_{name}" for kind in ("probe", "pixels") for name in ("knn", "linear"))
+    ]
+    probes += [f"{step},0.5,0.5,0.5,0.5" for step in range(len(table) - 1)]
+    (folder / "metrics.csv").write_text("\n".join(probes) + "\n")
+    there = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: [*there(path, pattern), path / "gone.tmp"])
+    page = write_report([folder], tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "Finished: 39 steps" in page
+    assert "too few images to judge by" in page
 
 
 def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:
@@ -105,6 +143,8 @@ def test_no_run_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):
         read_runs([tmp_path / "empty"])
+    with pytest.raises(UserError, match=r"must be a results.csv of `freqmask evaluate`: it is a folder"):
+        read_results([tmp_path])
 
 
 @given(st.integers(1, 400), st.integers(4, 60), st.integers(0, 1000))

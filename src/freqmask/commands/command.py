@@ -230,7 +230,7 @@ def config_path(config: str | Path) -> Path:
 
 
 def read_call(program: str, command: Function, words: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
-    """What the words after a command's name ask: texts by option for :func:`running`, or None and what is only shown.
+    """What the words after a command's name ask: texts by option to call it with, or None and what is only shown.
 
     Raises:
         UserError: an unknown option or a value of the wrong kind.
@@ -276,6 +276,8 @@ def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, A
         word = rest.pop(0)
         if word == "--":
             loose, rest = loose + rest, []
+        elif re.match("-[A-Za-z]", word):  # a folder of such a name is ./-o
+            raise UserError(f"option ({word}) is unknown; options begin with --, such as --out")
         elif not word.startswith("--"):
             loose.append(word)
         else:

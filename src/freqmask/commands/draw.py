@@ -44,7 +44,7 @@ def spectra(
     Raises:
         UserError: no image, more than four, one that cannot be read, or an unknown filter.
     """
-    _check(image, 4, out)
+    out = _check(image, 4, out)
     with uncollected():
         import torch
 
@@ -111,7 +111,7 @@ def reconstruct(
     Raises:
         UserError: no decoder, an image that cannot be read, or an unknown filter.
     """
-    _check(image, 8, out)
+    out = _check(image, 8, out)
     check_model(model)
     with uncollected():
         from freqmask.commands.sheets import band_lines, draw_reconstructions, turns
@@ -137,11 +137,16 @@ def reconstruct(
     return path
 
 
-def _check(image: Sequence[str], most: int, out: str) -> None:
+def _check(image: Sequence[str], most: int, out: str) -> str:
+    """The PNG to write, home folder and all, refused where it cannot be, or is one of the images."""
     from freqmask.training.files import check_writable
 
+    path = Path(out).expanduser()
     if not 1 <= len(image) <= most:
         raise UserError(f"image ({len(image)} files) must be 1 to {most} files; name fewer")
-    if Path(out).suffix.lower() != ".png":
-        raise UserError(f"out ({out}) must be a .png file; try --out {Path(out).with_suffix('.png')}")
-    check_writable(out)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"out ({out}) must be a .png file; try --out {path.with_suffix('.png')}")
+    if path.resolve() in [Path(file).expanduser().resolve() for file in image]:
+        raise UserError(f"out ({out}) is one of the images, which would be lost; name another file")
+    check_writable(path)
+    return str(path)

@@ -39,7 +39,7 @@ def embed(
 
     Args:
         model: a run folder, an exported folder, timm:NAME or random:NAME.
-        data: folders or files of images, as for pretrain.
+        data: folders of images, shards, tables or arrays, as for pretrain.
         out: a .parquet or .npy file; the default is embeddings.parquet, in the run folder if model is one.
         neighbours: also draw some images with their nearest neighbors, to see what the model finds alike.
         patches: also the features of every patch.
@@ -57,7 +57,7 @@ def embed(
     Raises:
         UserError: the model or the data cannot be opened, or out cannot be written.
     """
-    path = Path(out if out is not None else "embeddings.parquet")
+    path = Path(out if out is not None else "embeddings.parquet").expanduser()
     if path.suffix not in (".parquet", ".npy"):
         raise UserError(
             f"out ({path}) must end in .parquet or .npy; try --out {path.with_suffix('.parquet')}"
@@ -93,6 +93,8 @@ def embed(
         say(f"embeddings  {path} is there already, of the same images and weights")
     else:
         check_out(path, overwrite, folder=False)
+        if path.suffix == ".npy" and not parts.folder.exists():
+            check_out(path.with_suffix(".csv"), overwrite, folder=False)  # of the rows' names
         compute_parts(task, source, parts, compute)
         rows, skipped = join_parts(parts, task.grid if patches else None)
         say(f"embeddings  {path}: {rows:,} of {len(source):,} images, {opened.name}")
@@ -153,7 +155,7 @@ def predict(
 
     Args:
         model: the run of a fine-tuning or of a segmentation, an exported folder with a head, or timm:NAME.
-        data: folders or files of images, as for pretrain.
+        data: folders of images, shards, tables or arrays, as for pretrain.
         out: a .csv file for classes, a folder for masks.
         crop: of a classifier: center takes the centered square, whole the whole image, distorted to a square.
         inference: of a segmentation network: overlapping windows as large as its training samples, or the

@@ -95,13 +95,19 @@ def _open(model: str, image_size: int | None, weights: str | None, format: str) 
         from freqmask.interop.models import open_classifier, open_model
 
     segmenter = open_segmenter(model)
-    if segmenter is not None:
-        return segmentation_graph(segmenter)
-    if weights is None and image_size is None and not model.startswith((PUBLIC, RANDOM)):
-        classifier = open_classifier(model)
-        if classifier is not None and format != "mfm-checkpoint":
-            return classifier
-    return open_model(model, image_size=image_size, weights=weights)
+    network: Any = None if segmenter is None else segmentation_graph(segmenter)
+    if network is None and format != "mfm-checkpoint" and not model.startswith((PUBLIC, RANDOM)):
+        network = open_classifier(model)
+    if network is None:
+        return open_model(model, image_size=image_size, weights=weights)
+    height, width = network.input_size[1:]
+    for name, value in (("image_size", image_size), ("weights", weights)):
+        if value is not None:
+            raise UserError(
+                f"{name} ({value}) is for backbones; {model} has a head, and is exported as it was trained, "
+                f"at {height}x{width} pixels"
+            )
+    return network
 
 
 @command()

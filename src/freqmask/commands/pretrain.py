@@ -8,8 +8,9 @@ from typing import Any
 
 from freqmask.commands.command import command, given_options
 from freqmask.imports import uncollected
+from freqmask.interop.formats import PUBLIC, find_backbone
 from freqmask.options import Option
-from freqmask.options.of_methods import built_in_options, options_of_class, typed_options
+from freqmask.options.of_methods import built_in_options, check_method, options_of_class, typed_options
 from freqmask.options.of_training import First, Images, Machine, Optimization, RunRecords, Views
 
 
@@ -44,6 +45,11 @@ def pretrain(data: list[Any] | None = None, *, config: str | None = None, **opti
     Raises:
         UserError: an option that cannot be, with the way out.
     """
+    method, init = options["method"], options["init"]
+    if isinstance(method, str) and method != "auto":
+        check_method(method)
+    if init is not None and not init.startswith(PUBLIC):
+        find_backbone(init, "init")
     with uncollected():
         from freqmask.pretraining.job import run_job
 

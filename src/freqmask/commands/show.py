@@ -119,7 +119,7 @@ def recipes(name: str | None = None, *, copy: str | None = None) -> list[str] | 
         return _list()
     recipe = read_recipe(name)
     if copy is not None:
-        return _copy(recipe, Path(copy))
+        return _copy(recipe, Path(copy).expanduser())
     say(recipe.text.rstrip())
     return recipe.text
 
@@ -199,12 +199,13 @@ def _table(run: list[str], out: str | None, form: str, results: list[str]) -> Pa
     if out is None:
         say(text)
         return text
+    path = Path(out).expanduser()
     try:
-        write_text(Path(out), text + "\n")
+        write_text(path, text + "\n")
     except OSError as error:
         raise UserError(f"out ({out}) cannot be written: {error.strerror}; name another file") from error
     say(out)
-    return Path(out)
+    return path
 
 
 @command()
@@ -222,7 +223,7 @@ def runs(folder: str = "runs") -> list[str]:
     """
     from freqmask.reporting.tables import list_runs, table_lines
 
-    found = list_runs(Path(folder))
+    found = list_runs(Path(folder).expanduser())
     for line in table_lines(found):
         say(line)
     return [run.name for run in found]

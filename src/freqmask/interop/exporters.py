@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.backbones import Features
 from freqmask.errors import UserError, brief
-from freqmask.interop.feature_space import FILE, load_space
+from freqmask.interop.feature_space import FILE, KEY, load_space
 from freqmask.interop.foreign_weights import mfm_encoder
 from freqmask.interop.formats import run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
@@ -336,7 +336,8 @@ def push_model(
         api = HfApi(library_name="freqmask", library_version=__version__)
     run = run_behind(opened.folder) if opened.folder is not None else None
     if not with_images:
-        opened = replace(opened, metadata={n: v for n, v in opened.metadata.items() if not _holds_path(v)})
+        shown = {n: v for n, v in opened.metadata.items() if n == KEY or not _holds_path(v)}
+        opened = replace(opened, metadata=shown)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_timm(opened, folder)
@@ -417,7 +418,7 @@ def _results(run: RunFolder) -> str:
     summary, rows = run.summary(), read_rows(run.path / "results.csv")
     names = ("steps", "loss", "relative_loss", "held_out_loss", "held_out_relative_loss")
     lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
-    columns = [name for name in (rows[0] if rows else {}) if not _LOCAL_COLUMNS.search(name)]
+    columns = [name for name in (rows[0] if rows else {}) if name and not _LOCAL_COLUMNS.search(name)]
     columns = [name for name in columns if not any(_holds_path(row[name]) for row in rows)]
     if columns:
         lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -19,7 +20,6 @@ from urllib.parse import urlsplit
 from safetensors import SafetensorError, safe_open
 
 from freqmask.errors import UserError, brief, nearest
-from freqmask.imports import uncollected
 from freqmask.training.files import check_encoding, check_out
 from freqmask.training.run_folder import RunFolder
 
@@ -76,9 +76,14 @@ def export_model(opened: Any, out: str | Path, format: str = "timm", overwrite: 
 def check_model(text: str) -> None:
     """Refuse a MODEL that is neither on the disk nor a name of timm's; names and files are not looked into."""
     place = text.removeprefix(RANDOM)
-    is_name = text.startswith(PUBLIC) or (text.startswith(RANDOM) and not Path(place).is_dir())
-    if not is_name and not RunFolder(Path(place).expanduser()).exists():
+    if not is_architecture(text) and not RunFolder(Path(place).expanduser()).exists():
         find_backbone(place)
+
+
+def is_architecture(text: str) -> bool:
+    """Whether MODEL is ``timm:NAME`` or ``random:NAME``, and no folder."""
+    is_random = text.startswith(RANDOM) and not Path(text.removeprefix(RANDOM)).expanduser().is_dir()
+    return text.startswith(PUBLIC) or is_random
 
 
 def check_file(path: str | Path) -> None:
@@ -118,14 +123,17 @@ def _what_is_wrong(path: Path, text: str) -> str:
     name = bare.removeprefix("timm/") if colon else text
     if f"{prefix}:" == RANDOM:
         return "leave it out to begin with random weights"
-    if "/" not in name and os.sep not in name:  # no name of timm's has one, and timm takes seconds to import
-        with uncollected():
-            import timm
-
-        if timm.is_model(name.split(".")[0]):
-            return f"public weights are {PUBLIC}{name}"
+    if _is_of_timm(name.split(".")[0]):
+        return f"public weights are {PUBLIC}{name}"
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
     return "nothing of that name exists" + (f"; {near}" if near.startswith("did you mean") else "")
+
+
+def _is_of_timm(name: str) -> bool:
+    """Whether timm registers a model of that name, by its source: importing it takes seconds."""
+    registered = f"@register_model\ndef {name}("
+    sources = Path(str(distribution("timm").locate_file("timm/models"))).glob("*.py")
+    return any(registered in path.read_text(encoding="utf-8") for path in sources)
 
 
 def read_config(folder: Path, option: str = "model") -> dict[str, Any]:

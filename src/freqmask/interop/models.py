@@ -35,6 +35,7 @@ from freqmask.interop.formats import (
     architecture_in,
     find_backbone,
     fitted,
+    is_architecture,
     read_config,
     run_behind,
 )
@@ -172,9 +173,10 @@ def open_model(
         UserError: there is no such model, or its files are broken; without a network for public weights.
     """
     text = str(text)
-    place = text.removeprefix(RANDOM)
+    if weights is not None and text.startswith((PUBLIC, RANDOM)):
+        raise UserError(f"weights ({weights}) can be chosen for a run folder only; leave it out for {text}")
     with torch_seeded(seed):
-        if text.startswith(PUBLIC) or (text.startswith(RANDOM) and not Path(place).is_dir()):
+        if is_architecture(text):
             return _open_named(text, channels, image_size=image_size, optional_model_args=optional_model_args)
         return _open_folder(text, weights, image_size=image_size, optional_model_args=optional_model_args)
 

@@ -168,7 +168,7 @@ def load_initial(method: Any, init: str) -> list[str]:
         UserError: the weights are missing or do not fit; shapes are named.
     """
     is_public = init.startswith(PUBLIC)
-    whole = Path(init) / "checkpoints" / LAST
+    whole = Path(init).expanduser() / "checkpoints" / LAST
     if not is_public and whole.is_file():
         state, own = under(load_safely(whole)["state_dict"]), method.state_dict()
         if {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in own.items()}:

@@ -14,7 +14,7 @@ from freqmask.methods.method import Method
 from freqmask.methods.mfm import MFM
 from freqmask.methods.restoration import Deblur, Denoise, SuperResolution
 from freqmask.methods.words import Words
-from freqmask.options.of_methods import BUILT_FROM, options_of_class
+from freqmask.options.of_methods import BUILT_FROM, check_method, options_of_class
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (MFM, FOLK, Words, Distill, SuperResolution, Deblur, Denoise)
@@ -46,10 +46,7 @@ def find_method(name: str) -> type[Method]:
         UserError: if there is none of that name, with the nearest.
     """
     if ":" not in name:
-        if name not in METHODS:
-            raise UserError(
-                f"method ({name}) must be a known method or an import path; {nearest(name, METHODS)}"
-            )
+        check_method(name)
         return METHODS[name]
     try:
         found = import_object(name, "method")

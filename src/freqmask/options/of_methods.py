@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from freqmask.errors import UserError, nearest
 from freqmask.options import REQUIRED, Auto, Option, as_typed, option, options_of
 
 COM_FRACTIONS = (0.005, 0.01, 0.05)
@@ -239,6 +240,14 @@ FROM_DATA = ("mean", "std", "patch_size")  # resolved by what the images are, fo
 def informative_from(method: Any) -> int:
     """Optimizer steps before which little can be said of a run of this method."""
     return int(METHOD_OPTIONS.get(str(method), BackboneOptions).JUDGED_FROM)  # type: ignore[attr-defined]
+
+
+def check_method(name: str) -> None:
+    """Refuse what is neither a method of ours nor an import path; nothing is imported."""
+    if ":" not in name and name not in METHOD_OPTIONS:
+        raise UserError(
+            f"method ({name}) must be a known method or an import path; {nearest(name, METHOD_OPTIONS)}"
+        )
 
 
 def options_of_class(method: type) -> dict[str, Option]:

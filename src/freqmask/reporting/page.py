@@ -147,7 +147,9 @@ def write_report(
         raise UserError("run must be named; `freqmask runs` lists the runs under runs/")
     if len(runs) > MOST_RUNS:
         raise UserError(f"run ({len(runs)} runs) must be at most {MOST_RUNS} in one report; name fewer")
-    target = Path(out) if out is not None else (runs[0].path if len(runs) == 1 else Path()) / REPORT
+    target = (
+        Path(out).expanduser() if out is not None else (runs[0].path if len(runs) == 1 else Path()) / REPORT
+    )
     # a file name may hold bytes that are no text; they are shown escaped
     content = render(runs, images, read_results(results)).encode("utf-8", "backslashreplace")
     try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from freqmask.errors import UserError, nearest
-from freqmask.training.files import current_name, read_rows
+from freqmask.training.files import current_name, ends_whole, read_rows
 from freqmask.training.run_folder import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
 
 RESULTS = "results.csv"
@@ -89,13 +89,12 @@ class Run:
     def last_step(self) -> int:
         """The last step that is known of."""
         steps = [int(curve.steps[-1]) for curve in self.curves.values()]
-        return max([*steps, int(self.summary.get("steps") or 0)], default=0)
+        return max([*steps, whole_number(self.summary.get("steps")) or 0])
 
     @property
     def total_steps(self) -> int | None:
         """How many it was asked for."""
-        steps = self.config.get("steps")
-        return int(steps) if isinstance(steps, (int, float)) else None
+        return whole_number(self.config.get("steps"))
 
     @property
     def given(self) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     Raises:
         UserError: a path does not exist, or holds no run.
     """
-    folders = [folder for path in paths for folder in run_folders(Path(path))]
+    folders = [folder for path in paths for folder in run_folders(Path(path).expanduser())]
     unique = {folder.resolve(): folder for folder in folders}
     names = [path.name for path in unique]
     return [
@@ -160,8 +159,8 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
         UserError: a file does not exist, or is no table of results.
     """
     rows: list[dict[str, str]] = []
-    for path in map(Path, paths):
-        errors = [] if path.is_file() else ["it does not exist"]
+    for path in (Path(path).expanduser() for path in paths):
+        errors = [] if path.is_file() else ["it is a folder" if path.is_dir() else "it does not exist"]
         read = _rows(path, errors)
         if errors or any("model" not in row for row in read):
             why = errors[0] if errors else "it has no column named model"
@@ -224,6 +223,10 @@ def _read(read: Any, path: Path, missing: list[str]) -> dict[str, Any]:
 def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
     try:
         rows = read_rows(path)
+        if not ends_whole(path):
+            missing.append(
+                f"The last line of {path.name} has no line break, may be cut short, and was left out."
+            )
     except (UserError, OSError) as error:
         missing.append(f"{path.name} cannot be read: {error}")
         return []
@@ -234,7 +237,7 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
 def _metrics(path: Path, missing: list[str]) -> dict[str, Curve]:
     """Curves by column, without those that hold no number; why there are none."""
     lines = (
-        path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        path.read_bytes().decode("utf-8-sig", errors="replace").splitlines(keepends=True)
         if path.is_file()
         else []
     )
@@ -268,6 +271,11 @@ def _curve(steps: np.ndarray, cells: Sequence[str]) -> Curve:
     finite = np.isfinite(values)
     order = np.argsort(steps[finite], kind="stable")
     return Curve(steps[finite][order], values[finite][order], sum(map(bool, cells)) - int(finite.sum()))
+
+
+def whole_number(value: Any) -> int | None:
+    """The value of a setting, cut off behind the point; None where it is no number."""
+    return int(number(value)) if math.isfinite(number(value)) else None
 
 
 def number(value: Any) -> float:

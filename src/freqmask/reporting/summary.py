@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from freqmask.console import readable_bytes, readable_time, shell_word
 from freqmask.options import options_of
 from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions, informative_from
 from freqmask.options.of_training import GROUPS
-from freqmask.reporting.reading import Curve, Run, number
+from freqmask.reporting.reading import Curve, Run, number, whole_number
 
 # Options that change how a run is recorded, computed or watched, not what it is; `command` and `options` repeat an
 # evaluation that trains.
@@ -85,8 +87,11 @@ def _cost_metadata(run: Run) -> dict[str, dict[str, str]]:
     count = f"{text_of(config.get('devices'))} × {on}" if on else ""
     cores = f"{state['cores']} cores, threads: {state.get('threads', '?')}" if state.get("cores") else ""
     seconds, speed = number(summary.get("seconds")), number(summary.get("images_per_second"))
-    files = [path.stat() for path in run.path.rglob("*") if path.is_file() and not path.is_symlink()]
-    sizes = {(file.st_dev, file.st_ino): file.st_size for file in files}  # a checkpoint may have two names
+    sizes: dict[tuple[int, int], int] = {}  # a checkpoint may have two names
+    for path in run.path.rglob("*"):
+        with suppress(OSError):  # a run in training renames its files
+            file = path.lstat()
+            sizes |= {(file.st_dev, file.st_ino): file.st_size} if stat.S_ISREG(file.st_mode) else {}
     versions = [f"{name} {state[name]}" for name in ("freqmask", "torch") if state.get(name)]
     return {
         "Machine": {
@@ -236,7 +241,7 @@ def features_remarks(run: Run) -> Iterator[Remark]:
     if any(math.isnan(value) for value in (*before.values(), *now.values())):
         yield from _rank(run)
         return
-    images = int(run.state.get("probe_images") or 0)
+    images = whole_number(run.state.get("probe_images")) or 0
     scores = "; ".join(
         f"{word} {now[name]:.1%}, before {before[name]:.1%}, raw pixels "
         + ("-" if math.isnan(pixels[name]) else f"{pixels[name]:.1%}")

@@ -212,7 +212,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """
     header = _header(path)
     missing = [name for name in row if name not in header]
-    if missing or not _ends_whole(path):  # a new row must not go on in the line that a kill cut short
+    if missing or not ends_whole(path):  # a new row must not go on in the line that a kill cut short
         header = [*header, *missing]
         write_rows(path, header, read_rows(path))
     cells = [row.get(name, "") for name in header]
@@ -220,7 +220,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         csv.writer(file).writerow(f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells)
 
 
-def _ends_whole(path: Path) -> bool:
+def ends_whole(path: Path) -> bool:
+    """Whether the last line of a table has its line break, or there is none."""
     if not path.is_file() or not path.stat().st_size:
         return True
     with path.open("rb") as file:
@@ -229,10 +230,19 @@ def _ends_whole(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; a last line that a kill cut short is left out."""
+    """The rows of a table; a last line that a kill cut short is left out, the mark that Excel begins with passed over.
+
+    Raises:
+        UserError: it is no table, or one with semicolons, as Excel writes in many countries.
+    """
     if not path.is_file():
         return []
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    header = text.partition("\n")[0]
+    if ";" in header and "," not in header:
+        raise UserError(
+            f"{path} is separated by semicolons; save it separated by commas, with decimal points"
+        )
     rows: Iterable[dict[str, str]] = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     try:
         return [
