@@ -69,7 +69,7 @@ def test_numbers_that_are_none_are_counted_and_not_drawn(tmp_path: Path) -> None
         (
             "results.csv",
             b"model;accuracy\r\na;0,5\r\n",
-            "is separated by semicolons; save it separated by commas",
+            "separated by commas (it has model;accuracy)",
         ),
         ("results.csv", b"model,accuracy\na,0.5", "The last line of results.csv has no line break"),
         ("skipped.csv", HUGE, "skipped.csv cannot be read"),

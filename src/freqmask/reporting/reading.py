@@ -230,6 +230,10 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
     except (UserError, OSError) as error:
         missing.append(f"{path.name} cannot be read: {error}")
         return []
+    if path.name == RESULTS and rows and not {"protocol", "model"} <= rows[0].keys():
+        names = ", ".join(filter(None, rows[0]))[:80]
+        missing.append(f"{RESULTS} is no table of `freqmask evaluate`, separated by commas (it has {names}).")
+        return []
     # a row that is too long has a None key, one that is too short has None values
     return [{key: value or "" for key, value in row.items() if key} for row in rows]
 

@@ -230,19 +230,10 @@ def ends_whole(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; a last line that a kill cut short is left out, the mark that Excel begins with passed over.
-
-    Raises:
-        UserError: it is no table, or one with semicolons, as Excel writes in many countries.
-    """
+    """The rows of a table; a last line that a kill cut short is left out."""
     if not path.is_file():
         return []
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    header = text.partition("\n")[0]
-    if ";" in header and "," not in header:
-        raise UserError(
-            f"{path} is separated by semicolons; save it separated by commas, with decimal points"
-        )
     rows: Iterable[dict[str, str]] = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     try:
         return [
