@@ -215,7 +215,8 @@ class DINO(Rival):
             teacher = self.teacher_head(self._read(self.teacher, torch.cat([second, first])))
         loss = self.distillation(student, teacher, self.temperature)
         if self.training:
-            self.distillation.update_center(teacher)
+            self.distillation.collect(teacher)
+            self.distillation.update_center()
         return {"loss": loss}
 
     def before_optimizer_step(self, step: int, total_steps: int) -> None:

@@ -146,9 +146,14 @@ def test_no_gradient_reaches_the_teacher_and_forward_leaves_the_centre_alone():
 
 def test_the_centre_is_a_moving_mean_and_travels_with_the_state():
     loss, logits = DistillationLoss(4, center_momentum=0.9), torch.randn(6, 4)
-    loss.update_center(logits)
+    for part in logits.split([4, 2]):  # of one step
+        loss.collect(part)
+    loss.update_center()
     torch.testing.assert_close(loss.center, 0.1 * logits.mean(0, keepdim=True))
-    loss.update_center(logits)
+    loss.update_center()  # nothing was collected since
+    torch.testing.assert_close(loss.center, 0.1 * logits.mean(0, keepdim=True))
+    loss.collect(logits)
+    loss.update_center()
     torch.testing.assert_close(loss.center, 0.19 * logits.mean(0, keepdim=True))
     assert "center" in loss.state_dict()
 
@@ -177,7 +182,8 @@ def _one_of_two_processes(rank, folder, share):
     whole = prediction.clone().requires_grad_()
     SpectrumLoss(kept_weight=0.25)(whole, target, keep).backward()
     alone = DistillationLoss(4).double()
-    alone.update_center(logits)
+    alone.collect(logits)
+    alone.update_center()
 
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mine = slice(0, share) if rank == 0 else slice(share, None)
@@ -189,7 +195,8 @@ def _one_of_two_processes(rank, folder, share):
         # DDP would divide the sum over processes by two
         torch.testing.assert_close(part.grad / 2, whole.grad[mine])
     together = DistillationLoss(4).double()
-    together.update_center(logits[mine])
+    together.collect(logits[mine])
+    together.update_center()
     torch.testing.assert_close(together.center, alone.center)
     distributed.barrier()
     os._exit(

@@ -40,6 +40,29 @@ def test_the_loss_falls_on_a_fixed_batch(name: str, network: dict[str, Any]) -> 
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("name", ["mfm", "folk", "sr", "deblur", "denoise"])  # the others have a batch norm
+def test_a_batch_in_parts_makes_the_steps_of_the_whole(name: str) -> None:
+    own = {"mfm": {"reduce": "image"}, "folk": {"reduce": "image", "freeze_last_layer_steps": 0}}
+
+    def losses(parts: int) -> list[float]:
+        method = tiny_method(name, **own.get(name, {}))
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+        steps = []
+        for step in range(3):
+            loss = torch.zeros(())
+            for part in range(parts):
+                mine = slice(part, None, parts)
+                loss = loss + method([v[mine] for v in views_for(method)], KEYS[mine])["loss"] / parts
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step(step, 3)
+            steps.append(loss.item())
+        return steps
+
+    assert losses(2) == pytest.approx(losses(1), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_that_wants_a_gradient_gets_one(name: str) -> None:
     method = tiny_method(name)

@@ -148,8 +148,10 @@ def test_the_temperature_in_force_is_the_one_that_the_loss_uses() -> None:
 def test_the_centre_moves_in_training_and_only_then() -> None:
     method = tiny_method("folk")
     method.eval()(views_for(method), KEYS)
+    method.after_step(0, 10)
     assert not method.distillation.center.any()
     method.train()(views_for(method), KEYS)
+    method.after_step(0, 10)
     assert method.distillation.center.any()
 
 

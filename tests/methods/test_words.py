@@ -143,6 +143,7 @@ def test_the_share_of_filtered_images_and_the_radius_are_those_asked_for() -> No
         (CNN, {"token_share": 0.5}, r"token_share \(0.5\) must be 1 for resnet18"),
         (VIT, {"filter": "com", "radius": 4.0}, r"radius \(4.0\) is not used by filter com"),
         (VIT, {"token_share": 1.5}, r"token_share \(1.5\) must be"),
+        ({**VIT, "image_size": (7, 40), "patch_size": 1}, {}, r"image_size \(7\) must be at least 8 pixels"),
     ],
 )
 def test_options_out_of_place_end_in_a_sentence(network: dict, options: dict, sentence: str) -> None:
@@ -154,6 +155,29 @@ def test_one_image_is_no_batch_but_trains() -> None:
     method = build_method("words", **{**VIT, "words": 16})
     method(views_for(method), KEYS)
     assert torch.isfinite(method([photographs(1)], KEYS[:1])["loss"])
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+def test_blank_images_have_no_words_and_those_of_the_next_batch_are_found(level: float) -> None:
+    words, photos = VisualWords(12, 3), photographs(8)
+    assert not words(torch.full((4, 3, 32, 32), level)).any()
+    assert torch.equal(words(photos), VisualWords(12, 3)(photos))
+    blank = tiny_method("words")([torch.full((4, 3, 32, 32), level)], KEYS, details=True)
+    assert torch.isfinite(blank["loss"]) and torch.isnan(blank["relative_loss"])
+
+
+def test_the_paper_of_a_page_takes_no_words_from_what_is_written_on_it() -> None:
+    pages = torch.ones(40, 1, 32, 32)
+    pages[:, :, 8:20, 12:24] = photographs(40, 1, (12, 12))  # seven eighths are blank
+    words = VisualWords(24, 1)
+    words(pages)
+    assert len(torch.unique(words.weight.flatten(1), dim=0)) == 24
+
+
+def test_one_image_of_one_cell_tells_no_spread_and_blows_up_no_target() -> None:
+    words, photos = VisualWords(12, 3, grid=1), photographs(8)
+    words(photos[:1])
+    assert words(photos).abs().max() < 50  # it was 7,000
 
 
 def test_some_patches_are_spread_over_all_images_as_every_so_manieth_of_the_whole_unfolding() -> None:

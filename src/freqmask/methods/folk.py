@@ -118,7 +118,7 @@ class FOLK(Method):
         distillation = self.distillation(student_logits, teacher_logits, self.current_teacher_temperature)
         loss = self.reconstruction_weight * reconstruction + self.distillation_weight * distillation
         if self.training:
-            self.distillation.update_center(teacher_logits)
+            self.distillation.collect(teacher_logits)
         parts = {
             "loss": loss,
             "reconstruction": reconstruction.detach(),
@@ -175,7 +175,8 @@ class FOLK(Method):
             self.student_head.last_layer.grad = None
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Moves the teacher, and sets its temperature for the next step."""
+        """Moves the teacher and the center, and sets the temperature for the next step."""
+        self.distillation.update_center()
         momentum = cosine_momentum(self.ema_momentum, step, total_steps)
         update_ema(self.teacher, self.student, momentum)
         update_ema(self.teacher_head, self.student_head, momentum)
@@ -198,7 +199,7 @@ class DistillationLoss(nn.Module):
 
     p_t = softmax((teacher - center) / teacher_temperature), p_s = softmax(student / student_temperature),
     loss = - mean over images of sum(p_t log p_s). The center is a moving mean of the teacher's outputs and
-    keeps one output from winning everywhere.
+    keeps one output from winning everywhere; it moves once a step, however many parts the batch is cut into.
 
     Args:
         outputs: length K of the heads' outputs.
@@ -232,6 +233,8 @@ class DistillationLoss(nn.Module):
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, outputs))
+        # the sum of the teacher's outputs since the center moved, and how many: no buffer, for those may be in bf16
+        self.collected: Tensor | None = None
 
     def forward(
         self,
@@ -248,7 +251,7 @@ class DistillationLoss(nn.Module):
                 recompilation when it changes.
 
         Returns:
-            A scalar in nats. The center is left alone: see ``update_center``.
+            A scalar in nats. The center is left alone: see ``collect`` and ``update_center``.
         """
         targets = self.teacher_probabilities(teacher_logits, teacher_temperature)
         log_student = F.log_softmax(single_or_double(student_logits) / self.student_temperature, dim=-1)
@@ -273,16 +276,21 @@ class DistillationLoss(nn.Module):
         return F.softmax((single_or_double(teacher_logits) - self.center) / temperature, dim=-1)
 
     @torch.no_grad()
-    def update_center(self, teacher_logits: Float[Tensor, "batch outputs"]) -> None:
-        """Moves the center towards the mean of these outputs over all processes.
-
-        Args:
-            teacher_logits: all the teacher's outputs of the step; batches may differ between processes.
-        """
+    def collect(self, teacher_logits: Float[Tensor, "batch outputs"]) -> None:
+        """Takes note of the teacher's outputs for a part of the step's images, or for all of them."""
         logits = single_or_double(teacher_logits)
         count = logits.new_full((1, 1), float(len(logits)))
-        total = sum_over_processes(torch.cat((logits.sum(0, keepdim=True), count), dim=1))
+        part = torch.cat((logits.sum(0, keepdim=True), count), dim=1)
+        self.collected = part if self.collected is None else self.collected + part
+
+    @torch.no_grad()
+    def update_center(self) -> None:
+        """Moves the center towards the mean of what was collected, over all processes; batches may differ in size."""
+        if self.collected is None:
+            return
+        total = sum_over_processes(self.collected)
         self.center.lerp_((total[:, :-1] / total[:, -1:]).to(self.center.dtype), 1.0 - self.center_momentum)
+        self.collected = None
 
 
 def collapse_number(probabilities: Float[Tensor, "batch outputs"]) -> Float[Tensor, ""]:

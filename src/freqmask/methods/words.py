@@ -22,11 +22,14 @@ from freqmask.rng import combine, uniform
 
 RADIUS_SHARE = 4  # the low-pass keeps a quarter of the shorter side: milder filters cost nothing, docs/log.md
 TOKEN_SHARE = 0.5
+SMALLEST_SIDE = 8  # pixels that a word's patch and some places for it fit into
 LARGEST_WORD_SIDE = 32  # finer words say less of the whole: at 64 pixels 57 against 46 % (docs/log.md)
 WORD_PATCH, WORD_STRIDE = 6, 2  # pixels; Coates, Ng and Lee's best size on small photographs
 FITTED_ON = 20_000  # patches: 80 for each of 256 words
 AT_ONCE = 16  # images
 ROUNDS = 8  # of k-means; more change the words of few patches
+LEAST_SPREAD = 0.1  # of a word's counts, as a share of their mean; on CIFAR-10 it is 0.36 to 1.7
+BLANK = 1e-6  # variance of a patch, a quarter of a level of 8 bits: nothing to be seen
 CONTRAST, RIDGE = 1e-3, 0.1  # added to a patch's variance, and to each direction's as a share of their mean
 
 
@@ -148,11 +151,14 @@ class Words(PartlySeen):
 
     def add_heads(self, options: WordsOptions) -> None:
         """The words, and a linear layer behind a batch norm that tells them."""
-        side = options.word_side
-        if side == "auto":
-            side = self.settings["word_side"] = min(
-                *height_and_width(self.settings["image_size"]), LARGEST_WORD_SIDE
+        side, shorter = options.word_side, min(height_and_width(self.settings["image_size"]))
+        if shorter < SMALLEST_SIDE:
+            raise UserError(
+                f"image_size ({shorter}) must be at least {SMALLEST_SIDE} pixels for words of {WORD_PATCH}; try a "
+                "larger one, or --method mfm"
             )
+        if side == "auto":
+            side = self.settings["word_side"] = min(shorter, LARGEST_WORD_SIDE)
         self.words = VisualWords(options.words, self.backbone.channels, options.word_grid, side)
         self.norm = FeatureNorm(self.backbone.feature_dim)
         self.head = nn.Linear(self.backbone.feature_dim, options.words * options.word_grid**2)
@@ -175,7 +181,8 @@ class Words(PartlySeen):
             "picture_loss": picture_loss.detach(),
         }
         if details:
-            parts["relative_loss"] = (word_loss / target.square().mean()).detach()
+            at_zero = target.square().mean()  # 0 for blank images
+            parts["relative_loss"] = (word_loss / at_zero.where(at_zero > 0, torch.nan)).detach()
         return parts
 
 
@@ -185,7 +192,8 @@ class VisualWords(nn.Module):
     Patches of 6x6 pixels, every second one, are freed of brightness and contrast, and whitened, so that every
     frequency has the same weight. A patch speaks for the words that are nearer to it than the average word
     (``max(0, cosine - mean cosine)``); a cell is the mean of its patches. Words are found by k-means, whitening and
-    scale likewise, in the first batch that is given, the same for the same batch; they are part of the state.
+    scale likewise, in the first batch that is given and is not blank, the same for the same batch; they are part of the
+    state.
 
     Args:
         count: words K.
@@ -218,12 +226,13 @@ class VisualWords(nn.Module):
             self._found = self._found or bool(self.found)
             if not self._found:
                 self.find(images)
+                self._found = bool(self.found)
             cells = self._cells(images)
             return ((cells - self.mean[:, None, None]) * self.scale[:, None, None]).flatten(1)
 
     @torch.no_grad()
     def find(self, images: Float[Tensor, "batch channel height width"]) -> None:
-        """Find whitening, words and scale in some images, the same on every process."""
+        """Find whitening, words and scale in some images, the same on every process; blank ones have none."""
         patches = _some_patches(images, FITTED_ON)
         variance, mean = torch.var_mean(patches, dim=1, keepdim=True, correction=0)
         patches = (patches - mean) / (variance + CONTRAST).sqrt()
@@ -233,16 +242,18 @@ class VisualWords(nn.Module):
             directions * (variances + RIDGE * variances.mean()).clamp_min(1e-12).rsqrt() @ directions.mT
         )
         patches = F.normalize((patches - center) @ whitening, dim=1)
-        words = _spherical_k_means(patches, self.count)
+        seen = variance.flatten() > BLANK  # else most words of a page would be its paper
+        words = _spherical_k_means(patches[seen] if seen.any() else patches, self.count)
         self.weight.copy_((whitening @ words.mT).mT.reshape(self.weight.shape))
         self.offset.copy_(center @ whitening @ words.mT)
         cells = self._cells(images)
         self.mean.copy_(cells.mean(dim=(0, 2, 3)))
-        self.scale.copy_(1 / cells.std(dim=(0, 2, 3), correction=0).clamp_min(1e-4))
-        self.found.fill_(True)
-        self._found = True
+        # a word as good as constant in this batch need not be so in the next one
+        spread = cells.std(dim=(0, 2, 3), correction=0).maximum(LEAST_SPREAD * self.mean).clamp_min(1e-4)
+        self.found.copy_(seen.any())
+        self.scale.copy_(self.found / spread)
         if distributed.is_available() and distributed.is_initialized():
-            for buffer in (self.weight, self.offset, self.mean, self.scale):
+            for buffer in (self.weight, self.offset, self.mean, self.scale, self.found):
                 distributed.broadcast(buffer, 0)
 
     def _reduced(self, images: Tensor) -> Tensor:

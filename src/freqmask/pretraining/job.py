@@ -330,7 +330,9 @@ def continued_options(
             continue
         elif name in DIFFERENT_BITS:
             options[name] = value
-            notes.append(f"{name} was {stored} and is {value} now: same data and draws, last bits may differ")
+            notes.append(
+                f"{name} was {stored} and is {value} now: same data and draws, last bits and batch norm may differ"
+            )
         else:
             differing.append(f"{name} was {asked.get(name, stored)} and is {value} now")
     if differing:
