@@ -102,6 +102,8 @@ def _exit_codes() -> Iterator[None]:
         raise SystemExit(2) from None
     except Exception as error:
         sentence = imports.blame(error)
+        if str(error) == "Could not determine home directory.":  # what Path.expanduser says of ~nobody
+            sentence = "a path begins with ~ and the name of no user; write it in full"
         if sentence is None or os.environ.get("FREQMASK_DEBUG"):
             raise
         say_error(f"error: {sentence}")

@@ -128,6 +128,7 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
             ["export", "resnet18.a1_in1k", "--out", "x"],
             "model (resnet18.a1_in1k) must be a run folder, an exported",
         ),
+        (["prepare", "~nobody of that name/x", "--out", "y"], "a path begins with ~ and the name of no user"),
         (["recipes", "a", "b"], "'b' is more than this command takes"),
     ],
 )

@@ -104,8 +104,8 @@ def test_the_fingerprint_changes_with_the_images(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"pixels": np.zeros((3, 8, 8))}, "under the name images"),
-        ({"images": np.zeros(8)}, "under the name images"),
+        ({"pixels": np.zeros((3, 8, 8))}, "named images or x"),
+        ({"images": np.zeros(8)}, "it holds images of 1"),
     ],
 )
 def test_an_npz_without_images_is_refused(tmp_path, arrays, words):
@@ -174,3 +174,12 @@ def test_a_mapped_file_that_changes_is_a_sentence_and_not_the_end_of_the_process
     os.utime(path, (1, 1))
     with pytest.raises(UserError, match=r"x\.npy.* was changed while it was being read"):
         source.open(39).decode()
+
+
+def test_an_array_without_labels_beside_one_with_them_has_none(tmp_path):
+    labels = np.array([2, -1, 0])
+    np.savez(tmp_path / "x.npz", x_train=stack(3, 8, 8), y_train=labels, x_test=stack(2, 8, 8))
+    source = open_source(tmp_path / "x.npz", split="all")
+    assert source.all_labels().tolist() == [2, -1, 0, -1, -1] and source.class_names == ["0", "1", "2"]
+    np.savez(tmp_path / "y.npz", images=stack(3, 8, 8), labels=np.full(3, -1))
+    assert open_source(tmp_path / "y.npz").class_names is None

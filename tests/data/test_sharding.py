@@ -124,12 +124,18 @@ def test_a_kill_and_another_start_give_the_same_bytes(photos, tmp_path, workers)
     first = (tmp_path / "out" / "train-000000.tar").stat().st_mtime_ns
     assert not (tmp_path / "out" / "train-000001.tar").exists()
     assert read_manifest(tmp_path / "out")[1] is False
+    with pytest.raises(UserError, match="is not finished: freqmask prepare was cut short there"):
+        open_source(tmp_path / "out")
     done = []
     prepared(photos, tmp_path / "out", workers=workers, report=done.append)
     assert len(done) == 9  # the finished shard of three was not made again
     assert (tmp_path / "out" / "train-000000.tar").stat().st_mtime_ns == first
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert read_manifest(tmp_path / "out")[1] is True
+    (tmp_path / "out" / "train-000001.tar").unlink()
+    assert read_manifest(tmp_path / "out")[1] is False  # so that the same command makes it again
+    prepared(photos, tmp_path / "out", workers=workers)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_full_disk_is_a_sentence_and_can_go_on(photos, tmp_path, monkeypatch):
@@ -267,6 +273,8 @@ def test_the_manifest_names_settings_classes_and_shards(photos, tmp_path):
     manifest = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert manifest["settings"]["shard_size"] == 3 and manifest["class_names"] == ["class 0", "class 1"]
     assert [name for name, _, _ in manifest["shards"]][-1] == "val-000000.tar"
+    parts, notes = open_parts([photos], "channels", "auto", None)
+    assert [split for split, _ in parts.parts] == [None] and "Only train is used" in notes[0]
 
 
 def test_the_same_command_twice_at_once_is_a_sentence(photos, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 import time
@@ -316,7 +317,7 @@ def test_a_million_images_have_their_labels_at_once(tmp_path):
         for field in SCHEMA
     })  # fmt: skip
     labels = np.array(["ant", "cat"])[np.arange(10**6) % 2]
-    for index in (make_index([ShardRows("a.tar", 9, None, rows)], labels=labels.tolist()),
+    for index in (make_index([ShardRows("a.tar", 9, None, rows)], labels=pa.chunked_array([labels])),
                   make_index([ShardRows("a.tar", 9, None, rows)])):  # fmt: skip
         source, began = ShardSource(files_of(str(tmp_path))[0], index), time.process_time()
         told = source.all_labels()
@@ -389,3 +390,33 @@ def test_a_shard_packed_anew_after_its_index_was_read_gives_no_pixels_of_others(
     for known in (source, pickle.loads(pickle.dumps(source))):
         with pytest.raises(UserError, match="changed while it was being read"):
             known.open(0)
+
+
+@pytest.mark.parametrize("damage", ["header", "cut"])
+def test_a_damaged_header_is_no_end_of_a_shard(tmp_path, damage):
+    path = tmp_path / "a.tar"
+    pack(path, [(f"{k}.png", png(k)) for k in range(9)])
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[5].offset
+    data = path.read_bytes()
+    path.write_bytes(data[: place + 100] + (b"" if damage == "cut" else b"\xff" * 100 + data[place + 200 :]))
+    with pytest.raises(
+        UserError, match=rf"a.tar is truncated, compressed or no tar \(no header at byte {place:,}"
+    ):
+        open_source(path)
+    path.write_bytes(data[:place])  # without an end mark all that is there is read
+    assert len(open_source(path)) == 5
+
+
+def test_what_is_kept_of_shards_changes_with_the_readers_and_the_folder(tmp_path, monkeypatch):
+    for name, suffix in (("one", "png"), ("two", "heic")):
+        (tmp_path / name / "set").mkdir(parents=True)
+        pack(tmp_path / name / "set" / "A.TAR", [("1.png", png(1)), (f"2.{suffix}", png(2))])
+        os.utime(tmp_path / name / "set" / "A.TAR", (10**9, 10**9))
+    counts = {}
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path / name)
+        counts[name] = len(open_source("set"))
+    assert counts == {"one": 2, "two": 1}
+    monkeypatch.setattr("freqmask.data.shards.read_suffixes", lambda: frozenset({".png", ".heic"}))
+    assert len(open_source("set")) == 2  # its reader has been installed

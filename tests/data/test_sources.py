@@ -59,6 +59,9 @@ def test_a_missing_path_names_its_nearest_neighbour(folder):
         open_source(folder.parent / "pet")
     with pytest.raises(UserError, match=r"did you mean '.*/pets'\?"):
         open_source(folder.parent / "pest" / "cat")
+    (folder.parent / "Ann's photos").mkdir()
+    with pytest.raises(UserError, match=r"did you mean \".*/Ann's photos\"\?"):
+        open_source(folder.parent / "Anns photos")
     with pytest.raises(UserError, match="holds nothing of a similar name"):
         open_source(folder / "zzzzzz")
 

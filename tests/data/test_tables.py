@@ -35,7 +35,7 @@ def write(path, count=5, column="img", names=("cat", "dog"), first=0):
     features = {column: {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
     about = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([(column, kind), ("label", pa.int64())], about)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     labels = [k % len(names) for k in range(count)]
     pq.write_table(pa.table([pa.array(cells, kind), pa.array(labels)], schema), path, row_group_size=2)
     return path
@@ -244,3 +244,47 @@ def test_a_damaged_layout_in_the_cache_is_made_anew(tmp_path, monkeypatch):
     (cached,) = cache_folder().glob("images-*")
     cached.write_bytes(cached.read_bytes()[:100])
     assert int(open_source(file).open(4).decode()[0, 0, 0]) == 4
+
+
+def test_a_column_that_would_end_the_process_is_a_sentence(tmp_path):
+    file = write(tmp_path / "t.parquet", 5)
+    data = file.read_bytes()
+    # the column of bytes, whose cells may be missing (2), is said to have none that are (0): its statistics
+    # then have one level too many, and pyarrow's metadata aborts over them
+    optional, required = (b"\x15\x0c\x25" + bytes([number]) + b"\x18\x05bytes" for number in (2, 0))
+    assert data.count(optional) == 1
+    file.write_bytes(data.replace(optional, required))
+    with pytest.raises(UserError, match=r"t.parquet\) is damaged"):
+        open_source(file)
+
+
+@pytest.mark.parametrize("folders", [("plain_text",) * 2, ("train", "test"), ("data/train", "data/test")])
+def test_tables_lie_in_folders_of_a_folder_as_behind_a_url(tmp_path, folders):
+    write(tmp_path / folders[0] / "train-0.PARQUET", 3)
+    write(tmp_path / folders[1] / "test-0.parquet", 2)
+    assert splits_there(tmp_path) == ["test", "train"]
+    assert len(open_source(tmp_path)) == 3 and len(open_source(tmp_path, split="test")) == 2
+    write(tmp_path / "other" / "train-0.parquet", 2)
+    with pytest.raises(UserError, match="tables of 2 data sets"):
+        open_source(tmp_path)
+    write(tmp_path / "t.parquet", 4)  # what lies in the folder itself is meant
+    assert len(open_source(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (pa.array(["b", "a", None]).dictionary_encode(), ["a", "b"]),
+        (pa.array([1.0, 0.0, float("nan")]), ["0", "1"]),
+        (pa.array([1.0, 0.0, None]), ["0", "1"]),
+        (pa.array([True, False, None]), ["0", "1"]),
+        (pa.array([0.5, 1.0, None]), None),
+    ],
+    ids=["categories", "numbers with NaN", "numbers with null", "truths", "fractions"],
+)
+def test_labels_are_read_as_pandas_writes_them(tmp_path, labels, classes):
+    table = pa.table({"image": pa.array([png(1), png(2), png(3)]).dictionary_encode(), "label": labels})
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = open_source(tmp_path / "t.parquet")
+    assert source.class_names == classes and source.open(1).decode()[0, 0, 0] == 2
+    assert source.all_labels().tolist() == ([1, 0, -1] if classes else [-1] * 3)

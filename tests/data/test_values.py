@@ -45,7 +45,8 @@ def test_two_numbers_and_auto_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["automatic", "1", "5,5", "7,3", "1,2,3", "0,nan", "0,inf", "uint8:5,5", "uint8:1", "word:0,1"]
+    "text",
+    ["automatic", "1", "5,5", "7,3", "1,2,3", "0,nan", "0,inf", "-inf,5", "uint8:5,5", "uint8:1", "word:0,1"],
 )
 def test_what_is_no_range_is_refused_with_the_way_out(text: str) -> None:
     with pytest.raises(UserError, match="value_range"):

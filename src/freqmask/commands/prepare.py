@@ -59,8 +59,8 @@ def prepare(
         UserError: the images cannot be opened, or out cannot be written or was begun otherwise.
     """
     with uncollected():
-        from freqmask.data.sharding import PARTS, images_there, open_parts, prepare_shards, read_manifest
-        from freqmask.data.storage import INDEX_NAME
+        from freqmask.data.sharding import images_there, open_parts, prepare_shards, read_manifest
+        from freqmask.data.storage import INDEX_NAME, PARTS
         from freqmask.training.auto import usable_cores
 
     side = None if resize == "none" else resize

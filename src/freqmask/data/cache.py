@@ -37,7 +37,10 @@ def cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "freqmask"
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "freqmask" / "cache"
-    return Path.home() / ".cache" / "freqmask"
+    try:
+        return Path.home() / ".cache" / "freqmask"
+    except RuntimeError:  # a container's user without a name: nothing can be written there, and nothing is
+        return Path(os.devnull) / "freqmask"
 
 
 def cache_file(kind: str, *key: object) -> Path:
@@ -226,11 +229,12 @@ class PackedIndex:
         return plain and whole and self.arrays["labels"].max(initial=-1) < len(self.class_names or ())
 
     @classmethod
-    def cached(cls, files: Files, names: Sequence[str], make: Callable[[], Self]) -> Self:
-        """The index of some files from the cache, or made where they have changed; a UserError where one is missing."""
+    def cached(cls, files: Files, names: Sequence[str], make: Callable[[], Self], *key: object) -> Self:
+        """The index of some files, from the cache unless they or ``key`` changed; or a UserError if one is gone."""
         try:
             states = {name: files.state(name) for name in names}
-            file = cache_file(cls.kind, cls.version, files.where, list(states.items()))
+            where = files.where if files.remote else str(Path(files.where).absolute())
+            file = cache_file(cls.kind, cls.version, where, list(states.items()), *key)
             try:
                 index = cls.load(file)
             except ValueError:

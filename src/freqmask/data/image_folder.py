@@ -5,7 +5,7 @@ everything), and its images.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ import numpy as np
 
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.decode import EXTRAS, count_images, open_bytes, open_file, read_file, read_suffixes
-from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder, index_listing
+from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder
 from freqmask.data.pixels import Pages, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import Located, split_of
@@ -224,18 +224,15 @@ def _class_folders(index: FolderIndex, top: bytes) -> tuple[dict[int, bytes], st
     return classes, ""
 
 
-def locate_folder(
-    root: Path | RemoteFiles, pages: Pages = "channels", listing: Mapping[str, int | None] | None = None
-) -> Located:
+def locate_folder(root: Path | RemoteFiles, index: FolderIndex, pages: Pages = "channels") -> Located:
     """The images of a folder, here or behind a URL; its splits are the folders below that are named so.
 
-    ``listing`` has all files of a folder behind a URL, with their bytes; there, masks are told by names alone.
+    Behind a URL masks are told by names alone.
     """
     if isinstance(root, Path):
-        index = index_folder(root, read_suffixes())
         layout = lay_out(index, lambda relative: has_few_colors(root / os.fsdecode(relative)))
     else:
-        layout = lay_out(index_listing(root.root, listing or {}, read_suffixes()))
+        layout = lay_out(index)
     return Located(
         str(root) if isinstance(root, Path) else root.root,
         lambda split, notes: FolderSource(root, pages, layout.part(split) if split else None, notes, layout),
@@ -382,6 +379,8 @@ def nothing_to_read(path: Path | str, index: FolderIndex) -> str:
         way_out = f"pip install '{extras[0]}'"
     elif program is not None:
         way_out = f"unpack them with {program} (a .tar is read as it is)"
+    elif ".tar" in index.ignored:
+        way_out = "name the folder that holds the .tar files, or the files by a pattern"
     else:
         way_out = "convert them to PNG or TIFF"
     return f"DATA ({path}) holds only files that are not read ({counts}); {way_out}"

@@ -6,6 +6,7 @@ Tables here and behind URLs are read alike, row group by row group; of those her
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -26,7 +27,7 @@ from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, PackedSource, Source, SourceSummary
 from freqmask.data.splits import Located, number_classes, split_of
-from freqmask.data.storage import Files
+from freqmask.data.storage import Files, RangeFile
 from freqmask.errors import BadImage, UserError, brief, nearest
 
 HUB = "hf:"
@@ -69,7 +70,7 @@ class Columns:
             )
         image = [*structs, *plain][0]
         features = _features(schema)
-        able = [field.name for field in schema if pa.types.is_integer(field.type) or _is_text(field.type)]
+        able = [field.name for field in schema if _is_number(field.type) or _is_text(field.type)]
         named = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
         usual = [name for name in LABEL_COLUMNS if name in able]
         label = next(iter([*named, *usual]), None)
@@ -89,19 +90,29 @@ def _part(kind: pa.DataType, name: str) -> pa.DataType:
     return kind.field(name).type if known else pa.null()
 
 
+def _of_cells(kind: pa.DataType) -> pa.DataType:
+    """The type of a column's cells, also of those that are numbered, as pandas does with categories."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return _of_cells(kind) in (pa.binary(), pa.large_binary())
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return _of_cells(kind) in (pa.string(), pa.large_string())
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    cells = _of_cells(kind)
+    return bool(pa.types.is_integer(cells) or pa.types.is_floating(cells) or pa.types.is_boolean(cells))
 
 
 def _values(cells: pa.ChunkedArray) -> list[Any]:
     """Cells in Python; texts as those of files' names, because nothing makes a writer keep to UTF-8."""
     if not _is_text(cells.type):
         return list(cells.to_pylist())
-    texts = cells.cast(pa.large_binary()).to_pylist()
+    texts = cells.cast(_of_cells(cells.type)).cast(pa.large_binary()).to_pylist()
     return [text if text is None else text.decode("utf-8", "surrogateescape") for text in texts]
 
 
@@ -115,12 +126,12 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def tables_of_one(names: Iterable[str], where: str) -> list[str]:
-    """The parquet files among some names, all of one data set.
+    """Some parquet files in order, all of one data set.
 
     Raises:
         UserError: they lie in several folders, which are the configurations of a data set.
     """
-    tables = sorted(name for name in names if name.lower().endswith(".parquet"))
+    tables = sorted(names)
     parts = {name: PurePosixPath(name).parts[:-1] for name in tables}
     folders = {"/".join(p for p in parts[name] if p != "data" and not split_of(p)) for name in tables}
     if len(folders) > 1:
@@ -132,8 +143,12 @@ def tables_of_one(names: Iterable[str], where: str) -> list[str]:
     return tables
 
 
-def locate_tables(files: Files, tables: Sequence[str], where: str) -> Located:
-    """The images of parquet files, in order; splits by the folders' names, or else by how the files' names begin."""
+def locate_tables(files: Files, names: Sequence[str], where: str, named: bool = True) -> Located:
+    """The images of parquet files, in order; splits by the folders' names, or else by how the files' names begin.
+
+    Those of a folder, which nobody ``named`` one by one, must be of one data set.
+    """
+    tables = names if named else tables_of_one(names, where)
     by_split: dict[str, list[str]] = {}
     for name in tables:
         path = PurePosixPath(name)
@@ -180,11 +195,16 @@ def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dic
         groups = [(k, g) for k, g in groups if footers[k].row_group(g).num_rows]
         if not groups:
             raise UserError(f"DATA ({files.url(sizes[0][0])}) holds no rows; check how it was written")
-        for (name, _), footer in zip(sizes, footers, strict=True):
-            leaves = {footer.schema.column(k).path for k in range(len(footer.schema))}
+        image_bytes: list[int] = []
+        for (name, size), footer in zip(sizes, footers, strict=True):
+            leaves = [footer.schema.column(k).path for k in range(len(footer.schema))]
             lacking = [column for column in (columns.label, columns.leaf) if column and column not in leaves]
             if lacking:
                 raise UserError(f"DATA: {files.url(name)} lacks the column {lacking[0]} of the first file")
+            try:
+                image_bytes += _image_bytes(footer, size, leaves.index(columns.leaf))
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"DATA ({files.url(name)}) is damaged; write or fetch it again") from error
 
         def small(place: tuple[int, int]) -> pa.Table:
             name = sizes[place[0]][0]
@@ -200,23 +220,18 @@ def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dic
     paths = [t for t in tables if columns.has_paths and columns.image in t.column_names]
     texts = [text or "" for t in paths for text in _values(pc.struct_field(t[columns.image], "path"))]
     numbers, classes = number_classes(labels, columns.class_names)
-    row_groups = [footers[k].row_group(g) for k, g in groups]
+    counts = [footers[k].row_group(g).num_rows for k, g in groups]
     arrays: dict[str, np.ndarray] = {
-        "starts": np.cumsum([0, *(group.num_rows for group in row_groups)], dtype=np.int64),
+        "starts": np.cumsum([0, *counts], dtype=np.int64),
         "group_files": np.array([k for k, _ in groups], np.int32),
         "group_numbers": np.array([g for _, g in groups], np.int32),
-        "group_bytes": np.array([_image_bytes(group, columns.leaf) for group in row_groups], np.int64),
+        "group_bytes": np.array(image_bytes, np.int64),
         "labels": numbers,
         **text_arrays("paths", [text.encode("utf-8", "surrogateescape") for text in texts]),
         **text_arrays("footers", [_serialized(footer) for footer in footers]),
     }
-    classes_or_none = classes if labels else None
-    return {
-        "version": VERSION,
-        "files": sizes,
-        "image_leaf": columns.leaf,
-        "class_names": classes_or_none,
-    }, arrays
+    about = {"version": VERSION, "files": sizes, "image_leaf": columns.leaf}
+    return {**about, "class_names": classes if labels else None}, arrays
 
 
 def _read_footer(files: Files, name: str) -> pq.FileMetaData:
@@ -225,8 +240,6 @@ def _read_footer(files: Files, name: str) -> pq.FileMetaData:
         with files.stream(name, 0) as file:
             footer = pq.ParquetFile(file).metadata
         footer.schema.to_arrow_schema()  # what is damaged in it raises here, where the file has a name
-        for group in range(footer.num_row_groups):
-            _image_bytes(footer.row_group(group), "")
         return footer
     except PermissionError as error:
         raise UserError(f"DATA ({where}) may not be read: no permission; check its access rights") from error
@@ -251,9 +264,28 @@ def _serialized(footer: pq.FileMetaData) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _image_bytes(group: Any, leaf: str) -> int:
-    chunks = (group.column(number) for number in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
+def _image_bytes(footer: pq.FileMetaData, size: int, leaf: int) -> list[int]:
+    """What the images of each row group with rows take; raises where the footer of a file of ``size`` is damaged.
+
+    Asked for a damaged column, pyarrow's metadata ends the process: nothing catches what C++ throws there. To begin
+    to read the column raises the same as an error, before the first byte is asked for.
+    """
+
+    def unread(start: int, stop: int) -> bytes:
+        raise _SoundError
+
+    table, path = pq.ParquetFile(RangeFile(unread, size), metadata=footer), footer.schema.column(leaf).path
+    sizes = []
+    for group in range(footer.num_row_groups):
+        if footer.row_group(group).num_rows:
+            with contextlib.suppress(_SoundError):
+                table.read_row_group(group, columns=[path], use_threads=False)
+            sizes.append(footer.row_group(group).column(leaf).total_uncompressed_size)
+    return sizes
+
+
+class _SoundError(Exception):
+    """A column is so far in order that its bytes are asked for."""
 
 
 class TableSource(PackedSource):

@@ -31,13 +31,13 @@ from freqmask.data.pixels import Pages, Picture, as_bad_image, fill_missing, mis
 from freqmask.data.shards import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
 from freqmask.data.source import JoinedSource, Source, some_images
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.storage import INDEX_NAME, MANIFEST
+from freqmask.data.storage import INDEX_NAME, MANIFEST, PARTS
 from freqmask.data.tiff import NODATA_TAG
 from freqmask.data.transforms import OVERSAMPLING, resize
 from freqmask.errors import BadImage, UserError
 from freqmask.training.files import replace_atomically, write_rows
 
-SKIPPED, PARTS = "skipped.csv", ".parts"
+SKIPPED = "skipped.csv"
 SKIPPED_COLUMNS = ("name", "reason")
 AT_ONCE = 8  # images that a worker hands over together
 SHARD_BYTES = 256_000_000  # what --shard_size auto aims at: few files, and little lost when one is cut off
@@ -166,7 +166,7 @@ def open_parts(
     alone = split != "all" or len(data) > 1 or isinstance(named, Source)
     names = [] if alone else splits_there(named, labels)
     if not names:
-        return Parts([(None if split == "all" else split, source)]), notes
+        return Parts([(None if split in ("all", "auto") else split, source)]), notes
     parts = Parts([(name, open_source(named, pages, name, labels)) for name in names])
     left = len(source) - parts.count
     if left:
@@ -226,9 +226,8 @@ def prepare_shards(
                 f"out ({out}) cannot take more: the disk is full; finished shards stay, make room and the same "
                 "command resumes"
             ) from error
-        raise UserError(
-            f"out ({out}) cannot be written ({error.strerror or error}); give another --out"
-        ) from error
+        words = f"({error.strerror or error}); give another --out"
+        raise UserError(f"out ({out}) cannot be written {words}") from error
 
 
 def _write_missing(
@@ -286,9 +285,13 @@ def _read_part(out: Path, shard: PlannedShard) -> tuple[ShardRows, dict[str, Any
 
 def _is_finished(out: Path, shard: PlannedShard) -> bool:
     try:
-        return (out / shard.name).stat().st_size == _read_part(out, shard)[0].bytes
+        return _has(out / shard.name, _read_part(out, shard)[0].bytes)
     except (ValueError, OSError):
         return False
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def images_there(out: Path, parts: Parts, settings: Settings) -> int:
@@ -321,9 +324,7 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
             out / SKIPPED, SKIPPED_COLUMNS, [dict(zip(SKIPPED_COLUMNS, row, strict=True)) for row in skipped]
         )
     _write_manifest(out, settings, parts, [list(shard) for shard in index.shards])
-    for shard in planned:
-        _part_file(out, shard).unlink()
-    (out / PARTS).rmdir()
+    shutil.rmtree(out / PARTS, ignore_errors=True)  # NFS keeps what is still mapped
     return PrepareResult(index, sum(size for _, size, _ in index.shards), skipped, reductions)
 
 
@@ -350,7 +351,9 @@ def read_manifest(out: Path) -> tuple[Settings, bool] | None:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         settings = manifest["settings"]
         settings["workers"] = settings.pop("lanes", settings.get("workers", 1))  # as 0.1.0 called them
-        return Settings(**settings), bool(manifest["shards"]) and (out / INDEX_NAME).is_file()
+        shards = manifest["shards"]
+        there = (out / INDEX_NAME).is_file() and all(_has(out / name, size) for name, size, _ in shards)
+        return Settings(**settings), bool(shards) and there
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{out / MANIFEST} is damaged; delete {out} and prepare it again") from error
 

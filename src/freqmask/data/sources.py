@@ -4,12 +4,14 @@ and splits) and of images that are there without a download.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import zipfile
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +21,7 @@ from PIL import Image
 from freqmask.data.cache import hash_of
 from freqmask.data.decode import read_suffixes
 from freqmask.data.image_folder import locate_folder
-from freqmask.data.index import index_folder
+from freqmask.data.index import index_folder, index_listing
 from freqmask.data.pixels import ArrayPicture, Pages, Picture
 from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset
 from freqmask.data.splits import Located, locate_labelled, number_classes, split_of
@@ -41,6 +43,7 @@ __all__ = ["JoinedSource", "Pages", "Source", "SourceSummary", "Subset", "open_s
 
 SAVED = ("dataset_dict.json", "state.json")  # what datasets.save_to_disk leaves, of several splits and of one
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+TABLE = ".parquet"
 HUB = "hf://"
 ON_HUB = (f"{HUB}datasets/", f"{HUB}buckets/")
 
@@ -82,7 +85,7 @@ def open_source(
             f"pages ({pages}) must be channels or images; {nearest(pages, ['channels', 'images'])}"
         )
     if labels is not None:
-        return locate_labelled(Path(labels), lambda: open_source(data, pages, "all")).source(split)
+        return locate_labelled(labels, lambda: open_source(data, pages, "all")).source(split)
     several = [data] if isinstance(data, (str, Path, Source)) else list(data)
     if not several:
         raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
@@ -96,7 +99,7 @@ def splits_there(data: str | Path | Source, labels: str | Path | None = None) ->
     Several DATA or a `Source` have no splits; a table of labels with a column split decides.
     """
     if labels is not None:
-        located = locate_labelled(Path(labels), lambda: open_source(data))
+        located = locate_labelled(labels, lambda: open_source(data))
     elif isinstance(data, Source):
         return []
     else:
@@ -106,9 +109,8 @@ def splits_there(data: str | Path | Source, labels: str | Path | None = None) ->
 
 def locate(data: str | Path, pages: Pages) -> Located:
     """What a text names, before any image is read; a UserError where it names nothing."""
-    text = (
-        str(data).removeprefix("file://").replace("freqmask.data.builtin:", f"{__name__}:")
-    )  # as 0.1.0 recorded it
+    # the second as 0.1.0 recorded it
+    text = str(data).removeprefix("file://").replace("freqmask.data.builtin:", f"{__name__}:")
     far = bool(REMOTE.match(text))
     if text.startswith("builtin:"):
         return Located(text, lambda split, notes: open_builtin(text))
@@ -143,19 +145,22 @@ def locate(data: str | Path, pages: Pages) -> Located:
 
 def _locate_folder(path: Path, pages: Pages) -> Located:
     files = LocalFiles(path)
-    if files.index_file() is not None or (files.names() and not len(index_folder(path, read_suffixes()))):
+    if files.index_file() is not None:
+        return _shards(files, None, str(path), pages)
+    index = index_folder(path, read_suffixes())
+    if not len(index) and files.names():
         return _shards(files, None, str(path), pages)
     if any((path / name).is_file() for name in SAVED):
         from freqmask.data.parquet import locate_dataset
 
         return locate_dataset(path)
-    tables = []
-    for folder in (path, path / "data"):
-        features = marked_in(folder)  # that we wrote
-        tables += sorted(t for t in folder.glob("*.parquet") if t.name not in features and t.is_file())
-    if tables and not len(index_folder(path, read_suffixes())):
-        return _tables(files, [table.relative_to(path).as_posix() for table in tables], str(path))
-    return locate_folder(path, pages)
+    if not len(index) and TABLE in index.ignored:
+        below = map(os.fsdecode, index_folder(path, frozenset({TABLE})).paths())
+        tables = [name for name in below if PurePath(name).name not in marked_in((path / name).parent)]
+        near = [name for name in tables if name.count("/") == name.startswith("data/")]
+        if tables:  # and not only features that we wrote
+            return _tables(files, near or tables, str(path))
+    return locate_folder(path, index, pages)
 
 
 def _locate_remote(text: str, pages: Pages) -> Located:
@@ -180,11 +185,9 @@ def _locate_remote(text: str, pages: Pages) -> Located:
             f"{text.rstrip('/')}/shards-{{000000..000009}}.tar, or serve the {INDEX_NAME} of freqmask prepare"
         )
     suffixes = {PurePosixPath(path).suffix.lower() for path in listing}
-    if ".parquet" in suffixes and not suffixes & read_suffixes():
-        from freqmask.data.parquet import tables_of_one
-
-        return _tables(files, tables_of_one(listing, text), text)
-    return locate_folder(files, listing=listing)
+    if TABLE in suffixes and not suffixes & read_suffixes():
+        return _tables(files, [name for name in listing if name.lower().endswith(TABLE)], text)
+    return locate_folder(files, index_listing(files.root, listing, read_suffixes()))
 
 
 def _named_files(text: str, pages: Pages) -> Located:
@@ -192,13 +195,13 @@ def _named_files(text: str, pages: Pages) -> Located:
     files, names = files_of(text)
     if text.lower().endswith(".tar"):
         return _shards(files, names, text, pages)
-    return _tables(files, names or [], text)
+    return _tables(files, names or [], text, named=True)
 
 
-def _tables(files: Files, names: list[str], text: str) -> Located:
+def _tables(files: Files, names: list[str], text: str, named: bool = False) -> Located:
     from freqmask.data.parquet import locate_tables  # pyarrow comes with it, which most data does not need
 
-    return locate_tables(files, names, text)
+    return locate_tables(files, names, text, named)
 
 
 def _shards(files: Files, names: list[str] | None, text: str, pages: Pages) -> Located:
@@ -240,7 +243,7 @@ def _nearest_sibling(path: Path) -> str:
     wanted = path.absolute().relative_to(existing).parts[0]
     hint = nearest(wanted, names) if names else ""
     if hint.startswith("did you mean"):
-        return f"did you mean {str(existing / hint.split(chr(39))[1])!r}?"
+        return f"did you mean {str(existing / literal_eval(hint[len('did you mean ') : -1]))!r}?"
     return f"the folder {existing} holds nothing of a similar name"
 
 
@@ -289,8 +292,8 @@ def _find_pairs(axes: dict[str, int], path: Path) -> dict[str, tuple[str, str | 
         elif kind in LABEL_KEYS:
             labels.setdefault(split, key)
     if not images:
-        hint = nearest("images", axes)
-        raise UserError(f"DATA ({path}) must hold images of 3 or 4 axes under the name images or x; {hint}")
+        held = ", ".join(f"{key} of {count}" for key, count in axes.items()) or "nothing"
+        raise UserError(f"DATA ({path}) must hold images of 3 or 4 axes, named images or x; it holds {held}")
     return {split: (key, labels.get(split)) for split, key in images.items()}
 
 
@@ -342,19 +345,17 @@ class ArraySource(Source):
         return self._stacks
 
     def _load_labels(self) -> list[int] | None:
-        """All labels, or None where they are missing, of several columns or not counted from 0."""
-        parts = [_read(self.file, labels) for _, labels in self.pairs if labels is not None]
-        if len(parts) < len(self.pairs):
+        """All labels, -1 in an array without; None where all are missing, of several columns or not whole numbers."""
+        if not any(labels for _, labels in self.pairs):
             return None
-        usable = all(
-            part.shape[:1] == (part.size,) and part.dtype.kind in "iu" and part.min(initial=0) >= 0
-            for part in parts
-        )
-        if not usable or sum(part.size for part in parts) != len(self):
+        pairs = list(zip(self.pairs, np.diff(self._starts).tolist(), strict=True))
+        parts = [_read(self.file, key) if key else np.full(count, -1) for (_, key), count in pairs]
+        usable = all(part.shape[:1] == (part.size,) and part.dtype.kind in "iub" for part in parts)
+        if not usable or any(part.size != count for part, (_, count) in zip(parts, pairs, strict=True)):
             note = f"The labels in {self.file.name} are not one class number an image and are left out."
             self.notes = [*self.notes, note]
             return None
-        return [label for part in parts for label in part.ravel().tolist()]
+        return [int(label) for part in parts for label in part.ravel().tolist()]
 
     def open(self, index: int) -> Picture:
         self.check(index)

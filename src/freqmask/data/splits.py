@@ -300,8 +300,9 @@ def as_text(cell: str) -> str:
         return data.decode("latin-1")
 
 
-def locate_labelled(file: Path, source: Callable[[], Source]) -> Located:
+def locate_labelled(table: str | Path, source: Callable[[], Source]) -> Located:
     """The images that a table lists, with its labels, groups and splits; its paths are names of ``source()``."""
+    file = Path(table).expanduser()
     splits = sorted({row.split for row in read_labels(file) if row.split})
     return Located(str(file), lambda split, notes: LabelledSource(source(), file, split, notes), splits)
 
@@ -339,18 +340,23 @@ class LabelledSource(Subset):
 
 
 def number_classes(
-    values: Sequence[int | str | None], names: list[str] | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called.
+    values: Sequence[float | str | None], names: list[str] | None = None
+) -> tuple[np.ndarray, list[str] | None]:
+    """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called; or None.
 
-    Values are a name or a number of each image, None or negative without one; names are those of 0, 1, ... if known.
+    Values are a name or a number of each image, None, NaN or negative without one; names are those of 0, 1, ... if
+    known. Fractions are no classes.
 
     >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[0].tolist()
     (['cat', 'dog'], [2, -1, 0])
     """
-    known = {value for value in values if value is not None and not (isinstance(value, int) and value < 0)}
+    # whole numbers come as floats from a column of pandas that lacks one
+    values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
+    known = {value for value in values if value is not None and (isinstance(value, str) or value >= 0)}
+    if any(isinstance(value, float) for value in known) or (not known and names is None):
+        return np.full(len(values), -1, np.int64), None
     if names is None and all(isinstance(value, int) for value in known):
-        largest = max((int(value) for value in known), default=-1)
+        largest = max(int(value) for value in known)
         names = [str(number) for number in range(largest + 1)] if largest < MOST_NUMBERED else None
     places: dict[Any, int]
     if names is not None:
@@ -362,10 +368,13 @@ def number_classes(
 
 
 def in_order(labels: set[str]) -> list[str]:
-    """Class names: numbers by value, anything else by the alphabet."""
-    if all(label.isdecimal() for label in labels):
-        return sorted(labels, key=int)
-    return sorted(labels)
+    """Class names: numbers by value, anything else by the alphabet.
+
+    >>> in_order({"10", "9", "09"}), in_order({"10", "9", "x"})
+    (['09', '9', '10'], ['10', '9', 'x'])
+    """
+    ordered = sorted(labels)  # 01 and 1 are one number: without an order a set's own, another in each process
+    return sorted(ordered, key=int) if all(label.isdecimal() for label in labels) else ordered
 
 
 def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:

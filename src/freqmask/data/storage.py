@@ -28,7 +28,7 @@ UNPACKERS = {
 }  # fmt: skip
 """Suffix of what is packed as a whole -> the program that unpacks it."""
 INDEX_NAME = "shards.index"
-MANIFEST = "prepare.json"
+MANIFEST, PARTS = "prepare.json", ".parts"  # the second as long as not all shards are there
 PATTERN = re.compile(r"[*?{\[]")
 State = tuple[int, object]  # of a file: its bytes, and what else changes with its content, None where unknown
 Result = TypeVar("Result")
@@ -168,7 +168,9 @@ class LocalFiles(Files):
 
     def names(self) -> list[str]:
         folders = [folder for folder in self.root.iterdir() if split_of(folder.name) and folder.is_dir()]
-        found = [tar for folder in (self.root, *folders) for tar in folder.glob("*.tar") if tar.is_file()]
+        found = [
+            tar for folder in (self.root, *folders) for tar in folder.glob("*.[tT][aA][rR]") if tar.is_file()
+        ]
         return sorted(path.relative_to(self.root).as_posix() for path in found if path.name[0] != ".")
 
     def matching(self, pattern: str) -> list[str]:
@@ -250,7 +252,7 @@ class RemoteFiles(Files):
         return sorted(
             name
             for name in self.listing()
-            if name.endswith(".tar") and (name.count("/") == 0 or split_of(name.split("/")[0]))
+            if name.lower().endswith(".tar") and (name.count("/") == 0 or split_of(name.split("/")[0]))
         )
 
     def matching(self, pattern: str) -> list[str]:

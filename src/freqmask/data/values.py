@@ -43,7 +43,7 @@ class ValueRange:
             raise UserError(
                 f"value_range ({self.low}, {self.high}) must give both ends; try --value_range auto"
             )
-        if self.low is not None and self.high is not None and not self.low < self.high < float("inf"):
+        if self.low is not None and self.high is not None and not -np.inf < self.low < self.high < np.inf:
             raise UserError(
                 f"value_range ({self.describe()}) must be LOW,HIGH with LOW below HIGH, such as 0,4095"
             )
