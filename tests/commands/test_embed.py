@@ -7,6 +7,7 @@ from tiny_runs import make_photographs, make_run
 
 import freqmask
 from freqmask.cli import main
+from freqmask.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,13 @@ def test_what_cannot_be_is_one_sentence(run, photographs, capsys, words, sentenc
         main(["embed", str(run), str(photographs), *words])
     assert left.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_blocks_of_several_widths_are_refused_before_they_are_computed(photographs, tmp_path):
+    words = ["random:resnet10t", [str(photographs)]]
+    with pytest.raises(UserError, match=r"blocks \(0, 4\) differ in width, .* --out .*x\.parquet"):
+        freqmask.embed(*words, out=tmp_path / "x.npy", image_size=32, blocks=[0, 4], workers=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_similarities_have_digits_enough_to_differ() -> None:

@@ -1,5 +1,7 @@
 """Other people's checkpoints become models that compute the same."""
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 
 from freqmask.errors import UserError
 from freqmask.interop.foreign_weights import convert_file, from_beit_names, to_beit_names
+from freqmask.interop.models import open_model
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -253,6 +256,7 @@ HEAD = {"head.mlp.0.weight": torch.ones(8, 64), "head.last_layer.weight_g": torc
                     "x.w": torch.ones(1),
                 },
                 "pytorch-lightning_version": "2.1",
+                "random_state": torch.zeros(4),
             },
             "taken: state_dict.backbone; --key takes others: state_dict.momentum_backbone",
         ),
@@ -368,3 +372,24 @@ def test_a_converted_vit_starts_a_training_of_another_size_as_timms_own_weights_
         for key, tensor in reference.state_dict().items():
             torch.testing.assert_close(own[key], tensor, atol=1e-5, rtol=1e-5)
         assert (len(notes) > 1) == (size != 48 or side != 8)
+
+
+def test_weights_that_open_as_they_are_need_no_converting(vit_run, tmp_path):
+    with pytest.raises(UserError, match=f"needs no converting; name its folder as MODEL: {vit_run.backbone}"):
+        convert_file(vit_run.backbone / "model.safetensors")
+    with pytest.raises(UserError, match=f"is a file; name its folder: {vit_run.backbone}"):
+        open_model(vit_run.backbone / "model.safetensors")
+    shutil.copy(
+        vit_run.backbone / "model.safetensors", tmp_path
+    )  # alone it tells neither statistics nor sizes
+    assert convert_file(tmp_path / "model.safetensors").model.embed_dim == 64
+    weights = prefixed("method.backbone.timm_model.", timm_vit())
+    content = {
+        "state_dict": weights,
+        "pytorch-lightning_version": "2",
+        "random_state": torch.zeros(4),
+        "epoch": 0,
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="training state of freqmask; name its run folder"):
+        convert_file(tmp_path / "last.ckpt")

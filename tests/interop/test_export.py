@@ -314,4 +314,8 @@ def test_a_folk_run_exports_its_class_token(folk_run, tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     expected = opened.backbone(IMAGES).class_token
     torch.testing.assert_close(model(IMAGES), expected, atol=1e-5, rtol=0)
+    graph = graph_of(opened)  # what ONNX and torch.export are given
+    inside = opened.backbone(opened.normalise(IMAGES)).class_token
+    torch.testing.assert_close(graph.module(IMAGES)[0], inside, atol=1e-5, rtol=0)
+    assert "the class token" in graph.outputs["features"]
     shutil.rmtree(tmp_path / "out")

@@ -41,17 +41,28 @@ _LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
 
 
 class Exported(nn.Module):
-    """What graphs compute: normalization, then a network, which gives one tensor or several."""
+    """What graphs compute: normalization, then a network, which gives one tensor or several.
 
-    def __init__(self, network: Callable[[Tensor], Any], mean: Sequence[float], std: Sequence[float]) -> None:
+    Of a backbone these are ``pooled``, what stands for an image, and the map.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Any],
+        mean: Sequence[float],
+        std: Sequence[float],
+        pooled: Pooled = "mean",
+    ) -> None:
         super().__init__()
         self.network, self.normalise = network, Normalization(len(mean), mean, std)
+        self.pooled = pooled
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, ...]:
         """The network's outputs for images in [0, 1]."""
         outputs = self.network(self.normalise(images))
         if isinstance(outputs, Features):
-            return outputs.pooled, outputs.feature_map
+            is_token = self.pooled == "class_token" and outputs.class_token is not None
+            return outputs.class_token if is_token else outputs.pooled, outputs.feature_map
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -67,17 +78,20 @@ class Graph:
 
 
 def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
-    """A backbone with both its features, or a classifier with its logits."""
-    notes = {"mean": opened.mean, "std": opened.std, "normalised_inside": True, **exported_metadata(opened)}
+    """A backbone with what stands for an image and its map, or a classifier with its logits."""
+    statistics = {"mean": opened.mean, "std": opened.std}
+    notes = {**statistics, "normalised_inside": True, **exported_metadata(opened)}
     if isinstance(opened, OpenedClassifier):
         multiple = None if opened.module.pretrained_cfg.get("fixed_input_size") else 32
         outputs = {"logits": f"(B, {len(opened.class_names)} classes, named in the metadata)"}
-        network, notes["class_names"] = opened.module, opened.class_names
+        exported, notes["class_names"] = Exported(opened.module, **statistics), opened.class_names
     else:
         multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
-        outputs = {"features": "(B, D)", "feature_map": "(B, D, h, w)"}
-        network = opened.backbone
-    return Graph(Exported(network, opened.mean, opened.std), outputs, opened.input_size, notes, multiple)
+        notes["pooled"] = pooled_of(opened)
+        meaning = "the class token" if notes["pooled"] == "class_token" else "the mean of the map"
+        outputs = {"features": f"(B, D: {meaning})", "feature_map": "(B, D, h, w)"}
+        exported = Exported(opened.backbone, **statistics, pooled=notes["pooled"])
+    return Graph(exported, outputs, opened.input_size, notes, multiple)
 
 
 def pooled_of(opened: OpenedModel) -> Pooled:

@@ -197,12 +197,7 @@ def _write_npy(parts: Sequence[Path], rows: int, grid: tuple[int, ...] | None, p
             elif not blocks:
                 array = matrix(table, "features")
             else:
-                arrays = [matrix(table, name) for name in blocks]
-                if len({array.shape[1] for array in arrays}) > 1:
-                    raise UserError(
-                        "the blocks' features differ in width, which a .npy cannot hold; --out FILE.parquet can"
-                    )
-                array = np.stack(arrays, axis=1)
+                array = np.stack([matrix(table, name) for name in blocks], axis=1)
             if part == parts[0]:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (rows, *array.shape[1:])}
                 np.lib.format.write_array_header_2_0(file, header)

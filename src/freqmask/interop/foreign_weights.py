@@ -196,7 +196,8 @@ def _choose(
 
 def _containers(content: Mapping[Any, Any], at: str = "") -> Iterator[tuple[dict[str, Any], str]]:
     """Every dictionary of tensors in a file, and under which keys it stands."""
-    if any(isinstance(value, Tensor) for value in content.values()):
+    tensors = sum(isinstance(value, Tensor) for value in content.values())
+    if tensors and 2 * tensors >= len(content):  # fewer are the state of a generator beside the weights
         weights = {n: v for n, v in content.items() if isinstance(n, str)}
         if len(weights) == len(content):
             yield weights, at

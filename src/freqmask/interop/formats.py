@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import distribution
 from pathlib import Path
@@ -92,6 +92,15 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"file ({path}) is a folder; an exported folder needs no converting")
     if not Path(path).is_file():
         raise UserError(f"file ({path}) does not exist")
+    if _is_of_a_folder(Path(path)):
+        raise UserError(f"file ({path}) needs no converting; name its folder as MODEL: {Path(path).parent}")
+
+
+def _is_of_a_folder(file: Path) -> bool:
+    """Whether a file is the weights of a folder that opens as it is, with its statistics and its image size."""
+    with suppress(UserError):
+        return file.name == WEIGHTS and bool(read_config(file.parent))
+    return False
 
 
 def find_backbone(text: str | Path, option: str = "model") -> Path:
@@ -106,9 +115,10 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if path.is_file():
-        raise UserError(
-            f"{option} ({text}) is a file; freqmask convert {text} --out FOLDER makes a model of it"
-        )
+        way = f"name its folder: {path.parent}"
+        if not _is_of_a_folder(path):
+            way = f"freqmask convert {text} --out FOLDER makes a model of it"
+        raise UserError(f"{option} ({text}) is a file; {way}")
     if RunFolder(path).exists():
         raise UserError(f"{option} ({text}) has no model yet: its run has not reached a checkpoint")
     forms = "a run folder, an exported folder, timm:NAME" + (" or random:NAME" if option == "model" else "")
