@@ -183,3 +183,6 @@ def test_an_array_without_labels_beside_one_with_them_has_none(tmp_path):
     assert source.all_labels().tolist() == [2, -1, 0, -1, -1] and source.class_names == ["0", "1", "2"]
     np.savez(tmp_path / "y.npz", images=stack(3, 8, 8), labels=np.full(3, -1))
     assert open_source(tmp_path / "y.npz").class_names is None
+    np.savez(tmp_path / "z.npz", images=stack(3, 8, 8), labels=np.array(["dog", "cat", "dog"]))
+    source = open_source(tmp_path / "z.npz")
+    assert source.class_names == ["cat", "dog"] and source.all_labels().tolist() == [1, 0, 1]

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from freqmask.data import decode, image_folder
+from freqmask.data import decode, image_folder, sources
 from freqmask.data.sources import Subset, open_source
 from freqmask.errors import BadImage, UserError
 
@@ -88,17 +88,24 @@ def test_train_alone_changes_nothing(tmp_path):
 
 def test_unread_files_are_counted_with_the_extra_that_reads_them(tmp_path, monkeypatch):
     heif_free = frozenset(suffix for suffix in decode.read_suffixes() if "hei" not in suffix)
-    for module in (decode, image_folder):
+    for module in (decode, image_folder, sources):
         monkeypatch.setattr(module, "read_suffixes", lambda: heif_free)
     plant(tmp_path, "a.png", "b.heic", "c.HEIC", "d.txt")
     summary = open_source(tmp_path).summary()
     assert summary.found == 1 and summary.ignored == {".heic": 2, ".txt": 1}
     assert summary.notes == ["2 .heic files are not read; pip install 'freqmask[data]' reads them."]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"only files that are not read \(2 .heic.*pip install 'freqmask"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [([], "holds no images"), (["a.txt", "b.txt"], r"only files that are not read \(2 .txt\)")],
+    [
+        ([], "holds no images"),
+        (["a.txt", "b.txt"], r"only files that are not read \(2 .txt\)"),
+        (["one/a.tar"], "name the folder that holds the .tar files"),
+    ],
 )
 def test_a_folder_without_images_is_refused(tmp_path, names, words):
     (tmp_path / "data").mkdir()
@@ -112,6 +119,9 @@ def test_bad_files_are_found_when_opened_not_before(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "folder/text.png").write_text("no image")
     (tmp_path / "broken.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "gone.tif").symlink_to(tmp_path / "away.tif")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    np.save(tmp_path / "one.npy", np.zeros(3))
     source = open_source(tmp_path)
     reasons = {}
     for index in range(len(source)):
@@ -123,6 +133,9 @@ def test_bad_files_are_found_when_opened_not_before(tmp_path):
         "broken.png": "it is a link to a file that is gone",
         "empty.png": "the file is empty",
         "folder/text.png": "its content is not an image of any known format",
+        "gone.tif": "it is a link to a file that is gone",
+        "loop.png": "it is a link that leads to itself",
+        "one.npy": "an array of 3 is no image (height×width or height×width×channels)",
     }
 
 
@@ -163,7 +176,7 @@ def test_names_identities_and_fingerprint_stay_when_the_folder_moves(tmp_path):
     assert all(after.open(index).decode().shape == (3, 6, 8) for index in range(4))
 
 
-def test_pages_of_tiffs_are_images_of_their_own_when_asked(tmp_path):
+def test_pages_of_tiffs_are_images_of_their_own_when_asked(tmp_path, monkeypatch):
     for name, pages in (("a.tif", 3), ("b.tif", 1), ("c.tif", 2)):
         stack = np.stack([np.full((4, 5), 10 * pages + k, np.uint16) for k in range(pages)])
         tifffile.imwrite(tmp_path / name, stack, photometric="minisblack")
@@ -172,6 +185,10 @@ def test_pages_of_tiffs_are_images_of_their_own_when_asked(tmp_path):
     assert [int(source.open(index).decode()[0, 0, 0]) for index in range(6)] == [30, 31, 32, 10, 20, 21]
     assert len({source.identity(index) for index in range(6)}) == 6
     assert [open_source(tmp_path).open(index).channels for index in range(3)] == [3, 1, 2]
+    (tmp_path / "b.tif").write_bytes(b"II*\0")  # a broken one counts for an image, too
+    names = names_of(open_source(tmp_path, pages="images"))
+    monkeypatch.setattr(image_folder, "count_images", None)  # not counted twice
+    assert names_of(open_source(tmp_path, pages="images")) == names == names_of(source)
 
 
 def test_a_folder_of_npy_images(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from freqmask.data import index as index_module
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
-from freqmask.data.index import index_folder
+from freqmask.data.index import index_folder, index_listing
 
 SUFFIXES = frozenset({".jpg", ".png"})
 
@@ -264,3 +264,9 @@ def test_what_a_killed_process_left_in_the_cache_goes_after_a_day(tmp_path):
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     write_arrays(tmp_path / "x.bin", {}, {})
     assert {path.name for path in tmp_path.iterdir()} == {"x.bin", "x.binnew.tmp", "y.binold.tmp"}
+
+
+def test_a_run_among_the_files_of_a_server_is_passed_over():
+    files = dict.fromkeys(["a.png", "runs/r/config.yaml", "runs/r/metrics.csv", "runs/r/previews/1.png"], 9)
+    index = index_listing("memory://x", files, frozenset({".png"}))
+    assert list(index.paths()) == [b"a.png"] and index.own == ["runs/r"]

@@ -181,12 +181,18 @@ def huge_png():
         (encoded(smooth(80, 80), "GIF")[:900], "truncated|damaged"),
         (encoded(smooth(80, 80))[:30], "damaged|not an image|truncated"),
         (huge_png(), "bomb"),
+        (b"\xff\x4f\xff\x51" + bytes(9), "damaged|not an image"),
     ],
-    ids=["empty", "text", "jpeg", "png", "webp", "gif", "header", "bomb"],
+    ids=["empty", "text", "jpeg", "png", "webp", "gif", "header", "bomb", "jpeg 2000"],
 )
 def test_a_bad_file_is_named_in_words(data, words):
     with pytest.raises(BadImage, match=words):
         open_bytes(data).decode()
+
+
+def test_a_comment_right_behind_its_number_is_part_of_a_pgm():
+    picture = open_bytes(b"P5# by hand\n2#and\n 1\n65535\n" + np.array([258, 772], ">u2").tobytes())
+    assert picture.decode().tolist() == [[[258, 772]]]
 
 
 def test_a_truncated_jpeg_is_noticed_even_for_a_box_above_the_cut():

@@ -273,6 +273,10 @@ def test_the_manifest_names_settings_classes_and_shards(photos, tmp_path):
     manifest = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert manifest["settings"]["shard_size"] == 3 and manifest["class_names"] == ["class 0", "class 1"]
     assert [name for name, _, _ in manifest["shards"]][-1] == "val-000000.tar"
+    (photos / "other").mkdir()
+    Image.fromarray(noise(9)).save(photos / "other" / "x.png")
+    parts, notes = open_parts([photos], "channels", "all", None)
+    assert parts.count == 12 and notes[-1] == "1 images outside of train, val are left out."
     parts, notes = open_parts([photos], "channels", "auto", None)
     assert [split for split, _ in parts.parts] == [None] and "Only train is used" in notes[0]
 

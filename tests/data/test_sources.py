@@ -164,8 +164,27 @@ def test_a_missing_table_is_refused(folder):
         open_source(folder, labels=folder / "none.csv")
 
 
+@pytest.mark.parametrize("opening", [open_source, splits_there])
+@pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.tar", "x.parquet", "folder"])
+def test_what_may_not_be_read_is_a_sentence(tmp_path, monkeypatch, name, opening):
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    if name == "folder":
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr("pathlib.Path.is_file", refused)  # as stat is in a folder without its x
+    else:
+        (tmp_path / name).write_bytes(b"x")
+        monkeypatch.setattr("pathlib.Path.open", refused)
+        monkeypatch.setattr("zipfile.ZipFile", refused)
+        monkeypatch.setattr("numpy.load", refused)
+    if (name, opening) != ("x.npy", splits_there) and (name, opening) != ("x.parquet", splits_there):
+        with pytest.raises(UserError, match=rf"DATA \(.*{name}.*\) may not be read: no permission"):
+            opening(tmp_path / name)
+
+
 def test_the_splits_there_are_can_be_asked_for(folder):
-    assert splits_there(folder) == [] == splits_there("builtin:digits")
+    assert splits_there(folder) == [] == splits_there("builtin:digits") == splits_there(BuiltinDigits())
     for name in ("val", "train"):
         (folder.parent / "data" / name).mkdir(parents=True)
         Image.new("RGB", (8, 6)).save(folder.parent / "data" / name / "1.png")

@@ -110,6 +110,9 @@ def test_the_value_for_not_measured_is_known():
     data = written(numbers("float32", 8, 8), extratags=[(42113, "s", 0, "-9999", True)])
     assert open_bytes(data).nodata == -9999
     assert open_bytes(written(numbers("uint8", 8, 8))).nodata is None
+    assert (
+        open_bytes(written(numbers("uint8", 8, 8), extratags=[(42113, "s", 0, "none", True)])).nodata is None
+    )
 
 
 @pytest.mark.parametrize(

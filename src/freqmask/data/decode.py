@@ -10,6 +10,7 @@ import io
 import re
 import struct
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -102,7 +103,7 @@ def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture
         return ArrayPicture(_load_array(io.BytesIO(data)))
     if data.startswith(PNG_BEGINNING):
         return PngPicture(data)
-    if re.match(rb"P[2356]\s", data) and (deep := _read_netpbm(data)) is not None:
+    if re.match(rb"P[2356][\s#]", data) and (deep := _read_netpbm(data)) is not None:
         return ArrayPicture(deep, axis=2)
     if data.startswith(CODESTREAM) or data[4:8] == b"jP  ":
         components, bits = _jpeg2000_components(data)
@@ -213,9 +214,9 @@ class CodedPicture(Picture):
                 raise BadImage("it is truncated: the file ends before the image does") from error
         return self._orientation.show(pixels.transpose(2, 0, 1))
 
+    @abstractmethod
     def _decode_stored(self, box: Box, at_least: tuple[int, int] | None) -> np.ndarray:
         """The box of the stored pixels, (height, width, channel)."""
-        raise NotImplementedError
 
 
 class PillowPicture(CodedPicture):

@@ -241,9 +241,7 @@ def _read_footer(files: Files, name: str) -> pq.FileMetaData:
             footer = pq.ParquetFile(file).metadata
         footer.schema.to_arrow_schema()  # what is damaged in it raises here, where the file has a name
         return footer
-    except PermissionError as error:
-        raise UserError(f"DATA ({where}) may not be read: no permission; check its access rights") from error
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"DATA ({where}) is truncated or no parquet file; write or fetch it again") from error

@@ -332,7 +332,7 @@ def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
         try:
             with files.stream(name) as file:
                 return read_headers(name, file, size)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
             raise UserError(f"DATA ({files.url(name)}) cannot be read: {describe_os_error(error)}") from error

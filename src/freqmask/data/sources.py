@@ -8,8 +8,8 @@ import os
 import re
 import sys
 import zipfile
-from ast import literal_eval
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -33,9 +33,10 @@ from freqmask.data.storage import (
     RemoteFiles,
     files_of,
     is_pattern,
+    nearest_path,
     unpacker_of,
 )
-from freqmask.errors import BadImage, UserError, brief, nearest
+from freqmask.errors import BadImage, UserError, brief, name_of, nearest
 from freqmask.imports import IMPORT_PATH, import_object
 from freqmask.training.files import marked_in
 
@@ -57,6 +58,17 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 
 
+@contextmanager
+def _permission_told() -> Iterator[None]:
+    """A file, or a folder on the way to it, that may not be read is a sentence."""
+    try:
+        yield
+    except PermissionError as error:
+        words = "may not be read: no permission; check its access rights"
+        raise UserError(f"DATA ({name_of(error)}) {words}") from error
+
+
+@_permission_told()
 def open_source(
     data: str | Path | Source | Sequence[str | Path | Source],
     pages: Pages = "channels",
@@ -93,6 +105,7 @@ def open_source(
     return opened[0] if len(opened) == 1 else JoinedSource(opened)
 
 
+@_permission_told()
 def splits_there(data: str | Path | Source, labels: str | Path | None = None) -> list[str]:
     """The names of the splits that ``open_source(data, split=...)`` takes, sorted; maybe none.
 
@@ -140,7 +153,7 @@ def locate(data: str | Path, pages: Pages) -> Located:
         return _locate_remote(text, pages)
     if IMPORT_PATH.fullmatch(text):
         return Located(text, lambda split, notes: import_source(text))
-    raise UserError(f"DATA ({text}) does not exist; {_nearest_sibling(path)}")
+    raise UserError(f"DATA ({text}) does not exist; {nearest_path(path)}")
 
 
 def _locate_folder(path: Path, pages: Pages) -> Located:
@@ -181,7 +194,7 @@ def _locate_remote(text: str, pages: Pages) -> Located:
     listing = files.listing()
     if not listing:
         raise UserError(
-            f"DATA ({text}) is empty, not there, or cannot be listed; name shards by a pattern such as "
+            f"DATA ({text}) is empty, not there, no folder, or cannot be listed; name shards by a pattern such as "
             f"{text.rstrip('/')}/shards-{{000000..000009}}.tar, or serve the {INDEX_NAME} of freqmask prepare"
         )
     suffixes = {PurePosixPath(path).suffix.lower() for path in listing}
@@ -233,20 +246,6 @@ def import_source(text: str) -> Source:
     return source
 
 
-def _nearest_sibling(path: Path) -> str:
-    """A way out of a mistyped path: the most similar entry of the deepest folder on it that exists."""
-    existing = next(parent for parent in path.absolute().parents if parent.is_dir())
-    try:
-        names = [entry.name for entry in existing.iterdir() if not entry.name.startswith(".")]
-    except OSError:
-        names = []
-    wanted = path.absolute().relative_to(existing).parts[0]
-    hint = nearest(wanted, names) if names else ""
-    if hint.startswith("did you mean"):
-        return f"did you mean {str(existing / literal_eval(hint[len('did you mean ') : -1]))!r}?"
-    return f"the folder {existing} holds nothing of a similar name"
-
-
 def locate_array(path: Path) -> Located:
     """The images of a ``.npy`` or ``.npz`` file.
 
@@ -274,6 +273,8 @@ def _npz_shapes(path: Path) -> dict[str, int]:
                     old = np.lib.format.read_magic(file) == (1, 0)
                     read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
                     axes[member.removesuffix(".npy")] = len(read(file)[0])
+    except PermissionError:
+        raise
     except Exception as error:  # of zipfile, of the file system, of numpy's header
         raise UserError(f"DATA ({path}) is damaged or no numpy archive ({error}); write it again") from error
     return axes
@@ -344,18 +345,18 @@ class ArraySource(Source):
                     )
         return self._stacks
 
-    def _load_labels(self) -> list[int] | None:
-        """All labels, -1 in an array without; None where all are missing, of several columns or not whole numbers."""
+    def _load_labels(self) -> list[int | str] | None:
+        """All labels, -1 in an array without; None where all are missing, of several columns, or fractions."""
         if not any(labels for _, labels in self.pairs):
             return None
         pairs = list(zip(self.pairs, np.diff(self._starts).tolist(), strict=True))
         parts = [_read(self.file, key) if key else np.full(count, -1) for (_, key), count in pairs]
-        usable = all(part.shape[:1] == (part.size,) and part.dtype.kind in "iub" for part in parts)
+        usable = all(part.shape[:1] == (part.size,) and part.dtype.kind in "iubU" for part in parts)
         if not usable or any(part.size != count for part, (_, count) in zip(parts, pairs, strict=True)):
-            note = f"The labels in {self.file.name} are not one class number an image and are left out."
+            note = f"The labels in {self.file.name} are not one class an image and are left out."
             self.notes = [*self.notes, note]
             return None
-        return [int(label) for part in parts for label in part.ravel().tolist()]
+        return [label for part in parts for label in part.ravel().tolist()]
 
     def open(self, index: int) -> Picture:
         self.check(index)
@@ -386,8 +387,8 @@ def _read(path: Path, key: str | None) -> np.ndarray:
             return np.asarray(array)  # a plain view: np.memmap is slow to index
         with np.load(path, allow_pickle=False) as archive:
             return archive[key]
-    except PermissionError as error:
-        raise UserError(f"DATA ({path}) may not be read: no permission; check its access rights") from error
+    except PermissionError:
+        raise
     except Exception as error:  # numpy parses headers as Python, and hands on whatever that raises
         raise UserError(
             f"DATA ({path}) must be a plain numpy array ({brief(error, 100)}); write it again"

@@ -12,6 +12,7 @@ import socket
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from freqmask.data.cache import MAGIC, cache_file, hash_of, replacing
 from freqmask.data.splits import split_of
-from freqmask.errors import UserError, brief
+from freqmask.errors import UserError, brief, nearest
 
 UNPACKERS = {
     ".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".tbz2": "bunzip2", ".xz": "unxz", ".txz": "unxz",
@@ -108,6 +109,20 @@ def files_of(text: str) -> tuple[Files, list[str] | None]:
             f"DATA ({text}): no file fits the pattern; quote it, and check its folder and numbers"
         )
     return files, names
+
+
+def nearest_path(path: Path) -> str:
+    """A way out of a mistyped path: the most similar entry of the deepest folder on it that exists."""
+    existing = next(parent for parent in path.absolute().parents if parent.is_dir())
+    try:
+        names = [entry.name for entry in existing.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        names = []
+    wanted = path.absolute().relative_to(existing).parts[0]
+    hint = nearest(wanted, names) if names else ""
+    if hint.startswith("did you mean"):
+        return f"did you mean {str(existing / literal_eval(hint[len('did you mean ') : -1]))!r}?"
+    return f"the folder {existing} holds nothing of a similar name"
 
 
 class Files(ABC):
