@@ -356,6 +356,21 @@ def test_mixing_follows_from_the_key_of_the_batch() -> None:
         ),
         (["MINE", "--train_size", "32"], "train_size (32) must be the 16x16 pixels"),
         (["MINE", "--shots", "some"], "shots (some) must be"),
+        (["MINE", "--crop_scale", "1", "0.5"], "crop_scale ([1.0, 0.5]) must be two shares of the area"),
+        (["MINE", "--lr", "0.001", "--min_lr", "0.01"], "min_lr (0.01) must be at most lr (0.001)"),
+        (
+            ["random:dla46x_c", "--image_size", "32", "--drop_path", "0.1"],
+            "drop_path (0.1) must be left out: drop path is off: dla46x_c does not take it",
+        ),
+        (
+            [
+                "random:resnet10t",
+                "--image_size",
+                "32",
+                *["--batch_size", "1", "--mixup", "0", "--cutmix", "0"],
+            ],
+            "batch_size, devices and accumulate leave one image at once",
+        ),
         (["MINE", "--precision", "half"], "precision (half) must be one of 'auto', '32-true'"),
         (["MINE", "--recipe", "a1"], "recipe (a1) must be one of"),
     ],

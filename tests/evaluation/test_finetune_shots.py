@@ -95,6 +95,23 @@ def test_frozen_and_fine_tuned_stand_beside_each_other(
     }
 
 
+def test_pixels_alone_are_not_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3), dtype=np.uint8), np.arange(8) % 2
+    np.savez(
+        "two.npz", train_images=images, train_labels=labels, test_images=255 - images, test_labels=labels
+    )
+    with pytest.raises(UserError, match=r"model \(pixels\) has no weights to be fine-tuned"):
+        freqmask.evaluate.fewshot("pixels", data="two.npz", tune="both", workers=0)
+
+
+def test_a_setting_without_a_number_has_no_part_in_an_average() -> None:
+    results = made({"a": [[0, 1, 0, 1]], "b": [[0, 1, 1, 0]]})
+    results[0].error = "not finite"
+    found = {one.variant: one.percent() for one in summarize_settings(results, "1 a class, ")}
+    assert found == {"1 a class, a": "-", "1 a class, b": "50.0"}
+
+
 def test_options_of_fine_tuning_are_refused_where_nothing_is() -> None:
     with pytest.raises(UserError, match="epochs \\(3\\) are those of fine-tuning"):
         freqmask.evaluate.fewshot("pixels", data="builtin:digits", epochs=3)

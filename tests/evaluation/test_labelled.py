@@ -69,6 +69,20 @@ def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) ->
     assert np.array_equal(again.rounds[0].test, first.rounds[0].train)
 
 
+@pytest.mark.parametrize(
+    ("renamed", "sentence"),
+    [(True, "must say train or test for every image"), (False, "does not list the images of DATA")],
+)
+def test_a_split_of_ours_that_was_edited_is_refused(tmp_path: Path, renamed: bool, sentence: str) -> None:
+    folder = write_classes(tmp_path / "tree")
+    open_labelled(folder, config=parting(tmp_path))
+    (file,) = (tmp_path / "splits").glob("*.csv")
+    text = file.read_text()
+    file.write_text(text.replace("test", "held") if renamed else text.partition("\n")[0] + "\n")
+    with pytest.raises(UserError, match=f"{sentence}.*; delete it to have it drawn again"):
+        open_labelled(folder, config=parting(tmp_path))
+
+
 def test_folds_test_every_image_once(tmp_path: Path) -> None:
     data = open_labelled(write_classes(tmp_path / "tree"), config=parting(tmp_path, folds=5))
     assert sorted(data.tested.tolist()) == list(range(20))

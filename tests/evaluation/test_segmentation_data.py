@@ -141,6 +141,21 @@ def spoilt(folder: Path, how: str) -> None:
             write(path, 255 * np.asarray(read_mask(path), np.uint8))
     elif how == "no test":
         (folder / "masks" / "test").rename(folder / "elsewhere")
+    elif how == "void test":
+        for path in (folder / "masks" / "test").iterdir():
+            write(path, np.full((32, 40), 255, np.uint8))
+    elif how == "no images":
+        for path in (folder / "images" / "train").iterdir():
+            path.write_bytes(b"no image")
+    elif how == "two formats":
+        write(masks / "003.bmp", blocks(3))
+    elif how == "one mask for two":
+        write(folder / "images" / "train" / "003.jpg", np.zeros((32, 40, 3), np.uint8))
+    elif how == "no masks":
+        for path in masks.iterdir():
+            path.rename(path.with_suffix(".txt"))
+    elif how.startswith("classes: "):
+        (folder / "classes.txt").write_bytes(how.removeprefix("classes: ").encode("latin-1"))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +170,16 @@ def spoilt(folder: Path, how: str) -> None:
         ("no image", r"1 file \(003\.png\) in .*masks/train without an image"),
         ("binary", r"fewer than two classes \(labels: 0, 255; ignored: 255\)"),
         ("no test", r"has masks for train only"),
+        ("void test", r"the test masks hold no class, only ignored labels \(255\)"),
+        ("no images", r"none of the 4 images can be opened; train/000\.png"),
+        ("two formats", r"hold 003\.png in two file formats"),
+        ("one mask for two", r"and another image would share one mask"),
+        ("no masks", r"masks \(.*masks/train\) must hold files of .*; it holds \.txt"),
+        ("classes: 0 sky\nroad\n", "must number every line or none"),
+        ("classes: 0 sky\n0 road\n", "no number twice"),
+        ("classes: sky\nsky\n", "must differ from each other"),
+        ("classes:  \n", "is empty"),
+        ("classes: stra\xdfe\n", "cannot be read .*; give a text file"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(how: str, sentence: str, tmp_path: Path) -> None:
@@ -162,6 +187,32 @@ def test_what_does_not_fit_is_one_sentence(how: str, sentence: str, tmp_path: Pa
     with pytest.raises(UserError, match=sentence):
         open_segmentation(MaskConfig(data=str(tmp_path)))
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "DATA is missing"),
+        ({"images": "street/images"}, "images and masks must be given together"),
+        (
+            {"images": "street/images", "masks": "street/masks", "data": "street"},
+            "data must not be given beside",
+        ),
+        ({"images": "nowhere", "masks": "street/masks"}, r"images \(nowhere\) must be a folder"),
+        (
+            {"images": "street/images", "masks": "street/masks/train"},
+            "must hold the splits of images, such as test",
+        ),
+        ({"images": "street/masks/train", "masks": "street/masks/train"}, "must be two folders"),
+    ],
+)
+def test_folders_that_do_not_fit_are_one_sentence(
+    options: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_data(tmp_path / "street", 2, 1)
+    with pytest.raises(UserError, match=sentence):
+        open_segmentation(MaskConfig(**options))  # type: ignore[arg-type]
 
 
 def test_an_image_that_cannot_be_opened_is_left_out_and_named(

@@ -7,7 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from evaluation.segmentation_images import make_data
@@ -22,7 +24,7 @@ pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask
 
 from freqmask.evaluation import segmentation
 from freqmask.evaluation.segmentation import open_network
-from freqmask.evaluation.upernet import SegmentationModule, groups_of
+from freqmask.evaluation.upernet import SegmentationModule, choose_crop, groups_of
 from freqmask.training.run_folder import RunFolder
 
 TINY: dict[str, Any] = {
@@ -134,6 +136,42 @@ def test_a_finished_network_is_taken_and_other_settings_are_refused(
     assert "is finished; its network is taken" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"begun with other settings: lr was auto and is 0\.1 now"):
         freqmask.evaluate.segment([run], data=data, **{**options, "lr": 0.1})
+    Path("out/mine-seed0/network.safetensors").unlink()
+    with pytest.raises(UserError, match=r"is finished and its network\.safetensors is gone"):
+        freqmask.evaluate.segment([run], data=data, **options)
+    with pytest.raises(UserError, match="has no network yet"):
+        open_network(RunFolder("out/mine-seed0"))
+
+
+def test_samples_are_multiples_of_32_as_large_as_images_and_machine_allow() -> None:
+    asked: Any = {"crop": "auto", "accelerator": "cpu"}
+    sides = ((90, 120), (2000, 3000), (20, 500))
+    chosen = [choose_crop(asked, Mock(median_size=size)) for size in sides]
+    assert [one.value for one in chosen] == [64, 224, 32]
+    assert [one.reason for one in chosen[:2]] == ["the median shorter side is 90", "training runs on the CPU"]
+
+
+def test_images_of_other_channels_are_drawn_as_stretched_gray() -> None:
+    gray = np.linspace(0, 0.5, 100).reshape(1, 10, 10)
+    drawn = segmentation.as_colors(gray)
+    assert drawn.shape == (10, 10, 3)
+    assert (drawn.min(), drawn.max()) == (0, 1) and (drawn == drawn[..., :1]).all()
+    colors = np.stack([gray[0]] * 3)
+    assert np.array_equal(segmentation.as_colors(colors), colors.transpose(1, 2, 0))
+
+
+def test_a_network_that_keeps_what_it_computes_in_evaluation_is_trained(data: str) -> None:
+    freqmask.evaluate.segment(["random:levit_128s"], data=data, dry_run=True, **TINY)
+
+
+def test_test_images_that_cannot_be_read_are_left_out(
+    run: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "street" / "images" / "test" / "101.png"
+    image.write_bytes(image.read_bytes()[:-200])
+    freqmask.evaluate.segment([run], data=data, out="out", **{**TINY, "steps": 1, "overlays": 0})
+    assert "left out    test/101.png" in capsys.readouterr().out
+    assert [row["test_images"] for row in rows(tmp_path / "out" / "results.csv")] == ["2"]
 
 
 def test_a_network_is_opened_without_the_model_it_began_from(run: str, data: str, tmp_path: Path) -> None:
@@ -175,6 +213,7 @@ def test_layers_learn_slower_the_deeper_they_lie(
             ["--inference", "wole"],
             r"inference \(wole\) .* did you mean 'whole'",
         ),
+        (["--scale", "2", "0.5"], "scale .* must be the smallest and the largest factor"),
         (["--stride", "64"], r"stride \(64\) must be at most crop \(32\)"),
         (["--steps", "0"], r"steps \(0\) must be a whole number at least 1"),
         (["--epochs", "2"], "--steps and --epochs exclude each other"),

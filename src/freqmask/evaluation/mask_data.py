@@ -341,7 +341,16 @@ def _parts(config: MaskConfig) -> tuple[list[Part], str, Path | None]:
 
 
 def _notes(labels: Labels, survey: MaskSurvey, train: np.ndarray, test: np.ndarray) -> list[str]:
-    """What the user should know of the labels of the training and of the test masks."""
+    """What the user should know of the labels of the training and of the test masks.
+
+    Raises:
+        UserError: no pixel of the test masks counts.
+    """
+    if not set(test.tolist()) & set(labels.values):
+        raise UserError(
+            f"the test masks hold no class, only ignored labels ({labels.describe_ignored()}); test on other images, "
+            "or say which labels count for nothing with --ignore_label"
+        )
     notes = [
         f"Label {label} counts for nothing: {survey.share(label):.1%} of the training pixels."
         for label in labels.ignored

@@ -29,7 +29,7 @@ from freqmask.data.pixels import (
     missing_pixels,
     orientation_of,
 )
-from freqmask.data.source import Source, SourceSummary
+from freqmask.data.source import Source
 from freqmask.data.splits import split_of
 from freqmask.data.tiff import open_tifffile, turn_of
 from freqmask.data.transforms import Geometry, resize
@@ -276,10 +276,6 @@ class PairSource(Source):
 
     def fingerprint(self) -> str:
         return hash_of(f"{self.images.fingerprint()} {self.masks.fingerprint}")
-
-    def summary(self) -> SourceSummary:
-        whole = self.images.summary()
-        return SourceSummary("images with masks", whole.found, len(self), whole.ignored, whole.notes)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,8 @@ class FeaturePyramid(nn.Module):
         with torch.enable_grad():
             maps = self._maps(torch.zeros(1, backbone.channels, *backbone.image_size))
         reached = parameters_behind(maps)
+        # LeViT and its like keep what they compute in evaluation, gradients with it, until they train
+        backbone.train().eval()
         for parameter in backbone.parameters():
             parameter.requires_grad_(parameter in reached)
         return maps
