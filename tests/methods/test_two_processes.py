@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import VIT, photographs, tiny_method
@@ -14,7 +15,7 @@ from two_processes import NETWORKS
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def run_two(folder: Path) -> list[dict[str, object]]:
+def run_two(folder: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     processes = [
         subprocess.Popen(
@@ -50,9 +51,10 @@ def test_ddp_trains_networks_that_leave_parameters_unreached_and_folk_as_one_pro
 ) -> None:
     first, second = run_two(tmp_path)
     assert first["trained"] == list(NETWORKS)
+    for name, value in first["words"].items():  # found by the first process; statistics are each one's own
+        assert "running" in name or torch.equal(value, second["words"][name]), name
+    assert first["words"]["words.found"]
     one, two, alone = first["folk"], second["folk"], train_alone()
-    assert isinstance(one, dict)
-    assert isinstance(two, dict)
     for name, value in alone.items():
         assert torch.equal(one[name], two[name]), name
         assert torch.allclose(one[name], value, atol=1e-6), name

@@ -44,13 +44,15 @@ def train(name: str, network: dict[str, Any], **settings: Any) -> torch.nn.Modul
 
 
 def main(rank: int, folder: Path) -> None:
-    """Trains every network, then FOLK for a comparison with one process."""
+    """Trains every network, then words, and FOLK for a comparison with one process."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     trained = [name for name, network in NETWORKS.items() if train("mfm", network)]
     train("distill", VIT, token_weight=1.0)  # DDP passes over a frozen teacher
+    words = train("words", VIT)
     folk = train("folk", VIT, freeze_last_layer_steps=1)
-    torch.save({"trained": trained, "folk": folk.state_dict()}, folder / f"process{rank}.pt")
+    states = {"words": words.state_dict(), "folk": folk.state_dict()}
+    torch.save({"trained": trained, **states}, folder / f"process{rank}.pt")
     distributed.destroy_process_group()
 
 

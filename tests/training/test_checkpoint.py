@@ -1,7 +1,9 @@
 """Checkpoints are whole or not there, and run nothing."""
 
+import errno
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from freqmask.errors import UserError
 from freqmask.training.callbacks import AtomicCheckpointIO
+from freqmask.training.files import WriteError
 from freqmask.training.run_folder import (
     LAST,
     load_safely,
@@ -38,6 +41,30 @@ def test_only_the_newest_are_kept_and_last_is_the_newest(tmp_path: Path) -> None
         "step-00000015.ckpt",
     ]
     assert load_safely(tmp_path / LAST)["global_step"] == 15
+
+
+def test_a_file_system_without_links_gets_a_copy_and_a_full_one_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as exFAT answers
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write(tmp_path, 5)
+    assert (tmp_path / LAST).is_symlink()
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    write(tmp_path, 10)
+    assert not (tmp_path / LAST).is_symlink()
+    assert load_safely(tmp_path / LAST)["global_step"] == 10
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(WriteError, match=r"last\.ckpt cannot be written: No space left on device"):
+        write(tmp_path, 15)
+    found, _ = newest_usable(tmp_path)
+    assert found is not None
+    assert found.step == 15
 
 
 def test_a_checkpoint_cut_short_leaves_the_one_before_it(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from freqmask import __version__
 from freqmask.console import rank
 from freqmask.errors import UserError, brief
-from freqmask.training.files import check_writable, clear_leftovers, current_name, replace_atomically
+from freqmask.training.files import check_writable, clear_leftovers, current_name, replace_atomically, writing
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
@@ -292,12 +293,16 @@ def publish(folder: Path, step: int, keep: int) -> None:
     """Point ``last.ckpt`` at the checkpoint of ``step``, just written, and drop all but the ``keep`` newest."""
     newest = step_file(folder, step)
     temporary = folder / f".{LAST}.tmp"
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(newest, temporary)  # the same bytes under two names: no second copy on the disk
-    except OSError:
-        temporary.symlink_to(newest.name)
-    temporary.replace(folder / LAST)
+    with writing(folder / LAST):
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(newest, temporary)  # the same bytes under two names: no second copy on the disk
+        except OSError:
+            try:
+                temporary.symlink_to(newest.name)
+            except OSError:  # exFAT knows neither
+                shutil.copyfile(newest, temporary)
+        temporary.replace(folder / LAST)
     files = sorted(folder.glob("step-*.ckpt"))
     for old in [file for file in files if file != newest][: max(len(files) - keep, 0)]:
         old.unlink(missing_ok=True)
@@ -313,7 +318,9 @@ def newest_usable(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     candidates = sorted(folder.glob("step-*.ckpt"), reverse=True)
     last = folder / LAST
     if last.exists() and not any(last.samefile(file) for file in candidates):
-        candidates.insert(0, last)
+        # a copy: of the newest, or of the one before it where a kill came between the two
+        newer = not candidates or last.stat().st_mtime_ns >= candidates[0].stat().st_mtime_ns
+        candidates.insert(0 if newer else len(candidates), last)
     for file in candidates:
         try:
             found = load_safely(file)
