@@ -1,16 +1,24 @@
 """The index of a folder: complete, compact, cached, and refreshed when a folder changes."""
 
+import io
 import multiprocessing
 import os
 import pickle
 import time
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tifffile
+from PIL import Image
 
 from freqmask.data import index as index_module
 from freqmask.data.cache import cache_folder, read_arrays, write_arrays
 from freqmask.data.index import index_folder, index_listing
+from freqmask.data.source import JoinedSource, Subset
+from freqmask.data.sources import open_source
 
 SUFFIXES = frozenset({".jpg", ".png"})
 
@@ -132,6 +140,66 @@ def test_a_folder_that_just_changed_is_read_again(tmp_path, reads):
     plant(tmp_path, "2.jpg")
     os.utime(tmp_path, ns=(stamp, stamp))  # within the same tick of the file system's clock
     assert listed(index_folder(tmp_path, SUFFIXES)) == ["1.jpg", "2.jpg"]
+
+
+def bitmap(value):
+    """A file of an image of one gray; as many bytes whatever the value."""
+    file = io.BytesIO()
+    Image.new("L", (4, 4), value).save(file, "BMP")
+    return file.getvalue()
+
+
+def rewrite_folder(root, value):
+    plant(root, "0.bmp", "1.bmp", size=0)
+    for name in ("0.bmp", "1.bmp"):
+        (root / name).write_bytes(bitmap(value))
+    return open_source(root)
+
+
+def rewrite_array(root, value):
+    stack = np.zeros((6, 4, 4), np.uint8)
+    stack[1] = value  # none of the first, the middle and the last
+    np.save(root / "images.npy", stack)
+    return open_source(root / "images.npy")
+
+
+def rewrite_table(root, value):
+    column = pa.array([{"bytes": bitmap(value), "path": "a.bmp"}] * 2)
+    pq.write_table(
+        pa.table({"image": column}), root / "a.parquet", compression="none", write_statistics=False
+    )
+    return open_source(root / "a.parquet")
+
+
+def rewrite_server(root, value):
+    system = fsspec.filesystem("memory")
+    system.pipe("/rewritten/0.bmp", bitmap(value))
+    return open_source("memory://rewritten")
+
+
+@pytest.mark.parametrize("rewrite", [rewrite_folder, rewrite_array, rewrite_table, rewrite_server])
+def test_an_image_rewritten_under_its_name_changes_the_stamp_of_the_content_alone(tmp_path, rewrite):
+    def stamps(source):
+        return [(one.fingerprint(), one.content_stamp()) for one in of(source)]
+
+    def of(source):
+        return [source, Subset(source, [0]), JoinedSource([source, source])]
+
+    source = rewrite(tmp_path, 0)
+    age(tmp_path)
+    before = stamps(source)
+    assert before == stamps(pickle.loads(pickle.dumps(source)))
+    after = stamps(rewrite(tmp_path, 9))
+    for (name, content), (same_name, other_content) in zip(before, after, strict=True):
+        assert name == same_name
+        assert content != other_content
+
+
+def test_pages_of_a_rewritten_file_are_counted_anew(tmp_path):
+    for pages in (3, 2):
+        tifffile.imwrite(tmp_path / "a.tif", np.zeros((pages, 8, 8), np.uint8), photometric="minisblack")
+        os.utime(tmp_path, (0, 0))  # as one that has not changed for long
+        assert len(open_source(tmp_path, pages="images")) == pages
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "one byte", "empty"])

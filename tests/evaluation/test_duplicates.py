@@ -1,5 +1,6 @@
 """Identical images are found by their pixels, whatever they are called and wherever they lie."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,12 @@ def test_hashes_are_cached_until_the_images_change(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(labelled, "_pixel_hash", reading)
     write(folder, 2)
     assert pixel_hashes(open_source(folder))[:2] == before
+    os.utime(folder, (0, 0))  # as one that has not changed for long
+    before = pixel_hashes(open_source(folder))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "1.png")  # under its name
+    os.utime(folder, (0, 0))
+    after = pixel_hashes(open_source(folder))
+    assert [one == other for one, other in zip(after, before, strict=True)] == [True, False, True]
 
 
 def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:

@@ -100,7 +100,10 @@ def test_changed_weights_preprocessing_and_data_are_noticed(
     weights[min(weights)] = weights[min(weights)] + 1e-3
     save_file(weights, file, {"format": "pt"})
     assert look() == 7
+    os.utime(folder, (0, 0))  # as one that has not changed for long
+    assert look() == 7
     Image.fromarray(np.zeros((33, 41, 3), np.uint8)).save(folder / "2.png")  # as many as before
+    os.utime(folder, (0, 0))
     assert look() == 8
     write(folder, 6)
     assert look() == 9

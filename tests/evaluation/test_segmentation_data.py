@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,17 @@ def test_both_ways_to_lay_out_splits_hold_the_same_pairs(tmp_path: Path) -> None
     one, other = (open_segmentation(MaskConfig(data=str(tmp_path / name))) for name in ("one", "other"))
     assert (len(one.train), len(one.test)) == (len(other.train), len(other.test)) == (3, 2)
     assert one.labels == other.labels == Labels((0, 1), ("0", "1"), (255,), False)
+
+
+def test_a_mask_rewritten_under_its_name_is_read_again(tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data", 3, 2)
+    masks = folder / "masks" / "train"
+    for classes in ((0, 1), (0, 1, 2)):
+        os.utime(masks, (0, 0))  # as one that has not changed for long
+        assert open_segmentation(MaskConfig(data=str(folder))).labels.values == classes
+        mask = np.asarray(read_mask(masks / "000.png"), np.uint8)
+        mask[0, 0] = 2
+        write(masks / "000.png", mask)
 
 
 def test_ade20k_ignores_zero_and_begins_with_one(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ FeatureTask = Embedding | Classification
 
 def plan_parts(task: FeatureTask, source: Source, out: Path) -> Parts:
     """The parts of a file of features."""
-    described = {**task.describe(), "data": source.fingerprint(), "images": len(source)}
+    described = {**task.describe(), "data": source.content_stamp(), "images": len(source)}
     return Parts(out, described, len(source), 4 * task.width)
 
 

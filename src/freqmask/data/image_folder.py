@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from freqmask.data.cache import cache_file, read_arrays, write_arrays
+from freqmask.data.cache import cache_file, hash_of, read_arrays, write_arrays
 from freqmask.data.decode import EXTRAS, count_images, open_bytes, open_file, read_file, read_suffixes
 from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder
 from freqmask.data.pixels import Pages, Picture
@@ -334,14 +334,20 @@ class FolderSource(Source):
     def fingerprint(self) -> str:
         return self.index.fingerprint
 
+    def content_stamp(self) -> str:
+        if self.files is None:
+            return self.index.content_stamp
+        states = [self.files.listed_state(os.fsdecode(path)) for path in self.index.paths()]
+        return hash_of(self.fingerprint(), repr(states))
+
     def summary(self) -> SourceSummary:
         kind = "folder" if self.files is None else f"folder on {urlsplit(self.files.root).scheme}"
         return SourceSummary(kind, len(self), len(self), dict(self.index.ignored), list(self.notes))
 
 
 def _first_images(index: FolderIndex) -> np.ndarray:
-    """(files + 1,) number of the first image of each file, counting pages; cached by fingerprint."""
-    file = cache_file("pages", 2, str(index.root), index.fingerprint)
+    """(files + 1,) number of the first image of each file, counting pages; cached."""
+    file = cache_file("pages", 2, str(index.root), index.content_stamp)
     cached = read_arrays(file, holding=["first_images"])
     if cached:
         return cached[1]["first_images"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -9,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,16 @@ class FolderIndex:
         """The path of a file."""
         return self.root / self.relative(number)
 
+    @cached_property
+    def content_stamp(self) -> str:
+        """A hash of the files and of their bytes and times of change now; every file is asked, once."""
+        root, states = os.fsencode(self.root) + b"/", np.zeros((len(self), 2), np.int64)
+        for number, path in enumerate(self.paths()):
+            with contextlib.suppress(OSError):  # gone since: told when its turn comes
+                state = os.stat(root + path)  # noqa: PTH116  bytes, which pathlib does not take
+                states[number] = state.st_size, state.st_mtime_ns
+        return hash_of(self.fingerprint, states)
+
     def names_in(self, folder: int) -> list[bytes]:
         """The names of the files of a folder, by its number."""
         first = self._arrays["starts"][self._chosen[folder]]
@@ -172,9 +184,9 @@ def _reopen(root: Path, cached_in: Path, fingerprint: str, chosen: np.ndarray, b
 def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -> FolderIndex:
     """The index of a folder, from the cache where folders have kept their time of change; a UserError without access.
 
-    A file that is rewritten in place under its name is not noticed, since its folder does not change. What
-    freqmask wrote itself is passed over, unless the folder holds nothing else. Suffixes are in lower case with their
-    dot; ``use_cache=False`` walks everything and writes nothing.
+    A file that is rewritten in place under its name is not noticed, since its folder does not change;
+    `content_stamp` asks every file. What freqmask wrote itself is passed over, unless the folder holds nothing
+    else. Suffixes are in lower case with their dot; ``use_cache=False`` walks everything and writes nothing.
     """
     root = root.absolute()
     file = cache_file("index", VERSION, str(root), sorted(suffixes))

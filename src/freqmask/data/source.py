@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from freqmask.data.pixels import Picture
 from freqmask.rng import identity_of
 
 if TYPE_CHECKING:
-    from freqmask.data.storage import Files
+    from freqmask.data.storage import Files, State
 
 # Images of a source without blocks that go together where it is mixed with one that has them.
 LOCAL_BLOCK = 64
@@ -54,6 +54,7 @@ class Source(ABC):
     why_unlabelled: str = (
         ""  # in half a sentence, why a folder has no classes; empty where there is nothing to say
     )
+    _states: Mapping[str, State] = {}  # of its files when they were opened, by name
     _labels: np.ndarray | None = None  # int64 (image,), -1 where there is none; or `label` is overridden
 
     @abstractmethod
@@ -70,6 +71,13 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A short hash that changes when images are added, removed, renamed or resized; cheap to compute."""
+
+    def content_stamp(self) -> str:
+        """As `fingerprint`, and another one where a file was rewritten under its name.
+
+        What is computed from pixels is cached by it; the draws and splits of an image outlive its rewriting.
+        """
+        return hash_of(self.fingerprint(), repr(sorted(self._states.items())))
 
     def summary(self) -> SourceSummary:
         """What was found, used and ignored, and what the user should know of it."""
@@ -223,6 +231,9 @@ class Subset(_Selection):
     def fingerprint(self) -> str:
         return hash_of(self.source.fingerprint(), self.indices)
 
+    def content_stamp(self) -> str:
+        return hash_of(self.source.content_stamp(), self.indices)
+
     def summary(self) -> SourceSummary:
         return replace(self.source.summary(), used=len(self))
 
@@ -286,6 +297,9 @@ class JoinedSource(_Selection):
 
     def fingerprint(self) -> str:
         return hash_of("\0".join(source.fingerprint() for source in self.sources))
+
+    def content_stamp(self) -> str:
+        return hash_of("\0".join(source.content_stamp() for source in self.sources))
 
     def summary(self) -> SourceSummary:
         parts = [source.summary() for source in self.sources]

@@ -316,7 +316,7 @@ class ArraySource(Source):
     ) -> None:
         self.file, self.pairs, self.split, self.notes = path, pairs, split, notes
         self._files = LocalFiles(path.parent)
-        self._state = self._files.state(path.name)
+        self._states = {path.name: self._files.state(path.name)}
         self._stacks: list[np.ndarray] | None = None
         stacks = self._load()
         self._starts = np.cumsum([0, *(len(stack) for stack in stacks)])
@@ -360,7 +360,7 @@ class ArraySource(Source):
 
     def open(self, index: int) -> Picture:
         self.check(index)
-        self._files.refuse_changed(self.file.name, self._state)
+        self._files.refuse_changed(self.file.name, self._states[self.file.name])
         stack = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
             image = self._load()[stack][index - int(self._starts[stack])]

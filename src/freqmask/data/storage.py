@@ -259,6 +259,10 @@ class RemoteFiles(Files):
             self._states[name] = _state_of(info)
         return self._states[name]
 
+    def listed_state(self, name: str) -> State | None:
+        """The same as the last listing told it, without a request; None where it told none."""
+        return self._states.get(name)
+
     def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
         raw = RangeFile(partial(self.read, name), self.state(name)[0])
         return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)

@@ -171,7 +171,7 @@ def compute_features(
     key = {
         **model.key(),
         "what": what,
-        "data": source.fingerprint(),
+        "data": source.content_stamp(),
         "images": len(source),
         "bf16": compute.bf16,
         "change": change.describe(),

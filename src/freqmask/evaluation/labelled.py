@@ -376,10 +376,9 @@ def held_out_parts(
 def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[int]:
     """A 64-bit number of the pixels of each image, or of some: the same for identical images, whatever they are called.
 
-    All images of a source are hashed once and cached by the source's fingerprint; those that cannot be read each have
-    a number of their own.
+    All images of a source are hashed once and cached; those that cannot be read each have a number of their own.
     """
-    file = cache_file("pixels", source.fingerprint(), len(source))
+    file = cache_file("pixels", source.content_stamp(), len(source))
     cached = read_arrays(file, holding=["hashes"])
     if cached is None:
         hashes = np.array([_pixel_hash(source, index) for index in range(len(source))], np.int64)

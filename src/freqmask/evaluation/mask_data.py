@@ -182,7 +182,9 @@ def survey_masks(source: PairSource) -> MaskSurvey:
     Raises:
         UserError: a mask is broken, or has another size than its image.
     """
-    file = cache_file("masks", _LAYOUT, source.fingerprint(), len(source), str(source.part.masks.absolute()))
+    file = cache_file(
+        "masks", _LAYOUT, source.content_stamp(), len(source), str(source.part.masks.absolute())
+    )
     cached = read_arrays(file, holding=["pixels"])
     if cached is not None:
         about, arrays = cached

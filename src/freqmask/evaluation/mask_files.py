@@ -277,6 +277,9 @@ class PairSource(Source):
     def fingerprint(self) -> str:
         return hash_of(f"{self.images.fingerprint()} {self.masks.fingerprint}")
 
+    def content_stamp(self) -> str:
+        return hash_of(f"{self.images.content_stamp()} {self.masks.content_stamp}")
+
 
 @dataclass(frozen=True)
 class RandomCrop:
