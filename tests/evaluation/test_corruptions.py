@@ -163,7 +163,7 @@ def test_zoom_is_scipy_s() -> None:
 
 def test_wide_gaussians_are_scipy_s() -> None:
     plane = random().uniform(-1, 1, (30, 41))
-    for deviation in (0.7, 6.0, 33.0):
+    for deviation in (0.0, 0.7, 6.0, 33.0):
         expected = gaussian_filter(plane, deviation, mode="reflect", truncate=3)
         assert np.allclose(functions.smoothed(plane, deviation), expected, atol=1e-12)
 

@@ -386,6 +386,19 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_is_taken_is_told(there: Path, tmp_path: Path) -> None:
+    place = tmp_path / "out" / "mine-seed0"
+    place.mkdir(parents=True)
+    (place / "model.safetensors").touch()
+    with pytest.raises(UserError, match="holds a model and no training; give another --out"):
+        finetune(there, tmp_path / "out")
+    (place / "model.safetensors").unlink()
+    place.rmdir()
+    place.touch()
+    with pytest.raises(UserError, match="is a file; give the path of a folder"):
+        finetune(there, tmp_path / "out")
+
+
 def test_a_dry_run_tells_the_plan_and_writes_nothing(
     there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,9 @@
 """``freqmask evaluate robustness`` as a user types it, on images small enough to corrupt in no time."""
 
 import csv
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,19 @@ from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.evaluation import linear, results
 from freqmask.evaluation.corruptions import ALEXNET, COMMON, SEVERITIES, corruption_errors, mce_applies
+from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.protocol import check_results
 from freqmask.evaluation.results import ClassificationResult, summarize
-from freqmask.evaluation.robustness import Robustness, RobustnessEval, check_tree, find_folders, together
+from freqmask.evaluation.robustness import (
+    Robustness,
+    RobustnessEval,
+    TestFolder,
+    check_tree,
+    find_folders,
+    main_lines,
+    open_folder,
+    together,
+)
 from tests.evaluation.test_classifier import write_classifier
 
 
@@ -219,6 +231,45 @@ def test_folders_of_classes_are_answered_among_their_classes_by_a_learnt_head(tm
     write_colours(tmp_path / "other", {"blue": 2, "white": 1})
     with pytest.raises(UserError, match="1 classes that DATA lacks \\(white\\)"):
         freqmask.evaluate.robustness("pixels", folder=["other"], **options)
+
+
+def test_folders_that_tell_nothing_beside_data_or_each_other_are_refused(tmp_path: Path) -> None:
+    write_colours(tmp_path / "one", {"blue": 2})
+    with pytest.raises(UserError, match=r"folder \(one\) must hold two folders or more"):
+        open_folder(TestFolder("one", Path("one")), None)
+    for number, names in enumerate((("cat", "dog"), ("cat", "dog"), ("cat", "wolf"))):
+        write_classes(tmp_path / f"tree{number}" / "fog" / "1", names, 200)
+    opened = [
+        (folder, open_folder(folder, None))
+        for number in range(3)
+        for folder in find_folders(Path(f"tree{number}"), ["fog"], [1])
+    ]
+    with pytest.raises(UserError, match="two ImageNet-C trees"):
+        check_tree(opened[:2])
+    other = dataclasses.replace(opened[2][0], corruption=("fog", 2))
+    with pytest.raises(UserError, match="must hold the same images as tree0"):
+        check_tree([opened[0], (other, opened[2][1])])
+    write_colours(tmp_path / "colours", {"blue": 2, "green": 1})
+    write_colours(tmp_path / "cold", {"blue": 2, "green": 1})
+    with pytest.raises(UserError, match="folder needs one head and --folds makes several"):
+        freqmask.evaluate.robustness("pixels", data="colours", folder=["cold"], folds=2, workers=0)
+
+
+def test_a_table_of_imagenet_s_classes_has_an_mce(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    monkeypatch.setattr(results, "RESAMPLES", 2)
+    names, truth = list(ImageNetInfo("imagenet-1k").label_names()), np.array([3, 4])
+    data: Any = LabelledData(None, truth, None, names, [Round(truth[:0], np.arange(2))], "d", "s")  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(text="m", name="m", input_size=(3, 224, 224))
+    rows_of = [
+        ClassificationResult(model, data, f"{name} {severity}", 0, np.arange(2), np.array([3, 5]))
+        for name in COMMON
+        for severity in SEVERITIES
+    ]
+    expected = np.mean([0.5 * 5 / sum(ALEXNET[name]) for name in COMMON])
+    lines = main_lines({"data": results.ResultTable("t", "clean", rows_of)})
+    assert "mCE (made)" in lines[0] and lines[1].endswith(f"{100 * expected:.1f}")
 
 
 def test_folds_test_every_image_with_the_head_that_did_not_learn_it(data: str, tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """Scores against scikit-learn, and an interval that grows when images come in groups."""
 
+from typing import Any
+from unittest.mock import Mock
+
 import numpy as np
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
+from freqmask.evaluation.labelled import LabelledData
 from freqmask.evaluation.results import (
+    ClassificationResult,
     accuracy_of,
     accuracy_units,
     bootstrap_interval,
@@ -37,6 +42,15 @@ def test_the_interval_is_the_binomial_one_and_wider_for_groups() -> None:
     groups = [str(number // 10) for number in range(1000)]
     wide_low, wide_high = bootstrap_interval(accuracy_units(correct, groups), accuracy_of)
     assert wide_high - wide_low > 2.5 * (high - low)
+
+
+def test_images_of_no_group_stand_alone_beside_groups() -> None:
+    truth, predicted = np.zeros(6, int), np.array([0, 0, 1, 1, 0, 1])
+    groups = ["p", "p", "q", "q", None, None]
+    data: Any = LabelledData(None, truth, groups, ["a", "b"], [], "d", "s")  # type: ignore[arg-type]
+    found = ClassificationResult(Mock(), data, "v", 0, np.arange(6), predicted).own_interval
+    units = np.array([[2, 2], [0, 2], [1, 1], [0, 1]])  # right predictions and images of each
+    assert found == bootstrap_interval(units, accuracy_of)
 
 
 def test_five_thousand_classes_take_no_table_of_25_million() -> None:
