@@ -212,7 +212,7 @@ SMALL_IMAGES = {
 }
 FEW_IMAGES = 10_000  # below it, small images are not mixed (docs/log.md, Fine-tuning)
 # Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
-TINY_WEIGHTS, TINY_LR_BATCH = 8_000_000, 128
+TINY_LR_BATCH = 128
 CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
 VALIDATIONS = 20  # a run
@@ -398,12 +398,11 @@ class FinetunePlan(Plan):
         weights = sum(parameter.nelement() for parameter in self.network.model.parameters())
         if published.lr_rule == "sqrt":
             self.take("lr", rate, f"{published.lr:g} x sqrt({of})")
-        elif weights >= TINY_WEIGHTS:
+        elif weights >= auto.TINY_WEIGHTS:
             self.take("lr", rate, f"{published.lr:g} x {of}")
         else:
-            reason = f"since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
             rate = published.lr * batch / TINY_LR_BATCH
-            self.take("lr", rate, f"{published.lr:g} x batch/{TINY_LR_BATCH}, {reason}")
+            self.take("lr", rate, f"{published.lr:g} x batch/{TINY_LR_BATCH}, {auto.MORE_FOR_TINY}")
         peak = float(values["lr"])
         self.take("min_lr", min(published.scaled(published.min_lr, batch), peak), published.words)
         values["warmup_lr"] = min(published.scaled(published.warmup_lr, batch), peak)

@@ -1,4 +1,8 @@
-"""What a run says before its first step and after its last. Values and their reasons come from :mod:`.resolve`."""
+"""What a run says before its first step and after its last.
+
+Values and their reasons come from :mod:`.resolve`, those of any training from :mod:`freqmask.training.auto`, and where
+images are read from :mod:`.cache_on_device`.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +96,7 @@ def _network(resolved: Resolved) -> str:
 
 def _data_lines(summary: SourceSummary, survey: Survey) -> Iterator[str]:
     for suffix, count in sorted(summary.ignored.items()):
-        extra = "; pip install 'freqmask[data]' reads them" if suffix.lower() in (".heic", ".heif") else ""
-        yield f"files       {count:,} {suffix} not read{extra}"
+        yield f"files       {count:,} {suffix} not read"
     for note in summary.notes:
         yield f"data        {note}"
     low, high, middle = (

@@ -36,12 +36,10 @@ from freqmask.options.of_methods import (
 from freqmask.pretraining.cache_on_device import choose_place
 from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.training import auto
-from freqmask.training.optim import BASE_LR, BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
+from freqmask.training.optim import BASE_WARMUP_LR, OptimConfig, scaled_lr
 
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
 TINY_IMAGE = 96  # below it, blur and solarization leave too little
-TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more than the published learning rate
-MOST_TINY_LR = 4e-3  # more was never tried; large batches on GPUs would ask for it
 FEW_IMAGES, FEW_OUTPUTS = 100_000, 4_096
 OVERFIT_STEPS = 300
 CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
@@ -350,16 +348,10 @@ def share_of_step(method: Any, loss: Callable[[int], Tensor], device: torch.devi
 def _resolve_learning_rates(resolved: Resolved) -> None:
     options, batch = resolved.values, int(resolved.values["batch_size"])
     backbone = next(iter(resolved.method.backbones().values()))
-    if sum(parameter.nelement() for parameter in backbone.parameters()) < TINY_WEIGHTS:
-        peak, of = getattr(resolved.method, "tiny_lr", Method.tiny_lr)
-        rate = min(scaled_lr(peak, batch, of), MOST_TINY_LR)
-        why = f"{peak:g} x batch/{of}, since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
-    else:
-        rate, why = scaled_lr(BASE_LR, batch), "3e-4 x batch/512, as published"
-    if options["init"]:
-        rate, why = rate / 4, f"a quarter of {why}, since the weights are trained already"
-    resolved.take("lr", rate, why)
-    resolved.take("min_lr", min(scaled_lr(BASE_MIN_LR, batch), options["lr"]), "2.5e-6 x batch/512")
+    weights = sum(parameter.nelement() for parameter in backbone.parameters())
+    tiny_lr = getattr(resolved.method, "tiny_lr", Method.tiny_lr)
+    resolved.take("lr", *auto.choose_lr(batch, weights, tiny_lr, trained=bool(options["init"])))
+    resolved.take("min_lr", *auto.choose_min_lr(batch, options["lr"]))
 
 
 def make_geometries(options: Mapping[str, Any], views: int) -> list[Geometry]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from freqmask.console import rank
 from freqmask.errors import UserError, nearest
+from freqmask.training.optim import BASE_LR, BASE_MIN_LR, scaled_lr
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -26,6 +27,9 @@ TARGET_STEPS = 10_000
 PUBLISHED_EPOCHS = 300
 SECONDS_A_ROW = 5.0
 MOST_EPOCHS = 1_600
+TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more than the published learning rate
+MOST_TINY_LR = 4e-3  # more was never tried; large batches on GPUs would ask for it
+MORE_FOR_TINY = f"since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
 BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32
 BYTES_A_FROZEN_WEIGHT = 4
 ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so many, and no more after so long
@@ -206,6 +210,26 @@ def choose_accumulation(cost: Cost, batch_a_device: int, memory: int) -> Choice:
         if batch_a_device % parts == 0 and cost.peak_bytes(at_once) <= memory:
             return Choice(parts, "the batch fits at once" if parts == 1 else f"{at_once} images fit at once")
     return Choice(batch_a_device, "even one image at once may not fit into memory")
+
+
+def choose_lr(batch_size: int, weights: int, tiny_lr: tuple[float, int], trained: bool) -> Choice:
+    """The peak learning rate: as published, for small networks the method's own (``tiny_lr``: rate, for a batch of)."""
+    if weights < TINY_WEIGHTS:
+        base, of = tiny_lr
+        rate, why = (
+            min(scaled_lr(base, batch_size, of), MOST_TINY_LR),
+            f"{base:g} x batch/{of}, {MORE_FOR_TINY}",
+        )
+    else:
+        rate, why = scaled_lr(BASE_LR, batch_size), "3e-4 x batch/512, as published"
+    if trained:
+        return Choice(rate / 4, f"a quarter of {why}, since the weights are trained already")
+    return Choice(rate, why)
+
+
+def choose_min_lr(batch_size: int, lr: float) -> Choice:
+    """The learning rate of the last step."""
+    return Choice(min(scaled_lr(BASE_MIN_LR, batch_size), lr), "2.5e-6 x batch/512")
 
 
 def choose_epochs(images: int, batch_size: int) -> Choice:
