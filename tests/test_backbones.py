@@ -131,6 +131,16 @@ def test_a_model_of_no_fixed_size_takes_other_sizes() -> None:
         ("resnet18", {"image_size": 0}, r"image_size \(0\) must be"),
         ("resnet18", {"initialisation": "zeros"}, r"initialisation \(zeros\)"),
         ("sknet", {}, r"backbone \(sknet\) must be"),
+        (
+            "resnet18",
+            {"model_args": {"num_classes": 3}},
+            r"num_classes=3\) must not name it: freqmask sets it",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"model_args": {"depth": "abc"}},
+            r"cannot take the arguments .*'depth': 'abc'",
+        ),
         ("inception_v3", {"image_size": 32}, r"backbone \(inception_v3\) cannot take images of 32x32"),
     ],
 )
@@ -235,6 +245,32 @@ def test_recalibration_without_images_keeps_the_old_statistics() -> None:
     with pytest.raises(UserError, match="at least one batch"):
         recalibrate_batch_norm(backbone, [])
     assert torch.equal(backbone.timm_model.bn1.running_mean, before)
+
+
+def test_a_lone_image_is_joined_to_its_neighbor_and_changes_nothing_where_it_is_all_there_is() -> None:
+    images = torch.randn(5, 3, 32, 32)  # the last map has one cell: one image has no variance
+    joined, whole, alone = tiny_resnet(), tiny_resnet(), tiny_resnet()
+    for backbone in (joined, alone):
+        backbone.load_state_dict(whole.state_dict())
+    recalibrate_batch_norm(joined, [images[:4], images[4:]])
+    recalibrate_batch_norm(whole, [images])
+    before = {name: value.clone() for name, value in alone.state_dict().items()}
+    recalibrate_batch_norm(alone, [images[:1]])
+    for name, value in joined.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+        assert torch.equal(alone.state_dict()[name], before[name]), name
+
+
+def test_gradient_checkpointing_that_a_family_lacks_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lacks(enable: bool) -> None:
+        assert not enable, "gradient checkpointing not supported"  # as timm does it
+
+    backbone = tiny_resnet()
+    monkeypatch.setattr(backbone.timm_model, "set_grad_checkpointing", lacks)
+    with pytest.raises(UserError, match="gradient_checkpointing is not offered by resnet18; leave it off"):
+        backbone.set_gradient_checkpointing()
 
 
 def test_recalibration_reads_nothing_where_there_is_no_batch_norm() -> None:

@@ -64,6 +64,7 @@ def test_an_import_path_builds_somebody_elses_filter(monkeypatch):
         ("com(magnitude='lume')", "did you mean 'luma'"),
         ("bandpass(low=9, high=4)", "low below high"),
         ("rings(edges=[4, 2])", "rising"),
+        ("rings(edges='abc')", "edges ('abc') must be radii or 'auto'"),
         ("rings(share=0)", "share (0)"),
         ("energy(share=1.5)", "share (1.5)"),
         ("randombins(fraction=0)", "fraction"),

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freqmask.errors import UserError
 from freqmask.filters import (
     BandPass,
     BandStop,
@@ -309,6 +310,23 @@ def test_fixed_maps_are_made_once():
     spectrum, keys = rfft2(torch.rand(2, 1, 8, 8)), torch.tensor([0, 1])
     first, second = (LowPass(3).keep(spectrum, (8, 8), keys) for _ in range(2))
     assert first.data_ptr() == second.data_ptr()
+
+
+def test_a_filter_that_does_not_keep_its_arguments_is_named_and_shares_nothing_in_a_mixture():
+    class Wedge(LowPass):
+        name = "wedge"
+
+        def __init__(self, angle):
+            super().__init__(radius=2 + angle)
+
+    with pytest.raises(UserError, match=r"filter Wedge must store its argument\(s\) angle as attributes"):
+        Wedge(1).describe()
+    images, keys = torch.rand(40, 1, 16, 16), torch.arange(40)
+    mixture = OneOf([Wedge(1), Wedge(4)])
+    drawn, keep = mixture.draw(keys), mixture(images, keys).keep
+    for number, angle in enumerate((1, 4)):
+        expected = Wedge(angle)(images, keys).keep
+        assert torch.equal(keep[drawn == number], expected[drawn == number])
 
 
 def test_the_draws_of_a_mixture_and_of_its_filters_are_independent():

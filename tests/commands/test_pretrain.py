@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.interop.weights import check_init
 from freqmask.pretraining import plan
+from freqmask.pretraining.resolve import LOGGERS, check_logger
 from freqmask.pretraining.task import _logger
 from freqmask.timm_models import check_name
 
@@ -88,6 +90,11 @@ def test_a_run_that_goes_on_goes_on_in_the_same_run_of_wandb(
     made: list[dict[str, Any]] = []
     monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", lambda **options: made.append(options))
     run = make_run(tmp_path / "mine")
+    monkeypatch.setitem(LOGGERS, "wandb", ("wandb_is_not_here",))
+    for refuse in (partial(_logger, "wandb", run), partial(check_logger, "wandb")):
+        with pytest.raises(UserError, match=r"logger \(wandb\) is not installed; pip install"):
+            refuse()
+    monkeypatch.setitem(LOGGERS, "wandb", ("torch",))
     _logger("wandb", run)
     _logger("wandb", run)
     assert made[0]["id"] == made[1]["id"] == run.state()["wandb"] != ""

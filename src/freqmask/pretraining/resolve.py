@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ TINY_IMAGE = 96  # below it, blur and solarization leave too little
 FEW_IMAGES, FEW_OUTPUTS = 100_000, 4_096
 OVERFIT_STEPS = 300
 CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
+LOGGERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+}  # what each needs, one of them
 LEARNS_MOST = "learned most in equal time, docs/results.md; the papers' own: --method mfm, --method folk"
 PAPERS_OWN = {"words": {"filter", "radius"}}  # who names a filter and no method means MFM's
 
@@ -60,10 +65,17 @@ def check_options(options: Mapping[str, Any]) -> None:
         problems += _unused(options)
         if options["init"] is not None:
             check_init(options["init"])
+        check_logger(options.get("logger"))
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
+
+
+def check_logger(name: str | None) -> None:
+    """Raises a UserError unless the package of a logger is there."""
+    if name in LOGGERS and not any(map(find_spec, LOGGERS[name])):
+        raise UserError(f"logger ({name}) is not installed; pip install 'freqmask[log]'")
 
 
 def choose_method(options: Mapping[str, Any]) -> auto.Choice:
@@ -187,7 +199,10 @@ def _resolve_images(resolved: Resolved, source: Source) -> None:
         usual = (list(published), "ImageNet's, as published")
         resolved.take(name, *(usual if photographs else (measured, "measured on these images")))
         if len(options[name]) != options["channels"]:
-            raise UserError(f"{name} must be {options['channels']} numbers, one a channel; try --{name} auto")
+            given = " ".join(map(str, options[name]))
+            raise UserError(
+                f"{name} ({given}) must be {options['channels']} numbers, one a channel; try --{name} auto"
+            )
     if shorter_side(options) < SMALL_IMAGE:
         resolved.take("crop_scale", [0.5, 1.0], "small images: smaller crops would empty the upper band")
     else:
@@ -298,7 +313,10 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     batch, parts = int(options["batch_size"]), int(options["accumulate"])
     if rest:
         of_device = batch // auto.world_size(options)
-        raise UserError(f"accumulate ({parts}) must divide the {of_device} images of a device's batch")
+        fitting = next((n for n in range(parts, of_device) if of_device % n == 0), of_device)
+        raise UserError(
+            f"accumulate ({parts}) must divide the {of_device} images of a device's batch; try --accumulate {fitting}"
+        )
     if part == 1:
         auto.check_single_image(loss, str(options["backbone"]))
     if options["overfit"] and not any(options[name] for name in ("steps", "epochs", "hours")):

@@ -25,10 +25,15 @@ from freqmask.data.loader import TrainDataset, deal, make_loader
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
-from freqmask.errors import UserError
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.interop.weight_files import trained_feature, write_timm_folder
-from freqmask.pretraining.resolve import is_channels_last, make_augmentation, make_geometries, make_optim
+from freqmask.pretraining.resolve import (
+    check_logger,
+    is_channels_last,
+    make_augmentation,
+    make_geometries,
+    make_optim,
+)
 from freqmask.pretraining.watch import (
     ENOUGH_RANKED,
     FEATURES_AT_ONCE,
@@ -345,22 +350,18 @@ def compile_failure(backbone: Any, device: torch.device) -> str | None:
 
 
 def _logger(name: str | None, run: RunFolder) -> Logger | bool:
+    check_logger(name)
     if name is None:
         return False
-    try:
-        if name == "tensorboard":
-            from lightning.pytorch.loggers import TensorBoardLogger
+    if name == "tensorboard":
+        from lightning.pytorch.loggers import TensorBoardLogger
 
-            return TensorBoardLogger(run.path, name="tensorboard", version="")
-        from lightning.pytorch.loggers import WandbLogger
+        return TensorBoardLogger(run.path, name="tensorboard", version="")
+    from lightning.pytorch.loggers import WandbLogger
 
-        state = run.state()
-        if "wandb" not in state and rank() == 0:
-            state["wandb"] = secrets.token_hex(4)
-            run.write_state(state)
-        number = str(state.get("wandb", ""))
-        return WandbLogger(
-            name=run.path.name, save_dir=run.path, project="freqmask", id=number, resume="allow"
-        )
-    except ModuleNotFoundError as error:
-        raise UserError(f"logger ({name}) is not installed; pip install 'freqmask[log]'") from error
+    state = run.state()
+    if "wandb" not in state and rank() == 0:
+        state["wandb"] = secrets.token_hex(4)
+        run.write_state(state)
+    number = str(state.get("wandb", ""))
+    return WandbLogger(name=run.path.name, save_dir=run.path, project="freqmask", id=number, resume="allow")
