@@ -1,6 +1,7 @@
 import json
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import timm
@@ -171,3 +172,16 @@ def test_a_broken_folder_is_one_sentence(vit_run, tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
 
     assert "cannot be opened" in broken(other)
+
+
+@pytest.mark.parametrize(
+    ("open_it", "model", "sentence"),
+    [
+        (open_model, "tuned", r"no backbone in it .*; it holds the run .*tuned.mfm-seed0"),
+        (open_model, "segmented/mfm-seed0", "is a segmentation network, which predict and export take"),
+        (load_method, "tuned/mfm-seed0", "must be of freqmask pretrain; it is of evaluate finetune"),
+    ],
+)
+def test_runs_of_evaluations_are_told_apart_from_those_of_a_backbone(open_it, model, sentence):
+    with pytest.raises(UserError, match=sentence):
+        open_it(Path(__file__).parents[1] / "golden" / model)

@@ -120,6 +120,10 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
             way = f"freqmask convert {text} --out FOLDER makes a model of it"
         raise UserError(f"{option} ({text}) is a file; {way}")
     if RunFolder(path).exists():
+        if RunFolder(path).config().get("method") == "segment":
+            raise UserError(
+                f"{option} ({text}) is a segmentation network, which predict and export take; name a backbone"
+            )
         raise UserError(f"{option} ({text}) has no model yet: its run has not reached a checkpoint")
     forms = "a run folder, an exported folder, timm:NAME" + (" or random:NAME" if option == "model" else "")
     raise UserError(f"{option} ({text}) must be {forms}; {_what_is_wrong(path, str(text))}")
@@ -128,7 +132,9 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
 def _what_is_wrong(path: Path, text: str) -> str:
     """Why there is nothing of that name: the likely slips."""
     if path.is_dir():
-        return f"there is no backbone in it ({CONFIG} with {WEIGHTS})"
+        runs = sorted(entry.name for entry in path.iterdir() if RunFolder(entry).exists())
+        inside = f"; it holds the run {path / runs[0]}" if runs else ""
+        return f"there is no backbone in it ({CONFIG} with {WEIGHTS}){inside}"
     prefix, colon, bare = text.partition(":")
     name = bare.removeprefix("timm/") if colon else text
     if f"{prefix}:" == RANDOM:

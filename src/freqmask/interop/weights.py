@@ -75,8 +75,11 @@ def load_method(run: str | Path) -> Method:
         raise UserError(
             f"run ({run}) must be a run folder of freqmask pretrain; there is no config.yaml in it"
         )
+    config = folder.config()
+    if config.get("method") in ("finetune", "segment"):
+        raise UserError(f"run ({run}) must be of freqmask pretrain; it is of evaluate {config['method']}")
     with named_by_user((), folder.path / "config.yaml", imported_too=True):
-        method = method_of(folder.config(), folder.state().get("images"))
+        method = method_of(config, folder.state().get("images"))
     weights = under(run_state(folder.path))
     try:
         method.load_state_dict(weights)  # torch's own check: distill makes its heads by the weights that come
