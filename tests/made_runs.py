@@ -71,6 +71,7 @@ def result(model: str, accuracy: float, seed: int = 0, **more: Any) -> dict[str,
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["step"])
         writer.writeheader()

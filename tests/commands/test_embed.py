@@ -51,6 +51,12 @@ def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_
     assert "cats/1.png" in table.read_text()
 
 
+def test_a_parquet_file_that_is_none_is_something_else_too(run, photographs, tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"something else")
+    with pytest.raises(UserError, match="exists already"):
+        freqmask.embed(run, photographs, out=tmp_path / "x.parquet", workers=0)
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(run, photographs, tmp_path):
     one = freqmask.embed(str(run), [str(photographs)], out=str(tmp_path / "1.npy"), workers=0)
@@ -66,6 +72,7 @@ def test_two_processes_write_what_one_does(run, photographs, tmp_path):
         (["--out", "x.csv"], "must end in .parquet or .npy"),
         (["--out", "x.npy", "--patches", "--blocks", "0"], "holds one array"),
         (["--blocks", "7"], "from 0 to 1"),
+        (["--value_range", "0,x"], "value_range (0,x)"),
         (["--batch_size", "0"], "batch_size"),
         (["--accelerator", "tpu"], "accelerator (tpu)"),
         (["--split", "nothing"], "split"),

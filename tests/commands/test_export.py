@@ -33,6 +33,7 @@ def test_the_twin_writes_an_mfm_checkpoint(run, tmp_path):
         ([], "--out FOLDER"),
         (["--format", "onxx", "--out", "x"], "must be one of"),
         (["--push", "me/mine", "--format", "onnx"], "goes with --format timm"),
+        (["--out", "x", "--image_size", "-3"], "image_size (-3) must be a whole number at least 8"),
         (["--out", "x", "--public"], "concern --push"),
         (["--out", "x", "--weights", "teacher"], "weights (teacher)"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +12,7 @@ from made_runs import make_run, result, write_table
 import freqmask
 from freqmask.cli import main
 from freqmask.commands.command import declared
+from freqmask.errors import UserError
 from freqmask.reporting.tables import FORMS
 
 
@@ -45,13 +47,24 @@ def test_a_table_is_printed_with_other_models_below(
 @pytest.mark.parametrize("form", ["md", "csv", "latex"])
 def test_a_table_goes_to_a_file(tmp_path: Path, form: str) -> None:
     out = tmp_path / "table.txt"
-    main(["report", str(make_run(tmp_path / "a")), "--table", form, "--out", str(out)])
-    assert "relative loss" in out.read_text(encoding="utf-8")
+    folder = make_run(tmp_path / os.fsdecode(b"a\xff"))  # a name that is no UTF-8
+    main(["report", str(folder), "--table", form, "--out", str(out)])
+    assert b"relative loss" in out.read_bytes()
+    assert b"a\xff" in out.read_bytes()
+    with pytest.raises(UserError, match="cannot be written: Is a directory; name a file"):
+        freqmask.report(folder, table=form, out=tmp_path)
 
 
 def test_the_twin_returns_the_path(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     assert freqmask.report([str(folder)], no_images=True) == folder / "report.html"
+    assert freqmask.report(folder, no_images=True) == folder / "report.html"
+    with pytest.raises(UserError, match="run must be named"):
+        freqmask.report([])
+    for number in range(25):
+        write_table(tmp_path / str(number) / "results.csv", [result("pixels", 0.5)])
+    with pytest.raises(UserError, match=r"run \(26 runs\) must be at most 24 in one report; name fewer"):
+        freqmask.report(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from freqmask.commands.command import command
 from freqmask.console import say, shell_word
@@ -19,6 +19,7 @@ from freqmask.interop.formats import (
     check_model,
     export_model,
 )
+from freqmask.options import Range
 from freqmask.training.files import check_out, new_folder
 
 
@@ -29,7 +30,7 @@ def export(
     out: str | None = None,
     format: FormatName = "timm",
     weights: str | None = None,
-    image_size: int | None = None,
+    image_size: Annotated[int | None, Range(least=8)] = None,
     push: str | None = None,
     public: bool = False,
     with_images: bool = False,
@@ -116,7 +117,7 @@ def convert(
     *,
     out: str,
     backbone: str | None = None,
-    image_size: int | None = None,
+    image_size: Annotated[int | None, Range(least=8)] = None,
     model_args: dict[str, Any] | None = None,
     key: str | None = None,
     overwrite: bool = False,

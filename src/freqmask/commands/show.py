@@ -15,8 +15,7 @@ from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.recipes import Recipe, read_recipe, recipe_names
-from freqmask.training.files import writing
-from freqmask.training.run_folder import write_text
+from freqmask.training.files import replace_atomically, writing
 
 _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "tifffile", "matplotlib")
 _FOR_DEVELOPERS = ("dev", "docs", "bench")
@@ -180,8 +179,6 @@ def report(
     Raises:
         UserError: no run where one was named.
     """
-    if isinstance(run, (str, Path)):
-        run = [str(run)]
     if table is not None:
         return _table(run, out, table, results or [])
     from freqmask.reporting.page import write_report
@@ -200,10 +197,8 @@ def _table(run: list[str], out: str | None, form: str, results: list[str]) -> Pa
         say(text)
         return text
     path = Path(out).expanduser()
-    try:
-        write_text(path, text + "\n")
-    except OSError as error:
-        raise UserError(f"out ({out}) cannot be written: {error.strerror}; name another file") from error
+    content = (text + "\n").encode("utf-8", "surrogateescape")  # a name that is no UTF-8, as the disk has it
+    replace_atomically(path, lambda temporary: temporary.write_bytes(content))
     say(out)
     return path
 

@@ -261,8 +261,6 @@ def nearest_neighbors(path: Path, queries: int, neighbors: int) -> tuple[np.ndar
     """
     is_parquet = path.suffix == ".parquet"
     count = pq.read_metadata(path).num_rows if is_parquet else len(np.load(path, mmap_mode="r"))
-    if count == 0:
-        return np.empty((0, 1 + neighbors), int), np.empty((0, 1 + neighbors))
     chosen = np.unique(np.linspace(0, count - 1, min(queries, count)).round().astype(int))
     total, start, picked, numbers = np.zeros(1), 0, [], []
     for rows, indices in _pieces(path):

@@ -152,10 +152,7 @@ def write_report(
     )
     # a file name may hold bytes that are no text; they are shown escaped
     content = render(runs, images, read_results(results)).encode("utf-8", "backslashreplace")
-    try:
-        replace_atomically(target, lambda path: path.write_bytes(content))
-    except OSError as error:
-        raise UserError(f"out ({target}) cannot be written: {error.strerror}; name another file") from error
+    replace_atomically(target, lambda path: path.write_bytes(content))
     return target
 
 
