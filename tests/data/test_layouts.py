@@ -96,6 +96,20 @@ def test_a_class_named_test_beside_others_is_a_class(tmp_path: Path) -> None:
     assert len(names_of(tmp_path, split="test")) == 3  # who asks for it by name gets it
 
 
+@pytest.mark.parametrize("root", ["", "set/"])
+def test_splits_below_each_class_are_all_used_and_said(tmp_path: Path, root: str) -> None:
+    photographs(
+        tmp_path,
+        *(f"{root}{one}/{part}" for one in ("bottle", "cable") for part in ("train/good", "test/bad")),
+    )
+    source = open_source(tmp_path)
+    assert source.class_names == ["bottle", "cable"] and len(source) == 12
+    assert (
+        source.summary().notes[0].startswith("test and train lie in folders side by side, and all are used")
+    )
+    assert not open_source(tmp_path / root / "cable", split="train").summary().notes
+
+
 def test_a_flat_val_leaves_train_its_classes(tmp_path: Path) -> None:
     photographs(tmp_path, "train/cat", "train/dog", "val")
     assert open_source(tmp_path).class_names == ["cat", "dog"]

@@ -6,6 +6,8 @@ import os
 import re
 import struct
 import subprocess
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 import freqmask
-from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, shorten_jpeg
+from freqmask.data.decode import jpeg_reduction, open_bytes, open_file, quiet_pillow, shorten_jpeg
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.corruptions import _photographs as check_frost_photographs
 from freqmask.evaluation.mask_files import read_mask
@@ -188,6 +190,25 @@ def huge_png():
 def test_a_bad_file_is_named_in_words(data, words):
     with pytest.raises(BadImage, match=words):
         open_bytes(data).decode()
+
+
+def test_threads_that_decode_at_once_leave_the_warnings_as_they_were():
+    filters, entered = list(warnings.filters), threading.Event()
+
+    def second():
+        with quiet_pillow:
+            entered.set()
+            leave.wait()
+
+    leave, other = threading.Event(), threading.Thread(target=second)
+    with quiet_pillow:
+        other.start()
+        entered.wait()
+        warnings.warn("in silence", stacklevel=1)
+    warnings.warn("in silence, too", stacklevel=1)
+    leave.set()
+    other.join()
+    assert list(warnings.filters) == filters
 
 
 def test_a_comment_right_behind_its_number_is_part_of_a_pgm():

@@ -9,9 +9,9 @@ import importlib.util
 import io
 import re
 import struct
+import threading
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -139,20 +139,37 @@ def count_images(path: Path, pages: Pages) -> int:
     return count_tiff_images(path) if pages == "images" and path.suffix.lower() in TIFF_SUFFIXES else 1
 
 
-@contextlib.contextmanager
-def quiet_pillow() -> Iterator[None]:
+class _Quiet:
     """No warnings of Pillow's: of odd metadata, which costs nothing, and of more than 89 million pixels.
 
-    A panorama may have those; from twice as many on Pillow refuses.
+    A panorama may have those; from twice as many on Pillow refuses. Filters are the process's: of threads that decode
+    at once, the first to enter sets and the last to leave restores them. Each for itself, they left all warnings off.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.__exit__(None, None, None)
+
+
+quiet_pillow = _Quiet()
 
 
 def _open(data: bytes) -> Image.Image:
     try:
-        with quiet_pillow():
+        with quiet_pillow:
             heif = ["HEIF"] if "HEIF" in Image.OPEN else []  # once pillow_heif has been registered
             tiff = ["TIFF"] if data.startswith(TIFF_BEGINNINGS) else []
             return Image.open(io.BytesIO(data), formats=[*FORMATS, *AVIF, *heif, *tiff])
@@ -187,7 +204,7 @@ def _unread_format(data: bytes) -> str:
 def _exif_orientation(image: Image.Image) -> Orientation:
     """How the image is to be turned; a damaged EXIF block counts as upright."""
     try:
-        with quiet_pillow():
+        with quiet_pillow:
             return orientation_of(image.getexif().get(EXIF_TAG))
     except Exception:  # the parser of EXIF raises many kinds, and the pixels are good without it
         return UPRIGHT
@@ -205,7 +222,7 @@ class CodedPicture(Picture):
     ) -> Shaped[np.ndarray, "channel height width"]:
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
         wanted = self._orientation.shown_size(at_least) if at_least else None
-        with as_bad_image("it is truncated or damaged"), quiet_pillow():
+        with as_bad_image("it is truncated or damaged"), quiet_pillow:
             try:
                 pixels = self._decode_stored(stored, wanted)
             except OSError as error:

@@ -67,6 +67,17 @@ def lay_out(index: FolderIndex, is_mask: Callable[[bytes], bool] | None = None) 
     if index.masks:
         notes.append(f"{index.masks:,} masks beside their images (such as a_mask.png) are passed over.")
     base, splits, certain = _find_splits(index)
+    children = _children(index)
+    inner = {
+        os.fsdecode(name)
+        for child in children.get(base, [])
+        for name in children.get(_joined(base, child), [])
+    }
+    if not splits and {"train"} < {split_of(name) for name in inner} - {None}:
+        some = " and ".join(sorted(name for name in inner if split_of(name)))
+        notes.append(
+            f"{some} lie in folders side by side, and all are used; --labels with a column split parts them."
+        )
     return Layout(index, base, splits, certain, notes)
 
 

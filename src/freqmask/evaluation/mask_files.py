@@ -78,7 +78,7 @@ def _read(path: Path) -> np.ndarray:
         with open_tifffile(path) as tiff:
             return _turned(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
     # Labels are numbers as stored, so that neither palettes nor key colors are looked at
-    with quiet_pillow(), Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
+    with quiet_pillow, Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
         return _turned(np.asarray(image), orientation_of(image.getexif().get(EXIF_TAG)))
 
 
