@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -133,7 +134,13 @@ def test_a_finished_network_is_taken_and_other_settings_are_refused(
     monkeypatch.setattr(SegmentationModule, "training_step", lambda *_: pytest.fail("trained again"))
     again = freqmask.evaluate.segment([run], data=data, **options)
     assert again[0].values == first[0].values
-    assert "is finished; its network is taken" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is finished; its network is taken" in said and "rewritten" not in said
+    os.utime(next(Path(data).rglob("train/*.png")))
+    freqmask.evaluate.segment([run], data=data, **options)
+    assert (
+        "note: files of the training images were rewritten since; delete out/mine" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match=r"begun with other settings: lr was auto and is 0\.1 now"):
         freqmask.evaluate.segment([run], data=data, **{**options, "lr": 0.1})
     Path("out/mine-seed0/network.safetensors").unlink()

@@ -252,8 +252,11 @@ class FinetuneJob(TrainingJob):
     method, command, product = "finetune", "evaluate finetune", "classifier"
     metrics, numbers, decides = ["loss", "held_out_accuracy"], Tuning, DECIDING
 
+    def trained_on(self) -> Source:
+        return subset(self.data, self.train)
+
     def images_decide(self) -> dict[str, Any]:
-        return {"images": subset(self.data, self.train).fingerprint()}
+        return {"images": self.trained_on().fingerprint()}
 
     def plan(self) -> tuple[Tuning, dict[str, Any], Source]:
         asked = self.asked

@@ -127,10 +127,13 @@ class SegmentationJob(TrainingJob):
             width = None if channels in (None, AUTO) else int(channels)
             self.network = UperNet(self.model.opened, len(self.data.labels), width)
 
+    def trained_on(self) -> Source:
+        return self.data.train
+
     def images_decide(self) -> dict[str, Any]:
         labels = self.data.labels
         return {
-            "images": self.data.train.fingerprint(),
+            "images": self.trained_on().fingerprint(),
             "classes": list(labels.values),
             "ignored labels": list(labels.ignored),
         }

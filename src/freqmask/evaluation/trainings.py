@@ -178,6 +178,10 @@ class TrainingJob(ABC):
     ] = ()  # options beside those of the machine that a resumed run may change
 
     @abstractmethod
+    def trained_on(self) -> Source:
+        """The training images, those held out among them."""
+
+    @abstractmethod
     def images_decide(self) -> dict[str, Any]:
         """Plain values of the data on which the result depends."""
 
@@ -215,15 +219,20 @@ def run_training(job: TrainingJob) -> RunFolder:
         run.begun()
     _check_folder(run)
     deciding = job.deciding()  # before training: the model's weights are hashed as they were
+    notes: list[str] = []
     if run.exists():
         check_same(run, deciding)
+        if run.state().get("content", content := job.trained_on().content_stamp()) != content:
+            notes = [f"files of the training images were rewritten since; delete {run.path} to train on them"]
     if run.finished():
         say(f"run {run.path} is finished; its {job.product} is taken")
+        for note in notes:
+            say(f"note: {note}")
         return run
     with silence_third_party_loggers(), nullcontext() if dry_run else run.held():
         checkpoint = None
         if run.exists():
-            numbers, checkpoint = _numbers_to_resume(run, job), find_checkpoint(run)
+            numbers, checkpoint = _numbers_to_resume(run, job), find_checkpoint(run, notes)
         else:
             numbers = _begin(run, job, deciding)
         if not dry_run:
@@ -274,7 +283,12 @@ def _begin(run: RunFolder, job: TrainingJob, deciding: Mapping[str, Any]) -> Tra
         "backbone": str(job.model.opened.module.pretrained_cfg["architecture"]),
     }
     plain = comparable(asdict(numbers))
-    state = {"deciding": dict(deciding), "images": len(images), "data": images.fingerprint()}
+    state = {
+        "deciding": dict(deciding),
+        "images": len(images),
+        "data": images.fingerprint(),
+        "content": job.trained_on().content_stamp(),
+    }
     begin_run(run, job.command, {**shared, **about, **plain, **_to_repeat(job, plain)}, state)
     return numbers
 
