@@ -63,3 +63,18 @@ def test_what_is_for_a_backbone_is_not_dropped_with_a_head_or_a_name(option, val
     if option == "weights":
         with pytest.raises(UserError, match=r"weights \(teacher\) can be chosen for a run folder only"):
             freqmask.export("random:resnet18", out=tmp_path / "x", weights="teacher")
+
+
+def test_overwrite_takes_neither_what_is_read_nor_a_run(run, tmp_path):
+    weights, other = tmp_path / "in" / "x.pth", make_run(tmp_path / "other").path
+    freqmask.export(run, out=weights, format="mfm-checkpoint")
+    calls = [
+        (lambda: freqmask.export(run, out=run, overwrite=True), f"is or holds {run}"),
+        (lambda: freqmask.export(run, out=run.parent, overwrite=True), f"is or holds {run}"),
+        (lambda: freqmask.export(run, out=other, overwrite=True), "is a run"),
+        (lambda: freqmask.convert(weights, out=weights.parent, overwrite=True), f"is or holds {weights}"),
+    ]
+    for call, sentence in calls:
+        with pytest.raises(UserError, match=f"{sentence}, which would be lost; name another place"):
+            call()
+    assert (run / "run.json").is_file() and (other / "run.json").is_file() and weights.is_file()

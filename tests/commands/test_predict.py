@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from freqmask.cli import called
+from freqmask.cli import parse
 from freqmask.errors import UserError
 from freqmask.training.run_folder import RunFolder
 
@@ -21,8 +21,8 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 def run(words):
     """A command as it is typed, whose errors stay errors."""
-    with called(words) as (function, options):
-        function(**options)
+    function, options = parse(words)
+    function(**options)
 
 
 @pytest.fixture(autouse=True)

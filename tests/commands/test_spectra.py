@@ -97,6 +97,6 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(
         spectra(**{"image": [photo], "out": str(tmp_path / "out.png"), **options})
     assert not (tmp_path / "out.png").exists()
     before = Path(photo).read_bytes()
-    with pytest.raises(UserError, match="is one of the images"):
+    with pytest.raises(UserError, match="which would be lost"):
         spectra([photo], out=photo)
     assert Path(photo).read_bytes() == before

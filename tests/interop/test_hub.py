@@ -64,6 +64,8 @@ def test_a_push_takes_the_feature_space_along_and_passes_over_a_cell_without_a_c
         file.write("knn,here,0.5,a fourth cell\n")
     features = {"end/mean": torch.arange(6.0).reshape(3, 2)}
     save_space(FeatureSpace.fit(features, ["end/mean"], "centered"), open_model(run_with_results.path))
+    kept = graph_of(open_model(run_with_results.path)).outputs["features"]
+    assert kept == "(B, D: the mean of the map, not as --features save kept them)"
     hub = FakeHub()
     push_model(open_model(run_with_results.path), "me/mine", api=hub)
     assert json.loads(hub.files["config.json"])["freqmask"]["features"]["parts"] == ["end/mean"]

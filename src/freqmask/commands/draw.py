@@ -139,14 +139,13 @@ def reconstruct(
 
 def _check(image: Sequence[str], most: int, out: str) -> str:
     """The PNG to write, home folder and all, refused where it cannot be, or is one of the images."""
-    from freqmask.training.files import check_writable
+    from freqmask.training.files import check_kept, check_writable
 
     path = Path(out).expanduser()
     if not 1 <= len(image) <= most:
         raise UserError(f"image ({len(image)} files) must be 1 to {most} files; name fewer")
     if path.suffix.lower() != ".png":
         raise UserError(f"out ({out}) must be a .png file; try --out {path.with_suffix('.png')}")
-    if path.resolve() in [Path(file).expanduser().resolve() for file in image]:
-        raise UserError(f"out ({out}) is one of the images, which would be lost; name another file")
+    check_kept(path, image)
     check_writable(path)
     return str(path)

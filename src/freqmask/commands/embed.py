@@ -78,7 +78,7 @@ def embed(
         from freqmask.evaluation.features import ComputeConfig
         from freqmask.interop.feature_files import join_parts, task_of
         from freqmask.interop.models import open_model
-        from freqmask.training.files import check_out
+        from freqmask.training.files import check_kept, check_out
 
     opened = open_model(model, image_size=options["image_size"], weights=options["weights"])
     source = open_source(data, pages=pages, split=split, labels=labels)
@@ -98,7 +98,7 @@ def embed(
     if task_of(path) == parts.task:
         say(f"embeddings  {path} is there already, of the same images and weights")
     else:
-        check_out(path, overwrite, folder=False)
+        check_kept(check_out(path, overwrite, folder=False), data)
         if path.suffix == ".npy" and not parts.folder.exists():
             check_out(path.with_suffix(".csv"), overwrite, folder=False)  # of the rows' names
         compute_parts(task, source, parts, compute)
@@ -185,7 +185,7 @@ def predict(
         from freqmask.data.sources import open_source
         from freqmask.evaluation.features import ComputeConfig
         from freqmask.interop.models import open_classifier
-        from freqmask.training.files import check_out
+        from freqmask.training.files import check_kept, check_out
 
     segmenter = open_segmenter(model)
     classifier = None if segmenter is not None else open_classifier(model)
@@ -194,6 +194,7 @@ def predict(
             f"model ({model}) has no head to predict with; freqmask evaluate finetune or segment trains one"
         )
     path = check_out(out, overwrite, folder=segmenter is not None)
+    check_kept(path, [model, *data])
     if classifier is not None and path.suffix != ".csv":
         raise UserError(f"out ({out}) must end in .csv; try --out {path.with_suffix('.csv')}")
     source = open_source(data, pages=pages, split=split)

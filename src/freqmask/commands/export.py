@@ -20,7 +20,7 @@ from freqmask.interop.formats import (
     export_model,
 )
 from freqmask.options import Range
-from freqmask.training.files import check_out, new_folder
+from freqmask.training.files import check_kept, check_out, new_folder
 
 
 @command()
@@ -71,7 +71,7 @@ def export(
         raise UserError("public and with_images concern --push USER/NAME, which is not given")
     check_model(model)
     if out is not None:
-        check_out(out, overwrite, folder=format == FOLDER)
+        check_kept(check_out(out, overwrite, folder=format == FOLDER), [model.removeprefix(RANDOM)])
     if push is not None:
         check_hub(push)
     opened = _open(model, image_size, weights, format)
@@ -144,6 +144,7 @@ def convert(
         UserError: the file is broken, refused or does not fit; tensors that do not are named.
     """
     path = check_out(out, overwrite, folder=True)
+    check_kept(path, [file])
     check_file(file)
     with uncollected():
         from freqmask.interop.foreign_weights import convert_file

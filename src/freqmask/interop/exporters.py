@@ -89,6 +89,7 @@ def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
         multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
         notes["pooled"] = pooled_of(opened)
         meaning = "the class token" if notes["pooled"] == "class_token" else "the mean of the map"
+        meaning += "" if load_space(opened) is None else ", not as --features save kept them"
         outputs = {"features": f"(B, D: {meaning})", "feature_map": "(B, D, h, w)"}
         exported = Exported(opened.backbone, **statistics, pooled=notes["pooled"])
     return Graph(exported, outputs, opened.input_size, notes, multiple)

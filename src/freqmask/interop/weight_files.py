@@ -250,10 +250,8 @@ def read_torch_file(path: str | Path) -> TorchFile:
     except zipfile.BadZipFile as error:
         raise UserError(f"file ({path}) cannot be read, it is cut short or damaged ({error})") from error
     except Exception as error:  # a damaged pickle makes torch raise nearly anything
-        reason = brief(error, 160)
-        raise UserError(
-            f"file ({path}) cannot be read, it is no torch file or cut short ({reason})"
-        ) from error
+        reason = "" if isinstance(error, KeyError) else f" ({brief(error, 160)})"  # a code that no pickle has
+        raise UserError(f"file ({path}) cannot be read, it is no torch file or cut short{reason}") from error
 
 
 def tensors_in(weights: Mapping[str, Any]) -> dict[str, Tensor]:

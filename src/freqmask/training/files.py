@@ -161,6 +161,17 @@ def check_out(out: str | Path, overwrite: bool, *, folder: bool) -> Path:
     return path
 
 
+def check_kept(path: Path, inputs: Iterable[object]) -> None:
+    """Raises a UserError where what is written to ``path`` would take the place of what is read, or of a run."""
+    place = path.resolve()
+    for each in inputs:
+        source = Path(str(each)).expanduser().resolve()
+        if place in (source, *source.parents):
+            raise UserError(f"out ({path}) is or holds {each}, which would be lost; name another place")
+    if path.is_dir() and _SIGNATURES[0] <= {os.fsencode(entry.name) for entry in path.iterdir()}:
+        raise UserError(f"out ({path}) is a run, which would be lost; name another place")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A scratch folder that takes the place of ``path``, whole, at the end, unless something goes wrong before."""
