@@ -105,6 +105,11 @@ def test_a_listed_folder_of_images_is_the_folder(server, photos):
     assert far.summary().kind == "folder on http"
     whole, here = open_source(f"{server.url}/photos", split="all"), open_source(photos, split="all")
     assert len(whole) == 30 and whole.summary().ignored == here.summary().ignored == {}
+    server.asked.clear()
+    for k in (3, 4, 3):
+        whole.open(k)
+        assert whole.encoded(k) == here.encoded(k)
+    assert sum(server.asked.values()) == 3  # an image and its file are one request
 
 
 @pytest.mark.parametrize("failures", [["cut"], [500, 503], ["cut", 500, "cut", 429]])

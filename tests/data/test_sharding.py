@@ -195,6 +195,12 @@ def test_large_images_are_reduced_and_small_ones_are_not(tmp_path):
     assert outcome.reductions == [0.5]
 
 
+def test_a_strip_that_is_too_long_for_a_jpeg_stays_an_image():
+    long = ArrayPicture(np.tile(noise(0, 20, 50), (1, 1700, 1)))  # 85,000 pixels; a JPEG ends at 65,500
+    packed = encode_picture(long, None, 16)
+    assert packed.size == (16, 68_000) and open_bytes(packed.data).size == packed.size
+
+
 def test_a_reduced_photograph_is_pillows_bicubic_within_jpegs_loss():
     smooth = np.asarray(Image.fromarray(noise(0, 10, 12)).resize((240, 200), Image.Resampling.BICUBIC))
     encoded = encode_picture(ArrayPicture(smooth), None, 100)

@@ -269,6 +269,7 @@ class FolderSource(Source):
         layout: Layout | None = None,
     ) -> None:
         self.pages, self.files = pages, root if isinstance(root, RemoteFiles) else None
+        self._last = (-1, b"")  # the image that was fetched last: `prepare` wants its pixels, then its file
         self.root = Path(root.root) if isinstance(root, RemoteFiles) else root
         self.prefix = f"{split}/" if split else ""
         layout = layout or Layout(index_folder(self.root, read_suffixes()))
@@ -305,10 +306,14 @@ class FolderSource(Source):
 
     def _fetched(self, index: int) -> bytes:
         assert self.files is not None
-        try:
-            return self.files.read(self.name(index))
-        except FileNotFoundError as error:
-            raise BadImage("the file is gone") from error
+        fetched, data = self._last
+        if fetched != index:
+            try:
+                data = self.files.read(self.name(index))
+            except FileNotFoundError as error:
+                raise BadImage("the file is gone") from error
+            self._last = index, data
+        return data
 
     def encoded(self, index: int) -> tuple[bytes, str] | None:
         if self._first_images is not None:

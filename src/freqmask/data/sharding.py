@@ -45,7 +45,7 @@ MOST_IN_A_SHARD = 10_000
 SAMPLED = 32  # images that are encoded to learn how large they come out
 SAMPLED_BLOCKS = 4  # row groups that they come from where those are fetched whole
 ORDER_SEED = 0
-JPEG_QUALITY = 95
+JPEG_QUALITY, MOST_IN_A_JPEG = 95, 65_500  # pixels a side, libjpeg's limit
 # Color at full resolution: halved, as is usual, its upper octave would be gone. A third more time and bytes.
 JPEG_SUBSAMPLING = "444"
 MISSING_SHARE = 0.5  # a reduced pixel is missing where this much of what it came from was
@@ -420,8 +420,8 @@ def encode_picture(
     """Decode an image once, so that it is known to be whole, and put it into the form of a shard; or a BadImage.
 
     What needs no reduction to ``shorter_side`` pixels and has an ``original`` (its file, its suffix) stays that file,
-    byte for byte. A reduced image of 8 bits becomes a JPEG; everything else keeps every bit, as PNG where that can
-    be, as TIFF where not.
+    byte for byte. A reduced image of 8 bits becomes a JPEG where one holds it; everything else keeps every bit, as
+    PNG where that can be, as TIFF where not.
     """
     wanted = reduced_size(picture.size, shorter_side)
     if wanted == picture.size:
@@ -430,7 +430,7 @@ def encode_picture(
     else:
         at_least = (OVERSAMPLING * wanted[0], OVERSAMPLING * wanted[1])
         pixels = reduced(picture.decode(None, at_least), wanted, picture.nodata)
-        jpeg = pixels.dtype == np.uint8 and len(pixels) in (1, 3)
+        jpeg = pixels.dtype == np.uint8 and len(pixels) in (1, 3) and max(wanted) <= MOST_IN_A_JPEG
         data, suffix = (_jpeg(pixels), ".jpg") if jpeg else _lossless(pixels, picture.nodata)
     reduction = min(wanted) / min(picture.size)
     return EncodedImage(data, suffix, wanted, len(pixels), 8 * pixels.dtype.itemsize, reduction)
