@@ -1,16 +1,25 @@
 """A probe beside a training: numbers in the metrics, and not a bit of the training moved."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import freqmask
+from freqmask.data.loader import TrainDataset
+from freqmask.data.source import Subset
+from freqmask.data.sources import open_source
+from freqmask.data.transforms import Geometry
+from freqmask.pretraining.watch import HeldOut, first_batch
+from freqmask.spectrum import as_float
 from freqmask.training.callbacks import Monitor
 from freqmask.training.files import read_rows
-from freqmask.training.run_folder import load_safely
+from freqmask.training.run_folder import RunFolder, load_safely
 
 TINY: dict[str, Any] = {
     "image_size": 16,
@@ -42,6 +51,28 @@ def test_a_probe_writes_numbers_and_leaves_the_weights_alone(
     assert summary["first_probe_knn"] == pytest.approx(float(rows[0]["probe_knn"]))
     assert summary["probe_knn"] == pytest.approx(float(rows[-1]["probe_knn"]))
     assert "probe_knn" not in read_rows(plain / "metrics.csv")[0]
+
+
+def test_every_held_out_image_counts_alike_though_the_last_batch_is_one_image(tmp_path: Path) -> None:
+    source = open_source(["builtin:digits"])
+    images = TrainDataset(
+        Subset(source, np.arange(9)), [Geometry(image_size=16, crop="center", horizontal_flip=0)]
+    )
+    whole = as_float(first_batch(images, 9)["views"][0]).flatten(1).mean(1)
+    assert whole[:8].mean() != pytest.approx(float(whole[8]), rel=0.05)
+
+    def method(views: list[torch.Tensor], keys: torch.Tensor, details: bool) -> dict[str, torch.Tensor]:
+        return {"loss": views[0].mean()}
+
+    trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+    )
+    look: Any = HeldOut(RunFolder(tmp_path), images, images, None, 1, 4)
+    loss = look._loss(trainer, SimpleNamespace(method=method, device="cpu"), images)
+    assert loss == {"held_out_loss": pytest.approx(float(whole.mean()), rel=1e-6)}
 
 
 def test_a_probe_is_float32_under_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,18 +113,18 @@ class HeldOut(Measurement):
         return values
 
     def _loss(self, trainer: L.Trainer, module: Any, images: TrainDataset) -> dict[str, float]:
-        """The mean loss, and relative to that of predicting zero where the method tells it; by all processes."""
+        """The mean loss of an image, and relative to predicting zero where the method tells it; by all processes."""
         sampler = OrderedSampler(len(images), trainer.global_rank, trainer.world_size)
-        losses: dict[str, list[Tensor]] = {}
+        sums: dict[str, Tensor] = {}
         for batch in make_loader(images, sampler, min(self.batch_size, len(sampler)), workers=0):
             views = [as_float(view).to(module.device) for view in batch["views"]]
             with trainer.precision_plugin.forward_context():
                 parts = module.method(views, batch["keys"].to(module.device), details=True)
-            for name in {"loss", "relative_loss"} & set(parts):
-                losses.setdefault(name, []).append(parts[name].float())
+            for name in {"loss", "relative_loss"} & set(parts):  # the last batch may be a single image
+                sums[name] = sums.get(name, 0) + len(views[0]) * parts[name].float()
         return {
-            f"held_out_{name}": float(trainer.strategy.reduce(sum(values) / len(values), reduce_op="mean"))
-            for name, values in sorted(losses.items())
+            f"held_out_{name}": float(trainer.strategy.reduce(total / len(sampler), reduce_op="mean"))
+            for name, total in sorted(sums.items())
         }
 
 
