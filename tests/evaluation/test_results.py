@@ -41,6 +41,18 @@ def test_a_row_of_another_process_is_not_lost_while_rows_are_replaced(
     assert {row["model"]: row["accuracy"] for row in read_rows(table)} == {"own": "0.2", "other": "0.5"}
 
 
+@pytest.mark.parametrize(
+    ("last", "kept"), [("b,1,2.14", True), ("b,1", False), ('b,1,"2.1', False), ('"b",1,"2"', True)]
+)
+def test_a_last_line_that_an_editor_left_without_its_end_is_kept(
+    tmp_path: Path, last: str, kept: bool
+) -> None:
+    table = tmp_path / "results.csv"
+    table.write_text(f"model,seed,torch\na,1,2\n{last}")
+    protocol.add_rows(table, [{"model": "own", "seed": "1", "torch": "2"}])
+    assert [row["model"] for row in read_rows(table)] == ["a", *(["b"] if kept else []), "own"]
+
+
 def test_a_lock_that_nobody_gives_free_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "_PATIENCE", 0.1)
     with FileLock(tmp_path / ".results.csv.lock"):

@@ -45,25 +45,15 @@ from freqmask.evaluation.results import (
     write_class_scores,
 )
 from freqmask.options import command_words
-from freqmask.training.files import append_row, check_writable, read_rows, write_rows, writing
+from freqmask.training.files import append_row, check_writable, end_last_row, read_rows, write_rows, writing
 from freqmask.training.run_folder import now
 
 RESULTS = "results.csv"
 _PATIENCE = 60.0  # seconds until a lock on it that nobody gives free is passed over
 # Columns that say, with those of the model, what was measured: a row of the same replaces it.
 _IDENTITY = {
-    *(
-        "protocol",
-        "model",
-        "variant",
-        "seed",
-        "data",
-        "split",
-        "data_fingerprint",
-        "command",
-        "freqmask",
-        "torch",
-    ),
+    *("protocol", "model", "variant", "seed", "data", "split", "data_fingerprint"),
+    *("command", "freqmask", "torch"),
 }
 _SHOWN_SKIPPED = 3
 Predict = Callable[[dict[str, np.ndarray]], np.ndarray]  # features of images by name -> their classes
@@ -468,6 +458,7 @@ def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         # on a file system without locks, or behind one that is stuck: better a row at risk than none
         with suppress(NotImplementedError, Timeout):
             held.enter_context(lock)
+        end_last_row(path)
         known = read_rows(path)
         others = [row for row in known if _measurement(row) not in measured]
         if len(others) < len(known):

@@ -231,6 +231,17 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         csv.writer(file).writerow(f"{cell:.7g}" if isinstance(cell, float) else cell for cell in cells)
 
 
+def end_last_row(path: Path) -> None:
+    """Give the last line its end where it has all cells: an editor left it so; what a kill cut short stays as it is."""
+    if ends_whole(path):
+        return
+    last = path.read_bytes().rpartition(b"\n")[2].decode("utf-8", errors="surrogateescape")
+    with suppress(csv.Error):
+        if len(next(csv.reader([last], strict=True))) == len(_header(path)):
+            with open_table(path, "a") as file:
+                file.write("\r\n")
+
+
 def ends_whole(path: Path) -> bool:
     """Whether the last line of a table has its line break, or there is none."""
     if not path.is_file() or not path.stat().st_size:
