@@ -105,6 +105,10 @@ def test_a_listed_folder_of_images_is_the_folder(server, photos):
     assert far.summary().kind == "folder on http"
     whole, here = open_source(f"{server.url}/photos", split="all"), open_source(photos, split="all")
     assert len(whole) == 30 and whole.summary().ignored == here.summary().ignored == {}
+    table = photos.parent / "labels.csv"
+    table.write_text(f"path,label\n{server.url}/photos/{whole.name(4)},a\n{whole.name(2)},b\n")
+    told = open_source(f"{server.url}/photos", labels=table)
+    assert [told.name(k) for k in range(2)] == [whole.name(4), whole.name(2)]
     server.asked.clear()
     for k in (3, 4, 3):
         whole.open(k)

@@ -272,6 +272,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, damage):
         ({"shards": None}, {}),
         ({"shards": []}, {}),
         ({"shards": [[1]]}, {}),
+        ({"shards": [["s-0.tar", float("inf"), None], ["s-1.tar", 1, None]]}, {}),
         ({"class_names": ["ant"]}, {}),
         ({"class_names": None}, {}),
         ({"group_names": 3}, {}),

@@ -165,12 +165,16 @@ def test_a_missing_table_is_refused(folder):
 
 
 @pytest.mark.parametrize("opening", [open_source, splits_there])
-@pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.tar", "x.parquet", "folder"])
+@pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.tar", "x.parquet", "folder", "set"])
 def test_what_may_not_be_read_is_a_sentence(tmp_path, monkeypatch, name, opening):
     def refused(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    if name == "folder":
+    if name == "set":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shards.index").write_bytes(b"x")
+        monkeypatch.setattr("pathlib.Path.open", refused)
+    elif name == "folder":
         (tmp_path / name).mkdir()
         monkeypatch.setattr("pathlib.Path.is_file", refused)  # as stat is in a folder without its x
     else:

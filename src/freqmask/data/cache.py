@@ -214,9 +214,8 @@ class PackedIndex:
             ValueError: it is damaged, of another version, or of something else.
         """
         read = read_arrays(file, verify, cls.columns)
-        with contextlib.suppress(
-            AttributeError, IndexError, KeyError, TypeError, ValueError
-        ):  # what any JSON may lead to
+        # what any JSON may lead to
+        with contextlib.suppress(AttributeError, ArithmeticError, LookupError, TypeError, ValueError):
             if read is not None and read[0]["version"] == cls.version and cls(*read).is_sound():
                 return cls(*read, file)
         raise ValueError(f"{file} is damaged, or was written by another version")

@@ -293,6 +293,8 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
     file = files.index_file()
     if file is None:
         return None
+    with file.open("rb"):
+        pass  # one that may not be read is not damaged
     try:
         index = ShardIndex.load(file)
     except ValueError as error:

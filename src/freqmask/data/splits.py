@@ -415,4 +415,7 @@ def _as_name(path: str, source: Source) -> str:
         for base in (Path(root).absolute(), Path(root).resolve()):
             if Path(path).is_relative_to(base):
                 return Path(path).relative_to(base).as_posix()
+    files = getattr(source, "files", None)
+    if files is not None and files.remote:
+        path = path.removeprefix(f"{files.url('').rstrip('/')}/")
     return path.replace("\\", "/").removeprefix("./")
