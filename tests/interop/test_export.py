@@ -1,6 +1,7 @@
 """What is exported computes the same elsewhere."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from freqmask.interop import exporters
 from freqmask.interop.exporters import compare, graph_of
 from freqmask.interop.foreign_weights import convert_file, mfm_encoder
 from freqmask.interop.formats import FORMATS, export_model
-from freqmask.interop.models import decoder_of, open_model
+from freqmask.interop.models import OpenedModel, decoder_of, open_model
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.timm_models import ratio_of
 
@@ -319,3 +320,17 @@ def test_a_folk_run_exports_its_class_token(folk_run, tmp_path):
     torch.testing.assert_close(graph.module(IMAGES)[0], inside, atol=1e-5, rtol=0)
     assert "the class token" in graph.outputs["features"]
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "stage"), [("vit_tiny_patch16_224", 0), ("resnet18", -2)])
+def test_an_inner_stage_is_noted_with_the_call_that_gives_its_features(name, stage, tmp_path):
+    backbone = Backbone(name, image_size=32, stage=stage, model_args=SMALL[name])
+    opened = OpenedModel("x", "folder", backbone.eval(), (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    export_model(opened, tmp_path / "x")
+    model = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).eval()
+    call = re.search(r"The features are `(.*?)`", (tmp_path / "x" / "README.md").read_text())[1]
+    features = eval(call, {"model": model, "x": IMAGES})
+    torch.testing.assert_close(features, backbone(IMAGES).pooled, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        open_model(tmp_path / "x").backbone(IMAGES).pooled, features, atol=1e-5, rtol=0
+    )

@@ -71,7 +71,7 @@ def write_timm_folder(
         save_for_hf(model, scratch, safe_serialization=None, data_config=data_config)  # type: ignore[arg-type]
         config = json.loads((Path(scratch) / CONFIG).read_text())
     metadata = {**metadata, **_pin_pooling(config, model, pooled)}
-    notes = [] if label_names is not None else plain_call_notes(model, input_size)
+    notes = [] if label_names is not None else plain_call_notes(model, input_size, metadata.get("stage", -1))
     if notes:
         metadata["notes"] = notes
     config[OURS] = metadata
@@ -86,11 +86,11 @@ def write_timm_folder(
         write_text(folder / README, "\n\n".join(["# How this backbone is called", *notes]) + "\n")
 
 
-def plain_call_notes(model: Any, input_size: tuple[int, int, int]) -> list[str]:
+def plain_call_notes(model: Any, input_size: tuple[int, int, int], stage: int = -1) -> list[str]:
     """Where timm's plain ``model(x)`` is not what ``freqmask embed`` gives, and what to call instead.
 
-    MobileNetV3 and its kin keep an untrained layer behind the pooling whatever ``num_classes`` is; a size that the
-    strides do not divide is padded by us and cut off by some families.
+    MobileNetV3 and its kin keep an untrained layer behind the pooling whatever ``num_classes`` is; behind an inner
+    ``stage`` nothing was trained; a size that the strides do not divide is padded by us and cut off by some families.
     """
     notes = []
     width = getattr(model, "num_features", None)
@@ -98,6 +98,13 @@ def plain_call_notes(model: Any, input_size: tuple[int, int, int]) -> list[str]:
         notes.append(
             f"`model(x)` answers through a layer of {model.head_hidden_size} channels that was never trained. The "
             "features are `model.forward_features(x).mean((2, 3))`, as `freqmask embed` and ONNX give them."
+        )
+    count = len(getattr(model, "feature_info", None) or [None])
+    if stage not in (-1, count - 1):
+        call = f"model.forward_intermediates(x, indices=[{stage}], norm=True, intermediates_only=True)[0]"
+        notes.append(
+            f"It was trained at stage {stage % count} of 0 to {count - 1}, and `model(x)` answers through later ones, "
+            f"which were not. The features are `{call}.mean((2, 3))`, as `freqmask embed` and ONNX give them."
         )
     strides = [
         int(stage["reduction"]) for stage in getattr(model, "feature_info", None) or [{"reduction": 1}]

@@ -268,6 +268,7 @@ class Pretraining:
             "data": self.state["data"],
             "step": step,
             "weights": method.default_backbone,
+            "stage": backbone.stage,
         }
         write_timm_folder(
             backbone.timm_model,
