@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from freqmask.cli import main
 from freqmask.errors import UserError
 from freqmask.interop.weights import check_init
 from freqmask.pretraining import plan
+from freqmask.pretraining.job import _say_stopped
 from freqmask.pretraining.resolve import LOGGERS, check_logger
 from freqmask.pretraining.task import _logger
 from freqmask.timm_models import check_name
@@ -101,6 +103,20 @@ def test_a_run_that_goes_on_goes_on_in_the_same_run_of_wandb(
     assert made[0]["resume"] == "allow"
     _logger("wandb", make_run(tmp_path / "other"))
     assert made[2]["id"] != made[0]["id"]
+
+
+def test_the_command_that_resumes_a_stopped_run_holds_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my photos").mkdir()
+    data = ["my photos", "builtin:digits", "s3://bucket/shards"]
+    stopped: Any = SimpleNamespace(run=make_run(Path("mine")), options={"data": data})
+    _say_stopped(stopped)
+    words = (
+        f"'{tmp_path}/my photos' builtin:digits s3://bucket/shards --out {tmp_path}/mine    (from anywhere)"
+    )
+    assert f"    freqmask pretrain {words}\n" in capsys.readouterr().out
 
 
 def test_a_second_process_does_not_wait_for_a_dry_run_that_begins_nothing(

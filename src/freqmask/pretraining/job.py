@@ -373,8 +373,12 @@ def _say_stopped(training: Pretraining) -> None:
     run = training.run
     if rank() == 0:
         refresh_report(run.path)
-    data, out = plan.data_words(training.options), shell_word(run.path)
-    say(f"    freqmask pretrain {data} --out {out}    (from anywhere)")
+    data = [
+        Path(source).absolute() if isinstance(source, str) and Path(source).exists() else source
+        for source in training.options["data"]
+    ]
+    words = plan.data_words({"data": data})
+    say(f"    freqmask pretrain {words} --out {shell_word(run.path.absolute())}    (from anywhere)")
 
 
 def _say_end(training: Pretraining, summary: Mapping[str, Any]) -> None:
