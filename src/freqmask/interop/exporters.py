@@ -61,8 +61,8 @@ class Exported(nn.Module):
         """The network's outputs for images in [0, 1]."""
         outputs = self.network(self.normalise(images))
         if isinstance(outputs, Features):
-            is_token = self.pooled == "class_token" and outputs.class_token is not None
-            return outputs.class_token if is_token else outputs.pooled, outputs.feature_map
+            token = outputs.class_token if self.pooled == "class_token" else None
+            return outputs.pooled if token is None else token, outputs.feature_map
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -79,19 +79,19 @@ class Graph:
 
 def graph_of(opened: OpenedModel | OpenedClassifier) -> Graph:
     """A backbone with what stands for an image and its map, or a classifier with its logits."""
-    statistics = {"mean": opened.mean, "std": opened.std}
-    notes = {**statistics, "normalised_inside": True, **exported_metadata(opened)}
+    notes = {"mean": opened.mean, "std": opened.std, "normalised_inside": True, **exported_metadata(opened)}
     if isinstance(opened, OpenedClassifier):
         multiple = None if opened.module.pretrained_cfg.get("fixed_input_size") else 32
         outputs = {"logits": f"(B, {len(opened.class_names)} classes, named in the metadata)"}
-        exported, notes["class_names"] = Exported(opened.module, **statistics), opened.class_names
+        exported = Exported(opened.module, opened.mean, opened.std)
+        notes["class_names"] = opened.class_names
     else:
         multiple = None if opened.backbone.fixed_size else max(32, opened.backbone.stride)
         notes["pooled"] = pooled_of(opened)
         meaning = "the class token" if notes["pooled"] == "class_token" else "the mean of the map"
         meaning += "" if load_space(opened) is None else ", not as --features save kept them"
         outputs = {"features": f"(B, D: {meaning})", "feature_map": "(B, D, h, w)"}
-        exported = Exported(opened.backbone, **statistics, pooled=notes["pooled"])
+        exported = Exported(opened.backbone, opened.mean, opened.std, notes["pooled"])
     return Graph(exported, outputs, opened.input_size, notes, multiple)
 
 
