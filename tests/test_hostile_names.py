@@ -56,14 +56,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a class of every name, two images a class and one that cannot be read, and a run."""
+    """A folder with a class of every name, three images a class and one that cannot be read, and a run."""
     folder = tmp_path_factory.mktemp("place")
     generator = np.random.default_rng(0)
     for number, name in enumerate(NAMES):
         (folder / "data" / name).mkdir(parents=True)
-        for other in (number, (7 * number + 1) % len(NAMES)):
+        for other in (NAMES[number], NAMES[(7 * number + 1) % len(NAMES)], f"{name}-3"):
             pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "data" / name / f"{NAMES[other]}.png")
+            Image.fromarray(pixels).save(folder / "data" / name / f"{other}.png")
         (folder / "data" / name / f"{NAMES[(3 * number + 2) % len(NAMES)]}-bad.png").write_bytes(b"no image")
     (folder / "scene").mkdir()
     make_run(folder / "run <b>\x1b[31m")
