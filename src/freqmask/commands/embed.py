@@ -85,12 +85,7 @@ def embed(
     if out is None and opened.kind == "run" and opened.folder is not None:
         path = opened.folder.parent / path
     pooled, crop = _choose(opened, feature, options["crop"], options["value_range"])
-    numbers = checked_blocks(blocks, opened)
-    if path.suffix == ".npy" and len({opened.module.feature_info[n]["num_chs"] for n in numbers}) > 1:
-        raise UserError(
-            f"blocks ({', '.join(map(str, numbers))}) differ in width, which a .npy cannot hold; "
-            f"try --out {path.with_suffix('.parquet')}"
-        )
+    numbers = checked_blocks(blocks, opened, path)
     config = EmbedConfig(pooled, patches, numbers, crop, options["precision"])
     compute = ComputeConfig.of(running_options(), "embed")
     task = Embedding(opened, config)

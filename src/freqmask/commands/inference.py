@@ -353,14 +353,20 @@ def say_left_out(skipped: Sequence[tuple[str, str]]) -> None:
         say(f"            ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
 
 
-def checked_blocks(blocks: list[int] | None, opened: OpenedModel) -> tuple[int, ...]:
+def checked_blocks(blocks: list[int] | None, opened: OpenedModel, path: Path) -> tuple[int, ...]:
     """The blocks asked for, counted from 0, each once.
 
     Raises:
-        UserError: the model has no such block.
+        UserError: the model has no such block, or the file cannot hold their features.
     """
     count = len(opened.module.feature_info)
     for number in blocks or []:
         if not -count <= number < count:
             raise UserError(f"blocks ({number}) must be from 0 to {count - 1} for {opened.name}")
-    return tuple(sorted({number % count for number in blocks or []}))
+    numbers = tuple(sorted({number % count for number in blocks or []}))
+    if path.suffix == ".npy" and len({opened.module.feature_info[n]["num_chs"] for n in numbers}) > 1:
+        raise UserError(
+            f"blocks ({', '.join(map(str, numbers))}) differ in width, which a .npy cannot hold; "
+            f"try --out {path.with_suffix('.parquet')}"
+        )
+    return numbers
