@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -25,6 +27,16 @@ TINY: dict[str, Any] = {
     "accelerator": "cpu",
 }
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 1}
+
+
+def spawned(parent: psutil.Process, least_bytes: float = 0.0) -> list[psutil.Process]:
+    """The Python processes that one has spawned; any child may end while it is looked at."""
+    found = []
+    for child in parent.children():
+        with suppress(psutil.Error):
+            if "spawn_main" in " ".join(child.cmdline()) and child.memory_info().rss >= least_bytes:
+                found.append(child)
+    return found
 
 
 def make_run(folder: Path, **options: Any) -> RunFolder:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_runs import make_run
+from tiny_runs import make_run, spawned
 
 import freqmask
 from freqmask.cli import main
@@ -172,9 +172,7 @@ def started(run: str, data: Path, folder: Path) -> tuple[subprocess.Popen[str], 
     while len(found) < 2:
         with contextlib.suppress(subprocess.TimeoutExpired):
             assert command.wait(0.05) is None, command.communicate()
-        every = psutil.Process(command.pid).children()
-        found = [one for one in every if "spawn_main" in " ".join(one.cmdline())]
-        found = [one for one in found if one.memory_info().rss > 50e6]
+        found = spawned(psutil.Process(command.pid), 50e6)
     return command, found
 
 

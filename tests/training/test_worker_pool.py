@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tiny_runs import spawned
 
 from freqmask.errors import UserError
 from freqmask.training.auto import check_started_once, choose_devices
@@ -68,10 +69,6 @@ def two() -> Iterator[WorkerPool]:
         yield replicas
 
 
-def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "multiprocessing.spawn" in " ".join(one.cmdline())]
-
-
 def test_two_processes_answer_and_live_on_and_heavy_things_are_sent_to_each_once(two: WorkerPool) -> None:
     heavy, found = Heavy("weights"), []
     for _ in range(2):
@@ -93,7 +90,7 @@ def test_nobody_waits_for_work_that_nobody_wants_any_more(two: WorkerPool) -> No
     answers = two.run(die, [(0,), (0,)])
     assert next(answers) == 0
     two.close()
-    assert children() == []
+    assert spawned(psutil.Process()) == []
     answers.close()  # type: ignore[attr-defined]
 
 
@@ -101,7 +98,7 @@ def test_errors_arrive_as_they_were_and_the_processes_end(two: WorkerPool) -> No
     with pytest.raises(KeyError, match="lost") as caught:
         list(two.run(fail, [(KeyError("lost"),)] * 2))
     assert "in process" in str(caught.value.__cause__) and "in fail" in str(caught.value.__cause__)
-    assert children() == []
+    assert spawned(psutil.Process()) == []
     with pytest.raises(UserError, match=r"^out of memory on cpu; try a smaller --batch_size$"):
         list(two.run(fail, [(torch.OutOfMemoryError("CUDA"),)]))
 
@@ -110,7 +107,7 @@ def test_a_dead_process_is_a_sentence_and_takes_the_others_along(two: WorkerPool
     said = []
     with pytest.raises(DiedError, match=r"^process 2 of 2 \(cpu\) was killed by signal 9, most often"):
         said.extend(two.run(die, [(0,), (1,)]))
-    assert children() == []
+    assert spawned(psutil.Process()) == []
     worker = psutil.Process(max(said))
     assert worker.status() != psutil.STATUS_ZOMBIE  # it holds the line open, and nobody waited for it
     worker.kill()
