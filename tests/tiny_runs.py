@@ -33,7 +33,7 @@ def spawned(parent: psutil.Process, least_bytes: float = 0.0) -> list[psutil.Pro
     """The Python processes that one has spawned; any child may end while it is looked at."""
     found = []
     for child in parent.children():
-        with suppress(psutil.Error):
+        with suppress(psutil.NoSuchProcess):
             if "spawn_main" in " ".join(child.cmdline()) and child.memory_info().rss >= least_bytes:
                 found.append(child)
     return found

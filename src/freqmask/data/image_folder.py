@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -351,8 +352,11 @@ class FolderSource(Source):
         return self.index.fingerprint
 
     def content_stamp(self) -> str:
-        if self.files is None:
-            return self.index.content_stamp
+        return self.index.content_stamp if self.files is None else self._listed_stamp
+
+    @cached_property
+    def _listed_stamp(self) -> str:  # asked for at every corruption of `robustness`
+        assert self.files is not None
         states = [self.files.listed_state(os.fsdecode(path)) for path in self.index.paths()]
         return hash_of(self.fingerprint(), repr(states))
 

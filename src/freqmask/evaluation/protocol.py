@@ -210,9 +210,8 @@ class Protocol(ABC):
     config: EvalConfig  # what was asked for, once it is opened
     data: Any  # the images and what is known of them: LabelledData, SegmentationData
     survey: Survey  # what the images are like
-    names: Mapping[
-        str, str
-    ]  # MODEL -> what tables and figures call it: ``a/run`` and ``b/run`` as they were typed
+    # MODEL -> what tables and figures call it: ``a/run`` and ``b/run`` as they were typed
+    names: Mapping[str, str]
     # models with a classifier of their own, by model and classes
     classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel]
 

@@ -222,7 +222,8 @@ def run_training(job: TrainingJob) -> RunFolder:
     notes: list[str] = []
     if run.exists():
         check_same(run, deciding)
-        if run.state().get("content", content := job.trained_on().content_stamp()) != content:
+        content = job.trained_on().content_stamp()
+        if run.state().get("content", content) != content:  # 0.1.0 noted none
             notes = [f"files of the training images were rewritten since; delete {run.path} to train on them"]
     if run.finished():
         say(f"run {run.path} is finished; its {job.product} is taken")

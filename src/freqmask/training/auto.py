@@ -216,10 +216,8 @@ def choose_lr(batch_size: int, weights: int, tiny_lr: tuple[float, int], trained
     """The peak learning rate: as published, for small networks the method's own (``tiny_lr``: rate, for a batch of)."""
     if weights < TINY_WEIGHTS:
         base, of = tiny_lr
-        rate, why = (
-            min(scaled_lr(base, batch_size, of), MOST_TINY_LR),
-            f"{base:g} x batch/{of}, {MORE_FOR_TINY}",
-        )
+        rate = min(scaled_lr(base, batch_size, of), MOST_TINY_LR)
+        why = f"{base:g} x batch/{of}, {MORE_FOR_TINY}"
     else:
         rate, why = scaled_lr(BASE_LR, batch_size), "3e-4 x batch/512, as published"
     if trained:
