@@ -66,9 +66,25 @@ def test_a_missing_path_names_its_nearest_neighbour(folder):
         open_source(folder / "zzzzzz")
 
 
-def test_a_file_where_a_folder_is_expected_names_the_folder(folder):
-    with pytest.raises(UserError, match=r"must be a folder.*name its folder: .*cat"):
-        open_source(folder / "cat" / "1.png")
+def test_image_files_may_be_named_one_by_one(folder, monkeypatch):
+    one = open_source(folder / "cat" / "2.png")
+    assert (len(one), one.name(0), one.class_names) == (1, "2.png", None)
+    assert one.open(0).decode()[:, 0, 0].tolist() == [1, 0, 0]
+    monkeypatch.chdir(folder.parent)
+    several = open_source(["pets/dog/1.png", "pets/cat/2.png", "pets/dog/1.png"])
+    names = [several.name(index) for index in range(len(several))]
+    assert names == ["cat/2.png", "dog/1.png"]
+    assert several.class_names == ["cat", "dog"]
+    (folder / "cat").rename(folder / "train")
+    (folder / "dog").rename(folder / "val")  # files of both were asked for by name
+    assert len(open_source([str(file) for file in folder.glob("*/*.png")])) == 3
+    assert splits_there("pets/train/1.png") == []
+
+
+def test_a_file_that_is_none_of_these_is_refused(folder):
+    (folder / "list.txt").write_text("cat/1.png")
+    with pytest.raises(UserError, match=r"list.txt\) must be a folder, an image, a .tar"):
+        open_source(folder / "list.txt")
 
 
 def test_pages_is_channels_or_images(folder):

@@ -34,7 +34,7 @@ def pretrain(data: list[Any] | None = None, *, config: str | None = None, **opti
     command again.
 
     Args:
-        data: training images: folders, shards (of `freqmask prepare`, or any WebDataset tars) or
+        data: training images: folders, image files, shards (of `freqmask prepare`, or any WebDataset tars) or
             parquet tables, each also behind s3://, gs://, https:// or hf://datasets/NAME; .npy or .npz arrays,
             hf:NAME, builtin:photos, builtin:digits, or an import path such as mylab.data:MySource. Several are joined.
         config: a YAML file of these options, or the name of a shipped recipe (`freqmask recipes`).

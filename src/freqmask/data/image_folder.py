@@ -15,7 +15,7 @@ import numpy as np
 
 from freqmask.data.cache import cache_file, hash_of, read_arrays, write_arrays
 from freqmask.data.decode import EXTRAS, count_images, open_bytes, open_file, read_file, read_suffixes
-from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder
+from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_folder, index_listing
 from freqmask.data.pixels import Pages, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import Located, split_of
@@ -251,6 +251,21 @@ def locate_folder(root: Path | RemoteFiles, index: FolderIndex, pages: Pages = "
         layout.splits,
         layout.certain,
     )
+
+
+def is_image_file(text: str | Path) -> bool:
+    """Whether it names one image here; a ``.npy`` alone is a stack of them."""
+    path = Path(text).expanduser()
+    return path.suffix.lower() in read_suffixes() - {".npy"} and path.is_file()
+
+
+def locate_files(paths: Sequence[Path], pages: Pages) -> Located:
+    """Images that are named one by one, as a shell's ``*.jpg`` does: all of them, whatever their folders are called."""
+    files = [path.absolute() for path in paths]
+    root = Path(os.path.commonpath([path.parent for path in files]))
+    sizes: dict[str, int | None] = {str(path.relative_to(root)): path.stat().st_size for path in files}
+    index = index_listing(str(root), sizes, read_suffixes())
+    return Located(str(root), lambda split, notes: FolderSource(root, pages, None, notes, Layout(index)))
 
 
 class FolderSource(Source):

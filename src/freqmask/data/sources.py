@@ -1,6 +1,4 @@
-"""How the text that a user types for DATA becomes a source; the sources of numpy files (``.npy``, ``.npz`` with labels
-and splits) and of images that are there without a download.
-"""
+"""How the text that a user types for DATA becomes a source; numpy files, and images that need no download."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from PIL import Image
 
 from freqmask.data.cache import hash_of
 from freqmask.data.decode import read_suffixes
-from freqmask.data.image_folder import locate_folder
+from freqmask.data.image_folder import is_image_file, locate_files, locate_folder
 from freqmask.data.index import index_folder, index_listing
 from freqmask.data.pixels import ArrayPicture, Pages, Picture
 from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset
@@ -80,10 +78,10 @@ def open_source(
     Args:
         data: a folder of images or of shards, a ``.tar`` or a pattern of them (``shards-{000..009}.tar``),
             ``.parquet`` tables alike, each here or behind a URL (``s3://``, ``gs://``, ``https://``,
-            ``hf://datasets/NAME``); a ``.npy`` or ``.npz``
-            file; ``hf:NAME`` of a Hugging Face dataset or a saved copy of one; ``builtin:photos``,
-            ``builtin:digits``; an import path ``package.module:name`` of a `Source` (or of something that
-            returns one when called); a `Source`; or several of these.
+            ``hf://datasets/NAME``); a ``.npy`` or ``.npz`` file; image files; ``hf:NAME`` of a Hugging Face
+            dataset or a saved copy of one; ``builtin:photos``, ``builtin:digits``; an import path
+            ``package.module:name`` of a `Source` (or of something that returns one when called); a `Source`; or
+            several of these.
         pages: what the pages of a TIFF are: the channels of one image, or images of their own.
         split: ``auto`` takes ``train`` where there is one beside ``val`` or ``test``; ``all`` takes
             everything; or the name of a split.
@@ -101,6 +99,8 @@ def open_source(
     several = [data] if isinstance(data, (str, Path, Source)) else list(data)
     if not several:
         raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
+    if all(isinstance(part, (str, Path)) and is_image_file(part) for part in several):
+        return locate_files([Path(part).expanduser() for part in several], pages).source(split)
     opened = [part if isinstance(part, Source) else locate(part, pages).source(split) for part in several]
     return opened[0] if len(opened) == 1 else JoinedSource(opened)
 
@@ -144,11 +144,10 @@ def locate(data: str | Path, pages: Pages) -> Located:
         return _named_files(text, pages)
     if path.suffix.lower() in (".npy", ".npz") and path.exists():
         return locate_array(path)
+    if is_image_file(path):
+        return locate_files([path], pages)
     if path.exists():
-        raise UserError(
-            f"DATA ({path}) must be a folder, a .tar, .npy, .npz or .parquet file; "
-            f"for one image name its folder: {path.parent}"
-        )
+        raise UserError(f"DATA ({path}) must be a folder, an image, a .tar, .npy, .npz or .parquet file")
     if far:
         return _locate_remote(text, pages)
     if IMPORT_PATH.fullmatch(text):
