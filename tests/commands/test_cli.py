@@ -119,6 +119,11 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
         (["pretrain", "--steps"], "--steps needs a value: a whole number at least 1"),
         (["pretrain", "--steps", "--lr", "1"], "--steps needs a value: a whole number at least 1"),
         (["evaluate", "knn"], "MODEL is missing: run folders"),
+        (
+            ["evaluate", "knn", "--data", "x", "pixels"],
+            "MODEL is missing: run folders, exported folders, timm:NAME (public weights), random:NAME or random:RUN "
+            "(fresh weights), pixels (the images themselves, where nothing is trained); name it before --data: an",
+        ),
         (["evaluate", "knn", "pixels"], "--data is missing: images with labels"),
         (
             ["pretrain", "--config", "mfm-23"],

@@ -99,13 +99,24 @@ def running(command: Function, named: Mapping[str, Any]) -> Iterator[dict[str, A
         given = given_values(named, known)
         for option in known.values():
             if option.default is REQUIRED and option.name not in given:
-                raise CallError(f"{option.title} is missing: {re.split('[.;]', option.help)[0]}")
+                raise CallError(
+                    f"{option.title} is missing: {re.split('[.;]', option.help)[0]}{_taken(option, given, known)}"
+                )
         every = {name: option.default for name, option in known.items() if name != "config"} | given
         token = _running.set((given, every))
         try:
             yield every
         finally:
             _running.reset(token)
+
+
+def _taken(missing: Option, given: Mapping[str, Any], known: Mapping[str, Option]) -> str:
+    """Which options may have taken what was meant for a positional one."""
+    greedy = [known[name] for name, value in given.items() if isinstance(value, list) and len(value) > 1]
+    titles = [option.title for option in greedy if not option.positional]
+    if not missing.positional or not titles:
+        return ""
+    return f"; name it before {' and '.join(titles)}: an option of several values takes every word up to the next one"
 
 
 def describe(call: Function, function: Function) -> None:
