@@ -113,6 +113,16 @@ def readable_time(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number of things as a person says it.
+
+    >>> counted(1600.0, "epoch"), counted(1, "loader worker"), counted(0.04, "epoch")
+    ('1,600 epochs', '1 loader worker', '0.04 epochs')
+    """
+    text = f"{number:,.1f}".removesuffix(".0") if number >= 1 else f"{number:.2g}"
+    return f"{text} {noun}{'' if text == '1' else 's'}"
+
+
 def readable_bytes(count: float) -> str:
     """A size in decimal units.
 

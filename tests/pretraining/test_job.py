@@ -171,6 +171,9 @@ def test_init_names_what_does_not_fit(finished: Path, tmp_path: Path) -> None:
     options = {**TINY, "model_args": {"depth": 2, "embed_dim": 32, "num_heads": 2}}
     with pytest.raises(UserError, match=r"does not fit the backbone: blocks\.1.*is missing"):
         freqmask.pretrain("builtin:digits", **options, init=str(finished), out=str(tmp_path / "on"))
+    options = {**TINY, "channels": 3, "out": str(tmp_path / "on")}
+    with pytest.raises(UserError, match=r"is of 1 channel \(--channels 1\) and does not fit the backbone"):
+        freqmask.pretrain("builtin:digits", **options, init=str(finished))
 
 
 @pytest.mark.parametrize("method", ["folk", "sr", "deblur", "denoise"])

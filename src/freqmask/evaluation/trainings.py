@@ -18,7 +18,7 @@ import torch
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import nn
 
-from freqmask.console import rank, readable_bytes, readable_time, say, silence_third_party_loggers
+from freqmask.console import counted, rank, readable_bytes, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey
@@ -132,12 +132,12 @@ class Plan(auto.Plan):
         """The plan's lines on steps, learning rate and decays."""
         why, epochs = self.why, numbers.steps * numbers.batch_size / self.images
         yield (
-            f"training    {numbers.steps:,} steps of {numbers.batch_size} {unit}{why('batch_size')} = "
-            f"{epochs:,.1f} epochs{why('steps')}"
+            f"training    {counted(numbers.steps, 'step')} of {numbers.batch_size} {unit}{why('batch_size')} = "
+            f"{counted(epochs, 'epoch')}{why('steps')}"
         )
         yield (
-            f"            {optimizer}, learning rate {numbers.lr:.3g}{why('lr')}, {numbers.warmup_steps:,} steps of "
-            f"warm-up{why('warmup_steps')}, {end}"
+            f"            {optimizer}, learning rate {numbers.lr:.3g}{why('lr')}, "
+            f"{counted(numbers.warmup_steps, 'step')} of warm-up{why('warmup_steps')}, {end}"
         )
         yield (
             f"            weight decay {numbers.weight_decay:g}, layer decay {numbers.layer_decay:g}"
@@ -149,7 +149,7 @@ class Plan(auto.Plan):
         parts = f", batch in {numbers.accumulate} parts" if numbers.accumulate > 1 else ""
         yield (
             f"machine     {numbers.devices} x {numbers.accelerator}, {numbers.precision}{self.why('precision')}, "
-            f"{numbers.workers} loader workers{parts}"
+            f"{counted(numbers.workers, 'loader worker')}{parts}"
         )
         took = readable_time(self.step_seconds() * numbers.steps)
         memory = readable_bytes(self.cost.peak_bytes(numbers.images_at_once))

@@ -19,7 +19,7 @@ from freqmask.spectrum import REFERENCE_SIDE, constant, frequency_radius, inside
 Radius = float | Literal["auto"]
 Edge = Literal["sigmoid", "gaussian"]
 
-DEFAULT_RADIUS_AT_224 = 16  # MFM's (arXiv 2206.07706), in bins of a 224-pixel image
+DEFAULT_RADIUS_AT_224 = 16  # MFM's (arXiv 2206.07706), in bins of a 224-pixel image; words has an own
 RINGS_AT_224 = (4, 8, 16, 32, 64, 112)  # octaves; the last is the largest whole circle
 
 

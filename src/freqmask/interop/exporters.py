@@ -1,4 +1,7 @@
-"""What writes a backbone in each format: a timm folder, here or on the hub, MFM's checkpoint, ONNX, torch.export."""
+"""What writes a backbone in each format: a timm folder, here or on the hub, MFM's checkpoint, ONNX, torch.export.
+
+Their names (FORMATS) stand in :mod:`.formats`, which commands read before torch is imported.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
+from freqmask.console import counted
 from freqmask.errors import UserError, brief, nearest
 from freqmask.imports import named_by_user
 from freqmask.interop.formats import (
@@ -190,7 +191,12 @@ def load_initial(method: Any, init: str) -> list[str]:
     for backbone in method.backbones().values():
         (fitted, notes), own = resampled(weights, backbone.timm_model), backbone.timm_model.state_dict()
         fitted = {name: tensor for name, tensor in fitted.items() if name in own}
-        load_fitting(backbone.timm_model, fitted, f"init ({init}) does not fit the backbone")
+        unlike = [(w.shape, own[name].shape) for name, w in fitted.items() if w.shape != own[name].shape]
+        what = f"init ({init})"
+        if len(unlike) == 1 and len(unlike[0][0]) == 4 and unlike[0][0][1] != unlike[0][1][1]:
+            seen = unlike[0][0][1]  # a first layer of other channels, and nothing else
+            what += f" is of {counted(seen, 'channel')} (--channels {seen}) and"
+        load_fitting(backbone.timm_model, fitted, f"{what} does not fit the backbone")
         check_weights(fitted, f"init ({init})")
     return [f"the backbone of {init}; the heads begin anew", *notes]
 

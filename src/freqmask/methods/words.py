@@ -20,6 +20,7 @@ from freqmask.methods.method import Method
 from freqmask.options.of_methods import PartlySeenOptions, WordsOptions
 from freqmask.rng import combine, uniform
 
+# Of words alone; filters by themselves, and MFM and FOLK, have DEFAULT_RADIUS_AT_224 of filters/fixed.py.
 RADIUS_SHARE = 4  # the low-pass keeps a quarter of the shorter side: milder filters cost nothing, docs/log.md
 TOKEN_SHARE = 0.5
 SMALLEST_SIDE = 8  # pixels that a word's patch and some places for it fit into

@@ -235,13 +235,14 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
     if options["dry_run"]:
         say(f"plan drawn  {run.path / 'plan.png'}    (--dry_run: nothing was trained)")
         return Pretraining(run, options, images, method, state)
+    # before anything is written: weights that do not fit leave no run that the right ones would have to resume
+    method = _first_weights(options, images, method.teacher if options.get("teacher") else None)
     kept = _kept(options, images, state, by_hand=given.get("images_from") == "device")
     plain = comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
     # null is the default of every option but this one, where it means something
     config = {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
     begin_run(run, "pretrain", config, state)
-    teacher = method.teacher if options.get("teacher") else None
-    return Pretraining(run, options, images, _first_weights(options, images, teacher), state, kept)
+    return Pretraining(run, options, images, method, state, kept)
 
 
 def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:

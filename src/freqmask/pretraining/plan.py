@@ -14,7 +14,7 @@ import timm
 import torch
 
 from freqmask.backbones import height_and_width
-from freqmask.console import plain_name, readable_bytes, readable_time, shell_word
+from freqmask.console import counted, plain_name, readable_bytes, readable_time, shell_word
 from freqmask.data.source import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.methods import find_method
@@ -66,8 +66,9 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
         )
     epochs = options["steps"] * options["batch_size"] / images
     yield (
-        f"training    {options['steps']:,} steps of {options['batch_size']} images = {epochs:,.1f} epochs"
-        f"{resolved.why('epochs')}{resolved.why('steps')}, about {readable_time(_seconds(resolved))}"
+        f"training    {counted(options['steps'], 'step')} of {counted(options['batch_size'], 'image')} = "
+        f"{counted(epochs, 'epoch')}{resolved.why('epochs')}{resolved.why('steps')}, "
+        f"about {readable_time(_seconds(resolved))}"
     )
     yield ""
     yield from _data_lines(summary, resolved.survey)
@@ -122,7 +123,8 @@ def _input_lines(resolved: Resolved) -> Iterator[str]:
     options, side = resolved.values, shorter_side(resolved.values)
     median = min(resolved.survey.median_size)
     shown = "x".join(map(str, height_and_width(options["image_size"])))
-    yield f"input size  {shown} pixels{resolved.why('image_size')}, {_with(resolved, 'channels', '{} channels')}"
+    channels = counted(options["channels"], "channel") + resolved.why("channels")
+    yield f"input size  {shown} pixels{resolved.why('image_size')}, {channels}"
     mean, std = (
         ", ".join([*(f"{value:.3g}" for value in options[name][:3]), *["..."] * (options["channels"] > 3)])
         for name in ("mean", "std")
@@ -168,14 +170,16 @@ def _training_lines(resolved: Resolved) -> Iterator[str]:
     if "batch_size" in reasons:
         yield f"batch       {reasons['batch_size']}"
     yield (
-        f"optimizer   {_with(resolved, 'lr', 'learning rate {:.3g}')}, warm-up {options['warmup_epochs']:g} epochs, "
-        f"then cosine to {options['min_lr']:.2g}; weight decay {options['weight_decay']:g}"
+        f"optimizer   {_with(resolved, 'lr', 'learning rate {:.3g}')}, warm-up "
+        f"{counted(options['warmup_epochs'], 'epoch')}, then cosine to "
+        f"{options['min_lr']:.2g}; weight decay {options['weight_decay']:g}"
     )
     parts = f", batch in {options['accumulate']} parts ({reasons.get('accumulate', 'as asked')})"
     layout = f", {CHANNELS_LAST}" if is_channels_last(options, resolved.method) else ""
     yield (
         f"machine     {options['devices']} x {options['accelerator']}, {_with(resolved, 'precision')}{layout}, "
-        f"{_with(resolved, 'workers', '{} loader workers')}{parts if options['accumulate'] > 1 else ''}"
+        f"{counted(options['workers'], 'loader worker')}{resolved.why('workers')}"
+        f"{parts if options['accumulate'] > 1 else ''}"
     )
     if options["images_from"] == "device":
         where = f"once: images stay on the {options['accelerator']}"
