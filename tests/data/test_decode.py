@@ -16,6 +16,7 @@ from PIL import Image
 
 from freqmask.data import decode
 from freqmask.data.decode import count_images, open_bytes, open_file
+from freqmask.data.pixels import missing_pixels
 from freqmask.errors import BadImage
 from freqmask.evaluation.mask_files import read_mask
 
@@ -80,6 +81,27 @@ def test_nodata_follows_its_values() -> None:
     tag = [(42113, "s", 0, "7", True)]
     assert open_bytes(tiff_bytes(noise(16, 9, 9), photometric="miniswhite", extratags=tag)).nodata == 65528
     assert open_bytes(tiff_bytes(noise(8, 9, 9), photometric="minisblack", extratags=tag)).nodata == 7
+
+
+def test_nodata_of_float64_is_missing() -> None:
+    """R and GDAL put the least number of the type where nothing was measured, which float32 lacks."""
+    array = np.random.default_rng(0).normal(size=(9, 9))
+    array[:3] = least = np.finfo(np.float64).min
+    tag = [(42113, "s", 0, str(least), True)]
+    picture = open_bytes(tiff_bytes(array, photometric="minisblack", extratags=tag))
+    missing = missing_pixels(picture.decode(), picture.nodata)
+    np.testing.assert_array_equal(missing, (array == least)[None])
+
+
+def test_no_page_is_left_out_of_an_image_in_silence(tmp_path: Path) -> None:
+    path, pages = tmp_path / "stack.tif", noise(16, 3, 20, 30)
+    with tifffile.TiffWriter(path) as writer:
+        for page, compression in zip(pages, ("zlib", None, "zlib"), strict=True):
+            writer.write(page, photometric="minisblack", metadata=None, compression=compression)
+    with pytest.raises(BadImage, match="--pages images"):
+        open_file(path)
+    read = [open_file(path, "images", page).decode()[0] for page in range(count_images(path, "images"))]
+    assert sorted(page.tobytes() for page in read) == sorted(page.tobytes() for page in pages)
 
 
 def test_every_file_of_a_series_counts_for_its_own_pixels(tmp_path: Path) -> None:

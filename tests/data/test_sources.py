@@ -1,5 +1,6 @@
 """What a user may type for DATA, and what is said when it names nothing."""
 
+import shutil
 import sys
 import types
 
@@ -79,6 +80,19 @@ def test_image_files_may_be_named_one_by_one(folder, monkeypatch):
     (folder / "dog").rename(folder / "val")  # files of both were asked for by name
     assert len(open_source([str(file) for file in folder.glob("*/*.png")])) == 3
     assert splits_there("pets/train/1.png") == []
+
+
+def test_every_image_file_that_is_named_is_read(folder, monkeypatch):
+    """In a folder these are passed over: masks, what is hidden, what photo managers leave, what freqmask wrote."""
+    names = {"cat/1_mask.png", "cat/.a.png", ".tmp/b.png", "@eaDir/c.png", "run/plan.png", "cat/1.png"}
+    for name in names - {"cat/1.png"}:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "cat" / "1.png", folder / name)
+    for name in ("config.yaml", "metrics.csv", "run.json"):
+        (folder / "run" / name).touch()
+    monkeypatch.chdir(folder / "cat")
+    several = open_source([f"../{name}" if not name.startswith("cat/") else name[4:] for name in names])
+    assert {several.name(index) for index in range(len(several))} == names
 
 
 def test_a_file_that_is_none_of_these_is_refused(folder):

@@ -116,12 +116,20 @@ def test_palettes_deep_pngs_tiffs_and_grey_saved_as_colour_are_labels(tmp_path: 
     write(tmp_path / "grey.png", np.repeat(classes[:, :, None], 3, axis=2))
     tifffile.imwrite(tmp_path / "mask.tif", classes.astype(np.uint16))
     np.save(tmp_path / "mask.npy", classes.astype(np.int64))
+    height, width = classes.shape  # of a largest label of 11 Pillow makes 255
+    np.savetxt(tmp_path / "plain.pgm", classes, "%d", header=f"P2 {width} {height} 11", comments="")
+    (tmp_path / "raw.pgm").write_bytes(b"P5 %d %d 11\n" % (width, height) + classes.tobytes())
+    deep = (classes * np.uint16(300)).astype(">u2").tobytes()
+    (tmp_path / "deep.pgm").write_bytes(b"P5\n# ids\n%d %d\n300\n" % (width, height) + deep)
     for name, factor in (
         ("palette.png", 1),
         ("deep.png", 300),
         ("grey.png", 1),
         ("mask.tif", 1),
         ("mask.npy", 1),
+        ("plain.pgm", 1),
+        ("raw.pgm", 1),
+        ("deep.pgm", 300),
     ):
         assert (read_mask(tmp_path / name) == factor * classes.astype(np.int64)).all(), name
     np.save(tmp_path / "half.npy", classes / 2)

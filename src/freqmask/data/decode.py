@@ -103,7 +103,7 @@ def open_bytes(data: bytes, pages: Pages = "channels", page: int = 0) -> Picture
         return ArrayPicture(_load_array(io.BytesIO(data)))
     if data.startswith(PNG_BEGINNING):
         return PngPicture(data)
-    if re.match(rb"P[2356][\s#]", data) and (deep := _read_netpbm(data)) is not None:
+    if re.match(rb"P[2356][\s#]", data) and (deep := read_netpbm(data)) is not None:
         return ArrayPicture(deep, axis=2)
     if data.startswith(CODESTREAM) or data[4:8] == b"jP  ":
         components, bits = _jpeg2000_components(data)
@@ -377,10 +377,13 @@ class PngPicture(CodedPicture):
         return _flattened(pixels) if pixels.shape[2] in (2, 4) else pixels
 
 
-def _read_netpbm(data: bytes) -> np.ndarray | None:
-    """A PGM or PPM of more than 8 bits, its values as stored; None for others, which Pillow reads."""
+def read_netpbm(data: bytes, above: int = 255) -> np.ndarray | None:
+    """A PGM or PPM whose header claims more as its largest value than ``above``, its values as stored; else None.
+
+    Pillow stretches them to 255 or 65535, as is right for images of 8 bits and wrong for labels.
+    """
     header = re.match(rb"P([2356])" + rb"(?:\s|#[^\n]*\n)+(\d+)" * 3, data)
-    if header is None or int(header[4]) <= 255:
+    if header is None or int(header[4]) <= above:
         return None
     width, height, top = (int(header[k]) for k in (2, 3, 4))
     channels = 1 if header[1] in b"25" else 3
@@ -394,7 +397,9 @@ def _read_netpbm(data: bytes) -> np.ndarray | None:
         words = re.sub(rb"#[^\n]*", b"", body).split(maxsplit=count)[:count]
         samples = np.array([int(word) for word in words if word.isdigit()], np.int64)
     else:
-        samples = np.frombuffer(body[1 : 1 + 2 * count], ">u2") if len(body) > 2 * count else np.empty(0)
+        word = np.dtype(">u2" if top > 255 else "u1")
+        whole = len(body) > word.itemsize * count
+        samples = np.frombuffer(body, word, count, offset=1) if whole else np.empty(0)
     if len(samples) < count:
         raise BadImage("it is truncated: the file ends before the image does")
     if samples.max() > top:

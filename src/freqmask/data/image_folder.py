@@ -260,11 +260,12 @@ def is_image_file(text: str | Path) -> bool:
 
 
 def locate_files(paths: Sequence[Path], pages: Pages) -> Located:
-    """Images that are named one by one, as a shell's ``*.jpg`` does: all of them, whatever their folders are called."""
-    files = [path.absolute() for path in paths]
+    """Images that are named one by one, as a shell's ``*.jpg`` does: all of them, whatever they are called."""
+    # names stay those of links, unless ``..`` hides what they lie in
+    files = [(p.parent.resolve() / p.name if ".." in p.parts else p).absolute() for p in paths]
     root = Path(os.path.commonpath([path.parent for path in files]))
     sizes: dict[str, int | None] = {str(path.relative_to(root)): path.stat().st_size for path in files}
-    index = index_listing(str(root), sizes, read_suffixes())
+    index = index_listing(str(root), sizes, read_suffixes(), named=True)
     return Located(str(root), lambda split, notes: FolderSource(root, pages, None, notes, Layout(index)))
 
 

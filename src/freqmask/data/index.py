@@ -207,23 +207,28 @@ def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -
     return index
 
 
-def index_listing(root: str, files: Mapping[str, int | None], suffixes: frozenset[str]) -> FolderIndex:
-    """The index of the files (path with ``/`` -> bytes, None where unknown) that a server listed below ``root``."""
+def index_listing(
+    root: str, files: Mapping[str, int | None], suffixes: frozenset[str], named: bool = False
+) -> FolderIndex:
+    """The index of the files (path with ``/`` -> bytes, None where unknown) that a server listed below ``root``.
+
+    Files that somebody ``named`` one by one are taken all, be they masks, hidden, or of a run.
+    """
     members: dict[bytes, dict[bytes, int]] = {b"": {}}
     for path, size in files.items():
         parent, _, name = os.fsencode(path).rpartition(b"/")
         members.setdefault(parent, {})[name] = min(size or 0, 2**32 - 1)
-    runs = {parent for parent, names in members.items() if parent and is_own_folder(names)}
+    runs = {parent for parent, names in members.items() if parent and is_own_folder(names) and not named}
     folders = {b"": _Folder(0, settled=False)}
     for parent, names in members.items():
         parts = parent.split(b"/") if parent else []
         above = {b"/".join(parts[: k + 1]) for k in range(len(parts))}
         if above & runs:
             folders[b""].own += [os.fsdecode(parent)] if parent in runs else []
-        elif not any(_is_junk(part) for part in parts):
+        elif named or not any(_is_junk(part) for part in parts):
             for folder in above:
                 folders.setdefault(folder, _Folder(0, settled=False))
-            _fill(folders.setdefault(parent, _Folder(0, settled=False)), names, suffixes)
+            _fill(folders.setdefault(parent, _Folder(0, settled=False)), names, suffixes, named)
     return FolderIndex(Path(root), *_assemble(folders))
 
 
@@ -301,7 +306,9 @@ def _read_folder(
     return folder
 
 
-def _fill(folder: _Folder, sizes: Mapping[bytes, int], suffixes: Collection[str]) -> None:
+def _fill(
+    folder: _Folder, sizes: Mapping[bytes, int], suffixes: Collection[str], named: bool = False
+) -> None:
     """Gives a folder its files, name -> bytes, those to list in the order of their names, and counts the others."""
     wanted = {os.fsencode(suffix) for suffix in suffixes}
     ignored: Counter[str] = Counter()
@@ -311,8 +318,8 @@ def _fill(folder: _Folder, sizes: Mapping[bytes, int], suffixes: Collection[str]
             files.append(name)
         elif not _is_junk(name):
             ignored[os.fsdecode(_suffix(name))] += 1
-    masks = mask_files(files)
-    files = sorted(name for name in files if name not in masks and not _is_junk(name))
+    masks = set() if named else mask_files(files)
+    files = sorted(name for name in files if named or not (name in masks or _is_junk(name)))
     folder.masks = len(masks)
     folder.names = b"".join(files)
     folder.lengths = np.fromiter(map(len, files), np.int64, len(files))

@@ -108,7 +108,8 @@ def as_kept_type(array: np.ndarray) -> np.ndarray:
     wanted = np.dtype(kept_type(array.dtype))
     if array.dtype.kind == "b":
         return array.astype(np.uint8) * 255
-    return array.astype(wanted, copy=False)
+    with np.errstate(over="ignore"):  # GDAL's nodata of float64 becomes infinite, which is missing, too
+        return array.astype(wanted, copy=False)
 
 
 def refuse_all_nan(array: np.ndarray) -> None:
@@ -318,7 +319,8 @@ def missing_pixels(
     missing = ~np.isfinite(image) if image.dtype.kind == "f" else None
     if nodata is None or np.isnan(nodata):
         return missing
-    marked: np.ndarray = image == nodata
+    with np.errstate(over="ignore"):  # of float64, as in `as_kept_type`
+        marked: np.ndarray = image == nodata
     return marked if missing is None else missing | marked
 
 

@@ -76,6 +76,12 @@ def open_tiff(source: Path | bytes, pages: Pages = "channels", page: int = 0) ->
                 if page < images:
                     break
                 page -= images
+        elif any(
+            (s.dtype, s.shape[-2:]) == (series.dtype, series.shape[-2:]) for s in _image_series(tiff)[1:]
+        ):
+            raise BadImage(
+                "its pages are not stored alike (compression?); --pages images reads them one by one"
+            )
         first = series.keyframe
         name = tifffile.PHOTOMETRIC(first.photometric).name
         if (name in PILLOW_COLORS and first.compression != JPEG) or first.compression == OLD_JPEG:

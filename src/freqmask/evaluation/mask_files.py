@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from freqmask.data.cache import hash_of
-from freqmask.data.decode import quiet_pillow
+from freqmask.data.decode import quiet_pillow, read_netpbm
 from freqmask.data.image_folder import IMAGE_WORDS, MASK_WORDS, FolderSource
 from freqmask.data.index import MASK_FILE, FolderIndex, index_folder
 from freqmask.data.loader import TrainDataset
@@ -77,6 +77,8 @@ def _read(path: Path) -> np.ndarray:
     if suffix in (".tif", ".tiff"):
         with open_tifffile(path) as tiff:
             return _turned(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
+    if suffix == ".pgm" and (gray := read_netpbm(path.read_bytes(), above=0)) is not None:
+        return gray
     # Labels are numbers as stored, so that neither palettes nor key colors are looked at
     with quiet_pillow, Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
         return _turned(np.asarray(image), orientation_of(image.getexif().get(EXIF_TAG)))
