@@ -225,3 +225,11 @@ def test_the_identities_of_all_images_are_those_of_each(tmp_path, split, pages):
     assert (
         source.identities().tolist() == alone == Subset(source, np.arange(len(source))).identities().tolist()
     )
+
+
+def test_a_class_has_one_name_however_a_system_writes_its_accents(tmp_path):
+    plant(tmp_path, "train/caf\u00e9/1.png", "train/tea/2.png", "test/cafe\u0301/3.png", "test/tea/4.png")
+    source = open_source(tmp_path, split="all")
+    assert source.class_names == ["caf\u00e9", "tea"]
+    labels = dict(zip(names_of(source), labels_of(source), strict=True))
+    assert labels["test/cafe\u0301/3.png"] == labels["train/caf\u00e9/1.png"] == 0

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -171,6 +172,15 @@ def test_a_table_may_name_splits(folder):
     assert len(open_source(folder, split="all", labels=table)) == 3
 
 
+def test_splits_and_labels_that_only_look_alike_are_one(folder):
+    """In another case, or with an accent as a letter of its own; an empty split is said."""
+    text = "\npath,label,split\ncat/1.png,caf\u00e9,Train\ncat/2.png,cafe\u0301,train\ndog/1.png,b,\n"
+    source = open_source(folder, labels=write_table(folder, text), split="train")
+    assert source.class_names == [unicodedata.normalize("NFC", "cafe\u0301")]
+    assert source.all_labels().tolist() == [0, 0]
+    assert source.summary().notes == ["1 images of labels.csv have no split and are left out."]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -181,6 +191,8 @@ def test_a_table_may_name_splits(folder):
         ("path,label\ncat/1.png,a\ncat/1.png,b\n", "twice"),
         ("file,label\ncat/1.png,a\n", "path is missing"),
         ("path,label\n", "lists no images"),
+        ("path,label,split\ncat/1.png,black, white,train\n", r"line 2 than columns \(last 'train'\).*quotes"),
+        ("path,label,label\ncat/1.png,a,b\n", "one column label, it has 2"),
         ("", "is missing"),
     ],
 )

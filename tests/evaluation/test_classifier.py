@@ -7,23 +7,26 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel
 
 ARGUMENTS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 1}
 
 
-def write_classifier(folder: Path, names: list[str] | None) -> Any:
+def write_classifier(folder: Path, names: list[str] | None, count: int = 3) -> Any:
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **ARGUMENTS)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=count, **ARGUMENTS)
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    about = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3, "num_classes": 3}
+    about = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3, "num_classes": count}
     config = {
         "architecture": "vit_tiny_patch16_224",
-        "num_classes": 3,
+        "num_classes": count,
         "model_args": ARGUMENTS,
         "pretrained_cfg": about,
     }
@@ -47,6 +50,17 @@ def test_classes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert ClassifierModel(str(tmp_path / "plain"), ["a", "b", "c"]).columns.tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="classifies 3 classes and DATA has 2"):
         ClassifierModel(str(tmp_path / "plain"), ["a", "b"])
+
+
+def test_folders_named_by_numbers_are_those_outputs(tmp_path: Path) -> None:
+    for number in range(11):
+        (tmp_path / "data" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / "data" / str(number) / "1.png")
+    names = open_source(tmp_path / "data").class_names
+    assert names is not None and names.index("10") == 2
+    write_classifier(tmp_path / "plain", None, 11)
+    _, numbers = find_images_and_targets(str(tmp_path / "data"))
+    assert ClassifierModel(str(tmp_path / "plain"), names).columns.tolist() == [numbers[n] for n in names]
 
 
 def test_making_networks_leaves_the_generators_of_other_devices_alone(

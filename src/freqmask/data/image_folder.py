@@ -5,6 +5,7 @@ everything), and its images.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -221,8 +222,10 @@ def _class_folders(index: FolderIndex, top: bytes) -> tuple[dict[int, bytes], st
         and (not base or (folder + b"/").startswith(base + b"/"))
     }
     where = os.fsdecode(base) or "the folder itself"
-    classes = {
-        number: levels[depth] for number, levels in used.items() if len(levels) > depth and levels[depth]
+    classes = {  # composed: a Mac's name of a class is that of other systems
+        number: os.fsencode(unicodedata.normalize("NFC", os.fsdecode(levels[depth])))
+        for number, levels in used.items()
+        if len(levels) > depth and levels[depth]
     }
     loose = [number for number in used if number not in classes]
     if not classes:

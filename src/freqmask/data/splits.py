@@ -247,7 +247,7 @@ def read_labels(file: Path) -> list[Row]:
         text = decode_table(file.read_bytes())
     except OSError as error:
         raise UserError(f"labels ({file}) cannot be read ({error.strerror}); check the path") from error
-    first, _, rest = text.partition("\n")
+    first, _, rest = (text := text.lstrip("\r\n")).partition("\n")
     told = re.fullmatch(r"sep=(.)\r?", first)  # Excel's way to name the delimiter
     delimiter = told[1] if told else max(",;\t", key=first.count)
     reader = csv.DictReader(io.StringIO(rest if told else text, newline=""), delimiter=delimiter)
@@ -258,22 +258,38 @@ def read_labels(file: Path) -> list[Row]:
 
 
 def _rows(reader: csv.DictReader[str], file: Path) -> list[Row]:
-    columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
+    header = [name.strip().lower() for name in reader.fieldnames or ()]
+    columns = dict(zip(header, reader.fieldnames or (), strict=True))
     missing = [name for name in COLUMNS[:2] if name not in columns]
     if missing:
         hint = nearest(missing[0], columns) if columns else "the file is empty"
         raise UserError(
             f"labels ({file}) must have the columns path and label, {missing[0]} is missing; {hint}"
         )
+    twice = next((name for name in COLUMNS if header.count(name) > 1), None)
+    if twice:
+        raise UserError(
+            f"labels ({file}) must have one column {twice}, it has {header.count(twice)}; rename the others"
+        )
+    spelled: dict[str, str] = {}  # of Train and train, which are one split, the first
 
     def cell(record: dict[str, str], name: str) -> str | None:
-        return as_text((record.get(columns.get(name, "")) or "").strip()) or None
+        text = (record.get(columns.get(name, "")) or "").strip()
+        # composed, as the same word of another system is
+        text = unicodedata.normalize("NFC", as_text(text))
+        return (spelled.setdefault(text.lower(), text) if name == "split" else text) or None
 
-    return [
-        Row(record[columns["path"]], *(cell(record, name) for name in COLUMNS[1:]))
-        for record in reader
-        if (record[columns["path"]] or "").strip()
-    ]
+    rows = []
+    for record in reader:
+        beyond = record.get(None)  # type: ignore[call-overload]
+        if any(text.strip() for text in beyond or ()):
+            raise UserError(
+                f"labels ({file}) has more cells in line {reader.line_num} than columns (last {beyond[-1]!r}); "
+                f"a cell that holds {reader.reader.dialect.delimiter!r} must stand in quotes"
+            )
+        if (record[columns["path"]] or "").strip():
+            rows.append(Row(record[columns["path"]], *(cell(record, name) for name in COLUMNS[1:])))
+    return rows
 
 
 def decode_table(data: bytes) -> str:
@@ -315,13 +331,17 @@ class LabelledSource(Subset):
     """
 
     def __init__(self, source: Source, file: Path, chosen: str | None, notes: list[str]) -> None:
-        rows = [row for row in read_labels(file) if chosen is None or row.split == chosen]
+        table = read_labels(file)
+        rows = [row for row in table if chosen is None or row.split == chosen]
         super().__init__(source, _find(source, rows, file))
         if _FOREIGN.search(decode_table(file.read_bytes())):
             notes = [*notes, f"{file.name} is not in UTF-8; it is read as Windows-1252."]
         unlisted = len(source) - len(self)
         if unlisted and chosen is None:
             notes = [*notes, f"{unlisted:,} images that {file.name} does not list are left out."]
+        unsplit = sum(row.split is None for row in table) if chosen is not None else 0
+        if unsplit:
+            notes = [*notes, f"{unsplit:,} images of {file.name} have no split and are left out."]
         self.notes = notes
         self.class_names = in_order({row.label for row in rows if row.label is not None}) or None
         numbers = {name: number for number, name in enumerate(self.class_names or ())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -191,15 +192,19 @@ class ClassifierModel(EvalModel):
 def _columns(opened: OpenedClassifier, text: str, class_names: Sequence[str]) -> list[int]:
     """Which of the model's outputs stands for each class of DATA.
 
-    By name where the model tells names or is ImageNet's and DATA has WordNet numbers, else by order where
-    the counts agree.
+    By name where the model tells names or is ImageNet's and DATA has WordNet numbers, else where the counts agree by
+    number (folders 0, 1, ..., whose own order is 0, 1, 10) or by order.
     """
     named, count = bool(opened.module.pretrained_cfg.get("label_names")), opened.module.num_classes
-    names = list(opened.class_names)
+    names = [unicodedata.normalize("NFC", name) for name in opened.class_names]  # as of folders
     if (named or count == 1000) and set(class_names) <= set(names):
         return [names.index(name) for name in class_names]
     if not named and count == len(class_names):
-        return list(range(count))
+        return (
+            list(map(int, class_names))
+            if set(class_names) == set(map(str, range(count)))
+            else list(range(count))
+        )
     missing = next((name for name in class_names if name not in names), class_names[0])
     raise UserError(
         f"model ({text}) classifies {count} classes and DATA has {len(class_names)}, {missing!r} not "
