@@ -129,6 +129,15 @@ def test_json_tells_label_group_and_name(tmp_path):
     assert [source.name(0), source.name(1)] == ["a/b.png", "1.png"]
 
 
+def test_labels_that_stand_apart_from_their_images_are_said(tmp_path):
+    members = [("0.png", png(0)), ("1.png", png(1)), ("0.cls", b"3"), ("1.cls", b"7")]
+    source = open_source(pack(tmp_path / "s.tar", members))
+    assert (len(source), source.class_names) == (2, None)
+    assert source.summary().notes == [
+        "2 labels of s.tar are left out, not standing beside their images (tar --sort=name)."
+    ]
+
+
 def test_a_packed_folder_has_its_folders_as_classes(tmp_path):
     names = ["./dog/IMG.1.png", "./dog/IMG.2.png", "./cat/x.png", "./cat/._x.png", "./cat/notes.txt"]
     source = open_source(pack(tmp_path / "s.tar", [(n, png(k)) for k, n in enumerate(names)]))

@@ -83,6 +83,19 @@ def test_plain_bytes_and_text_labels_work_too(tmp_path):
         source.open(1)
 
 
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_of_several_columns_the_one_called_image_is_read_and_said(tmp_path, as_struct):
+    cells = {name: [png(value)] * 2 for name, value in (("mask", 1), ("thumb", 2), ("Image", 3))}
+    if as_struct:
+        cells = {name: [{"bytes": data, "path": None} for data in cell] for name, cell in cells.items()}
+        cells["image_md5"] = [b"0123456789abcdef"] * 2
+    pq.write_table(pa.table(cells | {"label": ["", "cat"]}), tmp_path / "t.parquet")
+    for source in (open_source(tmp_path / "t.parquet"), open_source(tmp_path / "t.parquet")):  # and cached
+        assert source.open(1).decode()[0, 0, 0] == 3
+        assert source.summary().notes == ["Images are read from the column Image, not from mask or thumb."]
+        assert (source.class_names, source.all_labels().tolist()) == (["cat"], [-1, 0])
+
+
 def test_a_table_source_travels_without_its_pixels(tmp_path):
     source = open_source(write(tmp_path / "t.parquet", 50))
     source.open(0)

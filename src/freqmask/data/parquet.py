@@ -31,23 +31,25 @@ from freqmask.data.storage import Files, RangeFile
 from freqmask.errors import BadImage, UserError, brief, nearest
 
 HUB = "hf:"
+IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
 # Beyond this the images here are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
 class Columns:
     """Which columns of a table matter."""
 
-    image: str  # the first column of encoded images
+    image: str  # of the columns of encoded images the one of a usual name, else the first
     leaf: str  # what holds their bytes: ``image.bytes``, or the column itself
     label: str | None  # the column of classes, by its type in the metadata, else by its name; or None
     class_names: list[str] | None  # the names of the classes 0, 1, ..., as the metadata has them; or None
     has_paths: bool  # whether the images' own files are named beside their bytes
+    notes: list[str]  # a sentence on other columns that hold as much, or none
 
     @property
     def small(self) -> list[str]:
@@ -68,7 +70,10 @@ class Columns:
             raise UserError(
                 f"DATA ({where}) must hold a column of encoded images (a struct of bytes and path, or bytes); {hint}"
             )
-        image = [*structs, *plain][0]
+        found = [*structs, *plain]
+        image = next((f for name in IMAGE_COLUMNS for f in found if f.name.lower() == name), found[0])
+        alike = structs if image in structs else plain
+        others = " or ".join(f.name for f in alike if f.name != image.name)
         features = _features(schema)
         able = [field.name for field in schema if _is_number(field.type) or _is_text(field.type)]
         named = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
@@ -77,10 +82,11 @@ class Columns:
         names = features.get(label or "", {}).get("names")
         return cls(
             image.name,
-            f"{image.name}.bytes" if structs else image.name,
+            f"{image.name}.bytes" if image in structs else image.name,
             label,
             [str(name) for name in names] if isinstance(names, list) else None,
-            bool(structs) and _is_text(_part(image.type, "path")),
+            _is_text(_part(image.type, "path")),
+            [f"Images are read from the column {image.name}, not from {others}."] if others else [],
         )
 
 
@@ -230,7 +236,7 @@ def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dic
         **text_arrays("paths", [text.encode("utf-8", "surrogateescape") for text in texts]),
         **text_arrays("footers", [_serialized(footer) for footer in footers]),
     }
-    about = {"version": VERSION, "files": sizes, "image_leaf": columns.leaf}
+    about = {"version": VERSION, "files": sizes, "image_leaf": columns.leaf, "notes": columns.notes}
     return {**about, "class_names": classes if labels else None}, arrays
 
 
@@ -298,7 +304,7 @@ class TableSource(PackedSource):
 
     def __init__(self, files: Files, names: Sequence[str], notes: Sequence[str] = ()) -> None:
         index = TableIndex.cached(files, names, lambda: TableIndex(*_read_index(files, names)))
-        super().__init__(files, index, notes)
+        super().__init__(files, index, [*index.about["notes"], *notes])
         sizes = self.index.arrays["group_bytes"]  # what their images take in memory
         self.window = min(max(KEPT_BYTES // max(int(sizes.max()), 1), 1), WINDOW_BLOCKS)
         self.most_kept = self.window if files.remote else len(sizes)
@@ -452,8 +458,8 @@ class HuggingFaceSource(Source):
     def __init__(self, dataset: Any, split: str, where: str, notes: list[str] | None = None) -> None:
         from datasets import Image
 
-        self.split, self.notes = split, list(notes or [])
         columns = Columns.of(dataset.features.arrow_schema, where)
+        self.split, self.notes = split, [*columns.notes, *(notes or [])]
         column = columns.image
         if len(dataset) == 0:
             raise UserError(f"DATA ({where}) holds no rows; check how it was written")

@@ -197,7 +197,7 @@ def read_headers(name: str, file: BinaryIO, size: int) -> ShardRows:
     """The images of a tar of so many bytes, whose pixels are not read; a UserError where it is damaged or none."""
     suffixes, ignored = read_suffixes(), Counter[str]()
     rows: list[Row] = []
-    others = 0
+    others = apart = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for sample in _samples(tar, suffixes, ignored):
@@ -205,6 +205,7 @@ def read_headers(name: str, file: BinaryIO, size: int) -> ShardRows:
                 plain = [row for row in sample.images if PurePosixPath(row.member).name.count(".") == 1]
                 chosen = plain[:1] or sample.images
                 others += len(sample.images) - len(chosen)
+                apart += not chosen and sample.label is not None
                 rows += [
                     row._replace(label=sample.label, group=sample.group, name=sample.name) for row in chosen
                 ]
@@ -218,6 +219,10 @@ def read_headers(name: str, file: BinaryIO, size: int) -> ShardRows:
             "unpack it"
         ) from error
     notes = [f"Of samples with several images the first is read ({name} and others)."] if others else []
+    if apart:
+        notes.append(
+            f"{apart:,} labels of {name} are left out, not standing beside their images (tar --sort=name)."
+        )
     return ShardRows(name, size, split_of_shard(name), pack_rows(rows), dict(ignored.most_common()), notes)
 
 

@@ -364,15 +364,15 @@ def number_classes(
 ) -> tuple[np.ndarray, list[str] | None]:
     """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called; or None.
 
-    Values are a name or a number of each image, None, NaN or negative without one; names are those of 0, 1, ... if
-    known. Fractions are no classes.
+    Values are a name or a number of each image, None, empty, NaN or negative without one; names are those of 0, 1, ...
+    if known. Fractions are no classes.
 
     >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[0].tolist()
     (['cat', 'dog'], [2, -1, 0])
     """
     # whole numbers come as floats from a column of pandas that lacks one
     values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
-    known = {value for value in values if value is not None and (isinstance(value, str) or value >= 0)}
+    known = {value for value in values if value not in (None, "") and (isinstance(value, str) or value >= 0)}
     if any(isinstance(value, float) for value in known) or (not known and names is None):
         return np.full(len(values), -1, np.int64), None
     if names is None and all(isinstance(value, int) for value in known):
