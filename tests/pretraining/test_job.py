@@ -147,6 +147,7 @@ def test_a_source_made_in_python_is_named_and_its_run_goes_on(
     told = capsys.readouterr().out
     assert "object at" not in told
     assert f"freqmask embed {out} DATA --neighbours" in told
+    assert f"freqmask evaluate knn pixels random:{out} {out} --data DATA " in told
 
 
 def test_a_finished_run_says_so_and_how_to_train_on(

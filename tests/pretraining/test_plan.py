@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from freqmask.pretraining.plan import advice_lines, length_lines
+from freqmask.pretraining.plan import advice_lines, length_lines, next_lines
 from freqmask.pretraining.resolve import Resolved
 from freqmask.training.auto import Cost
 
@@ -67,3 +68,15 @@ def test_a_cnn_is_sent_to_public_weights_of_a_cnn_and_one_image_is_one() -> None
 @pytest.mark.parametrize("options", [{"init": "timm:resnet18"}, {"overfit": 8}, {"data": "builtin:digits"}])
 def test_who_has_chosen_is_not_advised(options: dict[str, Any]) -> None:
     assert advised(**{"images": 8, "steps": 8, **options}) == ""
+
+
+def test_whether_it_was_worth_it_is_asked_where_there_are_labels() -> None:
+    options = {"data": ["my photos"], "method": "words", "init": "timm:resnet18"}
+    labelled = "\n".join(next_lines(Path("runs/1"), options, True))
+    models = "pixels random:runs/1 timm:resnet18 runs/1"
+    assert labelled.startswith(
+        f"next        freqmask evaluate knn {models} --data 'my photos'    (was it worth it?)\n   "
+    )
+    plain = "\n".join(next_lines(Path("runs/1"), options, False))
+    assert plain.startswith("next        freqmask embed runs/1 'my photos' --neighbours")
+    assert "evaluate" not in plain

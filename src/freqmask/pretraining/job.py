@@ -387,7 +387,7 @@ def _say_end(training: Pretraining, summary: Mapping[str, Any]) -> None:
     refresh_report(run.path)
     for line in plan.summary_lines(run, summary):
         say(line)
-    lines = plan.next_lines(run.path, options)
+    lines = plan.next_lines(run.path, options, training.images.source.class_names is not None)
     for line in lines if options["overfit"] is None else _overfit_lines(summary, int(options["overfit"])):
         say(line)
 

@@ -296,10 +296,15 @@ def train_on(run: Path, options: Mapping[str, Any]) -> str:
     return f"freqmask pretrain {data_words(options)} {way} --out {shell_word(f'{run}-continued')}"
 
 
-def next_lines(run: Path, options: Mapping[str, Any]) -> Iterator[str]:
-    """The commands to type next."""
-    data = data_words(options)
-    yield f"next        freqmask embed {shell_word(run)} {data} --neighbours    (what it finds alike)"
+def next_lines(run: Path, options: Mapping[str, Any], labelled: bool) -> Iterator[str]:
+    """The commands to type next; with labels the first asks whether the run was worth it."""
+    data, word = data_words(options), "next    "
+    if labelled:
+        known = [str(options[name]) for name in ("init", "teacher") if options.get(name)]
+        models = " ".join(shell_word(model) for model in ("pixels", f"random:{run}", *known, str(run)))
+        yield f"{word}    freqmask evaluate knn {models} --data {data}    (was it worth it?)"
+        word = " " * len(word)
+    yield f"{word}    freqmask embed {shell_word(run)} {data} --neighbours    (what it finds alike)"
     if data.startswith("builtin:"):
         yield "            freqmask pretrain FOLDER_OF_YOUR_IMAGES"
     else:
