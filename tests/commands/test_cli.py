@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from made_runs import make_run, result
 
 import freqmask
 from freqmask import imports
 from freqmask.cli import COMMANDS, load, main
-from freqmask.commands.command import declared, given_values, read_words
+from freqmask.commands.command import command, declared, given_values, read_words
+from freqmask.errors import UserError
 
 
 def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -28,6 +30,34 @@ def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, st
         code = int(leaving.code or 0)
     shown = capsys.readouterr()
     return code, shown.out, shown.err
+
+
+@command()
+def trained(*, seed: int = 0) -> torch.nn.Linear:
+    """A step of a training that seeds torch as Lightning's do."""
+    torch.manual_seed(seed)
+    layer = torch.nn.Linear(2, 1)
+    layer(torch.rand(4, 2)).sum().backward()
+    return layer
+
+
+def test_a_program_s_own_settings_of_torch_change_no_command_and_are_kept() -> None:
+    plain = trained()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            before = torch.get_rng_state()
+            layer = trained()
+            assert torch.is_inference_mode_enabled()
+            assert torch.empty(1).is_meta
+        with torch.no_grad(), pytest.raises(UserError):
+            trained(seed="none")
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(layer.weight, plain.weight, atol=0, rtol=0)  # also of one dtype and device
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, atol=0, rtol=0)
 
 
 EVERY = [

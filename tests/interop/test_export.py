@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from reference import mfm_vit_shapes
 from safetensors import safe_open
 
@@ -155,6 +157,21 @@ def test_the_mfm_checkpoint_of_a_vit_has_exactly_the_names_of_its_readers(vit_ru
 
 def test_a_vit_b_of_mfm_has_162_encoder_tensors():
     assert len(mfm_vit_shapes(768, 12, 3072, 16, 3, 197)) == 162
+
+
+def test_timm_s_own_transform_gives_the_pixels_of_embed(tmp_path):
+    folder, photos = tmp_path / "exported", tmp_path / "photos"
+    photos.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photos / "noise.png")
+    freqmask.export("random:dla46_c", out=folder, image_size=64)  # of bilinear images, says timm
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    with torch.no_grad():
+        features = model(transform(Image.open(photos / "noise.png"))[None])
+    freqmask.embed(folder, photos, out=tmp_path / "features.npy", workers=0)
+    ours = torch.from_numpy(np.load(tmp_path / "features.npy"))
+    torch.testing.assert_close(ours, features, rtol=0, atol=float(features.abs().max()) / 50)
 
 
 def test_the_mfm_checkpoint_of_a_resnet_has_timms_names(resnet_run, tmp_path):

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import re
+import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ def command(
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Result:
             named = {**inspect.signature(function).bind_partial(*args).arguments, **kwargs}
-            with running(call, named) as options:
+            with running(call, named) as options, _torch_of_its_own():
                 return function(**options)
 
         call.groups, call.more = groups, more  # type: ignore[attr-defined]
@@ -79,6 +80,29 @@ def command(
         return call
 
     return decorate
+
+
+@contextlib.contextmanager
+def _torch_of_its_own() -> Iterator[None]:
+    """Within, torch as a new process has it; a program that calls us finds its settings and generators as they were.
+
+    A default of float64 made weights of float64, or ended in a traceback; after each training all that the caller
+    drew was the same.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    with contextlib.ExitStack() as settings:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        settings.enter_context(torch.random.fork_rng(devices))
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            settings.enter_context(torch.device("cpu"))
+        settings.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 @contextlib.contextmanager

@@ -67,6 +67,8 @@ def write_timm_folder(
     """
     with tempfile.TemporaryDirectory() as scratch:
         data_config = {"input_size": input_size, "mean": tuple(mean), "std": tuple(std), "crop_pct": crop_pct}
+        # as all our images come; an architecture's own weights may be of bilinear or squeezed ones
+        data_config |= {"interpolation": "bicubic", "crop_mode": "center"}
         # neither kind of weights: they follow below, with our metadata and replaced whole
         save_for_hf(model, scratch, safe_serialization=None, data_config=data_config)  # type: ignore[arg-type]
         config = json.loads((Path(scratch) / CONFIG).read_text())

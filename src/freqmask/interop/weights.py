@@ -31,6 +31,7 @@ from freqmask.interop.formats import (
 from freqmask.interop.weight_files import check_weights, load_fitting, read_tensors, write_tensors
 from freqmask.methods import Method, build_method, find_method
 from freqmask.options.of_methods import BUILT_FROM, method_settings, options_of_class
+from freqmask.rng import torch_seeded
 from freqmask.timm_models import check_name, create_model
 from freqmask.training.run_folder import LAST, RunFolder, load_safely
 
@@ -79,7 +80,7 @@ def load_method(run: str | Path) -> Method:
     config = folder.config()
     if config.get("method") in ("finetune", "segment"):
         raise UserError(f"run ({run}) must be of freqmask pretrain; it is of evaluate {config['method']}")
-    with named_by_user((), folder.path / "config.yaml", imported_too=True):
+    with named_by_user((), folder.path / "config.yaml", imported_too=True), torch_seeded(0):
         method = method_of(config, folder.state().get("images"))
     weights = under(run_state(folder.path))
     try:
