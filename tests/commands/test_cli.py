@@ -155,6 +155,7 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
             "(fresh weights), pixels (the images themselves, where nothing is trained); name it before --data: an",
         ),
         (["evaluate", "knn", "pixels"], "--data is missing: images with labels"),
+        (["predict", "run", "x"], "--out is missing: a .csv file for classes, a folder for masks"),
         (
             ["pretrain", "--config", "mfm-23"],
             "config (mfm-23) is neither a file nor a shipped recipe; did you mean",

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_runs import make_run
 
-from freqmask.data.sources import open_source
+from freqmask.data.sources import Source, open_source
 from freqmask.evaluation import labelled
 from freqmask.evaluation.labelled import pixel_hashes, seen_in_pretraining
 
@@ -74,9 +75,16 @@ def test_hashes_are_cached_until_the_images_change(tmp_path: Path, monkeypatch: 
     assert [one == other for one, other in zip(after, before, strict=True)] == [True, False, True]
 
 
+def trained_on(source: Source, folder: Path, **options: Any) -> Path:
+    """A run that says of which images it is."""
+    run = make_run(folder, **options)
+    run.write_state(run.state() | {"data": source.fingerprint()})
+    return run.path
+
+
 def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:
     trained = write(tmp_path / "trained", *range(40))
-    run = make_run(tmp_path / "run", data=[str(trained)], overfit=40).path
+    run = trained_on(open_source(trained), tmp_path / "run", data=[str(trained)], overfit=40)
     source = open_source(write(tmp_path / "new", 3, 4, 100, 101, 102))
     assert "pre-trained on 2 of the 5 test images" in seen_in_pretraining(run, source, np.arange(5))
     names = [source.name(index) for index in range(5)]
@@ -84,11 +92,27 @@ def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:
     assert "pre-trained on 0 of the 2" in seen_in_pretraining(run, source, fresh)
 
 
+def test_another_folder_of_the_same_relative_path_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    source = open_source(write(tmp_path / "here" / "pics", *range(4)))
+    write(tmp_path / "there" / "pics", *range(10, 14))
+    run = trained_on(source, tmp_path / "run", data=["pics"], overfit=4)
+    for folder, words in (
+        ("here", "pre-trained on 4 of the 4"),
+        ("there", "are others now than they were; 0 of"),
+    ):
+        monkeypatch.chdir(tmp_path / folder)
+        assert words in seen_in_pretraining(run, source, np.arange(4))
+
+
 def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None:
     from freqmask.data.splits import hold_out
 
     trained = open_source(write(tmp_path / "trained", *range(60)))
-    run = make_run(tmp_path / "run", data=[str(tmp_path / "trained")], seed=0).path
+    run = trained_on(trained, tmp_path / "run", data=[str(tmp_path / "trained")], seed=0)
     held = hold_out(trained, seed=0)[1]
     assert len(held)
     assert "pre-trained on 0 of" in seen_in_pretraining(run, trained, np.asarray(held))

@@ -123,9 +123,8 @@ def running(command: Function, named: Mapping[str, Any]) -> Iterator[dict[str, A
         given = given_values(named, known)
         for option in known.values():
             if option.default is REQUIRED and option.name not in given:
-                raise CallError(
-                    f"{option.title} is missing: {re.split('[.;]', option.help)[0]}{_taken(option, given, known)}"
-                )
+                first = re.split(r"[.;](?=\s|$)", option.help)[0]  # of a .csv file the dot is no end
+                raise CallError(f"{option.title} is missing: {first}{_taken(option, given, known)}")
         every = {name: option.default for name, option in known.items() if name != "config"} | given
         token = _running.set((given, every))
         try:

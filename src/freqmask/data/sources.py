@@ -100,7 +100,7 @@ def open_source(
     if not several:
         raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
     if all(isinstance(part, (str, Path)) and is_image_file(part) for part in several):
-        return locate_files([Path(part).expanduser() for part in several], pages).source(split)
+        return locate_files([Path(str(part)).expanduser() for part in several], pages).source(split)
     opened = [part if isinstance(part, Source) else locate(part, pages).source(split) for part in several]
     return opened[0] if len(opened) == 1 else JoinedSource(opened)
 

@@ -281,8 +281,8 @@ def _rows(reader: csv.DictReader[str], file: Path) -> list[Row]:
 
     rows = []
     for record in reader:
-        beyond = record.get(None)  # type: ignore[call-overload]
-        if any(text.strip() for text in beyond or ()):
+        beyond: Any = record.get(None, [])
+        if any(text.strip() for text in beyond):
             raise UserError(
                 f"labels ({file}) has more cells in line {reader.line_num} than columns (last {beyond[-1]!r}); "
                 f"a cell that holds {reader.reader.dialect.delimiter!r} must stand in quotes"

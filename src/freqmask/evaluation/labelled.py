@@ -419,6 +419,7 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
             trained = open_source(
                 data, pages=config.get("pages", "channels"), split=config.get("split", "auto")
             )
+        before = RunFolder(run).state().get("data")
     except NotNamedError as error:
         return f"{run.name}: its pre-training images were not compared with the test images: {error}"
     except UserError:
@@ -428,6 +429,12 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
     used = None if config.get("overfit") else hold_out(trained, seed=int(config.get("seed", 0)))[0]
     known = set(pixel_hashes(trained, used))
     count = sum(value in known for value in pixel_hashes(source, tested))
+    if before not in (None, trained.fingerprint()):
+        # a relative path leads elsewhere from another folder
+        return (
+            f"{run.name}: its pre-training images ({data}) are others now than they were; {count:,} of the "
+            f"{len(tested):,} test images are among these"
+        )
     return f"{run.name}: pre-trained on {count:,} of the {len(tested):,} test images (labels unseen)"
 
 
