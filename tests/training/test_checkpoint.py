@@ -4,13 +4,15 @@ import errno
 import os
 import pickle
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from freqmask.errors import UserError
-from freqmask.training.callbacks import AtomicCheckpointIO
+from freqmask.training.callbacks import AtomicCheckpointIO, StopSignals
 from freqmask.training.files import WriteError
 from freqmask.training.run_folder import (
     LAST,
@@ -141,3 +143,15 @@ def test_what_a_training_resumes_from_is_read_once_and_not_kept(tmp_path: Path) 
     assert not found.content
     with pytest.raises(UserError, match="does not exist"):
         files.load_checkpoint(found.path)
+
+
+def test_a_second_interrupt_reaches_a_program_that_calls_us() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT  # the step comes to its end
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            sys.exit(1)  # what Lightning's Trainer does with it
+    assert signal.getsignal(signal.SIGINT) == before

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from freqmask import imports
 from freqmask.console import Progress
 from freqmask.errors import UserError
 from freqmask.training.files import append_row, read_rows, write_rows
@@ -234,10 +235,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM stop the training after the step it is in; a second Ctrl-C ends the process at once."""
+    """Ctrl-C and SIGTERM stop the training after the step it is in; a second Ctrl-C ends it at once.
+
+    In a command's own process that is the process; a program that called us (a notebook) gets KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._insisted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -254,11 +259,16 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._insisted:  # Lightning has made sys.exit(1) of it
+            raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
+            if imports.own_process:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+            self._insisted = True
+            raise KeyboardInterrupt
         self.received = number
 
 
