@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tifffile
+import torch
 from PIL import Image
 
+from freqmask.commands.inference import _WholeImages
 from freqmask.data.pixels import (
     check_channels,
     convert_channels,
@@ -11,7 +16,15 @@ from freqmask.data.pixels import (
     is_empty,
     missing_pixels,
 )
+from freqmask.data.sources import open_source
+from freqmask.data.transforms import Geometry
+from freqmask.data.values import ValueRange, survey
 from freqmask.errors import BadImage
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def colour(dtype: str = "uint8") -> np.ndarray:
@@ -60,6 +73,30 @@ def test_nodata_in_whole_numbers_is_filled_in_their_type() -> None:
     filled = fill_missing(image, missing_pixels(image, 0))
     assert filled.dtype == np.uint16
     assert filled.tolist() == [[[15, 10, 20]]]
+
+
+def test_an_image_without_values_is_no_image(tmp_path: Path) -> None:
+    """A tile beside the satellite's track: predict wrote a mask of it, of a network that was shown NaN."""
+    values = np.random.default_rng(0).normal(size=(3, 40, 50)).astype(np.float32)
+    values[1] = -9999
+    for number, plane in enumerate(values):
+        tifffile.imwrite(tmp_path / f"{number}.tif", plane, extratags=[(42113, "s", 0, "-9999", True)])
+    geometry = Geometry(32, crop="whole", horizontal_flip=0.0)
+    images = _WholeImages(open_source(tmp_path), [geometry], ValueRange(-3, 3), 1)
+    sample = images[(0, 0, 1)]
+    assert set(sample.skipped) == {("1.tif", "all its values are missing (NaN or nodata)")}
+    assert sample.index != 1 and bool(torch.isfinite(sample.views[0]).all())
+
+
+def test_a_survey_passes_over_what_was_measured_between_its_pixels(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(2, 8, 400)).astype(np.float32)
+    seen = np.linspace(0, 399, 32).astype(int)
+    values[1][:, seen] = np.nan
+    values[1][:, np.arange(400) % 6 != (seen[1] + 1) % 6] = np.nan
+    for number, plane in enumerate(values):
+        np.save(tmp_path / f"{number}.npy", plane)
+    found = survey(open_source(tmp_path))
+    assert np.isfinite(found.mean).all() and np.isfinite(found.std).all()
 
 
 def test_a_full_image_is_not_copied() -> None:

@@ -341,10 +341,12 @@ def fill_missing(
 ) -> Shaped[np.ndarray, "channel height width"]:
     """Put the channel's mean where values are ``missing``; a channel without any value gets the image's mean.
 
-    The image itself where nothing is missing, else a filled copy of the same type. Not all may be missing.
+    The image itself where nothing is missing, else a filled copy of the same type; a BadImage where all is.
     """
     if missing is None or not missing.any():
         return image
+    if missing.all():
+        raise BadImage("all its values are missing (NaN or nodata)")
     present = np.where(missing, 0, image).astype(np.float64)
     counts = (~missing).sum(axis=(1, 2))
     overall = present.sum() / counts.sum()

@@ -460,8 +460,6 @@ def reduced(
     if pixels.dtype == np.uint8 and nodata is None:
         return resize(torch.from_numpy(pixels), size).numpy()
     missing = missing_pixels(pixels, nodata)
-    if missing is not None and missing.all():
-        raise BadImage("all its values are missing (NaN or nodata)")
     values = fill_missing(pixels, missing).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     unit = torch.from_numpy(((values - low) / max(high - low, 1e-300)).astype(np.float32))

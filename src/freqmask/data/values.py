@@ -207,6 +207,8 @@ def _thumbnail(source: Source, index: int) -> _Thumbnail | str:
     pixels = image[:, rows[:, None], columns].astype(np.float32)
     if missing is not None:
         pixels[missing[:, rows[:, None], columns]] = np.nan
+        if np.isnan(pixels).all():  # what was measured lies between them
+            return "most of its values are missing (NaN or nodata)"
     return _Thumbnail(index, picture.size, image.shape[0], image.dtype.name, pixels.reshape(len(pixels), -1))
 
 
