@@ -52,17 +52,21 @@ def test_few_steps_are_told_before_they_are_spent() -> None:
     assert advised(steps=800, method="words") == ""
 
 
-def test_few_images_are_sent_to_public_weights() -> None:
-    text = advised(images=4_000)
-    assert "freqmask pretrain photos --method mfm --init timm:vit_small_patch16_224" in text
-    assert "three channels" not in text
-    assert "they know three channels and are adapted" in advised(images=4_000, channels=12)
-
-
-def test_a_cnn_is_sent_to_public_weights_of_a_cnn_and_one_image_is_one() -> None:
-    assert "--init timm:resnet18 " in advised(images=4_000, backbone="resnet18")
-    assert "--init timm:vit_small_patch16_224 " in advised(images=4_000, backbone="vit_tiny_patch16_224")
+def test_few_images_are_sent_to_a_public_teacher_of_a_cnn() -> None:
+    teacher = "freqmask pretrain photos --teacher timm:tf_efficientnet_lite0"
+    assert f"{teacher} --backbone resnet10t    (and" in advised(images=4_000)
+    assert f"{teacher} --backbone resnet10t " in advised(images=4_000, backbone="vit_tiny_patch16_224")
+    assert f"{teacher} --backbone resnet18 " in advised(images=4_000, backbone="resnet18")
+    assert f"{teacher} --backbone resnet10t --channels 3 " in advised(images=4_000, channels=1)
     assert "1 image is few" in advised(images=1)
+    assert advised(images=4_000, teacher="timm:resnet18") == ""
+
+
+def test_images_of_other_channels_are_sent_to_public_weights_that_are_adapted() -> None:
+    text = advised(images=4_000, channels=12)
+    assert "they know three channels and are adapted" in text
+    assert "freqmask pretrain photos --method mfm --init timm:vit_small_patch16_224" in text
+    assert "--init timm:resnet18 " in advised(images=4_000, channels=12, backbone="resnet18")
 
 
 @pytest.mark.parametrize("options", [{"init": "timm:resnet18"}, {"overfit": 8}, {"data": "builtin:digits"}])

@@ -26,8 +26,9 @@ from freqmask.reporting.summary import features_remarks
 from freqmask.training import auto
 from freqmask.training.run_folder import RunFolder
 
-FEW_IMAGES = 50_000  # below it public weights are usually the better beginning (docs/methods.md)
-PUBLIC_VIT, PUBLIC_CNN = "vit_small_patch16_224", "resnet50"
+FEW_IMAGES = 50_000  # below it public weights usually know more of the images (docs/your-own-images.md)
+PUBLIC = "vit_small_patch16_224"
+TEACHER, STUDENT = "tf_efficientnet_lite0", "resnet10t"  # of those that were measured, docs/results.md
 SHRUNK = 6  # median side over that of the views from which small things are lost in resized crops
 PREVIEW_BYTES = 500_000
 LONG_SECONDS = 3600  # above it a plan whose length nobody named ends with how to name one
@@ -220,22 +221,24 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
         )
         yield "            --batch_size, --image_size or --backbone (freqmask recipes lists what suits one core)"
     if images < FEW_IMAGES and not options.get("teacher"):
-        # who has chosen a CNN is not sent to a transformer
-        public = str(options.get("backbone", PUBLIC_VIT))
-        if "vit" in public or not timm.is_model(public):
-            public = PUBLIC_VIT
-        elif not timm.is_model_pretrained(public):
-            public = PUBLIC_CNN
-        yield (
-            f"advice      {images:,} image{' is' if images == 1 else 's are'} few: public weights are usually the "
-            "better beginning, and pre-training can start from them:"
-        )
-        yield (
-            f"            freqmask pretrain {data} --method {options['method']} --init timm:{public}"
-            "    (and your options for the images)"
-        )
-        if options["channels"] not in (1, 3):
-            yield "            they know three channels and are adapted: compare with a run from the beginning"
+        backbone, channels = str(options.get("backbone", PUBLIC)), options["channels"]
+        few = f"advice      {images:,} image{' is' if images == 1 else 's are'} few: public weights usually know more"
+        if channels in (1, 3):
+            # who has chosen a CNN keeps it; a transformer learned more from words in the same time (docs/log.md)
+            student = backbone if timm.is_model(backbone) and "vit" not in backbone else STUDENT
+            gray = " --channels 3" if channels == 1 else ""
+            yield f"{few} of them than they can teach; a small CNN learns what those see:"
+            yield (
+                f"            freqmask pretrain {data} --teacher timm:{TEACHER} --backbone {student}{gray}"
+                "    (and your options for the images)"
+            )
+        else:
+            public = backbone if timm.is_model(backbone) and timm.is_model_pretrained(backbone) else PUBLIC
+            yield f"{few}; they know three channels and are adapted. Compare with a run from the beginning:"
+            yield (
+                f"            freqmask pretrain {data} --method {options['method']} --init timm:{public}"
+                "    (and your options for the images)"
+            )
 
 
 def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:

@@ -33,7 +33,7 @@ ENOUGH = 100  # images below which a share of them says nothing: its standard er
 NOTABLE = 2.0  # standard errors
 OVERFITTING = 1.03  # last held-out loss over its lowest
 INSTEAD = (
-    "Train longer (--hours), begin with public weights (--init timm:NAME), or compare another --method, before "
+    "Train longer (--hours), learn from public weights (--teacher timm:NAME), or compare another --method, before "
     "you use them."
 )
 
