@@ -192,6 +192,7 @@ def test_splits_and_labels_that_only_look_alike_are_one(folder):
         ("file,label\ncat/1.png,a\n", "path is missing"),
         ("path,label\n", "lists no images"),
         ("path,label,split\ncat/1.png,black, white,train\n", r"line 2 than columns \(last 'train'\).*quotes"),
+        ("\n\nsep=;\npath;label\ncat/1.png;a;b\n", r"line 5 than columns \(last 'b'\)"),
         ("path,label,label\ncat/1.png,a,b\n", "one column label, it has 2"),
         ("", "is missing"),
     ],

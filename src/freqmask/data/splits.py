@@ -247,17 +247,20 @@ def read_labels(file: Path) -> list[Row]:
         text = decode_table(file.read_bytes())
     except OSError as error:
         raise UserError(f"labels ({file}) cannot be read ({error.strerror}); check the path") from error
-    first, _, rest = (text := text.lstrip("\r\n")).partition("\n")
+    table = text.lstrip("\r\n")
+    first, _, rest = table.partition("\n")
     told = re.fullmatch(r"sep=(.)\r?", first)  # Excel's way to name the delimiter
     delimiter = told[1] if told else max(",;\t", key=first.count)
-    reader = csv.DictReader(io.StringIO(rest if told else text, newline=""), delimiter=delimiter)
+    table = rest if told else table
+    reader = csv.DictReader(io.StringIO(table, newline=""), delimiter=delimiter)
     try:
-        return _rows(reader, file)
+        return _rows(reader, file, text.count("\n") - table.count("\n"))
     except csv.Error as error:
         raise UserError(f"labels ({file}) is no CSV table ({error}); check its quotes") from error
 
 
-def _rows(reader: csv.DictReader[str], file: Path) -> list[Row]:
+def _rows(reader: csv.DictReader[str], file: Path, above: int) -> list[Row]:
+    """The rows of a table that ``above`` lines of the file precede."""
     header = [name.strip().lower() for name in reader.fieldnames or ()]
     columns = dict(zip(header, reader.fieldnames or (), strict=True))
     missing = [name for name in COLUMNS[:2] if name not in columns]
@@ -284,7 +287,7 @@ def _rows(reader: csv.DictReader[str], file: Path) -> list[Row]:
         beyond: Any = record.get(None, [])
         if any(text.strip() for text in beyond):
             raise UserError(
-                f"labels ({file}) has more cells in line {reader.line_num} than columns (last {beyond[-1]!r}); "
+                f"labels ({file}) has more cells in line {above + reader.line_num} than columns (last {beyond[-1]!r}); "
                 f"a cell that holds {reader.reader.dialect.delimiter!r} must stand in quotes"
             )
         if (record[columns["path"]] or "").strip():
