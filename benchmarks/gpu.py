@@ -192,7 +192,8 @@ def mfm_steps(name: str, given: Any, claims: Claims, ceiling: float, device: tor
         claims.add(f"{name}: {kind}: share of mask and loss in a step", share)
     claims.add(f"{name}: MFM, Com over supervised", times["com step"] / times["supervised"])
     claims.add(f"{name}: most memory, batch {given.batch}", peak, "GB")
-    profile(works["com step"], given, f"{name} MFM Com")
+    for kind in ("com step", "com mask", "supervised"):
+        profile(works[kind], given, f"{name}: {kind}")
 
 
 def folk_steps(name: str, given: Any, claims: Claims, device: torch.device) -> None:

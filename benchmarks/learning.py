@@ -4,16 +4,18 @@
     python benchmarks/learning.py --data PATH/cifar10 --backbones cnn --methods teacher --teacher timm:resnet18
     python benchmarks/learning.py --data PATH/cifar10 PATH/tiny-imagenet32 --device cuda --jobs 8 --out learning
 
-The time is that of one CPU core. Each method's images/s are measured first, with one thread, then it gets as many steps
-as fit ``--minutes``; where those steps are then carried out (``--device``) changes nothing but the waiting. Same
-images, crops, optimizer and batch for all; methods of two views get color changes (DINO's). A row a finished training
-goes to ``learning.csv``; the same command goes on with what is missing, from the last checkpoint of each training.
+The time is that of one CPU core, or with ``--device cuda`` of one GPU: each method's images/s are measured there first,
+alone, then it gets as many steps as fit ``--minutes``. ``--speeds`` of a core make a GPU's trainings as long as the
+core's would be. Same images, crops, optimizer and batch for all; methods of two views get color changes (DINO's). A row
+a finished training goes to ``learning.csv``; the same command goes on with what is missing, from the last checkpoint of
+each training.
 ``--sweep`` trains every method with its own small grid and judges on held-out training images, never on test images.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import hashlib
@@ -230,7 +232,7 @@ class Step:
         # The backward pass of the CPU's flash attention takes half of a step of so few tokens in bf16.
         attention = (
             [SDPBackend.MATH]
-            if half
+            if half and self.images.device.type == "cpu"
             else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         )
         with sdpa_kernel(attention):
@@ -270,7 +272,7 @@ class Step:
 
 
 def _bf16(device: torch.device) -> bool:
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def train(job: dict[str, Any], images: Tensor, steps: int, points: list[int], folder: Path) -> Any:
@@ -319,16 +321,21 @@ def train(job: dict[str, Any], images: Tensor, steps: int, points: list[int], fo
 
 
 def images_per_second(job: dict[str, Any], images: Tensor, seconds: float = 3.0) -> float:
-    """Of a whole training step on one CPU thread: views, method, backward, optimizer. The fastest of the steps."""
-    method = build(job).train()
+    """Of a whole training step, alone: views, method, backward, optimizer. The fastest of the steps."""
+    method = build(job).to(images.device).train()
     step_of = Step(method, images[:1024], job, 1000)
-    places = torch.arange(BATCH)
+    places = torch.arange(BATCH, device=images.device)
+    on_gpu = images.device.type == "cuda"
+    least = 24 if on_gpu else 4  # a GPU's first steps are not yet recorded
     best, begun, made = math.inf, time.monotonic(), 0
-    while made < 4 or time.monotonic() - begun < seconds:
-        start = time.perf_counter()
-        step_of(made + 20, places)
-        best = min(best, time.perf_counter() - start) if made else best
-        made += 1
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+        while made < least or time.monotonic() - begun < seconds:
+            start = time.perf_counter()
+            step_of(made + (0 if on_gpu else 20), places)
+            if on_gpu:
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start) if made else best
+            made += 1
     return BATCH / best
 
 
@@ -549,6 +556,7 @@ def speed(job: dict[str, Any]) -> tuple[str, float]:
     torch.set_num_threads(1)
     try:
         images = torch.randint(0, 255, (1024, 3, job["size"], job["size"]), dtype=torch.uint8)
+        images = images.to(job["device"])
         return speed_key(job), images_per_second(job, images)
     except Exception as error:
         if os.environ.get("LEARNING_RAISE"):
@@ -670,7 +678,11 @@ def with_speeds(jobs: list[dict[str, Any]], pool: Any, kept: Path) -> list[dict[
     """The jobs with their images/s, measured where `kept` has none; without those that could not be measured."""
     speeds = json.loads(kept.read_text()) if kept.exists() else {}
     trained = {speed_key(job): job for job in jobs if job["method"] not in ("fresh", "pixels")}
-    speeds.update(pool.imap_unordered(speed, [job for key, job in trained.items() if key not in speeds]))
+    missing = [job for key, job in trained.items() if key not in speeds]
+    # one after the other on a GPU, where those that run at once would slow each other
+    on_gpu = any(job["device"] == "cuda" for job in missing)
+    found = (pool.apply(speed, (job,)) for job in missing) if on_gpu else pool.imap_unordered(speed, missing)
+    speeds.update(found)
     kept.write_text(json.dumps(speeds, indent=1))
     for job in jobs:
         job["images_per_second"] = speeds.get(speed_key(job), 0.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import freqmask
@@ -271,5 +272,7 @@ def test_a_run_of_the_gpu_is_evaluated_embedded_and_looked_at(tmp_path: Path) ->
     run = trained(tmp_path / "run", probe_data=["builtin:digits"])
     freqmask.evaluate.knn([str(run)], data="builtin:digits", out=str(tmp_path / "knn"))
     freqmask.embed(str(run), "builtin:digits", out=str(tmp_path / "features.npy"))
-    freqmask.reconstruct(str(run), "builtin:photos", out=str(tmp_path / "reconstructed.png"))
+    picture = tmp_path / "picture.png"
+    Image.fromarray((255 * smooth(1, (32, 32))[0]).byte().permute(1, 2, 0).numpy()).save(picture)
+    freqmask.reconstruct(str(run), str(picture), out=str(tmp_path / "reconstructed.png"))
     assert read_rows(tmp_path / "knn" / "results.csv") and list((run / "previews").glob("*.png"))
