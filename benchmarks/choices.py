@@ -85,7 +85,7 @@ def make_step(backbone: str, way: dict[str, bool], arguments: argparse.Namespace
     if way["channels_last"]:
         method.to(memory_format=torch.channels_last)
     if way["compile"]:
-        method.compile_backbone()
+        method.compile_parts()
     optimizer = torch.optim.AdamW(
         parameter_groups(method, 0.05),
         lr=1e-4,

@@ -60,7 +60,7 @@ def tests(options: Any, claims: Claims) -> None:
         for path in sorted((HERE.parent / "tests").rglob("test_*.py"))
         if "mark.gpu" in path.read_text()
     ]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0" if options.toy else "6", "-vv", "-rfE"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0" if options.toy else "12", "-vv", "-rfE"]
     command += [
         "-W",
         "ignore",
@@ -73,8 +73,11 @@ def tests(options: Any, claims: Claims) -> None:
         "--durations",
         "10",
     ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     with (options.out / "tests.txt").open("w") as log:
-        running = subprocess.Popen([*command, *files], cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT)
+        running = subprocess.Popen(
+            [*command, *files], cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             running.wait(max(options.until - time.monotonic() - 15, 5))
         except subprocess.TimeoutExpired:
@@ -113,6 +116,9 @@ def step(options: Any, claims: Claims) -> None:
     )
     claims.add("bf16 matmul of this run", ceiling / 1e12, "TFLOP/s")
     for name, backbone in NETWORKS.items():
+        if time.monotonic() > options.until - 50 and not options.toy:
+            claims.add(f"{name}: left out", "no time left")
+            continue
         given = sizes(options, "resnet18" if options.toy and "Res" in name else backbone, batch=256)
         with going_on(claims, name):
             mfm_steps(name, given, claims, ceiling, device)
@@ -121,10 +127,6 @@ def step(options: Any, claims: Claims) -> None:
             with going_on(claims, f"{name}, FOLK"):
                 folk_steps(name, sizes(options, backbone, batch=128), claims, device)
             free()
-    if time.monotonic() < options.until - 30 or options.toy:
-        with going_on(claims, "compiled masks"):
-            compiled_masks(sizes(options, "vit_base_patch16_224", batch=256), claims, device)
-        free()
     if time.monotonic() < options.until - 50 or options.toy:
         with going_on(claims, "one graph"):
             one_graph(sizes(options, "vit_base_patch16_224", batch=256), claims, device)
@@ -192,7 +194,7 @@ def mfm_steps(name: str, given: Any, claims: Claims, ceiling: float, device: tor
         claims.add(f"{name}: {kind}: share of mask and loss in a step", share)
     claims.add(f"{name}: MFM, Com over supervised", times["com step"] / times["supervised"])
     claims.add(f"{name}: most memory, batch {given.batch}", peak, "GB")
-    for kind in ("com step", "com mask", "supervised"):
+    for kind in ("com step", "com mask"):
         profile(works[kind], given, f"{name}: {kind}")
 
 
@@ -211,21 +213,8 @@ def folk_steps(name: str, given: Any, claims: Claims, device: torch.device) -> N
         claims.add(
             f"{name}: FOLK: most memory, batch {given.batch}", torch.cuda.max_memory_allocated() / 1e9, "GB"
         )
-    profile(works["step"], given, f"{name} FOLK")
-
-
-def compiled_masks(given: Any, claims: Claims, device: torch.device) -> None:
-    """Mask and loss where filter and loss are compiled, too."""
-    from step import method_works, take_turns
-
-    mask = method_works(
-        "mfm-com", given.backbone, argparse.Namespace(**{**vars(given), "compile": "masks"}), device
-    )["mask"]
-    began = time.monotonic()
-    take_turns({"mask": mask}, 0, device)
-    claims.add("com: time to compile mask and loss", time.monotonic() - began, "s")
-    times = take_turns({"mask": mask}, given.rounds, device, given.repeats)
-    claims.add("com: mask and loss alone, compiled", 1000 * times["mask"], "ms")
+    for kind in ("step", "passes"):
+        profile(works[kind], given, f"{name}: FOLK: {kind}")
 
 
 def one_graph(given: Any, claims: Claims, device: torch.device) -> None:
@@ -261,6 +250,8 @@ def small(options: Any, claims: Claims) -> None:
         "crops and flips": {},
         "crops, flips, colour jitter": {"colour_jitter": [0.4, 0.4, 0.2, 0.1, 0.8]},
     }
+    with going_on(claims, "the step alone"):
+        small_step_alone(options, claims)
     for kind, more in list(kinds.items())[: 1 if options.toy else None]:
         with going_on(claims, kind):
             run = WORK / f"small-{len(list(WORK.iterdir()))}"
@@ -290,8 +281,6 @@ def small(options: Any, claims: Claims) -> None:
             claims.add(f"ViT-Ti/4 at 32 pixels, {kind}: all of it", time.monotonic() - began, "s")
             shutil.rmtree(run)
             free()
-    with going_on(claims, "the step alone"):
-        small_step_alone(options, claims)
 
 
 def small_step_alone(options: Any, claims: Claims) -> None:
@@ -333,7 +322,7 @@ def loader(options: Any, claims: Claims) -> None:
 
     workers = 0 if options.toy else min(16, os.cpu_count() or 1)
     photographs = os.environ.get("PHOTOS") or str(
-        made_photographs(WORK / "photos", 16 if options.toy else 4096, workers)
+        made_photographs(WORK / "photos", 16 if options.toy else 2048, workers)
     )
     shards = WORK / "shards"
     freqmask.prepare(photographs, out=str(shards), workers=max(workers, 1))
@@ -345,7 +334,7 @@ def loader(options: Any, claims: Claims) -> None:
             dataset, TrainSampler(len(source), 0, given.batch, total_steps=10**6), given.batch, workers
         )
     )
-    rounds, ahead = (1, 1) if options.toy else (40, 3 * workers)
+    rounds, ahead = (1, 1) if options.toy else (20, 2 * workers)
 
     def alone() -> None:
         for _ in range(rounds):

@@ -176,11 +176,11 @@ def method_works(
     ).to(device)
     if method.backbones().popitem()[1].is_cnn:
         method.to(memory_format=torch.channels_last)  # as a training does
-    for part in method.backbones().values():
-        compile_parts(part, arguments)
-    if arguments.compile == "masks":
-        for part in (method.filter, method.loss, method.normalise):
-            part.compile(backend=getattr(arguments, "backend", "inductor"))
+    if arguments.compile:  # as a training does
+        method.compile_parts(backend=getattr(arguments, "backend", "inductor"))
+    if arguments.compile == "whole":
+        for part in method.backbones().values():
+            compile_parts(part, arguments)
     shape = (arguments.batch, 3, arguments.size, arguments.size)
     views = [torch.rand(shape, device=device) for _ in range(method.n_views)]
     keys = torch.arange(arguments.batch, device=device)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from freqmask.backbones import Backbone, recalibrate_batch_norm
 from freqmask.errors import UserError
-from freqmask.timm_models import initialise_as_mfm
+from freqmask.timm_models import PatchConv2d, initialise_as_mfm
 
 VIT: dict[str, Any] = {"patch_size": 8, "model_args": {"embed_dim": 32, "depth": 3, "num_heads": 2}}
 # name: how it is shrunk, its family (vit, cnn or neither), whether the last stage leaves parameters unreached
@@ -316,3 +317,22 @@ def test_few_tokens_in_half_precision_are_attended_to_by_the_plain_product_and_a
         feature_map = backbone(images).feature_map
     assert fused_backwards(feature_map) == (0 if precision != "32-true" and tokens < 128 else 3)
     torch.testing.assert_close(feature_map.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [(32, 40), (33, 47)])
+def test_the_first_layer_of_a_vit_is_on_a_gpu_the_product_that_its_convolution_is(
+    size: tuple[int, int],
+) -> None:
+    narrow = {"embed_dim": 64, "depth": 1, "num_heads": 1}
+    backbone = Backbone("vit_tiny_patch16_224", size, patch_size=8, model_args=narrow)
+    layer = backbone.timm_model.patch_embed.proj
+    assert isinstance(layer, PatchConv2d)
+    images = torch.randn(2, 3, *size, requires_grad=True)
+    expected = F.conv2d(images, layer.weight, layer.bias, stride=8)
+    torch.testing.assert_close(layer(images), expected)
+    torch.testing.assert_close(layer.product(images), expected)
+    ours, theirs = (
+        torch.autograd.grad(out.square().sum(), (images, layer.weight, layer.bias))
+        for out in (layer.product(images), expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -145,7 +145,7 @@ def test_half_precision_moves_the_loss_little(name: str) -> None:
 def test_compiled_backbones_give_the_same_loss_and_gradient(name: str) -> None:
     plain, compiled, views, keys = pair_of(METHODS[name])
     plain.to(GPU)
-    compiled.compile_backbone()
+    compiled.compile_parts()
     views, keys = [view.to(GPU) for view in views], keys.to(GPU)
     for method in (plain, compiled):
         method(views, keys)["loss"].backward()

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
+from freqmask.timm_models import PatchConv2d
 
 
 class ReconstructionHead(nn.Sequential):
@@ -24,7 +25,7 @@ class ReconstructionHead(nn.Sequential):
     """
 
     def __init__(self, in_dim: int, channels: int, stride: int) -> None:
-        super().__init__(nn.Conv2d(in_dim, stride**2 * channels, kernel_size=1), nn.PixelShuffle(stride))
+        super().__init__(PatchConv2d(in_dim, stride**2 * channels, kernel_size=1), nn.PixelShuffle(stride))
 
     def forward(
         self, feature_map: Float[Tensor, "batch dim rows columns"], size: tuple[int, int] | None = None

@@ -10,6 +10,8 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, brief, nearest
@@ -73,7 +75,38 @@ def create_model(
     takes_size = "img_size" in taken
     if takes_size and padded != image_size:
         model, _ = _create(name, asked, padded, pretrained, optional_args)
+    for part in model.modules():
+        if isinstance(part, PatchEmbed) and _is_plain_convolution(part.proj):
+            part.proj.__class__ = PatchConv2d
     return model, takes_size and not taken.get("dynamic_img_size", False)
+
+
+def _is_plain_convolution(part: Any) -> bool:
+    """Whether a :class:`PatchConv2d` does the same."""
+    if type(part) is not nn.Conv2d or part.padding != (0, 0):
+        return False
+    return part.kernel_size == part.stride and part.groups == 1 and part.dilation == (1, 1)
+
+
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose windows lie side by side, on a GPU as one matrix product.
+
+    cuDNN takes 2.1 of the 76 ms of a step of ViT-B/16 for its first layer, many times what the product takes.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) becomes (B, D, H // side, W // side), as ``nn.Conv2d`` has it."""
+        return self.product(images) if images.is_cuda else super().forward(images)
+
+    def product(self, images: Tensor) -> Tensor:
+        """The same by a matrix product; its result lies in memory cell by cell."""
+        batch, channels, *_ = images.shape
+        height, width = self.stride
+        rows, columns = images.shape[-2] // height, images.shape[-1] // width
+        whole = images[..., : rows * height, : columns * width]
+        patches = whole.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        cells = F.linear(patches.reshape(batch, rows, columns, -1), self.weight.flatten(1), self.bias)
+        return cells.permute(0, 3, 1, 2)
 
 
 def check_name(name: str) -> None:

@@ -139,7 +139,7 @@ def test_details_cost_nothing_unless_asked(name: str, monkeypatch: pytest.Monkey
 def test_compiled_backbones_give_the_same_loss_under_the_same_names() -> None:
     network = {**VIT, "model_args": {**VIT["model_args"], "depth": 1}}
     method, compiled = (tiny_method("folk", network) for _ in range(2))
-    compiled.compile_backbone(backend="eager", fullgraph=True)
+    compiled.compile_parts(backend="eager", fullgraph=True)
     views = views_for(method)
     assert torch.allclose(compiled(views, KEYS)["loss"], method(views, KEYS)["loss"], atol=1e-6)
     assert list(compiled.state_dict()) == list(method.state_dict())

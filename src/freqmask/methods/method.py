@@ -153,10 +153,11 @@ class Method(nn.Module):
         """The backbones by name."""
         return {name: part for name, part in self.named_children() if isinstance(part, Backbone)}
 
-    def compile_backbone(self, **options: Any) -> None:
-        """Compiles the backbones in place, by ``torch.compile``'s options; the state keeps its names."""
-        for backbone in self.backbones().values():
-            backbone.compile(**options)
+    def compile_parts(self, **options: Any) -> None:
+        """Compiles backbones, filter and losses in place, by ``torch.compile``'s options; the state keeps its names."""
+        for name, part in self.named_children():
+            if isinstance(part, Backbone) or name in ("filter", "loss", "normalise", "distillation"):
+                part.compile(**options)
 
     def before_optimizer_step(self, step: int, total_steps: int) -> None:
         """Called with the gradients of a step, before they are clipped; nothing unless a method says otherwise.

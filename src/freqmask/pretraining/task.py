@@ -160,7 +160,7 @@ class Pretraining:
         if options["compile"]:
             reason = compile_failure(next(iter(backbones)), torch.device(options["accelerator"]))
             if reason is None:
-                self.method.compile_backbone()
+                self.method.compile_parts()
             else:
                 say(f"note: torch.compile cannot be used here ({reason}); training without it")
         trainer: dict[str, Any] = {"logger": _logger(options["logger"], self.run)}
