@@ -256,6 +256,8 @@ def forward_flops(backbone: str, arguments: argparse.Namespace, device: torch.de
 def filter_work(name: str, arguments: argparse.Namespace, device: torch.device) -> Work:
     """The filter alone: transform, mask, transform back, clamp."""
     filter = build_filter(name, arguments.size).to(device)
+    if arguments.compile:  # as a training does
+        filter.compile(backend=getattr(arguments, "backend", "inductor"))
     images = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device)
     keys = torch.arange(arguments.batch, device=device)
     return lambda: filter(images, keys, clamp=True)
