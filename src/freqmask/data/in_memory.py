@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 from freqmask.console import readable_bytes
 from freqmask.data.loader import (
     WINDOWS,
-    Item,
     Skipped,
     TrainSampler,
     as_it_is,
@@ -279,12 +278,12 @@ class InMemoryBatches:
             UserError: image after image cannot be used.
         """
         size = self.sampler.batch_size_per_process
-        items = iter(self.sampler)
-        while ahead := list(islice(items, size * max(1, _DRAWN_AHEAD // size))):
-            yield from self._batches(ahead, size)
+        steps = self.sampler.steps()
+        while ahead := list(islice(steps, max(1, _DRAWN_AHEAD // size))):
+            yield from self._batches(torch.from_numpy(np.concatenate(ahead)), size)
 
-    def _batches(self, items: Sequence[Item], size: int) -> Iterator[dict[str, Any]]:
-        epochs, _, asked = torch.tensor(items).unbind(1)
+    def _batches(self, items: Int64[Tensor, "sample 3"], size: int) -> Iterator[dict[str, Any]]:
+        epochs, _, asked = items.unbind(1)
         keys = sample_keys(self.seed, epochs, self.images.identities[asked])
         pairs = zip(asked.split(size), keys.split(size), strict=True)
         indices, skipped = zip(*(self._usable(*pair) for pair in pairs), strict=True)
@@ -306,8 +305,10 @@ class InMemoryBatches:
         self, asked: Int64[Tensor, " batch"], keys: Int64[Tensor, " batch"]
     ) -> tuple[Int64[Tensor, " batch"], Skipped]:
         """The images asked for, others in the place of bad ones, and the list of those."""
+        if not self.images.bad:
+            return asked, []
         indices, passed = asked.tolist(), []
-        for place, key in enumerate(keys.tolist() if self.images.bad else []):
+        for place, key in enumerate(keys.tolist()):
             skipped: Skipped = []
             for index in candidates(indices[place], key, len(self.images)):
                 if index not in self.images.bad:
@@ -442,11 +443,16 @@ def _with_content(pixels: Tensor, plan: Plan) -> Int64[Tensor, "view batch 4"]:
     """The plan's windows; for images with flat parts those of the first attempt that finds none of them empty."""
     starts, strides = plan.starts[plan.flat], plan.strides[plan.flat]
     chosen, searching = plan.others[-1], torch.ones_like(plan.flat, dtype=torch.bool)
-    for boxes in plan.others[:-1]:
-        empty = torch.stack([are_empty(pixels, starts, strides, box, plan.frame) for box in boxes]).any(dim=0)
-        chosen = torch.where((searching & ~empty)[:, None], boxes, chosen)
-        searching = searching & empty
-        if pixels.device.type == "cpu" and not searching.any():  # elsewhere a look would be a wait
+    on_host = pixels.device.type == "cpu"
+    # a GPU is given all attempts together, where launches take longer than windows that nobody needs
+    for part in plan.others[:-1].split(1 if on_host else WINDOWS):
+        windows = part.flatten(0, 2)
+        times = len(windows) // len(starts)
+        empty = are_empty(pixels, starts.repeat(times), strides.repeat(times), windows, plan.frame)
+        for boxes, empties in zip(part, empty.view(part.shape[:3]).any(dim=1), strict=True):
+            chosen = torch.where((searching & ~empties)[:, None], boxes, chosen)
+            searching = searching & empties
+        if on_host and not searching.any():  # elsewhere a look would be a wait
             break
     return plan.boxes.index_copy(1, plan.flat, chosen)
 

@@ -144,14 +144,23 @@ class TrainSampler(Sampler[Item]):
         return self.total_steps * self.batch_size_per_process
 
     def __iter__(self) -> Iterator[Item]:
+        for items in self.steps():
+            yield from map(tuple, items.tolist())
+
+    def steps(self) -> Iterator[np.ndarray]:
+        """Each step's items at once, int64 (batch, 3): epoch, position in it, image."""
         entered, order = -1, np.empty(0, dtype=np.int32)
         for step in range(self.start_step, self.total_steps):
             first = (step * self.world_size + self.rank) * self.batch_size_per_process
-            for place in range(first, first + self.batch_size_per_process):
-                epoch, position = divmod(place, self.length)
+            places = np.arange(first, first + self.batch_size_per_process)
+            epochs, positions = np.divmod(places, self.length)
+            images = np.empty_like(places)
+            for epoch in range(epochs[0], epochs[-1] + 1):
                 if epoch != entered:  # an order is made when its epoch is entered, and only one is held
                     entered, order = epoch, self._order(epoch)
-                yield epoch, position, int(order[position])
+                inside = epochs == epoch
+                images[inside] = order[positions[inside]]
+            yield np.stack((epochs, positions, images), axis=1)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.blocks is None:

@@ -154,11 +154,10 @@ class Pretraining:
         optim = make_optim(options, count)
         module = PretrainingModule(self.method, optim, make_augmentation(options, self.method.n_views))
         # layout and compilation, before the optimizer sees the parameters
-        backbones = self.method.backbones().values()
         if is_channels_last(options, self.method):
             module.to(memory_format=torch.channels_last)
         if options["compile"]:
-            reason = compile_failure(next(iter(backbones)), torch.device(options["accelerator"]))
+            reason = compile_failure(self.method, torch.device(options["accelerator"]))
             if reason is None:
                 self.method.compile_parts()
             else:
@@ -336,13 +335,14 @@ def shard(method: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(method, mesh=mesh)
 
 
-def compile_failure(backbone: Any, device: torch.device) -> str | None:
-    """Why a backbone cannot be compiled here, tried on a copy; None where it can."""
-    trial = copy.deepcopy(backbone).to(device)
-    trial.compile()
+def compile_failure(method: Any, device: torch.device) -> str | None:
+    """Why a method cannot be compiled here, tried on a copy; None where it can."""
+    trial = copy.deepcopy(method).to(device)
+    trial.compile_parts()
+    backbone = next(iter(trial.backbones().values()))
     images = torch.zeros(2, backbone.channels, *backbone.image_size, device=device)
     try:
-        trial(images).feature_map.sum().backward()
+        trial([images] * trial.n_views)["loss"].backward()
     except Exception as error:  # a missing compiler, an operator it does not know: anything may come
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     finally:
