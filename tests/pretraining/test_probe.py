@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 import freqmask
 from freqmask.data.loader import TrainDataset
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
-from freqmask.pretraining.watch import HeldOut, first_batch
+from freqmask.pretraining.watch import HeldOut, by_own_labels, first_batch
 from freqmask.spectrum import as_float
 from freqmask.training.callbacks import Monitor
 from freqmask.training.files import read_rows
@@ -50,7 +51,34 @@ def test_a_probe_writes_numbers_and_leaves_the_weights_alone(
     summary = json.loads((probed / "summary.json").read_text())
     assert summary["first_probe_knn"] == pytest.approx(float(rows[0]["probe_knn"]))
     assert summary["probe_knn"] == pytest.approx(float(rows[-1]["probe_knn"]))
-    assert "probe_knn" not in read_rows(plain / "metrics.csv")[0]
+    first = read_rows(plain / "metrics.csv")[0]
+    assert "probe_linear" not in first, "the images' own labels tell k-NN alone"
+    assert 0 < float(first["probe_knn"]) < float(first["pixels_knn"]) <= 1
+    states = [json.loads((run / "run.json").read_text())["probe_images"] for run in (probed, plain)]
+    assert states == [359, 1000]
+
+
+@pytest.mark.parametrize("count, classes", [(301, 3), (150, 40)])
+def test_own_labels_tell_what_scikit_learn_says_of_each_half_by_the_other(count: int, classes: int) -> None:
+    generator = np.random.default_rng(count)
+    labels = generator.integers(0, classes, count)
+    features = generator.normal(size=(classes, 8))[labels] + generator.normal(size=(count, 8))
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    right = 0
+    for part in (0, 1):
+        voters = KNeighborsClassifier(20, weights=lambda far: np.exp((1 - far**2 / 2) / 0.07))  # cosines
+        voters.fit(unit[1 - part :: 2], labels[1 - part :: 2])
+        right += (voters.predict(unit[part::2]) == labels[part::2]).sum()
+    unknown = generator.normal(size=(50, 8))  # images without a label say nothing
+    mixed = torch.from_numpy(np.concatenate([features, unknown])).float()
+    found = by_own_labels(mixed, torch.from_numpy(np.concatenate([labels, np.full(50, -1)])))
+    assert found == {"probe_knn": pytest.approx(right / count, abs=1.5 / count)}
+
+
+@pytest.mark.parametrize("labels", [np.zeros(500), np.arange(99) % 2, np.full(500, -1)])
+def test_few_labels_or_one_class_tell_nothing(labels: np.ndarray) -> None:
+    features = torch.randn(len(labels), 4)
+    assert by_own_labels(features, torch.from_numpy(labels).long()) == {}
 
 
 def test_every_held_out_image_counts_alike_though_the_last_batch_is_one_image(tmp_path: Path) -> None:

@@ -93,6 +93,25 @@ def test_features_are_judged_beside_those_of_the_beginning_and_raw_pixels() -> N
     assert "too few images" in few and "good" not in few.replace("good: Finished", "")
 
 
+def own(before: float, after: float, pixels: float = 0.3, images: int = 1000) -> str:
+    measured = {
+        "probe_knn": Curve(np.array([0.0, 9.0]), np.array([before, after])),
+        "pixels_knn": Curve(np.zeros(1), np.array([pixels])),
+        "rankme": Curve(np.array([0.0, 9.0]), np.array([9.0, 9.0])),
+    }
+    run = Run(Path("a"), "a", "finished", state={"probe_images": images}, curves=measured)
+    return " ".join(f"{remark.kind}: {remark.text}" for remark in remarks(run))
+
+
+def test_labels_of_the_images_themselves_warn_of_a_loss_alone() -> None:
+    """They may be names of folders that say nothing, such as years."""
+    assert "warning: Its features are worse" in own(0.62, 0.50)
+    same = own(0.50, 0.50)
+    assert "warning" not in same and "As good as those it began with: k-NN 50.0%, before 50.0%" in same
+    assert "good: Its features are better" in own(0.5, 0.62)
+    assert "(by the images' own labels, 1,000 images)" in own(0.5, 0.62)
+
+
 def test_without_labels_a_fallen_rank_is_a_warning() -> None:
     assert "warning: Effective rank" in said(rankme=Curve(np.array([0.0, 9.0]), np.array([9.0, 4.0])))
     assert "note: Effective rank" in said(rankme=Curve(np.array([0.0, 9.0]), np.array([4.0, 9.0])))

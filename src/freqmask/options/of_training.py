@@ -202,7 +202,7 @@ class RunRecords(Records):
         "are measured during the training; they are never trained on",
     )
     probe_every_epochs: float | Auto = option(
-        "auto", "how often, and how often the rank of held-out features is; auto is ten times a run", above=0
+        "auto", "how often, and how often the features' rank is; auto is five times a run", above=0
     )
     logger: Literal["tensorboard", "wandb"] | None = option(
         None, "also log to tensorboard or wandb (pip install 'freqmask[log]')"

@@ -224,7 +224,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
         "data": images.source.fingerprint(),
         "images": len(images.train),
         "held_out_images": 0 if images.held_out is None else len(images.held_out),
-        "probe_images": 0 if images.probed is None else len(images.probed.rounds[0].test),
+        "probe_images": images.tested,
         "convert_channels": options["convert_channels"],
         "threads": torch.get_num_threads(),
         "cores": usable_cores(),

@@ -35,11 +35,13 @@ from freqmask.pretraining.resolve import (
     make_optim,
 )
 from freqmask.pretraining.watch import (
-    ENOUGH_RANKED,
     FEATURES_AT_ONCE,
+    MOST_RANKED,
+    MOST_TEST,
     HeldOut,
     Probe,
     calibration,
+    own_labels,
     whole_method,
 )
 from freqmask.rng import combine
@@ -51,7 +53,7 @@ from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, 
 from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
 from freqmask.training.run_folder import Checkpoint, RunFolder
 
-PROBES_A_RUN = 10
+PROBES_A_RUN = 5  # and once before: a thousand images each, 2 to 6 % of an hour on one core
 FIRST_AND_LAST = [  # in the summary, beside those parts
     *("loss", "relative_loss", "collapse"),
     *("probe_knn", "probe_linear", "rankme"),  # the first of each is of the weights that the run began with
@@ -134,6 +136,19 @@ class Images:
     train: Source  # training images
     held_out: Source | None  # what the loss is measured on; None where there are too few
     probed: LabelledData | None = None  # images with labels to measure features on, if asked for
+
+    @property
+    def ranked(self) -> Source:
+        """What the features' rank is measured on: held-out images, or training images where those are few."""
+        few = self.held_out is None or len(self.held_out) < MOST_RANKED
+        return self.train if few or self.held_out is None else self.held_out
+
+    @property
+    def tested(self) -> int:
+        """How many images with labels tell what the features are good for."""
+        if self.probed is not None:
+            return min(len(self.probed.rounds[0].test), MOST_TEST)
+        return own_labels(self.ranked)
 
 
 @dataclass
@@ -221,7 +236,6 @@ class Pretraining:
     def _callbacks(self, monitor: Monitor) -> list[L.Callback]:
         options, images, probed = self.options, self.images, self.images.probed
         held_out = images.train if images.held_out is None else images.held_out
-        ranked = images.train if len(held_out) < ENOUGH_RANKED else held_out
         height, width = height_and_width(options["image_size"])
         at_once = min(images_at_once(options), 64)
         encoded_at_once = max(min(FEATURES_AT_ONCE // (height * width), 64), at_once)
@@ -237,7 +251,9 @@ class Pretraining:
             first = copy.deepcopy(self.method.backbones()[self.method.default_backbone])
         watched = None if images.held_out is None else self._still(held_out, self.method.n_views)
         return [
-            Probe(self._still(ranked), labelled, probed, first, monitor, max(every, 1), encoded_at_once),
+            Probe(
+                self._still(images.ranked), labelled, probed, first, monitor, max(every, 1), encoded_at_once
+            ),
             HeldOut(
                 self.run,
                 watched,

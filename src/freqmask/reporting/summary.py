@@ -232,29 +232,36 @@ def _try(run: Run, *tries: str) -> str:
 def features_remarks(run: Run) -> Iterator[Remark]:
     """Whether the features are better than those that the run began with; nothing where row 0 is missing.
 
-    A difference counts beyond two standard errors of the labelled images, one of RankMe beyond a tenth.
+    A difference counts beyond two standard errors of the labelled images, one of RankMe beyond a tenth. Without
+    ``probe_data`` k-NN may be by the images' own labels; these can be names of folders that say nothing (years), so
+    that no gain is no warning.
     """
-    names = ("knn", "linear")
-    before = {name: _at(run, f"probe_{name}", 0) for name in names}
-    now = {name: _at(run, f"probe_{name}", -1) for name in names}
-    pixels = {name: _at(run, f"pixels_{name}", 0) for name in names}
-    if any(math.isnan(value) for value in (*before.values(), *now.values())):
+    measured = {"knn": "k-NN", "linear": "linear"}
+    before = {name: _at(run, f"probe_{name}", 0) for name in measured}
+    now = {name: _at(run, f"probe_{name}", -1) for name in measured}
+    pixels = {name: _at(run, f"pixels_{name}", 0) for name in measured}
+    names = [name for name in measured if not math.isnan(before[name] + now[name])]
+    own_labels = "probe_linear" not in run.curves
+    if "knn" not in names or not (own_labels or "linear" in names):
         yield from _rank(run)
         return
     images = whole_number(run.state.get("probe_images")) or 0
     scores = "; ".join(
-        f"{word} {now[name]:.1%}, before {before[name]:.1%}, raw pixels "
+        f"{measured[name]} {now[name]:.1%}, before {before[name]:.1%}, raw pixels "
         + ("-" if math.isnan(pixels[name]) else f"{pixels[name]:.1%}")
-        for name, word in (("knn", "k-NN"), ("linear", "linear"))
+        for name in names
     )
-    scores += f" ({images:,} images)" if images else ""
+    whose = "by the images' own labels, " if own_labels else ""
+    scores += f" ({whose}{images:,} images)" if images else ""
     if images < ENOUGH:
         few = f"too few images to judge by; --probe_data wants {ENOUGH} or more to test"
         yield Remark("note", f"{scores}: {few}.")
         return
     errors = {name: max(math.sqrt(p * (1 - p) / images), 1 / images) for name, p in before.items()}
     gains = [(now[name] - before[name]) / errors[name] for name in names]
-    if max(gains) < NOTABLE:
+    if max(gains) < NOTABLE and own_labels and min(gains) >= -NOTABLE:
+        yield from _rank(run, f" As good as those it began with: {scores}.")
+    elif max(gains) < NOTABLE:
         how = "worse" if min(gains) < -NOTABLE else "no better"
         yield Remark("warning", f"Its features are {how} than those it began with: {scores}. {INSTEAD}")
     elif any(now[name] <= pixels[name] for name in names):  # never of a missing one
@@ -265,7 +272,10 @@ def features_remarks(run: Run) -> Iterator[Remark]:
         yield Remark("good", f"{begun}: {scores}.")
 
 
-def _rank(run: Run) -> Iterator[Remark]:
+def _rank(
+    run: Run, labels: str = " Only labels tell what they are good for: --probe_data FOLDER_OF_CLASSES."
+) -> Iterator[Remark]:
+    """What RankMe says, and then what labels say."""
     before, now = _at(run, "rankme", 0), _at(run, "rankme", -1)
     if math.isnan(before):
         return
@@ -273,9 +283,7 @@ def _rank(run: Run) -> Iterator[Remark]:
     if now < 0.9 * before:
         yield Remark("warning", f"{rank}: it has fallen, the images look more alike to the model. {INSTEAD}")
     else:
-        yield Remark(
-            "note", f"{rank}. Only labels tell what they are good for: --probe_data FOLDER_OF_CLASSES."
-        )
+        yield Remark("note", f"{rank}.{labels}")
 
 
 def _at(run: Run, name: str, place: int) -> float:
