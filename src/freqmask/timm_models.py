@@ -98,6 +98,9 @@ class PatchConv2d(nn.Conv2d):
         """(B, C, H, W) becomes (B, D, H // side, W // side), as ``nn.Conv2d`` has it."""
         return self.product(images) if images.is_cuda else super().forward(images)
 
+    def _get_name(self) -> str:
+        return "Conv2d"  # the same layer to all who read a network's description, such as exports
+
     def product(self, images: Tensor) -> Tensor:
         """The same by a matrix product; its result lies in memory cell by cell."""
         batch, channels, *_ = images.shape

@@ -384,7 +384,7 @@ def test_where_compiling_fails_the_run_goes_on_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(self: torch.nn.Module, **_: object) -> None:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise RuntimeError("no compiler here\nand more")
 
         self.forward = fail  # type: ignore[method-assign]

@@ -53,7 +53,7 @@ from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, 
 from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
 from freqmask.training.run_folder import Checkpoint, RunFolder
 
-PROBES_A_RUN = 5  # and once before: a thousand images each, 2 to 6 % of an hour on one core
+PROBES_A_RUN = 5
 FIRST_AND_LAST = [  # in the summary, beside those parts
     *("loss", "relative_loss", "collapse"),
     *("probe_knn", "probe_linear", "rankme"),  # the first of each is of the weights that the run began with
@@ -358,7 +358,7 @@ def compile_failure(method: Any, device: torch.device) -> str | None:
     backbone = next(iter(trial.backbones().values()))
     images = torch.zeros(2, backbone.channels, *backbone.image_size, device=device)
     try:
-        trial([images] * trial.n_views)["loss"].backward()
+        trial([images] * trial.n_views, torch.arange(2, device=device))["loss"].backward()
     except Exception as error:  # a missing compiler, an operator it does not know: anything may come
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     finally:

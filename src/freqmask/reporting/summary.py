@@ -272,18 +272,18 @@ def features_remarks(run: Run) -> Iterator[Remark]:
         yield Remark("good", f"{begun}: {scores}.")
 
 
-def _rank(
-    run: Run, labels: str = " Only labels tell what they are good for: --probe_data FOLDER_OF_CLASSES."
-) -> Iterator[Remark]:
-    """What RankMe says, and then what labels say."""
+def _rank(run: Run, by_labels: str = "") -> Iterator[Remark]:
+    """What RankMe says, and beside it what labels say, where there are any."""
     before, now = _at(run, "rankme", 0), _at(run, "rankme", -1)
     if math.isnan(before):
         return
     rank = f"Effective rank of the features (RankMe): {now:.1f}, before the first step {before:.1f}"
     if now < 0.9 * before:
-        yield Remark("warning", f"{rank}: it has fallen, the images look more alike to the model. {INSTEAD}")
+        fallen = "it has fallen, the images look more alike to the model"
+        yield Remark("warning", f"{rank}: {fallen}.{by_labels} {INSTEAD}")
     else:
-        yield Remark("note", f"{rank}.{labels}")
+        hint = " Only labels tell what they are good for: --probe_data FOLDER_OF_CLASSES."
+        yield Remark("note", f"{rank}.{by_labels or hint}")
 
 
 def _at(run: Run, name: str, place: int) -> float:
