@@ -253,6 +253,9 @@ def small(options: Any, claims: Claims) -> None:
     with going_on(claims, "the step alone"):
         small_step_alone(options, claims)
     for kind, more in list(kinds.items())[: 1 if options.toy else None]:
+        if time.monotonic() > options.until - 40 and not options.toy:
+            claims.add(f"ViT-Ti/4 at 32 pixels, {kind}: left out", "no time left")
+            continue
         with going_on(claims, kind):
             run = WORK / f"small-{len(list(WORK.iterdir()))}"
             given: dict[str, Any] = {

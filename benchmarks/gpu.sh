@@ -11,7 +11,7 @@
 # PYTHON   the interpreter (python3)
 # CIFAR    images for `small` (.npy, .parquet, folder); without it smooth random ones
 # PHOTOS   a folder of photographs for `loader`; without it some are made
-# SECONDS_IN_ALL  time for all parts together (400); `learning` gets what is left
+# SECONDS_IN_ALL  time for all parts together (475); `learning` gets what is left
 set -u
 usage="usage: benchmarks/gpu.sh OUT [--toy] [PARTS...]"
 out=${1:?$usage}; shift
@@ -19,7 +19,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out"; out=$(cd "$out" && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/freqmask-gpu.XXXXXX")
 python=${PYTHON:-python3}
-all=${SECONDS_IN_ALL:-400}
+all=${SECONDS_IN_ALL:-475}
 toy=""; parts=()
 for word in "$@"; do
     case $word in
@@ -40,7 +40,7 @@ export PYTHONPATH=$path PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
     XDG_CACHE_HOME=$work/cache TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton \
     FREQMASK_BENCHMARK_WORK=$work
 
-declare -A limits=([tests]=140 [step]=140 [small]=60 [loader]=55 [peers]=70 [learning]=$all)
+declare -A limits=([tests]=110 [step]=140 [small]=75 [loader]=80 [peers]=60 [learning]=$all)
 { date; nvidia-smi; "$python" -m pip list 2>/dev/null; } >"$out/environment.txt" 2>&1
 if [ -z "$toy" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     toy=--toy; echo "no CUDA device: toy sizes on the CPU" | tee -a "$out/log.txt"

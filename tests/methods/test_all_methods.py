@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as distributed
 from tiny import CNN, VIT, photographs, tiny_method, views_for
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from freqmask.backbones import Backbone
 from freqmask.errors import UserError
 from freqmask.filters import LowPass
 from freqmask.methods import METHODS, Method, build_method, find_method
-from freqmask.pretraining.task import shown_metrics
+from freqmask.pretraining.task import shard, shown_metrics
 
 NAMES = list(METHODS)
 KEYS = torch.arange(4)
@@ -168,6 +171,31 @@ def test_a_whole_method_compiles_into_one_graph(name: str, backend: str) -> None
         # distill standardizes twice over four images, which magnifies rounding
         atol = 1e-5 if name == "distill" else 1e-6
         torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=atol)
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    """This process alone as all that train together."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("network", [VIT, CNN], ids=["vit", "cnn, channels last"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sharded_method_has_the_loss_and_gradient_of_the_whole(
+    name: str, network: dict[str, Any], mesh_of_one: DeviceMesh
+) -> None:
+    """FSDP's weights are tensors of its own, but inside of the modules that are called."""
+    whole, sharded = (tiny_method(name, network) for _ in range(2))
+    sharded.load_state_dict(whole.state_dict())
+    sharded.to(memory_format=torch.channels_last)
+    shard(sharded, mesh_of_one)
+    for method in (whole, sharded):
+        method(views_for(method), KEYS)["loss"].backward()
+    for expected, found in zip(whole.parameters(), sharded.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

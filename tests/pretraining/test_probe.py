@@ -58,12 +58,14 @@ def test_a_probe_writes_numbers_and_leaves_the_weights_alone(
     assert states == [359, 1000]
 
 
-@pytest.mark.parametrize("count, classes", [(301, 3), (150, 40)])
+@pytest.mark.parametrize("count, classes", [(301, 3), (600, 40)])
 def test_own_labels_tell_what_scikit_learn_says_of_each_half_by_the_other(count: int, classes: int) -> None:
     generator = np.random.default_rng(count)
     labels = generator.integers(0, classes, count)
     features = generator.normal(size=(classes, 8))[labels] + generator.normal(size=(count, 8))
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    order = np.argsort(labels, kind="stable")
+    unit, labels, features = unit[order], labels[order], features[order]
     right = 0
     for part in (0, 1):
         voters = KNeighborsClassifier(20, weights=lambda far: np.exp((1 - far**2 / 2) / 0.07))  # cosines
@@ -71,12 +73,21 @@ def test_own_labels_tell_what_scikit_learn_says_of_each_half_by_the_other(count:
         right += (voters.predict(unit[part::2]) == labels[part::2]).sum()
     unknown = generator.normal(size=(50, 8))  # images without a label say nothing
     mixed = torch.from_numpy(np.concatenate([features, unknown])).float()
-    found = by_own_labels(mixed, torch.from_numpy(np.concatenate([labels, np.full(50, -1)])))
+    found = by_own_labels(mixed, torch.from_numpy(np.concatenate([7 * labels, np.full(50, -1)])))
     assert found == {"probe_knn": pytest.approx(right / count, abs=1.5 / count)}
 
 
-@pytest.mark.parametrize("labels", [np.zeros(500), np.arange(99) % 2, np.full(500, -1)])
-def test_few_labels_or_one_class_tell_nothing(labels: np.ndarray) -> None:
+def test_own_labels_that_alternate_are_in_both_halves() -> None:
+    labels = torch.arange(1000) % 2
+    features = torch.nn.functional.one_hot(labels).float() + 0.01 * torch.randn(1000, 2)
+    assert by_own_labels(features, labels) == {"probe_knn": 1.0}
+
+
+NOTHING = [np.zeros(500), np.arange(99) % 2, np.full(500, -1), np.arange(1000), np.arange(1000) // 3]
+
+
+@pytest.mark.parametrize("labels", NOTHING, ids=["one class", "few", "none", "a class each", "three a class"])
+def test_labels_that_cannot_tell_say_nothing(labels: np.ndarray) -> None:
     features = torch.randn(len(labels), 4)
     assert by_own_labels(features, torch.from_numpy(labels).long()) == {}
 

@@ -107,7 +107,7 @@ def test_labels_of_the_images_themselves_warn_of_a_loss_alone() -> None:
     """They may be names of folders that say nothing, such as years."""
     assert "warning: Its features are worse" in own(0.62, 0.50)
     same = own(0.50, 0.50)
-    assert "warning" not in same and "As good as those it began with: k-NN 50.0%, before 50.0%" in same
+    assert "warning" not in same and "as good as at the beginning: k-NN 50.0%, before 50.0%" in same
     assert "good: Its features are better" in own(0.5, 0.62)
     assert "(by the images' own labels, 1,000 images)" in own(0.5, 0.62)
 

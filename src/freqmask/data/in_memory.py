@@ -444,8 +444,9 @@ def _with_content(pixels: Tensor, plan: Plan) -> Int64[Tensor, "view batch 4"]:
     starts, strides = plan.starts[plan.flat], plan.strides[plan.flat]
     chosen, searching = plan.others[-1], torch.ones_like(plan.flat, dtype=torch.bool)
     on_host = pixels.device.type == "cpu"
-    # a GPU is given all attempts together, where launches take longer than windows that nobody needs
-    for part in plan.others[:-1].split(1 if on_host else WINDOWS):
+    # A GPU is given attempts together, where launches take longer than windows that nobody needs.
+    values = plan.frame[0] * plan.frame[1] * pixels.shape[1] * plan.others[0, ..., 0].numel()
+    for part in plan.others[:-1].split(1 if on_host else max(1, _AT_ONCE // values)):
         windows = part.flatten(0, 2)
         times = len(windows) // len(starts)
         empty = are_empty(pixels, starts.repeat(times), strides.repeat(times), windows, plan.frame)

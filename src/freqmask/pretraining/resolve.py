@@ -39,6 +39,7 @@ from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.training import auto
 from freqmask.training.optim import BASE_WARMUP_LR, OptimConfig, scaled_lr
 
+SHARDED = ("fsdp", "model_parallel")  # strategies that spread weights over the devices
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
 TINY_IMAGE = 96  # below it, blur and solarization leave too little
 FEW_IMAGES, FEW_OUTPUTS = 100_000, 4_096
@@ -407,9 +408,11 @@ def make_augmentation(options: Mapping[str, Any], views: int) -> list[nn.Module]
 
 
 def is_channels_last(options: Mapping[str, Any], method: Any) -> bool:
-    """Whether weights and images lie channels last in memory: where all backbones are CNNs."""
-    return options["accelerator"] in ("cpu", "cuda") and all(
-        backbone.is_cnn for backbone in method.backbones().values()
+    """Whether weights and images lie channels last in memory: where all backbones are CNNs, and none is sharded."""
+    return (
+        options["accelerator"] in ("cpu", "cuda")
+        and options["strategy"] not in SHARDED
+        and all(backbone.is_cnn for backbone in method.backbones().values())
     )
 
 

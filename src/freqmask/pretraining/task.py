@@ -26,8 +26,10 @@ from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.evaluation.labelled import LabelledData
+from freqmask.heads import ReconstructionHead
 from freqmask.interop.weight_files import trained_feature, write_timm_folder
 from freqmask.pretraining.resolve import (
+    SHARDED,
     check_logger,
     is_channels_last,
     make_augmentation,
@@ -178,7 +180,7 @@ class Pretraining:
             else:
                 say(f"note: torch.compile cannot be used here ({reason}); training without it")
         trainer: dict[str, Any] = {"logger": _logger(options["logger"], self.run)}
-        if options["strategy"] in ("fsdp", "model_parallel"):
+        if options["strategy"] in SHARDED:
             # weights, gradients and optimizer state over all processes; a checkpoint is still one file
             trainer["strategy"] = ModelParallelStrategy(
                 data_parallel_size=world_size(options),
@@ -340,9 +342,13 @@ def make_dataset(
 def shard(method: nn.Module, mesh: DeviceMesh) -> None:
     """Spread a method over the devices that share the data, in place: each block is gathered when its turn comes.
 
-    Teacher and student are cut alike, so that the moving average needs no communication.
+    Teacher and student are cut alike, so that the moving average needs no communication. The decoder is gathered with
+    the method: a loss may want its weights themselves.
     """
+    method.to(memory_format=torch.contiguous_format)  # FSDP takes no other
     for part in method.modules():
+        if isinstance(part, ReconstructionHead):
+            continue
         if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1:
             for block in part:
                 sharded = any(isinstance(inner, FSDPModule) for inner in block.modules())

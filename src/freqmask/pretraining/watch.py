@@ -31,7 +31,7 @@ CALIBRATION_IMAGES = 256
 FEATURES_AT_ONCE = 64 * 224**2  # pixels: without gradients even large networks have room for them
 MOST_TRAIN, MOST_TEST, MOST_RANKED = 5000, 2000, 1000  # images of a probe: enough for a trend, cheap enough
 NEIGHBORS = 20
-FEWEST_LABELLED = 100  # images by whose own labels features are judged
+FEWEST_LABELLED, LEAST_OF_A_CLASS = 100, 4  # images by whose own labels features are judged
 PIXEL_SIDE = 32
 _RATE, _EPOCHS = 0.3, 10  # less regularization than a sweep begins with: few labels, features of low rank
 
@@ -248,31 +248,39 @@ def pixels_of(images: Float[Tensor, "batch channel height width"]) -> Float[Tens
 
 
 def by_own_labels(features: Float[Tensor, "image dim"], labels: Int64[Tensor, " image"]) -> dict[str, float]:
-    """Accuracy of k-NN (k = 20) in [0, 1], every second image by the others and those by it; nothing without labels."""
-    if not tell(labels.numpy()):
+    """Accuracy of k-NN (k = 20) in [0, 1], every second image of a class by the others and those by it.
+
+    Nothing where labels do not tell, see :func:`telling`.
+    """
+    chosen = torch.from_numpy(telling(labels.numpy()))
+    if not chosen.any():
         return {}
-    features, labels = features[labels >= 0], labels[labels >= 0]
+    classes = labels[chosen].unique(return_inverse=True)[1]
+    order = classes.argsort(stable=True)  # both halves then have images of every class
+    features, classes = features[chosen][order], classes[order]
     if not torch.isfinite(features).all():
         return {"probe_knn": float("nan")}
     right = 0.0
     for part in (0, 1):
-        bank, known = features[1 - part :: 2], labels[1 - part :: 2]
+        bank, known = features[1 - part :: 2], classes[1 - part :: 2]
         k = min(NEIGHBORS, len(bank))
-        voted = knn.predict(features[part::2], bank, known, int(labels.max()) + 1, [k])[k]
-        right += float((voted == labels[part::2]).sum())
-    return {"probe_knn": right / len(labels)}
+        voted = knn.predict(features[part::2], bank, known, int(classes.max()) + 1, [k])[k]
+        right += float((voted == classes[part::2]).sum())
+    return {"probe_knn": right / len(classes)}
 
 
 def own_labels(images: Source) -> int:
     """How many of RankMe's images have labels of their own that features can be judged by."""
     labels = (images.label(int(place)) for place in _ranked(images))
-    return tell(np.array([-1 if label is None else label for label in labels], np.int64))
+    return int(telling(np.array([-1 if label is None else label for label in labels], np.int64)).sum())
 
 
-def tell(labels: np.ndarray) -> int:
-    """How many labels there are; 0 where they are too few, or of one class."""
-    known = labels[labels >= 0]
-    return len(known) if len(known) >= FEWEST_LABELLED and len(np.unique(known)) > 1 else 0
+def telling(labels: np.ndarray) -> np.ndarray:
+    """Which labels (-1: none) features can be judged by: of classes of four images and more, if there are enough."""
+    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    chosen: np.ndarray = (labels >= 0) & (counts[places] >= LEAST_OF_A_CLASS)
+    enough = chosen.sum() >= FEWEST_LABELLED and len(np.unique(labels[chosen])) > 1
+    return chosen if enough else np.zeros_like(chosen)
 
 
 def _ranked(images: Source | TrainDataset) -> np.ndarray:

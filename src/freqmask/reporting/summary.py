@@ -260,7 +260,7 @@ def features_remarks(run: Run) -> Iterator[Remark]:
     errors = {name: max(math.sqrt(p * (1 - p) / images), 1 / images) for name, p in before.items()}
     gains = [(now[name] - before[name]) / errors[name] for name in names]
     if max(gains) < NOTABLE and own_labels and min(gains) >= -NOTABLE:
-        yield from _rank(run, f" As good as those it began with: {scores}.")
+        yield from _rank(run, f" By labels the features are as good as at the beginning: {scores}.")
     elif max(gains) < NOTABLE:
         how = "worse" if min(gains) < -NOTABLE else "no better"
         yield Remark("warning", f"Its features are {how} than those it began with: {scores}. {INSTEAD}")
