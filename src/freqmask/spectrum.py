@@ -115,8 +115,6 @@ def irfft2(
     """
     if torch.compiler.is_compiling():
         _expect_complex_operators()
-        # the factor becomes part of the next kernel; inside the library it is a kernel of its own
-        return torch.fft.irfft2(spectrum, s=size, norm="forward") * (1 / math.sqrt(size[0] * size[1]))
     return torch.fft.irfft2(spectrum, s=size, norm="ortho")
 
 

@@ -16,6 +16,7 @@ from freqmask.data.in_memory import (
     InMemoryBatches,
     InMemoryImages,
     Limits,
+    _with_content,
     cut_views,
     draw,
     has_flat_tile,
@@ -168,6 +169,11 @@ def test_windows_without_content_are_drawn_again_as_the_loader_does(memory_sourc
     for first, second in pair.views():
         assert torch.equal(first, second)
         assert (second != second[:, :, :1, :1]).flatten(1).any(dim=1).all()
+    drawn = draw(pair.images, geometries, torch.arange(12), torch.arange(12))
+    plan = make_plan(pair.images, geometries, drawn)
+    attempts = [_with_content(pair.images.pixels, plan, at_once) for at_once in (0, 2**19, 2**26)]
+    assert all(torch.equal(found, attempts[0]) for found in attempts), "a GPU looks at several together"
+    assert not torch.equal(attempts[0], plan.boxes)
 
 
 def test_tiles_tell_whether_a_window_may_be_empty() -> None:

@@ -191,8 +191,10 @@ def test_a_sharded_method_has_the_loss_and_gradient_of_the_whole(
     sharded.load_state_dict(whole.state_dict())
     sharded.to(memory_format=torch.channels_last)
     shard(sharded, mesh_of_one)
-    for method in (whole, sharded):
-        method(views_for(method), KEYS)["loss"].backward()
+    losses = [method(views_for(method), KEYS)["loss"] for method in (whole, sharded)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
     for expected, found in zip(whole.parameters(), sharded.parameters(), strict=True):
         if expected.grad is not None:
             torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-5)

@@ -393,8 +393,11 @@ def cut_views(
     Returns:
         A tensor for each view: uint8 where the values are those of 8 bits, else float32 in [0, 1].
     """
-    boxes = _with_content(images.pixels, plan) if len(plan.flat) else plan.boxes
-    cut = _cut_on_host if images.pixels.device.type == "cpu" else cut_on_device
+    on_host = images.pixels.device.type == "cpu"
+    # a GPU is given attempts together, where launches take longer than windows that nobody needs
+    at_once = 0 if on_host else _AT_ONCE
+    boxes = _with_content(images.pixels, plan, at_once) if len(plan.flat) else plan.boxes
+    cut = _cut_on_host if on_host else cut_on_device
     return [
         cut(images, plan, *of_view, value_range)
         for of_view in zip(geometries, boxes, plan.flips, strict=True)
@@ -439,21 +442,22 @@ def cut_on_device(
     return cut[0] if len(cut) == 1 else torch.cat(cut)
 
 
-def _with_content(pixels: Tensor, plan: Plan) -> Int64[Tensor, "view batch 4"]:
-    """The plan's windows; for images with flat parts those of the first attempt that finds none of them empty."""
+def _with_content(pixels: Tensor, plan: Plan, at_once: int) -> Int64[Tensor, "view batch 4"]:
+    """The plan's windows; for images with flat parts those of the first attempt that finds none of them empty.
+
+    As many attempts as have ``at_once`` values are looked at together, at least one; the windows are the same.
+    """
     starts, strides = plan.starts[plan.flat], plan.strides[plan.flat]
     chosen, searching = plan.others[-1], torch.ones_like(plan.flat, dtype=torch.bool)
-    on_host = pixels.device.type == "cpu"
-    # A GPU is given attempts together, where launches take longer than windows that nobody needs.
     values = plan.frame[0] * plan.frame[1] * pixels.shape[1] * plan.others[0, ..., 0].numel()
-    for part in plan.others[:-1].split(1 if on_host else max(1, _AT_ONCE // values)):
+    for part in plan.others[:-1].split(max(1, at_once // values)):
         windows = part.flatten(0, 2)
         times = len(windows) // len(starts)
         empty = are_empty(pixels, starts.repeat(times), strides.repeat(times), windows, plan.frame)
         for boxes, empties in zip(part, empty.view(part.shape[:3]).any(dim=1), strict=True):
             chosen = torch.where((searching & ~empties)[:, None], boxes, chosen)
             searching = searching & empties
-        if on_host and not searching.any():  # elsewhere a look would be a wait
+        if pixels.device.type == "cpu" and not searching.any():  # elsewhere a look would be a wait
             break
     return plan.boxes.index_copy(1, plan.flat, chosen)
 

@@ -226,7 +226,7 @@ class Probe(Measurement):
 
     def _ranked(self, encode: Encode, device: torch.device) -> tuple[Tensor, Tensor]:
         """Features and labels of RankMe's images."""
-        return self._features(encode, self.ranked, spread(np.arange(len(self.ranked)), MOST_RANKED), device)
+        return self._features(encode, self.ranked, _places(self.ranked), device)
 
     def _features(
         self, encode: Encode, images: TrainDataset, indices: np.ndarray, device: torch.device
@@ -271,7 +271,7 @@ def by_own_labels(features: Float[Tensor, "image dim"], labels: Int64[Tensor, " 
 
 def own_labels(images: Source) -> int:
     """How many of RankMe's images have labels of their own that features can be judged by."""
-    labels = (images.label(int(place)) for place in _ranked(images))
+    labels = (images.label(int(place)) for place in _places(images))
     return int(telling(np.array([-1 if label is None else label for label in labels], np.int64)).sum())
 
 
@@ -283,7 +283,8 @@ def telling(labels: np.ndarray) -> np.ndarray:
     return chosen if enough else np.zeros_like(chosen)
 
 
-def _ranked(images: Source | TrainDataset) -> np.ndarray:
+def _places(images: Source | TrainDataset) -> np.ndarray:
+    """Which images RankMe is of."""
     return spread(np.arange(len(images)), MOST_RANKED)
 
 
