@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from tiny_runs import fused_backwards
 from torch import nn
 
 from freqmask.backbones import Backbone, recalibrate_batch_norm
@@ -290,17 +291,6 @@ def test_optional_model_args_are_granted_where_the_family_knows_them() -> None:
     assert vit(torch.rand(1, 3, 48, 64)).feature_map.shape[2:] == (3, 4)
     assert vit.timm_model.blocks[1].drop_path1.drop_prob == 0.5
     assert Backbone("resnet18", 32, optional_model_args=optional_model_args).fixed_size is False
-
-
-def fused_backwards(output: torch.Tensor) -> int:
-    """How many of the CPU's fused attention kernels a gradient of ``output`` goes through."""
-    waiting, seen = [output.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-    return sum("FlashAttention" in node.name() for node in seen if node is not None)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])

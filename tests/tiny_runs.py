@@ -12,6 +12,7 @@ import torch
 
 from freqmask.interop.weight_files import trained_feature, write_timm_folder
 from freqmask.interop.weights import method_of
+from freqmask.training.loop import ScheduledModule
 from freqmask.training.run_folder import RunFolder
 
 # a whole pre-training in a second or two
@@ -27,6 +28,24 @@ TINY: dict[str, Any] = {
     "accelerator": "cpu",
 }
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 1}
+
+
+def fused_backwards(output: torch.Tensor) -> int:
+    """How many of the CPU's fused attention kernels a gradient of ``output`` goes through."""
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return sum("FlashAttention" in node.name() for node in seen if node is not None)
+
+
+def fused_in_training(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Their number in the loss of every step from now on."""
+    found: list[int] = []
+    monkeypatch.setattr(ScheduledModule, "check", lambda _, loss: found.append(fused_backwards(loss)))
+    return found
 
 
 def spawned(parent: psutil.Process, least_bytes: float = 0.0) -> list[psutil.Process]:

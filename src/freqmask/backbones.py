@@ -124,7 +124,7 @@ class Backbone(nn.Module):
         """Feature map (B, D, h, w), its mean (B, D) and the class token (B, D) or None."""
         weights = next(self.timm_model.parameters())
         padded = self.padded(images)
-        with few_tokens_attention(weights, padded[0, 0].numel() // self.stride**2):
+        with few_tokens_attention(self.timm_model, cells(padded, self.stride)):
             feature_map, class_token = self._read(padded.to(weights.dtype))  # bf16-true: no autocast casts
         return Features(feature_map, feature_map.mean(dim=(2, 3)), class_token)
 
@@ -146,7 +146,7 @@ class Backbone(nn.Module):
         whole = model.patch_drop
         model.patch_drop = _Chosen(places, model.num_prefix_tokens)
         try:
-            with few_tokens_attention(weights, places.shape[1]):
+            with few_tokens_attention(model, places.shape[1]):
                 tokens: Tensor = model.forward_features(self.padded(images).to(weights.dtype))
         finally:
             model.patch_drop = whole
@@ -269,12 +269,18 @@ class _Chosen(nn.Module):
         return torch.cat([tokens[:, : self.prefix], tokens[:, self.prefix :].gather(1, places)], dim=1)
 
 
-def few_tokens_attention(weights: Tensor, tokens: int) -> AbstractContextManager[Any]:
+def cells(images: Tensor, stride: int) -> int:
+    """Into how many cells a network of that stride divides each of the images."""
+    return images[0, 0].numel() // stride**2
+
+
+def few_tokens_attention(model: nn.Module, tokens: int) -> AbstractContextManager[Any]:
     """The kernel for attention among few tokens on a CPU in half precision, by autocast or of the weights themselves.
 
-    The backward pass of the CPU's fused kernel in bf16 took 7 times as long as the plain product at 17 tokens and 5
-    times at 65, half of a whole step; at 197 tokens the two are even (docs/log.md).
+    Whatever trains a network calls it so (docs/log.md): the backward pass of the CPU's fused kernel in bf16 took 7
+    times as long as the plain product at 17 tokens and 5 times at 65, half of a whole step; at 197 the two are even.
     """
+    weights = next(model.parameters())
     on_cpu = weights.device.type == "cpu"
     half = on_cpu and (torch.is_autocast_enabled("cpu") or weights.dtype in (torch.bfloat16, torch.float16))
     if not half or tokens > FEW_TOKENS or torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from tiny_runs import make_run, steps_made
+from tiny_runs import fused_in_training, make_run, steps_made
 
 import freqmask
 from freqmask.cli import main
@@ -164,6 +164,15 @@ def test_the_schedule_keeps_the_layers_apart(tuned: Path, there: Path) -> None:
     rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     assert all(rate == pytest.approx(scale * tuning.lr) for scale, rate in rates.items())
     assert len(rates) == 4
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("bf16-mixed", 0), ("32-true", 2)])
+def test_few_tokens_are_attended_to_by_the_kernel_with_the_quick_backward_pass(
+    precision: str, fused: int, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = fused_in_training(monkeypatch)
+    finetune(there, tmp_path / "out", steps=2, precision=precision)
+    assert found == [fused] * 2
 
 
 def test_a_run_killed_on_its_way_ends_bit_for_bit_as_one_that_was_not(

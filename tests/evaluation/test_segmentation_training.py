@@ -15,7 +15,7 @@ import pytest
 import torch
 from evaluation.segmentation_images import make_data
 from safetensors.torch import load_file
-from tiny_runs import make_run
+from tiny_runs import fused_in_training, make_run
 
 import freqmask
 from freqmask.cli import main
@@ -78,6 +78,15 @@ def test_it_learns_two_colours_in_a_few_steps_and_tells(
     folder = tmp_path / "out" / "mine-seed0"
     assert (folder / "network.safetensors").is_file()
     assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("bf16-mixed", 0), ("32-true", 2)])
+def test_few_tokens_are_attended_to_by_the_kernel_with_the_quick_backward_pass(
+    precision: str, fused: int, run: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = fused_in_training(monkeypatch)
+    freqmask.evaluate.segment([run], data=data, out="out", **{**TINY, "steps": 2, "precision": precision})
+    assert found == [fused] * 2
 
 
 def test_runs_of_one_name_stand_beside_each_other_in_rows_and_picture(

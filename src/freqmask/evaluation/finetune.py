@@ -25,7 +25,7 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
 from freqmask import __version__
-from freqmask.backbones import eval_no_grad
+from freqmask.backbones import cells, eval_no_grad, few_tokens_attention
 from freqmask.console import LINES_A_RUN, rank, readable_time, say
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.source import Source
@@ -62,6 +62,7 @@ from freqmask.interop.formats import CLASSIFIER, PIXELS
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.rng import sample_key, torch_seeded
 from freqmask.spectrum import as_float
+from freqmask.timm_models import strides
 from freqmask.training.callbacks import Monitor, PeriodicCallback
 from freqmask.training.loop import ScheduledModule, Task
 from freqmask.training.optim import Schedule, update_ema
@@ -155,6 +156,7 @@ class FinetuneModule(ScheduledModule):
             copy.deepcopy(model).requires_grad_(False).eval() if tuning.ema is not None else None
         )
         self.tuning = tuning
+        self.stride = strides(model)[-1]
         self.mixer = Mixer(classes, tuning.mixup, tuning.cutmix, tuning.smoothing, tuning.erasing)
         binary = tuning.loss == "binary"
         self.loss = BinaryCrossEntropy(target_threshold=_PRESENT) if binary else SoftTargetCrossEntropy()
@@ -178,7 +180,9 @@ class FinetuneModule(ScheduledModule):
             part = batch_index % self.tuning.accumulate
             key = sample_key(self.tuning.seed, self.step, self.trainer.global_rank, part)
             images, targets = self.mixer(self.normalize(batch["views"][0]), batch["labels"], key)
-        loss = self.loss(self.model(images).float(), targets)
+        with few_tokens_attention(self.model, cells(images, self.stride)):
+            logits = self.model(images)
+        loss = self.loss(logits.float(), targets)
         self.check(loss)
         return {"loss": loss}
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from freqmask.backbones import Backbone, Features, ImageSize
+from freqmask.backbones import Backbone, Features, ImageSize, cells, few_tokens_attention
 from freqmask.data.decode import open_file
 from freqmask.data.loader import TrainDataset
 from freqmask.data.pixels import Box, convert_channels, fill_missing, missing_pixels
@@ -263,12 +263,11 @@ def stage_features(
         if not -count <= index < count:
             raise UserError(f"stage ({index}) must be between {-count} and {count - 1} for {backbone.name}")
     tokens = {"return_prefix_tokens": True} if backbone.has_class_token else {}
-    stages = backbone.timm_model.forward_intermediates(
-        backbone.padded(normalized),
-        indices=None if indices is None else list(indices),
-        intermediates_only=True,
-        **tokens,
-    )
+    padded = backbone.padded(normalized)
+    with few_tokens_attention(backbone.timm_model, cells(padded, backbone.stride)):
+        stages = backbone.timm_model.forward_intermediates(
+            padded, indices=None if indices is None else list(indices), intermediates_only=True, **tokens
+        )
     maps = [stage if not backbone.has_class_token else stage[0] for stage in stages]
     prefixes = [stage[1][:, 0] if backbone.has_class_token else None for stage in stages]
     return [
