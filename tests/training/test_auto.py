@@ -1,5 +1,7 @@
 """What `auto` stands for."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,11 +85,43 @@ def test_a_measurement_that_something_else_disturbs_does_not_count(monkeypatch: 
     layer = nn.Linear(2, 2)
     taken = iter([9.0, 0.4, 0.08, 0.2])
     monkeypatch.setattr(auto, "_timed", lambda loss, images, device: next(taken))
-    slow = auto.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
+    loss = lambda images: layer(torch.rand(images, 2)).sum()  # noqa: E731
+    slow = auto.measure_cost(layer, loss, torch.device("cpu"), most=4)
     assert slow.seconds_per_image == pytest.approx(0.4 / 4)  # two slow ones are enough
     taken = iter([0.4, 0.3, 0.08, 0.3, 9.0])
-    quick = auto.measure_cost(layer, lambda images: layer(torch.rand(images, 2)).sum(), torch.device("cpu"))
+    quick = auto.measure_cost(layer, loss, torch.device("cpu"), most=4)
     assert quick.seconds_per_image == pytest.approx(0.08 / 4)
+
+
+def test_an_image_costs_what_it_does_among_many_not_what_a_pass_does_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, seen = nn.Linear(2, 2), []
+
+    a_pass = 0.03
+
+    def timed(loss: Any, images: int, device: Any) -> float:
+        seen.append(images)
+        return a_pass + 0.001 * images  # so 4 are 8.5 ms an image, and many 1 ms
+
+    def measured(most: int | None) -> float:
+        seen.clear()
+        loss = lambda images: layer(torch.rand(images, 2)).sum()  # noqa: E731
+        return auto.measure_cost(layer, loss, torch.device("cpu"), most=most).seconds_per_image
+
+    monkeypatch.setattr(auto, "_timed", timed)
+    assert measured(256) == pytest.approx(0.286 / 256)
+    assert list(dict.fromkeys(seen)) == [4, 16, 64, 256]
+    assert measured(None) == pytest.approx(0.094 / 64)  # enough for a CPU
+    assert measured(8) == pytest.approx(0.038 / 8)  # the batch that was asked for
+    assert measured(1) == pytest.approx(0.034 / 4)
+    monkeypatch.setattr(auto, "usable_memory", lambda device: 16 * 6 + 2 * 64 * 8)  # of 64 images, not of 256
+    assert measured(256) == pytest.approx(0.094 / 64)
+    a_pass = 0.0  # more at once make an image no cheaper
+    assert measured(256) == pytest.approx(0.001)
+    assert max(seen) == 16
+    a_pass = 0.6  # long enough as it is
+    assert measured(256) == pytest.approx(0.604 / 4)
 
 
 def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:

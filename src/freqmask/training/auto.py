@@ -32,7 +32,10 @@ MOST_TINY_LR = 4e-3  # more was never tried; large batches on GPUs would ask for
 MORE_FOR_TINY = f"since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
 BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32
 BYTES_A_FROZEN_WEIGHT = 4
-ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so many, and no more after so long
+ROUNDS, ROUNDS_SECONDS = 10, 1.0  # of measuring what a step costs: at most so many, and no more after so long
+# A pass of few images is mostly what every pass costs: with 4 of 32 pixels a ResNet-10t was four times as dear an image
+# as with 64 on a CPU. So more are taken at once, until that makes an image no cheaper or a pass is too long.
+CHEAPER, PASS_SECONDS, MOST_AT_ONCE = 0.8, 0.5, {"cpu": 64, "cuda": 256}
 LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
 # How many processes torchrun or srun started. SLURM_NTASKS will not do: batch scripts and the shells of salloc have it,
 # too, without having been started so many times.
@@ -107,7 +110,7 @@ class Plan:
             module: what will be trained.
             shape: (channels, height, width) of a training image.
             loss: of the copy and random images.
-            images: how many at once.
+            images: how many at once; more, up to the batch that was asked for, where that makes an image cheaper.
 
         Returns:
             The copy, and its loss for a number of random images.
@@ -122,7 +125,9 @@ class Plan:
                 return loss(trial, samples)
 
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self.cost = measure_cost(trial, trial_loss, device, images)
+            asked = self.asked.get("batch_size")
+            most = max(asked // world_size(self.values), 1) if isinstance(asked, int) else None
+            self.cost = measure_cost(trial, trial_loss, device, images, most)
         return trial, trial_loss
 
     def take_batch(self, choose: Callable[[Cost, str, int, int], Choice]) -> tuple[int, int]:
@@ -302,7 +307,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def measure_cost(
-    module: nn.Module, loss: Callable[[int], Tensor], device: torch.device, images: int = 4
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    device: torch.device,
+    images: int = 4,
+    most: int | None = None,
 ) -> Cost:
     """Time and memory of one image, from a few forward and backward passes; of their times the shortest counts.
 
@@ -310,8 +319,33 @@ def measure_cost(
         module: whose parameters are counted; its gradients are cleared afterwards.
         loss: makes the loss of a number of images.
         device: where it runs.
-        images: how many at once.
+        images: how many at once; four times as many, and so on, while that makes an image cheaper.
+        most: at once; None: what fills a device of this kind.
     """
+    trained = sum(p.nelement() for p in module.parameters() if p.requires_grad)
+    frozen = sum(p.nelement() for p in module.parameters() if not p.requires_grad)
+    fixed, memory = trained * BYTES_A_TRAINED_WEIGHT + frozen * BYTES_A_FROZEN_WEIGHT, usable_memory(device)
+    kept = _bytes_kept(loss, images) // images
+    times, most = [_timed(loss, images, device)], most or MOST_AT_ONCE.get(device.type, images)
+    while (more := min(4 * images, most)) > images and times[0] < PASS_SECONDS:
+        if fixed + 2 * more * kept > memory:
+            break
+        first = _timed(loss, more, device)
+        is_cheaper = first / more < CHEAPER * times[0] / images
+        times, images = [first], more
+        if not is_cheaper:
+            break
+    kept = _bytes_kept(loss, images) // images
+    # other programs disturb some of them
+    while len(times) < 2 or (len(times) < ROUNDS and sum(times) < ROUNDS_SECONDS):
+        times.append(_timed(loss, images, device))
+    module.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # or what these passes took would count as taken
+    return Cost(min(times) / images, kept, fixed)
+
+
+def _bytes_kept(loss: Callable[[int], Tensor], images: int) -> int:
     kept = 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -322,14 +356,7 @@ def measure_cost(
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss(images).backward()
-    times = [_timed(loss, images, device) for _ in range(2)]
-    while len(times) < ROUNDS and sum(times) < ROUNDS_SECONDS:  # other programs disturb some of them
-        times.append(_timed(loss, images, device))
-    module.zero_grad(set_to_none=True)
-    trained = sum(p.nelement() for p in module.parameters() if p.requires_grad)
-    frozen = sum(p.nelement() for p in module.parameters() if not p.requires_grad)
-    fixed = trained * BYTES_A_TRAINED_WEIGHT + frozen * BYTES_A_FROZEN_WEIGHT
-    return Cost(min(times) / images, kept // images, fixed)
+    return kept
 
 
 def _timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> float:
