@@ -55,6 +55,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "patch_size": 4,
         "model_args": {"embed_dim": 96, "depth": 4, "num_heads": 3},
     },
+    "vit-4x192": {
+        "backbone": "vit_tiny_patch16_224",
+        "patch_size": 4,
+        "model_args": {"embed_dim": 192, "depth": 4, "num_heads": 3},
+    },
+    "vit-ti": {"backbone": "vit_tiny_patch16_224", "patch_size": 4},
     "cnn": {"backbone": "resnet10t", "model_args": {"output_stride": 8, "channels": [32, 64, 128, 256]}},
     "vit-s": {"backbone": "vit_small_patch16_224", "patch_size": 4},
 }
@@ -181,7 +187,10 @@ def build(job: dict[str, Any]) -> nn.Module:
     name = name.partition("-")[0]  # mfm-com and words-unfiltered are mfm and words with options
     size = job["size"]
     if name == "teacher":
-        name, options["teacher"] = "distill", open_teacher({**job, "image_size": size, "channels": 3})
+        name, options["teacher"] = (
+            "distill",
+            open_teacher({**job, **options, "image_size": size, "channels": 3}),
+        )
     kind = RIVALS[name] if name in RIVALS else METHODS[name]
     return kind(**network(job["backbone"], size), image_size=size, **options)
 

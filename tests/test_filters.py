@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freqmask.degradations import Downscale
 from freqmask.errors import UserError
 from freqmask.filters import (
     BandPass,
@@ -25,6 +27,7 @@ from freqmask.filters import (
     RCom,
     build_filter,
 )
+from freqmask.methods import MFM
 from freqmask.rng import fresh_keys, uniform
 from freqmask.spectrum import full_spectrum, pair_weights, rfft2
 
@@ -59,6 +62,23 @@ def filtered(text, size, channels=3, batch=6):
 
 def full_count(keep, size):
     return (keep * pair_weights(*size)).sum((-2, -1))
+
+
+@pytest.mark.parametrize("use", [LowPass(3), Com(), Downscale(), MFM("resnet10t", image_size=32)])
+@pytest.mark.parametrize(
+    ("images", "shown"),
+    [
+        (torch.rand(3, 32, 32), "3x32x32"),
+        (torch.rand(0, 3, 32, 32), "0x3x32x32"),
+        (np.zeros((2, 3, 32, 32), np.float32), "ndarray"),
+    ],
+)
+def test_what_is_no_batch_is_refused_wherever_keys_are_drawn(use: Any, images: Any, shown: str) -> None:
+    views = [images] if isinstance(use, MFM) else images
+    with pytest.raises(
+        UserError, match=rf"images \({shown}\) must be a tensor \(batch, channel, height, width\)"
+    ):
+        use(views)
 
 
 @pytest.mark.parametrize("size", SIZES)

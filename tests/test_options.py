@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import freqmask
@@ -168,6 +169,18 @@ def test_values_of_python_are_read_as_what_they_mean(name: str, value: Any, read
 )
 def test_values_of_python_that_cannot_be_are_sentences(name: str, value: Any) -> None:
     assert str(outcome({name: value})).startswith(f"{name} (")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (torch.zeros(3, 32, 32), "Tensor of 3x32x32"),
+        (np.zeros((2, 9)), "ndarray of 2x9"),
+        (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU()), "Sequential( (0): ReLU() (1): ReLU() )"),
+    ],
+)
+def test_what_is_many_lines_as_a_text_is_shown_in_one(value: Any, shown: str) -> None:
+    assert str(outcome({"steps": value})).startswith(f"steps ({shown}) must be")
 
 
 def test_objects_pass_where_an_option_takes_them() -> None:

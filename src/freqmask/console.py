@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -25,6 +25,7 @@ _UNSHOWN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
 LINES_A_RUN = 20  # lines of a run without a terminal
+MOST_PATHS = 8  # in a command that is printed
 
 
 def say(text: str = "") -> None:
@@ -77,6 +78,28 @@ def shell_word(word: object) -> str:
         return shlex.quote(text)
     shown = (chr(n) if 32 <= n < 127 and n not in b"'\\" else f"\\x{n:02x}" for n in os.fsencode(text))
     return f"$'{''.join(shown)}'"
+
+
+def shell_path(path: object) -> str:
+    """A file, folder or URL as a word of a command: what begins with a dash would be taken for an option.
+
+    >>> print(shell_path("my photos"), shell_path("-dash"))
+    'my photos' ./-dash
+    """
+    return shell_word(f"./{path}" if str(path).startswith("-") else path)
+
+
+def shell_paths(paths: Sequence[object] | object, name: str) -> str:
+    """Several, or one; more than a person reads, and what was made in Python, is ``name``.
+
+    >>> print(shell_paths(["my photos", "b"], "DATA"), shell_paths([f"{n}.png" for n in range(300)], "DATA"))
+    'my photos' b DATA
+    """
+    if not isinstance(paths, (list, tuple)):
+        paths = [] if paths is None else [paths]
+    if len(paths) > MOST_PATHS:
+        return name
+    return " ".join(shell_path(path) if isinstance(path, (str, os.PathLike)) else name for path in paths)
 
 
 def be_quiet(quiet: bool = True) -> None:

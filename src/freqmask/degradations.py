@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.rng import fresh_keys, normal, uniform
+from freqmask.rng import batch_keys, normal, uniform
 from freqmask.spectrum import REFERENCE_SIDE, constant, image_size, single_or_double
 
 Auto = Literal["auto"]
@@ -50,7 +50,7 @@ class Degradation(nn.Module):
         Returns:
             Of the same size, float32 or float64; noise may leave [0, 1].
         """
-        keys = fresh_keys(len(images), images.device) if keys is None else keys
+        keys = batch_keys(images, keys)
         return self.degrade(single_or_double(images), keys)
 
 

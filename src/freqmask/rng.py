@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from freqmask.errors import UserError
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the step between the counters of splitmix64
 _FIRST = 0xBF58476D1CE4E5B9
@@ -138,6 +140,22 @@ def fresh_keys(count: int, device: torch.device | str | None = None) -> Int64[Te
         Random keys, repeatable by ``torch.manual_seed``.
     """
     return torch.randint(-(1 << 63), (1 << 63) - 1, (count,), dtype=torch.int64, device=device)
+
+
+def batch_keys(
+    images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None
+) -> Int64[Tensor, " batch"]:
+    """The keys of a batch, one an image, fresh ones where none are given.
+
+    Raises:
+        UserError: the images are no batch; a single one without its first axis would be taken for several.
+    """
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.numel() == 0:
+        given = "x".join(map(str, images.shape)) if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(
+            f"images ({given}) must be a tensor (batch, channel, height, width) of an image or more"
+        )
+    return fresh_keys(len(images), images.device) if keys is None else keys
 
 
 @contextmanager

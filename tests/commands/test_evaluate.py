@@ -214,7 +214,7 @@ def test_an_image_a_class_is_too_few_to_hold_any_out(words: list[str], sentence:
     [
         ("test/*/*.png", "the test part is empty"),
         ("train/*/*.png", "the training part is empty"),
-        ("train/a/*.png", "1 classes of the test part are missing from the training part (a)"),
+        ("train/a/*.png", "the training part misses 1 class of the test part (a)"),
         ("t*/[ab]/*.png", "has one class only (c)"),
     ],
 )

@@ -91,6 +91,16 @@ def test_folds_test_every_image_once(tmp_path: Path) -> None:
     assert all(np.array_equal(a.test, b.test) for a, b in zip(data.rounds, again.rounds, strict=True))
 
 
+def test_folds_cannot_train_and_test_on_the_only_image_of_a_class(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 13)
+    rows = [f"{n}.png,{'ab'[n % 2] if n else 'lonely'}" for n in range(13)]
+    (tmp_path / "labels.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
+    with pytest.raises(
+        UserError, match=r"folds \(3\) leave 1 class without an image to train on \(lonely\); add"
+    ):
+        open_labelled(tmp_path / "flat", tmp_path / "labels.csv", parting(tmp_path, folds=3))
+
+
 def test_identical_images_are_refused_or_kept_together(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "tree")
     (folder / "cat" / "copy.png").write_bytes((folder / "cat" / "3.png").read_bytes())
@@ -115,7 +125,7 @@ def test_groups_of_a_table_are_not_divided(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        (["0.png,a,train", "1.png,b,train", "2.png,c,test"], "missing from the training part"),
+        (["0.png,a,train", "1.png,b,train", "2.png,c,test"], "training part misses 1 class of the test part"),
         (["0.png,a,train", "1.png,a,train", "2.png,a,test"], "one class only"),
         (["0.png,,train", "1.png,,test"], "has no labels"),
         (["0.png,a,train", "1.png,b,train", "2.png,,test"], "the test part is empty"),

@@ -11,6 +11,7 @@ import sys
 import types
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,19 +223,55 @@ def test_a_network_that_trains_channels_last_is_written_as_any_other(tmp_path: P
         torch.testing.assert_close(loaded(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "size"), [("mobilenetv3_small_050", 64), ("convnextv2_atto", 50)])
-def test_a_folder_says_how_to_get_embeds_features_where_a_plain_call_does_not(tmp_path, name, size):
+STAGE = "model.forward_intermediates(x, indices=[{}], norm=True, intermediates_only=True)[0].mean((2, 3))"
+NARROW = {"patch_size": 8, "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "told"),
+    [
+        ("mobilenetv3_small_050", 64, {}, "model.forward_features(x).mean((2, 3))"),
+        ("convnextv2_atto", 50, {}, "model.forward_features(x).mean((2, 3))"),
+        ("inception_next_atto", 64, {}, "model.forward_features(x).mean((2, 3))"),
+        ("mambaout_femto", 64, {}, "model.forward_features(x).mean((1, 2))"),
+        ("hiera_tiny_224", 64, {}, "model.forward_features(x)[:, 0:].mean(1)"),
+        (
+            "coat_lite_tiny",
+            64,
+            {},
+            STAGE.format(3),
+        ),
+        (
+            "pit_ti_224",
+            64,
+            {},
+            STAGE.format(2),
+        ),
+        ("beit_base_patch16_224", 64, NARROW, "model.forward_features(x)[:, 1:].mean(1)"),
+        ("eva02_tiny_patch14_224", 64, NARROW, "model.forward_features(x)[:, 1:].mean(1)"),
+        ("deit_tiny_distilled_patch16_224", 64, NARROW, "model.forward_features(x)[:, 2:].mean(1)"),
+        ("vit_medium_patch16_reg4_gap_256", 64, NARROW, "model.forward_features(x)[:, 4:].mean(1)"),
+        ("vit_tiny_patch16_224", 64, NARROW, None),
+        ("vit_small_patch16_dinov3", 64, NARROW, None),
+        ("swin_tiny_patch4_window7_224", 64, {}, None),
+        ("resnet10t", 64, {}, None),
+    ],
+)
+def test_a_folder_says_how_to_get_embeds_features_where_a_plain_call_does_not(
+    tmp_path: Path, name: str, size: int, options: dict[str, Any], told: str | None
+) -> None:
     torch.manual_seed(0)
-    backbone = Backbone(name, size).eval()
-    write_timm_folder(
-        backbone.timm_model, tmp_path, input_size=(3, size, size), mean=[0.5] * 3, std=[0.5] * 3, metadata={}
-    )
-    text = (tmp_path / "README.md").read_text()
+    backbone = Backbone(name, size, **options).eval()
+    common = {"input_size": (3, size, size), "mean": [0.5] * 3, "std": [0.5] * 3, "metadata": {}}
+    write_timm_folder(backbone.timm_model, tmp_path, pooled="mean", backbone=backbone, **common)
+    text = (tmp_path / "README.md").read_text() if told else ""
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = x = torch.rand(2, 3, size, size)
     if "pad(" in text:
         x = eval(re.search(r"x = (torch\.nn.*?\))`", text)[1], {"torch": torch, "x": images})
-    torch.testing.assert_close(
-        model.forward_features(x).mean((2, 3)), backbone(images).pooled, atol=1e-5, rtol=0
-    )
-    assert json.loads((tmp_path / "config.json").read_text())["freqmask"]["notes"]
+    assert told is None or f"`{told}`" in text
+    with torch.no_grad():
+        answer = eval(told or "model(x)", {"model": model, "x": x})
+        torch.testing.assert_close(answer, backbone(images).pooled, atol=1e-5, rtol=1e-5)
+    notes = json.loads((tmp_path / "config.json").read_text())["freqmask"].get("notes", [])
+    assert bool(notes) == bool(told) == (tmp_path / "README.md").exists()

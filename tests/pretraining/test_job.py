@@ -157,7 +157,10 @@ def test_a_finished_run_says_so_and_how_to_train_on(
     freqmask.pretrain("builtin:digits", **TINY, out=str(finished))
     shown = capsys.readouterr().out
     assert "is finished" in shown
-    assert f"--method mfm --init {finished}" in shown  # without it the new run would be one of words
+    # without a method the new run would be one of words; DATA is as it was typed, not as it was recorded
+    assert f"freqmask pretrain builtin:digits --method mfm --init {finished}" in shown
+    freqmask.pretrain(out=str(finished))
+    assert f"freqmask pretrain builtin:digits --method mfm --init {finished}" in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in weights(finished).items())
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+import freqmask
 from freqmask.pretraining.plan import advice_lines, length_lines, next_lines
 from freqmask.pretraining.resolve import Resolved
+from freqmask.training import auto
 from freqmask.training.auto import Cost
 
 ENOUGH: dict[str, Any] = {"init": None, "overfit": None, "steps": 10_000, "channels": 3, "method": "mfm"}
@@ -40,6 +42,66 @@ def test_who_named_a_length_is_told_nothing_of_it(given: dict[str, Any]) -> None
 
 def test_a_training_below_an_hour_needs_no_word_on_its_length() -> None:
     assert told_of_length(0.9) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "network"),
+    [
+        ([0.019], {"hours": 1.0}, "width 192 of 4 blocks"),  # 189,474 images
+        ([0.019, 0.019], {"hours": 1.0}, "width 96 of 4 blocks"),
+        ([0.019], {"hours": 1.0, "method": "mfm"}, "width 192 of 4 blocks"),
+        ([0.018], {"hours": 1.0}, "width 192 of 12 blocks"),  # 200,000
+        ([0.019], {"steps": 9}, "width 192 of 12 blocks"),
+        ([0.019], {"hours": 1.0, "overfit": 8}, "width 192 of 12 blocks"),
+        ([0.019], {"hours": 1.0, "model_args": {"depth": 1}}, "width 192 of 1 blocks"),
+        ([0.019], {"hours": 1.0, "backbone": "resnet10t"}, "width 512,"),
+    ],
+)
+def test_hours_that_hold_few_images_get_a_smaller_vit(
+    seconds: list[float],
+    options: dict[str, Any],
+    network: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    costs = iter([*seconds, 0.001])  # of one network after the other
+    monkeypatch.setattr(auto, "measure_cost", lambda *_: Cost(next(costs), 1, 1))
+    fixed = {"accelerator": "cpu", "dry_run": True, "image_size": 32, "workers": 0}
+    freqmask.pretrain("builtin:photos", out=str(tmp_path / "run"), **fixed, **options)
+    shown = capsys.readouterr().out
+    assert network in shown
+    told = "(made smaller: in 1 hours the whole one would see 189,474 images, and with fewer than 200,000 a smaller"
+    assert (told in shown) == ("of 4 blocks" in network)
+
+
+@pytest.mark.parametrize(
+    ("options", "backbone"),
+    [({}, "resnet10t"), ({"patch_size": 8}, "vit_tiny_patch16_224"), ({"backbone": "resnet18"}, "resnet18")],
+)
+def test_a_teacher_is_given_a_small_cnn_on_a_cpu(
+    options: dict[str, Any], backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = {
+        "accelerator": "cpu",
+        "dry_run": True,
+        "image_size": 32,
+        "workers": 0,
+        "teacher": "random:resnet10t",
+    }
+    freqmask.pretrain("builtin:photos", out=str(tmp_path / "run"), **fixed, **options)
+    assert f"backbone    {backbone}" in capsys.readouterr().out
+
+
+def test_printed_commands_have_paths_that_are_no_options_and_no_more_of_them_than_one_reads() -> None:
+    lines = list(next_lines(Path("-run"), {"data": ["-dash"], "method": "mfm"}, labelled=False))
+    assert "freqmask embed ./-run ./-dash --neighbours" in lines[0]
+    assert "freqmask pretrain ./-dash --method mfm --init ./-run --out ./-run-continued" in lines[1]
+    many = {"data": [f"{number}.png" for number in range(300)], "method": "mfm"}
+    assert "freqmask embed run DATA --neighbours" in next(iter(next_lines(Path("run"), many, labelled=False)))
+    assert "an hour of it: freqmask pretrain DATA --hours 1" in told_of_length(
+        12.5, **many | {"method": None}
+    ).replace(" --method null", "")
 
 
 def test_enough_steps_and_images_need_no_advice() -> None:

@@ -38,6 +38,14 @@ def test_a_run_that_is_trained_is_running_and_one_that_was_killed_is_stopped(tmp
         training.unlock()
 
 
+def test_a_run_that_stopped_between_two_rows_is_at_the_step_of_its_checkpoint(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", finished=False)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    for name in ("step-00000038.ckpt", "step-00000106.ckpt", "last.ckpt"):
+        (folder / "checkpoints" / name).touch()
+    assert read_run(folder).last_step == 106
+
+
 def test_a_cut_line_is_left_out_and_said(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     metrics = folder / "metrics.csv"

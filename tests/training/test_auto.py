@@ -104,15 +104,16 @@ def test_an_image_costs_what_it_does_among_many_not_what_a_pass_does_by_itself(
         seen.append(images)
         return a_pass + 0.001 * images  # so 4 are 8.5 ms an image, and many 1 ms
 
-    def measured(most: int | None) -> float:
+    def measured(most: int) -> float:
         seen.clear()
         loss = lambda images: layer(torch.rand(images, 2)).sum()  # noqa: E731
         return auto.measure_cost(layer, loss, torch.device("cpu"), most=most).seconds_per_image
 
     monkeypatch.setattr(auto, "_timed", timed)
+    assert measured(256) == pytest.approx(0.094 / 64)  # enough for a CPU
+    monkeypatch.setitem(auto.MOST_AT_ONCE, "cpu", 256)
     assert measured(256) == pytest.approx(0.286 / 256)
     assert list(dict.fromkeys(seen)) == [4, 16, 64, 256]
-    assert measured(None) == pytest.approx(0.094 / 64)  # enough for a CPU
     assert measured(8) == pytest.approx(0.038 / 8)  # the batch that was asked for
     assert measured(1) == pytest.approx(0.034 / 4)
     monkeypatch.setattr(auto, "usable_memory", lambda device: 16 * 6 + 2 * 64 * 8)  # of 64 images, not of 256
@@ -122,6 +123,39 @@ def test_an_image_costs_what_it_does_among_many_not_what_a_pass_does_by_itself(
     assert max(seen) == 16
     a_pass = 0.6  # long enough as it is
     assert measured(256) == pytest.approx(0.604 / 4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "most"),
+    [
+        ({}, 8, 8),
+        ({}, 256, 64),
+        ({"accumulate": 16}, 256, 16),
+        ({"batch_size": 32}, 256, 32),
+        ({"batch_size": 2}, 8, 4),
+    ],
+)
+def test_no_more_images_are_measured_than_a_pass_of_the_training_has(
+    asked: dict[str, Any], batch: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "_timed", lambda loss, images, device: 0.03 + 0.001 * images)
+    plan = auto.Plan(asked, {"accelerator": "cpu", "precision": "32-true", "devices": 1, "num_nodes": 1})
+    plan.take_cost(nn.Linear(2, 2), (2,), lambda layer, samples: layer(samples).sum(), batch)
+    assert plan.cost.images == most
+    assert plan.cost.seconds_per_image == pytest.approx((0.03 + 0.001 * most) / most)
+
+
+def test_an_allocation_that_fails_ends_the_measuring_at_the_size_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loss(images: int) -> Tensor:
+        if images > 16:
+            raise torch.OutOfMemoryError("no room")
+        return layer(torch.rand(images, 2)).sum()
+
+    layer = nn.Linear(2, 2)
+    monkeypatch.setattr(auto, "CHEAPER", 99.0)
+    assert auto.measure_cost(layer, loss, torch.device("cpu")).images == 16
 
 
 def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from freqmask.commands.command import command
-from freqmask.console import say, shell_word
+from freqmask.console import say, shell_path
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.interop.formats import (
@@ -166,7 +166,7 @@ def convert(
     say(f"written     {out}    ({converted.architecture}, {height}x{width} pixels)")
     if converted.decoder:
         say(
-            f"            with its decoder: freqmask reconstruct {shell_word(out)} IMAGE shows what it fills in"
+            f"            with its decoder: freqmask reconstruct {shell_path(out)} IMAGE shows what it fills in"
         )
     for note in converted.notes:
         say(f"            {note}")

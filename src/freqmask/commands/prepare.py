@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from freqmask.commands.command import command
-from freqmask.console import Progress, plain_name, readable_bytes, say, shell_word
+from freqmask.console import Progress, plain_name, readable_bytes, say, shell_path
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.options import Auto, Range
@@ -155,7 +155,7 @@ def _summarize(result: PrepareResult, settings: Settings, path: Path) -> None:
     say(f"spectrum    {first}")
     for line in rest:
         say(f"            {line}")
-    say(f"use it      freqmask pretrain {shell_word(path)}")
+    say(f"use it      freqmask pretrain {shell_path(path)}")
 
 
 def empty_octave_share(side: int) -> float:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.rng import fresh_keys, uniform
+from freqmask.rng import batch_keys, uniform
 
 Images = Float[Tensor, "batch channel height width"]
 PerImage = Float[Tensor, " batch"]
@@ -87,7 +87,7 @@ class PhotometricAugmentation(nn.Module):
 
     def forward(self, images: Images, keys: Int64[Tensor, " batch"] | None = None) -> Images:
         """The batch, floats in [0, 1], changed by one key an image and view; without keys by fresh ones."""
-        keys = fresh_keys(len(images), images.device) if keys is None else keys
+        keys = batch_keys(images, keys)
         settings = (
             self.settings
             if images.shape[1] == 3

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack
 
-from freqmask.console import say
+from freqmask.console import counted, say
 from freqmask.data.pixels import (
     Picture,
     as_bad_image,
@@ -290,9 +290,8 @@ def candidates(asked: int, key: int, images: int) -> Iterator[int]:
 def none_usable(skipped: Skipped) -> UserError:
     """The error where neither an image nor any that may stand in for it can be read."""
     name, reason = skipped[0]
-    return UserError(
-        f"{len(skipped)} images in a row cannot be used; the first, {name}: {reason}; check DATA"
-    )
+    tried = counted(len(dict(skipped)), "image")  # few are drawn again and again
+    return UserError(f"{tried} in a row cannot be used; the first, {name}: {reason}; check DATA")
 
 
 def collate(samples: Sequence[Sample] | UserError) -> dict[str, Any] | UserError:

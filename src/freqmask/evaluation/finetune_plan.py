@@ -366,8 +366,9 @@ class FinetunePlan(Plan):
     def _take_length(self) -> None:
         """Batch, parts and steps, from what an image costs."""
         values, asked, published = self.values, self.asked, self.published
+        shape = (values["channels"], *values["train_size"])
         _, trial = self.take_cost(
-            self.network.model, (values["channels"], *values["train_size"]), _trial_loss, images=4
+            self.network.model, shape, _trial_loss, auto.largest_batch(values["accelerator"], self.images)
         )
         part, rest = self.take_batch(
             lambda cost, *machine: auto.choose_batch_size(cost, self.images, *machine)

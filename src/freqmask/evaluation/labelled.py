@@ -345,9 +345,16 @@ def _check_classes(data: LabelledData, trained: bool = True) -> None:
             )
         unknown = sorted(data.class_names[number] for number in tested - known)
         if unknown:
+            many = f"{len(unknown)} class{'' if len(unknown) == 1 else 'es'}"
+            shown = ", ".join(unknown[:3])
+            if len(data.rounds) > 1:
+                raise UserError(
+                    f"folds ({len(data.rounds)}) leave {many} without an image to train on ({shown}); add images of "
+                    "them, or leave them out of DATA"
+                )
             raise UserError(
-                f"{len(unknown)} classes of the test part are missing from the training part "
-                f"({', '.join(unknown[:3])}); add images of them, or leave them out of the test part"
+                f"the training part misses {many} of the test part ({shown}); add images of them, or leave them out of "
+                "the test part"
             )
 
 

@@ -261,7 +261,7 @@ class SegmentationPlan(Plan):
 
     def _take_length(self) -> None:
         values, asked, side = self.values, self.asked, int(self.values["crop"])
-        self.take_cost(self.network, (values["channels"], side, side), _trial_loss, images=2)
+        self.take_cost(self.network, (values["channels"], side, side), _trial_loss, BATCH, images=2)
         part, rest = self.take_batch(lambda *_: Choice(BATCH, _BEIT))
         batch = int(values["batch_size"])
         if rest or part < 2:

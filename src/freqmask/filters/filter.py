@@ -13,7 +13,7 @@ from jaxtyping import Complex, Float, Int64
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.rng import fresh_keys, uniform
+from freqmask.rng import batch_keys, uniform
 from freqmask.spectrum import constant, image_size, irfft2, rfft2
 
 
@@ -66,9 +66,11 @@ class Filter(nn.Module):
 
         Returns:
             Re F^-1(F(images) keep), and keep. float32, float64 for float64 images.
+
+        Raises:
+            UserError: the images are no batch.
         """
-        if keys is None:
-            keys = fresh_keys(len(images), images.device)
+        keys = batch_keys(images, keys)
         size = image_size(images)
         spectrum = rfft2(images)
         keep = self.keep(spectrum, size, keys)

@@ -130,6 +130,7 @@ def write_timm(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> li
             mean=opened.mean,
             std=opened.std,
             metadata=exported_metadata(opened),
+            backbone=opened.backbone if isinstance(opened, OpenedModel) else None,
             **more,
         )
         if isinstance(opened, OpenedModel) and opened.folder is not None and load_space(opened) is not None:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from freqmask.backbones import Backbone, eval_no_grad
 from freqmask.errors import UserError, brief
 from freqmask.interop.formats import CONFIG, DECODER, OURS, WEIGHTS, check_file, readable
 from freqmask.training.files import replace_atomically
@@ -45,6 +46,7 @@ def write_timm_folder(
     std: Sequence[float],
     metadata: Mapping[str, Any],
     pooled: Pooled | None = None,
+    backbone: Backbone | None = None,
     decoder: Mapping[str, Tensor] | None = None,
     crop_pct: float = 1.0,
     label_names: Sequence[str] | None = None,
@@ -61,6 +63,7 @@ def write_timm_folder(
             under ``freqmask`` and in the weights' metadata.
         pooled: what calling the loaded model gives: the mean of the map (what MFM trains) or the class
             token; None leaves what the model gives now.
+        backbone: the same model as we read it, by which it is found out whether a plain call answers the same.
         decoder: tensors of the reconstruction head, written beside the backbone.
         crop_pct: share of an image's side that the centered test window keeps.
         label_names: of a classifier's classes, in the order of its outputs.
@@ -72,8 +75,13 @@ def write_timm_folder(
         # neither kind of weights: they follow below, with our metadata and replaced whole
         save_for_hf(model, scratch, safe_serialization=None, data_config=data_config)  # type: ignore[arg-type]
         config = json.loads((Path(scratch) / CONFIG).read_text())
-    metadata = {**metadata, **_pin_pooling(config, model, pooled)}
-    notes = [] if label_names is not None else plain_call_notes(model, input_size, metadata.get("stage", -1))
+    pinned = _pin_pooling(config, model, pooled)
+    metadata = {**metadata, **pinned}
+    notes = []
+    if label_names is None:
+        is_asked = pooled is not None or not getattr(backbone, "has_class_token", True)
+        read = backbone if is_asked and not pinned else None
+        notes = plain_call_notes(model, input_size, read, pooled or "mean", metadata.get("stage", -1))
     if notes:
         metadata["notes"] = notes
     config[OURS] = metadata
@@ -88,38 +96,74 @@ def write_timm_folder(
         write_text(folder / README, "\n\n".join(["# How this backbone is called", *notes]) + "\n")
 
 
-def plain_call_notes(model: Any, input_size: tuple[int, int, int], stage: int = -1) -> list[str]:
+def plain_call_notes(
+    model: Any, input_size: tuple[int, int, int], backbone: Backbone | None, pooled: Pooled, stage: int = -1
+) -> list[str]:
     """Where timm's plain ``model(x)`` is not what ``freqmask embed`` gives, and what to call instead.
 
-    MobileNetV3 and its kin keep an untrained layer behind the pooling whatever ``num_classes`` is; behind an inner
-    ``stage`` nothing was trained; a size that the strides do not divide is padded by us and cut off by some families.
+    Many families keep an untrained layer behind the pooling whatever ``num_classes`` is; behind an inner ``stage``
+    nothing was trained; a size that the strides do not divide is padded by us and cut off by some families.
     """
     notes = []
-    width = getattr(model, "num_features", None)
-    if getattr(model, "head_hidden_size", width) != width:
+    stages = getattr(model, "feature_info", None) or [{"reduction": 1}]
+    step, count = max(int(one["reduction"]) for one in stages), len(stages)
+    height, width = input_size[1:]
+    if backbone is not None and stage in (-1, count - 1) and (call := _other_call(backbone, pooled)):
         notes.append(
-            f"`model(x)` answers through a layer of {model.head_hidden_size} channels that was never trained. The "
-            "features are `model.forward_features(x).mean((2, 3))`, as `freqmask embed` and ONNX give them."
+            f"`model(x)` has an end of its own in this family, and it was not trained. The features are `{call}`, as "
+            "`freqmask embed` and ONNX give them."
         )
-    count = len(getattr(model, "feature_info", None) or [None])
     if stage not in (-1, count - 1):
         call = f"model.forward_intermediates(x, indices=[{stage}], norm=True, intermediates_only=True)[0]"
         notes.append(
             f"It was trained at stage {stage % count} of 0 to {count - 1}, and `model(x)` answers through later ones, "
             f"which were not. The features are `{call}.mean((2, 3))`, as `freqmask embed` and ONNX give them."
         )
-    strides = [
-        int(stage["reduction"]) for stage in getattr(model, "feature_info", None) or [{"reduction": 1}]
-    ]
-    step, (_, height, width_) = max(strides), input_size
-    if height % step or width_ % step:
-        below, right = -height % step, -width_ % step
+    below, right = -height % step, -width % step
+    if below or right:
         notes.append(
-            f"Images of {height}x{width_} pixels are padded to multiples of {step} before the model: "
+            f"Images of {height}x{width} pixels are padded to multiples of {step} before the model: "
             f"`x = torch.nn.functional.pad(x, (0, {right}, 0, {below}), mode='replicate')`. Without it some "
             "families cut the edge off."
         )
     return notes
+
+
+def _other_call(backbone: Backbone, pooled: Pooled) -> str:
+    """What gives the features where timm's ``model(x)`` does not, found out with an image; empty where it does."""
+    model: Any = backbone.timm_model
+    image = torch.rand(
+        1, backbone.channels, *backbone.padded_size, generator=torch.Generator().manual_seed(0)
+    )
+    image = image.to(next(model.parameters()))
+    prefix, last = getattr(model, "num_prefix_tokens", 0), len(model.feature_info) - 1
+    inner = f"model.forward_intermediates(x, indices=[{last}], norm=True, intermediates_only=True)[0]"
+    of_tokens = "[:, 0]" if pooled == "class_token" else f"[:, {prefix}:].mean(1)"
+    token = slice(0, 1) if pooled == "class_token" else slice(prefix, None)
+
+    def mean_of_stage(x: Tensor) -> Tensor:
+        (stage,) = model.forward_intermediates(x, indices=[last], norm=True, intermediates_only=True)
+        mean: Tensor = stage.mean((2, 3))
+        return mean
+
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "": model,
+        f"model.forward_features(x){of_tokens}": lambda x: model.forward_features(x)[:, token].mean(1),
+        "model.forward_features(x).mean((2, 3))": lambda x: model.forward_features(x).mean((2, 3)),
+        "model.forward_features(x).mean((1, 2))": lambda x: model.forward_features(x).mean((1, 2)),
+        f"{inner}.mean((2, 3))": mean_of_stage,
+    }
+    with eval_no_grad(backbone):
+        features = backbone(image)
+        wanted = features.class_token if pooled == "class_token" else features.pooled
+        for call, answer_of in calls.items():
+            try:
+                answer = answer_of(image)
+            except (AssertionError, IndexError, RuntimeError, TypeError):  # not of this family
+                continue
+            if answer.shape == wanted.shape and torch.allclose(answer, wanted, rtol=1e-3, atol=1e-3):
+                return call
+    return ""  # what no call gives, freqmask alone can name
 
 
 def trained_feature(method: nn.Module, backbone: Any) -> Pooled:

@@ -16,7 +16,7 @@ from freqmask.filters import Filter, Filtered
 from freqmask.heads import ReconstructionHead
 from freqmask.options import options_of, read_group, signature
 from freqmask.options.of_methods import BackboneOptions
-from freqmask.rng import fresh_keys
+from freqmask.rng import batch_keys
 from freqmask.spectrum import Normalization, irfft2, rfft2
 
 
@@ -188,11 +188,11 @@ class Method(nn.Module):
             The same views, and int64 keys (B,) on their device.
 
         Raises:
-            UserError: for another number of views.
+            UserError: for another number of views, or where they are no batches.
         """
         if isinstance(views, Tensor) or len(views) != self.n_views:
             raise UserError(f"views must be a list of {self.n_views} batches of images for {self.name}")
-        return views, fresh_keys(len(views[0]), views[0].device) if keys is None else keys
+        return views, batch_keys(views[0], keys)
 
 
 def build_backbone(

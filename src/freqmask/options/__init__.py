@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
 
-from freqmask.console import shell_word
+from freqmask.console import shell_paths, shell_word
 from freqmask.errors import CallError, UserError, nearest
 
 Group = TypeVar("Group")
@@ -316,8 +316,11 @@ def _shown(value: Any) -> str:
     # as it was written, cut where it is long
     if value is None:
         return "null"
+    if shape := getattr(value, "shape", None):  # arrays and tensors are many lines
+        return f"{type(value).__name__} of {'x'.join(map(str, shape))}"
     text = " ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
     text = text if text.strip() else repr(value)
+    text = text if isinstance(value, str) else " ".join(text.split())  # a module is many lines
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -480,7 +483,7 @@ def command_words(values: Mapping[str, Any], first: str) -> str:
     >>> command_words({"lr": 0.5, "data": ["my photos"], "model_args": {"depth": 4}}, first="data")
     "'my photos' --lr 0.5 --model_args '{depth: 4}'"
     """
-    words = _value_words(first, values.get(first) or [])
+    words = [text] if (text := shell_paths(values.get(first), first.upper())) else []
     for name, value in values.items():
         if name != first:
             words += [f"--{name}", *_value_words(name, value)]

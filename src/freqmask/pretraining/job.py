@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from freqmask.console import rank, say, shell_word, silence_third_party_loggers
+from freqmask.console import rank, say, shell_path, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
@@ -94,7 +94,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         else:
             run = find_run(given)
         if run is not None and run.finished():
-            _say_finished(run)
+            _say_finished(run, options)
             return run.path
         training = _begin(options, given, held) if run is None else _resume(run, given, options, held)
         run = training.run
@@ -187,12 +187,14 @@ def _identity(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(comparable({name: value for name, value in given.items() if name not in ("out", "dry_run")}))
 
 
-def _say_finished(run: RunFolder) -> None:
+def _say_finished(run: RunFolder, options: Mapping[str, Any]) -> None:
     summary = run.summary()
     steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
     say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
     say(f"its backbone: {run.backbone}")
-    say(f"to train on from it: {plan.train_on(run.path, run.config())}")
+    trained = run.config()
+    trained |= {"data": options["data"] or trained.get("data")}  # as it is called from here
+    say(f"to train on from it: {plan.train_on(run.path, trained)}")
 
 
 def part(options: Mapping[str, Any]) -> Images:
@@ -379,7 +381,7 @@ def _say_stopped(training: Pretraining) -> None:
         for source in training.options["data"]
     ]
     words = plan.data_words({"data": data})
-    say(f"    freqmask pretrain {words} --out {shell_word(run.path.absolute())}    (from anywhere)")
+    say(f"    freqmask pretrain {words} --out {shell_path(run.path.absolute())}    (from anywhere)")
 
 
 def _say_end(training: Pretraining, summary: Mapping[str, Any]) -> None:

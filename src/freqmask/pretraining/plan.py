@@ -14,13 +14,22 @@ import timm
 import torch
 
 from freqmask.backbones import height_and_width
-from freqmask.console import counted, plain_name, readable_bytes, readable_time, shell_word
+from freqmask.console import (
+    counted,
+    plain_name,
+    readable_bytes,
+    readable_time,
+    shell_path,
+    shell_paths,
+    shell_word,
+)
 from freqmask.data.source import SourceSummary
 from freqmask.data.values import Survey
+from freqmask.interop.weight_files import README
 from freqmask.methods import find_method
 from freqmask.options import as_typed, command_words
 from freqmask.options.of_methods import informative_from
-from freqmask.pretraining.resolve import Resolved, is_channels_last, shorter_side
+from freqmask.pretraining.resolve import STUDENT, Resolved, is_channels_last, shorter_side
 from freqmask.reporting.reading import read_run
 from freqmask.reporting.summary import features_remarks
 from freqmask.training import auto
@@ -28,7 +37,7 @@ from freqmask.training.run_folder import RunFolder
 
 FEW_IMAGES = 50_000  # below it public weights usually know more of the images (docs/your-own-images.md)
 PUBLIC = "vit_small_patch16_224"
-TEACHER, STUDENT = "tf_efficientnet_lite0", "resnet10t"  # of those that were measured, docs/results.md
+TEACHER = "tf_efficientnet_lite0"  # of those that were measured, docs/results.md
 SHRUNK = 6  # median side over that of the views from which small things are lost in resized crops
 PREVIEW_BYTES = 500_000
 LONG_SECONDS = 3600  # above it a plan whose length nobody named ends with how to name one
@@ -282,21 +291,22 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"            {run.path / 'report.html'}    (open it in a browser)"
     yield f"backbone    {run.backbone}"
     yield f'            model = timm.create_model("local-dir:{run.backbone}", pretrained=True)'
+    if (run.backbone / README).is_file():
+        yield f"            its features take another call: {run.backbone / README}"
     if summary.get("skipped"):
         yield f"skipped     {summary['skipped']:,} images that could not be read: {run.path / 'skipped.csv'}"
 
 
 def data_words(options: Mapping[str, Any]) -> str:
-    """DATA as it would be typed; what was made in Python cannot be."""
-    data = options.get("data", ())
-    return " ".join(shell_word(source) if isinstance(source, (str, Path)) else "DATA" for source in data)
+    """DATA as it would be typed."""
+    return shell_paths(options.get("data", ()), "DATA")
 
 
 def train_on(run: Path, options: Mapping[str, Any]) -> str:
     """The command that trains on from a run, on its data and by the method that its options name."""
     name = "teacher" if options.get("teacher") else "method"
-    way = f"--{name} {shell_word(options[name])} --init {shell_word(run)}"
-    return f"freqmask pretrain {data_words(options)} {way} --out {shell_word(f'{run}-continued')}"
+    way = f"--{name} {shell_word(options[name])} --init {shell_path(run)}"
+    return f"freqmask pretrain {data_words(options)} {way} --out {shell_path(f'{run}-continued')}"
 
 
 def next_lines(run: Path, options: Mapping[str, Any], labelled: bool) -> Iterator[str]:
@@ -304,10 +314,10 @@ def next_lines(run: Path, options: Mapping[str, Any], labelled: bool) -> Iterato
     data, word = data_words(options), "next    "
     if labelled:
         known = [str(options[name]) for name in ("init", "teacher") if options.get(name)]
-        models = " ".join(shell_word(model) for model in ("pixels", f"random:{run}", *known, str(run)))
+        models = shell_paths(("pixels", f"random:{run}", *known, str(run)), "MODEL")
         yield f"{word}    freqmask evaluate knn {models} --data {data}    (was it worth it?)"
         word = " " * len(word)
-    yield f"{word}    freqmask embed {shell_word(run)} {data} --neighbours    (what it finds alike)"
+    yield f"{word}    freqmask embed {shell_path(run)} {data} --neighbours    (what it finds alike)"
     if data.startswith("builtin:"):
         yield "            freqmask pretrain FOLDER_OF_YOUR_IMAGES"
     else:

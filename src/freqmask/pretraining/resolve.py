@@ -43,6 +43,11 @@ SHARDED = ("fsdp", "model_parallel")  # strategies that spread weights over the 
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
 TINY_IMAGE = 96  # below it, blur and solarization leave too little
 FEW_IMAGES, FEW_OUTPUTS = 100_000, 4_096
+GPU_BACKBONE, CPU_BACKBONE = "vit_small_patch16_224", "vit_tiny_patch16_224"
+STUDENT = "resnet10t"  # of a public teacher; of those that were measured, docs/results.md
+# In equal time a ViT that sees fewer images learned less than a smaller one (docs/results.md, which network).
+ENOUGH_IMAGES = 200_000
+SMALLER = ({"depth": 4}, {"embed_dim": 96, "depth": 4, "num_heads": 3})
 OVERFIT_STEPS = 300
 CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
 LOGGERS = {
@@ -162,6 +167,15 @@ class Resolved(auto.Plan):
     survey: Survey = field(init=False)  # what the images are like
     method: Any = field(init=False)  # freshly initialized
 
+    def make_method(self) -> None:
+        """The method by today's values, which get what it chose itself."""
+        torch.manual_seed(self.values["seed"])
+        before = getattr(self, "method", None)
+        self.method = make_method(
+            self.values, teacher=before.teacher if isinstance(before, Distill) else None
+        )
+        self.values |= method_defaults(self.values, getattr(self.method, "settings", {}))
+
 
 def resolve(options: Mapping[str, Any], source: Source, images: int) -> Resolved:
     """Resolve every `auto`, by the data, the method and a measurement on this machine.
@@ -224,10 +238,7 @@ def _resolve_method(resolved: Resolved, images: int, device: torch.device) -> No
         resolved.reasons["backbone"] = "that of --init"
         options["patch_size"] = patch if options["patch_size"] == "auto" else options["patch_size"]
     else:
-        width, why = (
-            ("small", "a GPU is at hand") if device.type == "cuda" else ("tiny", "training runs on the CPU")
-        )
-        resolved.take("backbone", f"vit_{width}_patch16_224", f"{why}; any timm name will do")
+        resolved.take("backbone", *_choose_backbone(options, device))
     patches = auto.choose_patch_size(side, options["backbone"])
     if options["patch_size"] in ("auto", None):
         options["patch_size"] = None
@@ -236,9 +247,46 @@ def _resolve_method(resolved: Resolved, images: int, device: torch.device) -> No
     if "outputs" in method_options(options):
         outputs = FEW_OUTPUTS if images < FEW_IMAGES else OUTPUTS
         resolved.take("outputs", outputs, f"{images:,} images")
-    torch.manual_seed(options["seed"])
-    resolved.method = make_method(options)
-    options |= method_defaults(options, getattr(resolved.method, "settings", {}))
+    resolved.make_method()
+
+
+def _choose_backbone(options: Mapping[str, Any], device: torch.device) -> auto.Choice:
+    if device.type == "cuda":
+        return auto.Choice(GPU_BACKBONE, "a GPU is at hand; any timm name will do")
+    of_a_vit = any(
+        options.get(name) not in (None, "auto") for name in ("patch_size", "model_args", "token_share")
+    )
+    if device.type == "cpu" and issubclass(find_method(options["method"]), Distill) and not of_a_vit:
+        why = "a small CNN learned more from a teacher than a ViT, docs/results.md; any timm name will do"
+        return auto.Choice(STUDENT, why)
+    where = "the CPU" if device.type == "cpu" else device.type
+    return auto.Choice(CPU_BACKBONE, f"training runs on {where}; any timm name will do")
+
+
+def _take_cost(resolved: Resolved, images: int) -> tuple[Any, Callable[[int], Tensor]]:
+    """What an image costs, and a smaller network where the hours hold too few images for the usual one."""
+    options = resolved.values
+    shape = (options["channels"], *height_and_width(options["image_size"]))
+    how = (shape, _trial_loss, auto.largest_batch(options["accelerator"], images))
+    measured = resolved.take_cost(resolved.method, *how)
+    is_ours = options["backbone"] == CPU_BACKBONE and "backbone" in resolved.reasons and not options["init"]
+    is_free = (
+        is_ours and options["accelerator"] == "cpu" and not options["model_args"] and not options["overfit"]
+    )
+    whole = None
+    for smaller in SMALLER if options["hours"] is not None and is_free else ():
+        held = options["hours"] * 3600 / resolved.cost.seconds(1, 1) * auto.world_size(options)
+        if held >= ENOUGH_IMAGES:
+            break
+        whole = whole or held
+        options["model_args"] = dict(smaller)
+        resolved.reasons["backbone"] = (
+            f"made smaller: in {options['hours']:g} hours the whole one would see {whole:,.0f} images, and with fewer "
+            f"than {ENOUGH_IMAGES:,} a smaller one learns more, docs/results.md; any timm name will do"
+        )
+        resolved.make_method()
+        measured = resolved.take_cost(resolved.method, *how)
+    return measured
 
 
 def make_method(
@@ -300,10 +348,9 @@ def _check(teacher: Teacher) -> None:
 def _resolve_length(resolved: Resolved, images: int) -> None:
     """Batch and parts by the cost of an image; steps, whatever the length was given in; what happens how often."""
     options = resolved.values
-    shape = (options["channels"], *height_and_width(options["image_size"]))
-    trial, loss = resolved.take_cost(resolved.method, shape, _trial_loss)
+    trial, loss = _take_cost(resolved, images)
     if isinstance(trial, Distill):
-        share = share_of_step(trial, loss, torch.device(options["accelerator"]))
+        share = share_of_step(trial, lambda: loss(resolved.cost.images), torch.device(options["accelerator"]))
         resolved.reasons["teacher"] = f"its passes are {share:.0%} of a step"
     seconds = None if options["hours"] is None else options["hours"] * 3600
     part, rest = resolved.take_batch(
@@ -344,12 +391,12 @@ def _trial_loss(method: Any, images: Tensor) -> Tensor:
     return loss
 
 
-def share_of_step(method: Any, loss: Callable[[int], Tensor], device: torch.device) -> float:
+def share_of_step(method: Any, loss: Callable[[], Tensor], device: torch.device) -> float:
     """The share of a step's time that the teacher's passes take, the least of three measurements.
 
     Args:
         method: a trial, which is hooked into.
-        loss: its loss of a number of images.
+        loss: its loss of some images.
         device: where it runs.
     """
     clock: list[float] = []
@@ -359,8 +406,11 @@ def share_of_step(method: Any, loss: Callable[[int], Tensor], device: torch.devi
     for _ in range(4):
         clock.clear()
         began = auto.seconds_now(device)
-        loss(4).backward()
+        loss().backward()
         shares.append((clock[1] - clock[0]) / (auto.seconds_now(device) - began))
+    method.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return min(shares[1:])
 
 

@@ -292,6 +292,7 @@ class Pretraining:
             self.run.backbone,
             metadata=metadata,
             pooled=trained_feature(method, backbone),
+            backbone=backbone,
             mean=options["mean"],
             std=options["std"],
             input_size=(backbone.channels, height, width),

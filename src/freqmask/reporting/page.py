@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from freqmask import __version__
-from freqmask.console import rank, say, shell_word
+from freqmask.console import rank, say, shell_path
 from freqmask.errors import UserError
 from freqmask.reporting.reading import Curve, Run, read_results, read_runs
 from freqmask.reporting.summary import differences, metadata, remarks, repeat_command, wording
@@ -169,7 +169,7 @@ def refresh_report(run: str | Path) -> Path | None:
     try:
         return write_report([run], images=not _is_without_images(Path(run) / REPORT))
     except (UserError, OSError, ValueError) as error:
-        say(f"note: the report was not written: {error}; `freqmask report {shell_word(run)}` tries again")
+        say(f"note: the report was not written: {error}; `freqmask report {shell_path(run)}` tries again")
         return None
 
 

@@ -21,7 +21,7 @@ RESULTS = "results.csv"
 _BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these, nor results, is no run
 # columns of runs that were begun before run.json recorded the parts of their loss
 _OLD_PARTS = re.compile(r"reconstruction|(token_)?distillation|(?!(held_out_)?relative_loss).*_loss|loss/.*")
-_PREVIEW = re.compile(r"step-(\d+)\.png")
+_PREVIEW, _CHECKPOINT = re.compile(r"step-(\d+)\.png"), re.compile(r"step-(\d+)\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)  # what it ended with
     curves: dict[str, Curve] = field(default_factory=dict)  # column of metrics.csv to its curve
+    checkpoint: int = 0  # the step of the last one
     skipped: list[dict[str, str]] = field(default_factory=list)  # rows of skipped.csv
     results: list[dict[str, str]] = field(default_factory=list)  # rows of results.csv
     previews: list[tuple[int, Path]] = field(default_factory=list)  # step and image file, rising
@@ -89,7 +90,7 @@ class Run:
     def last_step(self) -> int:
         """The last step that is known of."""
         steps = [int(curve.steps[-1]) for curve in self.curves.values()]
-        return max([*steps, whole_number(self.summary.get("steps")) or 0])
+        return max([*steps, self.checkpoint, whole_number(self.summary.get("steps")) or 0])
 
     @property
     def total_steps(self) -> int | None:
@@ -133,6 +134,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     missing: list[str] = []
     folder = RunFolder(path)
     matches = [(_PREVIEW.fullmatch(file.name), file) for file in folder.previews.glob("*.png")]
+    saved = [file.name for file in folder.checkpoints.glob("*.ckpt")]
     run = Run(
         path=path,
         name=name or path.resolve().name,
@@ -141,6 +143,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         state=_read(folder.state, path / STATE, missing),
         summary=_read(folder.summary, path / SUMMARY, missing) if folder.finished() else {},
         curves=_metrics(folder.metrics, missing),
+        checkpoint=max((int(found[1]) for found in map(_CHECKPOINT.fullmatch, saved) if found), default=0),
         skipped=_rows(path / SKIPPED, missing),
         results=_rows(path / RESULTS, missing),
         previews=sorted((int(match[1]), file) for match, file in matches if match),

@@ -56,6 +56,7 @@ class Cost:
     seconds_per_image: float  # forward and backward of one image (all its views)
     bytes_per_image: int  # what the forward keeps for the backward
     fixed_bytes: int  # weights, gradients and optimizer state
+    images: int = 4  # at once, of which it was measured
 
     def seconds(self, steps: int, images_a_step_a_device: int) -> float:
         """Wall time of the training where the loader keeps up."""
@@ -102,6 +103,7 @@ class Plan:
         module: nn.Module,
         shape: Sequence[int],
         loss: Callable[[Any, Tensor], Tensor],
+        batch: int,
         images: int = 4,
     ) -> tuple[nn.Module, Callable[[int], Tensor]]:
         """Measure time and memory of an image, on a copy so that the module stays as it was.
@@ -110,7 +112,8 @@ class Plan:
             module: what will be trained.
             shape: (channels, height, width) of a training image.
             loss: of the copy and random images.
-            images: how many at once; more, up to the batch that was asked for, where that makes an image cheaper.
+            batch: the largest that `auto` would take.
+            images: how many at once; more, up to what a pass of the training may have, where that makes one cheaper.
 
         Returns:
             The copy, and its loss for a number of random images.
@@ -125,8 +128,9 @@ class Plan:
                 return loss(trial, samples)
 
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            asked = self.asked.get("batch_size")
-            most = max(asked // world_size(self.values), 1) if isinstance(asked, int) else None
+            asked, parts = (self.asked.get(name) for name in ("batch_size", "accumulate"))
+            a_device = (asked if isinstance(asked, int) else batch) // world_size(self.values)
+            most = max(a_device // (parts if isinstance(parts, int) else 1), 1)
             self.cost = measure_cost(trial, trial_loss, device, images, most)
         return trial, trial_loss
 
@@ -178,6 +182,11 @@ def choose_patch_size(image_size: int, backbone: str) -> Choice | None:
     return Choice(patch, f"{image_size // patch}x{image_size // patch} patches of a {image_size}-pixel image")
 
 
+def largest_batch(device: str, images: int) -> int:
+    """256 (a GPU: 1,024), or what the data fill eight times, at least 8."""
+    return max(min(1024 if device == "cuda" else 256, images // 8), 8)
+
+
 def choose_batch_size(
     cost: Cost, images: int, device: str, devices: int, memory: int, seconds: float | None = None
 ) -> Choice:
@@ -194,10 +203,10 @@ def choose_batch_size(
         seconds: of the training; where they hold fewer than 5,000 steps the batch is smaller, down to 64.
     """
     fits = max(int((memory - cost.fixed_bytes) / max(cost.bytes_per_image, 1)), 1) * devices
-    most = 1024 if device == "cuda" else 256
-    wanted = max(min(most, images // 8), 8)
+    wanted = largest_batch(device, images)
     value = 2 ** int(math.log2(max(min(fits, wanted), 1)))
-    limit = "memory" if fits < wanted else ("the number of images" if wanted < most else "a usual batch")
+    usual = "a usual batch" if wanted == largest_batch(device, 2**30) else "the number of images"
+    limit = "memory" if fits < wanted else usual
     value = max(value, devices)
     while seconds is not None and value >= 2 * max(SMALL_BATCH, devices):
         if seconds >= ENOUGH_STEPS * cost.seconds(1, value // devices):
@@ -311,7 +320,7 @@ def measure_cost(
     loss: Callable[[int], Tensor],
     device: torch.device,
     images: int = 4,
-    most: int | None = None,
+    most: int = 2**30,
 ) -> Cost:
     """Time and memory of one image, from a few forward and backward passes; of their times the shortest counts.
 
@@ -320,17 +329,26 @@ def measure_cost(
         loss: makes the loss of a number of images.
         device: where it runs.
         images: how many at once; four times as many, and so on, while that makes an image cheaper.
-        most: at once; None: what fills a device of this kind.
+        most: at once; no more than fill a device of this kind.
     """
     trained = sum(p.nelement() for p in module.parameters() if p.requires_grad)
     frozen = sum(p.nelement() for p in module.parameters() if not p.requires_grad)
     fixed, memory = trained * BYTES_A_TRAINED_WEIGHT + frozen * BYTES_A_FROZEN_WEIGHT, usable_memory(device)
     kept = _bytes_kept(loss, images) // images
-    times, most = [_timed(loss, images, device)], most or MOST_AT_ONCE.get(device.type, images)
+    times, most = [_timed(loss, images, device)], min(most, MOST_AT_ONCE.get(device.type, images))
     while (more := min(4 * images, most)) > images and times[0] < PASS_SECONDS:
         if fixed + 2 * more * kept > memory:
             break
-        first = _timed(loss, more, device)
+        try:
+            if device.type == "cuda":
+                _timed(loss, more, device)  # the first pass of a size has to find its kernels and its memory
+            first = _timed(loss, more, device)
+        except (
+            RuntimeError
+        ) as error:  # a teacher keeps nothing for a backward pass and takes memory all the same
+            if not is_out_of_memory(error):
+                raise
+            break
         is_cheaper = first / more < CHEAPER * times[0] / images
         times, images = [first], more
         if not is_cheaper:
@@ -342,7 +360,7 @@ def measure_cost(
     module.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # or what these passes took would count as taken
-    return Cost(min(times) / images, kept, fixed)
+    return Cost(min(times) / images, kept, fixed, images)
 
 
 def _bytes_kept(loss: Callable[[int], Tensor], images: int) -> int:
