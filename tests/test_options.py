@@ -174,8 +174,9 @@ def test_values_of_python_that_cannot_be_are_sentences(name: str, value: Any) ->
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (torch.zeros(3, 32, 32), "Tensor of 3x32x32"),
-        (np.zeros((2, 9)), "ndarray of 2x9"),
+        (torch.zeros(2, 2), "tensor([[0., 0.], [0., 0.]])"),
+        (np.zeros((2, 2)), "[[0. 0.] [0. 0.]]"),
+        (np.zeros((9, 99)), "[[0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0. 0..."),
         (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU()), "Sequential( (0): ReLU() (1): ReLU() )"),
     ],
 )

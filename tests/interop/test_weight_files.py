@@ -275,3 +275,16 @@ def test_a_folder_says_how_to_get_embeds_features_where_a_plain_call_does_not(
         torch.testing.assert_close(answer, backbone(images).pooled, atol=1e-5, rtol=1e-5)
     notes = json.loads((tmp_path / "config.json").read_text())["freqmask"].get("notes", [])
     assert bool(notes) == bool(told) == (tmp_path / "README.md").exists()
+
+
+def test_a_folder_says_where_no_call_gives_the_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone("resnet10t", 32).eval()
+    monkeypatch.setattr(torch, "allclose", lambda *_, **__: False)
+    common = {"input_size": (3, 32, 32), "mean": [0.5] * 3, "std": [0.5] * 3, "metadata": {}}
+    write_timm_folder(backbone.timm_model, tmp_path, pooled="mean", backbone=backbone, **common)
+    assert (
+        "No call of timm's gives the features; `freqmask embed` and ONNX do"
+        in (tmp_path / "README.md").read_text()
+    )

@@ -33,6 +33,7 @@ from freqmask.interop.formats import CONFIG, DECODER, OURS, WEIGHTS, check_file,
 from freqmask.training.files import replace_atomically
 from freqmask.training.run_folder import write_text
 
+PLAIN_CALL = "model(x)"
 README = "README.md"  # only where a plain call needs words
 Pooled = Literal["mean", "class_token"]
 
@@ -108,10 +109,16 @@ def plain_call_notes(
     stages = getattr(model, "feature_info", None) or [{"reduction": 1}]
     step, count = max(int(one["reduction"]) for one in stages), len(stages)
     height, width = input_size[1:]
-    if backbone is not None and stage in (-1, count - 1) and (call := _other_call(backbone, pooled)):
+    call = (
+        _call_of_features(backbone, pooled)
+        if backbone is not None and stage in (-1, count - 1)
+        else PLAIN_CALL
+    )
+    if call != PLAIN_CALL:
+        way = f"The features are `{call}`, as `freqmask embed` and ONNX give them."
+        none = "No call of timm's gives the features; `freqmask embed` and ONNX do."
         notes.append(
-            f"`model(x)` has an end of its own in this family, and it was not trained. The features are `{call}`, as "
-            "`freqmask embed` and ONNX give them."
+            f"`{PLAIN_CALL}` has an end of its own in this family, and it was not trained. {way if call else none}"
         )
     if stage not in (-1, count - 1):
         call = f"model.forward_intermediates(x, indices=[{stage}], norm=True, intermediates_only=True)[0]"
@@ -129,8 +136,8 @@ def plain_call_notes(
     return notes
 
 
-def _other_call(backbone: Backbone, pooled: Pooled) -> str:
-    """What gives the features where timm's ``model(x)`` does not, found out with an image; empty where it does."""
+def _call_of_features(backbone: Backbone, pooled: Pooled) -> str:
+    """Which of timm's calls gives the features, found out with an image; empty where none does."""
     model: Any = backbone.timm_model
     image = torch.rand(
         1, backbone.channels, *backbone.padded_size, generator=torch.Generator().manual_seed(0)
@@ -147,7 +154,7 @@ def _other_call(backbone: Backbone, pooled: Pooled) -> str:
         return mean
 
     calls: dict[str, Callable[[Tensor], Tensor]] = {
-        "": model,
+        PLAIN_CALL: model,
         f"model.forward_features(x){of_tokens}": lambda x: model.forward_features(x)[:, token].mean(1),
         "model.forward_features(x).mean((2, 3))": lambda x: model.forward_features(x).mean((2, 3)),
         "model.forward_features(x).mean((1, 2))": lambda x: model.forward_features(x).mean((1, 2)),
@@ -163,7 +170,7 @@ def _other_call(backbone: Backbone, pooled: Pooled) -> str:
                 continue
             if answer.shape == wanted.shape and torch.allclose(answer, wanted, rtol=1e-3, atol=1e-3):
                 return call
-    return ""  # what no call gives, freqmask alone can name
+    return ""
 
 
 def trained_feature(method: nn.Module, backbone: Any) -> Pooled:

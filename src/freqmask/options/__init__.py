@@ -316,11 +316,9 @@ def _shown(value: Any) -> str:
     # as it was written, cut where it is long
     if value is None:
         return "null"
-    if shape := getattr(value, "shape", None):  # arrays and tensors are many lines
-        return f"{type(value).__name__} of {'x'.join(map(str, shape))}"
     text = " ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = text if isinstance(value, str) else " ".join(text.split())  # arrays and modules are many lines
     text = text if text.strip() else repr(value)
-    text = text if isinstance(value, str) else " ".join(text.split())  # a module is many lines
     return text if len(text) <= 60 else text[:57] + "..."
 
 
