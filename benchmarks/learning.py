@@ -187,10 +187,8 @@ def build(job: dict[str, Any]) -> nn.Module:
     name = name.partition("-")[0]  # mfm-com and words-unfiltered are mfm and words with options
     size = job["size"]
     if name == "teacher":
-        name, options["teacher"] = (
-            "distill",
-            open_teacher({**job, **options, "image_size": size, "channels": 3}),
-        )
+        name = "distill"
+        options["teacher"] = open_teacher({**job, **options, "image_size": size, "channels": 3})
     kind = RIVALS[name] if name in RIVALS else METHODS[name]
     return kind(**network(job["backbone"], size), image_size=size, **options)
 

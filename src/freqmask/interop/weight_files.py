@@ -80,8 +80,7 @@ def write_timm_folder(
     metadata = {**metadata, **pinned}
     notes = []
     if label_names is None:
-        is_asked = pooled is not None or not getattr(backbone, "has_class_token", True)
-        read = backbone if is_asked and not pinned else None
+        read = None if pinned else backbone
         notes = plain_call_notes(model, input_size, read, pooled or "mean", metadata.get("stage", -1))
     if notes:
         metadata["notes"] = notes
@@ -118,7 +117,8 @@ def plain_call_notes(
         way = f"The features are `{call}`, as `freqmask embed` and ONNX give them."
         none = "No call of timm's gives the features; `freqmask embed` and ONNX do."
         notes.append(
-            f"`{PLAIN_CALL}` has an end of its own in this family, and it was not trained. {way if call else none}"
+            f"`{PLAIN_CALL}` has an end of its own in this family, which freqmask neither trains nor reads. "
+            f"{way if call else none}"
         )
     if stage not in (-1, count - 1):
         call = f"model.forward_intermediates(x, indices=[{stage}], norm=True, intermediates_only=True)[0]"

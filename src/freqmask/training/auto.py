@@ -35,7 +35,7 @@ BYTES_A_FROZEN_WEIGHT = 4
 ROUNDS, ROUNDS_SECONDS = 10, 1.0  # of measuring what a step costs: at most so many, and no more after so long
 # A pass of few images is mostly what every pass costs: with 4 of 32 pixels a ResNet-10t was four times as dear an image
 # as with 64 on a CPU. So more are taken at once, until that makes an image no cheaper or a pass is too long.
-CHEAPER, PASS_SECONDS, MOST_AT_ONCE = 0.8, 0.5, {"cpu": 64, "cuda": 256}
+CHEAPER, PASS_SECONDS, MOST_AT_ONCE = 0.8, 0.25, {"cpu": 64, "cuda": 256}
 LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
 # How many processes torchrun or srun started. SLURM_NTASKS will not do: batch scripts and the shells of salloc have it,
 # too, without having been started so many times.
@@ -343,9 +343,8 @@ def measure_cost(
             if device.type == "cuda":
                 _timed(loss, more, device)  # the first pass of a size has to find its kernels and its memory
             first = _timed(loss, more, device)
-        except (
-            RuntimeError
-        ) as error:  # a teacher keeps nothing for a backward pass and takes memory all the same
+        except RuntimeError as error:
+            # what is kept for the backward pass is not all that a pass takes: a teacher keeps nothing
             if not is_out_of_memory(error):
                 raise
             break
