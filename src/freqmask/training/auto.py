@@ -32,7 +32,7 @@ MOST_TINY_LR = 4e-3  # more was never tried; large batches on GPUs would ask for
 MORE_FOR_TINY = f"since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
 BYTES_A_TRAINED_WEIGHT = 16  # weight, gradient and AdamW's two moments in float32
 BYTES_A_FROZEN_WEIGHT = 4
-ROUNDS, ROUNDS_SECONDS = 10, 1.0  # of measuring what a step costs: at most so many, and no more after so long
+ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so many, and no more after so long
 # A pass of few images is mostly what every pass costs: with 4 of 32 pixels a ResNet-10t was four times as dear an image
 # as with 64 on a CPU. So more are taken at once, until that makes an image no cheaper or a pass is too long.
 CHEAPER, PASS_SECONDS, MOST_AT_ONCE = 0.8, 0.25, {"cpu": 64, "cuda": 256}
@@ -335,26 +335,23 @@ def measure_cost(
     frozen = sum(p.nelement() for p in module.parameters() if not p.requires_grad)
     fixed, memory = trained * BYTES_A_TRAINED_WEIGHT + frozen * BYTES_A_FROZEN_WEIGHT, usable_memory(device)
     kept = _bytes_kept(loss, images) // images
-    times, most = [_timed(loss, images, device)], min(most, MOST_AT_ONCE.get(device.type, images))
-    while (more := min(4 * images, most)) > images and times[0] < PASS_SECONDS:
+    times, most = _two_timed(loss, images, device), min(most, MOST_AT_ONCE.get(device.type, images))
+    while (more := min(4 * images, most)) > images and min(times) < PASS_SECONDS:
         if fixed + 2 * more * kept > memory:
             break
         try:
-            if device.type == "cuda":
-                _timed(loss, more, device)  # the first pass of a size has to find its kernels and its memory
-            first = _timed(loss, more, device)
+            found = _two_timed(loss, more, device)
         except RuntimeError as error:
             # what is kept for the backward pass is not all that a pass takes: a teacher keeps nothing
             if not is_out_of_memory(error):
                 raise
             break
-        is_cheaper = first / more < CHEAPER * times[0] / images
-        times, images = [first], more
+        is_cheaper = min(found) / more < CHEAPER * min(times) / images
+        times, images = found, more
         if not is_cheaper:
             break
     kept = _bytes_kept(loss, images) // images
-    # other programs disturb some of them
-    while len(times) < 2 or (len(times) < ROUNDS and sum(times) < ROUNDS_SECONDS):
+    while len(times) < ROUNDS and sum(times) < ROUNDS_SECONDS:  # other programs disturb some of them
         times.append(_timed(loss, images, device))
     module.zero_grad(set_to_none=True)
     if device.type == "cuda":
@@ -374,6 +371,11 @@ def _bytes_kept(loss: Callable[[int], Tensor], images: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss(images).backward()
     return kept
+
+
+def _two_timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> list[float]:
+    # the first pass of a size finds its kernels and its memory
+    return [_timed(loss, images, device) for _ in range(2)]
 
 
 def _timed(loss: Callable[[int], Tensor], images: int, device: torch.device) -> float:
