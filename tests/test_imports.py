@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,22 @@ def test_a_training_on_plain_images_imports_no_pyarrow() -> None:
         "print(len(open_source('builtin:photos', split='all')) > 0)"
     )
     assert run_python(code).stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    "asked, spins",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_a_command_s_waiting_threads_leave_their_core_soon(asked: dict[str, str], spins: str) -> None:
+    """What GNU OpenMP says that it read when torch loaded it; with its own 300,000 another program stops a training."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    told = subprocess.run(
+        [sys.executable, "-m", "freqmask", "info"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=kept | asked | {"OMP_DISPLAY_ENV": "verbose"},
+    )
+    if "GOMP_SPINCOUNT" not in told.stderr:
+        pytest.skip("torch has another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in told.stderr

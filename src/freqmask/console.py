@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # torchrun, Lightning, SLURM, LSF
+# How many processes torchrun or srun started. SLURM_NTASKS will not do: batch scripts and the shells of salloc have it,
+# too, without having been started so many times.
+_LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _QUIET = "FREQMASK_QUIET"  # in the environment, so that processes started by us inherit it
 _LOUD = (
     "lightning",
@@ -122,6 +125,12 @@ def rank() -> int:
     """
     ranks = (os.environ.get(name, "") for name in _RANKS)
     return next((int(value) for value in ranks if value.isdigit()), 0)
+
+
+def launched_processes() -> int:
+    """How many processes a launcher (torchrun, srun) started; 1 without one."""
+    counts = (os.environ.get(name, "") for name in _LAUNCHED)
+    return next((int(count) for count in counts if count.isdigit()), 1)
 
 
 def readable_time(seconds: float) -> str:

@@ -22,6 +22,8 @@ import freqmask
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.methods import MFM
+from freqmask.training import auto
+from freqmask.training.loop import ScheduledModule
 from freqmask.training.run_folder import RunFolder
 
 TINY_FOLK: dict[str, Any] = {
@@ -408,6 +410,28 @@ def test_another_loader_or_log_is_accepted_on_the_way(tmp_path: Path) -> None:
         "builtin:digits", **{**TINY, "workers": 1, "log_every_steps": 1, "keep_checkpoints": 1}, out=str(out)
     )
     assert (again / "summary.json").is_file()
+
+
+def test_a_run_keeps_the_threads_that_it_began_with_and_leaves_ours_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of other threads end in other last bits."""
+    out, seen = tmp_path / "run", []
+
+    def two(loss: Any, cost: Any) -> bool:
+        torch.set_num_threads(2)
+        return False
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(auto, "_take_fewer_threads", two)
+    with pytest.raises(RuntimeError):
+        train_until(3, {**TINY, "checkpoint_every_steps": 2}, out)
+    assert torch.get_num_threads() == 1  # as before
+    assert RunFolder(out).state()["threads"] == 2
+    monkeypatch.setattr(ScheduledModule, "check", lambda *_: seen.append(torch.get_num_threads()))
+    freqmask.pretrain("builtin:digits", **TINY, out=str(out))
+    assert seen == [2] * 4
+    assert torch.get_num_threads() == 1
 
 
 def test_a_filter_object_is_recorded_by_its_words(tmp_path: Path) -> None:

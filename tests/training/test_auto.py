@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from freqmask.console import readable_time
 from freqmask.training import auto
 from freqmask.training.auto import Cost
+from freqmask.training.loop import keep_threads
 
 
 @pytest.mark.parametrize(("median", "size"), [(20, 32), (33, 32), (128, 128), (375, 224), (3000, 224)])
@@ -123,6 +124,37 @@ def test_an_image_costs_what_it_does_among_many_not_what_a_pass_does_by_itself(
     assert max(seen) == 16
     a_pass = 0.25  # long enough as it is
     assert measured(256) == pytest.approx(0.254 / 4)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "numbers", "threads"),
+    [
+        (lambda threads: threads, {}, 1),  # each has to wait for the next
+        (lambda threads: 1 / threads, {}, 4),
+        (lambda threads: 1 + abs(threads - 2), {}, 2),
+        (lambda threads: threads, {"devices": 2}, 4),  # processes with cores of their own
+    ],
+)
+def test_threads_that_only_wait_for_each_other_are_left_out(
+    seconds: Any, numbers: dict[str, int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "_timed", lambda *_: seconds(torch.get_num_threads()))
+    values = {"accelerator": "cpu", "precision": "32-true", "devices": 1, "num_nodes": 1, **numbers}
+    for given, left in ((None, threads), ("4", 4)):  # what was asked for is not asked again
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        with keep_threads():
+            torch.set_num_threads(4)
+            plan = auto.Plan({}, dict(values))
+            plan.take_cost(nn.Linear(2, 2), (2,), lambda module, images: module(images).sum(), 8)
+            assert torch.get_num_threads() == left
+        assert plan.cost.seconds_per_image == seconds(left) / plan.cost.images
+        told = plan.reasons.get("threads", "4, as many as there were")
+        assert told.startswith(
+            "4, as" if left == 4 else f"{left}, since with {2 * left} an image takes longer"
+        )
+    assert torch.get_num_threads() == 1  # as conftest.py has it
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import torch
 from tiny_runs import spawned
 
 from freqmask.errors import UserError
-from freqmask.training.auto import check_started_once, choose_devices
+from freqmask.evaluation.features import check_started_once
+from freqmask.training.auto import choose_devices
 from freqmask.training.worker_pool import Deserializer, DiedError, Serializer, WorkerPool
 
 CPU = torch.device("cpu")

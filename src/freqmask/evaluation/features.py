@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freqmask.console import Progress, say
+from freqmask.console import Progress, launched_processes, rank, say
 from freqmask.data.cache import cache_file, cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.source import Source, Subset
+from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.spectrum import as_float
 from freqmask.training.auto import (
-    check_started_once,
     choose_devices,
     choose_workers,
     pick_device,
@@ -93,6 +93,16 @@ class ComputeConfig:
         """End the processes of the other devices, if there are any."""
         if self.replicas is not None:
             self.replicas.close()
+
+
+def check_started_once(command: str) -> None:
+    """Raises a UserError where a launcher started this command several times: it starts its processes itself."""
+    started = max(rank() + 1, launched_processes())
+    if started > 1:
+        raise UserError(
+            f"{command} was started {started} times (torchrun, srun) and starts its processes itself; start it "
+            f"once, with --devices {started}"
+        )
 
 
 def _describe_devices(devices: Sequence[torch.device]) -> str:

@@ -36,6 +36,7 @@ from freqmask.training.loop import (
     ends,
     find_checkpoint,
     images_at_once,
+    keep_threads,
     make_sampler,
     train,
 )
@@ -151,6 +152,8 @@ class Plan(auto.Plan):
             f"machine     {numbers.devices} x {numbers.accelerator}, {numbers.precision}{self.why('precision')}, "
             f"{counted(numbers.workers, 'loader worker')}{parts}"
         )
+        if "threads" in self.reasons:
+            yield f"threads     {self.reasons['threads']}"
         took = readable_time(self.step_seconds() * numbers.steps)
         memory = readable_bytes(self.cost.peak_bytes(numbers.images_at_once))
         yield (f"cost        about {took} (measured, where loading keeps up), {memory} of memory")
@@ -230,7 +233,7 @@ def run_training(job: TrainingJob) -> RunFolder:
         for note in notes:
             say(f"note: {note}")
         return run
-    with silence_third_party_loggers(), nullcontext() if dry_run else run.held():
+    with silence_third_party_loggers(), keep_threads(), nullcontext() if dry_run else run.held():
         checkpoint = None
         if run.exists():
             numbers, checkpoint = _numbers_to_resume(run, job), find_checkpoint(run, notes)

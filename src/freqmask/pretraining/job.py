@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from freqmask.console import rank, say, shell_path, silence_third_party_loggers
+from freqmask.console import launched_processes, rank, say, shell_path, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
@@ -40,9 +40,9 @@ from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
 from freqmask.spectrum import as_float
-from freqmask.training.auto import launched_processes, pick_device, usable_cores, world_size
+from freqmask.training.auto import pick_device, world_size
 from freqmask.training.files import check_writable
-from freqmask.training.loop import begin_run, check_parts, find_checkpoint, train
+from freqmask.training.loop import begin_run, check_parts, find_checkpoint, keep_threads, train
 from freqmask.training.run_folder import (
     LOCK,
     RUNS,
@@ -81,7 +81,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
     Returns:
         The run folder.
     """
-    with silence_third_party_loggers(), ExitStack() as held:
+    with silence_third_party_loggers(), keep_threads(), ExitStack() as held:
         options, given = _with_data(_as_words(options), _as_words(given))
         check_options(options)
         pick_device(options["accelerator"])
@@ -228,8 +228,6 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
         "held_out_images": 0 if images.held_out is None else len(images.held_out),
         "probe_images": images.tested,
         "convert_channels": options["convert_channels"],
-        "threads": torch.get_num_threads(),
-        "cores": usable_cores(),
         "parts": list(getattr(method, "parts", ())),
         **weights_of(method),
     }

@@ -191,6 +191,8 @@ def _training_lines(resolved: Resolved) -> Iterator[str]:
         f"{counted(options['workers'], 'loader worker')}{resolved.why('workers')}"
         f"{parts if options['accumulate'] > 1 else ''}"
     )
+    if "threads" in reasons:
+        yield f"threads     {reasons['threads']}"
     if options["images_from"] == "device":
         where = f"once: images stay on the {options['accelerator']}"
     else:

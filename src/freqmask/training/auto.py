@@ -15,7 +15,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from freqmask.console import rank
 from freqmask.errors import UserError, nearest
 from freqmask.training.optim import BASE_LR, BASE_MIN_LR, scaled_lr
 
@@ -37,9 +36,6 @@ ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so m
 # as with 64 on a CPU. So more are taken at once, until that makes an image no cheaper or a pass is too long.
 CHEAPER, PASS_SECONDS, MOST_AT_ONCE = 0.8, 0.25, {"cpu": 64, "cuda": 256}
 LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
-# How many processes torchrun or srun started. SLURM_NTASKS will not do: batch scripts and the shells of salloc have it,
-# too, without having been started so many times.
-_LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 class Choice(NamedTuple):
@@ -132,6 +128,18 @@ class Plan:
             a_device = (asked if isinstance(asked, int) else batch) // world_size(self.values)
             most = max(a_device // (parts if isinstance(parts, int) else 1), 1)
             self.cost = measure_cost(trial, trial_loss, device, images, most)
+            whole = torch.get_num_threads()
+            while (
+                device.type == "cpu"
+                and world_size(self.values) == 1
+                and _take_fewer_threads(trial_loss, self.cost)
+            ):
+                self.cost = measure_cost(trial, trial_loss, device, images, most)
+        if (threads := torch.get_num_threads()) < whole:
+            self.reasons["threads"] = (
+                f"{threads}, since with {2 * threads} an image takes longer now: other programs want the cores, or there "
+                "is too little to share; OMP_NUM_THREADS decides otherwise"
+            )
         return trial, trial_loss
 
     def take_batch(self, choose: Callable[[Cost, str, int, int], Choice]) -> tuple[int, int]:
@@ -359,6 +367,23 @@ def measure_cost(
     return Cost(min(times) / images, kept, fixed, images)
 
 
+def _take_fewer_threads(loss: Callable[[int], Tensor], cost: Cost) -> bool:
+    """Half of the threads from now on, if that makes an image cheaper on this CPU.
+
+    Where another program has a core, the other threads of a pass wait for the one that has none: torch's convolutions
+    in bf16 on two cores with one of them taken made 10 to 19 images/s by two threads and 330 by one (alone 640, 320).
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or "OMP_NUM_THREADS" in os.environ:
+        return False
+    torch.set_num_threads(threads // 2)
+    fewer = min(_two_timed(loss, cost.images, torch.device("cpu"))) / cost.images
+    if fewer < CHEAPER * cost.seconds_per_image:
+        return True
+    torch.set_num_threads(threads)
+    return False
+
+
 def _bytes_kept(loss: Callable[[int], Tensor], images: int) -> int:
     kept = 0
 
@@ -438,12 +463,6 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device(name)
 
 
-def launched_processes() -> int:
-    """How many processes a launcher (torchrun, srun) started; 1 without one."""
-    counts = (os.environ.get(name, "") for name in _LAUNCHED)
-    return next((int(count) for count in counts if count.isdigit()), 1)
-
-
 def choose_devices(devices: int | str, first: torch.device, accelerator: str) -> list[torch.device]:
     """The devices of ``--devices``, one process each.
 
@@ -475,13 +494,3 @@ def choose_devices(devices: int | str, first: torch.device, accelerator: str) ->
             f"devices ({devices}) must be at most {here}, as many as {first.type} has here; try auto"
         )
     return [torch.device(first.type, number) for number in range(count)]
-
-
-def check_started_once(command: str) -> None:
-    """Raises a UserError where a launcher started this command several times: it starts its processes itself."""
-    started = max(rank() + 1, launched_processes())
-    if started > 1:
-        raise UserError(
-            f"{command} was started {started} times (torchrun, srun) and starts its processes itself; start it "
-            f"once, with --devices {started}"
-        )

@@ -23,10 +23,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from freqmask import __version__
-from freqmask.console import LINES_A_RUN, Progress, rank, say
+from freqmask.console import LINES_A_RUN, Progress, launched_processes, rank, say
 from freqmask.data.loader import TrainSampler, worker_failure
 from freqmask.errors import UserError
-from freqmask.training.auto import LONE_VALUE, is_out_of_memory, launched_processes, lone_image, world_size
+from freqmask.training.auto import LONE_VALUE, is_out_of_memory, lone_image, usable_cores, world_size
 from freqmask.training.callbacks import (
     AtomicCheckpointIO,
     ExactResume,
@@ -141,6 +141,7 @@ def train(
         UserError: what a training may die of, with the way out.
     """
     began, run, numbers = time.time(), task.run, task.numbers
+    _take_threads(run.state())
     done, path = (checkpoint.step, checkpoint.path) if checkpoint else (0, None)
     batch, every = int(numbers["batch_size"]), int(numbers["log_every_steps"])
     with translate_errors(run, numbers), StopSignals() as signals:
@@ -225,7 +226,25 @@ def tune_malloc() -> bool:
 def begin_run(run: RunFolder, command: str, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write down what a run was told: its resolved options, and beside them what they were resolved from."""
     versions = {"freqmask": __version__, "torch": str(torch.__version__), "began": now()}
-    run.begin(config, {**state, **versions}, heading(command))
+    machine = {"threads": torch.get_num_threads(), "cores": usable_cores()}
+    run.begin(config, {**state, **machine, **versions}, heading(command))
+
+
+@contextlib.contextmanager
+def keep_threads() -> Iterator[None]:
+    """A training inside may take fewer threads than the process has; afterwards they are as many as before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _take_threads(state: Mapping[str, Any]) -> None:
+    """As many threads as the run began with, where there are as many cores: with others the last bits are others."""
+    begun_here = "threads" in state and state.get("cores") == usable_cores()
+    if begun_here and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(int(state["threads"]))
 
 
 def find_checkpoint(run: RunFolder, notes: Sequence[str] = ()) -> Checkpoint | None:
