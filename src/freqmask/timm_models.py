@@ -301,6 +301,11 @@ def architecture_of(
         name, arguments = _vit(state, backbone, model_args)
         heads = f"attention heads: {arguments['num_heads']} (width / 64; the file does not tell"
         notes = [] if "num_heads" in model_args else [f"{heads}: --model_args '{{num_heads: N}}')"]
+        if "no_embed_class" in arguments and not {"img_size", "no_embed_class"} & model_args.keys():
+            notes.append(
+                "square images, and no place for the class token among the "
+                f"{state['pos_embed'].shape[1]} of pos_embed; else --model_args '{{img_size: [HEIGHT, WIDTH]}}'"
+            )
     if name is None:
         raise UserError(
             "the architecture cannot be told from the file (it is no plain ViT, BEiT or ResNet: "
@@ -367,7 +372,10 @@ def _vit(
         arguments |= {"class_token": False, "global_pool": "avg"}
     if "reg_token" in state:
         arguments["reg_tokens"] = state["reg_token"].shape[1]
-    if "pos_embed" in state and _places_before(state) == 0 and _prefix_tokens(state) > 0:
+    sides = arguments["img_size"]
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    cells = (height // patch) * (width // patch)
+    if "pos_embed" in state and state["pos_embed"].shape[1] == cells and _prefix_tokens(state) > 0:
         arguments["no_embed_class"] = True
     if "blocks.0.ls1.gamma" in state:
         arguments["init_values"] = 1e-5  # the values themselves are in the file

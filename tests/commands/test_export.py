@@ -22,6 +22,14 @@ def test_a_run_becomes_a_folder_for_timm(run, tmp_path, capsys):
     assert timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).embed_dim == 64
 
 
+def test_what_a_reader_has_to_know_is_said(tmp_path, capsys):
+    main(["export", "random:convnext_atto", "--image_size", "32", "--out", str(tmp_path / "x")])
+    assert f"its features take another call: {tmp_path / 'x' / 'README.md'}" in capsys.readouterr().out
+    wide = make_run(tmp_path / "wide", image_size=[16, 32]).path
+    main(["export", str(wide), "--format", "mfm-checkpoint", "--out", str(tmp_path / "x.pth")])
+    assert "freqmask convert needs its size: --model_args '{img_size: [16, 32]}'" in capsys.readouterr().out
+
+
 def test_the_twin_writes_an_mfm_checkpoint(run, tmp_path):
     path = freqmask.export(run, out=tmp_path / "x.pth", format="mfm-checkpoint")
     assert "encoder.cls_token" in torch.load(path, weights_only=True)["model"]

@@ -44,6 +44,27 @@ def test_a_table_is_printed_with_other_models_below(
     assert "38.8 (1)" in printed
 
 
+def test_models_that_a_run_was_compared_with_are_not_taken_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ``freqmask evaluate knn pixels random:a a b --out a`` leaves; and a table of results beside runs."""
+    rows = [result("pixels", 0.9), result("random:a", 0.2), result("a", 0.4), result("b", 0.6)]
+    folder = make_run(tmp_path / "a", results=rows)
+    make_run(tmp_path / "renamed", results=[rows[0], rows[3]])
+    write_table(tmp_path / "baselines" / "results.csv", rows[:2])
+    main(["runs", str(tmp_path)])
+    listed = capsys.readouterr().out.splitlines()[1:]
+    assert [(line.split()[0], line.split("  ")[-1]) for line in listed] == [
+        ("a", "40.0 % (knn k=20)"),
+        ("renamed", "60.0 % (knn k=20)"),
+    ]
+    main(["report", str(folder), "--table", "csv"])
+    table = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    at = table[0].index("knn k=20 % mean")
+    means = {line[0]: float(line[at]) for line in table[1:] if len(line) > at}
+    assert means == {"a": 40.0, "pixels": 90.0, "random:a": 20.0, "b": 60.0}
+
+
 @pytest.mark.parametrize("form", ["md", "csv", "latex"])
 def test_a_table_goes_to_a_file(tmp_path: Path, form: str) -> None:
     out = tmp_path / "table.txt"
@@ -62,7 +83,7 @@ def test_the_twin_returns_the_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run must be named"):
         freqmask.report([])
     for number in range(25):
-        write_table(tmp_path / str(number) / "results.csv", [result("pixels", 0.5)])
+        write_table(tmp_path / str(number) / "metrics.csv", [{"step": 1, "loss": 0.5}])
     with pytest.raises(UserError, match=r"run \(26 runs\) must be at most 24 in one report; name fewer"):
         freqmask.report(tmp_path)
 

@@ -151,6 +151,28 @@ def test_no_permission_is_said(tmp_path):
     assert any("shut" in note for note in source.summary().notes)
 
 
+def test_a_folder_that_was_shut_for_a_while_is_read_once_it_is_open(tmp_path, monkeypatch):
+    """Its times are those of before: to be opened again changes none."""
+    plant(tmp_path, "a.png", "shut/b.png")
+    for folder in (tmp_path / "shut", tmp_path):
+        os.utime(folder, (1e9, 1e9))  # long enough ago for the index to be believed
+    scan = os.scandir
+
+    def refuse(path):
+        if os.fsencode(path).endswith(b"shut"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    with monkeypatch.context() as locked:
+        locked.setattr(os, "scandir", refuse)
+        for _ in range(2):
+            assert len(open_source(tmp_path)) == 1
+            notes = open_source(tmp_path).summary().notes
+            assert "1 folders may not be opened and are left out (shut)." in notes
+    assert len(open_source(tmp_path)) == 2
+    assert open_source(tmp_path).summary().notes == []
+
+
 def test_no_permission_in_words(tmp_path, monkeypatch):
     plant(tmp_path, "a.png")
     source = open_source(tmp_path)

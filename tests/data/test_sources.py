@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import freqmask
 from freqmask.data.source import JoinedSource, Subset
 from freqmask.data.sources import BuiltinDigits, open_source, splits_there
 from freqmask.errors import UserError
@@ -54,6 +55,18 @@ def test_what_names_nothing_is_refused_with_a_way_out(module, data, words):
     with pytest.raises(UserError, match=words) as raised:
         open_source(data)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("data", [np.zeros((4, 8, 8, 3)), [np.zeros((8, 8))], 3.0])
+def test_what_is_no_path_and_no_word_is_called_by_its_type(data):
+    with pytest.raises(
+        UserError, match=r"DATA must be paths, words such as builtin:photos, or a Source, not"
+    ):
+        open_source(data)
+    with pytest.raises(UserError, match="or a Source, not"):
+        freqmask.pretrain(data)
+    with pytest.raises(UserError, match="or a Source, not"):
+        freqmask.evaluate.knn("pixels", data=data)
 
 
 def test_a_missing_path_names_its_nearest_neighbour(folder):

@@ -418,6 +418,33 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_no_model_can_be_shown_are_refused_before_any_other_is_trained(
+    there: Path, tmp_path: Path
+) -> None:
+    bands = {"channels": 12, "mean": [0.5] * 12, "std": [0.5] * 12}
+    make_run(tmp_path / "bands", image_size=16, model_args=TINY, **bands)
+    models = [there / "mine", "bands"]
+    sentence = r"model \(bands\) takes images of 12 channel\(s\), and those of DATA have 3"
+    with pytest.raises(UserError, match=sentence):
+        freqmask.evaluate.finetune(
+            models, data=there / "two.npz", out=tmp_path / "out", dry_run=True, **QUICK
+        )
+
+
+def test_a_fine_tuned_vit_is_trained_on_with_a_fresh_last_normalization(
+    tuned: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """``fc_norm`` behind the pooling has taken its place."""
+    still = {"steps": 1, "lr": 1e-12, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.0}
+    options = {**QUICK, **still, "channels": 3, "image_size": 16, "init": str(tuned)}
+    run = freqmask.pretrain("builtin:digits", out=tmp_path / "on", **options)
+    assert "its last normalization begins anew" in capsys.readouterr().out
+    on, before = (load_file(path / "model.safetensors") for path in (run / "backbone", tuned / "classifier"))
+    name = "blocks.1.mlp.fc1.weight"
+    torch.testing.assert_close(on[name], before[name], atol=1e-6, rtol=0)
+    torch.testing.assert_close(on["norm.weight"], torch.ones(32), atol=1e-6, rtol=0)
+
+
 def test_a_second_process_does_not_wait_for_a_dry_run_that_begins_nothing(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

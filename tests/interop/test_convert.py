@@ -161,6 +161,33 @@ def test_timm_names_take_the_architecture_from_the_file_or_from_the_user(tmp_pat
         convert_file(tmp_path / "y.pth", backbone="test_convnex")
 
 
+def test_a_vit_of_images_that_are_no_square_is_read_by_its_size_and_said_where_it_is_not_given(tmp_path):
+    """Cells of 2 x 4 and the class token are 9 places, as are cells of 3 x 3 without it (DeiT III)."""
+    model, images = tiny_vit(img_size=(16, 32)), torch.rand(2, 3, 16, 32)
+    torch.save({"model": released(model)}, tmp_path / "x.pth")
+    converted = convert_file(tmp_path / "x.pth", model_args={"img_size": [16, 32], "num_heads": 1})
+    expected = model.forward_features(images)
+    torch.testing.assert_close(converted.model.forward_features(images), expected, atol=1e-5, rtol=0)
+    assert not any("square images" in note for note in converted.notes)
+    assert any("among the 9 of pos_embed" in note for note in convert_file(tmp_path / "x.pth").notes)
+    model = tiny_vit(no_embed_class=True)
+    torch.save({"model": released(model)}, tmp_path / "x.pth")
+    for given in ({}, {"img_size": 32}):
+        converted = convert_file(tmp_path / "x.pth", model_args=given)
+        torch.testing.assert_close(
+            converted.model.forward_features(IMAGES), model.forward_features(IMAGES), atol=1e-5, rtol=0
+        )
+
+
+def test_biases_that_a_model_has_by_themselves_are_not_joined(tmp_path):
+    arguments = {"img_size": 28, "embed_dim": 64, "depth": 1, "num_heads": 1, "num_classes": 0}
+    model, images = timm.create_model("eva02_tiny_patch14_224", **arguments).eval(), torch.rand(2, 3, 28, 28)
+    model.blocks[0].attn.q_bias.data.normal_()
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    converted = convert_file(tmp_path / "x.pth", backbone="eva02_tiny_patch14_224", model_args=arguments)
+    torch.testing.assert_close(converted.model.forward_features(images), model.forward_features(images))
+
+
 def test_what_does_not_fit_is_named_key_by_key_with_shapes(tmp_path):
     state = released(tiny_vit())
     del state["encoder.norm.weight"]

@@ -1,13 +1,16 @@
 """Features on the disk are the model's, in the data's order, and survive a crash."""
 
 import csv
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import make_run
 
+import freqmask
 from freqmask.commands.inference import EmbedConfig, Embedding, plan_parts, some_parts
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
@@ -73,6 +76,15 @@ def test_a_row_is_the_feature_of_its_image_and_bad_images_are_left_out(
         expected = expected_features(opened, source, row["index"]).pooled[0]
         assert source.name(row["index"]) == row["path"]
         torch.testing.assert_close(torch.tensor(row["features"]), expected, atol=1e-5, rtol=0)
+
+
+def test_what_of_a_folder_is_passed_over_is_said(vit_run, photographs, tmp_path, capsys):
+    folder = tmp_path / "all"
+    shutil.copytree(photographs, folder)
+    Image.new("L", (8, 8)).save(folder / "a_mask.png")
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    freqmask.embed(vit_run.path, folder, out=tmp_path / "x.npy", workers=0)
+    assert "note: 1 masks beside their images" in capsys.readouterr().out
 
 
 def test_patches_and_blocks_come_along(vit_run, photographs, tmp_path):

@@ -73,6 +73,7 @@ def embed(
             compute_parts,
             plan_parts,
             say_left_out,
+            say_notes,
         )
         from freqmask.data.sources import open_source
         from freqmask.evaluation.features import ComputeConfig
@@ -82,6 +83,7 @@ def embed(
 
     opened = open_model(model, image_size=options["image_size"], weights=options["weights"])
     source = open_source(data, pages=pages, split=split, labels=labels)
+    say_notes(source)
     if out is None and opened.kind == "run" and opened.folder is not None:
         path = opened.folder.parent / path
     pooled, crop = _choose(opened, feature, options["crop"], options["value_range"])
@@ -176,7 +178,13 @@ def predict(
     """
     check_model(model)
     with uncollected():
-        from freqmask.commands.inference import Classification, open_segmenter, write_classes, write_masks
+        from freqmask.commands.inference import (
+            Classification,
+            open_segmenter,
+            say_notes,
+            write_classes,
+            write_masks,
+        )
         from freqmask.data.sources import open_source
         from freqmask.evaluation.features import ComputeConfig
         from freqmask.interop.models import open_classifier
@@ -193,6 +201,7 @@ def predict(
     if classifier is not None and path.suffix != ".csv":
         raise UserError(f"out ({out}) must end in .csv; try --out {path.with_suffix('.csv')}")
     source = open_source(data, pages=pages, split=split)
+    say_notes(source)
     compute = ComputeConfig.of(running_options(), "predict")
     if segmenter is not None:
         written = write_masks(segmenter, source, path, inference, compute)

@@ -345,6 +345,12 @@ def _mask_name(name: str, index: int, folder: Path) -> str:
     return f"{plain}-{index}.png" if (folder / f"{plain}.png").exists() else f"{plain}.png"
 
 
+def say_notes(source: Source) -> None:
+    """What of DATA is not read, and what was taken for granted."""
+    for note in source.summary().notes:
+        say(f"note: {note}")
+
+
 def say_left_out(skipped: Sequence[tuple[str, str]]) -> None:
     """Names the first images that could not be read, and how many more there are."""
     for name, reason in skipped[:_SHOWN_SKIPPED]:

@@ -257,7 +257,8 @@ def _walk(
             continue
         seen.add(identity)
         folder = known.get(relative)
-        if folder is None or not folder.settled or folder.modified != state.st_mtime_ns:
+        as_known = folder is not None and folder.settled and folder.modified == state.st_mtime_ns
+        if folder is None or not as_known or folder.unreadable:  # rights change without a new time
             folder, changed = _read_folder(path, state.st_mtime_ns, suffixes, not relative, own_too), True
         if folder.unreadable and not relative:
             raise UserError(f"DATA ({root}) may not be opened: no permission; check its access rights")

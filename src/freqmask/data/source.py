@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from freqmask.data.cache import PackedIndex, hash_of
 from freqmask.data.decode import open_bytes
 from freqmask.data.pixels import Picture
+from freqmask.errors import UserError
 from freqmask.rng import identity_of
 
 if TYPE_CHECKING:
@@ -337,3 +339,13 @@ def runs_of_images(count: int, blocks: BlockLayout | None, at_once: int) -> list
         return [(first, min(first + at_once, count)) for first in range(0, count, at_once)]
     starts = np.flatnonzero(np.diff(blocks.numbers, prepend=-1))
     return list(zip(starts.tolist(), [*starts[1:].tolist(), count], strict=True))
+
+
+def text_of(data: Any) -> str:
+    """DATA as it was typed; a UserError where it is no path and no word, such as an array in Python."""
+    if isinstance(data, (str, Path)):
+        return str(data)
+    raise UserError(
+        f"DATA must be paths, words such as builtin:photos, or a Source, not {type(data).__name__}; numpy.save writes "
+        "an array into a file that can be named"
+    )

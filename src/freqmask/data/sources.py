@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
@@ -21,7 +21,7 @@ from freqmask.data.decode import read_suffixes
 from freqmask.data.image_folder import is_image_file, locate_files, locate_folder
 from freqmask.data.index import index_folder, index_listing
 from freqmask.data.pixels import ArrayPicture, Pages, Picture
-from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset
+from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset, text_of
 from freqmask.data.splits import Located, locate_labelled, number_classes, split_of
 from freqmask.data.storage import (
     INDEX_NAME,
@@ -96,7 +96,8 @@ def open_source(
         )
     if labels is not None:
         return locate_labelled(labels, lambda: open_source(data, pages, "all")).source(split)
-    several = [data] if isinstance(data, (str, Path, Source)) else list(data)
+    is_several = isinstance(data, Iterable) and not isinstance(data, (str, Source))
+    several: list[Any] = [*data] if is_several else [data]  # type: ignore[misc]
     if not several:
         raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
     if all(isinstance(part, (str, Path)) and is_image_file(part) for part in several):
@@ -123,7 +124,7 @@ def splits_there(data: str | Path | Source, labels: str | Path | None = None) ->
 def locate(data: str | Path, pages: Pages) -> Located:
     """What a text names, before any image is read; a UserError where it names nothing."""
     # the second as 0.1.0 recorded it
-    text = str(data).removeprefix("file://").replace("freqmask.data.builtin:", f"{__name__}:")
+    text = text_of(data).removeprefix("file://").replace("freqmask.data.builtin:", f"{__name__}:")
     far = bool(REMOTE.match(text))
     if text.startswith("builtin:"):
         return Located(text, lambda split, notes: open_builtin(text))

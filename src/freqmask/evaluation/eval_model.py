@@ -17,9 +17,10 @@ from torch import Tensor
 
 from freqmask.backbones import Features, recalibrate_batch_norm
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
+from freqmask.data.pixels import check_channels
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
-from freqmask.errors import UserError
+from freqmask.errors import BadImage, UserError
 from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM
 from freqmask.interop.models import OpenedClassifier, OpenedModel, open_classifier, open_model, still_images
 from freqmask.interop.weight_files import hash_weights
@@ -258,6 +259,17 @@ def open_eval_model(
     if value_range is not None or (foreign and opened.value_range == "dtype"):
         opened.value_range = survey.value_range.describe()
     return BackboneModel(text, opened, crop)
+
+
+def check_shown(model: EvalModel, survey: Survey) -> None:
+    """Raises a UserError where the images' channels cannot become those that a model takes."""
+    try:
+        check_channels(survey.channels, survey.channels if model.kind == PIXELS else model.input_size[0])
+    except BadImage as error:
+        raise UserError(
+            f"model ({model.name}) takes images of {model.input_size[0]} channel(s), and those of DATA have "
+            f"{survey.channels}, which cannot be made into them; leave the model out, or name other images"
+        ) from error
 
 
 def what_differs(model: EvalModel, survey: Survey) -> list[str]:

@@ -199,6 +199,7 @@ def _use_splits(
 
 def _labelled(source: Source, rounds: list[Round], name: str, split: str, notes: list[str]) -> LabelledData:
     """Images without a label are taken out of every part."""
+    notes = [*dict.fromkeys([*source.summary().notes, *notes])]
     numbers = source.all_labels()
     unknown = np.flatnonzero(numbers < 0)
     if len(unknown) == len(source) or source.class_names is None:

@@ -24,6 +24,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import (
     ClassifierModel,
     EvalModel,
+    check_shown,
     open_eval_model,
     what_differs,
 )
@@ -236,6 +237,7 @@ class Protocol(ABC):
         differences, names = dict[str, None](), dict[str, str]()
         for text in config.models:
             model = self.open_model(text, config.seeds[0])
+            check_shown(model, self.survey)
             self.check_model(model)
             names[text] = model.name
             check_results(config.out or model.results or Path())

@@ -33,7 +33,7 @@ from freqmask.interop.feature_space import FILE, KEY, load_space
 from freqmask.interop.foreign_weights import mfm_encoder
 from freqmask.interop.formats import run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
-from freqmask.interop.weight_files import Pooled, write_timm_folder
+from freqmask.interop.weight_files import README, Pooled, write_timm_folder
 from freqmask.spectrum import Normalization
 from freqmask.training.files import new_folder, read_rows, replace_atomically
 from freqmask.training.run_folder import RunFolder, save_atomically
@@ -136,7 +136,11 @@ def write_timm(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> li
         if isinstance(opened, OpenedModel) and opened.folder is not None and load_space(opened) is not None:
             shutil.copyfile(opened.folder / FILE, scratch / FILE)
     notes.append(f'timm.create_model("local-dir:{path}", pretrained=True)')
-    return notes if more.get("label_names") else [*notes, f'AutoModel.from_pretrained("{path}")']
+    if not more.get("label_names"):
+        notes.append(f'AutoModel.from_pretrained("{path}")')
+    if (path / README).is_file():
+        notes.append(f"its features take another call: {path / README}")
+    return notes
 
 
 def exported_metadata(opened: OpenedModel | OpenedClassifier) -> dict[str, Any]:
@@ -167,7 +171,11 @@ def write_mfm(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> lis
     state |= {f"decoder.{name}": tensor for name, tensor in decoder.items()}
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_atomically({"model": state, "epoch": _epoch(opened)}, path)
-    return [f"{len(state)} tensors, plain: torch.load(..., weights_only=True) reads it"]
+    notes = [f"{len(state)} tensors, plain: torch.load(..., weights_only=True) reads it"]
+    height, width = opened.input_size[1:]
+    if height != width and "encoder.pos_embed" in state:
+        notes.append(f"freqmask convert needs its size: --model_args '{{img_size: [{height}, {width}]}}'")
+    return notes
 
 
 def _epoch(opened: OpenedModel) -> int:

@@ -85,7 +85,8 @@ def convert_file(
     known = backbone or weights.architecture
     name, arguments, notes = architecture_of(weights.encoder, known, dict(model_args or {}))
     model = _model(name, arguments)
-    state = weights.encoder if name.startswith("beit") else from_beit_names(weights.encoder)
+    has_own_biases = any(tensor.endswith(".attn.q_bias") for tensor in model.state_dict())  # BEiT, EVA-02
+    state = weights.encoder if has_own_biases else from_beit_names(weights.encoder)
     notes += _load(model, state, name, known is None)
     size = _image_size(model)
     if image_size is not None and (image_size, image_size) != size:

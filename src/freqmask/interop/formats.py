@@ -181,7 +181,10 @@ def read_config(folder: Path, option: str = "model") -> dict[str, Any]:
 def readable(path: Path, option: str) -> Iterator[None]:
     """Within, a file of safetensors that is cut short or not there is a UserError, which begins with ``option``."""
     try:
+        path.open("rb").close()  # safetensors says of a file that may not be read that it is not there
         yield
+    except PermissionError as error:
+        raise UserError(f"{option}: {path} may not be read; check its access rights") from error
     except (SafetensorError, OSError) as error:
         reason = brief(error, 160)
         raise UserError(f"{option}: {path} cannot be read, it may be cut short ({reason})") from error

@@ -192,6 +192,12 @@ def load_initial(method: Any, init: str) -> list[str]:
     for backbone in method.backbones().values():
         (fitted, notes), own = resampled(weights, backbone.timm_model), backbone.timm_model.state_dict()
         fitted = {name: tensor for name, tensor in fitted.items() if name in own}
+        if "fc_norm.weight" in weights and "norm.weight" in own.keys() - fitted.keys():
+            fitted |= {name: tensor for name, tensor in own.items() if name.startswith("norm.")}
+            notes = [
+                *notes,
+                "its last normalization begins anew: fine-tuning had one behind the pooling instead",
+            ]
         unlike = [(w.shape, own[name].shape) for name, w in fitted.items() if w.shape != own[name].shape]
         what = f"init ({init})"
         if len(unlike) == 1 and len(unlike[0][0]) == 4 and unlike[0][0][1] != unlike[0][1][1]:

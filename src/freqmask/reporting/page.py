@@ -191,7 +191,8 @@ def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ())
     )
     environment.filters["options"] = _mark_options
     scripts = [(_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS]
-    evaluated = [*((run.name, run.results) for run in runs), ("", others)]
+    compared = [*(row for run in runs for row in run.others), *others]
+    evaluated: list[tuple[str, Sequence[Row]]] = [*((run.name, run.results) for run in runs), ("", compared)]
     drawn = [*charts(runs), *evaluation_charts(evaluated)]
     of_template = {"header", "rows", "meaning", "summary", "columns"}  # the script needs the rest
     context = {

@@ -21,6 +21,7 @@ RESULTS = "results.csv"
 _BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these, nor results, is no run
 # columns of runs that were begun before run.json recorded the parts of their loss
 _OLD_PARTS = re.compile(r"reconstruction|(token_)?distillation|(?!(held_out_)?relative_loss).*_loss|loss/.*")
+_MADE_ELSEWHERE = re.compile(r"[a-z]{2,}:")  # random:, timm: and the like; one letter is a drive
 _PREVIEW, _CHECKPOINT = re.compile(r"step-(\d+)\.png"), re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -80,7 +81,8 @@ class Run:
     curves: dict[str, Curve] = field(default_factory=dict)  # column of metrics.csv to its curve
     checkpoint: int = 0  # the step of the last one
     skipped: list[dict[str, str]] = field(default_factory=list)  # rows of skipped.csv
-    results: list[dict[str, str]] = field(default_factory=list)  # rows of results.csv
+    results: list[dict[str, str]] = field(default_factory=list)  # rows of results.csv on the run itself
+    others: list[dict[str, str]] = field(default_factory=list)  # those on models that were compared with it
     previews: list[tuple[int, Path]] = field(default_factory=list)  # step and image file, rising
     plan: Path | None = None  # the image drawn before the first step
     # a sentence for everything that should be here and is not, or cannot be read
@@ -135,6 +137,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
     folder = RunFolder(path)
     matches = [(_PREVIEW.fullmatch(file.name), file) for file in folder.previews.glob("*.png")]
     saved = [file.name for file in folder.checkpoints.glob("*.ckpt")]
+    rows = _rows(path / RESULTS, missing)
+    own = _names_in(rows, {name or "", path.resolve().name})
     run = Run(
         path=path,
         name=name or path.resolve().name,
@@ -145,7 +149,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
         curves=_metrics(folder.metrics, missing),
         checkpoint=max((int(found[1]) for found in map(_CHECKPOINT.fullmatch, saved) if found), default=0),
         skipped=_rows(path / SKIPPED, missing),
-        results=_rows(path / RESULTS, missing),
+        results=[row for row in rows if row.get("model", "") in own],
+        others=[row for row in rows if row.get("model", "") not in own],
         previews=sorted((int(match[1]), file) for match, file in matches if match),
         plan=path / "plan.png" if (path / "plan.png").is_file() else None,
         missing=missing,
@@ -172,6 +177,14 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     return rows
 
 
+def _names_in(rows: Sequence[dict[str, str]], names: set[str]) -> set[str]:
+    """What a run is called in the table of results in its folder; it may have been renamed since."""
+    models = {row.get("model", "") for row in rows}
+    trained = {model for model in models if model != "pixels" and not _MADE_ELSEWHERE.match(model)}
+    named = {model for model in trained if {Path(model).name, Path(model).parent.name} & names}
+    return named or (trained if len(trained) == 1 else set())
+
+
 def is_run(path: Path) -> bool:
     """Whether anything of a run is there."""
     return _is_begun(path) or (path / RESULTS).is_file()
@@ -189,9 +202,8 @@ def _is_begun(path: Path) -> bool:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
-    # a folder of runs with a table of results beside them is no run
-    return [path for path in folders if _is_begun(path) or not any(map(is_run, path.iterdir()))]
+    # a table of results alone, or beside runs, is no run
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_begun(path))
 
 
 def _no_run(path: Path) -> str:

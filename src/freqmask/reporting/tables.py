@@ -187,8 +187,9 @@ class Table:
 def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
     """Families of runs that differ in nothing but their seed, beside what varies between the families.
 
-    Other models, of ``others``' evaluation rows, have a line each at the end.
+    Other models, those of ``others`` and those that a run was compared with, have a line each at the end.
     """
+    others = [*(row for run in runs for row in run.others), *others]
     settings = _varying(runs)
     families: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:

@@ -137,8 +137,8 @@ class Plan:
                 self.cost = measure_cost(trial, trial_loss, device, images, most)
         if (threads := torch.get_num_threads()) < whole:
             self.reasons["threads"] = (
-                f"{threads}, since with {2 * threads} an image takes longer now: other programs want the cores, or there "
-                "is too little to share; OMP_NUM_THREADS decides otherwise"
+                f"{threads}, since with {2 * threads} an image takes longer now: other programs want the cores, or "
+                "there is too little to share; OMP_NUM_THREADS decides otherwise"
             )
         return trial, trial_loss
 
