@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.environ.setdefault("PYTHONSAFEPATH", "1")
     if imports.own_process and "OMP_WAIT_POLICY" not in os.environ:
         # Before torch is loaded: threads of GNU OpenMP that wait spin 300,000 times until they sleep, and since each of
-        # these takes some 100 cycles on newer CPUs, they keep a core from loader workers and other programs for 20 ms.
-        # On two cores with another program on one of them 10,000 are 7 times as many images/s, alone no fewer.
+        # these takes up to 140 cycles on newer CPUs, they keep a core from other programs for 10 to 20 ms. On two cores
+        # with another program on one of them 10,000 are 5 to 7 times as many images/s, alone no fewer.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with _exit_codes():
         function, given = parse(words)

@@ -372,11 +372,12 @@ def _vit(
         arguments |= {"class_token": False, "global_pool": "avg"}
     if "reg_token" in state:
         arguments["reg_tokens"] = state["reg_token"].shape[1]
-    sides = arguments["img_size"]
-    height, width = (sides, sides) if isinstance(sides, int) else sides
-    cells = (height // patch) * (width // patch)
-    if "pos_embed" in state and state["pos_embed"].shape[1] == cells and _prefix_tokens(state) > 0:
-        arguments["no_embed_class"] = True
+    if "pos_embed" in state and _prefix_tokens(state) > 0:
+        places, sides = state["pos_embed"].shape[1], arguments["img_size"]
+        sides = [sides, sides] if isinstance(sides, int) else sides
+        is_size = isinstance(sides, (list, tuple)) and [type(side) for side in sides] == [int, int]
+        if is_size and places == (sides[0] // patch) * (sides[1] // patch):  # else timm says what is wrong
+            arguments["no_embed_class"] = True
     if "blocks.0.ls1.gamma" in state:
         arguments["init_values"] = 1e-5  # the values themselves are in the file
     if not any(key in state for key in ("blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias")):

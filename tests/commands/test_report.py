@@ -52,6 +52,8 @@ def test_models_that_a_run_was_compared_with_are_not_taken_for_it(
     folder = make_run(tmp_path / "a", results=rows)
     make_run(tmp_path / "renamed", results=[rows[0], rows[3]])
     write_table(tmp_path / "baselines" / "results.csv", rows[:2])
+    with pytest.raises(UserError, match=r"holds no run.*--results .*results\.csv shows"):
+        freqmask.report(tmp_path / "baselines")
     main(["runs", str(tmp_path)])
     listed = capsys.readouterr().out.splitlines()[1:]
     assert [(line.split()[0], line.split("  ")[-1]) for line in listed] == [

@@ -10,6 +10,7 @@ import tifffile
 from PIL import Image
 
 from freqmask.data import decode, image_folder, sources
+from freqmask.data import index as folder_index
 from freqmask.data.sources import Subset, open_source
 from freqmask.errors import BadImage, UserError
 
@@ -163,10 +164,13 @@ def test_a_folder_that_was_shut_for_a_while_is_read_once_it_is_open(tmp_path, mo
             raise PermissionError(13, "Permission denied")
         return scan(path)
 
+    written, write = [], folder_index.write_arrays
+    monkeypatch.setattr(folder_index, "write_arrays", lambda *given: written.append(given) or write(*given))
     with monkeypatch.context() as locked:
         locked.setattr(os, "scandir", refuse)
         for _ in range(2):
             assert len(open_source(tmp_path)) == 1
+            assert len(written) == 1  # the second time nothing has changed
             notes = open_source(tmp_path).summary().notes
             assert "1 folders may not be opened and are left out (shut)." in notes
     assert len(open_source(tmp_path)) == 2

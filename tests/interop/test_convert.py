@@ -186,6 +186,15 @@ def test_biases_that_a_model_has_by_themselves_are_not_joined(tmp_path):
     torch.save(model.state_dict(), tmp_path / "x.pth")
     converted = convert_file(tmp_path / "x.pth", backbone="eva02_tiny_patch14_224", model_args=arguments)
     torch.testing.assert_close(converted.model.forward_features(images), model.forward_features(images))
+    assert converted.mean == model.pretrained_cfg["mean"] == (0.48145466, 0.4578275, 0.40821073)
+    assert converted.std == model.pretrained_cfg["std"]
+
+
+@pytest.mark.parametrize("size", [[32], [32, 32, 32], "32", [32, "x"]])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    torch.save({"model": released(tiny_vit())}, tmp_path / "x.pth")
+    with pytest.raises(UserError):
+        convert_file(tmp_path / "x.pth", model_args={"img_size": size})
 
 
 def test_what_does_not_fit_is_named_key_by_key_with_shapes(tmp_path):

@@ -22,7 +22,7 @@ import freqmask
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.methods import MFM
-from freqmask.training import auto
+from freqmask.training import auto, loop
 from freqmask.training.loop import ScheduledModule
 from freqmask.training.run_folder import RunFolder
 
@@ -413,25 +413,41 @@ def test_another_loader_or_log_is_accepted_on_the_way(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_the_threads_that_it_began_with_and_leaves_ours_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Sums of other threads end in other last bits."""
-    out, seen = tmp_path / "run", []
+    out, seen, ours = tmp_path / "run", [], torch.get_num_threads()
 
-    def two(loss: Any, cost: Any) -> bool:
-        torch.set_num_threads(2)
-        return False
+    def plan_takes_one_more(self: Any, *rest: Any) -> Any:
+        measured = take_cost(self, *rest)
+        torch.set_num_threads(ours + 1)
+        return measured
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(auto, "_take_fewer_threads", two)
-    with pytest.raises(RuntimeError):
-        train_until(3, {**TINY, "checkpoint_every_steps": 2}, out)
-    assert torch.get_num_threads() == 1  # as before
-    assert RunFolder(out).state()["threads"] == 2
+    with monkeypatch.context() as patch:
+        take_cost = auto.Plan.take_cost
+        patch.setattr(auto.Plan, "take_cost", plan_takes_one_more)
+        with pytest.raises(RuntimeError):
+            train_until(3, {**TINY, "checkpoint_every_steps": 2}, out)
+    assert torch.get_num_threads() == ours
+    assert RunFolder(out).state()["threads"] == ours + 1
     monkeypatch.setattr(ScheduledModule, "check", lambda *_: seen.append(torch.get_num_threads()))
     freqmask.pretrain("builtin:digits", **TINY, out=str(out))
-    assert seen == [2] * 4
-    assert torch.get_num_threads() == 1
+    assert seen == [ours + 1] * 4
+    assert torch.get_num_threads() == ours
+    assert f"note: threads: {ours + 1}, as the run began, not {ours}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"threads": None}, {"threads": 0}, {"threads": "?"}, {"threads": 3, "cores": 999}]
+)
+def test_a_run_that_did_not_note_its_threads_or_had_other_cores_takes_those_of_here(
+    state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    loop._take_threads({"cores": auto.usable_cores(), **state})
+    assert torch.get_num_threads() == before
 
 
 def test_a_filter_object_is_recorded_by_its_words(tmp_path: Path) -> None:

@@ -46,6 +46,26 @@ def test_a_run_that_stopped_between_two_rows_is_at_the_step_of_its_checkpoint(tm
     assert read_run(folder).last_step == 106
 
 
+@pytest.mark.parametrize(
+    ("models", "own"),
+    [
+        (["pixels", "a", "b"], ["a"]),
+        (["mine/a", "other/a"], ["mine/a"]),  # two of one name are called by their paths
+        (["a/backbone", "timm:a"], ["a/backbone"]),
+        (["pixels", "random:a", "as-it-was-called"], ["as-it-was-called"]),
+        (["pixels", "random:a"], []),
+        (["b", "c"], []),
+    ],
+)
+def test_a_run_knows_itself_in_a_table_of_several_models(
+    models: list[str], own: list[str], tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "mine" / "a", results=[result(model, 0.5) for model in models])
+    run = read_run(folder)
+    assert [row["model"] for row in run.results] == own
+    assert [row["model"] for row in run.others] == [model for model in models if model not in own]
+
+
 def test_a_cut_line_is_left_out_and_said(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     metrics = folder / "metrics.csv"
@@ -105,7 +125,8 @@ def test_tables_with_the_mark_of_excel_are_read(tmp_path: Path) -> None:
     run = read_run(folder)
     assert (run.missing, len(run.curves["loss"].steps), run.results[0]["protocol"]) == ([], 40, "knn")
     append_row(folder / "results.csv", result("b", 0.25))
-    assert [row["protocol"] for row in read_run(folder).results] == ["knn", "knn"]
+    run = read_run(folder)
+    assert [row["protocol"] for row in (*run.results, *run.others)] == ["knn", "knn"]
 
 
 def test_folders_of_other_programs_and_files_that_vanish_are_reported(

@@ -1,5 +1,6 @@
 """What `auto` stands for."""
 
+import os
 from typing import Any
 
 import pytest
@@ -127,34 +128,60 @@ def test_an_image_costs_what_it_does_among_many_not_what_a_pass_does_by_itself(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "numbers", "threads"),
+    ("seconds", "numbers", "at_first", "left", "told"),
     [
-        (lambda threads: threads, {}, 1),  # each has to wait for the next
-        (lambda threads: 1 / threads, {}, 4),
-        (lambda threads: 1 + abs(threads - 2), {}, 2),
-        (lambda threads: threads, {"devices": 2}, 4),  # processes with cores of their own
+        (
+            lambda threads: threads,
+            {},
+            6,
+            1,
+            "1, since with 3 an image takes longer now",
+        ),  # each waits for the next
+        (lambda threads: 1 / threads, {}, 4, 4, ""),
+        (lambda threads: 1 + abs(threads - 2), {}, 4, 2, "2, since with 4 an image takes longer now"),
+        (lambda threads: threads, {"devices": 2}, 4, 4, ""),  # processes with cores of their own
     ],
 )
 def test_threads_that_only_wait_for_each_other_are_left_out(
-    seconds: Any, numbers: dict[str, int], threads: int, monkeypatch: pytest.MonkeyPatch
+    seconds: Any,
+    numbers: dict[str, int],
+    at_first: int,
+    left: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(auto, "_timed", lambda *_: seconds(torch.get_num_threads()))
     values = {"accelerator": "cpu", "precision": "32-true", "devices": 1, "num_nodes": 1, **numbers}
-    for given, left in ((None, threads), ("4", 4)):  # what was asked for is not asked again
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for asked in (None, "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        with keep_threads(), monkeypatch.context() as environment:
+            if asked:
+                environment.setenv(asked, str(at_first))
+            torch.set_num_threads(at_first)
+            plan, layer = auto.Plan({}, dict(values)), nn.Linear(2, 2)
+            trial, _ = plan.take_cost(layer, (2,), lambda module, images: module(images).sum(), 8)
+            expected = at_first if asked else left  # what somebody chose is not chosen again
+            assert torch.get_num_threads() == expected
+        assert plan.cost.seconds_per_image == seconds(expected) / plan.cost.images
+        assert plan.reasons.get("threads", "").startswith("" if asked else told)
+        assert ("threads" in plan.reasons) == (expected < at_first)
+        assert all(weight.grad is None for weight in trial.parameters())
+    assert torch.get_num_threads() == before
+
+
+def test_what_a_training_makes_of_the_threads_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning writes the variable into the environment where several processes train."""
+    before = torch.get_num_threads()
+    for asked in (None, "5"):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if given:
-            monkeypatch.setenv("OMP_NUM_THREADS", given)
-        with keep_threads():
-            torch.set_num_threads(4)
-            plan = auto.Plan({}, dict(values))
-            plan.take_cost(nn.Linear(2, 2), (2,), lambda module, images: module(images).sum(), 8)
-            assert torch.get_num_threads() == left
-        assert plan.cost.seconds_per_image == seconds(left) / plan.cost.images
-        told = plan.reasons.get("threads", "4, as many as there were")
-        assert told.startswith(
-            "4, as" if left == 4 else f"{left}, since with {2 * left} an image takes longer"
-        )
-    assert torch.get_num_threads() == 1  # as conftest.py has it
+        if asked:
+            monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        with pytest.raises(KeyError), keep_threads():
+            torch.set_num_threads(before + 1)
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+            raise KeyError
+        assert (torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")) == (before, asked)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ class FinetuneJob(TrainingJob):
         if network.notes and asked["drop_path"] not in (None, AUTO):
             raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {network.notes[0]}")
         if self.short:
-            say_short_plan(tuning, len(train))
+            say_short_plan(tuning, len(train), plan.reasons.get("threads"))
         else:
             say()
             for line in plan.lines(tuning, network, len(held_out)):

@@ -437,13 +437,15 @@ class FinetunePlan(Plan):
         yield from self.machine_lines(tuning)
 
 
-def say_short_plan(tuning: Tuning, images: int) -> None:
+def say_short_plan(tuning: Tuning, images: int, threads: str | None) -> None:
     """What tells a run from the one whose plan was printed before."""
     say()
     say(
         f"training    {images:,} images, {tuning.steps:,} steps of {tuning.batch_size}, learning rate {tuning.lr:.3g}, "
         f"{tuning.warmup_steps:,} steps of warm-up; the rest as before"
     )
+    if threads is not None:
+        say(f"threads     {threads}")
 
 
 def _trial_loss(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

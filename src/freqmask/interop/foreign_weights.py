@@ -95,7 +95,7 @@ def convert_file(
         size = (image_size, image_size)
     metadata = {"version": __version__, "converted_from": Path(path).name, "value_range": "dtype"}
     epoch = {} if weights.epoch is None else {"epoch": weights.epoch}
-    mean, std, note = _statistics(model, weights)
+    mean, std, note = _statistics(model, weights, has_own_biases)
     notes = [*weights.notes, note, *notes]
     return Converted(model, name, size, mean, std, weights.decoder, notes, metadata | epoch)
 
@@ -291,14 +291,16 @@ def _image_size(model: Any) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def _statistics(model: Any, weights: Weights) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+def _statistics(
+    model: Any, weights: Weights, has_own_biases: bool
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """What images are normalized by: ImageNet's for MFM's files, else what timm notes for the architecture."""
     # of the images: those of the first convolution
     channels = next(part for part in model.modules() if isinstance(part, nn.Conv2d)).in_channels
     by_mfm = bool(weights.decoder) or any(name.endswith(".attn.q_bias") for name in weights.encoder)
     config = model.pretrained_cfg
     mean, std, whose = config["mean"], config["std"], f"timm's for {config['architecture']}"
-    if by_mfm and type(model).__name__ != "Beit":
+    if by_mfm and not has_own_biases:
         mean, std, whose = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's, as MFM's authors use"
     note = f"mean and std: {whose} (the file does not tell)"
     return fitted(mean, channels), fitted(std, channels), note

@@ -18,7 +18,7 @@ from freqmask.training.files import current_name, ends_whole, read_rows
 from freqmask.training.run_folder import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
 
 RESULTS = "results.csv"
-_BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these, nor results, is no run
+_BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these is no run
 # columns of runs that were begun before run.json recorded the parts of their loss
 _OLD_PARTS = re.compile(r"reconstruction|(token_)?distillation|(?!(held_out_)?relative_loss).*_loss|loss/.*")
 _MADE_ELSEWHERE = re.compile(r"[a-z]{2,}:")  # random:, timm: and the like; one letter is a drive
@@ -131,14 +131,14 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def read_run(path: Path, name: str | None = None) -> Run:
     """The run in a folder, called as that where it has no other name; a UserError where there is none."""
-    if not is_run(path):
+    if not _is_begun(path):
         raise UserError(_no_run(path))
     missing: list[str] = []
     folder = RunFolder(path)
     matches = [(_PREVIEW.fullmatch(file.name), file) for file in folder.previews.glob("*.png")]
     saved = [file.name for file in folder.checkpoints.glob("*.ckpt")]
     rows = _rows(path / RESULTS, missing)
-    own = _names_in(rows, {name or "", path.resolve().name})
+    own = _names_in(rows, path.resolve())
     run = Run(
         path=path,
         name=name or path.resolve().name,
@@ -177,17 +177,20 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     return rows
 
 
-def _names_in(rows: Sequence[dict[str, str]], names: set[str]) -> set[str]:
-    """What a run is called in the table of results in its folder; it may have been renamed since."""
+def _names_in(rows: Sequence[dict[str, str]], path: Path) -> set[str]:
+    """What the run at ``path`` is called in its table of results: by its name, or by some of its path.
+
+    A run that has been renamed since is the only model there that was trained.
+    """
     models = {row.get("model", "") for row in rows}
+    named = set()
+    for model in models:
+        parts = Path(model).parts
+        parts = parts[:-1] if parts[-1:] in (("backbone",), ("classifier",)) else parts
+        if parts and path.parts[-len(parts) :] == parts:
+            named.add(model)
     trained = {model for model in models if model != "pixels" and not _MADE_ELSEWHERE.match(model)}
-    named = {model for model in trained if {Path(model).name, Path(model).parent.name} & names}
     return named or (trained if len(trained) == 1 else set())
-
-
-def is_run(path: Path) -> bool:
-    """Whether anything of a run is there."""
-    return _is_begun(path) or (path / RESULTS).is_file()
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -213,7 +216,10 @@ def _no_run(path: Path) -> str:
         return f"run ({path}) does not exist{hint}"
     if not path.is_dir():
         return f"run ({path}) must be a run folder, it is a file; name the folder that pretrain printed"
-    return f"run ({path}) holds no run: no {CONFIG}, no metrics.csv; name a run folder, or the folder that such lie in"
+    table = path / RESULTS
+    table_hint = f"; --results {table} shows what was measured there" if table.is_file() else ""
+    wanted = "name a run folder, or the folder that such lie in"
+    return f"run ({path}) holds no run: no {CONFIG}, no metrics.csv; {wanted}{table_hint}"
 
 
 def _is_trained(folder: RunFolder) -> bool:

@@ -128,18 +128,16 @@ class Plan:
             a_device = (asked if isinstance(asked, int) else batch) // world_size(self.values)
             most = max(a_device // (parts if isinstance(parts, int) else 1), 1)
             self.cost = measure_cost(trial, trial_loss, device, images, most)
-            whole = torch.get_num_threads()
+            may = device.type == "cpu" and world_size(self.values) == 1 and not threads_are_asked()
             while (
-                device.type == "cpu"
-                and world_size(self.values) == 1
-                and _take_fewer_threads(trial_loss, self.cost)
+                may and (more := torch.get_num_threads()) > 1 and _take_fewer_threads(trial_loss, self.cost)
             ):
                 self.cost = measure_cost(trial, trial_loss, device, images, most)
-        if (threads := torch.get_num_threads()) < whole:
-            self.reasons["threads"] = (
-                f"{threads}, since with {2 * threads} an image takes longer now: other programs want the cores, or "
-                "there is too little to share; OMP_NUM_THREADS decides otherwise"
-            )
+                self.reasons["threads"] = (
+                    f"{torch.get_num_threads()}, since with {more} an image takes longer now: other programs want the "
+                    "cores, or there is too little to share; OMP_NUM_THREADS decides otherwise"
+                )
+            trial.zero_grad(set_to_none=True)
         return trial, trial_loss
 
     def take_batch(self, choose: Callable[[Cost, str, int, int], Choice]) -> tuple[int, int]:
@@ -306,6 +304,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads_are_asked() -> bool:
+    """Whether somebody chose how many threads torch takes on a CPU."""
+    return any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+
+
 def usable_memory(device: torch.device) -> int:
     """Bytes that a training may take: 80 % of what is free on the device."""
     return int(free_memory(device) * 0.8)
@@ -374,8 +377,6 @@ def _take_fewer_threads(loss: Callable[[int], Tensor], cost: Cost) -> bool:
     in bf16 on two cores with one of them taken made 10 to 19 images/s by two threads and 330 by one (alone 640, 320).
     """
     threads = torch.get_num_threads()
-    if threads == 1 or "OMP_NUM_THREADS" in os.environ:
-        return False
     torch.set_num_threads(threads // 2)
     fewer = min(_two_timed(loss, cost.images, torch.device("cpu"))) / cost.images
     if fewer < CHEAPER * cost.seconds_per_image:

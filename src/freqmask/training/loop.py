@@ -26,7 +26,14 @@ from freqmask import __version__
 from freqmask.console import LINES_A_RUN, Progress, launched_processes, rank, say
 from freqmask.data.loader import TrainSampler, worker_failure
 from freqmask.errors import UserError
-from freqmask.training.auto import LONE_VALUE, is_out_of_memory, lone_image, usable_cores, world_size
+from freqmask.training.auto import (
+    LONE_VALUE,
+    is_out_of_memory,
+    lone_image,
+    threads_are_asked,
+    usable_cores,
+    world_size,
+)
 from freqmask.training.callbacks import (
     AtomicCheckpointIO,
     ExactResume,
@@ -226,25 +233,35 @@ def tune_malloc() -> bool:
 def begin_run(run: RunFolder, command: str, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write down what a run was told: its resolved options, and beside them what they were resolved from."""
     versions = {"freqmask": __version__, "torch": str(torch.__version__), "began": now()}
-    machine = {"threads": torch.get_num_threads(), "cores": usable_cores()}
+    machine = {"cores": usable_cores()}
+    if world_size(config) == 1:  # else Lightning deals the cores out, later
+        machine["threads"] = torch.get_num_threads()
     run.begin(config, {**state, **machine, **versions}, heading(command))
 
 
 @contextlib.contextmanager
 def keep_threads() -> Iterator[None]:
-    """A training inside may take fewer threads than the process has; afterwards they are as many as before."""
-    before = torch.get_num_threads()
+    """A training inside may take fewer threads than the process has; afterwards they are as many as before.
+
+    Lightning writes ``OMP_NUM_THREADS`` where it shares the cores among processes, and leaves it there.
+    """
+    before, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if asked is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def _take_threads(state: Mapping[str, Any]) -> None:
     """As many threads as the run began with, where there are as many cores: with others the last bits are others."""
-    begun_here = "threads" in state and state.get("cores") == usable_cores()
-    if begun_here and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(int(state["threads"]))
+    threads, here = state.get("threads"), torch.get_num_threads()
+    if not isinstance(threads, int) or threads < 1 or threads == here or state.get("cores") != usable_cores():
+        return
+    if not threads_are_asked():
+        torch.set_num_threads(threads)
+        say(f"note: threads: {threads}, as the run began, not {here}; OMP_NUM_THREADS decides otherwise")
 
 
 def find_checkpoint(run: RunFolder, notes: Sequence[str] = ()) -> Checkpoint | None:
