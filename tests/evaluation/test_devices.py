@@ -27,7 +27,13 @@ from freqmask.evaluation import features, linear
 from freqmask.evaluation.bands_and_attacks import Band, make_attacks
 from freqmask.evaluation.corruptions import Corruption, strengths_for
 from freqmask.evaluation.eval_model import open_eval_model
-from freqmask.evaluation.features import UNCHANGED, ComputeConfig, compute_features, part_images
+from freqmask.evaluation.features import (
+    UNCHANGED,
+    ComputeConfig,
+    check_started_once,
+    compute_features,
+    part_images,
+)
 from freqmask.evaluation.labelled import open_labelled
 from freqmask.evaluation.linear import fit_head
 from freqmask.evaluation.protocol import prepare_context
@@ -218,3 +224,19 @@ def test_more_devices_than_there_are_is_one_sentence_before_any_work(
         with pytest.raises(UserError, match=r"devices \(10000\) must be at most"):
             getattr(freqmask.evaluate, name)(run, data=str(data), devices=10_000, accelerator="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "started"),
+    [({"WORLD_SIZE": "2", "RANK": "0"}, 2), ({"SLURM_PROCID": "3"}, 4), ({"SLURM_STEP_NUM_TASKS": "8"}, 8)],
+)
+def test_a_command_that_a_launcher_starts_several_times_says_so(
+    environment: dict[str, str], started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_started_once("evaluate")
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script has it without being started eight times
+    check_started_once("evaluate")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"evaluate was started {started} times .* with --devices {started}"):
+        check_started_once("evaluate")

@@ -130,13 +130,8 @@ def test_an_image_costs_what_it_does_among_many_not_what_a_pass_does_by_itself(
 @pytest.mark.parametrize(
     ("seconds", "numbers", "at_first", "left", "told"),
     [
-        (
-            lambda threads: threads,
-            {},
-            6,
-            1,
-            "1, since with 3 an image takes longer now",
-        ),  # each waits for the next
+        # each waits for the next
+        (lambda threads: threads, {}, 6, 1, "1, since with 3 an image takes longer now"),
         (lambda threads: 1 / threads, {}, 4, 4, ""),
         (lambda threads: 1 + abs(threads - 2), {}, 4, 2, "2, since with 4 an image takes longer now"),
         (lambda threads: threads, {"devices": 2}, 4, 4, ""),  # processes with cores of their own

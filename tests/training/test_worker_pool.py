@@ -14,7 +14,6 @@ import torch
 from tiny_runs import spawned
 
 from freqmask.errors import UserError
-from freqmask.evaluation.features import check_started_once
 from freqmask.training.auto import choose_devices
 from freqmask.training.worker_pool import Deserializer, DiedError, Serializer, WorkerPool
 
@@ -202,19 +201,3 @@ def test_devices_that_are_not_there_are_a_sentence(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=f"^{sentence}"):
         choose_devices(devices, torch.device(first), accelerator)
-
-
-@pytest.mark.parametrize(
-    ("environment", "started"),
-    [({"WORLD_SIZE": "2", "RANK": "0"}, 2), ({"SLURM_PROCID": "3"}, 4), ({"SLURM_STEP_NUM_TASKS": "8"}, 8)],
-)
-def test_a_command_that_a_launcher_starts_several_times_says_so(
-    environment: dict[str, str], started: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_started_once("evaluate")
-    monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script has it without being started eight times
-    check_started_once("evaluate")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"evaluate was started {started} times .* with --devices {started}"):
-        check_started_once("evaluate")

@@ -71,19 +71,17 @@ def embed(
             Embedding,
             checked_blocks,
             compute_parts,
+            open_images,
             plan_parts,
             say_left_out,
-            say_notes,
         )
-        from freqmask.data.sources import open_source
         from freqmask.evaluation.features import ComputeConfig
         from freqmask.interop.feature_files import join_parts, task_of
         from freqmask.interop.models import open_model
         from freqmask.training.files import check_kept, check_out
 
     opened = open_model(model, image_size=options["image_size"], weights=options["weights"])
-    source = open_source(data, pages=pages, split=split, labels=labels)
-    say_notes(source)
+    source = open_images(data, pages, split, labels)
     if out is None and opened.kind == "run" and opened.folder is not None:
         path = opened.folder.parent / path
     pooled, crop = _choose(opened, feature, options["crop"], options["value_range"])
@@ -180,12 +178,11 @@ def predict(
     with uncollected():
         from freqmask.commands.inference import (
             Classification,
+            open_images,
             open_segmenter,
-            say_notes,
             write_classes,
             write_masks,
         )
-        from freqmask.data.sources import open_source
         from freqmask.evaluation.features import ComputeConfig
         from freqmask.interop.models import open_classifier
         from freqmask.training.files import check_kept, check_out
@@ -200,8 +197,7 @@ def predict(
     check_kept(path, [model, *data])
     if classifier is not None and path.suffix != ".csv":
         raise UserError(f"out ({out}) must end in .csv; try --out {path.with_suffix('.csv')}")
-    source = open_source(data, pages=pages, split=split)
-    say_notes(source)
+    source = open_images(data, pages, split)
     compute = ComputeConfig.of(running_options(), "predict")
     if segmenter is not None:
         written = write_masks(segmenter, source, path, inference, compute)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from freqmask.console import Progress, plain_name, say
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
-from freqmask.data.pixels import missing_pixels
+from freqmask.data.pixels import Pages, missing_pixels
 from freqmask.data.source import Source
+from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry, resize
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
@@ -345,10 +346,12 @@ def _mask_name(name: str, index: int, folder: Path) -> str:
     return f"{plain}-{index}.png" if (folder / f"{plain}.png").exists() else f"{plain}.png"
 
 
-def say_notes(source: Source) -> None:
-    """What of DATA is not read, and what was taken for granted."""
+def open_images(data: Sequence[str], pages: Pages, split: str, labels: str | None = None) -> Source:
+    """The images that DATA names; says what of it is not read, and what was taken for granted."""
+    source = open_source(data, pages, split, labels)
     for note in source.summary().notes:
         say(f"note: {note}")
+    return source
 
 
 def say_left_out(skipped: Sequence[tuple[str, str]]) -> None:

@@ -259,9 +259,8 @@ def _walk(
         folder = known.get(relative)
         as_known = folder is not None and folder.settled and folder.modified == state.st_mtime_ns
         if folder is None or not as_known or folder.unreadable:  # rights change without a new time
-            shut = as_known and folder is not None and folder.unreadable
             folder = _read_folder(path, state.st_mtime_ns, suffixes, not relative, own_too)
-            changed |= not (shut and folder.unreadable)
+            changed |= not (as_known and folder.unreadable)
         if folder.unreadable and not relative:
             raise UserError(f"DATA ({root}) may not be opened: no permission; check its access rights")
         folders[relative] = folder

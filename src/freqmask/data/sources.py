@@ -96,8 +96,9 @@ def open_source(
         )
     if labels is not None:
         return locate_labelled(labels, lambda: open_source(data, pages, "all")).source(split)
-    is_several = isinstance(data, Iterable) and not isinstance(data, (str, Source))
-    several: list[Any] = [*data] if is_several else [data]  # type: ignore[misc]
+    several: list[Any] = [data]
+    if isinstance(data, Iterable) and not isinstance(data, (str, Source)):
+        several = list(data)
     if not several:
         raise UserError("DATA must name at least one folder or file of images; try builtin:photos")
     if all(isinstance(part, (str, Path)) and is_image_file(part) for part in several):

@@ -129,14 +129,9 @@ class Plan:
             most = max(a_device // (parts if isinstance(parts, int) else 1), 1)
             self.cost = measure_cost(trial, trial_loss, device, images, most)
             may = device.type == "cpu" and world_size(self.values) == 1 and not threads_are_asked()
-            while (
-                may and (more := torch.get_num_threads()) > 1 and _take_fewer_threads(trial_loss, self.cost)
-            ):
+            while may and (reason := _take_fewer_threads(trial_loss, self.cost)):
+                self.reasons["threads"] = reason
                 self.cost = measure_cost(trial, trial_loss, device, images, most)
-                self.reasons["threads"] = (
-                    f"{torch.get_num_threads()}, since with {more} an image takes longer now: other programs want the "
-                    "cores, or there is too little to share; OMP_NUM_THREADS decides otherwise"
-                )
             trial.zero_grad(set_to_none=True)
         return trial, trial_loss
 
@@ -370,19 +365,24 @@ def measure_cost(
     return Cost(min(times) / images, kept, fixed, images)
 
 
-def _take_fewer_threads(loss: Callable[[int], Tensor], cost: Cost) -> bool:
-    """Half of the threads from now on, if that makes an image cheaper on this CPU.
+def _take_fewer_threads(loss: Callable[[int], Tensor], cost: Cost) -> str:
+    """Half of the threads from now on, if that makes an image cheaper on this CPU; the reason, empty where it does not.
 
     Where another program has a core, the other threads of a pass wait for the one that has none: torch's convolutions
     in bf16 on two cores with one of them taken made 10 to 19 images/s by two threads and 330 by one (alone 640, 320).
     """
     threads = torch.get_num_threads()
+    if threads == 1:
+        return ""
     torch.set_num_threads(threads // 2)
     fewer = min(_two_timed(loss, cost.images, torch.device("cpu"))) / cost.images
     if fewer < CHEAPER * cost.seconds_per_image:
-        return True
+        return (
+            f"{threads // 2}, since with {threads} an image takes longer now: other programs want the cores, or there "
+            "is too little to share; OMP_NUM_THREADS decides otherwise"
+        )
     torch.set_num_threads(threads)
-    return False
+    return ""
 
 
 def _bytes_kept(loss: Callable[[int], Tensor], images: int) -> int:
