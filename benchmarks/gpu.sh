@@ -40,7 +40,7 @@ export PYTHONPATH=$path PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
     XDG_CACHE_HOME=$work/cache TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton \
     FREQMASK_BENCHMARK_WORK=$work
 
-declare -A limits=([tests]=110 [step]=140 [small]=75 [loader]=80 [peers]=60 [learning]=$all)
+declare -A limits=([tests]=110 [step]=140 [small]=110 [loader]=80 [peers]=60 [learning]=$all)
 { date; nvidia-smi; "$python" -m pip list 2>/dev/null; } >"$out/environment.txt" 2>&1
 if [ -z "$toy" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     toy=--toy; echo "no CUDA device: toy sizes on the CPU" | tee -a "$out/log.txt"
