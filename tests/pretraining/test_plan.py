@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import freqmask
-from freqmask.pretraining.plan import advice_lines, length_lines, next_lines
+from freqmask.pretraining.plan import advice_lines, length_lines, next_lines, watching_seconds
 from freqmask.pretraining.resolve import Resolved
 from freqmask.training import auto
 from freqmask.training.auto import Cost
@@ -144,3 +144,13 @@ def test_whether_it_was_worth_it_is_asked_where_there_are_labels() -> None:
     plain = "\n".join(next_lines(Path("runs/1"), options, False))
     assert plain.startswith("next        freqmask embed runs/1 'my photos' --neighbours")
     assert "evaluate" not in plain
+
+
+def test_what_is_measured_and_drawn_between_the_steps_takes_time() -> None:
+    options = {"steps": 100, "batch_size": 10, "devices": 1, "num_nodes": 1, "preview_every_steps": 20}
+    resolved = Resolved({}, options, {})
+    resolved.cost = Cost(0.06, 1, 1)
+    assert watching_seconds(resolved, 400) == pytest.approx(400 * 0.03 + 5 * 0.6)
+    for every in (0, 100, 1000):  # one at the end
+        options["preview_every_steps"] = every
+        assert watching_seconds(resolved, 0) == 0.6

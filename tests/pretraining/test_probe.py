@@ -16,7 +16,8 @@ from freqmask.data.loader import TrainDataset
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
 from freqmask.data.transforms import Geometry
-from freqmask.pretraining.watch import HeldOut, by_own_labels, first_batch
+from freqmask.pretraining.task import Images
+from freqmask.pretraining.watch import HeldOut, Probe, by_own_labels, first_batch, pixels_of
 from freqmask.spectrum import as_float
 from freqmask.training.callbacks import Monitor
 from freqmask.training.files import read_rows
@@ -56,6 +57,28 @@ def test_a_probe_writes_numbers_and_leaves_the_weights_alone(
     assert 0 < float(first["probe_knn"]) < float(first["pixels_knn"]) <= 1
     states = [json.loads((run / "run.json").read_text())["probe_images"] for run in (probed, plain)]
     assert states == [359, 1000]
+
+
+@pytest.mark.parametrize("more", [{}, {"probe_data": ["builtin:digits"], "probe_every_epochs": 0.009}])
+def test_the_plan_counts_the_images_that_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    counted, looked = [], []
+    features, loss, watched = Probe._features, HeldOut._loss, Images.watched
+    monkeypatch.setattr(Images, "watched", lambda *given: counted.append(watched(*given)) or counted[0])
+
+    def of_features(self: Probe, encode: Any, images: Any, chosen: Any, device: Any) -> Any:
+        looked.append(0 if encode is pixels_of else len(chosen))
+        return features(self, encode, images, chosen, device)
+
+    def of_loss(self: HeldOut, trainer: Any, module: Any, images: TrainDataset) -> Any:
+        looked.append(len(images))
+        return loss(self, trainer, module, images)
+
+    monkeypatch.setattr(Probe, "_features", of_features)
+    monkeypatch.setattr(HeldOut, "_loss", of_loss)
+    freqmask.pretrain(["builtin:digits"], out=str(tmp_path / "run"), preview_every_steps=2, **more, **TINY)
+    assert counted == [sum(looked)] and sum(looked) > 5000
 
 
 @pytest.mark.parametrize("count, classes", [(301, 3), (600, 40)])

@@ -247,7 +247,8 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
 
 def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
     held_out = len(images.held_out) if images.held_out is not None else 0
-    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
+    watched = images.watched(resolved.values)
+    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out, watched):
         say(line)
     for line in plan.advice_lines(resolved.values, len(images.train), plan.data_words(resolved.values)):
         say(line)

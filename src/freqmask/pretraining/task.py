@@ -40,6 +40,7 @@ from freqmask.pretraining.watch import (
     FEATURES_AT_ONCE,
     MOST_RANKED,
     MOST_TEST,
+    MOST_TRAIN,
     HeldOut,
     Probe,
     calibration,
@@ -49,7 +50,7 @@ from freqmask.pretraining.watch import (
 from freqmask.rng import combine
 from freqmask.spectrum import as_float
 from freqmask.training.auto import world_size
-from freqmask.training.callbacks import Monitor
+from freqmask.training.callbacks import Monitor, periods
 from freqmask.training.files import read_rows
 from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler
 from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
@@ -152,6 +153,22 @@ class Images:
             return min(len(self.probed.rounds[0].test), MOST_TEST)
         return own_labels(self.ranked)
 
+    def watched(self, options: Mapping[str, Any]) -> int:
+        """How many images the measurements of a whole training look at, those of its first weights among them."""
+        measured = min(len(self.ranked), MOST_RANKED)
+        if self.probed is not None:
+            measured += min(len(self.probed.rounds[0].train), MOST_TRAIN) + self.tested
+        held_out = 0 if self.held_out is None else len(self.held_out)
+        probes = 1 + periods(options["steps"], self.probe_every(options))
+        return measured * probes + held_out * periods(options["steps"], options["preview_every_steps"])
+
+    def probe_every(self, options: Mapping[str, Any]) -> int:
+        """Steps from one measurement of the features to the next."""
+        epochs = options.get("probe_every_epochs")
+        if epochs in (None, "auto"):
+            return max(options["steps"] // PROBES_A_RUN, 1)
+        return max(round(float(epochs) * len(self.train) / options["batch_size"]), 1)
+
 
 @dataclass
 class Pretraining:
@@ -241,11 +258,7 @@ class Pretraining:
         height, width = height_and_width(options["image_size"])
         at_once = min(images_at_once(options), 64)
         encoded_at_once = max(min(FEATURES_AT_ONCE // (height * width), 64), at_once)
-        epochs = options.get("probe_every_epochs")
-        if epochs in (None, "auto"):
-            every = options["steps"] // PROBES_A_RUN
-        else:
-            every = round(float(epochs) * len(images.train) / options["batch_size"])
+        every = images.probe_every(options)
         labelled = None if probed is None else self._still(probed.source)
         first = None
         if rank() == 0 and not any(row.get("step") == "0" for row in read_rows(self.run.metrics)):
@@ -253,9 +266,7 @@ class Pretraining:
             first = copy.deepcopy(self.method.backbones()[self.method.default_backbone])
         watched = None if images.held_out is None else self._still(held_out, self.method.n_views)
         return [
-            Probe(
-                self._still(images.ranked), labelled, probed, first, monitor, max(every, 1), encoded_at_once
-            ),
+            Probe(self._still(images.ranked), labelled, probed, first, monitor, every, encoded_at_once),
             HeldOut(
                 self.run,
                 watched,

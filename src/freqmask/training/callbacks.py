@@ -62,6 +62,11 @@ class PeriodicCallback(L.Callback, ABC):
         """What is done; called by every process."""
 
 
+def periods(steps: int, every_steps: int) -> int:
+    """How often a :class:`PeriodicCallback` is called in a training."""
+    return math.ceil(steps / (every_steps or steps))
+
+
 class Monitor(L.Callback):
     """Writes metrics.csv, moves the progress bar, warns of collapse, stops at a loss that is not finite.
 
