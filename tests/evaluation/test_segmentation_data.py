@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from evaluation.segmentation_images import blocks, make_data, make_pairs, write
+from PIL import Image
 
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
@@ -47,6 +50,29 @@ def test_a_mask_rewritten_under_its_name_is_read_again(tmp_path: Path) -> None:
         mask = np.asarray(read_mask(masks / "000.png"), np.uint8)
         mask[0, 0] = 2
         write(masks / "000.png", mask)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_gray_of_few_bits_is_labels_as_stored(tmp_path: Path, bits: int) -> None:
+    # Pillow spreads 2 and 4 bits over 0 to 255 and writes neither
+    labels = np.arange(35).reshape(5, 7) % 2**bits
+    digits = (labels[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = np.packbits(digits.reshape(5, -1).astype(bool), axis=1)
+    header = struct.pack(">IIBBBBB", 7, 5, bits, 0, 0, 0, 0)
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in ((b"IHDR", header), (b"IDAT", content), (b"IEND", b"")):
+        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]
+    (tmp_path / "mask.png").write_bytes(b"".join(parts))
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), labels)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")) > 0, labels > 0), "it is a PNG"
+
+
+def test_gray_with_opacity_is_labels(tmp_path: Path) -> None:
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for mode in ("LA", "RGBA"):
+        Image.fromarray(labels).convert(mode).save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), labels)
 
 
 def test_ade20k_ignores_zero_and_begins_with_one(tmp_path: Path) -> None:

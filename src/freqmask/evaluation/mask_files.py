@@ -42,6 +42,7 @@ MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".np
 MOST_LABEL = 65_535
 IGNORED = -1  # in targets: counted neither in a loss nor in a score
 MOST_OF_ONE_CLASS = 0.75  # a crop that holds more of it is drawn again, as mmsegmentation's recipes do
+PACKED_GRAY = {"L;2": 85, "L;4": 17}  # what Pillow makes of a level of PNG's 2- and 4-bit gray, for viewers
 _TRIES = 10
 _MASK_FOLDERS = ("masks", "mask", *MASK_WORDS)  # beside masks, annotations may hold boxes
 LAYOUTS = (
@@ -81,7 +82,12 @@ def _read(path: Path) -> np.ndarray:
         return gray
     # Labels are numbers as stored, so that neither palettes nor key colors are looked at
     with quiet_pillow, Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
-        return _turned(np.asarray(image), orientation_of(image.getexif().get(EXIF_TAG)))
+        step = PACKED_GRAY.get(str(image.tile[0].args), 1)
+        orientation = orientation_of(image.getexif().get(EXIF_TAG))
+        # opacity is left out of gray, as it is where gray was saved as color
+        return (
+            _turned(np.asarray(image.getchannel("L") if image.mode == "LA" else image), orientation) // step
+        )
 
 
 def _turned(array: np.ndarray, orientation: Orientation) -> np.ndarray:
