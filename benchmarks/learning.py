@@ -47,6 +47,7 @@ from freqmask.evaluation.linear import choose_and_fit
 from freqmask.methods import METHODS
 from freqmask.pretraining.resolve import open_teacher
 from freqmask.spectrum import Normalization
+from freqmask.training.auto import choose_precision
 from freqmask.training.optim import parameter_groups
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -279,7 +280,7 @@ class Step:
 
 
 def _bf16(device: torch.device) -> bool:
-    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cuda" or choose_precision("cpu").value == "bf16-mixed"
 
 
 def train(job: dict[str, Any], images: Tensor, steps: int, points: list[int], folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """What `auto` stands for."""
 
 import os
+import timeit
 from typing import Any
 
 import pytest
@@ -213,10 +214,19 @@ def test_an_allocation_that_fails_ends_the_measuring_at_the_size_before(
 
 
 def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "cpu_flags", lambda: {"avx2"})
-    assert auto.choose_precision("cpu").value == "32-true"
-    monkeypatch.setattr(auto, "cpu_flags", lambda: {"avx2", "amx_bf16"})
-    assert auto.choose_precision("cpu").value == "bf16-mixed"
+    for gain, value in ((0.55, "32-true"), (1.2, "32-true"), (1.3, "bf16-mixed"), (9.0, "bf16-mixed")):
+        monkeypatch.setattr(auto, "bf16_gain", lambda gain=gain: gain)
+        assert auto.choose_precision("cpu").value == value
+    assert "9 times as fast" in auto.choose_precision("cpu").reason
+
+
+def test_what_bf16_gains_is_what_a_product_of_matrices_gains() -> None:
+    a = torch.rand(512, 512)
+    exact, half = (
+        min(timeit.repeat("a @ a", number=1, repeat=9, globals={"a": a.to(kind)}))
+        for kind in (torch.float32, torch.bfloat16)
+    )
+    assert auto.bf16_gain() == pytest.approx(exact / half, rel=0.6)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(20, "20 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours")])

@@ -57,21 +57,15 @@ def _devices() -> dict[str, str]:
     with uncollected():
         import torch
 
-        from freqmask.training.auto import usable_cores
+        from freqmask.training.auto import bf16_gain, usable_cores
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus.append("Apple GPU (mps)")
     usable, total = usable_cores(), os.cpu_count() or 1
-    # the instruction sets that PyTorch uses here; the last two compute bfloat16 fast
-    capabilities = [torch.backends.cpu.get_cpu_capability()]
-    # Private names of PyTorch's: a version without them just names less.
-    for words, question in (("AVX512-bf16", "_is_avx512_bf16_supported"), ("AMX", "_is_amx_tile_supported")):
-        if getattr(torch.cpu, question, bool)():
-            capabilities.append(words)
     return {
         "cores": f"{usable}" if usable == total else f"{usable} of {total}",
-        "cpu": ", ".join(capabilities),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}; bf16 {bf16_gain():.2g} times as fast as float32",
         "gpu": ", ".join(gpus) or "none",
     }
 
