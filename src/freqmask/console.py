@@ -142,7 +142,7 @@ def readable_time(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 1.5 * size or (unit == "minutes" and seconds >= size):
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return counted(round(seconds), "second")
 
 
 def counted(number: float, noun: str) -> str:

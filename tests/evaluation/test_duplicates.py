@@ -102,10 +102,18 @@ def test_another_folder_of_the_same_relative_path_is_told(
     run = trained_on(source, tmp_path / "run", data=["pics"], overfit=4)
     for folder, words in (
         ("here", "pre-trained on 4 of the 4"),
-        ("there", "are others now than they were; 0 of"),
+        ("there", "are not those that this path leads to from here"),
     ):
         monkeypatch.chdir(tmp_path / folder)
         assert words in seen_in_pretraining(run, source, np.arange(4))
+
+
+def test_images_that_have_changed_since_are_told(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pics", *range(4))
+    source = open_source(folder)
+    run = trained_on(source, tmp_path / "run", data=[str(folder)], overfit=5)
+    write(folder, 9)
+    assert "are others now than they were; 4 of the 4" in seen_in_pretraining(run, source, np.arange(4))
 
 
 def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tiny_runs import TINY, steps_made, train_until
 import freqmask
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
+from freqmask.evaluation.labelled import seen_in_pretraining
 from freqmask.methods import MFM
 from freqmask.training import auto, loop
 from freqmask.training.loop import ScheduledModule
@@ -208,6 +209,25 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert steps == [3, 4, 5, 6]  # it went on, and did not begin again
     assert_identical(whole, again)
     assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(again)]
+
+
+def test_a_run_finds_its_images_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, folder in enumerate(("begun", "elsewhere")):
+        (tmp_path / folder / "pics").mkdir(parents=True)
+        for name in range(30):
+            pixels = np.random.default_rng(100 * number + name).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / "pics" / f"{name}.png")
+    monkeypatch.chdir(tmp_path / "begun")
+    with pytest.raises(RuntimeError):
+        train_until(3, {**TINY, "method": "mfm"}, tmp_path / "run", ["pics"])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = freqmask.pretrain(out=str(tmp_path / "run"))
+    assert "have changed" not in capsys.readouterr().out
+    assert RunFolder(run).config()["data"] == [str(tmp_path / "begun" / "pics")]
+    seen = seen_in_pretraining(run, open_source(tmp_path / "begun" / "pics"), np.arange(30))
+    assert "pre-trained on 29 of the 30 test images" in seen
 
 
 def test_other_settings_are_refused_each_named(tmp_path: Path) -> None:

@@ -432,13 +432,18 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
         return f"{run.name}: its pre-training images were not compared with the test images: {error}"
     except UserError:
         return f"{run.name}: its pre-training images ({data}) are no longer there to be compared with the test images"
+    changed = before not in (None, trained.fingerprint())
+    if changed and not all(Path(path).is_absolute() for path in map(str, data)):  # as 0.1.0 recorded them
+        return (
+            f"{run.name}: its pre-training images ({data}) are not those that this path leads to from here; to have "
+            "them compared with the test images, evaluate in the folder where it was trained"
+        )
     if len(trained) > MOST_COMPARED:
         return f"{run.name}: {len(trained):,} pre-training images are too many to be compared with the test images"
     used = None if config.get("overfit") else hold_out(trained, seed=int(config.get("seed", 0)))[0]
     known = set(pixel_hashes(trained, used))
     count = sum(value in known for value in pixel_hashes(source, tested))
-    if before not in (None, trained.fingerprint()):
-        # a relative path leads elsewhere from another folder
+    if changed:
         return (
             f"{run.name}: its pre-training images ({data}) are others now than they were; {count:,} of the "
             f"{len(tested):,} test images are among these"

@@ -67,6 +67,7 @@ _NUMBERS = (
     *("steps", "batch_size", "lr", "seed", "devices", "num_nodes", "accumulate", "keep_checkpoints"),
     *("log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "max_skipped_share"),
 )
+PATHS = ("data", "probe_data", "teacher", "init")
 # These keep the data and the draws, but sums are made in another order.
 DIFFERENT_BITS = {"images_from", "devices", "num_nodes", "strategy", "accelerator", "compile", "accumulate"}
 
@@ -241,6 +242,7 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
     plain = comparable({name: value for name, value in options.items() if name not in ("dry_run", "out")})
     # null is the default of every option but this one, where it means something
     config = {name: value for name, value in plain.items() if value is not None or name == "clip_grad"}
+    config |= {name: from_anywhere(config[name]) for name in PATHS if name in config}
     begin_run(run, "pretrain", config, state)
     return Pretraining(run, options, images, method, state, kept)
 
@@ -371,15 +373,20 @@ def _first_weights(options: Mapping[str, Any], images: Images, teacher: Any = No
     return method
 
 
+def from_anywhere(value: Any) -> Any:
+    """A path that leads somewhere, absolute, so that it leads there from every folder; each of several likewise."""
+    if isinstance(value, list | tuple):
+        return [from_anywhere(one) for one in value]
+    if not isinstance(value, str) or not Path(value).expanduser().exists():
+        return value
+    return str(Path(value).expanduser().absolute())
+
+
 def _say_stopped(training: Pretraining) -> None:
     run = training.run
     if rank() == 0:
         refresh_report(run.path)
-    data = [
-        Path(source).absolute() if isinstance(source, str) and Path(source).exists() else source
-        for source in training.options["data"]
-    ]
-    words = plan.data_words({"data": data})
+    words = plan.data_words({"data": from_anywhere(training.options["data"])})
     say(f"    freqmask pretrain {words} --out {shell_path(run.path.absolute())}    (from anywhere)")
 
 
