@@ -138,6 +138,25 @@ def test_nothing_is_lost_or_left_half_written(vit_run, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_what_an_exporter_cannot_follow_is_said_in_a_sentence(vit_run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("only 4D query, key, and value are supported")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(UserError, match=r"torch-export.*AssertionError; try --format onnx"):
+        export_model(open_model(vit_run.path), tmp_path / "model.pt2", "torch-export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(vit_run, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in ("mfm[1].pth", "other.pth"):
+        (tmp_path / f".{name}.{dead.pid}.tmp").write_bytes(b"half")
+    export_model(open_model(vit_run.path), tmp_path / "mfm[1].pth", "mfm-checkpoint")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".other.pth.{dead.pid}.tmp", "mfm[1].pth"]
+
+
 def test_the_mfm_checkpoint_of_a_vit_has_exactly_the_names_of_its_readers(vit_run, tmp_path):
     file = tmp_path / "mfm.pth"
     export_model(open_model(vit_run.path), file, "mfm-checkpoint")

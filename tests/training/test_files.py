@@ -7,9 +7,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from freqmask.errors import UserError
-from freqmask.training.files import append_row, clear_leftovers, cut_back, new_folder, read_rows
+from freqmask.interop.weight_files import write_tensors
+from freqmask.training.files import (
+    append_row,
+    clear_leftovers,
+    cut_back,
+    new_folder,
+    read_rows,
+    replace_atomically,
+)
 
 
 def test_a_new_column_leaves_empty_cells_above(tmp_path: Path) -> None:
@@ -98,6 +107,22 @@ def test_no_garbage_in_a_table_ends_in_anything_but_a_sentence(tmp_path: Path) -
             read += 1
     assert len(written) == 50
     assert read >= 30
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_what_is_written_may_be_read_by_whom_the_user_lets(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / "weights.safetensors", {"w": torch.zeros(2)})
+        replace_atomically(tmp_path / "numbers.txt", lambda path: path.write_text("1"))
+        with new_folder(tmp_path / "model") as folder:
+            write_tensors(folder / "weights.safetensors", {"w": torch.zeros(2)})
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) >= 3 and set(modes.values()) == {0o666 & ~mask}
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 def test_only_files_of_dead_processes_are_cleared(tmp_path: Path) -> None:

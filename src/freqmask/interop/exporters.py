@@ -275,9 +275,20 @@ def _write_graph(
             replace_atomically(path, partial(attempt, dynamic=dynamic, sizes=sizes))
             checked = f"checked in {checked_in} with batches of 1 and 3: largest difference {largest}"
             return [f"{call}; outputs {outputs}", taken, checked]
-        except Exception:  # exporters raise whatever they please where a shape decides what is computed
-            if number == len(attempts):
+        except (
+            Exception
+        ) as error:  # exporters raise whatever they please where a shape decides what is computed
+            if number < len(attempts):
+                continue
+            if isinstance(error, (UserError, OSError)):
                 raise
+            format, other = (
+                ("onnx", "torch-export") if checked_in == "onnxruntime" else ("torch-export", "onnx")
+            )
+            raise UserError(
+                f"format ({format}) cannot hold this network, its exporter ends in {type(error).__name__}; "
+                f"try --format {other}"
+            ) from error
     raise AssertionError
 
 

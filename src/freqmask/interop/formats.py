@@ -5,6 +5,7 @@ Commands check what they were given by this, before they import what takes secon
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 from safetensors import SafetensorError, safe_open
 
 from freqmask.errors import UserError, brief, nearest
-from freqmask.training.files import check_encoding, check_out
+from freqmask.training.files import check_encoding, check_out, clear_leftovers
 from freqmask.training.run_folder import RunFolder
 
 # name -> function of freqmask.interop.exporters; adding a format is a line here and its function there
@@ -68,6 +69,7 @@ def export_model(opened: Any, out: str | Path, format: str = "timm", overwrite: 
     if format not in FORMATS:
         raise UserError(f"format ({format}) is unknown; {nearest(format, FORMATS)}")
     path = check_out(out, overwrite, folder=format == FOLDER)
+    clear_leftovers(path.absolute().parent, pattern=f".{glob.escape(path.name)}.*.tmp")
     write = getattr(import_module("freqmask.interop.exporters"), FORMATS[format])
     sentences: list[str] = write(opened, path)
     return sentences
