@@ -224,6 +224,7 @@ class Step:
         self.places = torch.zeros(BATCH, dtype=torch.int64, device=device)
         self.keys = torch.zeros(BATCH, dtype=torch.int64, device=device)
         self.graph: Any = None
+        self.collected: Any = None
         self.eager = job.get("eager", False)
         self.loss = torch.zeros((), device=device)
 
@@ -265,6 +266,7 @@ class Step:
         eager = max(11, math.ceil(0.02 * self.steps))
         if self.graph is not None:
             self.graph.replay()
+            self._collect()
         elif self.images.device.type == "cuda" and step >= eager and not self.eager:
             self._record()
             self.graph.replay()
@@ -277,6 +279,12 @@ class Step:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.work(-1)
+        self.collected = getattr(getattr(self.method, "distillation", None), "collected", None)
+
+    def _collect(self) -> None:
+        """What FOLK collects for its center is noted in Python, which a replay passes over."""
+        if self.collected is not None:
+            self.method.distillation.collected = self.collected
 
 
 def _bf16(device: torch.device) -> bool:
