@@ -2,17 +2,21 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from freqmask.commands.sheets import draw_reconstructions
 from freqmask.errors import UserError
 from freqmask.interop.foreign_weights import convert_file
 from freqmask.interop.formats import export_model
 from freqmask.interop.models import open_method, open_model, psnr_by_band, read_image
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.methods.mfm import band_edges
+from freqmask.pretraining import figures
 from freqmask.spectrum import decibel
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -113,3 +117,20 @@ def test_images_are_read_as_the_model_takes_them(vit_run, photographs, tmp_path)
     for bad in (photographs / "cats" / "9.png", tmp_path / "nothing.png"):
         with pytest.raises(UserError, match="cannot be read"):
             read_image(bad, opened)
+
+
+def test_a_dark_image_is_said_to_be_brightened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    show = figures.show_image
+
+    def listen(axis: Any, colors: Any, *lines: str, **scale: Any) -> None:
+        said.append(" ".join(lines))
+        show(axis, colors, *lines, **scale)
+
+    monkeypatch.setattr(figures, "show_image", listen)
+    image = torch.linspace(0, 1, 256).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    for factor in (1.0, 0.01):
+        tensors = dict.fromkeys(("target", "filtered", "prediction", "filled"), factor * image)
+        draw_reconstructions(tmp_path / "sheet.png", [("ramp", "lowpass", tensors)], "a model")
+    assert [line.count("brightened") for line in said] == [0] * 4 + [1] * 4
+    assert said[4] == f"original ramp brightened x{100 / np.percentile(image, 99):.1f}"

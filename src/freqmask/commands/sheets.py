@@ -16,6 +16,7 @@ from freqmask.interop.feature_files import nearest_neighbors
 from freqmask.interop.models import Band, OpenedModel, still_images
 from freqmask.pretraining.figures import (
     Palette,
+    draw_panel,
     filter_names,
     new_sheet,
     save_sheet,
@@ -109,8 +110,7 @@ def _draw_row(
         "filled": f"{psnr(shown['filled'], target):.1f} dB",
     }
     for column, (key, line) in enumerate(lines.items()):
-        colors, _ = palette.show(shown[key].clamp(0, 1))
-        show_image(axes[column], colors, headings[column], line)
+        draw_panel(axes[column], palette, shown[key].clamp(0, 1), headings[column], line)
     error = (shown["filled"].clamp(0, 1) - target).abs().mean(dim=0)
     show_image(axes[4], (_GAIN * error).clamp(0, 1).numpy(), headings[4], f"mean {float(error.mean()):.3f}")
     scale = spectrum_scale(spectrum_levels(target[None])[0])

@@ -103,7 +103,8 @@ class Inference:
         least=1,
     )
     precision: Literal["32", "bf16"] = option(
-        "32", "of the features: 32, or bf16, which is faster and rounds to three digits"
+        "32",
+        "of the features: 32, or bf16, which is faster on most GPUs and some CPUs and rounds to three digits",
     )
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _PIXELS = 20_000  # enough to find three principal components, few enough to take no time
 _TEXT: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a file name may hold a dollar sign
-_CAPTION = 0.34  # inches for two lines above a picture
+_CAPTION = 0.46  # inches for three lines above a picture
 _HEADING = 0.3  # inches for the title
 _FAINT = 0.5  # an image whose highlights stay below this is brightened
 _SIGNED = 0.25  # an image whose shadows reach this far below zero, as a share of its highlights, is signed
@@ -246,8 +246,8 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Int6
         names = [name.partition("(")[0].rpartition(":")[2] for name in filter_names(method, view_keys)]
         label = f"view {number + 1}" if len(images) > 1 else ""
         for column, cells in enumerate(axes[3 * number : 3 * number + 3].T):
-            _draw_image(cells[0], palette, view[column], label)
-            _draw_image(cells[1], palette, shown["filtered"][column], names[column])
+            draw_panel(cells[0], palette, view[column], label)
+            draw_panel(cells[1], palette, shown["filtered"][column], names[column])
             _draw_keep(cells[2], shown["keep"][column], shown["filtered"][column])
     return save_sheet(figure, path)
 
@@ -271,9 +271,9 @@ def draw_preview(path: str | Path, reconstruction: Mapping[str, Tensor], title: 
     spectra = [spectrum_levels(images) for images in (target, seen, filled)]
     for row in range(len(target)):
         headings = _COLUMNS if row == 0 else ("",) * len(_COLUMNS)
-        _draw_image(axes[row, 0], palette, target[row], headings[0])
-        _draw_image(axes[row, 1], palette, seen[row], headings[1], _decibel(seen[row], target[row]))
-        _draw_image(axes[row, 2], palette, filled[row], headings[2], _decibel(filled[row], target[row]))
+        draw_panel(axes[row, 0], palette, target[row], headings[0])
+        draw_panel(axes[row, 1], palette, seen[row], headings[1], _decibel(seen[row], target[row]))
+        draw_panel(axes[row, 2], palette, filled[row], headings[2], _decibel(filled[row], target[row]))
         scale = spectrum_scale(spectra[0][row])
         for column, spectrum in enumerate(spectra, start=3):
             show_image(axes[row, column], spectrum[row], headings[column], **scale)
@@ -307,10 +307,10 @@ def _draw_keep(axis: Any, keep: Tensor, seen: Tensor) -> None:
         show_image(axis, levels, "its spectrum", **spectrum_scale(levels))
 
 
-def _draw_image(axis: Any, palette: Palette, image: Tensor, *lines: str) -> None:
+def draw_panel(axis: Any, palette: Palette, image: Tensor, *lines: str) -> None:
+    """An image with its heading and facts, and what was done to make it visible: a dark one must not look bright."""
     colors, note = palette.show(image)
-    heading, *facts = lines
-    show_image(axis, colors, heading, ", ".join(fact for fact in (*facts, note) if fact))
+    show_image(axis, colors, *lines, note)
 
 
 _SHEET_COLUMNS = 6  # two filters side by side where there is one image
@@ -375,8 +375,8 @@ def draw_filters(
             row, block = 1 + position // blocks, position % blocks
             first, filtering = 3 * (block * len(images) + number), row_of_images[number]
             cells = axes[row, first : first + 3]
-            _draw_image(cells[0], palette, filtering.kept, filtering.name, f"kept {filtering.energy:.1%}")
-            _draw_image(cells[1], palette, filtering.removed, f"removed {1 - filtering.energy:.1%}")
+            draw_panel(cells[0], palette, filtering.kept, filtering.name, f"kept {filtering.energy:.1%}")
+            draw_panel(cells[1], palette, filtering.removed, f"removed {1 - filtering.energy:.1%}")
             levels = _dimmed(spectrum, filtering.keep.numpy())
             show_image(cells[2], levels, f"{filtering.bins:.1%} of the bins")
     return save_sheet(figure, path)
