@@ -263,6 +263,25 @@ def test_onnx_runs_in_onnxruntime_at_any_batch(vit_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
 
 
+class OfOneSize(torch.nn.Module):
+    """Traced with a size that it is then bound to."""
+
+    def forward(self, images):
+        last = 96 * 128 if torch.compiler.is_exporting() else 1
+        return (images.flatten(2)[:, 0, torch.tensor([last - 1])],)
+
+
+@pytest.mark.slow
+def test_what_onnxruntime_raises_it_does_not_print_too(tmp_path, capfd):
+    """A size that fails is tried otherwise, and a red line above the success would frighten."""
+    pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
+    pytest.importorskip("onnxscript", reason="the extra [export] is not installed")
+    graph = exporters.Graph(OfOneSize(), {"last": "(B, 1)"}, (3, 32, 32), {}, 32)
+    with pytest.raises(Exception, match="GatherND"):
+        exporters.write_onnx(graph, tmp_path / "x.onnx")
+    assert capfd.readouterr().err == ""
+
+
 def test_torch_export_loads_and_takes_any_batch(resnet_run, tmp_path):
     opened = open_model(resnet_run.path)
     export_model(opened, tmp_path / "x.pt2", "torch-export")

@@ -209,11 +209,12 @@ def write_onnx(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> li
             verbose=False,
         )
         assert program is not None  # only the older exporter gives none
+        model = program.model_proto  # made anew by every look at it
         for name, value in _metadata(graph).items():
-            program.model_proto.metadata_props.add(key=name, value=value)
-        onnx.save(program.model_proto, str(path))
+            model.metadata_props.add(key=name, value=value)
+        onnx.save(model, str(path))
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it logs as an error is raised, too, and maybe tried otherwise
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
