@@ -13,6 +13,7 @@ from PIL import Image
 from freqmask.commands.draw import default_filters, spectra
 from freqmask.errors import UserError
 from freqmask.filters import FILTERS, build_filter
+from freqmask.pretraining import figures
 from freqmask.pretraining.figures import apply_filter
 
 
@@ -79,6 +80,65 @@ def test_images_of_any_kind_stand_side_by_side(photo: str, tmp_path: Path) -> No
     assert spectra(files, out=str(tmp_path / "out.png"), filters=["com", "lowpass(radius=3)"]).is_file()
 
 
+@pytest.mark.parametrize("color", [0, 77, 255])
+def test_a_single_color_has_no_energy_to_share(color: int, photo: str, tmp_path: Path, capsys) -> None:
+    """Resampled, too: what that rounds is no energy."""
+    Image.new("RGB", (300, 250), (color, color, 200 * (color > 0))).save(tmp_path / "one.png")
+    spectra([str(tmp_path / "one.png"), photo], out=str(tmp_path / "out.png"), filters=["lowpass", "com"])
+    *table, _, note, _, _ = capsys.readouterr().out.splitlines()
+    for line in table[3:]:
+        assert (line.split()[2:4] == ["–", "–"]) == line.endswith("one.png")
+    assert note == "–: the image is of a single color, it has no energy beside its mean"
+    spectra([photo], out=str(tmp_path / "out.png"), filters=["lowpass"])
+    assert "–" not in capsys.readouterr().out
+
+
+def test_one_pixel_beside_a_single_color_is_energy() -> None:
+    image = torch.zeros(3, 224, 224)
+    image[0, 5, 5] = 1 / 255
+    shares = [
+        apply_filter(t, build_filter(t, 224), image, torch.tensor([5])).energy
+        for t in ("lowpass", "highpass")
+    ]
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_picture_names_no_share_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr(figures, "show_image", lambda axis, colors, *lines, **scale: captions.extend(lines))
+    Image.new("L", (16, 16), 9).save(tmp_path / "one.png")
+    spectra([str(tmp_path / "one.png")], out=str(tmp_path / "out.png"), filters=["lowpass"])
+    assert any(text.endswith("no energy beside its mean") for text in captions)
+    shares = [text.partition(",")[0] for text in captions if text.startswith(("kept", "removed"))]
+    assert shares == ["kept –", "removed –"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 1000), (1000, 7)])
+def test_an_image_without_room_for_a_spectrum_is_refused_by_name(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    Image.new("L", size).save(tmp_path / "thin.png")
+    width, height = size
+    with pytest.raises(
+        UserError, match=rf"thin.png, {height}x{width} pixels\) must have at least 8 pixels on"
+    ):
+        spectra([str(tmp_path / "thin.png")], out=str(tmp_path / "out.png"))
+
+
+@pytest.mark.parametrize(("size", "said"), [((8, 33), True), ((33, 8), True), ((8, 32), False)])
+def test_a_square_that_is_a_small_part_of_its_image_is_said(
+    size: tuple[int, int], said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", size).save(tmp_path / "thin.png")
+    spectra([str(tmp_path / "thin.png")], out=str(tmp_path / "out.png"), filters=["lowpass"])
+    assert ("only the middle square of 8x8 is used" in capsys.readouterr().out) == said
+
+
+def test_a_pattern_in_quotes_is_called_one(photo: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist; quotes kept the shell .* matches 1 path;"):
+        spectra([str(tmp_path / "a*.png")], out=str(tmp_path / "out.png"))
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -87,7 +147,7 @@ def test_images_of_any_kind_stand_side_by_side(photo: str, tmp_path: Path) -> No
         ({"image_size": 2}, "image_size"),
         ({"out": "picture.jpg"}, "--out picture.png"),
         ({"image": []}, "1 to 4"),
-        ({"image": ["no-such.png"]}, "no-such.png.*cannot be read"),
+        ({"image": ["no-such.png"]}, r"image \(no-such.png\) does not exist; the folder"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_leaves_nothing(

@@ -87,7 +87,11 @@ def test_a_name_that_is_no_text_stays_itself(images: Path) -> None:
     ("text", "words"),
     [
         ("", "the file is empty"),
-        ("file,label\na,b\n", "path is missing"),
+        ("file,label\na,b\n", "path is missing; its first line has 'file', 'label'; rename"),
+        (
+            "File Name;Class\na;b\n",
+            "path and label are missing; its first line has 'File Name', 'Class'; rename",
+        ),
         ("path,label\ngone.png,a\n", "1 images that DATA lacks"),
         ("path,label\n", "lists no images"),
         ('path,label\n"' + "x" * 200_000, "is no CSV table"),

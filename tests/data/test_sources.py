@@ -81,6 +81,17 @@ def test_a_missing_path_names_its_nearest_neighbour(folder):
         open_source(folder / "zzzzzz")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("*/*.png", "3 paths"), ("c?t/[0-1].png", "1 path"), ("{cat,dog}/1.png", "2 paths"), ("d**", "1 path")],
+)
+def test_a_pattern_that_no_shell_expanded_is_called_one(folder, pattern, count):
+    with pytest.raises(UserError, match=rf"does not exist; quotes kept .* matches {count}; .* glob\.glob"):
+        open_source(folder / pattern)
+    with pytest.raises(UserError, match="holds nothing of a similar name"):
+        open_source(folder / "zzz*.jpg")
+
+
 def test_image_files_may_be_named_one_by_one(folder, monkeypatch):
     one = open_source(folder / "cat" / "2.png")
     assert (len(one), one.name(0), one.class_names) == (1, "2.png", None)
@@ -207,7 +218,7 @@ def test_splits_and_labels_that_only_look_alike_are_one(folder):
         ("path,label,split\ncat/1.png,black, white,train\n", r"line 2 than columns \(last 'train'\).*quotes"),
         ("\n\nsep=;\npath;label\ncat/1.png;a;b\n", r"line 5 than columns \(last 'b'\)"),
         ("path,label,label\ncat/1.png,a,b\n", "one column label, it has 2"),
-        ("", "is missing"),
+        ("", "path and label are missing; the file is empty"),
     ],
 )
 def test_a_wrong_table_is_refused(folder, text, words):

@@ -114,9 +114,16 @@ def test_images_are_read_as_the_model_takes_them(vit_run, photographs, tmp_path)
     assert 0 <= float(image.min()) < float(image.max()) <= 1
     np.save(tmp_path / "sixteen.npy", np.full((40, 40), 32768, np.uint16))
     assert float(read_image(tmp_path / "sixteen.npy", opened).mean()) == pytest.approx(0.5, abs=1e-4)
-    for bad in (photographs / "cats" / "9.png", tmp_path / "nothing.png"):
-        with pytest.raises(UserError, match="cannot be read"):
-            read_image(bad, opened)
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "link.png").symlink_to(tmp_path / "away.png")
+    for bad, words in {
+        "text.png": "cannot be read: its content",
+        "link.png": "cannot be read: it is a link to a file that is gone",
+        "sixten.npy": r"does not exist; did you mean .*sixteen\.npy",
+        "*.npy": "does not exist; quotes kept the shell",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            read_image(tmp_path / bad, opened)
 
 
 def test_a_dark_image_is_said_to_be_brightened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

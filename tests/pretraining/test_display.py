@@ -74,6 +74,19 @@ def test_a_black_or_broken_image_is_shown_black() -> None:
         assert colours.max() == 0 and note == ""
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("strength", [1e-8, 1e-7, 3e-6])
+def test_what_float32_rounds_is_no_picture(channels: int, strength: float) -> None:
+    images = random_images(channels)
+    noise = torch.randn(images[0].shape, generator=torch.Generator().manual_seed(1))
+    for part in (strength * noise.clamp(-1, 1), strength * noise.abs().clamp(max=1)):
+        colours, note = Palette.of(images).show(part)
+        nothing, _ = Palette.of(images).show(torch.zeros_like(part))
+        assert note == "" and np.abs(colours - nothing).max() < 1e-4
+    _, note = Palette.of(images).show(1e-3 * images[0])
+    assert note.startswith("brightened")
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9), (6, 5), (5, 8)])
 def test_a_centered_mask_is_the_whole_spectrums(height: int, width: int) -> None:
     magnitude = torch.fft.fft2(torch.rand(height, width, dtype=torch.float64)).abs()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import freqmask
 from freqmask.pretraining.plan import advice_lines, length_lines, next_lines, watching_seconds
@@ -91,6 +92,22 @@ def test_a_teacher_is_given_a_small_cnn_on_a_cpu(
     }
     freqmask.pretrain("builtin:photos", out=str(tmp_path / "run"), **fixed, **options)
     assert f"backbone    {backbone}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", [0, 1, 5])
+def test_images_that_cannot_be_used_are_said_to_be_counted(
+    broken: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        Image.linear_gradient("L").rotate(30 * number).save(tmp_path / f"{number}.png")
+    for number in range(broken):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    fixed = {"accelerator": "cpu", "dry_run": True, "image_size": 32, "workers": 0, "backbone": "resnet10t"}
+    freqmask.pretrain(str(tmp_path), out=str(tmp_path / "run"), **fixed)
+    shown = capsys.readouterr().out
+    assert "images      12 found" in shown
+    assert shown.count("cannot be used: ") == min(broken, 3)
+    assert shown.count("training passes over such images, which are counted above") == bool(broken)
 
 
 def test_printed_commands_have_paths_that_are_no_options_and_no_more_of_them_than_one_reads() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from freqmask.data.index import MASK_FILE, FolderIndex, has_few_colors, index_fo
 from freqmask.data.pixels import Pages, Picture
 from freqmask.data.source import Source, SourceSummary
 from freqmask.data.splits import Located, split_of
-from freqmask.data.storage import RemoteFiles, unpacker_of
+from freqmask.data.storage import RemoteFiles, nearest_path, unpacker_of
 from freqmask.errors import BadImage, UserError
 from freqmask.rng import identity_of
 
@@ -260,6 +261,18 @@ def is_image_file(text: str | Path) -> bool:
     """Whether it names one image here; a ``.npy`` alone is a stack of them."""
     path = Path(text).expanduser()
     return path.suffix.lower() in read_suffixes() - {".npy"} and path.is_file()
+
+
+@contextmanager
+def named_image(file: str | Path) -> Iterator[Path]:
+    """The path of an image that a person named alone; where it is missing or cannot be read, a UserError says so."""
+    path = Path(file).expanduser()
+    try:
+        yield path
+    except BadImage as error:
+        if isinstance(error.__cause__, FileNotFoundError) and not path.is_symlink():
+            raise UserError(f"image ({file}) does not exist; {nearest_path(path)}") from error
+        raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
 
 
 def locate_files(paths: Sequence[Path], pages: Pages) -> Located:

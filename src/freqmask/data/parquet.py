@@ -28,7 +28,7 @@ from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, PackedSource, Source, SourceSummary
 from freqmask.data.splits import Located, number_classes, split_of
 from freqmask.data.storage import Files, RangeFile
-from freqmask.errors import BadImage, UserError, brief, nearest
+from freqmask.errors import BadImage, UserError, brief
 
 HUB = "hf:"
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "picture", "photo")
@@ -66,7 +66,7 @@ class Columns:
         structs = [f for f in schema if _is_bytes(_part(f.type, "bytes"))]
         plain = [f for f in schema if _is_bytes(f.type)]
         if not structs and not plain:
-            hint = nearest("image", schema.names) if schema.names else "it has no columns"
+            hint = f"it has {', '.join(map(repr, schema.names)) or 'no columns'}"
             raise UserError(
                 f"DATA ({where}) must hold a column of encoded images (a struct of bytes and path, or bytes); {hint}"
             )

@@ -265,9 +265,11 @@ def _rows(reader: csv.DictReader[str], file: Path, above: int) -> list[Row]:
     columns = dict(zip(header, reader.fieldnames or (), strict=True))
     missing = [name for name in COLUMNS[:2] if name not in columns]
     if missing:
-        hint = nearest(missing[0], columns) if columns else "the file is empty"
+        found = ", ".join(repr(name) for name in reader.fieldnames or ())
+        hint = f"its first line has {found}; rename columns there" if found else "the file is empty"
         raise UserError(
-            f"labels ({file}) must have the columns path and label, {missing[0]} is missing; {hint}"
+            f"labels ({file}) must have the columns path and label, {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; {hint}"
         )
     twice = next((name for name in COLUMNS if header.count(name) > 1), None)
     if twice:

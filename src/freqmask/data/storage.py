@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import glob
 import io
 import logging
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
+from freqmask.console import counted
 from freqmask.data.cache import MAGIC, cache_file, hash_of, replacing
 from freqmask.data.splits import split_of
 from freqmask.errors import UserError, brief, nearest
@@ -112,7 +114,18 @@ def files_of(text: str) -> tuple[Files, list[str] | None]:
 
 
 def nearest_path(path: Path) -> str:
-    """A way out of a mistyped path: the most similar entry of the deepest folder on it that exists."""
+    """A way out of a path that does not exist: what a pattern in quotes matches, or the most similar entry there is.
+
+    That is sought in the deepest folder on the path that exists.
+    """
+    if is_pattern(str(path)):
+        # not Path.glob: it refuses a**, and finds hidden files, which a shell does not
+        matched = sum(len(glob.glob(one)) for one in expand_braces(str(path)))  # noqa: PTH207
+        if matched:
+            return (
+                f"quotes kept the shell from expanding the pattern, which matches {counted(matched, 'path')}; leave "
+                "them out (from Python, glob.glob makes the list)"
+            )
     existing = next(parent for parent in path.absolute().parents if parent.is_dir())
     try:
         names = [entry.name for entry in existing.iterdir() if not entry.name.startswith(".")]

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, Features, ImageSize, cells, few_tokens_attention
 from freqmask.data.decode import open_file
+from freqmask.data.image_folder import named_image
 from freqmask.data.loader import TrainDataset
 from freqmask.data.pixels import Box, convert_channels, fill_missing, missing_pixels
 from freqmask.data.source import Source
 from freqmask.data.transforms import Geometry, decode_windows
 from freqmask.data.values import ValueRange
-from freqmask.errors import BadImage, UserError, brief
+from freqmask.errors import UserError, brief
 from freqmask.filters import build_filter
 from freqmask.interop.formats import (
     CLASSIFIER,
@@ -406,16 +407,14 @@ def _from_decoder(opened: OpenedModel, filter: str | None) -> MFM:
 def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channel height width"]:
     """The center of an image as the model takes it, in [0, 1]; a UserError where it cannot be read."""
     geometry = still_geometry(opened)
-    try:
-        picture = open_file(Path(file))
+    with named_image(file) as path:
+        picture = open_file(path)
         box = geometry.box(picture.size, key=0)
         (window,) = decode_windows(picture, [box], [geometry.at_least()])
         filled = fill_missing(window, missing_pixels(window, picture.nodata))
         scaled = (ValueRange.parse(opened.value_range) or ValueRange()).apply(
             convert_channels(filled, opened.input_size[0])
         )
-    except BadImage as error:
-        raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
     view = geometry.finish(torch.from_numpy(np.array(scaled)), key=0)  # a copy: a file's map is not writable
     return as_float(view)[None]
 

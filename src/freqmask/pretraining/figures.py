@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from freqmask.backbones import eval_no_grad
-from freqmask.console import plain, plain_name
+from freqmask.console import plain, plain_name, say
 from freqmask.data.decode import open_file
-from freqmask.errors import BadImage, UserError
+from freqmask.data.image_folder import named_image
+from freqmask.errors import UserError
 from freqmask.rng import combine
 from freqmask.spectrum import as_float, full_spectrum, log_magnitude, pair_weights, power, psnr, rfft2
 from freqmask.training.files import replace_atomically
@@ -38,6 +39,7 @@ _TEXT: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a file name may 
 _CAPTION = 0.46  # inches for three lines above a picture
 _HEADING = 0.3  # inches for the title
 _FAINT = 0.5  # an image whose highlights stay below this is brightened
+_NOISE = 1e-5  # of the range of images; below it lies what float32 rounds, which is no picture
 _SIGNED = 0.25  # an image whose shadows reach this far below zero, as a share of its highlights, is signed
 
 
@@ -85,7 +87,9 @@ class Palette:
         values, note = np.nan_to_num(image.detach().float().cpu().numpy(), posinf=0.0, neginf=0.0), ""
         low, high = np.percentile(values, (1, 99))
         bright = float(self.center.max()) + self.spread
-        if low < -_SIGNED * max(high, 1e-6):
+        if max(-low, high) < _NOISE * bright:
+            pass  # shown as it is, which is empty
+        elif low < -_SIGNED * max(high, 1e-6):
             gain = self.spread / max(-low, high)
             values, note = self.center[:, None, None] + gain * values, f"around gray x{gain:.1f}"
         elif 0 < high < _FAINT * bright:
@@ -169,6 +173,10 @@ def save_sheet(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+_LEAST_SIDE = 8  # pixels, as of --image_size
+_MOSTLY_CUT = 0.25  # of an image: where its square is less, that is said
+
+
 def read_squares(files: list[str], image_size: int | None) -> dict[str, Tensor]:
     """The middle squares of image files, all of one size.
 
@@ -180,7 +188,7 @@ def read_squares(files: list[str], image_size: int | None) -> dict[str, Tensor]:
         (C, size, size) in [0, 1] by the file's name, numbered where two files have the same.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file that cannot be read, or is too small to have a spectrum.
     """
     squares = [_read_square(file) for file in files]
     size = image_size or min(224, *(square.shape[-1] for square in squares))
@@ -195,13 +203,18 @@ def read_squares(files: list[str], image_size: int | None) -> dict[str, Tensor]:
 
 
 def _read_square(file: str) -> Tensor:
-    try:
-        picture = open_file(Path(file))
+    with named_image(file) as path:
+        picture = open_file(path)
         height, width = picture.size
         side = min(height, width)
+        if side < _LEAST_SIDE:
+            raise UserError(
+                f"image ({file}, {height}x{width} pixels) must have at least {_LEAST_SIDE} pixels on its shorter side; "
+                "name a larger one"
+            )
+        if side < _MOSTLY_CUT * max(height, width):
+            say(f"note: of {file} ({height}x{width} pixels) only the middle square of {side}x{side} is used")
         pixels = picture.decode(box=((height - side) // 2, (width - side) // 2, side, side))
-    except BadImage as error:
-        raise UserError(f"image ({file}) cannot be read: {error.reason}; name another file") from error
     values = pixels.astype(np.float32)
     # 8 bits are shown as they are; other types rarely fill their range and are stretched between percentiles
     low, high = (0.0, 255.0) if pixels.dtype == np.uint8 else np.nanpercentile(values, (0.1, 99.9))
@@ -313,6 +326,7 @@ def draw_panel(axis: Any, palette: Palette, image: Tensor, *lines: str) -> None:
     show_image(axis, colors, *lines, note)
 
 
+_FLAT = "no energy beside its mean"
 _SHEET_COLUMNS = 6  # two filters side by side where there is one image
 
 
@@ -325,7 +339,7 @@ class Filtering:
     removed: Tensor  # the image less what was kept
     keep: Tensor  # the whole spectrum's mask ``(H, W)``, DC in the center, mean of the channels
     bins: float  # share of the spectrum's bins that is kept, 0 to 1
-    energy: float  # share of the energy that is kept, 0 to 1, the mean (DC) left out of account
+    energy: float  # share of the energy that is kept, 0 to 1, the mean (DC) left out of account; NaN where all is DC
 
 
 @torch.no_grad()
@@ -338,14 +352,15 @@ def apply_filter(
     weights = pair_weights(height, width)
     energies = weights * power(rfft2(image))
     energies[..., 0, 0] = 0  # the mean is most of the energy of any image in [0, 1] and says nothing
-    total = energies.sum().clamp_min(1e-12)
+    # of the values, since rounding noise has energy, too
+    is_flat = bool((image.amax(dim=(-2, -1)) - image.amin(dim=(-2, -1)) < _NOISE).all())
     return Filtering(
         name=name,
         kept=kept[0],
         removed=image - kept[0],
         keep=centered(keep[0].mean(dim=0), width),
         bins=float((weights * keep[0].mean(dim=0)).sum() / (height * width)),
-        energy=float((energies * keep[0].square()).sum() / total),
+        energy=math.nan if is_flat else float((energies * keep[0].square()).sum() / energies.sum()),
     )
 
 
@@ -369,14 +384,17 @@ def draw_filters(
     for number, (name, image) in enumerate(images.items()):
         palette, spectrum = Palette.of(image[None]), spectrum_levels(image)
         colors, note = palette.show(image)
-        show_image(axes[0, 3 * number], colors, name, note)
+        flat = _FLAT if math.isnan(filterings[0][number].energy) else ""
+        show_image(axes[0, 3 * number], colors, name, ", ".join(fact for fact in (note, flat) if fact))
         show_image(axes[0, 3 * number + 2], _dimmed(spectrum, np.ones_like(spectrum)), "its spectrum")
         for position, row_of_images in enumerate(filterings):
             row, block = 1 + position // blocks, position % blocks
             first, filtering = 3 * (block * len(images) + number), row_of_images[number]
             cells = axes[row, first : first + 3]
-            draw_panel(cells[0], palette, filtering.kept, filtering.name, f"kept {filtering.energy:.1%}")
-            draw_panel(cells[1], palette, filtering.removed, f"removed {1 - filtering.energy:.1%}")
+            draw_panel(
+                cells[0], palette, filtering.kept, filtering.name, f"kept {_percent(filtering.energy, 1)}"
+            )
+            draw_panel(cells[1], palette, filtering.removed, f"removed {_percent(1 - filtering.energy, 1)}")
             levels = _dimmed(spectrum, filtering.keep.numpy())
             show_image(cells[2], levels, f"{filtering.bins:.1%} of the bins")
     return save_sheet(figure, path)
@@ -392,9 +410,16 @@ def filter_table(images: Sequence[str], filterings: Sequence[Sequence[Filtering]
     )
     for row in filterings:
         for image, filtering in zip(images, row, strict=True):
-            shares = f"{filtering.bins:10.2%}  {filtering.energy:12.2%}  {1 - filtering.energy:15.2%}"
+            energies = _percent(filtering.energy, 2), _percent(1 - filtering.energy, 2)
+            shares = f"{filtering.bins:10.2%}  {energies[0]:>12}  {energies[1]:>15}"
             lines.append(f"{filtering.name:{width}}  {shares}" + (f"   {image}" if named else ""))
+    if any(math.isnan(filtering.energy) for row in filterings for filtering in row):
+        lines += ["", f"–: the image is of a single color, it has {_FLAT}"]
     return "\n".join(lines)
+
+
+def _percent(share: float, digits: int) -> str:
+    return "–" if math.isnan(share) else f"{share:.{digits}%}"
 
 
 def _dimmed(spectrum: np.ndarray, keep: np.ndarray) -> np.ndarray:

@@ -132,6 +132,8 @@ def _data_lines(summary: SourceSummary, survey: Survey) -> Iterator[str]:
         yield f"            cannot be used: {plain_name(name)}: {reason}"
     if len(survey.bad) > 3:
         yield f"            ... and {len(survey.bad) - 3} more of the {survey.count} checked"
+    if survey.bad:
+        yield "            training passes over such images, which are counted above"
 
 
 def _counts(counts: Mapping[Any, int]) -> str:
