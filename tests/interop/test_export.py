@@ -247,7 +247,6 @@ def test_a_model_without_decoder_is_no_mfm_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_onnx_runs_in_onnxruntime_at_any_batch(vit_run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
     pytest.importorskip("onnxscript", reason="the extra [export] is not installed")
@@ -271,13 +270,12 @@ class OfOneSize(torch.nn.Module):
         return (images.flatten(2)[:, 0, torch.tensor([last - 1])],)
 
 
-@pytest.mark.slow
 def test_what_onnxruntime_raises_it_does_not_print_too(tmp_path, capfd):
     """A size that fails is tried otherwise, and a red line above the success would frighten."""
     pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")
     pytest.importorskip("onnxscript", reason="the extra [export] is not installed")
     graph = exporters.Graph(OfOneSize(), {"last": "(B, 1)"}, (3, 32, 32), {}, 32)
-    with pytest.raises(Exception, match="GatherND"):
+    with pytest.raises(UserError, match="cannot hold this network"):
         exporters.write_onnx(graph, tmp_path / "x.onnx")
     assert capfd.readouterr().err == ""
 
