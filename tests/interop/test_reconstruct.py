@@ -131,7 +131,7 @@ def test_a_dark_image_is_said_to_be_brightened(tmp_path: Path, monkeypatch: pyte
     show = figures.show_image
 
     def listen(axis: Any, colors: Any, *lines: str, **scale: Any) -> None:
-        said.append(" ".join(lines))
+        said.append(" ".join(filter(None, lines)))
         show(axis, colors, *lines, **scale)
 
     monkeypatch.setattr(figures, "show_image", listen)
@@ -140,4 +140,5 @@ def test_a_dark_image_is_said_to_be_brightened(tmp_path: Path, monkeypatch: pyte
         tensors = dict.fromkeys(("target", "filtered", "prediction", "filled"), factor * image)
         draw_reconstructions(tmp_path / "sheet.png", [("ramp", "lowpass", tensors)], "a model")
     assert [line.count("brightened") for line in said] == [0] * 4 + [1] * 4
+    assert said[1] == "filtered lowpass the same"
     assert said[4] == f"original ramp brightened x{100 / np.percentile(image, 99):.1f}"

@@ -19,13 +19,14 @@ from freqmask.pretraining.figures import (
     draw_panel,
     filter_names,
     new_sheet,
+    psnr_words,
     save_sheet,
     show_image,
     spectrum_levels,
     spectrum_scale,
 )
 from freqmask.rng import combine, identity_of, sample_key
-from freqmask.spectrum import as_float, psnr
+from freqmask.spectrum import as_float
 
 _LONGEST_NAME = 22
 _KEYS = 256  # tried to see every filter of a mixture
@@ -103,12 +104,8 @@ def _draw_row(
 ) -> None:
     target = shown["target"]
     palette = Palette.of(target[None])
-    lines = {
-        "target": captions[0],
-        "filtered": f"{captions[1]} {psnr(shown['filtered'], target):.1f} dB",
-        "prediction": f"{psnr(shown['prediction'], target):.1f} dB",
-        "filled": f"{psnr(shown['filled'], target):.1f} dB",
-    }
+    lines = {"target": captions[0], "filtered": f"{captions[1]} {psnr_words(shown['filtered'], target)}"}
+    lines |= {name: psnr_words(shown[name], target) for name in ("prediction", "filled")}
     for column, (key, line) in enumerate(lines.items()):
         draw_panel(axes[column], palette, shown[key].clamp(0, 1), headings[column], line)
     error = (shown["filled"].clamp(0, 1) - target).abs().mean(dim=0)

@@ -285,8 +285,8 @@ def draw_preview(path: str | Path, reconstruction: Mapping[str, Tensor], title: 
     for row in range(len(target)):
         headings = _COLUMNS if row == 0 else ("",) * len(_COLUMNS)
         draw_panel(axes[row, 0], palette, target[row], headings[0])
-        draw_panel(axes[row, 1], palette, seen[row], headings[1], _decibel(seen[row], target[row]))
-        draw_panel(axes[row, 2], palette, filled[row], headings[2], _decibel(filled[row], target[row]))
+        draw_panel(axes[row, 1], palette, seen[row], headings[1], psnr_words(seen[row], target[row]))
+        draw_panel(axes[row, 2], palette, filled[row], headings[2], psnr_words(filled[row], target[row]))
         scale = spectrum_scale(spectra[0][row])
         for column, spectrum in enumerate(spectra, start=3):
             show_image(axes[row, column], spectrum[row], headings[column], **scale)
@@ -304,7 +304,8 @@ def filter_names(method: Any, keys: Int64[Tensor, " batch"]) -> list[str]:
     return [mixture.names[index] for index in mixture.draw(keys).tolist()]
 
 
-def _decibel(image: Tensor, target: Tensor) -> str:
+def psnr_words(image: Tensor, target: Tensor) -> str:
+    """How near an image is to another, for a caption."""
     value = psnr(image, target)
     if math.isnan(value):
         return "not finite"
