@@ -249,9 +249,13 @@ def small(options: Any, claims: Claims) -> None:
         with going_on(claims, "the step alone"):
             small_step_alone(options, claims)
         free()
+    else:
+        claims.add("ViT-Ti/4 at 32 pixels, step alone: left out", "no time left")
+    jittered = "crops, flips, colour jitter"
     if not options.toy and time.monotonic() < options.until - 40:
-        jitter = {"colour_jitter": [0.4, 0.4, 0.2, 0.1, 0.8]}
-        small_run(options, claims, "crops, flips, colour jitter", data, jitter)
+        small_run(options, claims, jittered, data, {"colour_jitter": [0.4, 0.4, 0.2, 0.1, 0.8]})
+    elif not options.toy:
+        claims.add(f"ViT-Ti/4 at 32 pixels, {jittered}: left out", "no time left")
 
 
 def small_run(options: Any, claims: Claims, kind: str, data: str, more: dict[str, Any]) -> None:

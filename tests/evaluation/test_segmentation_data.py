@@ -7,6 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -66,6 +67,18 @@ def test_gray_of_few_bits_is_labels_as_stored(tmp_path: Path, bits: int) -> None
     (tmp_path / "mask.png").write_bytes(b"".join(parts))
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), labels)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")) > 0, labels > 0), "it is a PNG"
+
+
+def test_sixteen_bits_with_opacity_or_colors_are_refused(tmp_path: Path) -> None:
+    labels = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    for count in (1, 2, 3, 4):
+        encoded = imagecodecs.png_encode(labels if count == 1 else np.stack([labels] * count, axis=-1))
+        (tmp_path / "mask.png").write_bytes(encoded)
+        if count == 1:
+            np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), labels)
+        else:
+            with pytest.raises(BadImage, match="16 bits"):
+                read_mask(tmp_path / "mask.png")
 
 
 def test_gray_with_opacity_is_labels(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_run_finds_its_images_from_every_folder(
 ) -> None:
     for number, folder in enumerate(("begun", "elsewhere")):
         (tmp_path / folder / "pics").mkdir(parents=True)
-        for name in range(30):
+        for name in range(30 - number):
             pixels = np.random.default_rng(100 * number + name).integers(0, 256, (16, 16, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / folder / "pics" / f"{name}.png")
     monkeypatch.chdir(tmp_path / "begun")
@@ -228,6 +228,21 @@ def test_a_run_finds_its_images_from_every_folder(
     assert RunFolder(run).config()["data"] == [str(tmp_path / "begun" / "pics")]
     seen = seen_in_pretraining(run, open_source(tmp_path / "begun" / "pics"), np.arange(30))
     assert "pre-trained on 29 of the 30 test images" in seen
+
+
+def test_first_weights_are_the_same_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "elsewhere/first"):
+        freqmask.pretrain("builtin:digits", **TINY, method="mfm", seed=len(name), out=name)
+    with pytest.raises(RuntimeError):
+        train_until(3, {**TINY, "method": "mfm", "init": "first"}, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="init was .*first and is .*elsewhere/first now"):
+        freqmask.pretrain("builtin:digits", **TINY, method="mfm", init="first", out="../run")
+    freqmask.pretrain("builtin:digits", **TINY, method="mfm", init="../first", out="../run")
 
 
 def test_other_settings_are_refused_each_named(tmp_path: Path) -> None:

@@ -220,8 +220,15 @@ def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> N
     assert "9 times as fast" in auto.choose_precision("cpu").reason
 
 
+def test_a_precision_that_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "bf16_gain", lambda: pytest.fail("measured"))
+    plan = auto.Plan({"precision": "bf16-mixed", "accelerator": "cpu"})
+    plan.take_machine()
+    assert plan.values["precision"] == "bf16-mixed" and "precision" not in plan.reasons
+
+
 def test_what_bf16_gains_is_what_a_product_of_matrices_gains() -> None:
-    a = torch.rand(512, 512)
+    a = torch.rand(256, 256)
     exact, half = (
         min(timeit.repeat("a @ a", number=1, repeat=9, globals={"a": a.to(kind)}))
         for kind in (torch.float32, torch.bfloat16)

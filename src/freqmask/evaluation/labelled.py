@@ -433,7 +433,10 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
     except UserError:
         return f"{run.name}: its pre-training images ({data}) are no longer there to be compared with the test images"
     changed = before not in (None, trained.fingerprint())
-    if changed and not all(Path(path).is_absolute() for path in map(str, data)):  # as 0.1.0 recorded them
+    if changed and any(
+        ":" not in path and not Path(path).expanduser().is_absolute() for path in map(str, data)
+    ):
+        # 0.1.0 recorded paths as they were typed
         return (
             f"{run.name}: its pre-training images ({data}) are not those that this path leads to from here; to have "
             "them compared with the test images, evaluate in the folder where it was trained"

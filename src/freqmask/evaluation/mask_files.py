@@ -43,6 +43,7 @@ MOST_LABEL = 65_535
 IGNORED = -1  # in targets: counted neither in a loss nor in a score
 MOST_OF_ONE_CLASS = 0.75  # a crop that holds more of it is drawn again, as mmsegmentation's recipes do
 PACKED_GRAY = {"L;2": 85, "L;4": 17}  # what Pillow makes of a level of PNG's 2- and 4-bit gray, for viewers
+HALVED = frozenset({"LA;16B", "RGB;16B", "RGBA;16B"})  # of a PNG: Pillow gives the high byte alone
 _TRIES = 10
 _MASK_FOLDERS = ("masks", "mask", *MASK_WORDS)  # beside masks, annotations may hold boxes
 LAYOUTS = (
@@ -82,7 +83,12 @@ def _read(path: Path) -> np.ndarray:
         return gray
     # Labels are numbers as stored, so that neither palettes nor key colors are looked at
     with quiet_pillow, Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
-        step = PACKED_GRAY.get(str(image.tile[0].args), 1)
+        stored = str(image.tile[0].args) if image.tile else ""
+        if stored in HALVED:
+            raise BadImage(
+                "it holds 16 bits with colors or opacity, of which half are read; save it as plain gray"
+            )
+        step = PACKED_GRAY.get(stored, 1)
         orientation = orientation_of(image.getexif().get(EXIF_TAG))
         # opacity is left out of gray, as it is where gray was saved as color
         return (

@@ -35,6 +35,7 @@ from freqmask.interop.formats import run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
 from freqmask.interop.weight_files import README, Pooled, write_timm_folder
 from freqmask.spectrum import Normalization
+from freqmask.training.auto import is_out_of_memory
 from freqmask.training.files import new_folder, read_rows, replace_atomically
 from freqmask.training.run_folder import RunFolder, save_atomically
 
@@ -276,19 +277,16 @@ def _write_graph(
             replace_atomically(path, partial(attempt, dynamic=dynamic, sizes=sizes))
             checked = f"checked in {checked_in} with batches of 1 and 3: largest difference {largest}"
             return [f"{call}; outputs {outputs}", taken, checked]
-        except (
-            Exception
-        ) as error:  # exporters raise whatever they please where a shape decides what is computed
+        except Exception as error:
+            # exporters raise whatever they please where a shape decides what is computed
             if number < len(attempts):
                 continue
-            if isinstance(error, (UserError, OSError)):
+            if isinstance(error, (UserError, OSError, ImportError)) or is_out_of_memory(error):
                 raise
-            format, other = (
-                ("onnx", "torch-export") if checked_in == "onnxruntime" else ("torch-export", "onnx")
-            )
+            is_onnx = checked_in == "onnxruntime"  # it goes through torch.export, so the hint has no way back
             raise UserError(
-                f"format ({format}) cannot hold this network, its exporter ends in {type(error).__name__}; "
-                f"try --format {other}"
+                f"format ({'onnx' if is_onnx else 'torch-export'}) cannot hold this network, its exporter ends in "
+                f"{type(error).__name__}: {brief(error)}{'; try --format torch-export' if is_onnx else ''}"
             ) from error
     raise AssertionError
 

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -184,7 +184,8 @@ def write_tensors(
 ) -> None:
     """A safetensors file, replaced atomically."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    replace_atomically(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
+    content = save(plain, metadata=dict(metadata or {}))  # save_file's files are the user's alone
+    replace_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_tensors(path: Path, option: str) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class First:
     )
     hours: float | None = option(
         None,
-        "time, instead of epochs; turned into steps once, by a measurement on this machine",
+        "time of its steps, instead of epochs; turned into steps once, by a measurement on this machine",
         above=0,
         rivals="length",
     )

@@ -327,6 +327,8 @@ def continued_options(
     options, notes, differing = {**dict.fromkeys(known), **config}, [], []
     for name, value in comparable(dict(given)).items():
         stored = config.get(name)
+        if name in PATHS:  # which may have been typed in another folder
+            value, stored = from_anywhere(value), from_anywhere(stored)
         same = comparable(parse_image_size(value)) if name == "image_size" and value != "auto" else value
         if name in HARMLESS:
             options[name] = given[name] if value != "auto" else stored
@@ -379,7 +381,8 @@ def from_anywhere(value: Any) -> Any:
         return [from_anywhere(one) for one in value]
     if not isinstance(value, str) or not Path(value).expanduser().exists():
         return value
-    return str(Path(value).expanduser().absolute())
+    path = Path(value).expanduser()
+    return str(path.resolve() if ".." in path.parts else path.absolute())  # links keep their names
 
 
 def _say_stopped(training: Pretraining) -> None:

@@ -60,20 +60,12 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         mark(path)
         try:
             write(temporary)
-            with suppress(OSError):  # some network drives have no modes
-                temporary.chmod(_usual_mode(0o666))  # safetensors' is the user's alone
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(path)
         finally:
             with suppress(OSError):  # on a file system that turned read-only, it would hide the first error
                 temporary.unlink(missing_ok=True)
-
-
-def _usual_mode(mode: int) -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mode & ~mask
 
 
 def clear_leftovers(*folders: Path, pattern: str = ".*.tmp") -> None:
@@ -187,7 +179,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield scratch
-        scratch.chmod(_usual_mode(0o777))  # mkdtemp's is the user's alone
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o777 & ~mask)  # mkdtemp's is the user's alone
         if not path.exists():
             scratch.replace(path)
             return
