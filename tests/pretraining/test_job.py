@@ -240,7 +240,7 @@ def test_first_weights_are_the_same_from_every_folder(
     with pytest.raises(RuntimeError):
         train_until(3, {**TINY, "method": "mfm", "init": "first"}, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="init was .*first and is .*elsewhere/first now"):
+    with pytest.raises(UserError, match=r"init was .*first and is .*elsewhere/first now"):
         freqmask.pretrain("builtin:digits", **TINY, method="mfm", init="first", out="../run")
     freqmask.pretrain("builtin:digits", **TINY, method="mfm", init="../first", out="../run")
 
