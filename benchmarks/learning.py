@@ -79,7 +79,7 @@ HELD_OUT = 2500  # training images that a sweep is judged on
 TWO_VIEWS = PhotometricSettings(blur=0.0, solarise=0.0)  # below 96 pixels blur and solarise leave too little
 # Settings found on held-out training images with equal numbers of trials (benchmarks/results/learning_trials.csv).
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mfm": OURS,
+    "mfm": {"gamma": 1.5, "low_pass_share": 1.0, "radius": 5.0},
     "mfm-com": {"filter": "com", "gamma": 1.5},
     "folk": {**OURS, **SMALL_HEAD},
     "words": {"lr": 2e-3},

@@ -48,8 +48,7 @@ ON_HUB = (f"{HUB}datasets/", f"{HUB}buckets/")
 
 IMAGE_KEYS = ("images", "image", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "label", "y", "targets", "arr_1")
-# The color photographs inside scikit-image's wheel; its other images would be fetched from the network. The
-# right eye of the motorcycle pair is left out, being nearly the left one.
+# The color photographs inside scikit-image's wheel, which would fetch its others; of the motorcycle pair one eye.
 PHOTOGRAPHS = (
     "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
     "retina.jpg", "rocket.jpg",
