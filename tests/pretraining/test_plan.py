@@ -167,7 +167,7 @@ def test_what_is_measured_and_drawn_between_the_steps_takes_time() -> None:
     options = {"steps": 100, "batch_size": 10, "devices": 1, "num_nodes": 1, "preview_every_steps": 20}
     resolved = Resolved({}, options, {})
     resolved.cost = Cost(0.06, 1, 1)
-    assert watching_seconds(resolved, 400) == pytest.approx(400 * 0.03 + 5 * 0.6)
+    assert watching_seconds(resolved, 400) == pytest.approx(400 * 0.06 + 5 * 0.6)
     for every in (0, 100, 1000):  # one at the end
         options["preview_every_steps"] = every
         assert watching_seconds(resolved, 0) == 0.6

@@ -41,7 +41,6 @@ PUBLIC = "vit_small_patch16_224"
 TEACHER = "tf_efficientnet_lite0"  # of those that were measured, docs/results.md
 SHRUNK = 6  # median side over that of the views from which small things are lost in resized crops
 PREVIEW_BYTES, PREVIEW_SECONDS = 500_000, 0.6
-WATCHED = 0.5  # of what an image costs in a step takes one that is looked at, without gradients, in float32
 LONG_SECONDS = 3600  # above it a plan whose length nobody named ends with how to name one
 CROPS = {
     "resized": "crops of {:g} to {:g} of the area",
@@ -99,7 +98,8 @@ def _seconds(resolved: Resolved) -> float:
 def watching_seconds(resolved: Resolved, watched: int) -> float:
     """What is measured and drawn between the steps: a fifth of the first training that anybody starts."""
     previews = periods(resolved.values["steps"], resolved.values["preview_every_steps"])
-    return WATCHED * watched * resolved.cost.seconds(1, 1) + previews * PREVIEW_SECONDS
+    # looking at an image takes about what it costs in a step: no gradients, but float32, all patches, and read anew
+    return watched * resolved.cost.seconds(1, 1) + previews * PREVIEW_SECONDS
 
 
 def _with(resolved: Resolved, name: str, form: str = "{}") -> str:
