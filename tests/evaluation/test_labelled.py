@@ -44,20 +44,18 @@ def test_train_and_val_folders_are_used(tmp_path: Path) -> None:
 def test_a_training_split_that_is_named_leaves_the_usual_test_split(tmp_path: Path) -> None:
     for part in ("train", "val"):
         write_classes(tmp_path / "data" / part, 4)
-    assert (
-        open_labelled(tmp_path / "data", config=parting(tmp_path, train_split="train")).split == "train / val"
-    )
+    assert open_labelled(tmp_path / "data", parting(tmp_path, train_split="train")).split == "train / val"
     with pytest.raises(UserError, match=r"\(val, val\) must be two different splits"):
-        open_labelled(tmp_path / "data", config=parting(tmp_path, train_split="val"))
+        open_labelled(tmp_path / "data", parting(tmp_path, train_split="val"))
     with pytest.raises(UserError, match=r"\(None, val\) must be two different splits"):
-        open_labelled(tmp_path / "data", config=parting(tmp_path, train_split="all"))
+        open_labelled(tmp_path / "data", parting(tmp_path, train_split="all"))
     with pytest.raises(UserError, match=r"^split \(held\) must be one that .* holds"):
-        open_labelled(write_classes(tmp_path / "whole"), config=parting(tmp_path, test_split="held"))
+        open_labelled(write_classes(tmp_path / "whole"), parting(tmp_path, test_split="held"))
 
 
 def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "tree")
-    first = open_labelled(folder, config=parting(tmp_path))
+    first = open_labelled(folder, parting(tmp_path))
     (file,) = (tmp_path / "splits").iterdir()
     assert np.bincount(first.labels[first.rounds[0].test]).tolist() == [2, 2]
     lines = file.read_text().splitlines()
@@ -65,7 +63,7 @@ def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) ->
         line.replace(",test,", ",X,").replace(",train,", ",test,").replace(",X,", ",train,") for line in lines
     ]
     file.write_text("\n".join(swapped) + "\n")
-    again = open_labelled(folder, config=parting(tmp_path))
+    again = open_labelled(folder, parting(tmp_path))
     assert np.array_equal(again.rounds[0].test, first.rounds[0].train)
 
 
@@ -75,19 +73,19 @@ def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) ->
 )
 def test_a_split_of_ours_that_was_edited_is_refused(tmp_path: Path, renamed: bool, sentence: str) -> None:
     folder = write_classes(tmp_path / "tree")
-    open_labelled(folder, config=parting(tmp_path))
+    open_labelled(folder, parting(tmp_path))
     (file,) = (tmp_path / "splits").glob("*.csv")
     text = file.read_text()
     file.write_text(text.replace("test", "held") if renamed else text.partition("\n")[0] + "\n")
     with pytest.raises(UserError, match=f"{sentence}.*; delete it to have it drawn again"):
-        open_labelled(folder, config=parting(tmp_path))
+        open_labelled(folder, parting(tmp_path))
 
 
 def test_folds_test_every_image_once(tmp_path: Path) -> None:
-    data = open_labelled(write_classes(tmp_path / "tree"), config=parting(tmp_path, folds=5))
+    data = open_labelled(write_classes(tmp_path / "tree"), parting(tmp_path, folds=5))
     assert sorted(data.tested.tolist()) == list(range(20))
     assert all(len(np.intersect1d(one.train, one.test)) == 0 for one in data.rounds)
-    again = open_labelled(tmp_path / "tree", config=parting(tmp_path, folds=5))
+    again = open_labelled(tmp_path / "tree", parting(tmp_path, folds=5))
     assert all(np.array_equal(a.test, b.test) for a, b in zip(data.rounds, again.rounds, strict=True))
 
 
@@ -98,16 +96,16 @@ def test_folds_cannot_train_and_test_on_the_only_image_of_a_class(tmp_path: Path
     with pytest.raises(
         UserError, match=r"folds \(3\) leave 1 class without an image to train on \(lonely\); add"
     ):
-        open_labelled(tmp_path / "flat", tmp_path / "labels.csv", parting(tmp_path, folds=3))
+        open_labelled(tmp_path / "flat", parting(tmp_path, labels=str(tmp_path / "labels.csv"), folds=3))
 
 
 def test_identical_images_are_refused_or_kept_together(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "tree")
     (folder / "cat" / "copy.png").write_bytes((folder / "cat" / "3.png").read_bytes())
     with pytest.raises(UserError, match="identical to others"):
-        open_labelled(folder, config=parting(tmp_path))
+        open_labelled(folder, parting(tmp_path))
     for seed in range(4):
-        data = open_labelled(folder, config=parting(tmp_path, duplicates="together", seed=seed))
+        data = open_labelled(folder, parting(tmp_path, duplicates="together", split_seed=seed))
         names = {data.source.name(int(index)) for index in data.rounds[0].test}
         assert ("cat/copy.png" in names) == ("cat/3.png" in names)
 
@@ -116,7 +114,7 @@ def test_groups_of_a_table_are_not_divided(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 20)
     rows = [f"{n}.png,{'ab'[n % 2]},{n // 4}" for n in range(20)]
     (tmp_path / "labels.csv").write_text("path,label,group\n" + "\n".join(rows) + "\n")
-    data = open_labelled(tmp_path / "flat", tmp_path / "labels.csv", parting(tmp_path))
+    data = open_labelled(tmp_path / "flat", parting(tmp_path, labels=str(tmp_path / "labels.csv")))
     assert data.groups is not None
     groups = [{data.groups[i] for i in part} for part in (data.rounds[0].train, data.rounds[0].test)]
     assert not groups[0] & groups[1]
@@ -136,7 +134,7 @@ def test_labels_that_cannot_be_used_are_one_sentence(tmp_path: Path, lines: list
     write_images(tmp_path / "flat", 4)
     (tmp_path / "labels.csv").write_text("path,label,split\n" + "\n".join(lines) + "\n")
     with pytest.raises(UserError, match=sentence):
-        open_labelled(tmp_path / "flat", tmp_path / "labels.csv", parting(tmp_path))
+        open_labelled(tmp_path / "flat", parting(tmp_path, labels=str(tmp_path / "labels.csv")))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +147,7 @@ def test_where_nothing_is_learnt_everything_but_train_is_tested(
 ) -> None:
     for part in parts:
         write_classes(tmp_path / "data" / part, 1)
-    data = open_labelled(tmp_path / "data", config=parting(tmp_path, train=False))
+    data = open_labelled(tmp_path / "data", parting(tmp_path, train=False))
     names = [data.source.name(int(index)) for index in data.tested]
     assert [name.removeprefix("1:") for name in names] == [f"{tested}cat/0.png", f"{tested}dog/0.png"]
     assert all(len(one.train) == 0 for one in data.rounds)
@@ -172,4 +170,4 @@ def test_images_beside_class_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no labels: 1 images \(first 'loose.png'\) lie beside the class folders"
     ):
-        open_labelled(tmp_path / "data", config=parting(tmp_path))
+        open_labelled(tmp_path / "data", parting(tmp_path))

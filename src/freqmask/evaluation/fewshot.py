@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 
 from freqmask.console import rank, say
 from freqmask.errors import UserError
+from freqmask.evaluation.features import ComputeConfig
 from freqmask.evaluation.labelled import Round, draw_shots, parse_shots, shot_name
 from freqmask.evaluation.protocol import (
     EvalConfig,
@@ -114,7 +115,7 @@ class TunedFewshot(Protocol):
         self.tuning = Finetune(self.options, self.frozen is not None)
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
-        return EvalConfig.of(options, self.seeds, parallel=False)
+        return EvalConfig.of(options, self.seeds, ComputeConfig.of(options))
 
     def open(self, config: EvalConfig) -> None:
         self.tuning.open(config)

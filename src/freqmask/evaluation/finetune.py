@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -33,7 +33,7 @@ from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, BackboneModel, ClassifierModel
-from freqmask.evaluation.features import compute_features, not_finite
+from freqmask.evaluation.features import ComputeConfig, compute_features, not_finite
 from freqmask.evaluation.finetune_plan import (
     DECIDING,
     NO_AUGMENT,
@@ -384,7 +384,7 @@ def predict_images(
     Returns:
         The class of each image that could be read, the numbers of those images, and what is wrong, if anything.
     """
-    model, source = ClassifierModel(str(run.path), data.class_names, config.crop), subset(data, test)
+    model, source = ClassifierModel(str(run.path), data.class_names, config.windows.crop), subset(data, test)
     model.prepare(source, config.compute.device)
     table = compute_features(model, source, "end", config.compute)
     say_skipped(table.skipped)
@@ -423,7 +423,7 @@ class Finetune(Protocol):
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         features = {"batch_size": "auto", "precision": "32", "cache": True}
-        return replace(EvalConfig.of({**options, **features}, self.seeds, parallel=False), options=options)
+        return EvalConfig.of(options, self.seeds, ComputeConfig.of({**options, **features}))
 
     def open(self, config: EvalConfig) -> None:
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]

@@ -7,18 +7,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
-from freqmask.data.pixels import Pages
 from freqmask.data.source import JoinedSource, Source, Subset
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import choose_split, hold_out, split_indices, split_of
 from freqmask.errors import BadImage, UserError
 from freqmask.imports import NotNamedError, named_by_user
+from freqmask.options.of_evaluation import Labelled
 from freqmask.training.files import read_rows, write_rows
 from freqmask.training.run_folder import RunFolder
 
@@ -85,33 +85,21 @@ class LabelledData:
         return left
 
 
-@dataclass(frozen=True)
-class SplitConfig:
-    """How the images are to be split."""
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig(Labelled):
+    """How the images are to be split, by the options of a command."""
 
-    train_split: str = "auto"  # a split of DATA, or auto
-    test_split: str = "auto"  # a split of DATA, or auto (test, else val)
-    test_share: float = 0.2  # of a split of ours, in (0, 1)
-    folds: int | None = None  # parts for cross-validation instead of one test part; None for none
-    seed: int = 0  # of a split of ours; another one than those of the heads
-    duplicates: Literal["refuse", "together"] = "refuse"  # what a split of ours does about identical images
-    folder: Path = SPLITS
+    folder: Path = SPLITS  # where splits of ours are kept
     train: bool = True  # False where DATA trains nothing: every image outside a training split is then tested
 
 
 def open_labelled(
-    data: str | Path | Source | Sequence[str | Path | Source],
-    labels: str | Path | None = None,
-    config: SplitConfig | None = None,
-    pages: Pages = "channels",
+    data: str | Path | Source | Sequence[str | Path | Source], config: SplitConfig | None = None
 ) -> LabelledData:
-    """The images and labels that DATA names, split.
+    """The images and labels that DATA, as for :func:`freqmask.data.sources.open_source`, names, split.
 
     DATA's own splits are used where there are any; else, or with ``folds``, we draw one that holds the mix of
     classes and divides no group, write it down, and take the same one next time.
-
-    Labels may be a CSV table with the columns path and label, and optionally split and group; data and pages are as for
-    :func:`freqmask.data.sources.open_source`.
 
     Raises:
         UserError: there are no labels, one class only, a test class without training images, an empty part.
@@ -119,23 +107,23 @@ def open_labelled(
     config = config or SplitConfig()
     data = data[0] if isinstance(data, (list, tuple)) and len(data) == 1 else data
     several = isinstance(data, (list, tuple))
-    splits = [] if several else splits_there(data, labels)  # type: ignore[arg-type]
+    splits = [] if several else splits_there(data, config.labels)  # type: ignore[arg-type]
     named = data if isinstance(data, Source) or several else str(data)
     kinds = {split_of(name) for name in splits}
     # Beside a training part the same images have the same numbers as where a head is trained: identities are
     # counted over both, and draws (corruptions, attacks) follow from them.
     if not config.train and not ("train" in kinds and kinds & {"test", "val"}):
-        return _test_only(named, labels, splits, config, pages)
+        return _test_only(named, splits, config)
     asked = (config.train_split, config.test_split)
     undivided = asked == ("auto", "auto") and len(splits) < 2 and default_splits(splits)["test"] is None
     if undivided or (config.folds is not None and config.train):
-        opened = _split_ourselves(named, labels, config, pages)
+        opened = _split_ourselves(named, config)
     else:
         missing = (
             f"DATA ({data}) has the splits {', '.join(splits)}; say which are which with --train_split and "
             "--test_split, or part it anew with --folds 5"
         )
-        opened = _use_splits(named, labels, choose_parts(splits, *asked, str(data), missing), pages)
+        opened = _use_splits(named, choose_parts(splits, *asked, str(data), missing), config)
     if config.train:
         _check_classes(opened)
     else:
@@ -166,14 +154,16 @@ def choose_parts(splits: Sequence[str], train: str, test: str, where: str, missi
     return first, second
 
 
-def _test_only(
-    data: object, labels: str | Path | None, splits: list[str], config: SplitConfig, pages: Pages
-) -> LabelledData:
+def _open(data: Any, split: str, config: SplitConfig) -> Source:
+    return open_source(data, config.pages, split, config.labels)
+
+
+def _test_only(data: object, splits: list[str], config: SplitConfig) -> LabelledData:
     """All images of the test split, else of those that are no training split, else of DATA."""
     split, where = config.test_split, str(data)
     if split == "auto":
         split = default_splits(splits)["test"] or "all"
-    source = open_source(data, pages, split, labels)  # type: ignore[arg-type]
+    source = _open(data, split, config)
     rounds = [Round(np.arange(0), np.arange(len(source)))]
     opened = _labelled(source, rounds, where, "all tested" if split == "all" else split, [])
     if len(opened.tested) == 0:
@@ -181,10 +171,8 @@ def _test_only(
     return opened
 
 
-def _use_splits(
-    data: object, labels: str | Path | None, names: tuple[str, str], pages: Pages
-) -> LabelledData:
-    parts = [open_source(data, pages, split, labels) for split in names]  # type: ignore[arg-type]
+def _use_splits(data: object, names: tuple[str, str], config: SplitConfig) -> LabelledData:
+    parts = [_open(data, split, config) for split in names]
     for name, part in zip(names, parts, strict=True):
         if part.class_names is None and part.why_unlabelled:
             raise UserError(
@@ -217,14 +205,12 @@ def _without(rounds: list[Round], lost: np.ndarray) -> list[Round]:
     return [Round(one.train[~np.isin(one.train, lost)], one.test[~np.isin(one.test, lost)]) for one in rounds]
 
 
-def _split_ourselves(
-    data: object, labels: str | Path | None, config: SplitConfig, pages: Pages
-) -> LabelledData:
-    source = open_source(data, pages, "all", labels)  # type: ignore[arg-type]
+def _split_ourselves(data: object, config: SplitConfig) -> LabelledData:
+    source = _open(data, "all", config)
     whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], str(data), "", [])
     images, folds = whole.rounds[0].train, config.folds
     names = [source.name(int(index)) for index in images]
-    how = (folds, None if folds else config.test_share, config.seed, config.duplicates)
+    how = (folds, None if folds else config.test_share, config.split_seed, config.duplicates)
     key = [f"{source.fingerprint()} {how}".encode(), whole.labels.tobytes()]
     groups = repr(whole.groups).encode(errors="surrogateescape")
     file = split_file(config.folder, Path(whole.name).stem, *key, groups)
@@ -233,7 +219,7 @@ def _split_ourselves(
 
     def draw() -> list[np.ndarray]:
         groups = _with_duplicates(whole, images, config)
-        return split_indices(whole.labels[images], groups, shares, config.seed)
+        return split_indices(whole.labels[images], groups, shares, config.split_seed)
 
     classes = [whole.class_names[number] for number in whole.labels[images]]
     columns = {"label": classes, "group": whole.groups_of(images) or [None] * len(images)}

@@ -14,7 +14,6 @@ from jaxtyping import Int16, Int64
 
 from freqmask.console import plain_name, say
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
-from freqmask.data.pixels import Pages
 from freqmask.data.source import JoinedSource, Source, Subset
 from freqmask.data.splits import split_indices
 from freqmask.errors import BadImage, UserError
@@ -29,6 +28,7 @@ from freqmask.evaluation.mask_files import (
     parts_of,
     read_mask,
 )
+from freqmask.options.of_evaluation import Parts, Scenes
 
 UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
@@ -245,22 +245,11 @@ def check_labels(survey: MaskSurvey, labels: Labels) -> None:
         say(f"left out    {plain_name(survey.source.name(number))}: {reason}")
 
 
-@dataclass(frozen=True)
-class MaskConfig:
-    """Which images and masks, as the command's options give it."""
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(Scenes, Parts):
+    """Which images and masks, by the options of the command."""
 
     data: str | None = None  # DATA, or None where both folders are named
-    images: str | None = None
-    masks: str | None = None
-    layout: str = "auto"  # auto, plain or ade20k (label 0 counts for nothing, names begin with label 1)
-    # of the labels in order, or one file; None looks for classes.txt
-    class_names: Sequence[str] | None = None
-    ignore_label: Sequence[int] | None = None  # labels that count for nothing; None takes the usual ones
-    train_split: str = "auto"
-    test_split: str = "auto"  # auto is test, else val
-    test_share: float = 0.2  # of a split of ours, in (0, 1)
-    split_seed: int = 0
-    pages: Pages = "channels"
 
 
 @dataclass

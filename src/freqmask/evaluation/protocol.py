@@ -45,7 +45,8 @@ from freqmask.evaluation.results import (
     draw_bar_chart,
     write_class_scores,
 )
-from freqmask.options import command_words
+from freqmask.options import command_words, group_among
+from freqmask.options.of_evaluation import Windows
 from freqmask.training.files import append_row, check_writable, end_last_row, read_rows, write_rows, writing
 from freqmask.training.run_folder import now
 
@@ -67,14 +68,9 @@ class EvalConfig:
 
     models: Sequence[str]  # MODEL as typed, each once
     data: Any
-    labels: str | None = None  # a CSV table
     split: SplitConfig = field(default_factory=SplitConfig)
-    pages: Any = "channels"  # what the pages of a TIFF are
     seeds: Sequence[int] = (0,)  # of heads, draws and fresh weights
-    image_size: int | None = None  # side in pixels; None is each model's own
-    weights: str | None = None  # teacher or student of FOLK runs
-    value_range: str | None = None  # what becomes [0, 1]; None is each model's own
-    crop: str = "auto"  # auto, center, whole or native
+    windows: Windows = field(default_factory=Windows)  # what the networks see
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     out: Path | None = None  # folder of the results
     options: Mapping[str, Any] = field(default_factory=dict)  # those of the command, to repeat it
@@ -87,26 +83,20 @@ class EvalConfig:
             )
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], seeds: Sequence[int], parallel: bool = True) -> EvalConfig:
-        """The options that all commands share.
-
-        Args:
-            options: of the command.
-            seeds: where none are given.
-            parallel: whether images are divided among the devices of ``--devices``.
-        """
+    def of(
+        cls, options: Mapping[str, Any], seeds: Sequence[int], compute: ComputeConfig | None = None
+    ) -> EvalConfig:
+        """By the options of a command; ``seeds`` where none are given, ``compute`` where not on all of --devices."""
         data, out = options["data"], options["out"]
-        split = ("train_split", "test_split", "test_share", "folds", "split_seed", "duplicates")
-        shared = ("labels", "pages", "image_size", "weights", "value_range", "crop")
         return cls(
             models=options["model"],
             data=[] if data is None else list(data) if isinstance(data, (list, tuple)) else [data],
-            split=SplitConfig(*(options[name] for name in split)),
+            split=group_among(SplitConfig, options),
             seeds=options["seeds"] or seeds,
-            compute=ComputeConfig.of(options, "evaluate" if parallel else ""),
+            windows=group_among(Windows, options),
+            compute=compute or ComputeConfig.of(options, "evaluate"),
             out=None if out is None else Path(out),
             options=options,
-            **{name: options[name] for name in shared},
         )
 
 
@@ -254,15 +244,13 @@ class Protocol(ABC):
         """The images."""
         # a classifier of its own needs no training images
         split = replace(config.split, train=not self.own_heads)
-        return open_labelled(config.data, config.labels, split, config.pages)
+        return open_labelled(config.data, split)
 
     def open_model(self, text: str, seed: int) -> Any:
         """One MODEL as the config wants it."""
         if self.own_heads:
             return self.classifier(text, self.data)
-        names = ("image_size", "weights", "value_range", "crop")
-        shared: dict[str, Any] = {name: getattr(self.config, name) for name in names}
-        return open_eval_model(text, self.survey, seed=seed, **shared)
+        return open_eval_model(text, self.survey, seed=seed, **vars(self.config.windows))
 
     def named(self, text: str, seed: int) -> Any:
         """The same under the name that tells it from the others."""
@@ -274,7 +262,7 @@ class Protocol(ABC):
         """A model with its own classifier, predicting the classes of some images."""
         key = (text, tuple(data.class_names))
         if key not in self.classifiers:
-            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.crop)
+            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.windows.crop)
         return self.classifiers[key]
 
     def check_model(self, model: Any) -> None:  # noqa: B027 - most protocols take any

@@ -25,6 +25,7 @@ from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel, EvalModel, open_eval_model
+from freqmask.evaluation.features import ComputeConfig
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
 from freqmask.evaluation.mask_files import PairDataset, RandomCrop
 from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
@@ -60,6 +61,7 @@ from freqmask.evaluation.upernet import (
 )
 from freqmask.interop.models import OpenedModel, open_model, stage_features
 from freqmask.interop.weight_files import check_weights, write_tensors
+from freqmask.options import group_among
 from freqmask.rng import torch_seeded
 from freqmask.spectrum import as_float
 from freqmask.training.auto import pick_device
@@ -379,15 +381,7 @@ class Segment(Protocol):
         self.overlays: dict[int, Overlay] = {}
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
-        return EvalConfig(
-            models=options["model"],
-            data=options["data"],
-            seeds=options["seeds"] or self.seeds,
-            weights=options["weights"],
-            value_range=options["value_range"],
-            out=None if options["out"] is None else Path(options["out"]),
-            options=options,
-        )
+        return EvalConfig.of(options, self.seeds, ComputeConfig())
 
     def open(self, config: EvalConfig) -> None:
         check_options({**self.options, "model": config.models})
@@ -399,8 +393,7 @@ class Segment(Protocol):
         self.root, self.run_names = series_folder(config.out, self.name, *decides), run_names(config.models)
 
     def open_data(self, config: EvalConfig) -> SegmentationData:
-        names = MaskConfig.__dataclass_fields__
-        return open_segmentation(MaskConfig(**{name: self.options[name] for name in names}))
+        return open_segmentation(group_among(MaskConfig, self.options))
 
     def open_model(self, text: str, seed: int) -> BackboneModel:
         return open_for_training(text, self.survey, seed, self.options)

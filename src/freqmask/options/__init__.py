@@ -74,10 +74,6 @@ class Range:
         return f"{count}{bounds}".strip()
 
 
-class Rivals(str):
-    """Names a group of options that exclude each other: ``Annotated[int | None, Rivals("length")]``."""
-
-
 Seed = Annotated[int, Range(least=0, below=MOST_SEED + 1)]
 Seeds = Annotated[list[int] | None, Range(least=0, below=MOST_SEED + 1)]
 
@@ -385,12 +381,12 @@ def _options_of_group(group: Any) -> dict[str, Option]:
 
 
 def _taken_apart(hint: Any) -> tuple[Any, dict[str, Any]]:
-    """``Annotated[kind, Range(...), Rivals(...)]`` as a type and what else an option holds."""
+    """``Annotated[kind, Range(...)]`` as a type and what else an option holds."""
     if typing.get_origin(hint) is not Annotated:
         return hint, {}
     kind, *extras = typing.get_args(hint)
-    names = {Range: "range", Rivals: "rivals"}
-    return kind, {names[type(extra)]: extra for extra in extras if type(extra) in names}
+    ranges = [extra for extra in extras if isinstance(extra, Range)]
+    return kind, {"range": ranges[0]} if ranges else {}
 
 
 def read_group(group: type[Group], values: Mapping[str, Any]) -> Group:
@@ -400,6 +396,11 @@ def read_group(group: type[Group], values: Mapping[str, Any]) -> Group:
         UserError: a name is unknown, or a value is none of its option; all in one message.
     """
     return group(**read_options(values, options_of(group)))
+
+
+def group_among(group: type[Group], options: Mapping[str, Any]) -> Group:
+    """A group of options as all options of a command have them; its defaults for those that are not among them."""
+    return group(**{name: options[name] for name in options_of(group) if name in options})
 
 
 def signature(function: Callable[..., Any], options: Iterable[Option]) -> inspect.Signature:

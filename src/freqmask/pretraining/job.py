@@ -18,7 +18,7 @@ from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
-from freqmask.evaluation.labelled import open_labelled
+from freqmask.evaluation.labelled import SplitConfig, open_labelled
 from freqmask.interop.weight_files import hash_weights
 from freqmask.interop.weights import load_initial
 from freqmask.methods.distill import Teacher
@@ -202,7 +202,7 @@ def part(options: Mapping[str, Any]) -> Images:
     """Open the data and keep 2 % apart; a run that shall overfit keeps none."""
     pages, probe_data = options["pages"], options.get("probe_data")
     source = open_source(options["data"], pages=pages, split=options["split"])
-    probed = open_labelled(probe_data, pages=pages) if probe_data else None
+    probed = open_labelled(probe_data, SplitConfig(pages=pages)) if probe_data else None
     if options["overfit"] is not None:
         train = Subset(source, np.arange(min(int(options["overfit"]), len(source))))
         return Images(source, train, None, probed)
