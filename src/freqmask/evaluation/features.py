@@ -62,7 +62,12 @@ class ComputeConfig:
         if workers == "auto":
             workers = max(choose_workers(device.type == "cuda").value // len(devices), 1)
         if len(devices) > 1:
-            say(f"devices     {_describe_devices(devices)}")
+            count, threads, cores = len(devices), torch.get_num_threads(), usable_cores()
+            words = f"{count} x {device.type}: each sees a part of the images; heads are trained on one"
+            if device.type == "cpu" and count * threads > cores:
+                faster = f"OMP_NUM_THREADS={max(cores // count, 1)} is faster"
+                words += f" ({threads} threads each for {cores} cores; {faster})"
+            say(f"devices     {words}")
         return cls(
             device=devices[0],
             batch_size=None if batch == "auto" else batch,
@@ -103,16 +108,6 @@ def check_started_once(command: str) -> None:
             f"{command} was started {started} times (torchrun, srun) and starts its processes itself; start it "
             f"once, with --devices {started}"
         )
-
-
-def _describe_devices(devices: Sequence[torch.device]) -> str:
-    count, threads, cores = len(devices), torch.get_num_threads(), usable_cores()
-    words = f"{count} x {devices[0].type}: each sees a part of the images; heads are trained on one"
-    if devices[0].type == "cpu" and count * threads > cores:
-        words += (
-            f" ({threads} threads each for {cores} cores; OMP_NUM_THREADS={max(cores // count, 1)} is faster)"
-        )
-    return words
 
 
 def part_images(images: int, size: int, parts: int) -> list[range]:

@@ -103,15 +103,23 @@ class TunedFewshot(Protocol):
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.shots = parse_shots(options["shots"] or SHOTS)
-        _check_frozen(options)
+        usual = {"strength": INVERSE_STRENGTH, "feature": "mean", "precision": "32", "cache": True}
+        given = [name for name, value in usual.items() if options[name] != value]
+        if options["tune"] == "finetune" and given:
+            raise UserError(
+                f"{given[0]} ({options[given[0]]}) is of frozen features; leave it out, or give --tune both"
+            )
         self.frozen = None
         if options["tune"] == "both":
             self.frozen = Fewshot(self.shots, options["feature"], options["strength"])
-        from freqmask.evaluation.finetune import (
-            Finetune,  # it imports Lightning, which frozen features need not
-        )
+        # these import Lightning, which frozen features need not
+        from freqmask.evaluation.finetune import Finetune
+        from freqmask.evaluation.finetune_plan import with_defaults
 
-        self.options = _tuning_options(options)
+        dropped = ("batch_size", "precision", "shots")
+        kept = {name: value for name, value in options.items() if name not in dropped}
+        epochs = EPOCHS if options["epochs"] is None else options["epochs"]
+        self.options = with_defaults({**kept, "held_out": 0.0, "epochs": epochs})
         self.tuning = Finetune(self.options, self.frozen is not None)
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
@@ -180,24 +188,6 @@ class TunedFewshot(Protocol):
             draw_bar_chart(chart, title, "accuracy in %", averages)
         write_class_scores(classes, [one for table in tables.values() for one in table.results])
         return [chart, classes] if averages else [classes]
-
-
-def _check_frozen(options: Mapping[str, Any]) -> None:
-    usual = {"strength": INVERSE_STRENGTH, "feature": "mean", "precision": "32", "cache": True}
-    given = [name for name, value in usual.items() if options[name] != value]
-    if options["tune"] == "finetune" and given:
-        raise UserError(
-            f"{given[0]} ({options[given[0]]}) is of frozen features; leave it out, or give --tune both"
-        )
-
-
-def _tuning_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    from freqmask.evaluation.finetune_plan import with_defaults
-
-    dropped = ("batch_size", "precision", "shots")
-    kept = {name: value for name, value in options.items() if name not in dropped}
-    epochs = EPOCHS if options["epochs"] is None else options["epochs"]
-    return with_defaults({**kept, "held_out": 0.0, "epochs": epochs})
 
 
 def summarize_settings(results: Sequence[Result], prefix: str) -> list[Summary]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,10 +24,10 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
 from freqmask import __version__
-from freqmask.backbones import cells, eval_no_grad, few_tokens_attention
+from freqmask.backbones import cells, few_tokens_attention
 from freqmask.console import LINES_A_RUN, rank, readable_time, say
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
-from freqmask.data.source import Source
+from freqmask.data.source import Source, Subset
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
@@ -40,17 +39,18 @@ from freqmask.evaluation.finetune_plan import (
     FinetunePlan,
     Network,
     Tuning,
-    check_tuning,
     held_out_share,
     make_classifier,
+    problems,
     say_short_plan,
 )
-from freqmask.evaluation.labelled import LabelledData, draw_shots, held_out_parts, shot_name, subset
+from freqmask.evaluation.labelled import LabelledData, draw_shots, held_out_parts, shot_name
 from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
     AUTO,
     TrainingJob,
+    check_no_problems,
     layer_groups,
     make_adamw,
     make_task,
@@ -61,9 +61,9 @@ from freqmask.evaluation.trainings import (
 from freqmask.interop.formats import CLASSIFIER, PIXELS
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.rng import sample_key, torch_seeded
-from freqmask.spectrum import as_float
+from freqmask.spectrum import Normalization, as_float
 from freqmask.timm_models import strides
-from freqmask.training.callbacks import Monitor, PeriodicCallback
+from freqmask.training.callbacks import Measurement, Monitor
 from freqmask.training.loop import ScheduledModule, Task
 from freqmask.training.optim import Schedule, update_ema
 from freqmask.training.run_folder import RunFolder, comparable
@@ -160,10 +160,7 @@ class FinetuneModule(ScheduledModule):
         self.mixer = Mixer(classes, tuning.mixup, tuning.cutmix, tuning.smoothing, tuning.erasing)
         binary = tuning.loss == "binary"
         self.loss = BinaryCrossEntropy(target_threshold=_PRESENT) if binary else SoftTargetCrossEntropy()
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(tuning.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(tuning.std)[:, None, None], persistent=False)
+        self.normalization = Normalization(tuning.channels, tuning.mean, tuning.std)
 
     @property
     def tested(self) -> Any:
@@ -172,7 +169,8 @@ class FinetuneModule(ScheduledModule):
 
     def normalize(self, view: Tensor) -> Tensor:
         """A view (B, C, H, W), uint8 or in [0, 1], as the classifier takes it."""
-        return (as_float(view) - self.mean) / self.std
+        normalized: Tensor = self.normalization(as_float(view))
+        return normalized
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """One part of an optimizer step."""
@@ -212,25 +210,15 @@ class FinetuneModule(ScheduledModule):
             follower.copy_(leader)
 
 
-class HeldOutAccuracy(PeriodicCallback):
-    """Every so many optimizer steps, and at the end: the accuracy of the classifier on held-out images."""
+class HeldOutAccuracy(Measurement):
+    """The accuracy of the classifier on held-out images."""
 
-    def __init__(self, monitor: Monitor, images: TrainDataset, every_steps: int, batch_size: int) -> None:
-        super().__init__(every_steps)
-        self.monitor, self.images, self.batch_size = monitor, images, batch_size
+    def __init__(self, images: TrainDataset, *common: Any) -> None:
+        super().__init__(*common)
+        self.images = images
 
-    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
-        """Measure and record the accuracy of this step."""
-        began = time.perf_counter()
-        devices = [module.device] if module.device.type == "cuda" else []
-        # a loader draws its seed from torch's generator, which belongs to the training
-        with torch.random.fork_rng(devices=devices), eval_no_grad(module):
-            correct, total = self._count(trainer, module)
-        if trainer.is_global_zero:
-            self.monitor.record(step, {"held_out_accuracy": float(correct / total)})
-        self.monitor.pause(time.perf_counter() - began)
-
-    def _count(self, trainer: L.Trainer, module: Any) -> tuple[Tensor, Tensor]:
+    def measure(self, trainer: L.Trainer, module: Any, step: int) -> dict[str, float]:
+        """The share of images that are classified rightly, over all processes."""
         sampler = OrderedSampler(len(self.images), trainer.global_rank, trainer.world_size)
         counts = torch.zeros(2, device=module.device)
         for batch in make_loader(self.images, sampler, min(self.batch_size, len(sampler)), workers=0):
@@ -240,7 +228,7 @@ class HeldOutAccuracy(PeriodicCallback):
                 predicted = module.tested(images).argmax(dim=1)
             counts += torch.stack([(predicted == labels).sum(), torch.ones_like(labels).sum()])
         counts = trainer.strategy.reduce(counts, reduce_op="sum") if trainer.world_size > 1 else counts
-        return counts[0], counts[1]
+        return {"held_out_accuracy": float(counts[0] / counts[1])}
 
 
 @dataclass
@@ -257,7 +245,7 @@ class FinetuneJob(TrainingJob):
     metrics, numbers, decides = ["loss", "held_out_accuracy"], Tuning, DECIDING
 
     def trained_on(self) -> Source:
-        return subset(self.data, self.train)
+        return Subset(self.data.source, self.train)
 
     def images_decide(self) -> dict[str, Any]:
         return {"images": self.trained_on().fingerprint()}
@@ -282,11 +270,11 @@ class FinetuneJob(TrainingJob):
             **{name: asked[name] for name in ("labels", "pages")},
             "split": asked["train_split"],
         }
-        return tuning, about, subset(self.data, train)
+        return tuning, about, Subset(self.data.source, train)
 
     def task(self, run: RunFolder, numbers: Tuning) -> Task:
         network = self._classifier or self._make(numbers.drop_path)
-        train, held_out = (subset(self.data, part) for part in self._parts(numbers.held_out))
+        train, held_out = (Subset(self.data.source, part) for part in self._parts(numbers.held_out))
         torch.manual_seed(numbers.seed)  # of drop path
         module = FinetuneModule(network.model, numbers, len(self.data.class_names))
         if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
@@ -298,7 +286,7 @@ class FinetuneJob(TrainingJob):
                 return []
             images = make_dataset(held_out, test_geometry(numbers), numbers)
             at_once = max(numbers.images_at_once, 64)
-            return [HeldOutAccuracy(monitor, images, numbers.validate_every_steps, at_once)]
+            return [HeldOutAccuracy(images, monitor, numbers.validate_every_steps, at_once)]
 
         def export(trainer: L.Trainer, module: Any, step: int) -> None:
             if trainer.is_global_zero:
@@ -384,7 +372,10 @@ def predict_images(
     Returns:
         The class of each image that could be read, the numbers of those images, and what is wrong, if anything.
     """
-    model, source = ClassifierModel(str(run.path), data.class_names, config.windows.crop), subset(data, test)
+    model, source = (
+        ClassifierModel(str(run.path), data.class_names, config.windows.crop),
+        Subset(data.source, test),
+    )
     model.prepare(source, config.compute.device)
     table = compute_features(model, source, "end", config.compute)
     say_skipped(table.skipped)
@@ -392,18 +383,6 @@ def predict_images(
     broken = not_finite(logits)
     error = f"the logits of {broken:,} images are not finite; no result" if broken else ""
     return logits.argmax(axis=1), test[table.read], error
-
-
-def _metadata(runs: Sequence[tuple[RunFolder, int]]) -> dict[str, Any]:
-    config, summaries = runs[0][0].config(), [run.summary() for run, _ in runs]
-    measured = [summary["held_out_accuracy"] for summary in summaries if "held_out_accuracy" in summary]
-    return {
-        "train_images": " ".join(str(count) for _, count in runs),
-        "classifier": " ".join(str(run.path) for run, _ in runs),
-        **{name: config[name] for name in ("recipe", "steps", "lr")},
-        "step_images": config["batch_size"],
-        **({"held_out_accuracy": float(np.mean(measured))} if measured else {}),
-    }
 
 
 class Finetune(Protocol):
@@ -427,7 +406,7 @@ class Finetune(Protocol):
 
     def open(self, config: EvalConfig) -> None:
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]
-        check_tuning({**self.options, "model": models})
+        check_no_problems(models, "fine-tuned", "supervised baseline", problems(self.options))
         super().open(config)
         words = {name: self.options[name] for name in (*DECIDING, "tune") if name in self.options}
         self.root = series_folder(
@@ -447,7 +426,7 @@ class Finetune(Protocol):
         self, model: BackboneModel, options: Mapping[str, Any], seed: int, variant: str, suffix: str = ""
     ) -> list[Result]:
         """One classifier a round, and their predictions of all test images as one row; ``suffix`` ends run names."""
-        data, parts, metadata = self.data, [], []
+        data, parts, runs, counts = self.data, [], list[RunFolder](), list[int]()
         for number, fold in enumerate(data.rounds):
             words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
             folder, train = self.root / f"{self.run_names[model.text]}-{words}{suffix}", fold.train
@@ -459,13 +438,23 @@ class Finetune(Protocol):
             self.planned.add(model.text)
             if rank() == 0 and not options["dry_run"]:
                 parts.append(predict_images(run, data, fold.test, self.config))
-                metadata.append((run, len(train)))
+                runs.append(run)
+                counts.append(len(train))
         if not parts:
             return []
         error = next((error for _, _, error in parts if error), "")
         images = np.concatenate([images for _, images, _ in parts])
         predicted = np.empty(0) if error else np.concatenate([predicted for predicted, _, _ in parts])
-        cells = _metadata(metadata)
-        return [
-            ClassificationResult(model, data, variant, seed, images, predicted, metadata=cells, error=error)
-        ]
+        config, accuracies = runs[0].config(), [run.summary().get("held_out_accuracy") for run in runs]
+        measured = [accuracy for accuracy in accuracies if accuracy is not None]
+        metadata = {
+            "train_images": " ".join(map(str, counts)),
+            "classifier": " ".join(str(run.path) for run in runs),
+            **{name: config[name] for name in ("recipe", "steps", "lr")},
+            "step_images": config["batch_size"],
+            **({"held_out_accuracy": float(np.mean(measured))} if measured else {}),
+        }
+        row = ClassificationResult(
+            model, data, variant, seed, images, predicted, metadata=metadata, error=error
+        )
+        return [row]

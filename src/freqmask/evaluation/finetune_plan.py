@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import parse_shots
-from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, check_no_problems
+from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers
 from freqmask.interop.models import OpenedModel
 from freqmask.options.of_evaluation import FineTuned, FineTuning
 from freqmask.rng import torch_seeded
@@ -69,7 +69,11 @@ def make_classifier(opened: OpenedModel, classes: int, drop_path: float, seed: i
 def _create(opened: OpenedModel, classes: int, drop_path: float) -> tuple[Any, list[str]]:
     module = opened.module
     architecture = str(module.pretrained_cfg["architecture"])
-    arguments = {**get_model_args(module), **_pooling(opened), "num_classes": classes}
+    taken = inspect.signature(type(module).__init__).parameters
+    norm = next((name for name in ("fc_norm", "use_fc_norm") if name in taken), None)
+    is_pooled = opened.backbone.is_vit and norm is not None and "global_pool" in taken
+    pooling: dict[str, Any] = {"global_pool": "avg", str(norm): True} if is_pooled else {}
+    arguments = {**get_model_args(module), **pooling, "num_classes": classes}
     try:
         return timm.create_model(architecture, drop_path_rate=drop_path, **arguments), []
     except TypeError as error:
@@ -80,14 +84,6 @@ def _create(opened: OpenedModel, classes: int, drop_path: float) -> tuple[Any, l
         raise cannot(architecture, f"{classes} classes with {arguments}", error) from error
     notes = [f"drop path is off: {architecture} does not take it"] if drop_path else []
     return timm.create_model(architecture, **arguments), notes
-
-
-def _pooling(opened: OpenedModel) -> dict[str, Any]:
-    taken = inspect.signature(type(opened.module).__init__).parameters
-    norm = next((name for name in ("fc_norm", "use_fc_norm") if name in taken), None)
-    if not opened.backbone.is_vit or norm is None or "global_pool" not in taken:
-        return {}
-    return {"global_pool": "avg", norm: True}
 
 
 def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
@@ -254,12 +250,8 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**asdict(FineTuning()), **asdict(FineTuned()), "shots": None, "keep_checkpoints": 1, **options}
 
 
-def check_tuning(options: Mapping[str, Any]) -> None:
-    """Raises a UserError with all that is wrong with the options."""
-    check_no_problems(options["model"], "fine-tuned", "supervised baseline", _problems(options))
-
-
-def _problems(options: Mapping[str, Any]) -> Iterator[str]:
+def problems(options: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the options of a fine-tuning."""
     if options.get("shots") is not None:
         parse_shots([str(options["shots"])])
     if options["augment"] not in (AUTO, NO_AUGMENT) and not _AUGMENT.fullmatch(str(options["augment"])):
@@ -303,7 +295,11 @@ class FinetunePlan(Plan):
         }
         self.take_model()
         self._take_views()
-        self._take_machine()
+        device = self.take_machine(num_nodes=1, strategy=asked["strategy"])
+        light = max(self.job.survey.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
+        if self.values["workers"] and asked["workers"] == AUTO and device.type == "cpu" and light:
+            self.values["workers"] = 0
+            self.reasons["workers"] = "small images load faster than they travel"
         few = self.images < FEW_IMAGES and self.small and published is PUBLISHED["vit"]
         for name in ("weight_decay", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing"):
             if few and name in ("mixup", "cutmix"):
@@ -355,13 +351,6 @@ class FinetunePlan(Plan):
                 f"train_size ({chosen}) must be the {size[0]}x{size[1]} pixels that {self.job.model.name} is built "
                 "for; leave it out, or give --image_size"
             )
-
-    def _take_machine(self) -> None:
-        device = self.take_machine(num_nodes=1, strategy=self.asked["strategy"])
-        light = max(self.job.survey.median_size) <= SMALL_SIDE and auto.usable_cores() <= 4
-        if self.values["workers"] and self.asked["workers"] == AUTO and device.type == "cpu" and light:
-            self.values["workers"] = 0
-            self.reasons["workers"] = "small images load faster than they travel"
 
     def _take_length(self) -> None:
         """Batch, parts and steps, from what an image costs."""

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
-from freqmask.data.source import JoinedSource, Source, Subset
+from freqmask.data.source import JoinedSource, Source
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import choose_split, hold_out, split_indices, split_of
 from freqmask.errors import BadImage, UserError
@@ -478,8 +478,3 @@ def draw_shots(labels: Int64[np.ndarray, " image"], shot: str, seed: int) -> Int
         wanted = max(1, round(share / 100 * len(members))) if is_share else int(share)
         chosen.append(members[:wanted])
     return np.sort(np.concatenate(chosen))
-
-
-def subset(data: LabelledData, indices: np.ndarray) -> Source:
-    """Some of the images as a source."""
-    return Subset(data.source, indices)

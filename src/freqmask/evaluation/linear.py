@@ -179,7 +179,10 @@ class Sweep:
         """The weights (column, head x class), learned in the basis of the principal directions."""
         heads = self.heads
         directions, variances = columns.principal()
-        features, importance = columns.along(directions), self._importance(labels)
+        features, counts = columns.along(directions), torch.bincount(labels, minlength=self.classes)
+        balancing = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1))
+        even = torch.ones_like(balancing)
+        importance = torch.stack([balancing if head.weighted else even for head in heads])  # (head, class)
         rates = torch.tensor([head.rate for head in heads], device=labels.device)
         paces = (1 / (variances[:, None] + 1 / rates))[:, :, None]  # of each weight (direction, head, 1)
         # the bias is free; after sorting its direction is the one that ends in 1
@@ -196,14 +199,6 @@ class Sweep:
             speeds.mul_(MOMENTUM).add_(gradient).addcmul_(decays, weights)
             weights -= 0.5 * (1 + math.cos(math.pi * step / steps)) * paces * speeds
         return directions @ weights.flatten(1)
-
-    def _importance(self, labels: Tensor) -> Float[Tensor, "head class"]:
-        """Of the images of each class for each head."""
-        counts = torch.bincount(labels, minlength=self.classes)
-        balancing = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1))
-        return torch.stack(
-            [balancing if head.weighted else torch.ones_like(balancing) for head in self.heads]
-        )
 
 
 def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:

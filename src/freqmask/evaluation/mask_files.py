@@ -375,25 +375,18 @@ class PairDataset(TrainDataset):
     def _cropped(
         self, picture: PairedPicture, classes: np.ndarray, crop: RandomCrop, key: int
     ) -> list[Tensor]:
-        box, shown, window = self._choose(picture, classes, crop, key)
+        for attempt in range(_TRIES):  # the first window that no class fills
+            box, shown = crop.window(picture.size, key, attempt)
+            window = classes[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+            counts = np.bincount(window[window >= 0])
+            if counts.size and counts.max() < MOST_OF_ONE_CLASS * counts.sum():
+                break
         image = resize(self._image(picture, box), shown)
         target = nearest(window, shown)
         image, target = self._padded(image, target, crop.crop)
         if uniform_numbers(key, "flip", 1)[0] < crop.flip:
             image, target = image.flip(-1), target.flip(-1)
         return [image, target]
-
-    def _choose(
-        self, picture: PairedPicture, classes: np.ndarray, crop: RandomCrop, key: int
-    ) -> tuple[Box, tuple[int, int], np.ndarray]:
-        """The first window that no class fills, what it is resampled to, and its classes."""
-        for attempt in range(_TRIES):
-            box, shown = crop.window(picture.size, key, attempt)
-            window = classes[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-            counts = np.bincount(window[window >= 0])
-            if counts.size and counts.max() < MOST_OF_ONE_CLASS * counts.sum():
-                break
-        return box, shown, window
 
     def _image(self, picture: Picture, box: Box) -> Tensor:
         """A part of an image with the model's channels and value range."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from freqmask import __version__
 from freqmask.console import plain_name, rank, say
+from freqmask.data.source import Subset
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import (
@@ -35,7 +36,6 @@ from freqmask.evaluation.labelled import (
     SplitConfig,
     open_labelled,
     seen_in_pretraining,
-    subset,
 )
 from freqmask.evaluation.results import (
     ClassificationResult,
@@ -134,7 +134,7 @@ class EvalContext:
         if change is None:
             values = {name: rows[tested] for name, rows in self.table("end").values.items()}
         else:
-            images = subset(self.data, tested)
+            images = Subset(self.data.source, tested)
             values = compute_features(self.model, images, "end", self.compute, change, quiet).values
         ends = np.cumsum([len(one.test) for one in self.data.rounds])[:-1]
         parts = np.split(np.arange(len(tested)), ends)
@@ -379,7 +379,7 @@ def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary
 def prepare_context(model: EvalModel, data: LabelledData, compute: ComputeConfig) -> EvalContext:
     """A model on its device, the images that it cannot read taken out."""
     images = data.rounds[0].train if len(data.rounds[0].train) else data.tested
-    model.prepare(subset(data, images), compute.device)
+    model.prepare(Subset(data.source, images), compute.device)
     context = EvalContext(model, data, compute)
     table = context.table("end")
     say_skipped(table.skipped)

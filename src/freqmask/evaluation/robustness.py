@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from freqmask.console import say
+from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.evaluation.bands_and_attacks import Attack, attack_images
@@ -30,7 +31,7 @@ from freqmask.evaluation.corruptions import (
     strengths_for,
 )
 from freqmask.evaluation.features import compute_features, shared_objects
-from freqmask.evaluation.labelled import LabelledData, Round, subset
+from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.linear import ClassifierHead, fit_head
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Predict, Protocol, metadata_of
 from freqmask.evaluation.results import (
@@ -199,7 +200,7 @@ class Robustness(Protocol):
         if not self.own_heads:
             return data
         images = data.tested
-        source, labels, groups = subset(data, images), data.labels[images], data.groups_of(images)
+        source, labels, groups = Subset(data.source, images), data.labels[images], data.groups_of(images)
         return all_tested(replace(data, source=source, labels=labels, groups=groups))
 
     def evaluate(self, context: EvalContext, seed: int) -> list[Result]:
@@ -283,11 +284,8 @@ class RobustnessEval:
         data, compute, began = self.context.data, self.context.compute, time.monotonic()
         measured: list[list[np.ndarray]] = []
         for one, head in zip(data.rounds, self.heads, strict=True):
-            source, labels, count = (
-                subset(data, one.test),
-                torch.from_numpy(data.labels[one.test]),
-                len(one.test),
-            )
+            source, labels = Subset(data.source, one.test), torch.from_numpy(data.labels[one.test])
+            count = len(one.test)
             size = min(compute.batch_size or _ATTACKED_AT_ONCE, count)
             arguments = (attack, self.context.model, head, source, labels, size, compute.workers)
             shared = [*shared_objects(self.context.model, source), head]

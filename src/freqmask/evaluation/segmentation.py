@@ -81,11 +81,6 @@ _OPACITY = 0.65
 _GOLDEN = 0.618033988749895
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises a UserError with all that is wrong with the options."""
-    check_no_problems(options["model"], "trained on", "baseline", _problems(options))
-
-
 def _problems(options: Mapping[str, Any]) -> Iterator[str]:
     scale, crop, stride = options["scale"], options["crop"], options["stride"]
     if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
@@ -384,7 +379,7 @@ class Segment(Protocol):
         return EvalConfig.of(options, self.seeds, ComputeConfig())
 
     def open(self, config: EvalConfig) -> None:
-        check_options({**self.options, "model": config.models})
+        check_no_problems(config.models, "trained on", "baseline", _problems(self.options))
         decoder_class()
         check_writable(config.out or RUNS, folder=True)
         super().open(config)

@@ -220,7 +220,10 @@ def run_training(job: TrainingJob) -> RunFolder:
         if dry_run:
             return run  # nothing will be begun that it could wait for
         run.begun()
-    _check_folder(run)
+    if run.path.is_file():
+        raise UserError(f"out: {run.path} is a file; give the path of a folder that may be made")
+    if not run.exists() and (run.path / "model.safetensors").exists():
+        raise UserError(f"out: {run.path} holds a model and no training; give another --out")
     deciding = job.deciding()  # before training: the model's weights are hashed as they were
     notes: list[str] = []
     if run.exists():
@@ -246,13 +249,6 @@ def run_training(job: TrainingJob) -> RunFolder:
             if rank() == 0:
                 job.end(run, summary)
     return run
-
-
-def _check_folder(run: RunFolder) -> None:
-    if run.path.is_file():
-        raise UserError(f"out: {run.path} is a file; give the path of a folder that may be made")
-    if not run.exists() and (run.path / "model.safetensors").exists():
-        raise UserError(f"out: {run.path} holds a model and no training; give another --out")
 
 
 def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
@@ -293,17 +289,14 @@ def _begin(run: RunFolder, job: TrainingJob, deciding: Mapping[str, Any]) -> Tra
         "data": images.fingerprint(),
         "content": job.trained_on().content_stamp(),
     }
-    begin_run(run, job.command, {**shared, **about, **plain, **_to_repeat(job, plain)}, state)
-    return numbers
-
-
-def _to_repeat(job: TrainingJob, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config.yaml`` holds so that ``freqmask COMMAND --config`` repeats this one training."""
+    # what `freqmask COMMAND --config` repeats this one training by
     options = {name: value for name, value in job.asked.items() if name not in _NOT_REPEATED}
-    options |= {name: numbers[name] for name in options if name in numbers and name not in _AS_ASKED}
+    options |= {name: plain[name] for name in options if name in plain and name not in _AS_ASKED}
     options |= {"epochs": None}  # the steps say it
     given = {name: value for name, value in comparable(options).items() if value is not None}
-    return {"command": job.command, "options": {"model": [job.model.text], "seeds": [job.seed], **given}}
+    repeated = {"command": job.command, "options": {"model": [job.model.text], "seeds": [job.seed], **given}}
+    begin_run(run, job.command, {**shared, **about, **plain, **repeated}, state)
+    return numbers
 
 
 def make_task(
@@ -359,18 +352,14 @@ def run_names(models: Sequence[str]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for text in models:
-        stem, taken = _stem(text), set(names.values())
+        foreign = text.startswith(("timm:", "random:"))
+        path, taken = Path(text.partition(":")[2] if foreign else text), set(names.values())
+        name = path.resolve().parent.name if path.name == "backbone" else path.name or path.resolve().name
+        prefix = f"{text.partition(':')[0]}-" if foreign else ""
+        stem = re.sub(r"[^\w.-]+", "_", prefix + name).strip("_")
         free = (f"{stem}-{number}" for number in itertools.count(2))
         names[text] = stem if stem not in taken else next(name for name in free if name not in taken)
     return names
-
-
-def _stem(text: str) -> str:
-    foreign = text.startswith(("timm:", "random:"))
-    path = Path(text.partition(":")[2] if foreign else text)
-    name = path.resolve().parent.name if path.name == "backbone" else path.name or path.resolve().name
-    prefix = f"{text.partition(':')[0]}-" if foreign else ""
-    return re.sub(r"[^\w.-]+", "_", prefix + name).strip("_")
 
 
 def series_folder(out: Path | None, name: str, *decides: Any) -> Path:

@@ -28,7 +28,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.mask_files import IGNORED
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, layer_groups, make_adamw
 from freqmask.interop.models import OpenedModel, stage_features
-from freqmask.spectrum import as_float
+from freqmask.spectrum import Normalization, as_float
 from freqmask.timm_models import parameters_behind, strides
 from freqmask.training.auto import Choice
 from freqmask.training.loop import ScheduledModule
@@ -142,9 +142,6 @@ class UperNet(nn.Module):
         UserError: segmentation-models-pytorch is missing, or the backbone has no pyramid.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, opened: OpenedModel, classes: int, decoder_channels: int | None = None) -> None:
         super().__init__()
         decoder = decoder_class()
@@ -156,12 +153,11 @@ class UperNet(nn.Module):
         self.decoder = decoder([0, 0, *channels], encoder_depth=len(channels) + 1, decoder_channels=width)
         self.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(width, classes, kernel_size=1))
         self.auxiliary = _auxiliary_head(channels[-2], min(AUXILIARY_CHANNELS, width), classes)
-        self.register_buffer("mean", torch.tensor(opened.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(opened.std)[:, None, None], persistent=False)
+        self.normalize = Normalization(len(opened.mean), opened.mean, opened.std)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Logits:
         """Logits of images in [0, 1], at about a quarter of their size."""
-        maps = self.pyramid((images - self.mean) / self.std)
+        maps = self.pyramid(self.normalize(images))
         decoded = self.classifier(self.decoder([None, None, *maps]))
         return Logits(decoded, self.auxiliary(maps[-2]) if self.training else None)
 
@@ -380,7 +376,8 @@ def segment_windows(
     where the image is smaller.
     """
     height, width = image.shape[1:]
-    padded = _pad_to(image, (max(height, window), max(width, window)), fill)
+    padded = fill.to(image)[:, None, None].expand(-1, max(height, window), max(width, window)).clone()
+    padded[:, :height, :width] = image
     corners = list(
         itertools.product(window_starts(height, window, stride), window_starts(width, window, stride))
     )
@@ -409,14 +406,6 @@ def classes_at(
 ) -> Int64[Tensor, "mask_height mask_width"]:
     """The likeliest class of every pixel of the mask; logits are resampled, never classes."""
     return resized(logits[None], size)[0].argmax(dim=0)
-
-
-def _pad_to(image: Tensor, size: tuple[int, int], fill: Tensor) -> Tensor:
-    if tuple(image.shape[1:]) == size:
-        return image
-    padded = fill.to(image)[:, None, None].expand(-1, *size).clone()
-    padded[:, : image.shape[1], : image.shape[2]] = image
-    return padded
 
 
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:

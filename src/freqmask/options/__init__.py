@@ -30,7 +30,6 @@ REQUIRED = inspect.Parameter.empty
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _NULL = ("null", "~")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_MORE = ("rivals", "filter", "epochs")  # of an option's metadata, beside help and range
 MOST_SEED = 2**63 - 1  # what torch, numpy and our 64-bit keys all take
 
 
@@ -340,7 +339,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
         **more: ``least``, ``above``, ``most``, ``below`` and ``length`` as in :class:`Range`; ``rivals``,
             ``filter`` and ``epochs`` as in :class:`Option`.
     """
-    kept = {name: more.pop(name) for name in _MORE if name in more}
+    kept: dict[str, Any] = {name: more.pop(name) for name in ("rivals", "filter", "epochs") if name in more}
     return field(default=default, metadata={"help": help, "range": Range(**more), **kept})
 
 

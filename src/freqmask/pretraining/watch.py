@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +13,7 @@ from jaxtyping import Float, Int64
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from freqmask.backbones import Backbone, eval_no_grad, recalibrate_batch_norm
+from freqmask.backbones import Backbone, recalibrate_batch_norm
 from freqmask.data.loader import ChosenSampler, OrderedSampler, TrainDataset, make_loader
 from freqmask.data.source import Source
 from freqmask.evaluation import knn, linear
@@ -23,7 +21,7 @@ from freqmask.evaluation.labelled import LabelledData
 from freqmask.methods import build_method
 from freqmask.pretraining.figures import draw_preview, filter_names
 from freqmask.spectrum import as_float
-from freqmask.training.callbacks import Monitor, PeriodicCallback
+from freqmask.training.callbacks import Measurement
 from freqmask.training.run_folder import RunFolder
 
 PREVIEW_IMAGES = 4
@@ -36,37 +34,6 @@ PIXEL_SIDE = 32
 _RATE, _EPOCHS = 0.3, 10  # less regularization than a sweep begins with: few labels, features of low rank
 
 Encode = Callable[[Tensor], Tensor]
-
-
-class Measurement(PeriodicCallback):
-    """Measures now and then, and writes the numbers into the metrics.
-
-    Nothing of it reaches the training: modes are put back, no generator is moved (a loader draws its seed from
-    torch's), and its time is left out of the speed.
-
-    Args:
-        monitor: takes the numbers.
-        every_steps: optimizer steps between two measurements; 0 measures at the end only.
-        batch_size: images at once.
-    """
-
-    def __init__(self, monitor: Monitor, every_steps: int, batch_size: int) -> None:
-        super().__init__(every_steps)
-        self.monitor, self.batch_size = monitor, batch_size
-
-    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
-        """Measure, in the first process, to which the others lend their share of sharded weights."""
-        began = time.perf_counter()
-        devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), eval_no_grad(module):
-            values = self.measure(trainer, module, whole_method(trainer, module), step)
-        if values and trainer.is_global_zero:
-            self.monitor.record(step, values)
-        self.monitor.pause(time.perf_counter() - began)
-
-    @abstractmethod
-    def measure(self, trainer: L.Trainer, module: Any, method: Any, step: int) -> dict[str, float]:
-        """The numbers by their names in the metrics; ``method`` has all weights, and is None beside process 0."""
 
 
 def whole_method(trainer: L.Trainer, module: Any) -> Any:
@@ -101,8 +68,9 @@ class HeldOut(Measurement):
         self.run, self.held_out, self.shown = run, held_out, shown
         self._pictures: tuple[Tensor, Tensor] | None = None
 
-    def measure(self, trainer: L.Trainer, module: Any, method: Any, step: int) -> dict[str, float]:
+    def measure(self, trainer: L.Trainer, module: Any, step: int) -> dict[str, float]:
         """The held-out loss; draws ``previews/step-….png``."""
+        method = whole_method(trainer, module)
         values = {} if self.held_out is None else self._loss(trainer, module, self.held_out)
         if trainer.is_global_zero:
             if self._pictures is None:
@@ -183,8 +151,9 @@ class Probe(Measurement):
         super().__init__(*common)
         self.ranked, self.labelled, self.data, self.first = ranked, labelled, data, first
 
-    def measure(self, trainer: L.Trainer, module: Any, method: Any, step: int) -> dict[str, float]:
+    def measure(self, trainer: L.Trainer, module: Any, step: int) -> dict[str, float]:
         """Shares of correct classes, and an effective rank."""
+        method = whole_method(trainer, module)
         if not trainer.is_global_zero:
             return {}
         if self.first is not None:

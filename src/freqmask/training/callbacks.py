@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from freqmask import imports
+from freqmask.backbones import eval_no_grad
 from freqmask.console import Progress
 from freqmask.errors import UserError
 from freqmask.training.files import append_row, read_rows, write_rows
@@ -190,6 +191,37 @@ class Monitor(L.Callback):
             f"warning: the teacher gives nearly all images the same answer (collapse number {number:.3f} nat, "
             f"healthy is above {COLLAPSE_WARNING}); try a lower --teacher_temperature, a lower --lr, or fewer --outputs"
         )
+
+
+class Measurement(PeriodicCallback):
+    """Measures now and then, and writes the numbers into the metrics.
+
+    Nothing of it reaches the training: modes are put back, no generator is moved (a loader draws its seed from
+    torch's), and its time is left out of the speed.
+
+    Args:
+        monitor: takes the numbers.
+        every_steps: optimizer steps between two measurements; 0 measures at the end only.
+        batch_size: images at once.
+    """
+
+    def __init__(self, monitor: Monitor, every_steps: int, batch_size: int) -> None:
+        super().__init__(every_steps)
+        self.monitor, self.batch_size = monitor, batch_size
+
+    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        """Measure in every process, and record what the first one has measured."""
+        began = time.perf_counter()
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), eval_no_grad(module):
+            values = self.measure(trainer, module, step)
+        if values and trainer.is_global_zero:
+            self.monitor.record(step, values)
+        self.monitor.pause(time.perf_counter() - began)
+
+    @abstractmethod
+    def measure(self, trainer: L.Trainer, module: Any, step: int) -> dict[str, float]:
+        """The numbers by their names in the metrics."""
 
 
 class Skipped(L.Callback):
