@@ -376,7 +376,15 @@ def _mapped(file: Path, leaf: str) -> pa.ChunkedArray:
     cached = cache_file("images", str(file.absolute()), state.st_size, state.st_mtime_ns, leaf)
     if not _is_whole(cached):
         try:
-            _lay_out(file, leaf, cached)
+            schema = pa.schema([("images", pa.large_binary())])
+            with (
+                replacing(cached) as temporary,
+                pa.OSFile(str(temporary), "wb") as sink,
+                pa.ipc.new_file(sink, schema) as writer,
+            ):
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=[leaf]):
+                    images = _bytes_of_cells(batch.column(0)).cast(pa.large_binary())
+                    writer.write_batch(pa.record_batch([images], schema))
         except pa.ArrowException as error:
             raise UserError(f"DATA ({file}) is damaged; fetch it again") from error
         except OSError as error:
@@ -392,18 +400,6 @@ def _is_whole(cached: Path) -> bool:
         return bool(pa.ipc.open_file(pa.memory_map(str(cached))).num_record_batches)  # it stands at the end
     except (pa.ArrowException, OSError):
         return False
-
-
-def _lay_out(file: Path, leaf: str, cached: Path) -> None:
-    schema = pa.schema([("images", pa.large_binary())])
-    with (
-        replacing(cached) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=[leaf]):
-            images = _bytes_of_cells(batch.column(0)).cast(pa.large_binary())
-            writer.write_batch(pa.record_batch([images], schema))
 
 
 def locate_dataset(data: str | Path) -> Located:

@@ -255,16 +255,6 @@ def locate_array(path: Path) -> Located:
     """
     if path.suffix.lower() == ".npy":
         return Located(str(path), lambda split, notes: ArraySource(path, [(None, None)]))
-    pairs = _find_pairs(_npz_shapes(path), path)
-
-    def open_split(split: str | None, notes: list[str]) -> Source:
-        return ArraySource(path, list(pairs.values()) if split is None else [pairs[split]], split, notes)
-
-    return Located(str(path), open_split, [name for name in pairs if name])
-
-
-def _npz_shapes(path: Path) -> dict[str, int]:
-    """Name of each array of a ``.npz`` -> its number of axes; pixels are not read."""
     axes = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -277,7 +267,12 @@ def _npz_shapes(path: Path) -> dict[str, int]:
         raise
     except Exception as error:  # of zipfile, of the file system, of numpy's header
         raise UserError(f"DATA ({path}) is damaged or no numpy archive ({error}); write it again") from error
-    return axes
+    pairs = _find_pairs(axes, path)
+
+    def open_split(split: str | None, notes: list[str]) -> Source:
+        return ArraySource(path, list(pairs.values()) if split is None else [pairs[split]], split, notes)
+
+    return Located(str(path), open_split, [name for name in pairs if name])
 
 
 def _find_pairs(axes: dict[str, int], path: Path) -> dict[str, tuple[str, str | None]]:

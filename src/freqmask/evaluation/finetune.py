@@ -290,7 +290,27 @@ class FinetuneJob(TrainingJob):
 
         def export(trainer: L.Trainer, module: Any, step: int) -> None:
             if trainer.is_global_zero:
-                self._write(run, numbers, module.tested, step)
+                metadata = {
+                    "version": __version__,
+                    "method": self.method,
+                    "model": self.model.text,
+                    "run": run.path.name,
+                    "recipe": numbers.recipe,
+                    "data": self.data.source.fingerprint(),
+                    "value_range": numbers.value_range,
+                    "step": step,
+                }
+                height, width = numbers.image_size
+                write_timm_folder(
+                    module.tested,
+                    run.path / CLASSIFIER,
+                    input_size=(numbers.channels, height, width),
+                    mean=numbers.mean,
+                    std=numbers.std,
+                    metadata=metadata,
+                    crop_pct=numbers.crop_share,
+                    label_names=self.data.class_names,
+                )
 
         dataset = make_dataset(train, training_geometry(numbers), numbers)
         return make_task(run, numbers, module, dataset, export, callbacks=callbacks, lines=lines)
@@ -314,30 +334,6 @@ class FinetuneJob(TrainingJob):
         labels = self.data.labels[self.train]
         train, held_out = held_out_parts(labels, groups, share, self.seed, use, way_out)
         return self.train[train], self.train[held_out]
-
-    def _write(self, run: RunFolder, tuning: Tuning, model: Any, step: int) -> None:
-        """The classifier as a folder that timm loads."""
-        metadata = {
-            "version": __version__,
-            "method": self.method,
-            "model": self.model.text,
-            "run": run.path.name,
-            "recipe": tuning.recipe,
-            "data": self.data.source.fingerprint(),
-            "value_range": tuning.value_range,
-            "step": step,
-        }
-        height, width = tuning.image_size
-        write_timm_folder(
-            model,
-            run.path / CLASSIFIER,
-            input_size=(tuning.channels, height, width),
-            mean=tuning.mean,
-            std=tuning.std,
-            metadata=metadata,
-            crop_pct=tuning.crop_share,
-            label_names=self.data.class_names,
-        )
 
 
 def make_dataset(source: Source, geometry: Geometry, tuning: Tuning) -> TrainDataset:

@@ -181,7 +181,14 @@ class Knn(Protocol):
         train, test = context.tensor(values, one.train), context.tensor(values, one.test)
         predictions = self._vote(context, one, train, test)
         if self.features != PLAIN:
-            space = self._choose(context, one)
+            features = context.tensors(context.inside(), one.train)
+            labels, groups = context.labels(one.train), context.data.groups_of(one.train)
+            space, accuracy = choose_space(features, labels, context.classes, groups, self.temperature)
+            say(f"features    {context.model.name}: {space.describe()}")
+            say(f"            ({100 * accuracy:.1f} % of held-out training images)")
+            opened = context.model.opened if isinstance(context.model, BackboneModel) else None
+            if self.features == "save" and opened is not None and opened.folder:
+                say(f"            kept in {save_space(space, opened)}; freqmask embed gives these")
             inside = context.inside()
             train, test = (space.apply(context.tensors(inside, part)) for part in (one.train, one.test))
             chosen = self._vote(context, one, train, test, space.describe())
@@ -197,14 +204,3 @@ class Knn(Protocol):
             f"k={k}": Prediction(predicted.cpu().numpy(), chosen, len(one.train))
             for k, predicted in voted.items()
         }
-
-    def _choose(self, context: EvalContext, one: Round) -> FeatureSpace:
-        features = context.tensors(context.inside(), one.train)
-        labels, groups = context.labels(one.train), context.data.groups_of(one.train)
-        space, accuracy = choose_space(features, labels, context.classes, groups, self.temperature)
-        say(f"features    {context.model.name}: {space.describe()}")
-        say(f"            ({100 * accuracy:.1f} % of held-out training images)")
-        opened = context.model.opened if isinstance(context.model, BackboneModel) else None
-        if self.features == "save" and opened is not None and opened.folder:
-            say(f"            kept in {save_space(space, opened)}; freqmask embed gives these")
-        return space

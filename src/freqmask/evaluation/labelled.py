@@ -298,12 +298,8 @@ def _with_duplicates(data: LabelledData, images: np.ndarray, config: SplitConfig
             f"{len(loose)} images are identical to others (first {other!r} and {one!r}) and could be on both sides of "
             "a split; remove them, or keep each with its twin by --duplicates together"
         )
-    return _united(groups or [None] * len(hashes), hashes)
-
-
-def _united(groups: list[str | None], hashes: list[int]) -> list[str | None]:
-    """Groups joined wherever they share an identical image."""
-    keys: list[object] = [object() if group is None else group for group in groups]
+    # groups are joined wherever they share an identical image
+    keys: list[object] = [object() if group is None else group for group in groups or [None] * len(hashes)]
     pictures = [("pixels", value) for value in hashes]
     numbers = {key: number for number, key in enumerate(dict.fromkeys([*keys, *pictures]))}
     rows, columns = ([numbers[key] for key in side] for side in (keys, pictures))

@@ -253,7 +253,15 @@ class RobustnessEval:
             made = list(self._all_corrupted()) if self.protocol.made else []
             attacked = [self.attacked(attack) for attack in self.protocol.attacks]
             results += [clean, *([together(made)] if made else []), *attacked, *made]
-        return [*results, *self._all_folders()]
+        natural: list[Result] = []
+        tree: list[ClassificationResult] = []
+        for folder, data in self.protocol.test_sets:
+            result = self._folder(folder, data)
+            (tree if folder.corruption else natural).append(result)
+            if not result.error:
+                _say_accuracy(folder.name, [result])
+        mean = [together(tree)] if tree and not any(result.error for result in tree) else []
+        return [*results, *natural, *mean, *tree]
 
     def clean(self) -> ClassificationResult:
         """The images as they are."""
@@ -305,18 +313,6 @@ class RobustnessEval:
     def _row(self, variant: str, predicted: np.ndarray, metadata: Mapping[str, Any]) -> ClassificationResult:
         cells = {"head": self.protocol.head, **metadata_of(self.heads), **metadata}
         return replace(self.context.result(variant, self.seed, predicted, **cells), group=DATA)
-
-    def _all_folders(self) -> list[Result]:
-        """The natural test sets, then an ImageNet-C tree, its mean first."""
-        natural: list[Result] = []
-        tree: list[ClassificationResult] = []
-        for folder, data in self.protocol.test_sets:
-            result = self._folder(folder, data)
-            (tree if folder.corruption else natural).append(result)
-            if not result.error:
-                _say_accuracy(folder.name, [result])
-        mean = [together(tree)] if tree and not any(result.error for result in tree) else []
-        return [*natural, *mean, *tree]
 
     def _folder(self, folder: TestFolder, data: LabelledData) -> ClassificationResult:
         """A test set of others, among the classes that it has."""

@@ -134,7 +134,13 @@ def _from_call(call: _Call, given: dict[str, Any]) -> Filter:
     }
     named = options | call.named
     if kind is OneOf:
-        return _one_of(call.positional, named, given)
+        arguments = dict(zip(("filters", "weights"), call.positional, strict=False)) | named
+        texts = arguments.get("filters")
+        if not isinstance(texts, list | tuple) or not texts or set(arguments) - {"filters", "weights"}:
+            raise UserError(
+                "filter 'oneof' must list filters; try oneof(['com()', 'highpass()'], weights=[1, 1])"
+            )
+        return OneOf([build_filter(text, **given) for text in texts], arguments.get("weights"))
     try:
         inspect.signature(kind).bind(*call.positional, **named)
     except TypeError as error:
@@ -142,16 +148,6 @@ def _from_call(call: _Call, given: dict[str, Any]) -> Filter:
         hint = nearest(wrong, parameters) if wrong else f"it takes {', '.join(parameters)}"
         raise UserError(f"filter {call.name!r} got wrong arguments ({error}); {hint}") from error
     return kind(*call.positional, **named)
-
-
-def _one_of(positional: list[Any], named: dict[str, Any], given: dict[str, Any]) -> Filter:
-    arguments = dict(zip(("filters", "weights"), positional, strict=False)) | named
-    texts = arguments.get("filters")
-    if not isinstance(texts, list | tuple) or not texts or set(arguments) - {"filters", "weights"}:
-        raise UserError(
-            "filter 'oneof' must list filters; try oneof(['com()', 'highpass()'], weights=[1, 1])"
-        )
-    return OneOf([build_filter(text, **given) for text in texts], arguments.get("weights"))
 
 
 def _mixture(call: _Call, given: dict[str, Any]) -> Filter:

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -426,9 +426,12 @@ def model_card(
             name: value for name, value in options.items() if name not in _LOCAL and not _holds_path(value)
         }
         recipe = f"```yaml\n{yaml.safe_dump(public, sort_keys=False)}```"
+        state = run.state()
+        images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else "Images"
+        source = f", from {', '.join(map(str, options.get('data') or []))}" if with_images else ""
         parts += [
             "## Data",
-            _data(run, options, with_images),
+            f"{images}, fingerprint `{state.get('data')}`{source}.",
             "## Recipe",
             recipe,
             "## Results",
@@ -436,13 +439,6 @@ def model_card(
         ]
     parts += [f"![preview]({name})" for name in previews]
     return "\n\n".join(parts) + "\n"
-
-
-def _data(run: RunFolder, options: Mapping[str, Any], with_images: bool) -> str:
-    state = run.state()
-    images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else "Images"
-    source = f", from {', '.join(map(str, options.get('data') or []))}" if with_images else ""
-    return f"{images}, fingerprint `{state.get('data')}`{source}."
 
 
 def _holds_path(value: Any) -> bool:

@@ -226,10 +226,15 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
     check_weights(module.state_dict(), f"model ({text})")
     config = module.pretrained_cfg
     channels, height, width = (int(side) for side in config["input_size"])
+    names = module.pretrained_cfg.get("label_names")
+    if not names and module.num_classes == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        names = ImageNetInfo("imagenet-1k").label_names()
     return OpenedClassifier(
         name,
         module.eval().requires_grad_(False),
-        _class_names(module),
+        tuple(map(str, names or range(module.num_classes))),
         (channels, height, width),
         tuple(config["mean"]),
         tuple(config["std"]),
@@ -238,15 +243,6 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
         metadata,
         folder,
     )
-
-
-def _class_names(module: Any) -> tuple[str, ...]:
-    names = module.pretrained_cfg.get("label_names")
-    if not names and module.num_classes == 1000:
-        from timm.data.imagenet_info import ImageNetInfo
-
-        names = ImageNetInfo("imagenet-1k").label_names()
-    return tuple(map(str, names or range(module.num_classes)))
 
 
 def stage_features(

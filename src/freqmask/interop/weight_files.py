@@ -301,7 +301,14 @@ def read_torch_file(path: str | Path) -> TorchFile:
         unpickler: Any = type(
             "Unpickler", (_Unpickler,), {"foreign": {}, "sizes": sizes, "left": path.stat().st_size}
         )
-        module = SimpleNamespace(Unpickler=unpickler, load=_loader(unpickler), __name__="freqmask")
+
+        def load(file: Any, **options: Any) -> Any:  # the older form begins with a note on its machine
+            read = unpickler(file, **options).load()
+            if isinstance(read, dict) and read.get("little_endian") is False:
+                raise UserError("it was written on a big-endian machine; save it again on another")
+            return read
+
+        module = SimpleNamespace(Unpickler=unpickler, load=load, __name__="freqmask")
         content = torch.load(
             str(path), map_location="cpu", pickle_module=module, weights_only=False, mmap=is_zip
         )
@@ -403,18 +410,6 @@ class _Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("it uses extension codes, which no checkpoint does")
 
     dispatch[pickle.BYTEARRAY8[0]] = refuse_allocation
-
-
-def _loader(unpickler: type[_Unpickler]) -> Callable[..., Any]:
-    """The ``load`` of a pickle module; the older form begins with a note on the machine that wrote it."""
-
-    def load(file: Any, **options: Any) -> Any:
-        read = unpickler(file, **options).load()
-        if isinstance(read, dict) and read.get("little_endian") is False:
-            raise UserError("it was written on a big-endian machine; save it again on another")
-        return read
-
-    return load
 
 
 def _bytes(text: Any, *_: Any) -> bytes:

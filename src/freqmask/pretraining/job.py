@@ -221,7 +221,15 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
         RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), options["backbone"])
     )
     held.enter_context(run.held("plan.png"))
-    _say_plan(resolved, images, run, given)
+    held_out = len(images.held_out) if images.held_out is not None else 0
+    watched = images.watched(resolved.values)
+    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out, watched):
+        say(line)
+    for line in plan.advice_lines(resolved.values, len(images.train), plan.data_words(resolved.values)):
+        say(line)
+    say(f"run         {run.path}")
+    for line in plan.length_lines(resolved, given):
+        say(line)
     state = {
         "given": _identity(given),
         "data": images.source.fingerprint(),
@@ -245,18 +253,6 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
     config |= {name: from_anywhere(config[name]) for name in PATHS if name in config}
     begin_run(run, "pretrain", config, state)
     return Pretraining(run, options, images, method, state, kept)
-
-
-def _say_plan(resolved: Resolved, images: Images, run: RunFolder, given: Mapping[str, Any]) -> None:
-    held_out = len(images.held_out) if images.held_out is not None else 0
-    watched = images.watched(resolved.values)
-    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out, watched):
-        say(line)
-    for line in plan.advice_lines(resolved.values, len(images.train), plan.data_words(resolved.values)):
-        say(line)
-    say(f"run         {run.path}")
-    for line in plan.length_lines(resolved, given):
-        say(line)
 
 
 def _draw_plan(run: RunFolder, resolved: Resolved, images: Images) -> None:

@@ -320,19 +320,6 @@ def open_teacher(options: Mapping[str, Any]) -> Teacher:
     if opened.backbone.fixed_size and size != opened.backbone.image_size:
         opened = _open(name, size)
     teacher = Teacher(opened.backbone, name, size, opened.mean, opened.std)
-    _check(teacher)
-    return teacher
-
-
-def _open(name: str, size: tuple[int, int] | None = None) -> OpenedModel:
-    try:
-        return open_model(name, image_size=size)
-    except UserError as error:
-        at = f"; at --teacher_size {min(size)}" if size is not None else ""
-        raise UserError(f"--teacher: {error}{at}") from error
-
-
-def _check(teacher: Teacher) -> None:
     images = torch.rand(
         2, teacher.backbone.channels, *teacher.size, generator=torch.Generator().manual_seed(0)
     )
@@ -343,6 +330,15 @@ def _check(teacher: Teacher) -> None:
         raise UserError(
             f"teacher_size ({min(teacher.size)}) is none at which {teacher.name} works ({reason}); try another"
         ) from error
+    return teacher
+
+
+def _open(name: str, size: tuple[int, int] | None = None) -> OpenedModel:
+    try:
+        return open_model(name, image_size=size)
+    except UserError as error:
+        at = f"; at --teacher_size {min(size)}" if size is not None else ""
+        raise UserError(f"--teacher: {error}{at}") from error
 
 
 def _resolve_length(resolved: Resolved, images: int) -> None:
