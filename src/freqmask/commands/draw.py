@@ -38,8 +38,6 @@ def spectra(
             the default is one of every kind.
         seed: decides what random filters draw.
 
-    Returns:
-        The path of the picture.
 
     Raises:
         UserError: no image, more than four, one that cannot be read, or an unknown filter.
@@ -105,8 +103,6 @@ def reconstruct(
         out: the PNG to write.
         seed: decides what random filters draw.
 
-    Returns:
-        The picture.
 
     Raises:
         UserError: no decoder, an image that cannot be read, or an unknown filter.

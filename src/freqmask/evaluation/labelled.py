@@ -253,8 +253,6 @@ def keep_parts(
     """The part of each image, by its name, from a table that ``--labels`` takes, too; drawn and written once.
 
     Args:
-        file: the table.
-        names: of the images.
         words: what the parts are called.
         draw: numbers of the images of each part.
         columns: of the table, beside path and split.
@@ -399,7 +397,6 @@ def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
 
     Args:
         run: a run folder; its config names what it was trained on.
-        source: the images of the evaluation.
         tested: which of them are test images.
     """
     config = RunFolder(run).config()

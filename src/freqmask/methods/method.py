@@ -164,7 +164,6 @@ class Method(nn.Module):
 
         Args:
             step: the optimizer step, from 0.
-            total_steps: of the whole training.
         """
 
     def after_step(self, step: int, total_steps: int) -> None:
@@ -172,17 +171,12 @@ class Method(nn.Module):
 
         Args:
             step: the optimizer step that was made, from 0.
-            total_steps: of the whole training.
         """
 
     def checked(
         self, views: Sequence[Tensor], keys: Int64[Tensor, " batch"] | None
     ) -> tuple[Sequence[Tensor], Int64[Tensor, " batch"]]:
         """The views and the keys, fresh ones where none are given.
-
-        Args:
-            views: what ``forward`` was given.
-            keys: one an image, or None.
 
         Returns:
             The same views, and int64 keys (B,) on their device.
@@ -225,11 +219,7 @@ def build_backbone(
 
 
 def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments as plain values: objects become what they are built from.
-
-    Args:
-        arguments: name to value.
-    """
+    """A constructor's arguments as plain values: objects become what they are built from."""
     given = dict(arguments)
     if isinstance(given.get("backbone"), Backbone):
         built: Backbone = given["backbone"]

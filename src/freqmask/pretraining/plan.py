@@ -58,8 +58,6 @@ def plan_lines(
     """The plan of a new run, a line each.
 
     Args:
-        resolved: the training.
-        summary: of the source.
         images: trained on.
         held_out: kept apart.
         watched: images that are looked at for measurements.
@@ -270,7 +268,6 @@ def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:
     """The last word of a plan that takes hours though nobody named a length: why, and the command for an hour.
 
     Args:
-        resolved: the training.
         given: the options as they were typed.
     """
     named = any(given.get(name) is not None for name in ("epochs", "steps", "hours", "overfit"))
