@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from freqmask.errors import UserError
+from freqmask.spectrum import Images
 from freqmask.timm_models import (
     attends_anywhere,
     cannot,
@@ -120,7 +121,7 @@ class Backbone(nn.Module):
         """Height and width in pixels of what the timm model is given."""
         return round_up(self.image_size, self._multiple)
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Features:
+    def forward(self, images: Images) -> Features:
         """Feature map (B, D, h, w), its mean (B, D) and the class token (B, D) or None."""
         weights = next(self.timm_model.parameters())
         padded = self.padded(images)
@@ -134,7 +135,7 @@ class Backbone(nn.Module):
         return isinstance(self.timm_model, VisionTransformer) and self._reads_the_end
 
     def read_tokens(
-        self, images: Float[Tensor, "batch channel height width"], places: Int64[Tensor, "batch token"]
+        self, images: Images, places: Int64[Tensor, "batch token"]
     ) -> Float[Tensor, "batch token dim"]:
         """Features of some patches; the model's blocks see no others, and take the time of no others.
 
@@ -178,7 +179,7 @@ class Backbone(nn.Module):
         except (AssertionError, AttributeError, NotImplementedError) as error:
             raise UserError(f"gradient_checkpointing is not offered by {self.name}; leave it off") from error
 
-    def padded(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
+    def padded(self, images: Images) -> Tensor:
         """The images, repeated at their lower and right edge up to whole cells.
 
         Raises:
@@ -289,9 +290,7 @@ def few_tokens_attention(model: nn.Module, tokens: int) -> AbstractContextManage
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(
-    backbone: nn.Module, batches: Iterable[Float[Tensor, "batch channel height width"]]
-) -> None:
+def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> None:
     """Recomputes the running statistics of batch norm as the plain mean over ``batches``, in place.
 
     During pre-training they are gathered from filtered images, which the backbone never meets afterwards.

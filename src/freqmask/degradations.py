@@ -13,12 +13,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.rng import batch_keys, normal, uniform
-from freqmask.spectrum import REFERENCE_SIDE, constant, image_size, single_or_double
+from freqmask.rng import Keys, batch_keys, normal, uniform
+from freqmask.spectrum import REFERENCE_SIDE, Images, constant, image_size, single_or_double
 
 Auto = Literal["auto"]
 
@@ -38,9 +37,7 @@ class Degradation(nn.Module):
     def degrade(self, images: Tensor, keys: Tensor) -> Tensor:
         """Images of the same size and precision; what is random is drawn from the keys, one an image."""
 
-    def forward(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch channel height width"]:
+    def forward(self, images: Images, keys: Keys | None = None) -> Images:
         """Degrades a batch.
 
         Args:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
+from freqmask.spectrum import Images
 from freqmask.timm_models import PatchConv2d
 
 
@@ -29,7 +30,7 @@ class ReconstructionHead(nn.Sequential):
 
     def forward(
         self, feature_map: Float[Tensor, "batch dim rows columns"], size: tuple[int, int] | None = None
-    ) -> Float[Tensor, "batch channel height width"]:
+    ) -> Images:
         """An image of the given height and width, or of the map's size times the stride.
 
         A map that covers more than the image (whose sides the stride does not divide) is cut at the bottom

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, nearest
-from freqmask.spectrum import bin_weights, image_size, irfft2, power, rfft2, single_or_double
+from freqmask.spectrum import Images, bin_weights, image_size, irfft2, power, rfft2, single_or_double
 
 Reduce = Literal["batch", "image"]
 
@@ -40,10 +40,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def spectrum_distance(
-    prediction: Float[Tensor, "batch channel height width"],
-    target: Float[Tensor, "batch channel height width"],
-    gamma: float = 1.0,
-    focal: float | None = None,
+    prediction: Images, target: Images, gamma: float = 1.0, focal: float | None = None
 ) -> Float[Tensor, "batch channel height half_width"]:
     """Distance |F(prediction) - F(target)|^gamma for every bin of the half spectrum (MFM, arXiv 2206.07706).
 
@@ -146,8 +143,8 @@ class SpectrumLoss(nn.Module):
 
     def forward(
         self,
-        prediction: Float[Tensor, "batch channel height width"],
-        target: Float[Tensor, "batch channel height width"],
+        prediction: Images,
+        target: Images,
         keep: Float[Tensor, "batch mask_channel height half_width"] | None,
     ) -> Float[Tensor, ""]:
         """The loss of a batch.

@@ -18,6 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.errors import UserError
+from freqmask.spectrum import Images
+
+Keys = Int64[Tensor, " batch"]  # one an image: all of its random numbers come from it
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the step between the counters of splitmix64
@@ -72,7 +75,7 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
-def combine(keys: Int64[Tensor, " batch"], *values: int | str) -> Int64[Tensor, " batch"]:
+def combine(keys: Keys, *values: int | str) -> Keys:
     """New keys from old ones and some numbers or names, one hash a value.
 
     Args:
@@ -109,9 +112,7 @@ def sample_key(seed: int, epoch: int, identity: int, view: int | None = None) ->
     return _signed(key)
 
 
-def sample_keys(
-    seed: int, epochs: Int64[Tensor, " batch"], identities: Int64[Tensor, " batch"]
-) -> Int64[Tensor, " batch"]:
+def sample_keys(seed: int, epochs: Int64[Tensor, " batch"], identities: Int64[Tensor, " batch"]) -> Keys:
     """The keys of a batch, those that ``sample_key`` gives image by image.
 
     Args:
@@ -131,7 +132,7 @@ def sample_keys(
     return keys
 
 
-def fresh_keys(count: int, device: torch.device | str | None = None) -> Int64[Tensor, " batch"]:
+def fresh_keys(count: int, device: torch.device | str | None = None) -> Keys:
     """Keys for a caller who has none; the only place that reads torch's global generator.
 
     Returns:
@@ -140,9 +141,7 @@ def fresh_keys(count: int, device: torch.device | str | None = None) -> Int64[Te
     return torch.randint(-(1 << 63), (1 << 63) - 1, (count,), dtype=torch.int64, device=device)
 
 
-def batch_keys(
-    images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None
-) -> Int64[Tensor, " batch"]:
+def batch_keys(images: Images, keys: Keys | None) -> Keys:
     """The keys of a batch, one an image, fresh ones where none are given.
 
     Raises:
@@ -178,9 +177,7 @@ def _bits(keys: Tensor, stream: int | str, count: int) -> Tensor:
     return _mix((combine(keys, stream)[:, None] ^ places) * _signed(_GOLDEN))
 
 
-def uniform(
-    keys: Int64[Tensor, " batch"], stream: int | str, shape: Sequence[int] = ()
-) -> Float[Tensor, "batch ..."]:
+def uniform(keys: Keys, stream: int | str, shape: Sequence[int] = ()) -> Float[Tensor, "batch ..."]:
     """Uniform numbers in [0, 1), multiples of 2^-24, bit for bit the same on every device.
 
     Args:
@@ -205,9 +202,7 @@ def uniform_numbers(key: int, stream: int | str, count: int) -> list[float]:
     return [(_mix_number((base ^ place) * _GOLDEN) >> 40) * 2.0**-24 for place in range(count)]
 
 
-def normal(
-    keys: Int64[Tensor, " batch"], stream: int | str, shape: Sequence[int] = ()
-) -> Float[Tensor, "batch ..."]:
+def normal(keys: Keys, stream: int | str, shape: Sequence[int] = ()) -> Float[Tensor, "batch ..."]:
     """Standard normal numbers by Box and Muller, two from each hash; arguments as for :func:`uniform`.
 
 

@@ -28,6 +28,8 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 # Without ImageNet's three channels: the middle of the range, and about the contrast of photographs.
 PLAIN_MEAN, PLAIN_STD = 0.5, 0.25
 
+Images = Float[Tensor, "batch channel height width"]
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

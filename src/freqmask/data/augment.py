@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.rng import batch_keys, uniform
+from freqmask.rng import Keys, batch_keys, uniform
+from freqmask.spectrum import Images
 
-Images = Float[Tensor, "batch channel height width"]
 PerImage = Float[Tensor, " batch"]
 
 
@@ -85,7 +85,7 @@ class PhotometricAugmentation(nn.Module):
             return []
         return [f"{', '.join(off)} off: these changes are for three channels, the images have {channels}."]
 
-    def forward(self, images: Images, keys: Int64[Tensor, " batch"] | None = None) -> Images:
+    def forward(self, images: Images, keys: Keys | None = None) -> Images:
         """The batch, floats in [0, 1], changed by one key an image and view; without keys by fresh ones."""
         keys = batch_keys(images, keys)
         settings = (

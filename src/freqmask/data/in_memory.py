@@ -42,7 +42,7 @@ from freqmask.data.transforms import (
 )
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
-from freqmask.rng import combine, sample_keys
+from freqmask.rng import Keys, combine, sample_keys
 
 _HANDED_OVER = 64  # images that a worker hands over together: 5 MB at 160 pixels
 _FRAME = 8  # frames grow in steps of that many pixels, so that batches reuse each other's memory
@@ -300,9 +300,7 @@ class InMemoryBatches:
         named = dict(zip(("keys", "labels", "indices"), numbers, strict=True))
         return {"views": views, **named, "skipped": skipped}
 
-    def _usable(
-        self, asked: Int64[Tensor, " batch"], keys: Int64[Tensor, " batch"]
-    ) -> tuple[Int64[Tensor, " batch"], Skipped]:
+    def _usable(self, asked: Int64[Tensor, " batch"], keys: Keys) -> tuple[Int64[Tensor, " batch"], Skipped]:
         """The images asked for, others in the place of bad ones, and the list of those."""
         if not self.images.bad:
             return asked, []
@@ -324,7 +322,7 @@ class Drawn(NamedTuple):
     """What the keys of some samples say of their views."""
 
     indices: Int64[Tensor, " batch"]  # the images
-    keys: Int64[Tensor, " batch"]  # the samples' keys; a view's is ``combine(keys, view)``
+    keys: Keys  # the samples' keys; a view's is ``combine(keys, view)``
     boxes: Int64[Tensor, "view batch 4"]  # (top, left, height, width) of the windows of each view
     flips: Bool[Tensor, "view batch 3"]  # mirrored, upside down, rows and columns exchanged, for each view
 
@@ -351,10 +349,7 @@ class Plan(NamedTuple):
 
 
 def draw(
-    images: InMemoryImages,
-    geometries: Sequence[Geometry],
-    indices: Int64[Tensor, " batch"],
-    keys: Int64[Tensor, " batch"],
+    images: InMemoryImages, geometries: Sequence[Geometry], indices: Int64[Tensor, " batch"], keys: Keys
 ) -> Drawn:
     """Draw the windows of some images on the host, by the samples' keys."""
     flips = [draw_flips(geometry, combine(keys, view)) for view, geometry in enumerate(geometries)]

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from freqmask.data.pixels import Box, Picture
 from freqmask.errors import UserError, nearest
-from freqmask.rng import uniform, uniform_numbers
+from freqmask.rng import Keys, uniform, uniform_numbers
 
 CROPS = ("resized", "native", "whole", "center")
 TRIES = 10  # random windows tried before the largest centered one stands in, as in torchvision
@@ -88,7 +88,7 @@ class Geometry:
         top, left, height, width = (int(number) for number in box)
         return top, left, height, width
 
-    def boxes(self, sizes: Sizes, keys: Int64[Tensor, " batch"], attempt: int = 0) -> Boxes:
+    def boxes(self, sizes: Sizes, keys: Keys, attempt: int = 0) -> Boxes:
         """`box` for every image of a batch; ``sizes`` are (height, width) of each picture, on the host."""
         height, width = sizes.double().numpy().T
         box: Any = self._unplaced(height, width)
@@ -221,7 +221,7 @@ def _problems(geometry: Geometry) -> list[str]:
     return problems
 
 
-def draw_flips(geometry: Geometry, keys: Int64[Tensor, " batch"]) -> Bool[Tensor, "batch 3"]:
+def draw_flips(geometry: Geometry, keys: Keys) -> Bool[Tensor, "batch 3"]:
     """How ``geometry.finish`` mirrors and turns every view of a batch, by the views' keys.
 
     Whether each is mirrored left to right, top to bottom, and has then its rows and columns exchanged: a quarter

@@ -47,8 +47,8 @@ from freqmask.evaluation.results import (
 )
 from freqmask.filters import BandPass, HighPass, LowPass
 from freqmask.filters.filter import Filter
-from freqmask.rng import normal, uniform
-from freqmask.spectrum import as_float
+from freqmask.rng import Keys, normal, uniform
+from freqmask.spectrum import Images, as_float
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the highest frequency along an axis
 KINDS = {"low": "low-pass: below", "high": "high-pass: from", "band": "band-pass: around"}
@@ -85,7 +85,7 @@ class Band(ImageChange):
     def describe(self) -> str:
         return f"{self.filter().describe()} around the mean"
 
-    def change(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
+    def change(self, images: Images) -> Tensor:
         """Images in [0, 1] with this band alone, around their mean color, clamped.
 
         The mean stays where the filter would take it: without it half of every high-passed image is below
@@ -219,7 +219,6 @@ def draw_curves(path: Path, table: ResultTable) -> None:
 
 
 Norm = Literal["linf", "l2"]
-Images = Float[Tensor, "batch channel height width"]
 Classifier = Callable[[Images], Float[Tensor, "batch class"]]
 
 ATTACKS = ("fgsm", "pgd")
@@ -252,11 +251,7 @@ class Attack:
         return f"{budget}, {self.steps} steps of {format_level(self.step)}, {start}"
 
     def run(
-        self,
-        classify: Classifier,
-        images: Images,
-        labels: Int64[Tensor, " batch"],
-        keys: Int64[Tensor, " batch"],
+        self, classify: Classifier, images: Images, labels: Int64[Tensor, " batch"], keys: Keys
     ) -> Images:
         """The adversarial images, in [0, 1] and within the budget: of each the iterate of the largest loss.
 
@@ -308,7 +303,7 @@ def projected(change: Images, norm: Norm, epsilon: float) -> Images:
     return change * (epsilon / _lengths(change).clamp_min(1e-30)).clamp_max(1)
 
 
-def random_point(images: Images, keys: Int64[Tensor, " batch"], norm: Norm, epsilon: float) -> Images:
+def random_point(images: Images, keys: Keys, norm: Norm, epsilon: float) -> Images:
     """A point of the ball for each image, uniform over its volume; a function of the keys."""
     shape = images.shape[1:]
     if norm == "linf":

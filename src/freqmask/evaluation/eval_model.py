@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from freqmask.backbones import Features, recalibrate_batch_norm
@@ -24,7 +23,7 @@ from freqmask.errors import BadImage, UserError
 from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM
 from freqmask.interop.models import OpenedClassifier, OpenedModel, open_classifier, open_model, still_images
 from freqmask.interop.weight_files import hash_weights
-from freqmask.spectrum import as_float
+from freqmask.spectrum import Images, as_float
 from freqmask.training.run_folder import RunFolder
 
 LOGITS = "end/mean"  # the table's name of a classifier's logits, here one number a class of DATA
@@ -65,13 +64,13 @@ class EvalModel(ABC):
         """The images as it is shown them, uint8 or in [0, 1]: one window each, neither random nor flipped."""
         return still_images(self, source, self.crop)
 
-    def normalize(self, images: Float[Tensor, "batch channel height width"]) -> Tensor:
+    def normalize(self, images: Images) -> Tensor:
         """Images in [0, 1] become what the model takes."""
         mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
         return (images - mean[:, None, None]) / std[:, None, None]
 
     @abstractmethod
-    def features(self, images: Float[Tensor, "batch channel height width"], what: str) -> dict[str, Tensor]:
+    def features(self, images: Images, what: str) -> dict[str, Tensor]:
         """Features (B, D) by name.
 
         Args:

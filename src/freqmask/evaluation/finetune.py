@@ -61,7 +61,7 @@ from freqmask.evaluation.trainings import (
 from freqmask.interop.formats import CLASSIFIER, PIXELS
 from freqmask.interop.weight_files import write_timm_folder
 from freqmask.rng import sample_key, torch_seeded
-from freqmask.spectrum import Normalization, as_float
+from freqmask.spectrum import Images, Normalization, as_float
 from freqmask.timm_models import strides
 from freqmask.training.callbacks import Measurement, Monitor
 from freqmask.training.loop import ScheduledModule, Task
@@ -128,11 +128,8 @@ class Mixer:
     erasing: float  # probability that an image loses a rectangle to noise
 
     def __call__(
-        self,
-        images: Float[Tensor, "batch channel height width"],
-        labels: Int64[Tensor, " batch"],
-        key: int,
-    ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch class"]]:
+        self, images: Images, labels: Int64[Tensor, " batch"], key: int
+    ) -> tuple[Images, Float[Tensor, "batch class"]]:
         """The batch as the classifier is trained on it: images, and how much of each class they are.
 
         The normalized images are changed in place.

@@ -28,7 +28,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.mask_files import IGNORED
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, layer_groups, make_adamw
 from freqmask.interop.models import OpenedModel, stage_features
-from freqmask.spectrum import Normalization, as_float
+from freqmask.spectrum import Images, Normalization, as_float
 from freqmask.timm_models import parameters_behind, strides
 from freqmask.training.auto import Choice
 from freqmask.training.loop import ScheduledModule
@@ -97,7 +97,7 @@ class FeaturePyramid(nn.Module):
             for channels, wanted in zip(self.channels, STRIDES, strict=True):
                 self.rescale.append(Rescale(channels, round(math.log2(backbone.stride / wanted))))
 
-    def forward(self, normalized: Float[Tensor, "batch channel height width"]) -> list[Tensor]:
+    def forward(self, normalized: Images) -> list[Tensor]:
         """The maps of normalized images."""
         maps = self._maps(normalized)
         return [scale(one) for scale, one in zip(self.rescale, maps, strict=True)] if self.is_plain else maps
@@ -155,7 +155,7 @@ class UperNet(nn.Module):
         self.auxiliary = _auxiliary_head(channels[-2], min(AUXILIARY_CHANNELS, width), classes)
         self.normalize = Normalization(len(opened.mean), opened.mean, opened.std)
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Logits:
+    def forward(self, images: Images) -> Logits:
         """Logits of images in [0, 1], at about a quarter of their size."""
         maps = self.pyramid(self.normalize(images))
         decoded = self.classifier(self.decoder([None, None, *maps]))

@@ -13,8 +13,8 @@ from jaxtyping import Complex, Float, Int64
 from torch import Tensor, nn
 
 from freqmask.errors import UserError
-from freqmask.rng import batch_keys, uniform
-from freqmask.spectrum import constant, image_size, irfft2, rfft2
+from freqmask.rng import Keys, batch_keys, uniform
+from freqmask.spectrum import Images, constant, image_size, irfft2, rfft2
 
 
 class Filtered(NamedTuple):
@@ -35,10 +35,7 @@ class Filter(nn.Module):
 
     @abstractmethod
     def keep(
-        self,
-        spectrum: Complex[Tensor, "batch channel height half_width"],
-        size: tuple[int, int],
-        keys: Int64[Tensor, " batch"],
+        self, spectrum: Complex[Tensor, "batch channel height half_width"], size: tuple[int, int], keys: Keys
     ) -> Float[Tensor, "batch mask_channel height half_width"]:
         """Which frequencies each image keeps.
 
@@ -51,12 +48,7 @@ class Filter(nn.Module):
             1 = kept, 0 = hidden, for one or all channels; the same for both partners of a conjugate pair.
         """
 
-    def forward(
-        self,
-        images: Float[Tensor, "batch channel height width"],
-        keys: Int64[Tensor, " batch"] | None = None,
-        clamp: bool = False,
-    ) -> Filtered:
+    def forward(self, images: Images, keys: Keys | None = None, clamp: bool = False) -> Filtered:
         """Filters a batch.
 
         Args:
@@ -178,7 +170,7 @@ class OneOf(Filter):
         names = [getattr(filter, "name", "") or type(filter).__name__.lower() for filter in filters]
         self.names = [f"{name}{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
-    def draw(self, keys: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+    def draw(self, keys: Keys) -> Int64[Tensor, " batch"]:
         """Which filter each image gets.
 
         Returns:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import yaml
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask import __version__
@@ -34,7 +33,7 @@ from freqmask.interop.foreign_weights import mfm_encoder
 from freqmask.interop.formats import run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, decoder_of
 from freqmask.interop.weight_files import README, Pooled, write_timm_folder
-from freqmask.spectrum import Normalization
+from freqmask.spectrum import Images, Normalization
 from freqmask.training.auto import is_out_of_memory
 from freqmask.training.files import new_folder, read_rows, replace_atomically
 from freqmask.training.run_folder import RunFolder, save_atomically
@@ -61,7 +60,7 @@ class Exported(nn.Module):
         self.network, self.normalise = network, Normalization(len(mean), mean, std)
         self.pooled = pooled
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> tuple[Tensor, ...]:
+    def forward(self, images: Images) -> tuple[Tensor, ...]:
         """The network's outputs for images in [0, 1]."""
         outputs = self.network(self.normalise(images))
         if isinstance(outputs, Features):

@@ -22,6 +22,7 @@ from freqmask.errors import UserError
 from freqmask.interop.formats import OURS
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.weight_files import write_tensors
+from freqmask.spectrum import Images
 from freqmask.training.run_folder import write_text
 
 PLAIN, CENTERED, WHITENED = "plain", "centered", "whitened"
@@ -93,9 +94,7 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     return lengths.square() / len(rows), directions.T
 
 
-def features_by_name(
-    opened: OpenedModel, normalized: Float[Tensor, "batch channel height width"], parts: Sequence[str]
-) -> dict[str, Tensor]:
+def features_by_name(opened: OpenedModel, normalized: Images, parts: Sequence[str]) -> dict[str, Tensor]:
     """The features that a space takes, by name: of the end, and of blocks counted from 1."""
     end = opened.backbone(normalized)
     features = {"end/mean": end.pooled, "end/token": end.class_token}

@@ -45,7 +45,16 @@ from freqmask.interop.weights import check_public, load_method, run_state, under
 from freqmask.methods import MFM
 from freqmask.methods.mfm import band_edges
 from freqmask.rng import torch_seeded
-from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD, as_float, decibel, inside, pair_weights, rfft2
+from freqmask.spectrum import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Images,
+    as_float,
+    decibel,
+    inside,
+    pair_weights,
+    rfft2,
+)
 from freqmask.timm_models import check_name
 from freqmask.training.run_folder import RunFolder
 
@@ -87,16 +96,12 @@ class OpenedModel:
         """Tells weights (and running statistics) apart: 32 hexadecimal digits over every tensor."""
         return hash_weights(self.module)
 
-    def normalise(
-        self, images: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch channel height width"]:
+    def normalise(self, images: Images) -> Images:
         """Images in [0, 1] become what the backbone takes."""
         mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
         return (images - mean[:, None, None]) / std[:, None, None]
 
-    def stages(
-        self, normalized: Float[Tensor, "batch channel height width"], indices: Sequence[int] | None = None
-    ) -> list[Features]:
+    def stages(self, normalized: Images, indices: Sequence[int] | None = None) -> list[Features]:
         """What :func:`stage_features` says of its backbone."""
         return stage_features(self.backbone, normalized, indices)
 
@@ -246,9 +251,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
 
 
 def stage_features(
-    backbone: Backbone,
-    normalized: Float[Tensor, "batch channel height width"],
-    indices: Sequence[int] | None = None,
+    backbone: Backbone, normalized: Images, indices: Sequence[int] | None = None
 ) -> list[Features]:
     """The features of several stages in one pass, see :meth:`OpenedModel.stages`.
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, Features, height_and_width
@@ -15,7 +15,8 @@ from freqmask.errors import UserError
 from freqmask.heads import FeatureNorm
 from freqmask.methods.words import PartlySeen, at_places
 from freqmask.options.of_methods import DistillOptions
-from freqmask.spectrum import Normalization
+from freqmask.rng import Keys
+from freqmask.spectrum import Images, Normalization
 
 HIDDEN = 512  # width of the heads
 ENLARGED = 3  # a teacher's image has at most three times the student's side: more is time without new detail
@@ -74,10 +75,7 @@ class Distill(PartlySeen):
             self.token_norm = FeatureNorm(outputs, affine=False)
 
     def forward(
-        self,
-        views: Sequence[Float[Tensor, "batch channel height width"]],
-        keys: Int64[Tensor, " batch"] | None = None,
-        details: bool = False,
+        self, views: Sequence[Images], keys: Keys | None = None, details: bool = False
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss of one view of each image and, detached, its three parts, see :class:`Method`."""
         (images,), keys = self.checked(views, keys)
@@ -150,7 +148,7 @@ class Teacher(nn.Module):
         return {} if destination is None else destination
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Features:
+    def forward(self, images: Images) -> Features:
         """What it says of images in [0, 1]."""
         if images.shape[-2:] != self.size:
             smaller = min(self.size) < min(images.shape[-2:])

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, Features
@@ -20,8 +20,8 @@ from freqmask.losses import SpectrumLoss, sum_over_processes
 from freqmask.methods.method import Method
 from freqmask.methods.mfm import masking_filter, reconstruction_health
 from freqmask.options.of_methods import FOLKOptions
-from freqmask.rng import combine
-from freqmask.spectrum import single_or_double
+from freqmask.rng import Keys, combine
+from freqmask.spectrum import Images, single_or_double
 from freqmask.training.optim import cosine_momentum, update_ema
 
 # A step count is known to the trainer only; DINO's first epoch is about this share of its published runs.
@@ -90,10 +90,7 @@ class FOLK(Method):
             )
 
     def forward(
-        self,
-        views: Sequence[Float[Tensor, "batch channel height width"]],
-        keys: Int64[Tensor, " batch"] | None = None,
-        details: bool = False,
+        self, views: Sequence[Images], keys: Keys | None = None, details: bool = False
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss of two views of each image, with its parts ``reconstruction`` and ``distillation``."""
         views, keys = self.checked(views, keys)
@@ -129,7 +126,7 @@ class FOLK(Method):
         return parts
 
     @torch.no_grad()
-    def teach(self, originals: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch outputs"]:
+    def teach(self, originals: Images) -> Float[Tensor, "batch outputs"]:
         """The teacher's outputs for unfiltered views in [0, 1]: cosines, before temperature and center."""
         return self.teacher_head(self.distilled(self.teacher(self.normalise(originals))))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, ImageSize, eval_no_grad, height_and_width
@@ -16,8 +16,8 @@ from freqmask.filters import Filter, Filtered
 from freqmask.heads import ReconstructionHead
 from freqmask.options import options_of, read_group, signature
 from freqmask.options.of_methods import BackboneOptions
-from freqmask.rng import batch_keys
-from freqmask.spectrum import Normalization, irfft2, rfft2
+from freqmask.rng import Keys, batch_keys
+from freqmask.spectrum import Images, Normalization, irfft2, rfft2
 
 
 class Method(nn.Module):
@@ -94,10 +94,7 @@ class Method(nn.Module):
 
     @abstractmethod
     def forward(
-        self,
-        views: Sequence[Float[Tensor, "batch channel height width"]],
-        keys: Int64[Tensor, " batch"] | None = None,
-        details: bool = False,
+        self, views: Sequence[Images], keys: Keys | None = None, details: bool = False
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss of a batch.
 
@@ -110,25 +107,19 @@ class Method(nn.Module):
             ``"loss"`` and its parts, detached.
         """
 
-    def corrupt(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
-    ) -> Filtered:
+    def corrupt(self, images: Images, keys: Keys) -> Filtered:
         """What the network sees, x~ = clamp(Re F^-1(F(x) keep), 0, 1), and keep (docs/methods.md, MFM)."""
         filtered: Filtered = self.filter(images, keys, clamp=self.clamp)
         return filtered
 
-    def predict(
-        self, filtered: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch channel height width"]:
+    def predict(self, filtered: Images) -> Images:
         """The normalized image that the exported backbone and the decoder make of a filtered one in [0, 1]."""
         feature_map = getattr(self, self.default_backbone)(self.normalise(filtered)).feature_map
         prediction: Tensor = self.decoder(feature_map, (filtered.shape[-2], filtered.shape[-1]))
         return prediction
 
     @torch.no_grad()
-    def reconstruct(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"] | None = None
-    ) -> dict[str, Tensor]:
+    def reconstruct(self, images: Images, keys: Keys | None = None) -> dict[str, Tensor]:
         """What the method makes of images, all in image space, for pictures.
 
         Args:
@@ -173,9 +164,7 @@ class Method(nn.Module):
             step: the optimizer step that was made, from 0.
         """
 
-    def checked(
-        self, views: Sequence[Tensor], keys: Int64[Tensor, " batch"] | None
-    ) -> tuple[Sequence[Tensor], Int64[Tensor, " batch"]]:
+    def checked(self, views: Sequence[Tensor], keys: Keys | None) -> tuple[Sequence[Tensor], Keys]:
         """The views and the keys, fresh ones where none are given.
 
         Returns:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from freqmask.backbones import Backbone, height_and_width
@@ -20,8 +20,8 @@ from freqmask.losses import SpectrumLoss, spectrum_distance
 from freqmask.methods.method import Method
 from freqmask.options import as_typed
 from freqmask.options.of_methods import MaskingOptions, MFMOptions
-from freqmask.rng import combine
-from freqmask.spectrum import REFERENCE_SIDE, bin_weights, constant, frequency_radius
+from freqmask.rng import Keys, combine
+from freqmask.spectrum import REFERENCE_SIDE, Images, bin_weights, constant, frequency_radius
 
 
 class MFM(Method):
@@ -48,10 +48,7 @@ class MFM(Method):
         self.decoder = self.make_decoder()
 
     def forward(
-        self,
-        views: Sequence[Float[Tensor, "batch channel height width"]],
-        keys: Int64[Tensor, " batch"] | None = None,
-        details: bool = False,
+        self, views: Sequence[Images], keys: Keys | None = None, details: bool = False
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss of one view of each image, see :class:`Method`."""
         (images,), keys = self.checked(views, keys)
@@ -113,11 +110,11 @@ def _refuse_unused(options: MaskingOptions) -> None:
 @torch.no_grad()
 def reconstruction_health(
     loss: SpectrumLoss,
-    prediction: Float[Tensor, "batch channel height width"],
-    target: Float[Tensor, "batch channel height width"],
+    prediction: Images,
+    target: Images,
     keep: Float[Tensor, "batch mask_channel height half_width"] | None,
     filter: Filter | None = None,
-    keys: Int64[Tensor, " batch"] | None = None,
+    keys: Keys | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The loss over that of a zero prediction: overall, per filter drawn, per band of radii.
 

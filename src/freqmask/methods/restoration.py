@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from freqmask.backbones import Backbone
@@ -21,7 +21,8 @@ from freqmask.options.of_methods import (
     RestorationOptions,
     SuperResolutionOptions,
 )
-from freqmask.rng import combine
+from freqmask.rng import Keys, combine
+from freqmask.spectrum import Images
 
 
 class Restoration(Method):
@@ -45,10 +46,7 @@ class Restoration(Method):
         """What is done to an image, by the options of the task."""
 
     def forward(
-        self,
-        views: Sequence[Float[Tensor, "batch channel height width"]],
-        keys: Int64[Tensor, " batch"] | None = None,
-        details: bool = False,
+        self, views: Sequence[Images], keys: Keys | None = None, details: bool = False
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss of one view of each image, see :class:`Method`."""
         (images,), keys = self.checked(views, keys)
@@ -59,9 +57,7 @@ class Restoration(Method):
             parts |= reconstruction_health(self.loss, prediction, target, None)
         return parts
 
-    def corrupt(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
-    ) -> Filtered:
+    def corrupt(self, images: Images, keys: Keys) -> Filtered:
         """The degraded images; keep is 0: no frequency is given."""
         batch, _, height, width = images.shape
         return Filtered(self.degradation(images, keys), images.new_zeros(batch, 1, height, width // 2 + 1))

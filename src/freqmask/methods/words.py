@@ -18,7 +18,8 @@ from freqmask.filters import Filter, Filtered, build_filter
 from freqmask.heads import FeatureNorm
 from freqmask.methods.method import Method
 from freqmask.options.of_methods import PartlySeenOptions, WordsOptions
-from freqmask.rng import combine, uniform
+from freqmask.rng import Keys, combine, uniform
+from freqmask.spectrum import Images
 
 # Of words alone; filters by themselves, and MFM and FOLK, have DEFAULT_RADIUS_AT_224 of filters/fixed.py.
 RADIUS_SHARE = 4  # the low-pass keeps a quarter of the shorter side: milder filters cost nothing, docs/log.md
@@ -59,16 +60,14 @@ class PartlySeen(Method):
     def add_heads(self, options: Any) -> None:
         """What the features are asked through, by the options; ``settings`` gets what was ``auto`` among them."""
 
-    def hidden(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
-    ) -> Filtered:
+    def hidden(self, images: Images, keys: Keys) -> Filtered:
         """The images, frequencies of some of them hidden, and keep (1 throughout for the others)."""
         filtered = self.filter(images, keys, clamp=True)
         chosen = (uniform(keys, "filtered", (1,)) < self.filter_share).view(-1, 1, 1, 1)
         return Filtered(torch.where(chosen, filtered.images, images), torch.where(chosen, filtered.keep, 1.0))
 
     def see(
-        self, images: Float[Tensor, "batch channel height width"], keys: Int64[Tensor, " batch"]
+        self, images: Images, keys: Keys
     ) -> tuple[Float[Tensor, "batch cell dim"], Int64[Tensor, "batch cell"] | None]:
         """Features of the cells that the backbone is given of x~, and their places; None: all, in order.
 
@@ -89,7 +88,7 @@ class PartlySeen(Method):
         self,
         cells: Float[Tensor, "batch cell dim"],
         places: Int64[Tensor, "batch cell"] | None,
-        images: Float[Tensor, "batch channel height width"],
+        images: Images,
     ) -> Float[Tensor, ""]:
         """How far the decoder's pixels are from the cells' own in the whole images, normalized."""
         convolution: Any = self.decoder[0]
@@ -165,10 +164,7 @@ class Words(PartlySeen):
         self.head = nn.Linear(self.backbone.feature_dim, options.words * options.word_grid**2)
 
     def forward(
-        self,
-        views: Sequence[Float[Tensor, "batch channel height width"]],
-        keys: Int64[Tensor, " batch"] | None = None,
-        details: bool = False,
+        self, views: Sequence[Images], keys: Keys | None = None, details: bool = False
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss of one view of each image with its parts ``word_loss`` and ``picture_loss``, see :class:`Method`."""
         (images,), keys = self.checked(views, keys)
@@ -220,7 +216,7 @@ class VisualWords(nn.Module):
         self._found = False  # the buffer's value once it was True: a look at it makes a GPU wait
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch numbers"]:
+    def forward(self, images: Images) -> Float[Tensor, "batch numbers"]:
         """Standardized counts (B, K grid^2) of images in [0, 1]; the first batch also finds the words."""
         with torch.autocast(images.device.type, enabled=False):
             images = self._reduced(images.float())
@@ -232,7 +228,7 @@ class VisualWords(nn.Module):
             return ((cells - self.mean[:, None, None]) * self.scale[:, None, None]).flatten(1)
 
     @torch.no_grad()
-    def find(self, images: Float[Tensor, "batch channel height width"]) -> None:
+    def find(self, images: Images) -> None:
         """Find whitening, words and scale in some images, the same on every process; blank ones have none."""
         patches = _some_patches(images, FITTED_ON)
         variance, mean = torch.var_mean(patches, dim=1, keepdim=True, correction=0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -23,8 +23,8 @@ from freqmask.console import plain, plain_name, say
 from freqmask.data.decode import open_file
 from freqmask.data.image_folder import named_image
 from freqmask.errors import UserError
-from freqmask.rng import combine
-from freqmask.spectrum import as_float, full_spectrum, log_magnitude, pair_weights, power, psnr, rfft2
+from freqmask.rng import Keys, combine
+from freqmask.spectrum import Images, as_float, full_spectrum, log_magnitude, pair_weights, power, psnr, rfft2
 from freqmask.training.files import replace_atomically
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Palette:
     spread: float  # how far from the center an image may go, in image units
 
     @classmethod
-    def of(cls, images: Float[Tensor, "batch channel height width"]) -> Palette:
+    def of(cls, images: Images) -> Palette:
         """The palette for images like these, in [0, 1]."""
         channels = images.shape[1]
         if channels <= 3:
@@ -231,7 +231,7 @@ _COLUMNS = (
 
 
 @torch.no_grad()
-def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Int64[Tensor, " batch"]) -> Path:
+def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Keys) -> Path:
     """Draws eight inputs as the method sees them into a PNG: the view, what is left of it, what its spectrum keeps.
 
     Args:
@@ -288,7 +288,7 @@ def draw_preview(path: str | Path, reconstruction: Mapping[str, Tensor], title: 
     return save_sheet(figure, path)
 
 
-def filter_names(method: Any, keys: Int64[Tensor, " batch"]) -> list[str]:
+def filter_names(method: Any, keys: Keys) -> list[str]:
     """What is done to each image: the name of its filter or degradation, empty where there is neither."""
     mixture = getattr(method, "filter", None)
     if mixture is None:

@@ -20,7 +20,7 @@ from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.methods import build_method
 from freqmask.pretraining.figures import draw_preview, filter_names
-from freqmask.spectrum import as_float
+from freqmask.spectrum import Images, as_float
 from freqmask.training.callbacks import Measurement
 from freqmask.training.run_folder import RunFolder
 
@@ -208,7 +208,7 @@ class Probe(Measurement):
         return torch.cat(features), torch.cat(labels)
 
 
-def pixels_of(images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch dim"]:
+def pixels_of(images: Images) -> Float[Tensor, "batch dim"]:
     """Raw pixels as features, centered, images made smaller where they have more than 32 a side."""
     sides = [min(PIXEL_SIDE, side) for side in images.shape[-2:]]
     small = torch.nn.functional.interpolate(images, size=sides, mode="bilinear", antialias=True)
