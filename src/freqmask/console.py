@@ -27,6 +27,7 @@ _LOUD = (
 _UNSHOWN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
+_SHOWN_SKIPPED = 3  # images that cannot be read, by their names
 LINES_A_RUN = 20  # lines of a run without a terminal
 MOST_PATHS = 8  # in a command that is printed
 
@@ -68,6 +69,26 @@ def plain_name(name: str) -> str:
     'two\\nlines'
     """
     return plain(name).replace("\n", "\\n")
+
+
+def say_left_out(
+    skipped: Sequence[tuple[str, str]], first: str = "left out    ", more: str = "left out    "
+) -> None:
+    """Names the first images, (name, reason), that could not be read, and how many more there are."""
+    for name, reason in skipped[:_SHOWN_SKIPPED]:
+        say(f"{first}{plain_name(name)}: {reason}")
+    if len(skipped) > _SHOWN_SKIPPED:
+        say(f"{more}... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """A name for a figure: of a long path its end, or the figure would be all labels.
+
+    >>> shortened("runs/a-very-long-folder/of-runs/mfm-1", 12)
+    '...uns/mfm-1'
+    """
+    name = plain_name(name)  # a font draws no control characters
+    return name if len(name) <= most else "..." + name[3 - most :]
 
 
 def shell_word(word: object) -> str:

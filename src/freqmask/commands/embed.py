@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from freqmask.commands.command import command, running_options
-from freqmask.console import say
+from freqmask.console import say, say_left_out
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.interop.formats import check_model
@@ -71,7 +71,6 @@ def embed(
             compute_parts,
             open_images,
             plan_parts,
-            say_left_out,
         )
         from freqmask.evaluation.features import ComputeConfig
         from freqmask.interop.feature_files import join_parts, task_of
@@ -97,7 +96,7 @@ def embed(
         compute_parts(task, source, parts, compute)
         rows, skipped = join_parts(parts, task.grid if patches else None)
         say(f"embeddings  {path}: {rows:,} of {len(source):,} images, {opened.name}")
-        say_left_out(skipped)
+        say_left_out(skipped, "            left out: ", "            ")
     if neighbours:
         from freqmask.commands.sheets import draw_neighbors
 

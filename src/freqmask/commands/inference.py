@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from freqmask.console import Progress, plain_name, say
+from freqmask.console import Progress, say, say_left_out
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.pixels import Pages, missing_pixels
 from freqmask.data.source import Source
@@ -35,7 +35,6 @@ from freqmask.training.files import new_folder, open_table, replace_atomically
 from freqmask.training.run_folder import RunFolder
 from freqmask.training.worker_pool import DiedError
 
-_SHOWN_SKIPPED = 3
 _MOST_COLUMNS = 50  # classes whose probabilities all stand in the table
 
 
@@ -230,7 +229,7 @@ def write_classes(task: Classification, source: Source, path: Path, config: Comp
 
     replace_atomically(path, write)
     parts.remove()
-    say_left_out(skipped)
+    say_left_out(skipped, "            left out: ", "            ")
     return written
 
 
@@ -330,7 +329,7 @@ def write_masks(
             target = folder / _mask_name(name, index, folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(labels[classes]).save(target)
-    say_left_out(skipped)
+    say_left_out(skipped, "            left out: ", "            ")
     return len(source) - len(skipped)
 
 
@@ -349,14 +348,6 @@ def open_images(data: Sequence[str], pages: Pages, split: str, labels: str | Non
     for note in source.summary().notes:
         say(f"note: {note}")
     return source
-
-
-def say_left_out(skipped: Sequence[tuple[str, str]]) -> None:
-    """Names the first images that could not be read, and how many more there are."""
-    for name, reason in skipped[:_SHOWN_SKIPPED]:
-        say(f"            left out: {plain_name(name)}: {reason}")
-    if len(skipped) > _SHOWN_SKIPPED:
-        say(f"            ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
 
 
 def checked_blocks(blocks: list[int] | None, opened: OpenedModel, path: Path) -> tuple[int, ...]:

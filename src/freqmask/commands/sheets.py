@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqmask.console import plain_name
+from freqmask.console import shortened
 from freqmask.data.source import Source
 from freqmask.interop.feature_files import nearest_neighbors
 from freqmask.interop.models import Band, OpenedModel, still_images
@@ -65,7 +65,7 @@ def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int
             if index < 0:
                 continue
             colors, _ = palette.show(images[index])
-            heading = _short(source.name(index))
+            heading = shortened(source.name(index), _LONGEST_NAME)
             if column:
                 label = source.label(index)
                 name = (
@@ -88,7 +88,12 @@ def draw_reconstructions(
     figure, axes = new_sheet(len(pictures), len(_COLUMNS), height / width, f"{title}   (dB: PSNR)", cell=1.65)
     for row, (name, done, tensors) in enumerate(pictures):
         shown = {key: value[0].detach().float().cpu() for key, value in tensors.items() if key != "keep"}
-        _draw_row(axes[row], shown, (_short(name), done), _COLUMNS if row == 0 else ("",) * len(_COLUMNS))
+        _draw_row(
+            axes[row],
+            shown,
+            (shortened(name, _LONGEST_NAME), done),
+            _COLUMNS if row == 0 else ("",) * len(_COLUMNS),
+        )
     return save_sheet(figure, path)
 
 
@@ -111,11 +116,6 @@ def _draw_row(
 def _similarity(score: float) -> str:
     """Two digits, four where nearly all are alike: a column of 1.00 tells nothing."""
     return f"{score:.2f}" if score < 0.99 else f"{score:.4f}"
-
-
-def _short(name: str) -> str:
-    plain = plain_name(name)
-    return plain if len(plain) <= _LONGEST_NAME else "..." + plain[-(_LONGEST_NAME - 3) :]
 
 
 def turns(method: Any, file: str, seed: int) -> list[tuple[str, Tensor]]:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from freqmask.console import shortened
 from freqmask.data.loader import ChosenSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.errors import UserError
@@ -43,7 +44,6 @@ from freqmask.evaluation.results import (
     aligned,
     plain_texts,
     save_figure,
-    shortened,
 )
 from freqmask.filters import BandPass, HighPass, LowPass
 from freqmask.filters.filter import Filter

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.backbones import cells, few_tokens_attention
-from freqmask.console import LINES_A_RUN, rank, readable_time, say
+from freqmask.console import LINES_A_RUN, rank, readable_time, say, say_left_out
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.source import Source, Subset
 from freqmask.data.transforms import Geometry
@@ -45,7 +45,7 @@ from freqmask.evaluation.finetune_plan import (
     say_short_plan,
 )
 from freqmask.evaluation.labelled import LabelledData, draw_shots, held_out_parts, shot_name
-from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
+from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
     AUTO,
@@ -371,7 +371,7 @@ def predict_images(
     )
     model.prepare(source, config.compute.device)
     table = compute_features(model, source, "end", config.compute)
-    say_skipped(table.skipped)
+    say_left_out(table.skipped)
     logits = table.values[LOGITS][table.read]
     broken = not_finite(logits)
     error = f"the logits of {broken:,} images are not finite; no result" if broken else ""

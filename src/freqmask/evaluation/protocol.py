@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from freqmask import __version__
-from freqmask.console import plain_name, rank, say
+from freqmask.console import rank, say, say_left_out
 from freqmask.data.source import Subset
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
@@ -57,7 +57,6 @@ _IDENTITY = {
     *("protocol", "model", "variant", "seed", "data", "split", "data_fingerprint"),
     *("command", "freqmask", "torch"),
 }
-_SHOWN_SKIPPED = 3
 Predict = Callable[[dict[str, np.ndarray]], np.ndarray]  # features of images by name -> their classes
 LONG = 5.0  # seconds after which silence seems a standstill
 
@@ -382,17 +381,9 @@ def prepare_context(model: EvalModel, data: LabelledData, compute: ComputeConfig
     model.prepare(Subset(data.source, images), compute.device)
     context = EvalContext(model, data, compute)
     table = context.table("end")
-    say_skipped(table.skipped)
+    say_left_out(table.skipped)
     context.data = data.without(set(np.flatnonzero(~table.read).tolist()))
     return context
-
-
-def say_skipped(skipped: Sequence[tuple[str, str]]) -> None:
-    """Which images are left out; the first of them with the reason."""
-    for name, reason in skipped[:_SHOWN_SKIPPED]:
-        say(f"left out    {plain_name(name)}: {reason}")
-    if len(skipped) > _SHOWN_SKIPPED:
-        say(f"left out    ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
 
 
 def metadata_of(predictions: Sequence[Any]) -> dict[str, Any]:

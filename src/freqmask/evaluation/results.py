@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
 
-from freqmask.console import plain_name
+from freqmask.console import plain_name, shortened
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.training.files import replace_atomically, write_rows
 
@@ -438,16 +438,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def shortened(name: str, most: int = 24) -> str:
-    """A name for a figure: of a long path its end, or the figure would be all labels.
-
-    >>> shortened("runs/a-very-long-folder/of-runs/mfm-1", 12)
-    '...uns/mfm-1'
-    """
-    name = plain_name(name)  # a font draws no control characters
-    return name if len(name) <= most else "..." + name[3 - most :]
 
 
 def save_figure(figure: Any, path: Path) -> None:

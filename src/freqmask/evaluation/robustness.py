@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from freqmask.console import say
+from freqmask.console import say, shortened
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
@@ -43,7 +43,6 @@ from freqmask.evaluation.results import (
     draw_bars,
     plain_texts,
     save_figure,
-    shortened,
 )
 
 COLUMNS = CLEAN, CORRUPTED, IMAGENET_C = "clean", "corrupted", "imagenet-c"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.models import get_model_args
 
 from freqmask.backbones import Backbone
-from freqmask.console import rank, readable_time, say, silence_third_party_loggers
+from freqmask.console import rank, readable_time, say, say_left_out, shortened, silence_third_party_loggers
 from freqmask.data.loader import OrderedSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
@@ -28,7 +28,7 @@ from freqmask.evaluation.eval_model import BackboneModel, EvalModel, open_eval_m
 from freqmask.evaluation.features import ComputeConfig
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
 from freqmask.evaluation.mask_files import PairDataset, RandomCrop
-from freqmask.evaluation.protocol import EvalConfig, Protocol, say_skipped
+from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import (
     Result,
     ResultTable,
@@ -36,7 +36,6 @@ from freqmask.evaluation.results import (
     image_margins,
     plain_texts,
     save_figure,
-    shortened,
 )
 from freqmask.evaluation.trainings import (
     AUTO,
@@ -284,7 +283,7 @@ def predict(
                 pixels = F.interpolate(as_float(image)[None], size=truth.shape, mode="bilinear")
                 overlays[asked] = Overlay(data.test.name(asked), pixels[0].cpu().numpy(), truth)
             overlays[asked].predicted[name] = predicted
-    say_skipped(list(skipped.items()))
+    say_left_out(list(skipped.items()))
     if not images:
         raise UserError("not one of the test images can be read; check DATA")
     say(
