@@ -17,7 +17,6 @@ from typing import Literal
 
 import imagecodecs
 import numpy as np
-from jaxtyping import Shaped
 from PIL import Image, UnidentifiedImageError
 
 from freqmask.data.pixels import (
@@ -29,6 +28,7 @@ from freqmask.data.pixels import (
     Orientation,
     Pages,
     Picture,
+    Pixels,
     as_bad_image,
     as_kept_type,
     check_box,
@@ -217,9 +217,7 @@ class CodedPicture(Picture):
         self._data = data
         self._orientation = UPRIGHT
 
-    def decode(
-        self, box: Box | None = None, at_least: tuple[int, int] | None = None
-    ) -> Shaped[np.ndarray, "channel height width"]:
+    def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
         wanted = self._orientation.shown_size(at_least) if at_least else None
         with as_bad_image("it is truncated or damaged"), quiet_pillow:

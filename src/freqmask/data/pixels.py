@@ -17,6 +17,7 @@ from freqmask.spectrum import LUMA
 Pages = Literal["channels", "images"]  # what the pages of a TIFF are: channels of one image, or images
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in full-resolution pixels, after EXIF rotation."""
+Pixels = Shaped[np.ndarray, "channel height width"]
 
 KEPT_TYPES = ("uint8", "uint16", "int16", "float32")
 # The limit on samples of one image: 30,000×10,000 RGB, or 8,600×8,600 with 12 bands.
@@ -45,9 +46,7 @@ class Picture(ABC):
     nodata: float | None = None  # the value that stands for "not measured" in the file (GeoTIFF)
 
     @abstractmethod
-    def decode(
-        self, box: Box | None = None, at_least: tuple[int, int] | None = None
-    ) -> Shaped[np.ndarray, "channel height width"]:
+    def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         """The pixels of a part of the image.
 
         Args:
@@ -148,9 +147,7 @@ class ArrayPicture(Picture):
         axis = channel_axis(self.array.shape) if self.axis is None else self.axis
         return self.array if axis == 0 else self.array.transpose(2, 0, 1)
 
-    def decode(
-        self, box: Box | None = None, at_least: tuple[int, int] | None = None
-    ) -> Shaped[np.ndarray, "channel height width"]:
+    def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         top, left, height, width = check_box(box, self.size)
         part = as_kept_type(self._planes()[:, top : top + height, left : left + width])
         if (height, width) == self.size:  # of a window alone nothing follows, and the rest need not be read
@@ -250,9 +247,7 @@ class Color:
         value = (self.top or 0) - value if self.negative else value
         return value * 255 / (self.top or 255) if self.stretch else value
 
-    def apply(
-        self, samples: Shaped[np.ndarray, "sample height width"]
-    ) -> Shaped[np.ndarray, "channel height width"]:
+    def apply(self, samples: Shaped[np.ndarray, "sample height width"]) -> Pixels:
         """Samples as stored to gray, RGB or bands; of the same type, except that palettes and few bits give 8."""
         if self.model == "bands":
             return samples[: self.channels]
@@ -312,9 +307,7 @@ def convert_channels(
     return gray.astype(image.dtype) if image.dtype.kind == "f" else np.rint(gray).astype(image.dtype)
 
 
-def missing_pixels(
-    image: Shaped[np.ndarray, "channel height width"], nodata: float | None
-) -> Shaped[np.ndarray, "channel height width"] | None:
+def missing_pixels(image: Pixels, nodata: float | None) -> Pixels | None:
     """Where nothing was measured: NaN, infinite, or the file's nodata value; None, at no cost, where nothing can be."""
     missing = ~np.isfinite(image) if image.dtype.kind == "f" else None
     if nodata is None or np.isnan(nodata):
@@ -324,7 +317,7 @@ def missing_pixels(
     return marked if missing is None else missing | marked
 
 
-def is_empty(image: Shaped[np.ndarray, "channel height width"], missing: np.ndarray | None) -> str | None:
+def is_empty(image: Pixels, missing: np.ndarray | None) -> str | None:
     """Why an image holds nothing to learn from: more than nine tenths ``missing``, or one constant value; or None."""
     if missing is not None and missing.any():
         share = float(missing.mean())
@@ -336,9 +329,7 @@ def is_empty(image: Shaped[np.ndarray, "channel height width"], missing: np.ndar
     return None
 
 
-def fill_missing(
-    image: Shaped[np.ndarray, "channel height width"], missing: np.ndarray | None
-) -> Shaped[np.ndarray, "channel height width"]:
+def fill_missing(image: Pixels, missing: np.ndarray | None) -> Pixels:
     """Put the channel's mean where values are ``missing``; a channel without any value gets the image's mean.
 
     The image itself where nothing is missing, else a filled copy of the same type; a BadImage where all is.

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from freqmask.data.cache import hash_of, replacing
 from freqmask.data.loader import as_it_is, block_shuffle, make_loader
-from freqmask.data.pixels import Pages, Picture, as_bad_image, fill_missing, missing_pixels
+from freqmask.data.pixels import Pages, Picture, Pixels, as_bad_image, fill_missing, missing_pixels
 from freqmask.data.shards import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
 from freqmask.data.source import JoinedSource, Source, some_images
 from freqmask.data.sources import open_source, splits_there
@@ -450,7 +450,7 @@ def reduced_size(size: tuple[int, int], shorter_side: int | None) -> tuple[int, 
 
 
 def reduced(
-    pixels: Shaped[np.ndarray, "channel height width"], size: tuple[int, int], nodata: float | None
+    pixels: Pixels, size: tuple[int, int], nodata: float | None
 ) -> Shaped[np.ndarray, "channel new_height new_width"]:
     """An image brought to (height, width) with our antialiased bicubic, in its own type and range.
 

@@ -23,6 +23,7 @@ from freqmask.data.pixels import (
     Orientation,
     Pages,
     Picture,
+    Pixels,
     as_bad_image,
     as_kept_type,
     check_box,
@@ -180,9 +181,7 @@ class TiffPicture(Picture):
         pages = planes // self._colors[0].samples
         return pages * self._colors[0].channels // (1 if self._image is None else self._layout.images)
 
-    def decode(
-        self, box: Box | None = None, at_least: tuple[int, int] | None = None
-    ) -> Shaped[np.ndarray, "channel height width"]:
+    def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
         with (
             as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)),

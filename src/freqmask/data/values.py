@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from freqmask.data.pixels import (
+    Pixels,
     as_bad_image,
     check_channels,
     convert_channels,
@@ -88,9 +89,7 @@ class ValueRange:
                 return low, high
         return _full_range(dtype)
 
-    def apply(
-        self, image: Shaped[np.ndarray, "channel height width"]
-    ) -> Shaped[np.ndarray, "channel height width"]:
+    def apply(self, image: Pixels) -> Pixels:
         """Map an image of any type, without missing values, to float32 in [0, 1], clamped.
 
         An 8-bit image with its full range stays uint8, 0 to 255, because the device divides it faster than a worker.

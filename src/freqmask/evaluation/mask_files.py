@@ -25,6 +25,7 @@ from freqmask.data.pixels import (
     Orientation,
     Pages,
     Picture,
+    Pixels,
     as_bad_image,
     missing_pixels,
     orientation_of,
@@ -241,9 +242,7 @@ class PairedPicture(Picture):
         self.size, self.channels = self.picture.size, self.picture.channels
         self.dtype, self.nodata = self.picture.dtype, self.picture.nodata
 
-    def decode(
-        self, box: Box | None = None, at_least: tuple[int, int] | None = None
-    ) -> Shaped[np.ndarray, "channel height width"]:
+    def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         return self.picture.decode(box, at_least)
 
     def mask(self) -> Int32[np.ndarray, "height width"]:

@@ -152,7 +152,10 @@ class Monitor(L.Callback):
         module.want_details = self._is_logged(trainer, trainer.global_step + 1)
 
     def _write_row(self, trainer: L.Trainer, module: Any, step: int) -> None:
-        means = self._means(trainer, module)
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name].to(module.device) for name in names])
+        values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
+        means = {name: value / self._counts[name] for name, value in zip(names, values.tolist(), strict=True)}
         if not math.isfinite(means["loss"]):
             raise NotFiniteError(step - 1)
         now = time.perf_counter()
@@ -173,12 +176,6 @@ class Monitor(L.Callback):
             logger.log_metrics(row, step=step)
         self._warn_of_collapse(step)
         self._parts, self._waited, self._row_began, self._steps_at_row = 0, 0.0, now, step
-
-    def _means(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
-        names = sorted(self._sums)
-        values = torch.stack([self._sums[name].to(module.device) for name in names])
-        values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
-        return {name: value / self._counts[name] for name, value in zip(names, values.tolist(), strict=True)}
 
     def _warn_of_collapse(self, step: int) -> None:
         number = self.latest.get("collapse")
