@@ -38,7 +38,7 @@ PARTS = {  # what is timed: module and name; each includes no other
     "measuring an image": ("freqmask.training.auto", "measure_cost"),
     "plan.png": ("freqmask.pretraining.job", "_draw_plan"),
     "Trainer": ("freqmask.training.loop", "make_trainer"),
-    "probe": ("freqmask.training.callbacks", "Measurement.on_period"),
+    "probe": ("freqmask.training.callbacks", "Measurement.on_train_batch_end"),
 }
 
 

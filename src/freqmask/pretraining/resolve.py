@@ -37,7 +37,7 @@ from freqmask.options.of_methods import (
 from freqmask.pretraining.cache_on_device import choose_place
 from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.training import auto
-from freqmask.training.optim import BASE_WARMUP_LR, OptimConfig, scaled_lr
+from freqmask.training.optim import BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
 
 SHARDED = ("fsdp", "model_parallel")  # strategies that spread weights over the devices
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
@@ -407,7 +407,8 @@ def _resolve_learning_rates(resolved: Resolved) -> None:
     weights = sum(parameter.nelement() for parameter in backbone.parameters())
     tiny_lr = getattr(resolved.method, "tiny_lr", Method.tiny_lr)
     resolved.take("lr", *auto.choose_lr(batch, weights, tiny_lr, trained=bool(options["init"])))
-    resolved.take("min_lr", *auto.choose_min_lr(batch, options["lr"]))
+    least = min(scaled_lr(BASE_MIN_LR, batch), options["lr"])
+    resolved.take("min_lr", least, "2.5e-6 x batch/512")
 
 
 def make_geometries(options: Mapping[str, Any], views: int) -> list[Geometry]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from freqmask.errors import UserError, nearest
-from freqmask.training.optim import BASE_LR, BASE_MIN_LR, scaled_lr
+from freqmask.training.optim import BASE_LR, scaled_lr
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
 ENOUGH_STEPS, SMALL_BATCH = 5_000, 64
@@ -238,11 +238,6 @@ def choose_lr(batch_size: int, weights: int, tiny_lr: tuple[float, int], trained
     if trained:
         return Choice(rate / 4, f"a quarter of {why}, since the weights are trained already")
     return Choice(rate, why)
-
-
-def choose_min_lr(batch_size: int, lr: float) -> Choice:
-    """The learning rate of the last step."""
-    return Choice(min(scaled_lr(BASE_MIN_LR, batch_size), lr), "2.5e-6 x batch/512")
 
 
 def choose_epochs(images: int, batch_size: int) -> Choice:

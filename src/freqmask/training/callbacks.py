@@ -42,29 +42,8 @@ class NotFiniteError(UserError):
         super().__init__(f"the loss is no longer finite at step {step + 1}")
 
 
-class PeriodicCallback(L.Callback, ABC):
-    """Calls :meth:`on_period` every so many optimizer steps (0: never), and at the end."""
-
-    def __init__(self, every_steps: int) -> None:
-        self.every_steps = every_steps
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look, where it is time."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        if step == trainer.max_steps or (self.every_steps and step % self.every_steps == 0):
-            self.on_period(trainer, module, step)
-
-    @abstractmethod
-    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
-        """What is done; called by every process."""
-
-
 def periods(steps: int, every_steps: int) -> int:
-    """How often a :class:`PeriodicCallback` is called in a training."""
+    """How often a :class:`Measurement` is made in a training."""
     return math.ceil(steps / (every_steps or steps))
 
 
@@ -188,8 +167,8 @@ class Monitor(L.Callback):
         )
 
 
-class Measurement(PeriodicCallback):
-    """Measures now and then, and writes the numbers into the metrics.
+class Measurement(L.Callback, ABC):
+    """Measures now and then and at the end, and writes the numbers into the metrics.
 
     Nothing of it reaches the training: modes are put back, no generator is moved (a loader draws its seed from
     torch's), and its time is left out of the speed.
@@ -201,11 +180,16 @@ class Measurement(PeriodicCallback):
     """
 
     def __init__(self, monitor: Monitor, every_steps: int, batch_size: int) -> None:
-        super().__init__(every_steps)
-        self.monitor, self.batch_size = monitor, batch_size
+        self.monitor, self.every_steps, self.batch_size = monitor, every_steps, batch_size
 
-    def on_period(self, trainer: L.Trainer, module: Any, step: int) -> None:
-        """Measure in every process, and record what the first one has measured."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Where it is time, measure in every process, and record what the first one has measured."""
+        step = trainer.global_step
+        is_due = step == trainer.max_steps or (self.every_steps and step % self.every_steps == 0)
+        if not is_due or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         began = time.perf_counter()
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), eval_no_grad(module):
