@@ -18,7 +18,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freqmask.errors import UserError
-from freqmask.spectrum import Images
 
 Keys = Int64[Tensor, " batch"]  # one an image: all of its random numbers come from it
 
@@ -141,7 +140,7 @@ def fresh_keys(count: int, device: torch.device | str | None = None) -> Keys:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (count,), dtype=torch.int64, device=device)
 
 
-def batch_keys(images: Images, keys: Keys | None) -> Keys:
+def batch_keys(images: Float[Tensor, "batch channel height width"], keys: Keys | None) -> Keys:
     """The keys of a batch, one an image, fresh ones where none are given.
 
     Raises:
