@@ -29,7 +29,7 @@ def write_classes(root: Path, count: int = 10) -> Path:
 
 
 def parting(tmp_path: Path, **options: object) -> SplitConfig:
-    return SplitConfig(folder=tmp_path / "splits", **options)  # type: ignore[arg-type]
+    return SplitConfig(splits_in=tmp_path / "splits", **options)  # type: ignore[arg-type]
 
 
 def test_train_and_val_folders_are_used(tmp_path: Path) -> None:

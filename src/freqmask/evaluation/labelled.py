@@ -89,7 +89,7 @@ class LabelledData:
 class SplitConfig(Labelled):
     """How the images are to be split, by the options of a command."""
 
-    folder: Path = SPLITS  # where splits of ours are kept
+    splits_in: Path = SPLITS  # the folder where splits of ours are kept; no option is called so
     train: bool = True  # False where DATA trains nothing: every image outside a training split is then tested
 
 
@@ -213,7 +213,7 @@ def _split_ourselves(data: object, config: SplitConfig) -> LabelledData:
     how = (folds, None if folds else config.test_share, config.split_seed, config.duplicates)
     key = [f"{source.fingerprint()} {how}".encode(), whole.labels.tobytes()]
     groups = repr(whole.groups).encode(errors="surrogateescape")
-    file = split_file(config.folder, Path(whole.name).stem, *key, groups)
+    file = split_file(config.splits_in, Path(whole.name).stem, *key, groups)
     words = [f"fold{number}" for number in range(folds)] if folds else ["train", "test"]
     shares = [1.0] * folds if folds else [1 - config.test_share, config.test_share]
 
