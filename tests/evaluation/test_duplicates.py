@@ -10,8 +10,9 @@ from PIL import Image
 from tiny_runs import make_run
 
 from freqmask.data.sources import Source, open_source
-from freqmask.evaluation import labelled
-from freqmask.evaluation.labelled import pixel_hashes, seen_in_pretraining
+from freqmask.evaluation import labelled, trainings
+from freqmask.evaluation.labelled import pixel_hashes
+from freqmask.evaluation.trainings import seen_in_training
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +87,10 @@ def test_test_images_of_a_pretraining_are_counted(tmp_path: Path) -> None:
     trained = write(tmp_path / "trained", *range(40))
     run = trained_on(open_source(trained), tmp_path / "run", data=[str(trained)], overfit=40)
     source = open_source(write(tmp_path / "new", 3, 4, 100, 101, 102))
-    assert "pre-trained on 2 of the 5 test images" in seen_in_pretraining(run, source, np.arange(5))
+    assert "pre-trained on 2 of the 5 test images" in seen_in_training(run, source, np.arange(5))
     names = [source.name(index) for index in range(5)]
     fresh = np.array([names.index("100.png"), names.index("101.png")])
-    assert "pre-trained on 0 of the 2" in seen_in_pretraining(run, source, fresh)
+    assert "pre-trained on 0 of the 2" in seen_in_training(run, source, fresh)
 
 
 def test_another_folder_of_the_same_relative_path_is_told(
@@ -105,7 +106,7 @@ def test_another_folder_of_the_same_relative_path_is_told(
         ("there", "are not those that this path leads to from here"),
     ):
         monkeypatch.chdir(tmp_path / folder)
-        assert words in seen_in_pretraining(run, source, np.arange(4))
+        assert words in seen_in_training(run, source, np.arange(4))
 
 
 def test_images_that_have_changed_since_are_told(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_images_that_have_changed_since_are_told(tmp_path: Path) -> None:
     source = open_source(folder)
     run = trained_on(source, tmp_path / "run", data=[str(folder)], overfit=5)
     write(folder, 9)
-    assert "are others now than they were; 4 of the 4" in seen_in_pretraining(run, source, np.arange(4))
+    assert "are others now than they were; 4 of the 4" in seen_in_training(run, source, np.arange(4))
 
 
 def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None:
@@ -123,15 +124,15 @@ def test_images_held_out_of_the_pretraining_do_not_count(tmp_path: Path) -> None
     run = trained_on(trained, tmp_path / "run", data=[str(tmp_path / "trained")], seed=0)
     held = hold_out(trained, seed=0)[1]
     assert len(held)
-    assert "pre-trained on 0 of" in seen_in_pretraining(run, trained, np.asarray(held))
-    everything = seen_in_pretraining(run, trained, np.arange(60))
+    assert "pre-trained on 0 of" in seen_in_training(run, trained, np.asarray(held))
+    everything = seen_in_training(run, trained, np.arange(60))
     assert f"pre-trained on {60 - len(held)} of the 60" in everything
 
 
 def test_images_that_are_gone_or_too_many_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(write(tmp_path / "new", 0, 1))
     run = make_run(tmp_path / "run").path
-    assert "no longer there" in seen_in_pretraining(run, source, np.arange(2))
+    assert "no longer there" in seen_in_training(run, source, np.arange(2))
     many = make_run(tmp_path / "many", data=[str(tmp_path / "new")]).path
-    monkeypatch.setattr(labelled, "MOST_COMPARED", 1)
-    assert "too many to be compared" in seen_in_pretraining(many, source, np.arange(2))
+    monkeypatch.setattr(trainings, "MOST_COMPARED", 1)
+    assert "too many to be compared" in seen_in_training(many, source, np.arange(2))

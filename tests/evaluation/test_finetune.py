@@ -454,3 +454,34 @@ def test_a_second_process_does_not_wait_for_a_dry_run_that_begins_nothing(
     assert finetune(there, tmp_path / "out", dry_run=True) == []
     with pytest.raises(UserError, match="was not begun by process 0"):
         finetune(there, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("options", "count"), [({}, 40), ({"shots": "5"}, 10), ({"held_out": 0.2}, 32)])
+def test_test_images_that_a_classifier_was_tuned_on_are_counted_from_every_folder(
+    there: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    count: int,
+) -> None:
+    arrays = np.load(write_data(tmp_path / "two.npz"))
+    other = {"train": "test", "test": "train"}
+    crossed = {
+        f"{other[split]}_{kind}": arrays[f"{split}_{kind}"]
+        for split in other
+        for kind in ("images", "labels")
+    }
+    np.savez(tmp_path / "crossed.npz", **crossed)
+    finetune(there, tmp_path / "out", data="two.npz", seeds=[3], **options)
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    capsys.readouterr()
+    shared = {"workers": 0, "accelerator": "cpu"}
+    for data, seen in (("../two.npz", "0 of the 20"), ("../crossed.npz", f"{count} of the 40")):
+        freqmask.evaluate.knn("../out/mine-seed3", data=data, k=[1], **shared)
+        freqmask.evaluate.bands("../out/mine-seed3", data=data, head="own", radii=[4.0], **shared)
+        told = f"mine-seed3: fine-tuned on {seen} test images (with their labels)"
+        assert capsys.readouterr().out.count(told) == 2
+    config = RunFolder("../out/mine-seed3").config()
+    assert config["data"] == config["options"]["data"] == [str(tmp_path / "two.npz")]

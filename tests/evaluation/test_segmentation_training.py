@@ -19,12 +19,14 @@ from tiny_runs import fused_in_training, make_run
 
 import freqmask
 from freqmask.cli import main
+from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask[seg]'")
 
 from freqmask.evaluation import segmentation
 from freqmask.evaluation.segmentation import open_network
+from freqmask.evaluation.trainings import seen_in_training
 from freqmask.evaluation.upernet import SegmentationModule, choose_crop, groups_of
 from freqmask.training.run_folder import RunFolder
 
@@ -269,3 +271,15 @@ def test_a_missing_extra_is_named(run: str, data: str, monkeypatch: pytest.Monke
 def test_a_dry_run_writes_nothing(run: str, data: str, tmp_path: Path) -> None:
     assert freqmask.evaluate.segment([run], data=data, dry_run=True, out="made", **TINY) == []
     assert not (tmp_path / "made").exists()
+
+
+def test_images_that_a_network_was_trained_on_are_counted_from_every_folder(
+    run: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freqmask.evaluate.segment([run], data="street", out="out", **{**TINY, "steps": 1})
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    for part, told in (("train", "8 of the 8"), ("test", "0 of the 3")):
+        source = open_source(Path(data, "images", part))
+        seen = seen_in_training(Path("../out/mine-seed0"), source, np.arange(len(source)))
+        assert seen == f"mine-seed0: trained on {told} test images (with their masks)"

@@ -21,7 +21,7 @@ from tiny_runs import TINY, steps_made, train_until
 import freqmask
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.labelled import seen_in_pretraining
+from freqmask.evaluation.trainings import seen_in_training
 from freqmask.methods import MFM
 from freqmask.training import auto, loop
 from freqmask.training.loop import ScheduledModule
@@ -226,7 +226,7 @@ def test_a_run_finds_its_images_from_every_folder(
     run = freqmask.pretrain(out=str(tmp_path / "run"))
     assert "have changed" not in capsys.readouterr().out
     assert RunFolder(run).config()["data"] == [str(tmp_path / "begun" / "pics")]
-    seen = seen_in_pretraining(run, open_source(tmp_path / "begun" / "pics"), np.arange(30))
+    seen = seen_in_training(run, open_source(tmp_path / "begun" / "pics"), np.arange(30))
     assert "pre-trained on 29 of the 30 test images" in seen
 
 

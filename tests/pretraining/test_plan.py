@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import freqmask
-from freqmask.pretraining.plan import advice_lines, length_lines, next_lines, watching_seconds
+from freqmask.pretraining.plan import advice_lines, length_lines, next_lines
 from freqmask.pretraining.resolve import Resolved
 from freqmask.training import auto
 from freqmask.training.auto import Cost
@@ -163,11 +163,38 @@ def test_whether_it_was_worth_it_is_asked_where_there_are_labels() -> None:
     assert "evaluate" not in plain
 
 
+def measured(every: int | str, step: float, looked: Any) -> Resolved:
+    """A training of batches of one image that cost ``step`` seconds; of so many steps it looks at ``looked`` images."""
+    resolved = Resolved({"preview_every_steps": every}, {"batch_size": 1, "devices": 1, "num_nodes": 1})
+    resolved.cost, resolved.watched = Cost(step, 1, 1), lambda options: looked(options["steps"])
+    return resolved
+
+
 def test_what_is_measured_and_drawn_between_the_steps_takes_time() -> None:
-    options = {"steps": 100, "batch_size": 10, "devices": 1, "num_nodes": 1, "preview_every_steps": 20}
-    resolved = Resolved({}, options, {})
-    resolved.cost = Cost(0.06, 1, 1)
-    assert watching_seconds(resolved, 400) == pytest.approx(400 * 0.06 + 5 * 0.6)
+    assert measured(20, 0.06, lambda _: 400).watching_seconds(100) == pytest.approx(400 * 0.06 + 5 * 0.6)
     for every in (0, 100, 1000):  # one at the end
-        options["preview_every_steps"] = every
-        assert watching_seconds(resolved, 0) == 0.6
+        assert measured(every, 0.06, lambda _: 0).watching_seconds(100) == 0.6
+
+
+@pytest.mark.parametrize(
+    ("every", "looked"),
+    [
+        ("auto", lambda _: 500),
+        (7, lambda _: 0),
+        (50, lambda steps: 3 * steps // 50),
+        ("auto", lambda steps: steps // 4),
+    ],
+)
+def test_hours_hold_the_most_steps_that_leave_time_to_measure(every: int | str, looked: Any) -> None:
+    resolved = measured(every, 0.1, looked)
+    steps = resolved.steps_within(250)
+    most = max(steps for steps in range(1, 3000) if 0.1 * steps + resolved.watching_seconds(steps) <= 250)
+    assert 0.1 * steps + resolved.watching_seconds(steps) <= 250
+    assert most - 6 <= steps <= most < 2500, (
+        "a preview takes as long as six: ten or eleven of them, as it divides"
+    )
+
+
+def test_steps_get_at_least_half_of_the_hours() -> None:
+    assert measured("auto", 0.1, lambda _: 10**6).steps_within(250) == 1250
+    assert measured("auto", 400, lambda _: 0).steps_within(250) == 1, "one is needed"

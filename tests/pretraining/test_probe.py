@@ -65,7 +65,7 @@ def test_the_plan_counts_the_images_that_are_looked_at(
 ) -> None:
     counted, looked = [], []
     features, loss, watched = Probe._features, HeldOut._loss, Images.watched
-    monkeypatch.setattr(Images, "watched", lambda *given: counted.append(watched(*given)) or counted[0])
+    monkeypatch.setattr(Images, "watched", lambda *given: counted.append(watched(*given)) or counted[-1])
 
     def of_features(self: Probe, encode: Any, images: Any, chosen: Any, device: Any) -> Any:
         looked.append(0 if encode is pixels_of else len(chosen))
@@ -78,7 +78,7 @@ def test_the_plan_counts_the_images_that_are_looked_at(
     monkeypatch.setattr(Probe, "_features", of_features)
     monkeypatch.setattr(HeldOut, "_loss", of_loss)
     freqmask.pretrain(["builtin:digits"], out=str(tmp_path / "run"), preview_every_steps=2, **more, **TINY)
-    assert counted == [sum(looked)] and sum(looked) > 5000
+    assert set(counted) == {sum(looked)} and sum(looked) > 5000
 
 
 @pytest.mark.parametrize("count, classes", [(301, 3), (600, 40)])

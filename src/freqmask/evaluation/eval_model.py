@@ -50,6 +50,7 @@ class EvalModel(ABC):
     blocks: Sequence[int] = ()  # stages inside whose features can be had too
     # the folder where its results go unless told otherwise; None where it has none
     results: Path | None = None
+    run: Path | None = None  # the folder of the training that it is of; None where none is known
 
     def key(self) -> dict[str, Any]:
         """Plain values on which the features depend, beside the images: weights and preprocessing."""
@@ -110,7 +111,7 @@ class BackboneModel(EvalModel):
         self.input_size, self.mean, self.std = opened.input_size, opened.mean, opened.std
         self.value_range = opened.value_range
         if opened.kind == "run" and opened.folder is not None:
-            self.results = opened.folder.resolve().parent
+            self.run = self.results = opened.folder.resolve().parent
         count = len(opened.module.feature_info)
         inside = {math.ceil(share * count) - 1 for share in _BLOCKS}
         self.blocks = sorted(inside - {opened.backbone.stage % count})
@@ -167,6 +168,7 @@ class ClassifierModel(EvalModel):
         path = Path(text).resolve()
         folder = path.parent if path.name == CLASSIFIER else path
         self.name = text if self.kind == "timm" else folder.name
+        self.run = folder if RunFolder(folder).exists() else None
         self.crop_share, self.value_range = opened.crop_share, opened.value_range
         self.input_size, self.mean, self.std = opened.input_size, opened.mean, opened.std
         self.columns = torch.tensor(_columns(opened, text, class_names))

@@ -44,7 +44,7 @@ from freqmask.evaluation.finetune_plan import (
     problems,
     say_short_plan,
 )
-from freqmask.evaluation.labelled import LabelledData, draw_shots, held_out_parts, shot_name
+from freqmask.evaluation.labelled import LabelledData, draw_shots, shot_name
 from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
@@ -66,7 +66,7 @@ from freqmask.timm_models import strides
 from freqmask.training.callbacks import Measurement, Monitor
 from freqmask.training.loop import ScheduledModule, Task
 from freqmask.training.optim import Schedule, update_ema
-from freqmask.training.run_folder import RunFolder, comparable
+from freqmask.training.run_folder import RunFolder, comparable, from_anywhere
 
 _PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
 _FEW_LINES = 4  # without a terminal a series of runs would be all progress
@@ -250,7 +250,7 @@ class FinetuneJob(TrainingJob):
     def plan(self) -> tuple[Tuning, dict[str, Any], Source]:
         asked = self.asked
         share = held_out_share(asked["held_out"], len(self.train))
-        train, held_out = self._parts(share)
+        train, held_out = self.data.parted(self.train, share, self.seed)
         plan = FinetunePlan(asked, job=self, network=self._make(0.0), images=len(train), held_out=share)
         tuning = plan.resolve()
         network = self._classifier = self._make(tuning.drop_path)
@@ -263,15 +263,17 @@ class FinetuneJob(TrainingJob):
             for line in plan.lines(tuning, network, len(held_out)):
                 say(line)
         about = {
-            "data": comparable(asked["data"]),
-            **{name: asked[name] for name in ("labels", "pages")},
+            "data": from_anywhere(comparable(asked["data"])),
+            "labels": from_anywhere(asked["labels"]),
+            "pages": asked["pages"],
             "split": asked["train_split"],
         }
         return tuning, about, Subset(self.data.source, train)
 
     def task(self, run: RunFolder, numbers: Tuning) -> Task:
         network = self._classifier or self._make(numbers.drop_path)
-        train, held_out = (Subset(self.data.source, part) for part in self._parts(numbers.held_out))
+        parts = self.data.parted(self.train, numbers.held_out, numbers.seed)
+        train, held_out = (Subset(self.data.source, part) for part in parts)
         torch.manual_seed(numbers.seed)  # of drop path
         module = FinetuneModule(network.model, numbers, len(self.data.class_names))
         if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
@@ -321,16 +323,6 @@ class FinetuneJob(TrainingJob):
 
     def _make(self, drop_path: float) -> Network:
         return make_classifier(self.model.opened, len(self.data.class_names), drop_path, self.seed)
-
-    def _parts(self, share: float) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the images that are trained on, and of those held out."""
-        if share == 0:
-            return self.train, self.train[:0]
-        groups = self.data.groups_of(self.train)
-        use, way_out = "accuracy is watched on", "give --held_out 0"
-        labels = self.data.labels[self.train]
-        train, held_out = held_out_parts(labels, groups, share, self.seed, use, way_out)
-        return self.train[train], self.train[held_out]
 
 
 def make_dataset(source: Source, geometry: Geometry, tuning: Tuning) -> TrainDataset:

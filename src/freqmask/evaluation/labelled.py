@@ -15,15 +15,12 @@ from jaxtyping import Int64
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Source
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.splits import choose_split, hold_out, split_indices, split_of
+from freqmask.data.splits import choose_split, split_indices, split_of
 from freqmask.errors import BadImage, UserError
-from freqmask.imports import NotNamedError, named_by_user
 from freqmask.options.of_evaluation import Labelled
 from freqmask.training.files import read_rows, write_rows
-from freqmask.training.run_folder import RunFolder
 
 _AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
-MOST_COMPARED = 200_000  # images of a pre-training; beyond it comparing all of them would take hours
 SPLITS = Path("runs") / "splits"  # where splits of ours are kept
 DATA_WITH_LABELS = (
     "a folder with one folder a class, a parquet file with a label column, an .npz with labels, "
@@ -70,6 +67,14 @@ class LabelledData:
     def groups_of(self, images: np.ndarray) -> list[str | None] | None:
         """The groups of some images."""
         return None if self.groups is None else [self.groups[int(index)] for index in images]
+
+    def parted(self, train: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the training images of a network those it is trained on, and those on which its accuracy is watched."""
+        if share == 0:
+            return train, train[:0]
+        use, way_out = "accuracy is watched on", "give --held_out 0"
+        parts = held_out_parts(self.labels[train], self.groups_of(train), share, seed, use, way_out)
+        return train[parts[0]], train[parts[1]]
 
     def without(self, images: set[int]) -> LabelledData:
         """The same with some images taken out of every part, such as those that cannot be read.
@@ -390,47 +395,6 @@ def _pixel_hash(source: Source, index: int) -> int:
         digest.update(f"{picture.size} {image.shape} {image.dtype}".encode())
         digest.update(bytes_of(image))
     return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def seen_in_pretraining(run: Path, source: Source, tested: np.ndarray) -> str:
-    """A sentence on how many test images a run was pre-trained on.
-
-    Args:
-        run: a run folder; its config names what it was trained on.
-        tested: which of them are test images.
-    """
-    config = RunFolder(run).config()
-    data = config.get("data") or []
-    try:
-        with named_by_user((), run / "config.yaml"):
-            trained = open_source(
-                data, pages=config.get("pages", "channels"), split=config.get("split", "auto")
-            )
-        before = RunFolder(run).state().get("data")
-    except NotNamedError as error:
-        return f"{run.name}: its pre-training images were not compared with the test images: {error}"
-    except UserError:
-        return f"{run.name}: its pre-training images ({data}) are no longer there to be compared with the test images"
-    changed = before not in (None, trained.fingerprint())
-    if changed and any(
-        ":" not in path and not Path(path).expanduser().is_absolute() for path in map(str, data)
-    ):
-        # 0.1.0 recorded paths as they were typed
-        return (
-            f"{run.name}: its pre-training images ({data}) are not those that this path leads to from here; to have "
-            "them compared with the test images, evaluate in the folder where it was trained"
-        )
-    if len(trained) > MOST_COMPARED:
-        return f"{run.name}: {len(trained):,} pre-training images are too many to be compared with the test images"
-    used = None if config.get("overfit") else hold_out(trained, seed=int(config.get("seed", 0)))[0]
-    known = set(pixel_hashes(trained, used))
-    count = sum(value in known for value in pixel_hashes(source, tested))
-    if changed:
-        return (
-            f"{run.name}: its pre-training images ({data}) are others now than they were; {count:,} of the "
-            f"{len(tested):,} test images are among these"
-        )
-    return f"{run.name}: pre-trained on {count:,} of the {len(tested):,} test images (labels unseen)"
 
 
 def parse_shots(shots: Sequence[str]) -> list[str]:

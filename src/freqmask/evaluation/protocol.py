@@ -35,7 +35,6 @@ from freqmask.evaluation.labelled import (
     Round,
     SplitConfig,
     open_labelled,
-    seen_in_pretraining,
 )
 from freqmask.evaluation.results import (
     ClassificationResult,
@@ -45,6 +44,7 @@ from freqmask.evaluation.results import (
     draw_bar_chart,
     write_class_scores,
 )
+from freqmask.evaluation.trainings import seen_in_training
 from freqmask.options import command_words, group_among
 from freqmask.options.of_evaluation import Windows
 from freqmask.training.files import append_row, check_writable, end_last_row, read_rows, write_rows, writing
@@ -231,8 +231,8 @@ class Protocol(ABC):
             names[text] = model.name
             check_results(config.out or model.results or Path())
             differences |= dict.fromkeys(self.what_differs(model))
-            if model.kind == "run" and model.results is not None:
-                say(seen_in_pretraining(model.results, self.data.source, self.data.tested))
+            if model.run is not None and (config.data or not self.own_heads):
+                say(seen_in_training(model.run, self.data.source, self.data.tested))
         counts = Counter(names.values())
         self.names = {text: name if counts[name] == 1 else text for text, name in names.items()}
         say(self.data.describe())

@@ -52,7 +52,8 @@ class First:
     )
     hours: float | None = option(
         None,
-        "time of its steps, instead of epochs; turned into steps once, by a measurement on this machine",
+        "time of the training and what is measured in it, instead of epochs; turned into steps once, by a "
+        "measurement on this machine",
         above=0,
         rivals="length",
     )

@@ -29,13 +29,18 @@ from freqmask.pretraining.figures import draw_plan
 from freqmask.pretraining.resolve import (
     Resolved,
     check_options,
-    make_augmentation,
-    make_geometries,
     make_method,
     parse_image_size,
     resolve,
 )
-from freqmask.pretraining.task import Images, Pretraining, augmented, make_dataset
+from freqmask.pretraining.task import (
+    Images,
+    Pretraining,
+    augmented,
+    make_augmentation,
+    make_dataset,
+    make_geometries,
+)
 from freqmask.pretraining.watch import first_batch
 from freqmask.recipes import read_recipe
 from freqmask.reporting.page import refresh_report
@@ -49,6 +54,7 @@ from freqmask.training.run_folder import (
     STATE,
     RunFolder,
     comparable,
+    from_anywhere,
     new_run,
     newest_unfinished,
 )
@@ -212,15 +218,14 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
     """A new run, its folder held: every `auto` resolved, the plan printed and drawn."""
     check_writable(options["out"] or RUNS, folder=True)
     images = part(options)
-    resolved = resolve(options, images.source, len(images.train))
+    resolved = resolve(options, images.source, len(images.train), images.watched)
     options, method = resolved.values, resolved.method
     run = (
         RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), options["backbone"])
     )
     held.enter_context(run.held("plan.png"))
     held_out = len(images.held_out) if images.held_out is not None else 0
-    watched = images.watched(resolved.values)
-    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out, watched):
+    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
         say(line)
     for line in plan.advice_lines(resolved.values, len(images.train), plan.data_words(resolved.values)):
         say(line)
@@ -366,16 +371,6 @@ def _first_weights(options: Mapping[str, Any], images: Images, teacher: Any = No
         for sentence in load_initial(method, options["init"]):
             say(f"init        {sentence}")
     return method
-
-
-def from_anywhere(value: Any) -> Any:
-    """A path that leads somewhere, absolute, so that it leads there from every folder; each of several likewise."""
-    if isinstance(value, list | tuple):
-        return [from_anywhere(one) for one in value]
-    if not isinstance(value, str) or not Path(value).expanduser().exists():
-        return value
-    path = Path(value).expanduser()
-    return str(path.resolve() if ".." in path.parts else path.absolute())  # links keep their names
 
 
 def _say_stopped(training: Pretraining) -> None:

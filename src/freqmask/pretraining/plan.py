@@ -40,7 +40,7 @@ FEW_IMAGES = 50_000  # below it public weights usually know more of the images (
 PUBLIC = "vit_small_patch16_224"
 TEACHER = "tf_efficientnet_lite0"  # of those that were measured, docs/results.md
 SHRUNK = 6  # median side over that of the views from which small things are lost in resized crops
-PREVIEW_BYTES, PREVIEW_SECONDS = 500_000, 0.6
+PREVIEW_BYTES = 500_000
 LONG_SECONDS = 3600  # above it a plan whose length nobody named ends with how to name one
 CROPS = {
     "resized": "crops of {:g} to {:g} of the area",
@@ -52,15 +52,12 @@ CHANNELS_LAST = "channels last (a CNN: a step of ResNet-50 is 1.05 times as fast
 METHOD_LINE = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
 
 
-def plan_lines(
-    resolved: Resolved, summary: SourceSummary, images: int, held_out: int, watched: int
-) -> Iterator[str]:
+def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out: int) -> Iterator[str]:
     """The plan of a new run, a line each.
 
     Args:
         images: trained on.
         held_out: kept apart.
-        watched: images that are looked at for measurements.
     """
     options = resolved.values
     # What matters stands first: the images, what is trained, for how long.
@@ -80,24 +77,17 @@ def plan_lines(
     yield (
         f"training    {counted(options['steps'], 'step')} of {counted(options['batch_size'], 'image')} = "
         f"{counted(epochs, 'epoch')}{resolved.why('epochs')}{resolved.why('steps')}, "
-        f"about {readable_time(_seconds(resolved) + watching_seconds(resolved, watched))}"
+        f"about {readable_time(_seconds(resolved) + resolved.watching_seconds(options['steps']))}"
     )
     yield ""
     yield from _data_lines(summary, resolved.survey)
     yield from _input_lines(resolved)
     yield from _training_lines(resolved)
-    yield from _cost_lines(resolved, watched)
+    yield from _cost_lines(resolved)
 
 
 def _seconds(resolved: Resolved) -> float:
     return float(resolved.step_seconds() * resolved.values["steps"])
-
-
-def watching_seconds(resolved: Resolved, watched: int) -> float:
-    """What is measured and drawn between the steps: a fifth of the first training that anybody starts."""
-    previews = periods(resolved.values["steps"], resolved.values["preview_every_steps"])
-    # looking at an image takes about what it costs in a step: no gradients, but float32, all patches, and read anew
-    return watched * resolved.cost.seconds(1, 1) + previews * PREVIEW_SECONDS
 
 
 def _with(resolved: Resolved, name: str, form: str = "{}") -> str:
@@ -211,7 +201,7 @@ def _training_lines(resolved: Resolved) -> Iterator[str]:
     yield f"loading     {where}{resolved.why('images_from')}"
 
 
-def _cost_lines(resolved: Resolved, watched: int) -> Iterator[str]:
+def _cost_lines(resolved: Resolved) -> Iterator[str]:
     options, cost, method = resolved.values, resolved.cost, resolved.method
     part = options["batch_size"] // auto.world_size(options) // options["accumulate"]
     memory = cost.peak_bytes(part)
@@ -219,7 +209,7 @@ def _cost_lines(resolved: Resolved, watched: int) -> Iterator[str]:
     checkpoint = sum(tensor.nbytes for tensor in method.state_dict().values()) + moments
     previews = periods(options["steps"], options["preview_every_steps"])
     disk = checkpoint * (options["keep_checkpoints"] + 0.4) + previews * PREVIEW_BYTES
-    watching = readable_time(watching_seconds(resolved, watched))
+    watching = readable_time(resolved.watching_seconds(options["steps"]))
     yield (
         f"cost        the time above (measured, where loading keeps up; {watching} of it for measurements and "
         f"previews), {readable_bytes(memory)} of memory, {readable_bytes(disk)} of disk"

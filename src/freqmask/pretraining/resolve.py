@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from freqmask.backbones import height_and_width
-from freqmask.data.augment import DINO_VIEWS, NO_CHANGE, PhotometricAugmentation, PhotometricSettings
 from freqmask.data.source import Source
-from freqmask.data.transforms import Geometry
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError, brief
 from freqmask.interop.models import OpenedModel, open_model
@@ -37,11 +36,11 @@ from freqmask.options.of_methods import (
 from freqmask.pretraining.cache_on_device import choose_place
 from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.training import auto
-from freqmask.training.optim import BASE_MIN_LR, BASE_WARMUP_LR, OptimConfig, scaled_lr
+from freqmask.training.callbacks import periods
+from freqmask.training.optim import BASE_MIN_LR, scaled_lr
 
 SHARDED = ("fsdp", "model_parallel")  # strategies that spread weights over the devices
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
-TINY_IMAGE = 96  # below it, blur and solarization leave too little
 FEW_IMAGES, FEW_OUTPUTS = 100_000, 4_096
 GPU_BACKBONE, CPU_BACKBONE = "vit_small_patch16_224", "vit_tiny_patch16_224"
 STUDENT = "resnet10t"  # of a public teacher; of those that were measured, docs/results.md
@@ -49,7 +48,7 @@ STUDENT = "resnet10t"  # of a public teacher; of those that were measured, docs/
 ENOUGH_IMAGES = 200_000
 SMALLER = ({"depth": 4}, {"embed_dim": 96, "depth": 4, "num_heads": 3})
 OVERFIT_STEPS = 300
-CHECKPOINTS_A_RUN, PREVIEWS_A_RUN = 50, 10
+CHECKPOINTS_A_RUN, PREVIEWS_A_RUN, PREVIEW_SECONDS = 50, 10, 0.6
 LOGGERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -161,6 +160,9 @@ class Resolved(auto.Plan):
 
     survey: Survey = field(init=False)  # what the images are like
     method: Any = field(init=False)  # freshly initialized
+    watched: Callable[[Mapping[str, Any]], int] = field(
+        init=False
+    )  # images that a training's measurements look at
 
     def make_method(self) -> None:
         """The method by today's values, which get what it chose itself."""
@@ -171,18 +173,39 @@ class Resolved(auto.Plan):
         )
         self.values |= method_defaults(self.values, getattr(self.method, "settings", {}))
 
+    def watching_seconds(self, steps: int) -> float:
+        """What is measured and drawn between so many steps: a fifth of the first training that anybody starts."""
+        every = self.asked.get("preview_every_steps")
+        every = max(steps // PREVIEWS_A_RUN, 1) if every in (None, "auto") else int(every)
+        looked = self.watched({**self.values, "steps": steps, "preview_every_steps": every})
+        # looking at an image takes about what it costs in a step: no gradients, but float32, all patches, read anew
+        return looked * self.cost.seconds(1, 1) + periods(steps, every) * PREVIEW_SECONDS
 
-def resolve(options: Mapping[str, Any], source: Source, images: int) -> Resolved:
+    def steps_within(self, seconds: float) -> int:
+        """How many steps fit a time together with what is measured between them, which gets half at most."""
+        a_step = self.step_seconds()
+
+        def taken(steps: int) -> float:
+            return steps * a_step + min(self.watching_seconds(steps), steps * a_step)
+
+        return max(bisect_right(range(1, int(seconds / a_step) + 1), seconds, key=taken), 1)
+
+
+def resolve(
+    options: Mapping[str, Any], source: Source, images: int, watched: Callable[[Mapping[str, Any]], int]
+) -> Resolved:
     """Resolve every `auto`, by the data, the method and a measurement on this machine.
 
     Args:
         options: the options of ``pretrain``, checked.
         images: how many of them are trained on.
+        watched: how many are looked at for measurements, by the options.
 
     Raises:
         UserError: the data or the method cannot be what the options ask.
     """
     resolved = Resolved(options, dict(options))
+    resolved.watched = watched
     resolved.take("method", *choose_method(options))
     _resolve_images(resolved, source)
     device = resolved.take_machine()
@@ -359,9 +382,8 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     if options["overfit"] and not any(options[name] for name in ("steps", "epochs", "hours")):
         options["steps"] = OVERFIT_STEPS
     if seconds is not None:
-        a_step = resolved.step_seconds()
-        why = f"{options['hours']:g} hours at {a_step:.2g} seconds a step, measured now"
-        resolved.take("steps", max(int(seconds / a_step), 1), why)
+        why = f"{options['hours']:g} hours at {resolved.step_seconds():.2g} seconds a step, measured now"
+        resolved.take("steps", resolved.steps_within(seconds), why)
     if options["steps"] is None:
         resolved.take("epochs", *auto.choose_epochs(images, batch))
         options["steps"] = max(math.ceil(options["epochs"] * images / batch), 1)
@@ -411,61 +433,10 @@ def _resolve_learning_rates(resolved: Resolved) -> None:
     resolved.take("min_lr", least, "2.5e-6 x batch/512")
 
 
-def make_geometries(options: Mapping[str, Any], views: int) -> list[Geometry]:
-    """How each view is cut; a run that shall overfit sees every image whole, always the same."""
-    still = options["overfit"] is not None
-    geometry = Geometry(
-        image_size=options["image_size"],
-        scale=tuple(options["crop_scale"]),
-        crop="center" if still else options["crop"],
-        horizontal_flip=0.5 if options["flip"] and not still else 0.0,
-        vertical_flip=0.5 if options["vertical_flip"] and not still else 0.0,
-        quarter_turns=bool(options["quarter_turns"]) and not still,
-    )
-    return [geometry] * views
-
-
-def make_augmentation(options: Mapping[str, Any], views: int) -> list[nn.Module]:
-    """Photometric changes of each view: DINO's for FOLK, none for the others, unless asked otherwise."""
-    usual: tuple[PhotometricSettings, ...] = DINO_VIEWS if options["method"] == "folk" else (NO_CHANGE,)
-    if shorter_side(options) < TINY_IMAGE:
-        usual = tuple(replace(view, blur=0.0, solarise=0.0) for view in usual)
-    settings = []
-    for view in range(views):
-        given = {name: options[name] for name in ("blur", "solarise") if options[name]}
-        asked = {name: values[min(view, len(values) - 1)] for name, values in given.items()}
-        if options["colour_jitter"]:
-            names = ("brightness", "contrast", "saturation", "hue", "jitter")
-            asked |= dict(zip(names, options["colour_jitter"], strict=True))
-        if options["grey"] is not None:
-            asked["grey"] = options["grey"]
-        settings.append(replace(usual[min(view, len(usual) - 1)], **asked))
-    if options["overfit"] is not None or all(setting == NO_CHANGE for setting in settings):
-        return []
-    return [PhotometricAugmentation(setting) for setting in settings]
-
-
 def is_channels_last(options: Mapping[str, Any], method: Any) -> bool:
     """Whether weights and images lie channels last in memory: where all backbones are CNNs, and none is sharded."""
     return (
         options["accelerator"] in ("cpu", "cuda")
         and options["strategy"] not in SHARDED
         and all(backbone.is_cnn for backbone in method.backbones().values())
-    )
-
-
-def make_optim(options: Mapping[str, Any], images: int) -> OptimConfig:
-    """How resolved options move the weights."""
-    batch, steps = int(options["batch_size"]), int(options["steps"])
-    decay, end, lr = options["weight_decay"], options["weight_decay_end"], float(options["lr"])
-    return OptimConfig(
-        lr=lr,
-        min_lr=float(options["min_lr"]),
-        warmup_lr=min(scaled_lr(BASE_WARMUP_LR, batch), lr),
-        warmup_steps=min(round(options["warmup_epochs"] * images / batch), max(steps - 1, 0)),
-        total_steps=steps,
-        weight_decay=float(decay),
-        weight_decay_end=float(decay if end is None else end),
-        betas=tuple(options["betas"] or (0.9, 0.95)),
-        clip_grad=options["clip_grad"],
     )

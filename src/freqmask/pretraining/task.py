@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from freqmask import __version__
 from freqmask.backbones import height_and_width, recalibrate_batch_norm
 from freqmask.console import rank, say
+from freqmask.data.augment import DINO_VIEWS, NO_CHANGE, PhotometricAugmentation, PhotometricSettings
 from freqmask.data.in_memory import InMemoryBatches, InMemoryImages
 from freqmask.data.loader import TrainDataset, deal, make_loader
 from freqmask.data.source import Source
@@ -32,9 +33,7 @@ from freqmask.pretraining.resolve import (
     SHARDED,
     check_logger,
     is_channels_last,
-    make_augmentation,
-    make_geometries,
-    make_optim,
+    shorter_side,
 )
 from freqmask.pretraining.watch import (
     FEATURES_AT_ONCE,
@@ -53,10 +52,11 @@ from freqmask.training.auto import world_size
 from freqmask.training.callbacks import Monitor, periods
 from freqmask.training.files import read_rows
 from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler
-from freqmask.training.optim import OptimConfig, Schedule, build_optimizer
+from freqmask.training.optim import BASE_WARMUP_LR, OptimConfig, Schedule, build_optimizer, scaled_lr
 from freqmask.training.run_folder import Checkpoint, RunFolder
 
 PROBES_A_RUN = 5
+TINY_IMAGE = 96  # below it, blur and solarization leave too little
 FIRST_AND_LAST = [  # in the summary, beside those parts
     *("loss", "relative_loss", "collapse"),
     *("probe_knn", "probe_linear", "rankme"),  # the first of each is of the weights that the run began with
@@ -397,3 +397,54 @@ def _logger(name: str | None, run: RunFolder) -> Logger | bool:
         run.write_state(state)
     number = str(state.get("wandb", ""))
     return WandbLogger(name=run.path.name, save_dir=run.path, project="freqmask", id=number, resume="allow")
+
+
+def make_geometries(options: Mapping[str, Any], views: int) -> list[Geometry]:
+    """How each view is cut; a run that shall overfit sees every image whole, always the same."""
+    still = options["overfit"] is not None
+    geometry = Geometry(
+        image_size=options["image_size"],
+        scale=tuple(options["crop_scale"]),
+        crop="center" if still else options["crop"],
+        horizontal_flip=0.5 if options["flip"] and not still else 0.0,
+        vertical_flip=0.5 if options["vertical_flip"] and not still else 0.0,
+        quarter_turns=bool(options["quarter_turns"]) and not still,
+    )
+    return [geometry] * views
+
+
+def make_augmentation(options: Mapping[str, Any], views: int) -> list[nn.Module]:
+    """Photometric changes of each view: DINO's for FOLK, none for the others, unless asked otherwise."""
+    usual: tuple[PhotometricSettings, ...] = DINO_VIEWS if options["method"] == "folk" else (NO_CHANGE,)
+    if shorter_side(options) < TINY_IMAGE:
+        usual = tuple(replace(view, blur=0.0, solarise=0.0) for view in usual)
+    settings = []
+    for view in range(views):
+        given = {name: options[name] for name in ("blur", "solarise") if options[name]}
+        asked = {name: values[min(view, len(values) - 1)] for name, values in given.items()}
+        if options["colour_jitter"]:
+            names = ("brightness", "contrast", "saturation", "hue", "jitter")
+            asked |= dict(zip(names, options["colour_jitter"], strict=True))
+        if options["grey"] is not None:
+            asked["grey"] = options["grey"]
+        settings.append(replace(usual[min(view, len(usual) - 1)], **asked))
+    if options["overfit"] is not None or all(setting == NO_CHANGE for setting in settings):
+        return []
+    return [PhotometricAugmentation(setting) for setting in settings]
+
+
+def make_optim(options: Mapping[str, Any], images: int) -> OptimConfig:
+    """How resolved options move the weights."""
+    batch, steps = int(options["batch_size"]), int(options["steps"])
+    decay, end, lr = options["weight_decay"], options["weight_decay_end"], float(options["lr"])
+    return OptimConfig(
+        lr=lr,
+        min_lr=float(options["min_lr"]),
+        warmup_lr=min(scaled_lr(BASE_WARMUP_LR, batch), lr),
+        warmup_steps=min(round(options["warmup_epochs"] * images / batch), max(steps - 1, 0)),
+        total_steps=steps,
+        weight_decay=float(decay),
+        weight_decay_end=float(decay if end is None else end),
+        betas=tuple(options["betas"] or (0.9, 0.95)),
+        clip_grad=options["clip_grad"],
+    )

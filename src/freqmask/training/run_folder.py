@@ -349,6 +349,16 @@ def comparable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=word))
 
 
+def from_anywhere(value: Any) -> Any:
+    """A path that leads somewhere, absolute, so that it leads there from every folder; each of several likewise."""
+    if isinstance(value, list | tuple):
+        return [from_anywhere(one) for one in value]
+    if not isinstance(value, str) or not Path(value).expanduser().exists():
+        return value
+    path = Path(value).expanduser()
+    return str(path.resolve() if ".." in path.parts else path.absolute())  # links keep their names
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of options.
 
