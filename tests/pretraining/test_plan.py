@@ -72,7 +72,7 @@ def test_hours_that_hold_few_images_get_a_smaller_vit(
     freqmask.pretrain("builtin:photos", out=str(tmp_path / "run"), **fixed, **options)
     shown = capsys.readouterr().out
     assert network in shown
-    told = "(made smaller: in 1 hours the whole one would see 189,474 images, and with fewer than 200,000 a smaller"
+    told = "(made smaller: in 1 hour the whole one would see 189,474 images, and with fewer than 200,000 a smaller"
     assert (told in shown) == ("of 4 blocks" in network)
 
 

@@ -298,7 +298,7 @@ def _take_cost(resolved: Resolved, images: int) -> tuple[Any, Callable[[int], Te
         whole = whole or held
         options["model_args"] = dict(smaller)
         resolved.reasons["backbone"] = (
-            f"made smaller: in {options['hours']:g} hours the whole one would see {whole:,.0f} images, and with fewer "
+            f"made smaller: in {_hours(options)} the whole one would see {whole:,.0f} images, and with fewer "
             f"than {ENOUGH_IMAGES:,} a smaller one learns more, docs/results.md; any timm name will do"
         )
         resolved.make_method()
@@ -382,7 +382,7 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     if options["overfit"] and not any(options[name] for name in ("steps", "epochs", "hours")):
         options["steps"] = OVERFIT_STEPS
     if seconds is not None:
-        why = f"{options['hours']:g} hours at {resolved.step_seconds():.2g} seconds a step, measured now"
+        why = f"{_hours(options)} at {resolved.step_seconds():.2g} seconds a step, measured now"
         resolved.take("steps", resolved.steps_within(seconds), why)
     if options["steps"] is None:
         resolved.take("epochs", *auto.choose_epochs(images, batch))
@@ -394,6 +394,10 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
     )
     resolved.take_records(CHECKPOINTS_A_RUN)
     resolved.take("preview_every_steps", max(steps // PREVIEWS_A_RUN, 1), "ten times a run")
+
+
+def _hours(options: Mapping[str, Any]) -> str:
+    return f"{options['hours']:g} hour{'' if options['hours'] == 1 else 's'}"
 
 
 def _trial_loss(method: Any, images: Tensor) -> Tensor:
