@@ -88,6 +88,10 @@ class Downscale(Degradation):
 def reflected(length: int, margin: int) -> list[int]:
     """Places of a line continued by reflection without repeating its ends, as often as needed.
 
+    Args:
+        length: pixels of the line.
+        margin: how many places before and after it.
+
     Returns:
         ``length + 2 margin`` places in [0, length).
 
@@ -110,6 +114,7 @@ def gaussian_kernels(sizes: tuple[int, ...], sigma: float, device: torch.device)
     Args:
         sizes: odd numbers of taps.
         sigma: standard deviation in pixels.
+        device: where they are wanted.
 
     Returns:
         float32 (sizes, largest); the outer product of a row with itself is the two-dimensional kernel.

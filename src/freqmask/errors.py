@@ -91,6 +91,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """A hint that names the nearest valid name, or lists all of them.
 
     Args:
+        name: what was typed.
         names: the valid names; what other software calls them counts as spelled like them.
 
     Returns:

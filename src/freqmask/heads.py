@@ -37,6 +37,7 @@ class ReconstructionHead(nn.Sequential):
         and the right, where the backbone padded; one that covers less is stretched.
 
         Args:
+            feature_map: (B, D, h, w).
             size: (H, W) of the image in pixels; None is (h, w) times the stride.
 
         Returns:

@@ -93,6 +93,7 @@ def sample_key(seed: int, epoch: int, identity: int, view: int | None = None) ->
     """The key of one image in one epoch, or of one of its views.
 
     Args:
+        seed: the run's seed.
         epoch: which pass over the data.
         identity: the image's own number, see ``identity_of``.
         view: which view; ``None`` gives the key of the image, from which ``combine(keys, view)`` makes
@@ -115,6 +116,7 @@ def sample_keys(seed: int, epochs: Int64[Tensor, " batch"], identities: Int64[Te
     """The keys of a batch, those that ``sample_key`` gives image by image.
 
     Args:
+        seed: the run's seed.
         epochs: which pass over the data each image belongs to.
         identities: the images' own numbers, see ``identity_of``.
 
@@ -196,14 +198,27 @@ def uniform(keys: Keys, stream: int | str, shape: Sequence[int] = ()) -> Float[T
 
 
 def uniform_numbers(key: int, stream: int | str, count: int) -> list[float]:
-    """The numbers of ``uniform(tensor([key]), stream, (count,))`` without torch, for one sample in a worker."""
+    """The numbers of ``uniform(tensor([key]), stream, (count,))`` without torch, for one sample in a worker.
+
+    Args:
+        key: a signed 64-bit number.
+        stream: what the numbers are for.
+        count: how many.
+
+    Returns:
+        ``count`` floats in [0, 1).
+    """
     base = _mix_number((key & _MASK) ^ (_number(stream) & _MASK))
     return [(_mix_number((base ^ place) * _GOLDEN) >> 40) * 2.0**-24 for place in range(count)]
 
 
 def normal(keys: Keys, stream: int | str, shape: Sequence[int] = ()) -> Float[Tensor, "batch ..."]:
-    """Standard normal numbers by Box and Muller, two from each hash; arguments as for :func:`uniform`.
+    """Standard normal numbers by Box and Muller, two from each hash.
 
+    Args:
+        keys: one key an image.
+        stream: what the numbers are for.
+        shape: how many numbers an image.
 
     Returns:
         float32. The underlying integers are exact; logarithm and cosine differ between devices by rounding.

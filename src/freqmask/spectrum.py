@@ -42,6 +42,9 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     Args:
         function: pure, of hashable arguments; returns one tensor, which nobody may write to.
+
+    Returns:
+        The remembering function.
     """
     remembered = functools.lru_cache(maxsize=256)(function)
 
@@ -70,6 +73,8 @@ def _expect_complex_operators() -> None:
 def image_size(images: Float[Tensor, "*batch height width"]) -> tuple[int, int]:
     """(H, W) as plain numbers, in a graph compiled for changing sizes too.
 
+    Args:
+        images: any tensor whose last two axes are H and W.
 
     Returns:
         Numbers that ``constant`` functions can take; a compiled graph is then for this size alone, as its
@@ -104,6 +109,7 @@ def irfft2(
     """Real images of a half spectrum, the inverse of ``rfft2``.
 
     Args:
+        spectrum: half spectrum.
         size: (H, W) of the images; W cannot be read off the half spectrum.
 
     Returns:
@@ -120,7 +126,14 @@ def single_or_double(values: Tensor) -> Tensor:
 
 
 def power(spectrum: Complex[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Squared magnitude, re^2 + im^2."""
+    """Squared magnitude.
+
+    Args:
+        spectrum: any complex tensor.
+
+    Returns:
+        re^2 + im^2.
+    """
     return spectrum.real.square() + spectrum.imag.square()
 
 
@@ -153,7 +166,10 @@ def inside(
     Float radii misplace bins that lie on the circle: at 224 and radius 5, 77 bins instead of 69.
 
     Args:
+        height: H in pixels.
+        width: W in pixels.
         radius: in cycles per shorter side, exact.
+        device: where the mask is wanted.
 
     Returns:
         True inside, the circle itself is outside.
@@ -218,6 +234,7 @@ def full_spectrum(half: Tensor, width: int) -> Tensor:
 
     Args:
         half: (..., H, W // 2 + 1) real: a mask, a magnitude, a radius.
+        width: W in pixels.
 
     Returns:
         (..., H, W); shift it with ``torch.fft.fftshift(..., dim=(-2, -1))`` (without ``dim`` it would also
@@ -229,7 +246,14 @@ def full_spectrum(half: Tensor, width: int) -> Tensor:
 
 
 def log_magnitude(images: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch height width"]:
-    """log(1 + |F|) of the full spectrum with DC in the center (H // 2, W // 2), for pictures."""
+    """log(1 + |F|) of the full spectrum with DC in the center (H // 2, W // 2), for pictures.
+
+    Args:
+        images: real images.
+
+    Returns:
+        Non-negative numbers in the images' layout.
+    """
     magnitude = full_spectrum(rfft2(images).abs(), images.shape[-1])
     return torch.fft.fftshift(torch.log1p(magnitude), dim=(-2, -1))
 

@@ -38,6 +38,8 @@ def spectra(
             the default is one of every kind.
         seed: decides what random filters draw.
 
+    Returns:
+        The path of the picture.
 
     Raises:
         UserError: no image, more than four, one that cannot be read, or an unknown filter.
@@ -103,6 +105,8 @@ def reconstruct(
         out: the PNG to write.
         seed: decides what random filters draw.
 
+    Returns:
+        The picture.
 
     Raises:
         UserError: no decoder, an image that cannot be read, or an unknown filter.

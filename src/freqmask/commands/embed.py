@@ -51,6 +51,8 @@ def embed(
         labels: a CSV table with the columns path and label.
         overwrite: replace a file that holds something else.
 
+    Returns:
+        The file.
 
     Raises:
         UserError: the model or the data cannot be opened, or out cannot be written.
@@ -165,6 +167,8 @@ def predict(
         accelerator: auto, cpu, cuda or mps.
         overwrite: replace what is at out.
 
+    Returns:
+        The table, or the folder of masks.
 
     Raises:
         UserError: the model has no head, the data cannot be opened, or out cannot be written.

@@ -137,6 +137,8 @@ def convert(
         key: which weights, where the file holds several, such as state_dict_ema or teacher.backbone.
         overwrite: replace what is at out.
 
+    Returns:
+        The folder.
 
     Raises:
         UserError: the file is broken, refused or does not fit; tensors that do not are named.

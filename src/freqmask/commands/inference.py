@@ -304,8 +304,11 @@ def write_masks(
     """A folder of masks, each as large as its image and with the labels of the training masks; how many.
 
     Args:
+        segmenter: the network.
+        source: the images.
         path: the folder, atomic.
         inference: ``windows`` that overlap by a third, or ``whole``.
+        config: device, windows at once, and loader processes.
     """
     from freqmask.evaluation.upernet import Predictor
 

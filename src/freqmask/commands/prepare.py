@@ -52,6 +52,8 @@ def prepare(
         pages: what the pages of a TIFF are.
         workers: processes that decode; auto is one for each core.
 
+    Returns:
+        The folder.
 
     Raises:
         UserError: the images cannot be opened, or out cannot be written or was begun otherwise.

@@ -48,8 +48,13 @@ def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int
 
     Args:
         path: the file of features; the picture stands beside it.
+        opened: the model that made it.
+        source: its images.
         queries: rows.
         neighbors: columns beside the first.
+
+    Returns:
+        The PNG.
     """
     indices, scores = nearest_neighbors(path, queries, neighbors)
     dataset = still_images(opened, source)
@@ -82,7 +87,9 @@ def draw_reconstructions(
     """A row for each image and filter: original, filtered, predicted, filled in, error, and three spectra.
 
     Args:
+        path: the PNG to write.
         pictures: name of the image, what was done to it, and ``reconstruct``'s tensors with batch 1.
+        title: a line above all.
     """
     height, width = pictures[0][2]["target"].shape[-2:]
     figure, axes = new_sheet(len(pictures), len(_COLUMNS), height / width, f"{title}   (dB: PSNR)", cell=1.65)

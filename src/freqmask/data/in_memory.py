@@ -101,6 +101,7 @@ def read_images(
     """Decode all images of a source once, to be held on the host.
 
     Args:
+        source: the images.
         geometries: how the views will be cut.
         limits: what the images must be like.
         channels: the channels of the views.

@@ -202,6 +202,7 @@ def hold_out(
     their first images, and only the last of them is divided.
 
     Args:
+        source: the images.
         share: share of the images, in [0, 1), but ``at_most`` so many; below ten images none is held out, from ten
             on at least one, unless either is 0.
         at_most: the largest number of them.

@@ -148,6 +148,7 @@ def survey(
     """Look at up to ``count`` images, drawn by the seed, to find out what all of them are like.
 
     Args:
+        source: the images.
         value_range: ``auto``: the full range of the type where images have 8 bits, else from the 0.1 to the
             99.9 percentile of all values seen; where types are mixed, for each its own; ``dtype``: the full
             range of the type; ``LOW,HIGH``; a range.

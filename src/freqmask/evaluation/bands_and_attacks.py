@@ -258,6 +258,7 @@ class Attack:
         Args:
             classify: images in [0, 1] -> logits, differentiable.
             images: in [0, 1].
+            labels: their true classes.
             keys: one an image, of the random start.
         """
         one_step = self.kind == "fgsm"

@@ -167,7 +167,9 @@ def compute_features(
 
     Args:
         model: prepared on the device of ``compute``.
+        source: the images.
         what: ``end`` or ``blocks``.
+        compute: where.
         change: done to the images before.
         quiet: do not print how long it took.
     """

@@ -374,6 +374,7 @@ class Finetune(Protocol):
     """All weights learn from labels.
 
     Args:
+        options: of the command.
         frozen_too: whether models are measured frozen beside, which raw pixels can be.
     """
 

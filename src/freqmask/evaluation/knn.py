@@ -57,6 +57,7 @@ def predict(
         queries: features of any length; they are normalized here.
         bank: features of the images whose classes are known.
         labels: their classes, 0 to ``classes - 1``.
+        classes: how many there are.
         neighbors: numbers k of neighbors that vote, each at most the size of the bank.
         temperature: of the votes, above 0.
         chunk: queries and images of the bank at once.

@@ -258,6 +258,8 @@ def keep_parts(
     """The part of each image, by its name, from a table that ``--labels`` takes, too; drawn and written once.
 
     Args:
+        file: the table.
+        names: of the images.
         words: what the parts are called.
         draw: numbers of the images of each part.
         columns: of the table, beside path and split.

@@ -340,6 +340,8 @@ class PairDataset(TrainDataset):
         source: images with masks.
         lookup: label -> class, or ``IGNORED``.
         value_range: the values that become 0 and 1.
+        channels: of the image.
+        seed: of the draws.
         crop: how samples are cut; None gives whole images at their evaluated size beside whole masks.
         image_size: shorter side of whole images in pixels; None leaves them as they are.
         fill: what stands beyond the image's edge, one number in [0, 1] a channel.

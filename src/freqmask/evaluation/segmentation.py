@@ -254,6 +254,9 @@ def predict(
     """Segment every test image in ``windows`` or ``whole``, and count.
 
     Args:
+        predictor: the network.
+        data: the test images.
+        inference: ``windows`` or ``whole``.
         name: the model's, for what is printed and drawn.
         overlays: of images that are drawn, which get the model's predictions beside those of others.
         drawn: how many of them, evenly spread.

@@ -82,6 +82,8 @@ class Filter(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, from which an equal filter can be built.
 
+        Returns:
+            Plain values by name.
 
         Raises:
             UserError: where a filter does not store an argument under its name.

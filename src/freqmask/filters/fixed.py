@@ -28,6 +28,8 @@ def exact_radius(radius: Radius, height: int, width: int) -> Fraction:
 
     Args:
         radius: in cycles per shorter side (bins of a square image), or ``"auto"``.
+        height: H in pixels.
+        width: W in pixels.
 
     Returns:
         The radius; ``auto`` (``DEFAULT_RADIUS_AT_224``) scales with the shorter side.
@@ -83,6 +85,9 @@ def disc(
         size: (H, W) of the images.
         radius: in cycles per shorter side.
         softness: width of the edge in the same unit, 0 for a hard one.
+        edge: the edge's shape.
+        device: where the map is wanted.
+        dtype: in what precision.
 
     Returns:
         (H, W // 2 + 1).
@@ -196,6 +201,8 @@ def rings(
         edges: radii, rising; ``None``: octaves, see ``Rings``.
         softness: see ``disc``.
         edge: see ``disc``.
+        device: where the maps are wanted.
+        dtype: in what precision.
 
     Returns:
         (rings, H, W // 2 + 1), disjoint where the edges are hard.

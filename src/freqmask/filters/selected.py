@@ -53,7 +53,11 @@ def tie_order(size: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def representatives(size: tuple[int, int]) -> int:
-    """How many conjugate pairs, self-conjugate bins included, a spectrum has."""
+    """How many conjugate pairs, self-conjugate bins included, a spectrum has.
+
+    Returns:
+        The number of bins that are free to choose.
+    """
     height, width = size
     alone = (1 if height % 2 else 2) * (1 if width % 2 else 2)
     return (height * width + alone) // 2
@@ -67,6 +71,7 @@ def ranking(score: Tensor, size: tuple[int, int]) -> Int64[Tensor, "batch mask_c
 
     Args:
         score: (batch, mask_channel, H, W // 2 + 1), non-negative, ranked in float32.
+        size: (H, W) of the images.
 
     Returns:
         int64, -1 for a bin whose partner is stored as well.
@@ -93,6 +98,7 @@ def strongest(
 
     Args:
         score: non-negative.
+        size: (H, W) of the images.
         count: bins of the full spectrum; never exceeded, missed by at most one.
         most: an upper bound of all counts, known without asking the device.
 
@@ -122,6 +128,7 @@ def score_of(spectrum: Tensor, magnitude: Magnitude, size: tuple[int, int]) -> T
     Args:
         spectrum: (batch, C, H, W // 2 + 1).
         magnitude: as in ``Com``; luma falls back to the mean unless there are three channels.
+        size: (H, W) of the images.
 
     Returns:
         (batch, 1 or C, H, W // 2 + 1).
@@ -143,6 +150,7 @@ def equalizing(energy: Float[Tensor, "batch channel height half_width"], size: t
 
     Args:
         energy: power of the half spectra.
+        size: (H, W) of the images.
 
     Returns:
         (batch, channel, 1, 1); 0 for a constant channel, whose rounding errors would else be blown up.

@@ -352,6 +352,7 @@ def push_model(
     """Send the timm folder and a model card.
 
     Args:
+        opened: the model.
         repository: ``USER/NAME``, made where it is missing.
         public: False makes it private.
         with_images: True adds previews, and the data's names and paths to the card.

@@ -342,6 +342,8 @@ def from_beit_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def mfm_encoder(model: Any) -> dict[str, Tensor]:
     """The encoder of an MFM checkpoint, without its prefix: timm's names of a ResNet, BEiT's of a ViT.
 
+    Args:
+        model: a timm ViT or ResNet.
 
     Raises:
         UserError: it is no plain one. Readers pass over what they do not know, and would compute something else without

@@ -55,6 +55,7 @@ def write_timm_folder(
     """Write config.json and model.safetensors, each replaced whole.
 
     Args:
+        model: a timm module.
         folder: made where it is missing.
         input_size: channels, height and width that the model was trained for.
         mean: of the channels in [0, 1], taken off before the model.

@@ -63,6 +63,8 @@ def load_method(run: str | Path) -> Method:
     A method or filter that the run names by import path is imported where you have named it, too: within a command,
     in ``FREQMASK_TRUST``, or by having imported its module.
 
+    Args:
+        run: a run folder.
 
     Returns:
         The method on the CPU, in training mode.

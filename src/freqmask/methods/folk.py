@@ -262,6 +262,10 @@ class DistillationLoss(nn.Module):
     ) -> Float[Tensor, "batch outputs"]:
         """What the student is asked to predict.
 
+        Args:
+            teacher_logits: of one view.
+            teacher_temperature: as in ``forward``.
+
         Returns:
             Probabilities, each row adds up to 1.
         """

@@ -155,6 +155,7 @@ class Method(nn.Module):
 
         Args:
             step: the optimizer step, from 0.
+            total_steps: of the whole training.
         """
 
     def after_step(self, step: int, total_steps: int) -> None:
@@ -162,10 +163,15 @@ class Method(nn.Module):
 
         Args:
             step: the optimizer step that was made, from 0.
+            total_steps: of the whole training.
         """
 
     def checked(self, views: Sequence[Tensor], keys: Keys | None) -> tuple[Sequence[Tensor], Keys]:
         """The views and the keys, fresh ones where none are given.
+
+        Args:
+            views: what ``forward`` was given.
+            keys: one an image, or None.
 
         Returns:
             The same views, and int64 keys (B,) on their device.
@@ -208,7 +214,11 @@ def build_backbone(
 
 
 def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments as plain values: objects become what they are built from."""
+    """A constructor's arguments as plain values: objects become what they are built from.
+
+    Args:
+        arguments: name to value.
+    """
     given = dict(arguments)
     if isinstance(given.get("backbone"), Backbone):
         built: Backbone = given["backbone"]

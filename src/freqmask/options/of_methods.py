@@ -279,6 +279,7 @@ def method_settings(
 
     Args:
         known: of the method, from :func:`options_of_class`.
+        options: of the run.
         steps_an_epoch: turns those in epochs into steps; None leaves them out, where it is not known yet.
     """
     settings = {}

@@ -29,6 +29,7 @@ def choose_place(options: Mapping[str, Any], survey: Survey, images: int) -> aut
 
     Args:
         options: all resolved but ``images_from``.
+        survey: what the images are like.
         images: how many are trained on.
 
     Raises:
@@ -74,7 +75,9 @@ def keep_images(
     """Decode the images of a run whose images stay on the device, and say how it went.
 
     Args:
+        options: resolved options.
         source: the images that are trained on.
+        geometry: how views are cut.
         convert: whether images with other channels are converted instead of skipped.
         by_hand: whether the device was asked for, so that any size is kept and an obstacle is an error.
 

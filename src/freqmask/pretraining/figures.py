@@ -133,7 +133,10 @@ def new_sheet(rows: int, columns: int, aspect: float, title: str, cell: float = 
     """A figure of equal cells, and its axes ``(rows, columns)``, without pyplot's global state.
 
     Args:
+        rows: of cells.
+        columns: of cells.
         aspect: height over width of the images shown.
+        title: a line above all.
         cell: width of a cell in inches.
     """
     from matplotlib.figure import Figure
@@ -178,6 +181,7 @@ def read_squares(files: list[str], image_size: int | None) -> dict[str, Tensor]:
     """The middle squares of image files, all of one size.
 
     Args:
+        files: their paths.
         image_size: side in pixels; None is 224, or the shortest side among the images where that is smaller.
 
     Returns:
@@ -268,6 +272,7 @@ def draw_preview(path: str | Path, reconstruction: Mapping[str, Tensor], title: 
         path: the PNG; it is returned.
         reconstruction: from ``method.reconstruct``: ``target``, ``filtered`` and ``filled``
             ``(B, C, H, W)`` in [0, 1].
+        title: a line above all.
     """
     target, seen, filled = (
         reconstruction[name][:_IMAGES].float().cpu() for name in ("target", "filtered", "filled")

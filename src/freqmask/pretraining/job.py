@@ -84,6 +84,9 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
     Args:
         options: every option of ``pretrain``.
         given: those that were given.
+
+    Returns:
+        The run folder.
     """
     with silence_third_party_loggers(), keep_threads(), ExitStack() as held:
         options, given = _with_data(_as_words(options), _as_words(given))

@@ -56,6 +56,8 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     """The plan of a new run, a line each.
 
     Args:
+        resolved: the training.
+        summary: of the source.
         images: trained on.
         held_out: kept apart.
     """
@@ -258,6 +260,7 @@ def length_lines(resolved: Resolved, given: Mapping[str, Any]) -> Iterator[str]:
     """The last word of a plan that takes hours though nobody named a length: why, and the command for an hour.
 
     Args:
+        resolved: the training.
         given: the options as they were typed.
     """
     named = any(given.get(name) is not None for name in ("epochs", "steps", "hours", "overfit"))

@@ -131,7 +131,12 @@ def filter_of(options: Mapping[str, Any]) -> str:
 
 
 def method_defaults(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method has beside the options that were given: recorded, so that a changed default changes no repeat."""
+    """What a method has beside the options that were given: recorded, so that a changed default changes no repeat.
+
+    Args:
+        options: of the run.
+        settings: the method's own, plain values.
+    """
     chosen, defaults = filter_of(options), {}
     for name, own in method_options(options).items():
         value = settings.get(name) if own.epochs is None else own.epochs
@@ -198,6 +203,7 @@ def resolve(
 
     Args:
         options: the options of ``pretrain``, checked.
+        source: the images.
         images: how many of them are trained on.
         watched: how many are looked at for measurements, by the options.
 
@@ -312,6 +318,7 @@ def make_method(
     """The method that resolved options ask for, with its own defaults where they are silent.
 
     Args:
+        options: resolved options.
         steps_an_epoch: turns options in epochs into steps; None leaves them out, where it is not known yet.
         teacher: where it has been opened already; its weights may be large.
     """
@@ -411,6 +418,8 @@ def share_of_step(method: Any, loss: Callable[[], Tensor], device: torch.device)
 
     Args:
         method: a trial, which is hooked into.
+        loss: its loss of some images.
+        device: where it runs.
     """
     clock: list[float] = []
     method.teacher.register_forward_pre_hook(lambda *_: clock.append(auto.seconds_now(device)))

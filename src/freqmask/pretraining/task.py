@@ -341,6 +341,9 @@ def make_dataset(
     """The images of a run as views.
 
     Args:
+        options: resolved options.
+        source: the images.
+        geometries: how each view is cut.
         convert: whether images with other channels are converted instead of skipped.
     """
     value_range = ValueRange.parse(options["value_range"]) or ValueRange()

@@ -55,6 +55,7 @@ class HeldOut(Measurement):
     """The loss on held-out images, and a preview.
 
     Args:
+        run: the run folder.
         held_out: the held-out images, seen whole and unflipped; None where there are too few.
         shown: the images of the preview, always the same, so that progress shows.
         common: as for :class:`Measurement`.

@@ -198,6 +198,8 @@ def choose_batch_size(
     Devices whose number is no power of two get a little less, so that it divides.
 
     Args:
+        cost: of an image.
+        images: training images.
         device: ``"cuda"`` or another type.
         devices: that share a batch.
         memory: bytes that each may take.
@@ -328,6 +330,7 @@ def measure_cost(
     Args:
         module: whose parameters are counted; its gradients are cleared afterwards.
         loss: makes the loss of a number of images.
+        device: where it runs.
         images: how many at once; four times as many, and so on, while that makes an image cheaper.
         most: at once; no more than fill a device of this kind.
     """
@@ -412,7 +415,12 @@ def seconds_now(device: torch.device) -> float:
 
 
 def check_single_image(loss: Callable[[int], Any], backbone: str) -> None:
-    """Raises a UserError where a single image at once leaves batch norm one value a channel: a map of 1x1."""
+    """Raises a UserError where a single image at once leaves batch norm one value a channel: a map of 1x1.
+
+    Args:
+        loss: of a number of images, in train mode.
+        backbone: its name.
+    """
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             loss(1)

@@ -54,6 +54,8 @@ class Monitor(L.Callback):
     ``gradient_norm`` (a scalar, or None), and may look at ``want_details``, which says that this step is logged.
 
     Args:
+        run: the run folder.
+        progress: the bar.
         log_every: optimizer steps between rows.
         batch_size: images per optimizer step over all devices.
         images: images in an epoch.
@@ -292,6 +294,7 @@ class Saver(L.Callback):
     """Writes a checkpoint and what is exported by steps, by minutes, at the end and when asked to stop.
 
     Args:
+        run: the run folder.
         signals: say whether the training shall stop.
         monitor: its clock leaves out the time that saving takes.
         numbers: checkpoint_every_steps and checkpoint_every_minutes (whichever comes first), keep_checkpoints.

@@ -124,6 +124,7 @@ def check_writable(path: str | Path, option: str = "out", *, folder: bool = Fals
     Args:
         path: it and the folders above it need not exist.
         option: what the user calls it.
+        folder: whether it is a folder.
     """
     path = Path(path).expanduser()
     if folder:
@@ -146,6 +147,7 @@ def check_out(out: str | Path, overwrite: bool, *, folder: bool) -> Path:
     """The path to write, refused where something would be lost.
 
     Args:
+        out: where to write.
         overwrite: True lets go what is there.
         folder: whether a folder is written, or a file.
 

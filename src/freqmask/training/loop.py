@@ -136,9 +136,13 @@ def train(
     A signal stops it after a step, with a checkpoint, and then ends the process as the signal would have.
 
     Args:
+        task: what is trained.
+        checkpoint: to resume from.
         summarize: what the summary holds beside steps, speed and times.
         stopped: called when a signal has stopped it.
 
+    Returns:
+        The summary.
 
     Raises:
         UserError: what a training may die of, with the way out.

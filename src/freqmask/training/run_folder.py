@@ -224,6 +224,7 @@ def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder 
 
     Args:
         given: the options as they were given, without ``out``.
+        root: the folder of runs.
     """
     if not root.is_dir():
         return None
