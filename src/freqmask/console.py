@@ -166,14 +166,14 @@ def readable_time(seconds: float) -> str:
     return counted(round(seconds), "second")
 
 
-def counted(number: float, noun: str) -> str:
-    """A number of things as a person says it.
+def counted(number: float, noun: str, several: str = "") -> str:
+    """A number of things as a person says it; ``several`` where it is no more than an s.
 
-    >>> counted(1600.0, "epoch"), counted(1, "loader worker"), counted(0.04, "epoch")
-    ('1,600 epochs', '1 loader worker', '0.04 epochs')
+    >>> counted(1600.0, "epoch"), counted(1, "loader worker"), counted(0.04, "epoch"), counted(2, "class", "classes")
+    ('1,600 epochs', '1 loader worker', '0.04 epochs', '2 classes')
     """
     text = f"{number:,.1f}".removesuffix(".0") if number >= 1 else f"{number:.2g}"
-    return f"{text} {noun}{'' if text == '1' else 's'}"
+    return f"{text} {noun if text == '1' else several or f'{noun}s'}"
 
 
 def readable_bytes(count: float) -> str:

@@ -92,7 +92,7 @@ def test_a_name_that_is_no_text_stays_itself(images: Path) -> None:
             "File Name;Class\na;b\n",
             "path and label are missing; its first line has 'File Name', 'Class'; rename",
         ),
-        ("path,label\ngone.png,a\n", "1 images that DATA lacks"),
+        ("path,label\ngone.png,a\n", "1 image that DATA lacks"),
         ("path,label\n", "lists no images"),
         ('path,label\n"' + "x" * 200_000, "is no CSV table"),
         ("path,label\ndog/a.png,a\ndog/a.png,b\n", "twice"),
@@ -107,3 +107,17 @@ def test_a_table_that_does_not_fit_is_refused_in_a_sentence(images: Path, text: 
 def test_quotes_hold_delimiters_and_line_breaks(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('path,label\n"a,b.png","x\u2028y\nz"\n')
     assert [(row.path, row.label) for row in read_labels(tmp_path / "t.csv")] == [("a,b.png", "x\u2028y\nz")]
+
+
+@pytest.mark.parametrize("index", ["", " "])
+def test_an_index_without_a_name_as_pandas_writes_it_is_neither_split_nor_group(
+    images: Path, index: str
+) -> None:
+    table = images.parent / "labels.csv"
+    lines = [f"{number % 2},{name},{name[0]}" for number, name in enumerate(NAMES)]
+    table.write_text("\n".join([f"{index},path,label", *lines]), encoding="utf-8")
+    rows = read_labels(table)
+    assert [(row.label, row.split, row.group) for row in rows] == [("K", None, None)] * 2 + [
+        ("d", None, None)
+    ]
+    assert open_source(images, labels=table).group(0) is None

@@ -210,7 +210,7 @@ def test_splits_and_labels_that_only_look_alike_are_one(folder):
     [
         (
             "path,label\ncat/1.pnk,a\n",
-            r"names 1 images that DATA lacks \(first 'cat/1.pnk'\); did you mean 'cat/1.png'",
+            r"names 1 image that DATA lacks \(first 'cat/1.pnk'\); did you mean 'cat/1.png'",
         ),
         ("path,label\ncat/1.png,a\ncat/1.png,b\n", "twice"),
         ("file,label\ncat/1.png,a\n", "path is missing"),

@@ -96,7 +96,15 @@ def test_folds_are_alike_in_size_and_classes_where_these_are_small(classes, memb
     ("labels", "groups", "fractions", "words"),
     [
         ([0, 1], None, [0.5, 0.0], "above 0"),
-        ([0] * 6, ["same"] * 6, [0.5, 0.5], "too few"),
+        (
+            [0] * 6,
+            ["same"] * 6,
+            [0.5, 0.5],
+            "6 images in 1 group, none of .* too few .*; there must be 2 groups",
+        ),
+        ([0] * 6, list("aabbcc"), [1] * 4, "6 images in 3 groups, .* too few .*; there must be 4 groups"),
+        ([7], None, [0.5, 0.5], "1 image of 1 class are too few"),
+        (range(120), None, [0.8, 0.2], "120 images of 120 classes are too few .*: are these its labels?"),
         ([], None, [0.5, 0.5], "no images"),
     ],
 )

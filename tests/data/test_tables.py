@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sklearn.preprocessing import LabelEncoder
 
 from freqmask.data import parquet
 from freqmask.data.cache import cache_folder
 from freqmask.data.sources import open_source, splits_there
 from freqmask.errors import BadImage, UserError
+from freqmask.evaluation.labelled import open_labelled
 
 
 @pytest.fixture(autouse=True)
@@ -304,3 +306,47 @@ def test_labels_are_read_as_pandas_writes_them(tmp_path, labels, classes):
     source = open_source(tmp_path / "t.parquet")
     assert source.class_names == classes and source.open(1).decode()[0, 0, 0] == 2
     assert source.all_labels().tolist() == ([1, 0, -1] if classes else [-1] * 3)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[17, 81_017, 17, 300, 99_999], [0, 5, 0, 0, 10**9], [4, 4, 4, 4, 4], [0, 0, 6, 3, 0], [7, 1, 1, 7, 9]],
+)
+def test_numbers_with_many_gaps_are_as_many_classes_as_occur(tmp_path, labels):
+    write(tmp_path / "t.parquet")
+    images = pq.read_table(tmp_path / "t.parquet")["img"]
+    pq.write_table(pa.table({"img": images, "label": labels}), tmp_path / "numbers.parquet")
+    source = open_source(tmp_path / "numbers.parquet")
+    encoder = LabelEncoder()
+    assert source.all_labels().tolist() == encoder.fit_transform(labels).tolist()
+    assert source.class_names == [str(number) for number in encoder.classes_]
+
+
+def test_classes_of_parts_that_lack_some_of_them_are_those_of_both_in_order(tmp_path):
+    write(tmp_path / "t.parquet")
+    images = pq.read_table(tmp_path / "t.parquet")["img"]
+    numbers = {"train": [70, 2, 0, 9, 1], "test": [1, 0, 9, 9, 70]}
+    for split, labels in numbers.items():
+        path = tmp_path / "both" / f"{split}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"img": images, "label": labels}), path)
+    data = open_labelled(tmp_path / "both")
+    assert data.class_names == ["0", "1", "2", "9", "70"]
+    assert [int(data.class_names[number]) for number in data.labels] == numbers["train"] + numbers["test"]
+
+
+def test_of_several_columns_of_classes_the_usual_name_is_taken_and_the_others_named(tmp_path):
+    write(tmp_path / "t.parquet")
+    images = pq.read_table(tmp_path / "t.parquet")["img"]
+    kinds = {"domain": ["clipart", "real"], "label": ["ant", "bee", "cow"]}
+    features = {name: {"_type": "ClassLabel", "names": names} for name, names in kinds.items()}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"img": images, "domain": [0, 0, 1, 1, 1], "label": [2, 1, 0, 0, 1]})
+    pq.write_table(table.replace_schema_metadata(about), tmp_path / "two.parquet")
+    source = open_source(tmp_path / "two.parquet")
+    assert source.class_names == kinds["label"] and source.all_labels().tolist() == [2, 1, 0, 0, 1]
+    assert "Labels are read from the column label, not from domain." in source.summary().notes
+    alone = pa.table({"img": images, "cls": ["a", "b", "a", "b", "b"]})  # WebDataset's word for it
+    pq.write_table(alone, tmp_path / "cls.parquet")
+    source = open_source(tmp_path / "cls.parquet")
+    assert source.class_names == ["a", "b"] and not source.summary().notes

@@ -32,12 +32,12 @@ from freqmask.errors import BadImage, UserError, brief
 
 HUB = "hf:"
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "picture", "photo")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "y")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "y")
 # Beyond this the images here are laid out once, uncompressed, in the cache, which processes map and share.
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
-VERSION = 3
+VERSION = 4
 
 
 @dataclass
@@ -78,7 +78,11 @@ class Columns:
         able = [field.name for field in schema if _is_number(field.type) or _is_text(field.type)]
         named = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
         usual = [name for name in LABEL_COLUMNS if name in able]
-        label = next(iter([*named, *usual]), None)
+        labels = list(dict.fromkeys([*(name for name in usual if name in named), *named, *usual]))
+        label = labels[0] if labels else None
+        notes = [f"Images are read from the column {image.name}, not from {others}."] if others else []
+        if len(labels) > 1:
+            notes += [f"Labels are read from the column {label}, not from {' or '.join(labels[1:])}."]
         names = features.get(label or "", {}).get("names")
         return cls(
             image.name,
@@ -86,7 +90,7 @@ class Columns:
             label,
             [str(name) for name in names] if isinstance(names, list) else None,
             _is_text(_part(image.type, "path")),
-            [f"Images are read from the column {image.name}, not from {others}."] if others else [],
+            notes,
         )
 
 

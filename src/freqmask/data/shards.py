@@ -22,8 +22,16 @@ import pyarrow.compute as pc
 from freqmask.console import say
 from freqmask.data.cache import PackedIndex, hash_of, text_arrays
 from freqmask.data.decode import read_suffixes
-from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, PackedSource, Source, SourceSummary, Subset
-from freqmask.data.splits import Located, in_order, split_of, split_of_shard
+from freqmask.data.source import (
+    WINDOW_BLOCKS,
+    BlockLayout,
+    PackedSource,
+    Source,
+    SourceSummary,
+    Subset,
+    in_order,
+)
+from freqmask.data.splits import Located, split_of, split_of_shard
 from freqmask.data.storage import INDEX_NAME, PARTS, Files, State
 from freqmask.errors import BadImage, UserError, brief, describe_os_error
 from freqmask.rng import identity_of

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -245,11 +246,10 @@ class JoinedSource(_Selection):
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
-        names = {name for source in self.sources for name in source.class_names or ()}
-        in_order = [source.class_names for source in self.sources if source.class_names]
-        # The order of the parts where they agree (digits: 0 to 10 do not sort as text), else the alphabet's.
-        same = bool(in_order) and all(names_of == in_order[0] for names_of in in_order)
-        self.class_names = (in_order[0] if same else sorted(names)) if names else None
+        names = [source.class_names for source in self.sources if source.class_names]
+        # the parts' own order where they agree
+        same = all(names_of == names[0] for names_of in names)
+        self.class_names = (names[0] if same else in_order({*chain(*names)})) if names else None
 
     def _place(self, index: int) -> tuple[int, int]:
         self.check(index)
@@ -312,6 +312,16 @@ class JoinedSource(_Selection):
             ignored=dict(sum((Counter(part.ignored) for part in parts), Counter[str]())),
             notes=[note for part in parts for note in part.notes],
         )
+
+
+def in_order(labels: set[str]) -> list[str]:
+    """Class names: numbers by value, anything else by the alphabet.
+
+    >>> in_order({"10", "9", "09"}), in_order({"10", "9", "x"})
+    (['09', '9', '10'], ['10', '9', 'x'])
+    """
+    ordered = sorted(labels)  # 01 and 1 are one number: without an order a set's own, another in each process
+    return sorted(ordered, key=int) if all(label.isdecimal() for label in labels) else ordered
 
 
 def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most_blocks: int) -> list[int]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from freqmask.data.source import Source, SourceSummary, Subset
+from freqmask.console import counted
+from freqmask.data.source import Source, SourceSummary, Subset, in_order
 from freqmask.errors import UserError, nearest
 from freqmask.rng import combine, uniform
 
@@ -29,7 +30,6 @@ ALIASES = {
 }
 """What the three usual splits are called."""
 COLUMNS = ("path", "label", "split", "group")
-MOST_NUMBERED = 100_000  # numbers up to there are classes by their value, ids beyond by their order
 _FOREIGN = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8
 _FEWEST = 10  # of fewer images none can be held out
 _FILLERS = frozenset({
@@ -132,7 +132,7 @@ def split_indices(
     # Classes counted from 0; unknown ones are a class of their own.
     known = [0] * total if labels is None else [-1 if label is None else int(label) for label in labels]
     classes = np.unique(known, return_inverse=True)[1]
-    generator = np.random.default_rng(seed)
+    generator, keys = np.random.default_rng(seed), None
     if groups is None or all(group is None for group in groups):
         part_of = _deal_images(classes, shares, generator)
     else:
@@ -142,10 +142,15 @@ def split_indices(
         part_of = _deal_groups(classes, np.array([numbers[key] for key in keys]), shares, generator)
     parts = [np.flatnonzero(part_of == part) for part in range(len(shares))]
     if any(len(part) == 0 for part in parts):
-        raise UserError(
-            f"{total} images in {len(set(groups or range(total)))} groups are too few for parts of "
-            f"{', '.join(f'{share:.0%}' for share in shares)}; take larger parts or fewer of them"
-        )
+        of = f"{counted(total, 'image')} of {counted(classes.max() + 1, 'class', 'classes')}"
+        hint = "take larger parts or fewer of them"
+        if keys is not None:
+            count = len(set(keys))
+            of = f"{counted(total, 'image')} in {counted(count, 'group')}, none of which is divided,"
+            hint = f"there must be {len(shares)} groups at least" if count < len(shares) else hint
+        elif classes.max() + 1 == total:
+            hint = "every image is a class of its own: are these its labels?"
+        raise UserError(f"{of} are too few for parts of {', '.join(f'{s:.0%}' for s in shares)}; {hint}")
     return parts
 
 
@@ -279,7 +284,8 @@ def _rows(reader: csv.DictReader[str], file: Path, above: int) -> list[Row]:
     spelled: dict[str, str] = {}  # of Train and train, which are one split, the first
 
     def cell(record: dict[str, str], name: str) -> str | None:
-        text = (record.get(columns.get(name, "")) or "").strip()
+        # a column without a name is there, too: pandas' index
+        text = (record[columns[name]] or "").strip() if name in columns else ""
         # composed, as the same word of another system is
         text = unicodedata.normalize("NFC", as_text(text))
         return (spelled.setdefault(text.lower(), text) if name == "split" else text) or None
@@ -372,8 +378,8 @@ def number_classes(
     Values are a name or a number of each image, None, empty, NaN or negative without one; names are those of 0, 1, ...
     if known. Fractions are no classes.
 
-    >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[0].tolist()
-    (['cat', 'dog'], [2, -1, 0])
+    >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[1], number_classes([2, -1, 70])[1]
+    (['cat', 'dog'], ['0', '1', '2'], ['2', '70'])
     """
     # whole numbers come as floats from a column of pandas that lacks one
     values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
@@ -381,8 +387,9 @@ def number_classes(
     if any(isinstance(value, float) for value in known) or (not known and names is None):
         return np.full(len(values), -1, np.int64), None
     if names is None and all(isinstance(value, int) for value in known):
-        largest = max(int(value) for value in known)
-        names = [str(number) for number in range(largest + 1)] if largest < MOST_NUMBERED else None
+        most = max(int(value) for value in known) + 1
+        # a part may lack some classes; where most would be lacking, the numbers are ids
+        names = [str(number) for number in range(most)] if most <= 2 * len(known) else None
     places: dict[Any, int]
     if names is not None:
         places = {number: number for number in range(len(names))}
@@ -390,16 +397,6 @@ def number_classes(
         ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
         places, names = {value: place for place, value in enumerate(ordered)}, [str(v) for v in ordered]
     return np.array([places.get(value, -1) for value in values], np.int64), names
-
-
-def in_order(labels: set[str]) -> list[str]:
-    """Class names: numbers by value, anything else by the alphabet.
-
-    >>> in_order({"10", "9", "09"}), in_order({"10", "9", "x"})
-    (['09', '9', '10'], ['10', '9', 'x'])
-    """
-    ordered = sorted(labels)  # 01 and 1 are one number: without an order a set's own, another in each process
-    return sorted(ordered, key=int) if all(label.isdecimal() for label in labels) else ordered
 
 
 def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
@@ -416,7 +413,7 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
         relative = f"names are relative to DATA, like {source.name(0)!r}"
         hint = close if close.startswith("did you mean") else relative
         raise UserError(
-            f"labels ({file}) names {len(missing)} images that DATA lacks (first {missing[0]!r}); {hint}"
+            f"labels ({file}) names {counted(len(missing), 'image')} that DATA lacks (first {missing[0]!r}); {hint}"
         )
     if len(set(paths)) < len(paths):
         twice = Counter(paths).most_common(1)[0][0]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from freqmask.console import rank, say
+from freqmask.console import counted, rank, say
 from freqmask.errors import UserError
 from freqmask.evaluation.features import ComputeConfig
-from freqmask.evaluation.labelled import Round, draw_shots, parse_shots, shot_name
+from freqmask.evaluation.labelled import LabelledData, Round, draw_shots, parse_shots, shot_name
 from freqmask.evaluation.protocol import (
     EvalConfig,
     EvalContext,
@@ -74,6 +74,17 @@ class Fewshot(Protocol):
     def __post_init__(self) -> None:
         self.shots = parse_shots(self.shots)
         self.headline = shot_name("10" if "10" in self.shots else self.shots[-1])
+
+    def open_data(self, config: EvalConfig) -> LabelledData:
+        """The images; a shot that takes all of them is noted, since it differs from no larger one."""
+        data: LabelledData = super().open_data(config)
+        labels = data.labels[data.rounds[0].train]
+        most = max(np.bincount(labels), default=0)
+        for shot in self.shots:
+            if not shot.endswith("%") and int(shot) > most:
+                all_of = counted(len(labels), "training image")
+                data.notes.append(f"No class has {shot} training images: {shot_name(shot)} is all {all_of}.")
+        return data
 
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
         """One prediction a number of labels; the draw is the same for every model."""
