@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from freqmask.commands.command import command
-from freqmask.console import Progress, plain_name, readable_bytes, say, shell_path
+from freqmask.console import Progress, counted, plain_name, readable_bytes, say, shell_path
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.options import Auto, Range
@@ -148,7 +148,9 @@ def _summarize(result: PrepareResult, settings: Settings, path: Path) -> None:
         f"{readable_bytes(result.bytes)}"
     )
     if result.skipped:
-        say(f"skipped     {len(result.skipped):,} images cannot be read; {path / 'skipped.csv'} lists them")
+        say(
+            f"skipped     {counted(len(result.skipped), 'image')} cannot be read; {path / 'skipped.csv'} lists them"
+        )
         for name, reason in result.skipped[:_SHOWN_SKIPPED]:
             say(f"            {plain_name(name)}: {reason}")
     first, *rest = spectrum_words(result.reductions, images, settings.resize)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.backbones import cells, few_tokens_attention
-from freqmask.console import LINES_A_RUN, rank, readable_time, say, say_left_out
+from freqmask.console import LINES_A_RUN, counted, rank, readable_time, say, say_left_out
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.source import Source, Subset
 from freqmask.data.transforms import Geometry
@@ -318,7 +318,9 @@ class FinetuneJob(TrainingJob):
         """Print how it ended and where its classifier lies."""
         measured = summary.get("held_out_accuracy")
         accuracy = f", {measured:.1%} right on held-out images" if measured is not None else ""
-        say(f"done        {summary['steps']:,} steps in {readable_time(summary['seconds'])}{accuracy}")
+        say(
+            f"done        {counted(summary['steps'], 'step')} in {readable_time(summary['seconds'])}{accuracy}"
+        )
         say(f"classifier  {run.path / CLASSIFIER}")
 
     def _make(self, drop_path: float) -> Network:

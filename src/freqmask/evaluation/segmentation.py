@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from timm.models import get_model_args
 
 from freqmask.backbones import Backbone
-from freqmask.console import rank, readable_time, say, say_left_out, shortened, silence_third_party_loggers
+from freqmask.console import (
+    counted,
+    rank,
+    readable_time,
+    say,
+    say_left_out,
+    shortened,
+    silence_third_party_loggers,
+)
 from freqmask.data.loader import OrderedSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.data.values import Survey, ValueRange
@@ -168,7 +176,7 @@ class SegmentationJob(TrainingJob):
     def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
         """Print how it ended; the checkpoints, three times the network, have served."""
         shutil.rmtree(run.checkpoints, ignore_errors=True)
-        say(f"done        {summary['steps']:,} steps in {readable_time(summary['seconds'])}")
+        say(f"done        {counted(summary['steps'], 'step')} in {readable_time(summary['seconds'])}")
 
     def trained(self, run: RunFolder) -> UperNet:
         """The network with the weights that a finished run ended with."""

@@ -231,7 +231,7 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
     early = informative_from(options["method"])
     if options["steps"] < early:
         yield (
-            f"advice      {options['steps']:,} steps are few: little shows before {early:,}; "
+            f"advice      {counted(options['steps'], 'step is', 'steps are')} few: little shows before {early:,}; "
             "the same time holds more of them with a smaller"
         )
         yield "            --batch_size, --image_size or --backbone (freqmask recipes lists what suits one core)"
@@ -276,7 +276,7 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
     """The end of a run: from where to where, how fast, where its results are."""
     yield ""
     took, speed = readable_time(summary["seconds"]), summary["images_per_second"]
-    yield f"done        {summary['steps']:,} steps in {took}, {speed:.0f} images/s"
+    yield f"done        {counted(summary['steps'], 'step')} in {took}, {speed:.0f} images/s"
     yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
     for name in getattr(find_method(summary["method"]), "parts", ()):
         if name in summary:
@@ -300,7 +300,7 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
     if (run.backbone / README).is_file():
         yield f"            its features take another call: {run.backbone / README}"
     if summary.get("skipped"):
-        yield f"skipped     {summary['skipped']:,} images that could not be read: {run.path / 'skipped.csv'}"
+        yield f"skipped     {counted(summary['skipped'], 'image')} that could not be read: {run.path / 'skipped.csv'}"
 
 
 def data_words(options: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
-from freqmask.console import readable_bytes, readable_time, shell_word
+from freqmask.console import counted, readable_bytes, readable_time, shell_word
 from freqmask.options import options_of
 from freqmask.options.of_methods import METHOD_OPTIONS, BackboneOptions, informative_from
 from freqmask.options.of_training import GROUPS
@@ -49,9 +49,9 @@ def _training_metadata(run: Run) -> dict[str, dict[str, str]]:
     backbone += f", patch {config['patch_size']}" if config.get("patch_size") else ""
     backbone += f", {text_of(config['model_args'])}" if config.get("model_args") else ""
     steps, batch, rate, lowest = (number(config.get(n)) for n in ("steps", "batch_size", "lr", "min_lr"))
-    length = f"{steps:,.0f} steps of {batch:,.0f} images" if steps > 0 and batch > 0 else ""
+    length = f"{counted(steps, 'step')} of {counted(batch, 'image')}" if steps > 0 and batch > 0 else ""
     if length and number(state.get("images")) > 0:
-        length += f" = {steps * batch / number(state['images']):,.1f} epochs"
+        length += f" = {counted(steps * batch / number(state['images']), 'epoch')}"
     decay = f", down to {lowest:.2g}" if lowest > 0 else ""
     scale: Any = config.get("crop_scale")
     is_pair = isinstance(scale, list) and len(scale) == 2
@@ -59,7 +59,7 @@ def _training_metadata(run: Run) -> dict[str, dict[str, str]]:
     return {
         "Data": {
             "Images from": text_of(config.get("data") or run.given.get("data")),
-            "Trained on": f"{state['images']:,} images" if isinstance(state.get("images"), int) else "",
+            "Trained on": counted(state["images"], "image") if isinstance(state.get("images"), int) else "",
             "Skipped": f"{len(run.skipped):,}" if run.skipped else "none",
             "Input size": _input_size(config),
             "Value range": _value_range(config.get("value_range")),
@@ -85,7 +85,11 @@ def _cost_metadata(run: Run) -> dict[str, dict[str, str]]:
     config, state, summary = run.config, run.state, run.summary
     on = text_of(config.get("accelerator"))
     count = f"{text_of(config.get('devices'))} × {on}" if on else ""
-    cores = f"{state['cores']} cores, threads: {state.get('threads', '?')}" if state.get("cores") else ""
+    cores = (
+        f"{counted(state['cores'], 'core')}, threads: {state.get('threads', '?')}"
+        if state.get("cores")
+        else ""
+    )
     seconds, speed = number(summary.get("seconds")), number(summary.get("images_per_second"))
     sizes: dict[tuple[int, int], int] = {}  # a checkpoint may have two names
     for path in run.path.rglob("*"):
@@ -353,7 +357,7 @@ def _logged(run: Run) -> Iterator[Remark]:
         yield Remark("note", f"{share}: more --workers, or smaller image files.")
     if run.skipped:
         yield Remark(
-            "note", f"{len(run.skipped):,} images could not be read; they are listed below with reasons."
+            "note", f"{counted(len(run.skipped), 'image')} could not be read; see below, with reasons."
         )
 
 

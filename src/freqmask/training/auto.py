@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from freqmask.console import counted
 from freqmask.errors import UserError, nearest
 from freqmask.training.optim import BASE_LR, scaled_lr
 
@@ -260,7 +261,7 @@ def choose_workers(on_gpu: bool) -> Choice:
     cores = usable_cores()
     if on_gpu:
         return Choice(min(cores, 32), f"{cores} cores feed the GPU")
-    return Choice(max(cores // 4, 1), f"{cores} cores, most of them for the training itself")
+    return Choice(max(cores // 4, 1), f"{counted(cores, 'core')}, most of them for the training itself")
 
 
 def world_size(numbers: Mapping[str, Any]) -> int:
