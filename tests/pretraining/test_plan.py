@@ -111,11 +111,13 @@ def test_images_that_cannot_be_used_are_said_to_be_counted(
 
 
 def test_printed_commands_have_paths_that_are_no_options_and_no_more_of_them_than_one_reads() -> None:
-    lines = list(next_lines(Path("-run"), {"data": ["-dash"], "method": "mfm"}, labelled=False))
+    lines = list(next_lines(Path("-run"), {"data": ["-dash"], "method": "mfm"}, {}, labelled=False))
     assert "freqmask embed ./-run ./-dash --neighbours" in lines[0]
     assert "freqmask pretrain ./-dash --method mfm --init ./-run --out ./-run-continued" in lines[1]
     many = {"data": [f"{number}.png" for number in range(300)], "method": "mfm"}
-    assert "freqmask embed run DATA --neighbours" in next(iter(next_lines(Path("run"), many, labelled=False)))
+    assert "freqmask embed run DATA --neighbours" in next(
+        iter(next_lines(Path("run"), many, {}, labelled=False))
+    )
     assert "an hour of it: freqmask pretrain DATA --hours 1" in told_of_length(12.5, data=many["data"])
 
 
@@ -153,12 +155,12 @@ def test_who_has_chosen_is_not_advised(options: dict[str, Any]) -> None:
 
 def test_whether_it_was_worth_it_is_asked_where_there_are_labels() -> None:
     options = {"data": ["my photos"], "method": "words", "init": "timm:resnet18"}
-    labelled = "\n".join(next_lines(Path("runs/1"), options, True))
+    labelled = "\n".join(next_lines(Path("runs/1"), options, {}, True))
     models = "pixels random:runs/1 timm:resnet18 runs/1"
     assert labelled.startswith(
         f"next        freqmask evaluate knn {models} --data 'my photos'    (was it worth it?)\n   "
     )
-    plain = "\n".join(next_lines(Path("runs/1"), options, False))
+    plain = "\n".join(next_lines(Path("runs/1"), options, {}, False))
     assert plain.startswith("next        freqmask embed runs/1 'my photos' --neighbours")
     assert "evaluate" not in plain
 

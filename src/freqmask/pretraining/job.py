@@ -201,7 +201,7 @@ def _say_finished(run: RunFolder, options: Mapping[str, Any]) -> None:
     say(f"its backbone: {run.backbone}")
     trained = run.config()
     trained |= {"data": options["data"] or trained.get("data")}  # as it is called from here
-    say(f"to train on from it: {plan.train_on(run.path, trained)}")
+    say(f"to train on from it: {plan.train_on(run.path, trained, run.state().get('given', {}))}")
 
 
 def part(options: Mapping[str, Any]) -> Images:
@@ -389,7 +389,8 @@ def _say_end(training: Pretraining, summary: Mapping[str, Any]) -> None:
     refresh_report(run.path)
     for line in plan.summary_lines(run, summary):
         say(line)
-    lines = plan.next_lines(run.path, options, training.images.source.class_names is not None)
+    labelled = training.images.source.class_names is not None
+    lines = plan.next_lines(run.path, options, training.state["given"], labelled)
     for line in lines if options["overfit"] is None else _overfit_lines(summary, int(options["overfit"])):
         say(line)
 

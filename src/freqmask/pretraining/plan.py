@@ -27,8 +27,9 @@ from freqmask.data.source import SourceSummary
 from freqmask.data.values import Survey
 from freqmask.interop.weight_files import README
 from freqmask.methods import find_method
-from freqmask.options import as_typed, command_words
+from freqmask.options import as_typed, command_words, options_of
 from freqmask.options.of_methods import informative_from
+from freqmask.options.of_training import Images, Views
 from freqmask.pretraining.resolve import STUDENT, Resolved, is_channels_last, shorter_side
 from freqmask.reporting.reading import read_run
 from freqmask.reporting.summary import features_remarks
@@ -49,6 +50,8 @@ CROPS = {
     "whole": "whole images, distorted to this size",
 }
 CHANNELS_LAST = "channels last (a CNN: a step of ResNet-50 is 1.05 times as fast so on a CPU)"
+# What a run was given of these it is continued with: which images, how they are parted (seed) and seen.
+DESCRIBE_IMAGES = (*options_of(Images), "seed", "image_size", *options_of(Views), "mean", "std")
 METHOD_LINE = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
 
 
@@ -308,23 +311,39 @@ def data_words(options: Mapping[str, Any]) -> str:
     return shell_paths(options.get("data", ()), "DATA")
 
 
-def train_on(run: Path, options: Mapping[str, Any]) -> str:
-    """The command that trains on from a run, on its data and by the method that its options name."""
+def _again(given: Mapping[str, Any], *names: str) -> str:
+    """Some options as they were given, to follow other words of a command."""
+    words = command_words({name: given[name] for name in names if name in given}, first="data")
+    return f" {words}" if words else ""
+
+
+def train_on(run: Path, options: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The command that trains on from a run, on its images as it saw them and by its method.
+
+    Args:
+        run: the folder.
+        options: of the run, without any ``auto``; DATA as it is typed from here.
+        given: the options that it was begun with.
+    """
     name = "teacher" if options.get("teacher") else "method"
-    way = f"--{name} {shell_word(options[name])} --init {shell_path(run)}"
+    way = f"--{name} {shell_word(options[name])} --init {shell_path(run)}{_again(given, *DESCRIBE_IMAGES)}"
     return f"freqmask pretrain {data_words(options)} {way} --out {shell_path(f'{run}-continued')}"
 
 
-def next_lines(run: Path, options: Mapping[str, Any], labelled: bool) -> Iterator[str]:
-    """The commands to type next; with labels the first asks whether the run was worth it."""
+def next_lines(
+    run: Path, options: Mapping[str, Any], given: Mapping[str, Any], labelled: bool
+) -> Iterator[str]:
+    """The commands to type next, as :func:`train_on`; with labels the first asks whether the run was worth it."""
     data, word = data_words(options), "next    "
     if labelled:
         known = [str(options[name]) for name in ("init", "teacher") if options.get(name)]
         models = shell_paths(("pixels", f"random:{run}", *known, str(run)), "MODEL")
-        yield f"{word}    freqmask evaluate knn {models} --data {data}    (was it worth it?)"
+        asked = f"freqmask evaluate knn {models} --data {data}{_again(given, 'pages')}"
+        yield f"{word}    {asked}    (was it worth it?)"
         word = " " * len(word)
-    yield f"{word}    freqmask embed {shell_path(run)} {data} --neighbours    (what it finds alike)"
+    alike = f"{shell_path(run)} {data}{_again(given, 'pages', 'split')}"
+    yield f"{word}    freqmask embed {alike} --neighbours    (what it finds alike)"
     if data.startswith("builtin:"):
         yield "            freqmask pretrain FOLDER_OF_YOUR_IMAGES"
     else:
-        yield f"            {train_on(run, options)}    (trains on)"
+        yield f"            {train_on(run, options, given)}    (trains on)"
