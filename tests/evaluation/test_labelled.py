@@ -1,13 +1,17 @@
 """Data with labels: which part is learnt from, which tested, and what is refused."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from freqmask.data.pixels import Picture
+from freqmask.data.sources import Source, open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.labelled import SplitConfig, open_labelled
+from freqmask.evaluation.labelled import SplitConfig, keep_parts, open_labelled
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +69,70 @@ def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) ->
     file.write_text("\n".join(swapped) + "\n")
     again = open_labelled(folder, parting(tmp_path))
     assert np.array_equal(again.rounds[0].test, first.rounds[0].train)
+
+
+def write_tar(path: Path, count: int) -> Path:
+    """Images with their labels beside them, every name in it twice."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(2 * count):
+            pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "png")
+            contents = {"png": file.getvalue(), "cls": str(number % 2).encode()}
+            for suffix, content in contents.items():
+                member = tarfile.TarInfo(f"{number % count:03}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+class OneName(Source):
+    """A user's own: images of a folder that all have one name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.inner = open_source(folder)
+        self.class_names, self._labels = self.inner.class_names, self.inner.all_labels()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def open(self, index: int) -> Picture:
+        return self.inner.open(index)
+
+    def name(self, index: int) -> str:
+        return "image"
+
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint()
+
+
+@pytest.mark.parametrize("folds", [None, 5])
+@pytest.mark.parametrize("kind", ["tar", "source"])
+def test_a_split_of_ours_is_the_same_again_where_names_repeat(
+    kind: str, folds: int | None, tmp_path: Path
+) -> None:
+    if kind == "tar":
+        data: Path | Source = write_tar(tmp_path / "twice.tar", 15)
+    else:
+        data = OneName(write_classes(tmp_path / "tree", 15))
+    first, again = (open_labelled(data, parting(tmp_path, folds=folds)) for _ in range(2))
+    assert len({first.source.name(index) for index in range(30)}) < 30 == len(first.source)
+    for one, other in zip(first.rounds, again.rounds, strict=True):
+        assert one.test.tolist() == other.test.tolist() and one.train.tolist() == other.train.tolist()
+        assert len(one.test) == 6
+
+
+def test_names_rule_over_the_order_of_rows_but_where_they_repeat(tmp_path: Path) -> None:
+    file, words = tmp_path / "split.csv", ["train", "test"]
+    file.write_text("path,split\nb,test\ntwice,test\na,train\ntwice,train\n")
+
+    def parts(*names: str) -> list[int]:
+        return keep_parts(file, names, words, lambda: pytest.fail("drawn again"), {}).tolist()
+
+    assert parts("a", "twice", "b", "twice") == [0, 1, 1, 0]
+    assert parts("twice", "twice", "b", "a") == [1, 0, 1, 0]
+    with pytest.raises(UserError, match="does not list the images of DATA"):
+        parts("a", "twice", "twice", "twice")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -259,7 +260,7 @@ def keep_parts(
 
     Args:
         file: the table.
-        names: of the images.
+        names: of the images; where one repeats, its rows are in the order of its images.
         words: what the parts are called.
         draw: numbers of the images of each part.
         columns: of the table, beside path and split.
@@ -275,14 +276,18 @@ def keep_parts(
         rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
         write_rows(file, list(table), rows)
         return part_of
-    known = {row.get("path"): row.get("split") for row in read_rows(file)}
-    if not all(name in known for name in names):
+    known: defaultdict[str | None, deque[str | None]] = defaultdict(deque)
+    for row in read_rows(file):
+        known[row.get("path")].append(row.get("split"))
+    if any(len(known[name]) < count for name, count in Counter(names).items()):
         raise UserError(f"split ({file}) does not list the images of DATA; delete it to have it drawn again")
-    if {known[name] for name in names} != set(words):
+    # several images may have one name (a member that a tar holds twice): its rows are theirs in turn
+    parts = [known[name].popleft() for name in names]
+    if set(parts) != set(words):
         raise UserError(
             f"split ({file}) must say {' or '.join(words)} for every image; delete it to have it drawn again"
         )
-    return np.array([words.index(str(known[name])) for name in names], np.int64)
+    return np.array([words.index(str(part)) for part in parts], np.int64)
 
 
 def _with_duplicates(data: LabelledData, images: np.ndarray, config: SplitConfig) -> list[str | None] | None:
