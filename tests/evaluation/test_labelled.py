@@ -157,6 +157,37 @@ def test_folds_test_every_image_once(tmp_path: Path) -> None:
     assert all(np.array_equal(a.test, b.test) for a, b in zip(data.rounds, again.rounds, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("parts", "folds", "why"),
+    [
+        (("",), None, "DATA has no test part: 20% held out by us"),
+        (("",), 5, "DATA has no test part: 5 folds by us"),
+        (("train",), 5, "DATA has no test part: 5 folds by us"),
+        (("train", "val"), 5, "DATA's own parts (train, val) are joined and parted anew: 5 folds by us"),
+        (("test",), 5, "DATA's own parts (test) are joined and parted anew: 5 folds by us"),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_why_a_split_is_one_of_ours_is_true(
+    parts: tuple[str, ...], folds: int | None, why: str, several: bool, tmp_path: Path
+) -> None:
+    for part in parts:
+        write_classes(tmp_path / "data" / part)
+    more = [write_classes(tmp_path / "more" / "pictures", 3).parent / "pictures"] if several else []
+    opened = open_labelled([tmp_path / "data", *more], parting(tmp_path, folds=folds))
+    (note,) = [note for note in opened.notes if "by us" in note]
+    assert note.startswith(why)
+    assert len(opened.source) == 20 * len(parts) + 6 * several, "all that DATA holds"
+
+
+def test_several_data_with_parts_of_their_own_are_not_said_to_have_none(tmp_path: Path) -> None:
+    for root, part in (("one", "train"), ("one", "test"), ("two", "train"), ("two", "test")):
+        write_images(tmp_path / root / part / "cat", 4, seed=len(root + part) * 7 + ord(root[0]))
+        write_images(tmp_path / root / part / "dog", 4, seed=len(root + part) * 7 + ord(root[0]) + 1)
+    opened = open_labelled([tmp_path / "one", tmp_path / "two"], parting(tmp_path))
+    assert "DATA's own parts (test, train) are joined and parted anew: 20% held out" in opened.notes[-1]
+
+
 def test_folds_cannot_train_and_test_on_the_only_image_of_a_class(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 13)
     rows = [f"{n}.png,{'ab'[n % 2] if n else 'lonely'}" for n in range(13)]

@@ -123,7 +123,7 @@ def open_labelled(
     asked = (config.train_split, config.test_split)
     undivided = asked == ("auto", "auto") and len(splits) < 2 and default_splits(splits)["test"] is None
     if undivided or (config.folds is not None and config.train):
-        opened = _split_ourselves(named, config)
+        opened = _split_ourselves(named, config, _why_ours(data, config))
     else:
         missing = (
             f"DATA ({data}) has the splits {', '.join(splits)}; say which are which with --train_split and "
@@ -211,7 +211,7 @@ def _without(rounds: list[Round], lost: np.ndarray) -> list[Round]:
     return [Round(one.train[~np.isin(one.train, lost)], one.test[~np.isin(one.test, lost)]) for one in rounds]
 
 
-def _split_ourselves(data: object, config: SplitConfig) -> LabelledData:
+def _split_ourselves(data: object, config: SplitConfig, why: str) -> LabelledData:
     source = _open(data, "all", config)
     whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], str(data), "", [])
     images, folds = whole.rounds[0].train, config.folds
@@ -236,8 +236,17 @@ def _split_ourselves(data: object, config: SplitConfig) -> LabelledData:
         whole.rounds = [Round(images[part_of == 0], images[part_of == 1])]
     told = f"{folds} folds" if folds else f"{config.test_share:.0%} held out"
     whole.split = f"{told}, {file}"
-    whole.notes.append(f"DATA has no test part: {told} by us, written to {file}.")
+    whole.notes.append(f"{why}: {told} by us, written to {file}.")
     return whole
+
+
+def _why_ours(data: Any, config: SplitConfig) -> str:
+    """Why the split is one of ours."""
+    several = data if isinstance(data, (list, tuple)) else [data]
+    own = list(dict.fromkeys(name for one in several for name in splits_there(one, config.labels)))
+    if len(own) < 2 and default_splits(own)["test"] is None:
+        return "DATA has no test part"
+    return f"DATA's own parts ({', '.join(own)}) are joined and parted anew"
 
 
 def split_file(folder: Path, stem: str, *key: bytes) -> Path:
