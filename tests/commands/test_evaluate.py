@@ -17,6 +17,7 @@ from tiny_runs import make_run
 import freqmask
 from freqmask.cli import COMMANDS, main
 from freqmask.errors import UserError
+from freqmask.evaluation import labelled
 from freqmask.interop.weights import load_initial
 
 
@@ -65,6 +66,29 @@ def test_one_table_over_all_models_and_rows_that_repeat_them(
     main(words[1:])
     again = rows(run / "results.csv")
     assert [row["accuracy"] for row in again[-1:]] == [there[0]["accuracy"]]
+
+
+@pytest.mark.parametrize(("few", "words"), [(20_000, "3 of the 12 test images are identical"), (35, "")])
+def test_test_images_that_are_training_images_too_are_counted(
+    few: int,
+    words: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(labelled, "FEW", few)
+    command = ["evaluate", "knn", "pixels", "--data", "two.npz", "--k", "3", "--workers", "0"]
+    main(command)
+    assert "identical" not in capsys.readouterr().out
+    arrays = dict(np.load(data))
+    arrays["test_images"][[1, 3, 10]] = arrays["train_images"][[5, 5, 20]]
+    np.savez(data, **arrays)
+    main(command)
+    shown = capsys.readouterr().out
+    assert "24 training images, 12 test images" in shown, "they stay as they are"
+    assert (f"note: {words} to training images." in shown) == bool(words)
+    assert ("identical" in shown) == bool(words)
 
 
 def test_a_seed_that_takes_long_is_told(

@@ -268,6 +268,17 @@ def test_a_missing_extra_is_named(run: str, data: str, monkeypatch: pytest.Monke
         freqmask.evaluate.segment([run], data=data, **TINY)
 
 
+def test_test_images_that_are_training_images_too_are_counted(
+    run: str, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    freqmask.evaluate.segment([run], data=data, dry_run=True, **TINY)
+    assert "identical" not in capsys.readouterr().out
+    images = Path(data) / "images"
+    (images / "test" / "101.png").write_bytes((images / "train" / "003.png").read_bytes())
+    freqmask.evaluate.segment([run], data=data, dry_run=True, **TINY)
+    assert "note: 1 of the 3 test images are identical to training images." in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(run: str, data: str, tmp_path: Path) -> None:
     assert freqmask.evaluate.segment([run], data=data, dry_run=True, out="made", **TINY) == []
     assert not (tmp_path / "made").exists()

@@ -22,6 +22,7 @@ from freqmask.options.of_evaluation import Labelled
 from freqmask.training.files import read_rows, write_rows
 
 _AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
+FEW = 20_000  # images that are hashed for a note alone: ordinary photographs take a minute, once
 SPLITS = Path("runs") / "splits"  # where splits of ours are kept
 DATA_WITH_LABELS = (
     "a folder with one folder a class, a parquet file with a label column, an .npz with labels, "
@@ -396,6 +397,20 @@ def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[i
         hashes = cached[1]["hashes"]
     chosen = hashes if indices is None else hashes[np.asarray(list(indices), np.int64)]
     return [int(value) for value in chosen]
+
+
+def identical_notes(source: Source, rounds: Sequence[Round]) -> list[str]:
+    """How many test images are identical to a training image of their round, in a sentence; nothing where none is.
+
+    Only of up to 20,000 images, since this alone reads all of them, once and one after the other: of as many as a run
+    is compared with (``MOST_COMPARED``) it would take longer than their features on a GPU.
+    """
+    if len(source) > FEW or not any(len(one.train) for one in rounds):
+        return []
+    hashes = np.array(pixel_hashes(source), np.int64)
+    count = sum(int(np.isin(hashes[one.test], hashes[one.train]).sum()) for one in rounds)
+    tested = sum(len(one.test) for one in rounds)
+    return [f"{count:,} of the {tested:,} test images are identical to training images."] if count else []
 
 
 def _pixel_hash(source: Source, index: int) -> int:

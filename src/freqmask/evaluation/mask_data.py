@@ -17,7 +17,14 @@ from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Source, Subset
 from freqmask.data.splits import split_indices
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.labelled import SPLITS, choose_parts, keep_parts, pixel_hashes, split_file
+from freqmask.evaluation.labelled import (
+    SPLITS,
+    Round,
+    choose_parts,
+    keep_parts,
+    pixel_hashes,
+    split_file,
+)
 from freqmask.evaluation.mask_files import (
     IGNORED,
     MOST_LABEL,
@@ -277,6 +284,11 @@ class SegmentationData:
     def tested(self) -> Int64[np.ndarray, " tested"]:
         """All test images among them."""
         return np.arange(len(self.train), len(self.train) + len(self.test))
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The one training and its test, as of images with labels."""
+        return [Round(np.arange(len(self.train)), self.tested)]
 
     def describe(self) -> str:
         """What is said of them before anything is measured."""

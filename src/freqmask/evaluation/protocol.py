@@ -34,6 +34,7 @@ from freqmask.evaluation.labelled import (
     LabelledData,
     Round,
     SplitConfig,
+    identical_notes,
     open_labelled,
 )
 from freqmask.evaluation.results import (
@@ -236,7 +237,8 @@ class Protocol(ABC):
         counts = Counter(names.values())
         self.names = {text: name if counts[name] == 1 else text for text, name in names.items()}
         say(self.data.describe())
-        for note in [*self.data.notes, *differences]:
+        identical = identical_notes(self.data.source, self.data.rounds)
+        for note in [*self.data.notes, *identical, *differences]:
             say(f"note: {note}")
 
     def open_data(self, config: EvalConfig) -> Any:
