@@ -102,6 +102,25 @@ def test_metrics_hold_loss_health_speed_and_recipe(finished: Path) -> None:
     assert [row["step"] for row in rows(finished) if row["held_out_loss"]] == ["3", "6"]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_line_of_a_step_shows_what_was_measured_at_it(
+    parts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**TINY, "preview_every_steps": 2, "log_every_steps": 1, "accumulate": parts, "lr": 0.01}
+    run = freqmask.pretrain("builtin:digits", **options, method="mfm", out=str(tmp_path / "run"))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in told] == list("123456")
+    assert "held out" not in told[0]
+    measured = {
+        row["step"]: f"{float(row['held_out_relative_loss']):.3f}"
+        for row in rows(run)
+        if row["held_out_loss"]
+    }
+    assert len(set(measured.values())) == 3, "or an older one could not be told from it"
+    shown = [line.partition("held out ")[2].partition(",")[0] for line in told[1:]]
+    assert shown == [measured[step] for step in ("2", "2", "4", "4", "6")]
+
+
 def test_the_backbone_loads_in_timm_and_is_the_trained_one(finished: Path) -> None:
     model = timm.create_model(f"local-dir:{finished / 'backbone'}", pretrained=True)
     trained = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

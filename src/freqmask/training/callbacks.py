@@ -48,7 +48,7 @@ def periods(steps: int, every_steps: int) -> int:
 
 
 class Monitor(L.Callback):
-    """Writes metrics.csv, moves the progress bar, warns of collapse, stops at a loss that is not finite.
+    """Writes metrics.csv, warns of collapse, stops at a loss that is not finite.
 
     The module that it watches returns its losses by name from ``training_step``, has the attribute
     ``gradient_norm`` (a scalar, or None), and may look at ``want_details``, which says that this step is logged.
@@ -96,7 +96,7 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up; at the end of an optimizer step move the bar, at some of them write a row."""
+        """Add up; at the end of some optimizer steps write a row."""
         if not self._parts:
             self._sums, self._counts = {}, {}
         self._parts += 1
@@ -109,7 +109,6 @@ class Monitor(L.Callback):
             step = trainer.global_step
             if self._is_logged(trainer, step):
                 self._write_row(trainer, module, step)
-            self.progress.update(step, {**self.recorded, **self.latest})
             self._ask_for_details(trainer, module)
         self._batch_ended = time.perf_counter()
 
@@ -203,6 +202,21 @@ class Measurement(L.Callback, ABC):
     @abstractmethod
     def measure(self, trainer: L.Trainer, module: Any, step: int) -> dict[str, float]:
         """The numbers by their names in the metrics."""
+
+
+class ShowStep(L.Callback):
+    """Moves the progress bar at the end of an optimizer step; behind every measurement, whose numbers it shows."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the newest numbers."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            newest = {**self.monitor.recorded, **self.monitor.latest}
+            self.monitor.progress.update(trainer.global_step, newest)
 
 
 class Skipped(L.Callback):

@@ -41,6 +41,7 @@ from freqmask.training.callbacks import (
     Monitor,
     NotFiniteError,
     Saver,
+    ShowStep,
     Skipped,
     StopSignals,
 )
@@ -161,6 +162,7 @@ def train(
             Skipped(run.skipped, task.images, float(numbers["max_skipped_share"])),
             monitor,
             *task.callbacks(monitor),
+            ShowStep(monitor),
             Saver(run, signals, monitor, numbers, task.export),
         ]
         trainer = make_trainer(task, callbacks, checkpoint)
