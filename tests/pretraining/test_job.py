@@ -186,6 +186,24 @@ def test_a_finished_run_says_so_and_how_to_train_on(
     assert all(torch.equal(value, before[name]) for name, value in weights(finished).items())
 
 
+def test_a_finished_run_names_the_options_that_differ(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(finished)
+    same = {**TINY, "image_size": "16", "lr": "auto", "preview_every_steps": 1, "keep_checkpoints": 9}
+    freqmask.pretrain("builtin:digits", **same, out=str(finished))
+    assert "note:" not in capsys.readouterr().out
+    changed = {**TINY, "steps": 120, "batch_size": 16, "focal": 1.0}
+    assert freqmask.pretrain("builtin:digits", **changed, out=str(finished)) == finished
+    told = capsys.readouterr().out
+    assert (
+        "note: batch_size was 8 and is 16 now; steps was 6 and is 120 now; focal was None and is 1.0 now: "
+        "the run stays as it was trained; give another --out"
+    ) in told
+    assert "to train on from it" in told
+    assert all(torch.equal(value, before[name]) for name, value in weights(finished).items())
+
+
 def test_init_starts_from_the_weights_of_a_run(finished: Path, tmp_path: Path) -> None:
     options = {**TINY, "steps": 1, "lr": 1e-12, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.0}
     run = freqmask.pretrain("builtin:digits", **options, init=str(finished), out=str(tmp_path / "on"))

@@ -101,7 +101,7 @@ def run_job(options: dict[str, Any], given: Mapping[str, Any]) -> Path:
         else:
             run = find_run(given)
         if run is not None and run.finished():
-            _say_finished(run, options)
+            _say_finished(run, options, given)
             return run.path
         training = _begin(options, given, held) if run is None else _resume(run, given, options, held)
         run = training.run
@@ -194,14 +194,17 @@ def _identity(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(comparable({name: value for name, value in given.items() if name not in ("out", "dry_run")}))
 
 
-def _say_finished(run: RunFolder, options: Mapping[str, Any]) -> None:
+def _say_finished(run: RunFolder, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     summary = run.summary()
     steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
     say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
+    if changed := differences(run, given):
+        told = "; ".join(f"{name} was {before} and is {now} now" for name, (before, now) in changed.items())
+        say(f"note: {told}: the run stays as it was trained; give another --out to begin anew")
     say(f"its backbone: {run.backbone}")
     trained = run.config()
     trained |= {"data": options["data"] or trained.get("data")}  # as it is called from here
-    say(f"to train on from it: {plan.train_on(run.path, trained, run.state().get('given', {}))}")
+    say(f"to train on from it: {plan.train_on(run.path, trained, _given(run))}")
 
 
 def part(options: Mapping[str, Any]) -> Images:
@@ -324,24 +327,20 @@ def continued_options(
         UserError: options that change the result differ from the run's; each is named.
     """
     run.check_whole(_NUMBERS, {"given": dict, "data": str, "images": int, "convert_channels": bool})
-    config, asked = run.config(), run.state()["given"]
+    config = run.config()
     options, notes, differing = {**dict.fromkeys(known), **config}, [], []
     for name, value in comparable(dict(given)).items():
-        stored = config.get(name)
-        if name in PATHS:  # which may have been typed in another folder
-            value, stored = from_anywhere(value), from_anywhere(stored)
-        same = comparable(parse_image_size(value)) if name == "image_size" and value != "auto" else value
         if name in HARMLESS:
-            options[name] = given[name] if value != "auto" else stored
-        elif value == "auto" or same == stored or value == asked.get(name):
-            continue
-        elif name in DIFFERENT_BITS:
-            options[name] = value
+            options[name] = config.get(name) if value == "auto" else given[name]
+    for name, (before, now) in differences(run, given).items():
+        if name in DIFFERENT_BITS:
+            options[name] = now
             notes.append(
-                f"{name} was {stored} and is {value} now: same data and draws, last bits and batch norm may differ"
+                f"{name} was {config.get(name)} and is {now} now: same data and draws, last bits and batch norm may "
+                "differ"
             )
         else:
-            differing.append(f"{name} was {asked.get(name, stored)} and is {value} now")
+            differing.append(f"{name} was {before} and is {now} now")
     if differing:
         raise UserError(
             f"run {run.path} was begun with other settings: {'; '.join(differing)}; leave them out to resume "
@@ -354,6 +353,25 @@ def continued_options(
         options["accumulate"] = next(fitting, 1)
     check_parts(options)
     return options, notes
+
+
+def differences(run: RunFolder, given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of the given options that change what is trained those that are others than the run's: name -> (then, now)."""
+    config, asked, found = run.config(), _given(run), {}
+    for name, value in comparable(dict(given)).items():
+        stored = config.get(name)
+        if name in PATHS:  # which may have been typed in another folder
+            value, stored = from_anywhere(value), from_anywhere(stored)
+        same = comparable(parse_image_size(value)) if name == "image_size" and value != "auto" else value
+        if name not in HARMLESS and value != "auto" and same != stored and value != asked.get(name):
+            found[name] = asked.get(name, stored), value
+    return found
+
+
+def _given(run: RunFolder) -> dict[str, Any]:
+    """The options that a run was begun with, as far as it noted them."""
+    given = run.state().get("given")
+    return given if isinstance(given, dict) else {}
 
 
 def _kept(
