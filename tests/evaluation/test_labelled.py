@@ -186,6 +186,7 @@ def test_several_data_with_parts_of_their_own_are_not_said_to_have_none(tmp_path
         write_images(tmp_path / root / part / "dog", 4, seed=len(root + part) * 7 + ord(root[0]) + 1)
     opened = open_labelled([tmp_path / "one", tmp_path / "two"], parting(tmp_path))
     assert "DATA's own parts (test, train) are joined and parted anew: 20% held out" in opened.notes[-1]
+    assert opened.name == f"{tmp_path / 'one'} {tmp_path / 'two'}"
 
 
 def test_folds_cannot_train_and_test_on_the_only_image_of_a_class(tmp_path: Path) -> None:

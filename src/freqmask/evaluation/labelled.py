@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from freqmask.console import shell_paths
 from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Source
 from freqmask.data.sources import open_source, splits_there
@@ -214,7 +215,8 @@ def _without(rounds: list[Round], lost: np.ndarray) -> list[Round]:
 
 def _split_ourselves(data: object, config: SplitConfig, why: str) -> LabelledData:
     source = _open(data, "all", config)
-    whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], str(data), "", [])
+    name = shell_paths(data, "DATA") if isinstance(data, (list, tuple)) else str(data)
+    whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], name, "", [])
     images, folds = whole.rounds[0].train, config.folds
     names = [source.name(int(index)) for index in images]
     how = (folds, None if folds else config.test_share, config.split_seed, config.duplicates)
