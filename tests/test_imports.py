@@ -73,3 +73,9 @@ def test_a_command_s_waiting_threads_leave_their_core_soon(asked: dict[str, str]
     if "GOMP_SPINCOUNT" not in told.stderr:
         pytest.skip("torch has another OpenMP here")
     assert f"GOMP_SPINCOUNT = '{spins}'" in told.stderr
+
+
+def test_evaluations_of_frozen_features_do_without_lightning() -> None:
+    modules = ", ".join(f"freqmask.evaluation.{name}" for name in ("knn", "linear", "fewshot", "robustness"))
+    told = run_python(f"import sys; import {modules}; print('lightning' in sys.modules)")
+    assert told.stdout == "False\n", told.stderr

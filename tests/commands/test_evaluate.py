@@ -17,7 +17,7 @@ from tiny_runs import make_run
 import freqmask
 from freqmask.cli import COMMANDS, main
 from freqmask.errors import UserError
-from freqmask.evaluation import labelled
+from freqmask.evaluation import protocol
 from freqmask.interop.weights import load_initial
 
 
@@ -68,16 +68,16 @@ def test_one_table_over_all_models_and_rows_that_repeat_them(
     assert [row["accuracy"] for row in again[-1:]] == [there[0]["accuracy"]]
 
 
-@pytest.mark.parametrize(("few", "words"), [(20_000, "3 of the 12 test images are identical"), (35, "")])
+@pytest.mark.parametrize(("pixels", "words"), [(500e6, "3 of the 12 test images are identical"), (99, "")])
 def test_test_images_that_are_training_images_too_are_counted(
-    few: int,
+    pixels: float,
     words: str,
     data: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(labelled, "FEW", few)
+    monkeypatch.setattr(protocol, "QUICKLY_READ", pixels)
     command = ["evaluate", "knn", "pixels", "--data", "two.npz", "--k", "3", "--workers", "0"]
     main(command)
     assert "identical" not in capsys.readouterr().out
@@ -94,8 +94,6 @@ def test_test_images_that_are_training_images_too_are_counted(
 def test_a_seed_that_takes_long_is_told(
     data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from freqmask.evaluation import protocol
-
     words = ["evaluate", "knn", "pixels", "--data", data, "--k", "3", "--workers", "0"]
     main(words)
     assert "seed 0 in" not in capsys.readouterr().out

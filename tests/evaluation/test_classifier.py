@@ -63,6 +63,13 @@ def test_folders_named_by_numbers_are_those_outputs(tmp_path: Path) -> None:
     assert ClassifierModel(str(tmp_path / "plain"), names).columns.tolist() == [numbers[n] for n in names]
 
 
+def test_data_with_some_of_the_numbers_of_outputs_is_taken_by_number(tmp_path: Path) -> None:
+    write_classifier(tmp_path / "plain", None, 12)
+    assert ClassifierModel(str(tmp_path / "plain"), ["2", "7", "11"]).columns.tolist() == [2, 7, 11]
+    with pytest.raises(UserError, match="classifies 12 classes and DATA has 3, '12' not among the model's"):
+        ClassifierModel(str(tmp_path / "plain"), ["2", "7", "12"])
+
+
 def test_making_networks_leaves_the_generators_of_other_devices_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -10,9 +10,9 @@ from PIL import Image
 from tiny_runs import make_run
 
 from freqmask.data.sources import Source, open_source
-from freqmask.evaluation import labelled, trainings
+from freqmask.evaluation import eval_model, labelled
+from freqmask.evaluation.eval_model import seen_in_training
 from freqmask.evaluation.labelled import pixel_hashes
-from freqmask.evaluation.trainings import seen_in_training
 
 
 @pytest.fixture(autouse=True)
@@ -134,5 +134,5 @@ def test_images_that_are_gone_or_too_many_are_told(tmp_path: Path, monkeypatch: 
     run = make_run(tmp_path / "run").path
     assert "no longer there" in seen_in_training(run, source, np.arange(2))
     many = make_run(tmp_path / "many", data=[str(tmp_path / "new")]).path
-    monkeypatch.setattr(trainings, "MOST_COMPARED", 1)
+    monkeypatch.setattr(eval_model, "MOST_COMPARED", 1)
     assert "too many to be compared" in seen_in_training(many, source, np.arange(2))

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from freqmask.cli import main
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import LOGITS, ClassifierModel
+from freqmask.evaluation.eval_model import LOGITS, ClassifierModel, seen_in_training
 from freqmask.evaluation.finetune import AugmentedGeometry, FinetuneModule, Mixer
 from freqmask.evaluation.finetune_plan import Tuning, make_classifier
 from freqmask.evaluation.trainings import layer_groups
@@ -485,3 +486,34 @@ def test_test_images_that_a_classifier_was_tuned_on_are_counted_from_every_folde
         assert capsys.readouterr().out.count(told) == 2
     config = RunFolder("../out/mine-seed3").config()
     assert config["data"] == config["options"]["data"] == [str(tmp_path / "two.npz")]
+    arrays = dict(np.load("../two.npz"))
+    added = {
+        name: np.concatenate([arrays[name], arrays[name][:1]]) for name in ("train_images", "train_labels")
+    }
+    np.savez("../two.npz", **{**arrays, **added})
+    freqmask.evaluate.knn("../out/mine-seed3", data="../two.npz", k=[1], **shared)
+    told = "are others now, or parted otherwise, than they were; 0 of the 20 test images are among these"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("config.yaml", "  seeds:\n  - 0\n", "  seeds: 0\n"),
+        ("config.yaml", "held_out: 0.2", "held_out: null"),
+        ("config.yaml", "options:\n", "options: null\nothers:\n"),
+        ("config.yaml", "method:", "]method:"),
+        ("run.json", "{", ""),
+        ("run.json", '"data":', '"dates":'),
+    ],
+)
+def test_a_record_that_tells_nothing_ends_no_evaluation(
+    tuned: Path, tmp_path: Path, file: str, before: str, after: str
+) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(tuned, run)
+    text = (run / file).read_text()
+    assert before in text
+    (run / file).write_text(text.replace(before, after))
+    seen = seen_in_training(run, open_source(tuned.parent.parent / "two.npz"), np.arange(3))
+    assert seen == "copy: its record (config.yaml, run.json) does not tell which images it was trained on"

@@ -25,8 +25,8 @@ from freqmask.errors import UserError
 pytest.importorskip("segmentation_models_pytorch", reason="pip install 'freqmask[seg]'")
 
 from freqmask.evaluation import segmentation
+from freqmask.evaluation.eval_model import seen_in_training
 from freqmask.evaluation.segmentation import open_network
-from freqmask.evaluation.trainings import seen_in_training
 from freqmask.evaluation.upernet import SegmentationModule, choose_crop, groups_of
 from freqmask.training.run_folder import RunFolder
 

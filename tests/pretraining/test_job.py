@@ -21,7 +21,7 @@ from tiny_runs import TINY, steps_made, train_until
 import freqmask
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
-from freqmask.evaluation.trainings import seen_in_training
+from freqmask.evaluation.eval_model import seen_in_training
 from freqmask.methods import MFM
 from freqmask.training import auto, loop
 from freqmask.training.loop import ScheduledModule

@@ -366,7 +366,8 @@ class LabelledSource(Subset):
 
     def summary(self) -> SourceSummary:
         whole = super().summary()
-        whole.notes = [*whole.notes, *self.notes]
+        # which column DATA's own labels are of is no matter now
+        whole.notes = [note for note in whole.notes if not note.startswith("Labels are read")] + [*self.notes]
         return whole
 
 

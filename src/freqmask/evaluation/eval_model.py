@@ -6,26 +6,40 @@ import hashlib
 import math
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from freqmask.backbones import Features, recalibrate_batch_norm
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.pixels import check_channels
-from freqmask.data.source import Source
+from freqmask.data.source import Source, Subset
+from freqmask.data.sources import open_source
+from freqmask.data.splits import hold_out
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import BadImage, UserError
+from freqmask.evaluation.labelled import SPLITS, SplitConfig, draw_shots, open_labelled, pixel_hashes
+from freqmask.evaluation.mask_data import MaskConfig, open_segmentation
+from freqmask.imports import NotNamedError, named_by_user
 from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM
 from freqmask.interop.models import OpenedClassifier, OpenedModel, open_classifier, open_model, still_images
 from freqmask.interop.weight_files import hash_weights
+from freqmask.options import group_among
 from freqmask.spectrum import Images, as_float
 from freqmask.training.run_folder import RunFolder
 
+MOST_COMPARED = 200_000  # images of a training; beyond it comparing all of them would take hours
+_KINDS = {  # method of a run: what it was to the model, and how it saw the images
+    "finetune": ("fine-tuning", "fine-tuned", "with their labels"),
+    "segment": ("training", "trained", "with their masks"),
+    "pretrain": ("pre-training", "pre-trained", "labels unseen"),
+}
 LOGITS = "end/mean"  # the table's name of a classifier's logits, here one number a class of DATA
 CONVERTIBLE = (1, 3, 4)  # channels of images that any model can be shown
 NOTABLE = 0.05  # share of an image's area or side from which a difference is told
@@ -194,19 +208,17 @@ class ClassifierModel(EvalModel):
 def _columns(opened: OpenedClassifier, text: str, class_names: Sequence[str]) -> list[int]:
     """Which of the model's outputs stands for each class of DATA.
 
-    By name where the model tells names or is ImageNet's and DATA has WordNet numbers, else where the counts agree by
-    number (folders 0, 1, ..., whose own order is 0, 1, 10) or by order.
+    By name where the model tells names or is ImageNet's and DATA has WordNet numbers; else by number where DATA's
+    classes are numbers of outputs (folders 0, 1, ..., whose own order is 0, 1, 10), or by order where the counts agree.
     """
     named, count = bool(opened.module.pretrained_cfg.get("label_names")), opened.module.num_classes
     names = [unicodedata.normalize("NFC", name) for name in opened.class_names]  # as of folders
     if (named or count == 1000) and set(class_names) <= set(names):
         return [names.index(name) for name in class_names]
+    if not named and set(class_names) <= set(map(str, range(count))):
+        return list(map(int, class_names))
     if not named and count == len(class_names):
-        return (
-            list(map(int, class_names))
-            if set(class_names) == set(map(str, range(count)))
-            else list(range(count))
-        )
+        return list(range(count))
     missing = next((name for name in class_names if name not in names), class_names[0])
     raise UserError(
         f"model ({text}) classifies {count} classes and DATA has {len(class_names)}, {missing!r} not "
@@ -307,3 +319,94 @@ def _usual(crop: str) -> str:
 def _named(place: str, features: Features) -> dict[str, Tensor]:
     token = {} if features.class_token is None else {f"{place}/token": features.class_token}
     return {f"{place}/mean": features.pooled, **token}
+
+
+def seen_in_training(folder: Path, source: Source, tested: np.ndarray) -> str:
+    """A sentence on how many test images a run was trained on.
+
+    Args:
+        folder: of the run; its config names what it was trained on.
+        source: the images of the evaluation.
+        tested: which of them are test images.
+    """
+    name, images = folder.name, "training images"
+    try:
+        config, state = RunFolder(folder).config(), RunFolder(folder).state()
+        method, data = config.get("method"), config.get("data") or []
+        images = f"{_KINDS.get(str(method), _KINDS['pretrain'])[0]} images"
+        with named_by_user((), folder / "config.yaml"):
+            trained, used, changed = _trained_on(config, state)
+    except NotNamedError as error:
+        return f"{name}: its {images} were not compared with the test images: {error}"
+    except _GoneError:
+        return f"{name}: its {images} ({data}) are no longer there to be compared with the test images"
+    except (UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return f"{name}: its record (config.yaml, run.json) does not tell which images it was trained on"
+    _, how, labels = _KINDS.get(str(method), _KINDS["pretrain"])
+    typed = config.get("options", {}).get("data", data)
+    paths = [typed] if isinstance(typed, str) else map(str, typed)
+    if changed and any(":" not in path and not Path(path).expanduser().is_absolute() for path in paths):
+        # 0.1.0 recorded paths as they were typed
+        return (
+            f"{name}: its {images} ({data}) are not those that this path leads to from here; to have them compared "
+            "with the test images, evaluate in the folder where it was trained"
+        )
+    if len(trained) > MOST_COMPARED:
+        return f"{name}: {len(trained):,} {images} are too many to be compared with the test images"
+    known = set(pixel_hashes(trained, used))
+    count = sum(value in known for value in pixel_hashes(source, tested))
+    if changed:
+        parted = ", or parted otherwise," if method == "finetune" else ""
+        return (
+            f"{name}: its {images} ({data}) are others now{parted} than they were; {count:,} of the {len(tested):,} "
+            "test images are among these"
+        )
+    return f"{name}: {how} on {count:,} of the {len(tested):,} test images ({labels})"
+
+
+class _GoneError(Exception):
+    """The images that a run was trained on cannot be opened."""
+
+
+@contextmanager
+def _opening() -> Iterator[None]:
+    try:
+        yield
+    except NotNamedError:
+        raise
+    except UserError as error:
+        raise _GoneError from error
+
+
+def _trained_on(
+    config: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[Source, np.ndarray | None, bool]:
+    """The images that a run names, which of them it was trained on (None: all), and whether they are others now."""
+    options = config.get("options", {})
+    if config.get("method") == "finetune":
+        split = replace(group_among(SplitConfig, options), splits_in=Path(config.get("splits_in", SPLITS)))
+        with _opening():
+            data = open_labelled(options["data"], split)
+        for one in data.rounds:
+            used, seed = one.train, options["seeds"][0]
+            if options.get("shots") is not None:
+                used = used[draw_shots(data.labels[used], str(options["shots"]), seed)]
+            used = data.parted(used, config["held_out"], seed)[0]
+            if Subset(data.source, used).fingerprint() == state["data"]:
+                return data.source, used, False
+        if len(data.rounds) > 1:
+            raise LookupError("of which fold it was")
+        return data.source, used, True
+    if config.get("method") == "segment":
+        with _opening():
+            trained = open_segmentation(group_among(MaskConfig, options)).train
+        return trained, None, state["data"] != trained.fingerprint()
+    pages, split = config.get("pages", "channels"), config.get("split", "auto")
+    with _opening():
+        trained = open_source(config.get("data") or [], pages=pages, split=split)
+    changed = state.get("data") not in (None, trained.fingerprint())
+    if changed or len(trained) > MOST_COMPARED:
+        return trained, None, changed
+    if config.get("overfit"):
+        return trained, np.arange(min(int(config["overfit"]), len(trained))), False
+    return trained, hold_out(trained, seed=int(config.get("seed", 0)))[0], False

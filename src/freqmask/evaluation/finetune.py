@@ -44,7 +44,7 @@ from freqmask.evaluation.finetune_plan import (
     problems,
     say_short_plan,
 )
-from freqmask.evaluation.labelled import LabelledData, draw_shots, shot_name
+from freqmask.evaluation.labelled import SPLITS, LabelledData, draw_shots, shot_name
 from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
@@ -267,6 +267,7 @@ class FinetuneJob(TrainingJob):
             "labels": from_anywhere(asked["labels"]),
             "pages": asked["pages"],
             "split": asked["train_split"],
+            "splits_in": str(SPLITS.absolute()),
         }
         return tuning, about, Subset(self.data.source, train)
 

@@ -23,7 +23,6 @@ from freqmask.options.of_evaluation import Labelled
 from freqmask.training.files import read_rows, write_rows
 
 _AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
-FEW = 20_000  # images that are hashed for a note alone: ordinary photographs take a minute, once
 SPLITS = Path("runs") / "splits"  # where splits of ours are kept
 DATA_WITH_LABELS = (
     "a folder with one folder a class, a parquet file with a label column, an .npz with labels, "
@@ -162,13 +161,17 @@ def choose_parts(splits: Sequence[str], train: str, test: str, where: str, missi
     return first, second
 
 
+def _typed(data: Any) -> str:
+    return shell_paths(data, "DATA") if isinstance(data, (list, tuple)) else str(data)
+
+
 def _open(data: Any, split: str, config: SplitConfig) -> Source:
     return open_source(data, config.pages, split, config.labels)
 
 
 def _test_only(data: object, splits: list[str], config: SplitConfig) -> LabelledData:
     """All images of the test split, else of those that are no training split, else of DATA."""
-    split, where = config.test_split, str(data)
+    split, where = config.test_split, _typed(data)
     if split == "auto":
         split = default_splits(splits)["test"] or "all"
     source = _open(data, split, config)
@@ -215,14 +218,13 @@ def _without(rounds: list[Round], lost: np.ndarray) -> list[Round]:
 
 def _split_ourselves(data: object, config: SplitConfig, why: str) -> LabelledData:
     source = _open(data, "all", config)
-    name = shell_paths(data, "DATA") if isinstance(data, (list, tuple)) else str(data)
-    whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], name, "", [])
+    whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], _typed(data), "", [])
     images, folds = whole.rounds[0].train, config.folds
     names = [source.name(int(index)) for index in images]
     how = (folds, None if folds else config.test_share, config.split_seed, config.duplicates)
     key = [f"{source.fingerprint()} {how}".encode(), whole.labels.tobytes()]
     groups = repr(whole.groups).encode(errors="surrogateescape")
-    file = split_file(config.splits_in, Path(whole.name).stem, *key, groups)
+    file = split_file(config.splits_in, Path(str(data)).stem, *key, groups)
     words = [f"fold{number}" for number in range(folds)] if folds else ["train", "test"]
     shares = [1.0] * folds if folds else [1 - config.test_share, config.test_share]
 
@@ -404,10 +406,9 @@ def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[i
 def identical_notes(source: Source, rounds: Sequence[Round]) -> list[str]:
     """How many test images are identical to a training image of their round, in a sentence; nothing where none is.
 
-    Only of up to 20,000 images, since this alone reads all of them, once and one after the other: of as many as a run
-    is compared with (``MOST_COMPARED``) it would take longer than their features on a GPU.
+    All images are read once, one after the other.
     """
-    if len(source) > FEW or not any(len(one.train) for one in rounds):
+    if not any(len(one.train) for one in rounds):
         return []
     hashes = np.array(pixel_hashes(source), np.int64)
     count = sum(int(np.isin(hashes[one.test], hashes[one.train]).sum()) for one in rounds)

@@ -20,6 +20,7 @@ from torch import Tensor
 from freqmask import __version__
 from freqmask.console import rank, say, say_left_out
 from freqmask.data.source import Subset
+from freqmask.data.sources import REMOTE
 from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import (
@@ -27,6 +28,7 @@ from freqmask.evaluation.eval_model import (
     EvalModel,
     check_shown,
     open_eval_model,
+    seen_in_training,
     what_differs,
 )
 from freqmask.evaluation.features import ComputeConfig, FeatureTable, ImageChange, compute_features
@@ -45,7 +47,6 @@ from freqmask.evaluation.results import (
     draw_bar_chart,
     write_class_scores,
 )
-from freqmask.evaluation.trainings import seen_in_training
 from freqmask.options import command_words, group_among
 from freqmask.options.of_evaluation import Windows
 from freqmask.training.files import append_row, check_writable, end_last_row, read_rows, write_rows, writing
@@ -60,6 +61,7 @@ _IDENTITY = {
 }
 Predict = Callable[[dict[str, np.ndarray]], np.ndarray]  # features of images by name -> their classes
 LONG = 5.0  # seconds after which silence seems a standstill
+QUICKLY_READ = 500e6  # pixels: half a minute at most, for a note alone
 
 
 @dataclass
@@ -237,7 +239,9 @@ class Protocol(ABC):
         counts = Counter(names.values())
         self.names = {text: name if counts[name] == 1 else text for text, name in names.items()}
         say(self.data.describe())
-        identical = identical_notes(self.data.source, self.data.rounds)
+        quick = len(self.data.source) * self.survey.mean_pixels < QUICKLY_READ and rank() == 0
+        near = not any(REMOTE.match(str(one)) for one in config.data)
+        identical = identical_notes(self.data.source, self.data.rounds) if quick and near else []
         for note in [*self.data.notes, *identical, *differences]:
             say(f"note: {note}")
 

@@ -74,7 +74,7 @@ from freqmask.spectrum import as_float
 from freqmask.training.auto import pick_device
 from freqmask.training.files import check_writable
 from freqmask.training.loop import Task
-from freqmask.training.run_folder import RUNS, RunFolder, comparable
+from freqmask.training.run_folder import RUNS, RunFolder, comparable, from_anywhere
 
 # The options that decide what a network becomes.
 DECIDING = (
@@ -152,7 +152,7 @@ class SegmentationJob(TrainingJob):
         arguments = get_model_args(self.model.opened.module)
         made = ("img_size", "in_chans", "num_classes", "patch_size")
         about = {
-            "data": self.data.name,
+            "data": from_anywhere(self.data.name),
             "split": self.data.split,
             "patch_size": arguments.get("patch_size"),
             "model_args": comparable({k: v for k, v in arguments.items() if k not in made}),

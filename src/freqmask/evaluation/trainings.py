@@ -14,24 +14,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lightning as L
-import numpy as np
 import torch
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import nn
 
 from freqmask.console import counted, rank, readable_bytes, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import TrainDataset, make_loader
-from freqmask.data.source import Source, Subset
-from freqmask.data.sources import open_source
-from freqmask.data.splits import hold_out
+from freqmask.data.source import Source
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel
-from freqmask.evaluation.labelled import SplitConfig, draw_shots, open_labelled, pixel_hashes
-from freqmask.evaluation.mask_data import MaskConfig, open_segmentation
-from freqmask.imports import NotNamedError, named_by_user
 from freqmask.interop.formats import PIXELS
-from freqmask.options import group_among
 from freqmask.training import auto
 from freqmask.training.callbacks import Export
 from freqmask.training.files import check_writable
@@ -53,7 +46,6 @@ from freqmask.training.run_folder import RUNS, RunFolder, comparable, from_anywh
 AUTO = "auto"
 BETAS = (0.9, 0.999)
 CHECKPOINTS = 20  # a run
-MOST_COMPARED = 200_000  # images of a training; beyond it comparing all of them would take hours
 PATHS = ("model", "data", "labels", "images", "masks")  # options that may be paths
 SHOWN = {
     "images_per_second": "{:.1f} images/s",
@@ -304,7 +296,10 @@ def _begin(run: RunFolder, job: TrainingJob, deciding: Mapping[str, Any]) -> Tra
     options |= {"epochs": None}  # the steps say it
     given = {name: value for name, value in comparable(options).items() if value is not None}
     given = {"model": [job.model.text], "seeds": [job.seed], **given}
-    given |= {name: from_anywhere(given[name]) for name in PATHS if name in given}
+    paths = (
+        PATHS if len(given.get("class_names", ())) > 1 else (*PATHS, "class_names")
+    )  # one may be a file of them
+    given |= {name: from_anywhere(given[name]) for name in paths if name in given}
     repeated = {"command": job.command, "options": given}
     begin_run(run, job.command, {**shared, **about, **plain, **repeated}, state)
     return numbers
@@ -379,70 +374,3 @@ def series_folder(out: Path | None, name: str, *decides: Any) -> Path:
     root = out or RUNS / f"{name}-{words}"
     check_writable(root, folder=True)
     return root
-
-
-def seen_in_training(folder: Path, source: Source, tested: np.ndarray) -> str:
-    """A sentence on how many test images a run was trained on.
-
-    Args:
-        folder: of the run; its config names what it was trained on.
-        source: the images of the evaluation.
-        tested: which of them are test images.
-    """
-    run = RunFolder(folder)
-    config = run.config()
-    what, how, labels = {
-        "finetune": ("fine-tuning", "fine-tuned", "with their labels"),
-        "segment": ("training", "trained", "with their masks"),
-    }.get(config.get("method", ""), ("pre-training", "pre-trained", "labels unseen"))
-    data = config.get("data") or []
-    its = f"{run.path.name}: its {what} images ({data})"
-    try:
-        with named_by_user((), folder / "config.yaml"):
-            trained, used, changed = _trained_on(config, run.state())
-    except NotNamedError as error:
-        return f"{run.path.name}: its {what} images were not compared with the test images: {error}"
-    except (UserError, KeyError):  # 0.1.0 recorded less
-        return f"{its} are no longer there to be compared with the test images"
-    paths = [data] if isinstance(data, str) else map(str, data)
-    if changed and any(":" not in path and not Path(path).expanduser().is_absolute() for path in paths):
-        # 0.1.0 recorded paths as they were typed
-        return (
-            f"{its} are not those that this path leads to from here; to have them compared with the test images, "
-            "evaluate in the folder where it was trained"
-        )
-    if len(trained) > MOST_COMPARED:
-        return f"{run.path.name}: {len(trained):,} {what} images are too many to be compared with the test images"
-    known = set(pixel_hashes(trained, used))
-    count = sum(value in known for value in pixel_hashes(source, tested))
-    if changed:
-        return f"{its} are others now than they were; {count:,} of the {len(tested):,} test images are among these"
-    return f"{run.path.name}: {how} on {count:,} of the {len(tested):,} test images ({labels})"
-
-
-def _trained_on(
-    config: Mapping[str, Any], state: Mapping[str, Any]
-) -> tuple[Source, np.ndarray | None, bool]:
-    """The images that a run names, which of them it was trained on (None: all), and whether they are others now."""
-    options = config.get("options", {})
-    if config.get("method") == "finetune":
-        data = open_labelled(options["data"], group_among(SplitConfig, options))
-        for one in data.rounds:
-            used, seed = one.train, options["seeds"][0]
-            if options.get("shots") is not None:
-                used = used[draw_shots(data.labels[used], str(options["shots"]), seed)]
-            used = data.parted(used, config["held_out"], seed)[0]
-            if Subset(data.source, used).fingerprint() == state["data"]:
-                return data.source, used, False
-        return data.source, None, True
-    if config.get("method") == "segment":
-        trained = open_segmentation(group_among(MaskConfig, options)).train
-        return trained, None, state["data"] != trained.fingerprint()
-    pages, split = config.get("pages", "channels"), config.get("split", "auto")
-    trained = open_source(config.get("data") or [], pages=pages, split=split)
-    if config.get("overfit"):
-        used = np.arange(min(int(config["overfit"]), len(trained)))
-    else:
-        used = hold_out(trained, seed=int(config.get("seed", 0)))[0]
-    changed = state.get("data") not in (None, trained.fingerprint())
-    return trained, None if changed else used, changed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,13 +198,18 @@ def _say_finished(run: RunFolder, options: Mapping[str, Any], given: Mapping[str
     summary = run.summary()
     steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
     say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
-    if changed := differences(run, given):
-        told = "; ".join(f"{name} was {before} and is {now} now" for name, (before, now) in changed.items())
-        say(f"note: {told}: the run stays as it was trained; give another --out to begin anew")
+    begun: dict[str, Any] = {}
+    with suppress(UserError):  # a record that was damaged since
+        begun = _given(run)
+        if changed := differences(run, given):
+            told = "; ".join(
+                f"{name} was {before} and is {now} now" for name, (before, now) in changed.items()
+            )
+            say(f"note: {told}: the run stays as it was trained; give another --out to begin anew")
     say(f"its backbone: {run.backbone}")
     trained = run.config()
     trained |= {"data": options["data"] or trained.get("data")}  # as it is called from here
-    say(f"to train on from it: {plan.train_on(run.path, trained, _given(run))}")
+    say(f"to train on from it: {plan.train_on(run.path, trained, begun)}")
 
 
 def part(options: Mapping[str, Any]) -> Images:

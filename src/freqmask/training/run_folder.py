@@ -354,9 +354,12 @@ def from_anywhere(value: Any) -> Any:
     """A path that leads somewhere, absolute, so that it leads there from every folder; each of several likewise."""
     if isinstance(value, list | tuple):
         return [from_anywhere(one) for one in value]
-    if not isinstance(value, str) or not Path(value).expanduser().exists():
+    try:
+        path = Path(value).expanduser() if isinstance(value, str) and value else None
+        if path is None or not path.exists():
+            return value
+    except (OSError, RuntimeError):  # a name too long, somebody's home who is not known
         return value
-    path = Path(value).expanduser()
     return str(path.resolve() if ".." in path.parts else path.absolute())  # links keep their names
 
 
