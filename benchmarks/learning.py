@@ -66,6 +66,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "vit-s": {"backbone": "vit_small_patch16_224", "patch_size": 4},
 }
 OURS = {"gamma": 1.5, "low_pass_share": 0.3}
+LOW = {"gamma": 1.5, "low_pass_share": 1.0, "radius": 5.0}  # of 32 pixels; larger ones were not tried
 SMALL_HEAD = {
     "outputs": 1024,
     "hidden_size": 512,
@@ -79,20 +80,21 @@ HELD_OUT = 2500  # training images that a sweep is judged on
 TWO_VIEWS = PhotometricSettings(blur=0.0, solarise=0.0)  # below 96 pixels blur and solarise leave too little
 # Settings found on held-out training images with equal numbers of trials (benchmarks/results/learning_trials.csv).
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mfm": {"gamma": 1.5, "low_pass_share": 1.0, "radius": 5.0},  # of 32 pixels; larger ones were not tried
+    "mfm": LOW,
     "mfm-com": {"filter": "com", "gamma": 1.5},
-    "folk": {**OURS, **SMALL_HEAD},
+    "folk": {**LOW, **SMALL_HEAD, "ema_momentum": 0.97, "views": "one", "reconstruction_weight": 10.0},
     "words": {"lr": 2e-3},
     "words-unfiltered": {"lr": 2e-3, "filter_share": 0.0},
     "teacher": {"lr": 2e-3},
     "simmim": {"lr": 4e-3, "mask": 0.4},
     "mae": {"lr": 2e-3},
     "spark": {"lr": 3e-3},
-    "dino": {"lr": 5e-4},
+    "dino": {"ema": 0.97},
     "lejepa": {"lr": 4e-3, "weight": 0.02},
 }
 FOR_A_CNN = {
     "mfm": OURS,
+    "folk": {**OURS, **SMALL_HEAD},
     "words": {"lr": 3e-3},
     "teacher": {"lr": 3e-3},
     "simmim": {"lr": 3e-3},

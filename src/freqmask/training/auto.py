@@ -261,7 +261,8 @@ def choose_workers(on_gpu: bool) -> Choice:
     cores = usable_cores()
     if on_gpu:
         return Choice(min(cores, 32), f"{cores} cores feed the GPU")
-    return Choice(max(cores // 4, 1), f"{counted(cores, 'core')}, most of them for the training itself")
+    use = "most of them for" if cores > 1 else "shared with"
+    return Choice(max(cores // 4, 1), f"{counted(cores, 'core')}, {use} the training itself")
 
 
 def world_size(numbers: Mapping[str, Any]) -> int:
