@@ -227,6 +227,17 @@ def test_a_precision_that_is_given_is_not_measured(monkeypatch: pytest.MonkeyPat
     assert plan.values["precision"] == "bf16-mixed" and "precision" not in plan.reasons
 
 
+def test_what_bf16_gains_is_measured_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(auto.timeit, "repeat", lambda *_, **__: seen.append(torch.get_num_threads()) or [3.0])
+    torch.set_num_threads(2)
+    try:
+        assert auto.bf16_gain.__wrapped__() == 1.0
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_bf16_gains_is_what_a_product_of_matrices_gains() -> None:
     a = torch.rand(256, 256)
     exact, half = (
