@@ -71,14 +71,12 @@ def plain_name(name: str) -> str:
     return plain(name).replace("\n", "\\n")
 
 
-def say_left_out(
-    skipped: Sequence[tuple[str, str]], first: str = "left out    ", more: str = "left out    "
-) -> None:
+def say_left_out(skipped: Sequence[tuple[str, str]]) -> None:
     """Names the first images, (name, reason), that could not be read, and how many more there are."""
     for name, reason in skipped[:_SHOWN_SKIPPED]:
-        say(f"{first}{plain_name(name)}: {reason}")
+        say(f"left out    {plain_name(name)}: {reason}")
     if len(skipped) > _SHOWN_SKIPPED:
-        say(f"{more}... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
+        say(f"            ... and {len(skipped) - _SHOWN_SKIPPED} more that cannot be read")
 
 
 def shortened(name: str, most: int = 24) -> str:

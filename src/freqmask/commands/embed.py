@@ -98,7 +98,7 @@ def embed(
         compute_parts(task, source, parts, compute)
         rows, skipped = join_parts(parts, task.grid if patches else None)
         say(f"embeddings  {path}: {rows:,} of {len(source):,} images, {opened.name}")
-        say_left_out(skipped, "            left out: ", "            ")
+        say_left_out(skipped)
     if neighbours:
         from freqmask.commands.sheets import draw_neighbors
 

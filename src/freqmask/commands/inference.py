@@ -229,7 +229,7 @@ def write_classes(task: Classification, source: Source, path: Path, config: Comp
 
     replace_atomically(path, write)
     parts.remove()
-    say_left_out(skipped, "            left out: ", "            ")
+    say_left_out(skipped)
     return written
 
 
@@ -332,7 +332,7 @@ def write_masks(
             target = folder / _mask_name(name, index, folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(labels[classes]).save(target)
-    say_left_out(skipped, "            left out: ", "            ")
+    say_left_out(skipped)
     return len(source) - len(skipped)
 
 

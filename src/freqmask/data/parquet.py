@@ -315,6 +315,10 @@ class TableSource(PackedSource):
         self._laid_out = not files.remote and int(sizes.sum()) > IN_MEMORY_BYTES
 
     def encoded(self, index: int) -> tuple[bytes, str]:
+        data = self._bytes(index)
+        return data, suffix_of(data, self.index.text("paths", index))
+
+    def _bytes(self, index: int) -> bytes:
         self.check(index)
         group = self.index.part_of(index)
         # a file that is laid out is kept as one block
@@ -327,7 +331,7 @@ class TableSource(PackedSource):
         data: bytes | None = images[index - int(self.index.starts[first])].as_py()
         if data is None:
             raise BadImage("its row holds no bytes, only a path at most")
-        return data, suffix_of(data, self.index.text("paths", index))
+        return data
 
     def _file(self, group: int) -> int:
         return int(self.index.arrays["group_files"][group])

@@ -369,7 +369,7 @@ class ShardSource(PackedSource):
     def _shard(self, index: int) -> str:
         return self.index.shards[self.index.part_of(index)][0]
 
-    def encoded(self, index: int) -> tuple[bytes, str]:
+    def _bytes(self, index: int) -> bytes:
         self.check(index)
         shard, start = self._shard(index), int(self.index.arrays["offsets"][index])
         stop = start + int(self.index.arrays["sizes"][index])
@@ -383,7 +383,7 @@ class ShardSource(PackedSource):
             raise BadImage(f"the shard {shard} is truncated")
         if not self.files.remote:
             self.files.refuse_changed(shard, self._states[shard])
-        return data, PurePosixPath(self.index.text("members", index)).suffix.lower()
+        return data
 
     def _fetch(self, index: int, shard: str, start: int, stop: int) -> bytes:
         """The bytes ``start`` to ``stop`` of a shard, which are those of an image.
@@ -411,6 +411,9 @@ class ShardSource(PackedSource):
 
     def blocks(self) -> BlockLayout | None:
         return None if self._blocks is None else BlockLayout(self._blocks)
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        return self._bytes(index), PurePosixPath(self.index.text("members", index)).suffix.lower()
 
     def name(self, index: int) -> str:
         """What the image was called before it was packed, or the member behind its shard's name."""

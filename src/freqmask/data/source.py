@@ -164,10 +164,11 @@ class PackedSource(Source):
         return len(self.index)
 
     @abstractmethod
-    def encoded(self, index: int) -> tuple[bytes, str]: ...
+    def _bytes(self, index: int) -> bytes:
+        """The image's own file; raises BadImage."""
 
     def open(self, index: int) -> Picture:
-        return open_bytes(self.encoded(index)[0])
+        return open_bytes(self._bytes(index))
 
     def _summary(self, count: int, note_of_remote: str) -> SourceSummary:
         kind, notes = f"{count:,} {self.kind}{'s' * (count > 1)}", list(self.notes)

@@ -360,10 +360,8 @@ def predict_images(
     Returns:
         The class of each image that could be read, the numbers of those images, and what is wrong, if anything.
     """
-    model, source = (
-        ClassifierModel(str(run.path), data.class_names, config.windows.crop),
-        Subset(data.source, test),
-    )
+    model = ClassifierModel(str(run.path), data.class_names, config.windows.crop)
+    source = Subset(data.source, test)
     model.prepare(source, config.compute.device)
     table = compute_features(model, source, "end", config.compute)
     say_left_out(table.skipped)

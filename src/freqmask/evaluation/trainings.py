@@ -296,9 +296,8 @@ def _begin(run: RunFolder, job: TrainingJob, deciding: Mapping[str, Any]) -> Tra
     options |= {"epochs": None}  # the steps say it
     given = {name: value for name, value in comparable(options).items() if value is not None}
     given = {"model": [job.model.text], "seeds": [job.seed], **given}
-    paths = (
-        PATHS if len(given.get("class_names", ())) > 1 else (*PATHS, "class_names")
-    )  # one may be a file of them
+    # one name of a class may be a file of them
+    paths = PATHS if len(given.get("class_names", ())) > 1 else (*PATHS, "class_names")
     given |= {name: from_anywhere(given[name]) for name in paths if name in given}
     repeated = {"command": job.command, "options": given}
     begin_run(run, job.command, {**shared, **about, **plain, **repeated}, state)

@@ -376,8 +376,10 @@ def segment_windows(
     where the image is smaller.
     """
     height, width = image.shape[1:]
-    padded = fill.to(image)[:, None, None].expand(-1, max(height, window), max(width, window)).clone()
-    padded[:, :height, :width] = image
+    padded = image
+    if min(height, width) < window:  # else a large image would be copied
+        padded = fill.to(image)[:, None, None].expand(-1, max(height, window), max(width, window)).clone()
+        padded[:, :height, :width] = image
     corners = list(
         itertools.product(window_starts(height, window, stride), window_starts(width, window, stride))
     )

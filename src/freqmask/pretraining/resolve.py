@@ -165,9 +165,8 @@ class Resolved(auto.Plan):
 
     survey: Survey = field(init=False)  # what the images are like
     method: Any = field(init=False)  # freshly initialized
-    watched: Callable[[Mapping[str, Any]], int] = field(
-        init=False
-    )  # images that a training's measurements look at
+    # images that the measurements of a training look at
+    watched: Callable[[Mapping[str, Any]], int] = field(init=False)
 
     def make_method(self) -> None:
         """The method by today's values, which get what it chose itself."""
@@ -180,8 +179,8 @@ class Resolved(auto.Plan):
 
     def watching_seconds(self, steps: int) -> float:
         """What is measured and drawn between so many steps: a fifth of the first training that anybody starts."""
-        every = self.asked.get("preview_every_steps")
-        every = max(steps // PREVIEWS_A_RUN, 1) if every in (None, "auto") else int(every)
+        asked = self.asked.get("preview_every_steps")
+        every = _preview_every(steps) if asked in (None, "auto") else int(asked)
         looked = self.watched({**self.values, "steps": steps, "preview_every_steps": every})
         # looking at an image takes about what it costs in a step: no gradients, but float32, all patches, read anew
         return looked * self.cost.seconds(1, 1) + periods(steps, every) * PREVIEW_SECONDS
@@ -400,7 +399,11 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
         "warmup_epochs", round(steps * batch / images / 15, 3), "a fifteenth, as published (20 of 300)"
     )
     resolved.take_records(CHECKPOINTS_A_RUN)
-    resolved.take("preview_every_steps", max(steps // PREVIEWS_A_RUN, 1), "ten times a run")
+    resolved.take("preview_every_steps", _preview_every(steps), "ten times a run")
+
+
+def _preview_every(steps: int) -> int:
+    return max(steps // PREVIEWS_A_RUN, 1)
 
 
 def _hours(options: Mapping[str, Any]) -> str:
