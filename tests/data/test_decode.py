@@ -15,7 +15,7 @@ from odd_images import ARITHMETIC_JPEG, Case, all_cases, noise, planes, png_of, 
 from PIL import Image
 
 from freqmask.data import decode
-from freqmask.data.decode import count_images, open_bytes, open_file
+from freqmask.data.decode import count_images, open_bytes, open_file, suffix_of
 from freqmask.data.pixels import missing_pixels
 from freqmask.errors import BadImage
 from freqmask.evaluation.mask_files import read_mask
@@ -224,3 +224,13 @@ def test_formats_without_a_reader_are_named_whatever_the_file_is_called(
     with pytest.raises(BadImage) as told:
         open_file(tmp_path / "a.jpg")
     assert told.value.reason == reason
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TIFF"])
+def test_bytes_without_a_name_get_the_suffix_of_their_format(format: str) -> None:
+    if format not in Image.SAVE and format not in Image.registered_extensions().values():
+        pytest.skip("this Pillow does not write it")
+    Image.new("RGB", (20, 16), "red").save(file := io.BytesIO(), format)
+    suffix = suffix_of(file.getvalue(), "")
+    assert Image.registered_extensions()[suffix] == format
+    assert suffix_of(file.getvalue(), "a/B.JPE") == ".jpe"

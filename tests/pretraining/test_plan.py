@@ -94,6 +94,29 @@ def test_a_teacher_is_given_a_small_cnn_on_a_cpu(
     assert f"backbone    {backbone}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "mfm"}, "filter fixed, radius 4, low_pass_share 0.3"),
+        (
+            {"method": "mfm", "radius": 4, "softness": 2, "gamma": 1.5, "clamp": True},
+            "filter fixed, radius 4, low_pass_share 0.3, softness 2, gamma 1.5",
+        ),
+        (
+            {"method": "mfm", "filter": "com", "com_share": 0.7, "magnitude": "mean", "patch_size": None},
+            "filter com, com_fractions 0.005 0.01 0.05, com_share 0.7, magnitude mean",
+        ),
+        ({"word_grid": 3, "words": 256}, "filter lowpass, radius 14, word_grid 3"),
+    ],
+)
+def test_options_of_a_method_that_are_not_its_defaults_are_told(
+    options: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = {"accelerator": "cpu", "dry_run": True, "image_size": 56, "workers": 0, "backbone": "resnet10t"}
+    freqmask.pretrain("builtin:photos", out=str(tmp_path / "run"), **fixed, **options)
+    assert f"options     {told}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("broken", [0, 1, 5])
 def test_images_that_cannot_be_used_are_said_to_be_counted(
     broken: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from pathlib import Path
 
@@ -67,6 +68,49 @@ def test_a_measurement_made_again_counts_once(tmp_path: Path) -> None:
     cell = table.lines[0].cells[table.numbers.index("knn k=20 %")]
     assert cell is not None
     assert cell.values == pytest.approx((40,))
+
+
+def test_a_measurement_by_another_option_hides_none_and_has_a_column_of_its_own(tmp_path: Path) -> None:
+    command = "freqmask evaluate knn {} --feature {} --k 20 --seeds {} --batch_size {}".format
+    token = [result("a", 0.1, command=command("a", "token", "0 1", 8))]
+    token += [result("a", 0.3, seed=1, command=command("a", "token", 1, 64))]  # how, not what
+    mean = [result("a", 0.8, command=command("a", "mean", 0, 8))]
+    folders = [
+        make_run(tmp_path / "a", {"radius": 4}, results=token + mean),
+        make_run(
+            tmp_path / "b", {"radius": 8}, results=[result("b", 0.6, command=command("b", "mean", 0, 8))]
+        ),
+    ]
+    table = join_seeds(read_runs(folders))
+    columns = zip(*(line.cells for line in table.lines), strict=True)
+    means = [[cell and cell.mean for cell in column] for column in columns]
+    shown = dict(zip(table.numbers, means, strict=True))
+    assert shown["knn k=20, feature token %"] == [pytest.approx(20), None]
+    assert shown["knn k=20, feature mean %"] == [pytest.approx(80), pytest.approx(60)]
+
+
+def test_weights_that_were_trained_further_are_not_joined_with_what_was_measured_before(
+    tmp_path: Path,
+) -> None:
+    old = [result("a", 0.3, seed=seed, model_weights="old") for seed in range(3)]
+    new = [result("a", 0.9, model_weights="new")]
+    fresh = [result("random:a", 0.1 * seed, seed=seed, model_weights=f"{seed}") for seed in range(1, 3)]
+    table = join_seeds(read_runs([make_run(tmp_path / "a", results=[*old, *new, *fresh])]))
+    values = [line.cells[table.numbers.index("knn k=20 %")] for line in table.lines]
+    assert [cell and cell.values for cell in values] == [pytest.approx((90,)), pytest.approx((10, 20))]
+
+
+def test_what_was_measured_before_the_training_ended_is_told(tmp_path: Path) -> None:
+    rows = [
+        result("a", 0.3, time="2026-01-01 09:00:00"),
+        result("a", 0.4, seed=1, time="2026-01-01 11:00:00"),
+    ]
+    folder = make_run(tmp_path / "a", results=rows)
+    for hour, told in ((10, True), (9, False)):  # the end of the training
+        (folder / "summary.json").write_text(json.dumps({"steps": 9, "ended": f"2026-01-01 {hour:02}:00:00"}))
+        (run,) = read_runs([folder])
+        assert ("before the training ended" in " ".join(run.missing)) is told
+        assert ("a, measured before the training ended" in FORMS["md"](join_seeds([run]))) is told
 
 
 def test_other_models_are_lines_of_their_own(tmp_path: Path) -> None:

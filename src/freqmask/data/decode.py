@@ -130,7 +130,10 @@ def suffix_of(data: bytes, name: str) -> str:
     if suffix in read_suffixes():
         return suffix
     known = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", ARRAY_BEGINNING: ".npy", b"GIF8": ".gif", b"BM": ".bmp"}
-    known |= dict.fromkeys(TIFF_BEGINNINGS, ".tif")
+    known |= dict.fromkeys(TIFF_BEGINNINGS, ".tif") | {b"P%d" % kind: ".pnm" for kind in range(1, 7)}
+    known |= {CODESTREAM: ".jp2", b"\0\0\0\x0cjP  ": ".jp2"}
+    if data[4:8] == HEIF_MARK:
+        return ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
     return next((suffix for mark, suffix in known.items() if data.startswith(mark)), ".webp")
 
 

@@ -206,7 +206,7 @@ SMALL_IMAGES = {
     "crop_scale": [0.5, 1.0],
     "crop_share": 1.0,
 }
-FEW_IMAGES = 10_000  # below it, small images are not mixed (docs/log.md, Fine-tuning)
+MIXED_FROM = 10_000  # below it, small images are not mixed (docs/log.md, Fine-tuning)
 # Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
 TINY_LR_BATCH = 128
 CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
@@ -300,10 +300,10 @@ class FinetunePlan(Plan):
         if self.values["workers"] and asked["workers"] == AUTO and device.type == "cpu" and light:
             self.values["workers"] = 0
             self.reasons["workers"] = "small images load faster than they travel"
-        few = self.images < FEW_IMAGES and self.small and published is PUBLISHED["vit"]
+        few = self.images < MIXED_FROM and self.small and published is PUBLISHED["vit"]
         for name in ("weight_decay", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing"):
             if few and name in ("mixup", "cutmix"):
-                self.take(name, 0.0, f"fewer than {FEW_IMAGES:,} small images")
+                self.take(name, 0.0, f"fewer than {MIXED_FROM:,} small images")
             else:
                 self.take(name, getattr(published, name), published.words)
         self._take_length()

@@ -50,9 +50,8 @@ from freqmask.evaluation.results import (
 from freqmask.options import command_words, group_among
 from freqmask.options.of_evaluation import Windows
 from freqmask.training.files import append_row, check_writable, end_last_row, read_rows, write_rows, writing
-from freqmask.training.run_folder import now
+from freqmask.training.run_folder import RESULTS, now
 
-RESULTS = "results.csv"
 _PATIENCE = 60.0  # seconds until a lock on it that nobody gives free is passed over
 # Columns that say, with those of the model, what was measured: a row of the same replaces it.
 _IDENTITY = {

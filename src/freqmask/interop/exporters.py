@@ -36,7 +36,7 @@ from freqmask.interop.weight_files import README, Pooled, write_timm_folder
 from freqmask.spectrum import Images, Normalization
 from freqmask.training.auto import is_out_of_memory
 from freqmask.training.files import new_folder, read_rows, replace_atomically
-from freqmask.training.run_folder import RunFolder, save_atomically
+from freqmask.training.run_folder import RESULTS, RunFolder, save_atomically
 
 Compute = Callable[[Tensor], tuple[Tensor, ...]]  # images (B, C, H, W) in [0, 1] to outputs
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
@@ -447,7 +447,7 @@ def _holds_path(value: Any) -> bool:
 
 
 def _results(run: RunFolder) -> str:
-    summary, rows = run.summary(), read_rows(run.path / "results.csv")
+    summary, rows = run.summary(), read_rows(run.path / RESULTS)
     names = ("steps", "loss", "relative_loss", "held_out_loss", "held_out_relative_loss")
     lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
     columns = [name for name in (rows[0] if rows else {}) if name and not _LOCAL_COLUMNS.search(name)]

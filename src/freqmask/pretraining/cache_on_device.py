@@ -20,7 +20,7 @@ from freqmask.training import auto
 SHARE_OF_MEMORY = 0.25  # of what is free, on the device and in the host, where images pass through twice
 LARGEST_SIDE = 160  # pixels; beyond, decoding a part costs less than keeping the whole
 FEWEST_PASSES = 2.0  # decoding ahead is for nothing where images are seen once
-FEW_IMAGES = 1_000  # are decoded before worker processes have started
+PROCESSES_FROM = 1_000  # fewer images are decoded before worker processes have started
 SECONDS_OF_SILENCE = 10.0
 
 
@@ -88,7 +88,7 @@ def keep_images(
         return None
     limits = Limits(2**31 if by_hand else largest_side(options), memory_limit(options))
     decoders = 0
-    if int(options["workers"]) and len(source) >= FEW_IMAGES:
+    if int(options["workers"]) and len(source) >= PROCESSES_FROM:
         decoders = max(int(options["workers"]), auto.usable_cores() // int(options["devices"]))
     began = spoke = time.monotonic()
 

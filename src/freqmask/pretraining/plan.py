@@ -28,7 +28,7 @@ from freqmask.data.values import Survey
 from freqmask.interop.weight_files import README
 from freqmask.methods import find_method
 from freqmask.options import as_typed, command_words, options_of
-from freqmask.options.of_methods import informative_from
+from freqmask.options.of_methods import BackboneOptions, informative_from, options_of_class
 from freqmask.options.of_training import Images, Views
 from freqmask.pretraining.resolve import STUDENT, Resolved, is_channels_last, shorter_side
 from freqmask.reporting.reading import read_run
@@ -37,7 +37,9 @@ from freqmask.training import auto
 from freqmask.training.callbacks import periods
 from freqmask.training.run_folder import RunFolder
 
-FEW_IMAGES = 50_000  # below it public weights usually know more of the images (docs/your-own-images.md)
+PUBLIC_WEIGHTS_BELOW = (
+    50_000  # below it public weights usually know more of the images (docs/your-own-images.md)
+)
 PUBLIC = "vit_small_patch16_224"
 TEACHER = "tf_efficientnet_lite0"  # of those that were measured, docs/results.md
 SHRUNK = 6  # median side over that of the views from which small things are lost in resized crops
@@ -52,7 +54,9 @@ CROPS = {
 CHANNELS_LAST = "channels last (a CNN: a step of ResNet-50 is 1.05 times as fast so on a CPU)"
 # What a run was given of these it is continued with: which images, how they are parted (seed) and seen.
 DESCRIBE_IMAGES = (*options_of(Images), "seed", "image_size", *options_of(Views), "mean", "std")
+# Of a method's options these are always told, the others where they are not what they would be.
 METHOD_LINE = ("filter", "radius", "low_pass_share", "com_fractions", "outputs")
+TOLD_ELSEWHERE = (*options_of(BackboneOptions), "teacher", "teacher_size")
 
 
 def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out: int) -> Iterator[str]:
@@ -171,7 +175,7 @@ def _input_lines(resolved: Resolved) -> Iterator[str]:
                 f"            the median image has {median:,} pixels and its crops are shrunk: fine detail is lost; "
                 "--crop native keeps it"
             )
-    given = {name: options.get(name) for name in METHOD_LINE}
+    given = {name: options.get(name) for name in (*METHOD_LINE, *_changed(resolved))}
     words = [
         f"{name} {f'{value:.3g}' if isinstance(value, float) else as_typed(value)}{resolved.why(name)}"
         for name, value in given.items()
@@ -179,6 +183,15 @@ def _input_lines(resolved: Resolved) -> Iterator[str]:
     ]
     if words:
         yield f"options     {', '.join(words)}"
+
+
+def _changed(resolved: Resolved) -> Iterator[str]:
+    """Options of the method that were asked for and are not its defaults."""
+    for own in options_of_class(find_method(resolved.values["method"])).values():
+        asked = resolved.asked.get(own.typed)
+        default = own.default if own.epochs is None else own.epochs
+        if own.name not in TOLD_ELSEWHERE and asked is not None and as_typed(asked) != as_typed(default):
+            yield own.typed
 
 
 def _training_lines(resolved: Resolved) -> Iterator[str]:
@@ -238,7 +251,7 @@ def advice_lines(options: Mapping[str, Any], images: int, data: str) -> Iterator
             "the same time holds more of them with a smaller"
         )
         yield "            --batch_size, --image_size or --backbone (freqmask recipes lists what suits one core)"
-    if images < FEW_IMAGES and not options.get("teacher"):
+    if images < PUBLIC_WEIGHTS_BELOW and not options.get("teacher"):
         backbone, channels = str(options.get("backbone", PUBLIC)), options["channels"]
         few = f"advice      {images:,} image{' is' if images == 1 else 's are'} few: public weights usually know more"
         if channels in (1, 3):

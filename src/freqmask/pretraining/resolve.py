@@ -41,7 +41,10 @@ from freqmask.training.optim import BASE_MIN_LR, scaled_lr
 
 SHARDED = ("fsdp", "model_parallel")  # strategies that spread weights over the devices
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
-FEW_IMAGES, FEW_OUTPUTS = 100_000, 4_096
+FEW_OUTPUTS, ALL_OUTPUTS_FROM = (
+    4_096,
+    100_000,
+)  # FOLK's prototypes, and from how many images on they are DINO's
 GPU_BACKBONE, CPU_BACKBONE = "vit_small_patch16_224", "vit_tiny_patch16_224"
 STUDENT = "resnet10t"  # of a public teacher; of those that were measured, docs/results.md
 # In equal time a ViT that sees fewer images learned less than a smaller one (docs/results.md, which network).
@@ -267,7 +270,7 @@ def _resolve_method(resolved: Resolved, images: int, device: torch.device) -> No
         if patches is not None:
             options["patch_size"], resolved.reasons["patch_size"] = patches
     if "outputs" in method_options(options):
-        outputs = FEW_OUTPUTS if images < FEW_IMAGES else OUTPUTS
+        outputs = FEW_OUTPUTS if images < ALL_OUTPUTS_FROM else OUTPUTS
         resolved.take("outputs", outputs, f"{images:,} images")
     resolved.make_method()
 

@@ -15,9 +15,8 @@ import numpy as np
 
 from freqmask.errors import UserError, nearest
 from freqmask.training.files import current_name, ends_whole, read_rows
-from freqmask.training.run_folder import CONFIG, SKIPPED, STATE, SUMMARY, RunFolder
+from freqmask.training.run_folder import CONFIG, RESULTS, SKIPPED, STATE, SUMMARY, RunFolder
 
-RESULTS = "results.csv"
 _BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these is no run
 # columns of runs that were begun before run.json recorded the parts of their loss
 _OLD_PARTS = re.compile(r"reconstruction|(token_)?distillation|(?!(held_out_)?relative_loss).*_loss|loss/.*")
@@ -65,6 +64,9 @@ class Curve:
         return Curve(steps, values)
 
 
+EARLY = "measured before the training ended, perhaps of earlier weights (evaluate again)"
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run folder holds."""
@@ -98,6 +100,14 @@ class Run:
     def total_steps(self) -> int | None:
         """How many it was asked for."""
         return whole_number(self.config.get("steps"))
+
+    @property
+    def early(self) -> list[str]:
+        """The protocols that were measured before its training ended, by the clock."""
+        ended = str(self.summary.get("ended", ""))
+        return [
+            *dict.fromkeys(row.get("protocol", "") for row in self.results if row.get("time", ended) < ended)
+        ]
 
     @property
     def given(self) -> dict[str, Any]:
@@ -157,6 +167,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
     )
     if not run.previews:
         missing.append("No preview has been drawn yet.")
+    if run.early:
+        missing.append(f"{EARLY.capitalize()}: {', '.join(run.early)}.")
     return run
 
 

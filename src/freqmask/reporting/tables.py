@@ -16,14 +16,19 @@ from typing import Any
 
 from freqmask.console import plain_name, readable_time
 from freqmask.errors import UserError
-from freqmask.reporting.reading import Curve, Run, number, read_runs
+from freqmask.interop.formats import RANDOM
+from freqmask.reporting.reading import EARLY, Curve, Run, number, read_runs
 from freqmask.reporting.summary import settings_of
 
 SCORES = ("accuracy", "miou", "mean_iou", "score")  # the first that a row has is the one that is shown
 MOST_ROWS = 2_000  # in the page
 MOST_BARS = 40  # of a chart in it
-# What is measured; rows that agree in these and in the seed are the same measurement made again.
-_SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model", "feature")
+# What is measured; rows that agree in these, in the seed and in their command are the same measurement made again.
+_SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model")
+# Of a command: how and where it was measured, or what a column tells already.
+_NOT_MEASURED = frozenset(
+    {"seeds", "data", "batch_size", "workers", "accelerator", "devices", "precision", "cache", "duplicates"}
+)
 # Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
 _MEASURED = frozenset({"mean", "std", "value_range"})
 
@@ -78,18 +83,53 @@ class Measured:
         return f"{text}, interval {self.interval[0]:.1f} to {self.interval[1]:.1f}" if self.interval else text
 
 
-def measured(rows: Sequence[Row]) -> list[Measured]:
-    """Rows joined over seeds; of a measurement that was made again the last counts; rows without score are left out."""
-    newest = {(*(row.get(name, "") for name in _SAME), row.get("seed", "")): row for row in rows}
+def measured(rows: Sequence[Row], among: Sequence[Row] = ()) -> list[Measured]:
+    """Rows joined over seeds; of a measurement that was made again the last counts; rows without score are left out.
+
+    Of a model that was trained in between, those of the weights that were measured last are joined. Options that tell
+    measurements apart (``--feature``, ``--epochs``) stand in their variants: those that differ in the rows or
+    ``among`` all that are shown beside them.
+    """
+    apart = _telling([*among, *rows])
+    newest: dict[tuple[tuple[str, ...], str], Row] = {}
+    weights: dict[tuple[str, ...], str] = {}
+    for row in rows:
+        options = _options(row)
+        told = ", ".join(f"{name} {options[name]}" for name in apart[_kind(row)] if name in options)
+        key = (*(row.get(name, "") for name in _SAME), told)
+        newest[key, row.get("seed", "")] = row
+        weights[key] = row.get("model_weights", "")
     families: dict[tuple[str, ...], list[Row]] = {}
-    for key, row in newest.items():
+    for (key, _), row in newest.items():
+        if row.get("model_weights", "") != weights[key] and not row.get("model", "").startswith(RANDOM):
+            continue  # of a model that has been trained again, or further; fresh weights are others for each seed
         score = next((name for name in SCORES if math.isfinite(number(row.get(name)))), None)
         if score is not None:
-            families.setdefault((*key[:-1], score), []).append(row)
-    return [_joined(family, key[-1]) for key, family in families.items()]
+            families.setdefault((*key, score), []).append(row)
+    return [_joined(family, score=key[-1], told=key[-2]) for key, family in families.items()]
 
 
-def _joined(family: Sequence[Row], score: str) -> Measured:
+def _kind(row: Row) -> tuple[str, ...]:
+    return tuple(row.get(name, "") for name in ("protocol", "variant", "data"))
+
+
+def _telling(rows: Iterable[Row]) -> dict[tuple[str, ...], list[str]]:
+    """Options with several values among rows of one kind; a row of a version that had none of them counts for any."""
+    values: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    for row in rows:
+        known = values.setdefault(_kind(row), {})
+        for name, value in _options(row).items():
+            known.setdefault(name, set()).add(value)
+    return {kind: [name for name in known if len(known[name]) > 1] for kind, known in values.items()}
+
+
+def _options(row: Row) -> dict[str, str]:
+    """What a row's command measured by, values by their option."""
+    pairs = (part.partition(" ") for part in (row.get("command") or "").split(" --")[1:])
+    return {name: value.strip() for name, _, value in pairs if name not in _NOT_MEASURED}
+
+
+def _joined(family: Sequence[Row], score: str, told: str) -> Measured:
     percent, low, high = (
         tuple(100 * number(row.get(name)) for row in family)
         for name in (score, f"{score}_low", f"{score}_high")
@@ -97,6 +137,7 @@ def _joined(family: Sequence[Row], score: str) -> Measured:
     protocol, variant, data, model = (
         family[0].get(name, "") for name in ("protocol", "variant", "data", "model")
     )
+    variant = ", ".join(filter(None, (variant, told)))
     known = all(map(math.isfinite, (*low, *high)))
     interval = (statistics.fmean(low), statistics.fmean(high)) if known else None
     return Measured((protocol, variant, data, score), model, Cell(percent), interval)
@@ -128,8 +169,9 @@ def evaluation_table(tables: Sequence[tuple[str, Sequence[Row]]]) -> dict[str, A
 def evaluation_charts(tables: Sequence[tuple[str, Sequence[Row]]]) -> list[dict[str, Any]]:
     """Bars of the same tables, a chart for each protocol and data set, as ``page.charts`` gives them, with ``bars``."""
     kinds: dict[tuple[str, str, str], list[tuple[str, int, Measured]]] = {}
+    shown = [row for _, rows in tables for row in rows]
     for color, (owner, rows) in enumerate(tables):
-        for entry in measured(rows):
+        for entry in measured(rows, shown):
             protocol, variant, data, score = entry.kind
             label = " · ".join(filter(None, [owner or entry.model, variant]))
             kinds.setdefault((protocol, data, score), []).append((label, color, entry))
@@ -190,6 +232,7 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
     Other models, those of ``others`` and those that a run was compared with, have a line each at the end.
     """
     others = [*(row for run in runs for row in run.others), *others]
+    shown = [*(row for run in runs for row in run.results), *others]
     settings = _varying(runs)
     families: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
@@ -199,11 +242,11 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
         names = [dict(key).get(name, "–") for name in settings] or [", ".join(run.name for run in family)]
         seeds: dict[Kind, list[float]] = {}
         for run in family:
-            for kind, value in _numbers(run).items():
+            for kind, value in _numbers(run, shown).items():
                 seeds.setdefault(kind, []).append(value)
         lines.append((names, {kind: Cell(tuple(seeds[kind]), 3 if kind in _LOSSES else 1) for kind in seeds}))
     models: dict[str, dict[Kind, Cell]] = {}
-    for entry in measured(others):
+    for entry in measured(others, shown):
         models.setdefault(entry.model, {})[entry.kind] = entry.percent
     lines += [([model, *["–"] * (len(settings) - 1)], cells) for model, cells in models.items()]
     kinds = dict.fromkeys(kind for _, cells in lines for kind in cells)
@@ -214,7 +257,8 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
         [_title(kind, kinds) for kind in columns],
         [Line(names, [cells.get(kind) for kind in columns]) for names, cells in lines],
         ["mean ± standard deviation over runs that differ in their seed only, (n) of them"]
-        + (["not finished: " + ", ".join(unfinished)] if unfinished else []),
+        + (["not finished: " + ", ".join(unfinished)] if unfinished else [])
+        + [f"{run.name}, {EARLY}: {', '.join(run.early)}" for run in runs if run.early],
     )
 
 
@@ -233,13 +277,13 @@ def _varying(runs: Sequence[Run]) -> list[str]:
     return [name for name in varying if any(name in run.given for run in runs)] or varying
 
 
-def _numbers(run: Run) -> dict[Kind, float]:
+def _numbers(run: Run, shown: Sequence[Row]) -> dict[Kind, float]:
     """Losses at the end and the score of every protocol and variant on every data set."""
     values = {
         kind: at_end(run.curves[name]) for kind, (name, at_end) in _LOSSES.items() if name in run.curves
     }
     scores: dict[Kind, list[float]] = {}
-    for entry in measured(run.results):
+    for entry in measured(run.results, shown):
         scores.setdefault(entry.kind, []).append(entry.percent.mean)
     return values | {kind: statistics.fmean(means) for kind, means in scores.items()}
 

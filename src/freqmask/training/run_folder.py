@@ -28,6 +28,7 @@ RUNS = Path("runs")
 CONFIG = "config.yaml"
 STATE = "run.json"
 SUMMARY = "summary.json"
+RESULTS = "results.csv"  # of evaluations
 LOCK = "run.lock"
 SKIPPED = "skipped.csv"
 LAST = "last.ckpt"
