@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
+from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import TINY, steps_made, train_until
@@ -24,6 +27,7 @@ from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import seen_in_training
 from freqmask.methods import MFM
 from freqmask.training import auto, loop
+from freqmask.training.files import read_rows
 from freqmask.training.loop import ScheduledModule
 from freqmask.training.run_folder import RunFolder
 
@@ -527,6 +531,53 @@ def test_a_filter_object_is_recorded_by_its_words(tmp_path: Path) -> None:
 
     run = freqmask.pretrain("builtin:digits", **TINY, filter=BandStop(1, 4), out=str(tmp_path / "run"))
     assert "bandstop(low=1" in (run / "config.yaml").read_text()
+
+
+def test_under_a_loss_scale_gradients_are_logged_and_clipped_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    for precision in ("32-true", "16-mixed"):
+        with monkeypatch.context() as patch:
+            if precision == "16-mixed":  # on a CPU Lightning would take bf16 for it
+                patch.setattr("freqmask.training.loop.L.Trainer", scaled_trainer)
+            run = freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(tmp_path / precision))
+        norms.append([float(row["grad_norm"]) for row in read_rows(run / "metrics.csv") if row["grad_norm"]])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def scaled_trainer(precision: str, plugins: list[Any], **options: Any) -> Trainer:
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    return Trainer(plugins=[*plugins, scaled], **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1], ids=["the first process", "the second process"])
+def test_a_signal_to_any_process_stops_all_and_the_run_resumes(told: int, tmp_path: Path) -> None:
+    words = "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 100000 --batch_size 8 --workers 0"
+    words += " --devices 2 --accelerator cpu --preview_every_steps 0 --log_every_steps 2"
+    depth = ["--model_args", "{depth: 1, embed_dim: 32, num_heads: 2}", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "freqmask", *words.split(), *depth],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 120
+    while (
+        len(read_rows(tmp_path / "run" / "metrics.csv")) < 3
+        and time.monotonic() < until
+        and process.poll() is None
+    ):
+        time.sleep(0.1)
+    (second,) = [child for child in psutil.Process(process.pid).children() if "--devices" in child.cmdline()]
+    os.kill((process.pid, second.pid)[told], signal.SIGTERM)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, shown
+    assert "the same command resumes" in shown
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.slow

@@ -65,6 +65,10 @@ def test_a_method_counts_in_steps_and_a_person_in_epochs() -> None:
         ({"max_skipped_share": 1.5}, r"max_skipped_share \(1.5\) must be a number from 0 to 1"),
         ({"clip_grad": 0.0}, r"clip_grad \(0.0\) must be a number above 0, or null"),
         ({"precision": "bf61"}, r"precision \(bf61\) must be one of 'auto', '32-true'"),
+        (
+            {"method": "folk", "precision": "bf16-true"},
+            r"precision \(bf16-true\) would lose .* try --precision bf16-mixed",
+        ),
         ({"strategy": "dpd"}, "did you mean 'ddp'"),
         ({"devices": 0}, r"devices \(0\) must be a whole number at least 1, or auto"),
         ({"crop_scale": [0.5]}, r"crop_scale \(0.5\) must be auto, or 2 numbers above 0 and at most 1"),

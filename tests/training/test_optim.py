@@ -84,6 +84,28 @@ def test_weight_decay_follows_a_cosine_and_spares_the_undecayed() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [pytest.approx(0.4), 0.0]
 
 
+def test_a_weight_decay_that_begins_at_0_rises() -> None:
+    settings = recipe(weight_decay=0.0, weight_decay_end=0.4, total_steps=100)
+    optimizer = build_optimizer(Vit(), settings)
+    schedule, found = Schedule(optimizer, settings), []
+    for step in (0, 50, 100):
+        optimizer.load_state_dict(optimizer.state_dict())  # a resumed one has groups of its own
+        schedule.apply(step)
+        found.append([group["weight_decay"] for group in optimizer.param_groups])
+    assert found == [[0.0, 0.0], [pytest.approx(0.2), 0.0], [pytest.approx(0.4), 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("precision", "scaled"), [("16-mixed", False), ("bf16-mixed", True), ("32-true", True)]
+)
+def test_an_optimizer_under_a_loss_scale_is_handed_gradients_of_the_loss(
+    precision: str, scaled: bool
+) -> None:
+    optimizer = build_optimizer(Vit(), recipe(), precision)
+    assert bool(optimizer.defaults["fused"]) is scaled
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) is scaled  # what Lightning goes by
+
+
 def test_moving_average_is_the_weighted_mean() -> None:
     teacher, student = nn.Linear(3, 3), nn.Linear(3, 3)
     expected = 0.9 * teacher.weight + 0.1 * student.weight

@@ -49,10 +49,10 @@ from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
     AUTO,
+    BETAS,
     TrainingJob,
     check_no_problems,
     layer_groups,
-    make_adamw,
     make_task,
     run_names,
     run_training,
@@ -65,7 +65,7 @@ from freqmask.spectrum import Images, Normalization, as_float
 from freqmask.timm_models import strides
 from freqmask.training.callbacks import Measurement, Monitor
 from freqmask.training.loop import ScheduledModule, Task
-from freqmask.training.optim import Schedule, update_ema
+from freqmask.training.optim import Schedule, make_adamw, update_ema
 from freqmask.training.run_folder import RunFolder, comparable, from_anywhere
 
 _PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
@@ -189,7 +189,7 @@ class FinetuneModule(ScheduledModule):
         if tuning.optimizer == "lamb":
             optimizer = Lamb(groups, lr=tuning.lr, weight_decay=tuning.weight_decay)
         else:
-            optimizer = make_adamw(groups, tuning.lr, self.device)
+            optimizer = make_adamw(groups, tuning.lr, BETAS, tuning.precision)
         self.schedule = Schedule(optimizer, tuning.optim(tuning.min_lr, tuning.warmup_lr))
         return optimizer
 

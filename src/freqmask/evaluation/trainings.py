@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lightning as L
-import torch
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import nn
 
@@ -342,11 +341,6 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     return list(
         param_groups_layer_decay(model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
     )
-
-
-def make_adamw(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, fused where the device can."""
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=device.type in ("cpu", "cuda"))
 
 
 def run_names(models: Sequence[str]) -> dict[str, str]:

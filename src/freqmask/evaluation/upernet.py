@@ -26,13 +26,13 @@ from freqmask.backbones import Backbone
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.mask_files import IGNORED
-from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, layer_groups, make_adamw
+from freqmask.evaluation.trainings import AUTO, BETAS, CHECKPOINTS, Plan, TrainingNumbers, layer_groups
 from freqmask.interop.models import OpenedModel, stage_features
 from freqmask.spectrum import Images, Normalization, as_float
 from freqmask.timm_models import parameters_behind, strides
 from freqmask.training.auto import Choice
 from freqmask.training.loop import ScheduledModule
-from freqmask.training.optim import Schedule, parameter_groups, scaled_lr
+from freqmask.training.optim import Schedule, make_adamw, parameter_groups, scaled_lr
 
 NETWORK = "network.safetensors"
 BATCH, STEPS, IMAGES, WARMUP = 16, 160_000, 20_210, 1_500
@@ -332,7 +332,7 @@ class SegmentationModule(ScheduledModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW: the backbone's layers at learning rates of their own, all that is new at the whole one."""
         numbers = self.training_numbers
-        optimizer = make_adamw(groups_of(self.network, numbers), numbers.lr, self.device)
+        optimizer = make_adamw(groups_of(self.network, numbers), numbers.lr, BETAS, numbers.precision)
         # linear warm-up, then linear decay to nothing (poly of power 1)
         self.schedule = Schedule(optimizer, numbers.optim(0.0, numbers.lr * 1e-6, power=1.0))
         return optimizer

@@ -22,7 +22,7 @@ from freqmask.data.values import Survey, survey
 from freqmask.errors import UserError, brief
 from freqmask.interop.models import OpenedModel, open_model
 from freqmask.interop.weights import check_init, initial_backbone
-from freqmask.methods import METHODS, Distill, Method, build_method, find_method
+from freqmask.methods import FOLK, METHODS, Distill, Method, build_method, find_method
 from freqmask.methods.distill import Teacher, teacher_size
 from freqmask.methods.folk import OUTPUTS
 from freqmask.options import Option
@@ -71,6 +71,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         if options["method"] == "auto":
             options = {**options, "method": choose_method(options).value}
         problems += _unused(options)
+        if options["method"] == FOLK.name and options["precision"] == "bf16-true":
+            problems.append(
+                "precision (bf16-true) would lose most steps of folk's moving average; try --precision bf16-mixed"
+            )
         if options["init"] is not None:
             check_init(options["init"])
         check_logger(options.get("logger"))

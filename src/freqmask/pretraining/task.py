@@ -93,7 +93,7 @@ class PretrainingModule(ScheduledModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, its learning rate set by the schedule at every step, after which FOLK's teacher follows."""
-        optimizer = build_optimizer(self.method, self.optim)
+        optimizer = build_optimizer(self.method, self.optim, self.trainer.precision)
         optimizer.register_step_post_hook(
             lambda *_: self.method.after_step(self.step, self.optim.total_steps)
         )

@@ -377,6 +377,8 @@ class Saver(L.Callback):
         if step % self.monitor.log_every:
             return False, False
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop and self.signals.received is None:
+            self.signals.received = signal.SIGTERM  # by what another process was told
         return stop, bool(trainer.strategy.broadcast(due))
 
 

@@ -60,7 +60,7 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         mark(path)
         try:
             write(temporary)
-            with temporary.open("rb") as written:
+            with temporary.open("r+b") as written:  # Windows flushes only what is open for writing
                 os.fsync(written.fileno())
             temporary.replace(path)
         finally:

@@ -72,15 +72,28 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the module's parameter groups, fused where the device has a fused kernel."""
-    groups = parameter_groups(module, optim.weight_decay)
-    fused = all(
+def make_adamw(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], precision: str = "32-true"
+) -> torch.optim.AdamW:
+    """AdamW, fused where the device has a fused kernel.
+
+    In ``16-mixed`` it is not: a fused one unscales gradients inside its step, so what is clipped and logged before
+    would be the loss scale's multiple of them (65,536 at first).
+    """
+    fused = precision != "16-mixed" and all(
         parameter.device.type in ("cpu", "cuda") and not isinstance(parameter, DTensor)
         for group in groups
         for parameter in group["params"]
     )
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+
+
+def build_optimizer(module: nn.Module, optim: OptimConfig, precision: str = "32-true") -> torch.optim.AdamW:
+    """AdamW over the module's parameter groups, as ``make_adamw`` makes it for a precision of Lightning's."""
+    groups = parameter_groups(
+        module, optim.weight_decay or optim.weight_decay_end
+    )  # the schedule sets today's
+    return make_adamw(groups, optim.lr, optim.betas, precision)
 
 
 class Schedule:
@@ -91,6 +104,8 @@ class Schedule:
         self.optim = optim
         for group in optimizer.param_groups:
             group["initial_lr"] = optim.lr
+        # told apart once: on its way a weight decay may be 0, as it always is of the others
+        self._is_decayed = [group["weight_decay"] > 0 for group in optimizer.param_groups]
         shared: dict[str, Any] = {
             "t_initial": max(optim.total_steps, 2),  # timm warns of a cosine over a single step
             "lr_min": optim.min_lr,
@@ -113,8 +128,8 @@ class Schedule:
         start, end = self.optim.weight_decay, self.optim.weight_decay_end
         share = min(step / max(self.optim.total_steps, 1), 1.0)
         decay = end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
-        for group in self.optimizer.param_groups:
-            if group["weight_decay"] > 0:
+        for group, is_decayed in zip(self.optimizer.param_groups, self._is_decayed, strict=True):
+            if is_decayed:
                 group["weight_decay"] = decay
 
 
