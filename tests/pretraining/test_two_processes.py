@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,11 +46,7 @@ def test_a_run_goes_on_with_other_processes_and_workers(tmp_path: Path) -> None:
     whole = losses(tmp_path / "whole", "--workers", "0", *every)
     broken = tmp_path / "broken"
     shutil.copytree(tmp_path / "whole", broken)
-    (broken / "summary.json").unlink()
-    kept, *later = sorted((broken / "checkpoints").glob("step-*.ckpt"))
-    for file in (*later, broken / "checkpoints" / "last.ckpt"):
-        file.unlink()
-    assert torch.load(kept, weights_only=True)["global_step"] == 2
+    undo_to_step_2(broken)
     went_on = losses(broken, "--devices", "2", "--workers", "1")
     assert went_on == pytest.approx(whole, rel=2e-6)
     assert (broken / "checkpoints" / "last.ckpt").is_file()  # it was trained on from the one that was left
@@ -61,3 +58,48 @@ def test_two_processes_that_keep_images_equal_one(tmp_path: Path) -> None:
     two = losses(tmp_path / "two", "--images_from", "device", "--devices", "2")
     assert len(one) == 4
     assert one == pytest.approx(two, rel=2e-6)
+
+
+NOISY = """
+import torch
+from freqmask.methods import MFM
+
+
+class Noisy(MFM):
+    parts = ("drawn",)
+
+    def forward(self, views, keys, details=False):
+        return {**super().forward(views, keys), "drawn": torch.rand(())}  # as dropout draws
+"""
+
+
+@pytest.mark.slow
+def test_every_process_drops_by_a_generator_of_its_own_and_resumes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    words = [word for word in WORDS.split(" --outputs")[0].split() if word != "folk"]
+    every = ("--method", "noisy:Noisy", "--checkpoint_every_steps", "2", "--keep_checkpoints", "9")
+
+    def drawn(out: Path, *more: str) -> list[float]:
+        command = [sys.executable, "-m", "freqmask", *words, *MODEL, *every, *more, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        with (out / "metrics.csv").open(newline="") as file:
+            return [float(row["drawn"]) for row in csv.DictReader(file) if row["drawn"]]
+
+    one, two = drawn(tmp_path / "one"), drawn(tmp_path / "two", "--devices", "2")
+    other = [2 * mean - first for mean, first in zip(two, one, strict=True)]  # the second process's own
+    assert all(0 <= number <= 1 for number in other)
+    assert not set(np.round(other, 5)) & set(np.round(one, 5))
+    undo_to_step_2(tmp_path / "two")
+    assert drawn(tmp_path / "two", "--devices", "2") == two
+
+
+def undo_to_step_2(run: Path) -> None:
+    (run / "summary.json").unlink()
+    kept, *later = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    for file in (*later, run / "checkpoints" / "last.ckpt"):
+        file.unlink()
+    assert torch.load(kept, weights_only=True)["global_step"] == 2

@@ -145,7 +145,7 @@ def choose_space(
             voted = predict(space.apply(asked), space.apply(rows), labels[fitted], classes, [k], temperature)[
                 k
             ]
-            spaces.append((float((voted == labels[held]).double().mean()), names, kind))
+            spaces.append((float((voted == labels[held]).cpu().double().mean()), names, kind))
     accuracy, names, kind = max(spaces, key=lambda one: one[0])
     return FeatureSpace.fit(features, names, kind), accuracy
 

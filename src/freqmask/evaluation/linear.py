@@ -28,6 +28,11 @@ _AT_ONCE = 8192  # images
 IMBALANCED = 1.2  # largest over smallest class from which class weights make a difference worth a row
 
 
+def _in_double(values: Tensor) -> Tensor:
+    """In float64, on the CPU where their device has none (MPS)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 @dataclass(frozen=True)
 class Head:
     """One head of the sweep."""
@@ -81,16 +86,16 @@ class Columns:
             covariance += rows.T @ rows / count
         # means are zero but for rounding: the bias stays apart
         covariance[-1, :-1] = covariance[:-1, -1] = 0.0
-        variances, directions = torch.linalg.eigh(covariance.double())
-        return directions.float(), variances.float().clamp_min(0)
+        variances, directions = torch.linalg.eigh(_in_double(covariance))
+        return directions.float().to(rows.device), variances.float().clamp_min(0).to(rows.device)
 
     def _principal_of_few(self) -> tuple[Float[Tensor, "columns direction"], Float[Tensor, " direction"]]:
         """From the products of the images with each other: 200 images of 25,600 pixels in 0.1 s, not in hours."""
         count = len(self.parts[0])
         rows = torch.cat([self.rows(images) for images in self.chunks()])[:, :-1]
-        variances, images = torch.linalg.eigh((rows @ rows.T).double() / count)
+        variances, images = torch.linalg.eigh(_in_double(rows @ rows.T) / count)
         kept = variances > 1e-7 * variances.max().clamp_min(1e-12)  # below it is float32's rounding
-        variances, images = variances[kept].float(), images[:, kept].float()
+        variances, images = (values.float().to(rows.device) for values in (variances[kept], images[:, kept]))
         directions = torch.nn.functional.pad(rows.T @ images / (count * variances).sqrt(), (0, 1, 0, 1))
         directions[-1, -1] = 1.0  # the bias
         return directions, torch.nn.functional.pad(variances, (0, 1), value=1.0)

@@ -432,16 +432,16 @@ def psnr_by_band(images: dict[str, Tensor], edges: Sequence[int] | None = None) 
     Returns:
         The bands from the center outwards.
     """
-    target = images["target"].double()
+    target = images["target"].cpu().double()
     height, width = target.shape[-2:]
     limits = band_edges(height, width) if edges is None else edges
     weights = pair_weights(height, width).double()
     whole = rfft2(target)
     errors = [
-        (rfft2(images[name].double()) - whole).abs().square().mean(dim=(0, 1))
+        (rfft2(images[name].cpu().double()) - whole).abs().square().mean(dim=(0, 1))
         for name in ("filtered", "prediction", "filled")
     ]
-    maps = [1 - images["keep"].double().mean(dim=(0, 1)), *errors]
+    maps = [1 - images["keep"].cpu().double().mean(dim=(0, 1)), *errors]
     bands = []
     for low, high in pairwise(limits):
         ring = inside(height, width, Fraction(high)) & ~inside(height, width, Fraction(low))

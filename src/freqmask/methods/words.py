@@ -294,10 +294,8 @@ def _some_patches(images: Tensor, count: int) -> Float[Tensor, "patch dim"]:
 
 def _spherical_k_means(patches: Float[Tensor, "patch dim"], count: int) -> Float[Tensor, "word dim"]:
     """Centers of unit length, begun at patches spread evenly over all."""
-    spread = (
-        torch.linspace(0, len(patches) - 1, count, dtype=torch.float64, device=patches.device).round().long()
-    )
-    words = patches[spread]
+    spread = torch.linspace(0, len(patches) - 1, count, dtype=torch.float64).round().long()
+    words = patches[spread.to(patches.device)]
     for _ in range(ROUNDS):
         nearest = (patches @ words.mT).argmax(dim=1)
         sums = torch.zeros_like(words).index_add_(0, nearest, patches)

@@ -65,8 +65,8 @@ class Palette:
             weights = {1: np.eye(1), 2: np.array([[1.0, 0], [0, 1], [0, 1]]), 3: np.eye(3)}[channels]
             unit = np.ones(len(weights))
             return cls(weights, 0 * unit, unit, np.full(channels, 0.5), 0.5)
-        pixels = images.detach().double().movedim(1, -1).flatten(0, -2)
-        pixels = np.nan_to_num(pixels[:: max(1, len(pixels) // _PIXELS)].cpu().numpy())
+        pixels = images.detach().cpu().double().movedim(1, -1).flatten(0, -2)
+        pixels = np.nan_to_num(pixels[:: max(1, len(pixels) // _PIXELS)].numpy())
         center = pixels.mean(axis=0)
         _, directions = np.linalg.eigh(np.cov(pixels.T))
         weights = directions[:, :-4:-1].T  # the three largest, largest first

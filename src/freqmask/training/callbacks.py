@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as distributed
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -385,29 +386,34 @@ class Saver(L.Callback):
 class ExactResume(L.Callback):
     """Keeps what Lightning's checkpoints leave out: torch's generator (dropout, drop path) and the batches seen.
 
+    Every process has a generator of its own, or all would drop the same. One that has none in the checkpoint, made by
+    fewer processes, begins with the seed, its rank and the step.
+
     Args:
         batches_a_step: parts that an optimizer step is made of now; it may differ from what it was.
     """
 
     def __init__(self, batches_a_step: int) -> None:
         self.batches_a_step = batches_a_step
-        self._random_state: Tensor | None = None
-        self._gpu_random_state: Tensor | None = None
+        self._states: list[tuple[Tensor, Tensor | None]] = []  # of the CPU and of the GPU, by process
+        self._is_set = False
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the state of the global generator, and of that of the GPU, where dropout draws."""
-        checkpoint["random_state"] = torch.get_rng_state()
-        if module.device.type == "cuda":
-            checkpoint["gpu_random_state"] = torch.cuda.get_rng_state(module.device)
+        """Add the states of the global generators, and of those of the GPUs, where dropout draws."""
+        on_gpu = module.device.type == "cuda"
+        own = (torch.get_rng_state(), torch.cuda.get_rng_state(module.device) if on_gpu else None)
+        checkpoint["random_states"] = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            distributed.all_gather_object(checkpoint["random_states"], own)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the generator's state until the training starts: setting up draws numbers, too."""
-        self._random_state = checkpoint.get("random_state")
-        self._gpu_random_state = checkpoint.get("gpu_random_state")
+        of_one = (checkpoint.get("random_state"), checkpoint.get("gpu_random_state"))  # as 0.1.0 wrote it
+        self._states = checkpoint.get("random_states") or [of_one]
         batches = int(checkpoint["global_step"]) * self.batches_a_step
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for name in ("total", "current"):  # the batch may be cut into other parts than before
@@ -416,9 +422,14 @@ class ExactResume(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set the generator after a restart, only now: the loader has drawn its seed for the first batch."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
-            if self._gpu_random_state is not None and module.device.type == "cuda":
-                torch.cuda.set_rng_state(self._gpu_random_state, module.device)
-            self._random_state = self._gpu_random_state = None
+        """Set the generator at the first batch, only now: the loader has drawn its seed for it."""
+        if self._is_set:
+            return
+        self._is_set, rank = True, trainer.global_rank
+        state, gpu_state = self._states[rank] if rank < len(self._states) else (None, None)
+        if state is not None:
+            torch.set_rng_state(state)
+        elif rank:
+            torch.manual_seed(hash((torch.initial_seed(), rank, trainer.global_step)))
+        if gpu_state is not None and module.device.type == "cuda":
+            torch.cuda.set_rng_state(gpu_state, module.device)
