@@ -69,7 +69,9 @@ class Told(MFM):
 
     def forward(self, views: Any, keys: Any = None, details: bool = False) -> dict[str, torch.Tensor]:
         parts = super().forward(views, keys, details)
-        return {**parts, "my_detail": torch.tensor(2.0)} if details else parts
+        self.calls = getattr(self, "calls", 0) + 1
+        some = torch.tensor(float("nan") if self.calls % 2 else 4.0)  # as of a filter that no image drew
+        return {**parts, "my_detail": torch.tensor(2.0), "some": some} if details else parts
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -77,6 +79,8 @@ def test_a_detail_is_the_mean_of_the_parts_that_told_it_whatever_its_name(tmp_pa
     options = {**TINY, "method": Told, "log_every_steps": 3, "accumulate": parts}
     run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
     assert [float(row["my_detail"]) for row in rows(run) if row["my_detail"]] == [2.0, 2.0, 2.0]
+    if parts > 1:
+        assert [float(row["some"]) for row in rows(run) if row["my_detail"]] == [4.0, 4.0, 4.0]
 
 
 def test_a_run_leaves_what_the_map_promises(finished: Path) -> None:

@@ -77,7 +77,9 @@ class Monitor(L.Callback):
         self.latest: dict[str, float] = {}
         self.recorded: dict[str, float] = {}  # stays in the bar until it is measured again
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}  # parts that told a name: details come with the logged steps alone
+        self._counts: dict[
+            str, Tensor
+        ] = {}  # parts that told a name: details come with the logged steps alone
         self._parts = self._steps_at_row = 0
         self._waited = self._batch_ended = self._row_began = 0.0
         self._warned = False
@@ -104,8 +106,10 @@ class Monitor(L.Callback):
         whole = {"loss": outputs["loss"] * trainer.accumulate_grad_batches}  # Lightning divides it
         for name, value in {**outputs, **whole}.items():
             value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            # a filter that no image of a part drew has no value there, but in others; a loss always has
+            counts = ~value.isnan() if name != "loss" else torch.ones_like(value, dtype=torch.bool)
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(counts, value, 0.0)
+            self._counts[name] = self._counts.get(name, 0.0) + counts.float()
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             step = trainer.global_step
             if self._is_logged(trainer, step):
@@ -134,9 +138,13 @@ class Monitor(L.Callback):
 
     def _write_row(self, trainer: L.Trainer, module: Any, step: int) -> None:
         names = sorted(self._sums)
-        values = torch.stack([self._sums[name].to(module.device) for name in names])
+        pairs = [(self._sums[name], self._counts[name]) for name in names]
+        values = torch.stack([torch.stack(pair).to(module.device) for pair in pairs])
         values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
-        means = {name: value / self._counts[name] for name, value in zip(names, values.tolist(), strict=True)}
+        means = {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(names, values.tolist(), strict=True)
+        }
         if not math.isfinite(means["loss"]):
             raise NotFiniteError(step - 1)
         now = time.perf_counter()
