@@ -113,6 +113,26 @@ def test_what_was_measured_before_the_training_ended_is_told(tmp_path: Path) -> 
         assert ("a, measured before the training ended" in FORMS["md"](join_seeds([run]))) is told
 
 
+def test_a_run_made_again_with_its_seed_is_told(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, {"seed": seed}) for name, seed in (("a", 0), ("again", 0), ("b", 1))]
+    table = join_seeds(read_runs(runs))
+    assert "of one seed, and counted as several: a, again" in table.notes
+    assert len(join_seeds(read_runs(runs[1:])).notes) == len(table.notes) - 1
+
+
+def test_splits_are_told_apart_and_of_other_test_images_the_last_counts(tmp_path: Path) -> None:
+    command = "freqmask evaluate knn a --data labelled --split_seed {}".format
+    rows = [
+        result("a", 0.2, split="ours", test_images=50, command=command(0)),
+        result("a", 0.4, split="ours", test_images=60, command=command(0)),  # DATA has grown
+        result("a", 0.9, split="ours", test_images=60, command=command(1)),
+    ]
+    table = join_seeds(read_runs([make_run(tmp_path / "a", results=rows)]))
+    shown = {name: cell and cell.mean for name, cell in zip(table.numbers, table.lines[0].cells, strict=True)}
+    assert shown["knn k=20, split_seed 0 %"] == pytest.approx(40)
+    assert shown["knn k=20, split_seed 1 %"] == pytest.approx(90)
+
+
 def test_other_models_are_lines_of_their_own(tmp_path: Path) -> None:
     others = [{name: str(value) for name, value in result("pixels", 0.9).items()}]
     table = join_seeds(read_runs(runs(tmp_path)), others)

@@ -8,6 +8,7 @@ import io
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -251,6 +252,9 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
     lines += [([model, *["–"] * (len(settings) - 1)], cells) for model, cells in models.items()]
     kinds = dict.fromkeys(kind for _, cells in lines for kind in cells)
     columns = sorted(kinds, key=lambda kind: [*_LOSSES, *kinds].index(kind))
+    made = [(*sorted(identity(run).items()), ("seed", str(run.config.get("seed")))) for run in runs]
+    times = Counter(made)
+    repeated = [run.name for run, key in zip(runs, made, strict=True) if times[key] > 1]
     unfinished = [run.name for run in runs if run.status != "finished"]
     return Table(
         settings or ["run"],
@@ -258,6 +262,7 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
         [Line(names, [cells.get(kind) for kind in columns]) for names, cells in lines],
         ["mean ± standard deviation over runs that differ in their seed only, (n) of them"]
         + (["not finished: " + ", ".join(unfinished)] if unfinished else [])
+        + (["of one seed, and counted as several: " + ", ".join(repeated)] if repeated else [])
         + [f"{run.name}, {EARLY}: {', '.join(run.early)}" for run in runs if run.early],
     )
 
@@ -278,14 +283,11 @@ def _varying(runs: Sequence[Run]) -> list[str]:
 
 
 def _numbers(run: Run, shown: Sequence[Row]) -> dict[Kind, float]:
-    """Losses at the end and the score of every protocol and variant on every data set."""
+    """Losses at the end and the score of every protocol and variant on every data set, the last that was measured."""
     values = {
         kind: at_end(run.curves[name]) for kind, (name, at_end) in _LOSSES.items() if name in run.curves
     }
-    scores: dict[Kind, list[float]] = {}
-    for entry in measured(run.results, shown):
-        scores.setdefault(entry.kind, []).append(entry.percent.mean)
-    return values | {kind: statistics.fmean(means) for kind, means in scores.items()}
+    return values | {entry.kind: entry.percent.mean for entry in measured(run.results, shown)}
 
 
 def _title(kind: Kind, kinds: Iterable[Kind]) -> str:
