@@ -73,9 +73,9 @@ def build_filter(
             (``"com(fractions=[0.01])"`` is Com alone), ``"mylab.filters:Wedge(angle=30)"``, or a filter.
             Arguments are Python literals; nothing in the text is run, apart from importing the named module.
         image_size: side or (H, W) against which radii are checked; ``None``: unchecked.
-        **defaults: options of the command line (``radius``, ``second_radius``, ``low_pass_share``,
-            ``com_fractions``, ``softness``, ``edge``, ``magnitude``); those that the filter does not take and
-            those that are ``None`` are left aside.
+        **defaults: of ``fixed`` and ``com`` (``radius``, ``second_radius``, ``low_pass_share``, ``com_fractions``,
+            ``softness``, ``edge``, ``magnitude``), where the text does not say; those that the filter does not take
+            and those that are ``None`` are left aside.
 
     Returns:
         A filter; ``describe`` gives a text back that makes an equal one.

@@ -24,7 +24,7 @@ from freqmask.errors import UserError, brief, nearest
 from freqmask.training.files import check_encoding, check_out, clear_leftovers
 from freqmask.training.run_folder import RunFolder
 
-# name -> function of freqmask.interop.exporters; adding a format is a line here and its function there
+# name -> function of freqmask.interop.exporters; a further format of a file is a line here and its function there
 FORMATS = {
     "timm": "write_timm",
     "onnx": "write_onnx",
