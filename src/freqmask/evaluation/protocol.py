@@ -1,4 +1,7 @@
-"""The contract of every evaluation, and how one is carried out: open, measure every model, report, add rows."""
+"""The contract of every evaluation, and how one is carried out: open, measure every model, report, add rows.
+
+A protocol of yours is a file beside this one and a command of its name in ``freqmask.commands.evaluate``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What an evaluation gives: scores of predicted classes, their intervals, summaries over seeds, table and bar chart."""
+"""What an evaluation gives: scores of predicted classes, their intervals, summaries over seeds, table and bar chart.
+
+What else stands in a row of results.csv is put there by ``protocol.row_of``.
+"""
 
 from __future__ import annotations
 

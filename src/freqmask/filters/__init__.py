@@ -34,7 +34,8 @@ __all__ = [
     "build_filter",
 ]
 
-# a filter by its name: one of yours is added here
+# a filter by its name: one of yours is added here; options of its own are written inside the text, unless
+# options/of_methods.py declares them and masking_filter of methods/mfm.py hands them on
 FILTERS: dict[str, type[Filter]] = {
     filter.name: filter
     for filter in (

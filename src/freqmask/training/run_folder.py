@@ -1,4 +1,7 @@
-"""The run folder: what a run was told, what it became, how far it got; its checkpoints, which run no code when read."""
+"""The run folder: what a run was told, what it became, how far it got; its checkpoints, which run no code when read.
+
+When a checkpoint is written is said by ``callbacks.Saver``, how a file is replaced by ``files.replace_atomically``.
+"""
 
 from __future__ import annotations
 
