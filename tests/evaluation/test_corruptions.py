@@ -80,6 +80,9 @@ def test_between_the_published_sizes_lengths_are_scaled_and_nothing_else() -> No
     assert half.of("defocus_blur", 3) == (3, 0.25)
     assert half.of("glass_blur", 5) == (0.75, 2, 2)
     assert half.of("fog", 1) == (1.5, 2)
+    # of water the fifth number is its shine, of mud the blur of its edge in pixels
+    assert half.of("spatter", 1) == (0.65, 0.3, 2, 0.69, 0.6, 0)
+    assert half.of("spatter", 5) == (0.67, 0.4, 0.5, 0.65, 0.75, 1)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

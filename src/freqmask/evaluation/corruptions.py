@@ -43,7 +43,7 @@ CORRUPTIONS = tuple(name for family in FAMILIES.values() for name in family)
 COMMON = tuple(name for name in CORRUPTIONS if name not in EXTRA)
 SEVERITIES = (1, 2, 3, 4, 5)
 AUTO = "auto"
-_LAYOUT = 1  # raised when the same settings would give other images
+_LAYOUT = 2  # raised when the same settings would give other images
 # Which of the numbers that a corruption takes are lengths in pixels, by their place.
 LENGTHS: dict[str, tuple[int, ...]] = {
     "gaussian_blur": (0,),
@@ -53,7 +53,7 @@ LENGTHS: dict[str, tuple[int, ...]] = {
     "snow": (2, 4, 5),
     "frost": (2,),
     "elastic_transform": (0, 1, 2),
-    "spatter": (2, 4),
+    "spatter": (2, 4),  # of mud; of water the last is how strongly it shines
 }
 Strength = tuple[float, ...]
 Points = dict[tuple[str, int], float]  # (corruption, severity) -> accuracy
@@ -80,6 +80,8 @@ class Strengths:
         """What the function of a corruption takes in a severity from 1 to 5."""
         values = PUBLISHED[self.published].table[corruption][severity - 1]
         lengths = LENGTHS.get(corruption, ())
+        if corruption == "spatter" and not values[5]:
+            lengths = (2,)
         return tuple(value * self.stretch if k in lengths else value for k, value in enumerate(values))
 
     def describe(self) -> str:
