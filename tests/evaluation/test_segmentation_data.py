@@ -13,6 +13,7 @@ import pytest
 import tifffile
 import torch
 from evaluation.segmentation_images import blocks, make_data, make_pairs, write
+from odd_images import missing_for_now
 from PIL import Image
 
 from freqmask.data.values import ValueRange
@@ -51,6 +52,14 @@ def test_a_mask_rewritten_under_its_name_is_read_again(tmp_path: Path) -> None:
         mask = np.asarray(read_mask(masks / "000.png"), np.uint8)
         mask[0, 0] = 2
         write(masks / "000.png", mask)
+
+
+def test_an_image_that_could_not_be_opened_once_is_opened_again(tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data", 3, 2)
+    with missing_for_now(folder / "images" / "train" / "001.png"):
+        for _ in range(2):
+            assert len(open_segmentation(MaskConfig(data=str(folder))).train) == 2
+    assert len(open_segmentation(MaskConfig(data=str(folder))).train) == 3
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -128,6 +137,24 @@ def test_without_a_test_part_images_are_held_out_once_and_for_all(tmp_path: Path
     assert len({number for number, part in enumerate(names) if part & {"000.png", "twin.png"}}) == 1
     assert "held out by us" in first.notes[0]
     assert len(list(Path("runs/splits").iterdir())) == 1
+
+
+def test_notes_of_a_split_of_ours_are_of_its_training_masks(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "images", tmp_path / "masks", 10)
+    config = MaskConfig(data=str(tmp_path), class_names=["zero", "one", "two"])
+    test = open_segmentation(config).test
+    for number in range(10):
+        path = tmp_path / "masks" / f"{number:03d}.png"
+        mask = np.asarray(read_mask(path), np.uint8)
+        mask[:8] = 255 if number % 2 else mask[:8]
+        mask[8:12] = 2 if test.name(0) == path.name else mask[8:12]
+        write(path, mask)
+    data = open_segmentation(config)
+    train = [data.train.name(index) for index in range(len(data.train))]
+    assert test.name(0) not in train, "it is split as before"
+    masks = np.stack([_pixels(tmp_path / "masks" / name) for name in train])
+    assert f"Label 255 counts for nothing: {(masks == 255).mean():.1%} of the training pixels." in data.notes
+    assert "No training mask holds two." in data.notes
 
 
 def _pixels(path: Path) -> np.ndarray:
