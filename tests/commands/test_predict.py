@@ -79,6 +79,23 @@ def test_masks_are_written_and_score_what_the_evaluation_said():
     assert right / total == pytest.approx(float(row["pixel_accuracy"]), abs=0.02)  # its stride was another
 
 
+def test_every_image_has_a_mask_of_its_own_at_its_path_below_data():
+    pytest.importorskip("segmentation_models_pytorch")
+    names = ["a.png", "x-4.png", "x.png", "x.webp", "p1/cam/0.png", "p2/cam/0.png", "v1.5.png", "v1.6.png"]
+    for side, name in enumerate(names, start=32):
+        Path("nested", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, 32, 3), side, np.uint8)).save(Path("nested", name))
+    pages = [Image.fromarray(np.full((side, 32), side, np.uint8)) for side in (40, 41)]
+    pages[0].save("nested/t.tif", save_all=True, append_images=pages[1:])
+    run(["predict", "segmented/mfm-seed0", "nested", "--pages", "images", "--workers", "0", "--out", "masks"])
+    found = {
+        str(path.relative_to("masks")): len(np.array(Image.open(path)))
+        for path in Path("masks").rglob("*.png")
+    }
+    names[names.index("x.webp")] += ".png"  # its like is called x.png
+    assert found == {name: side for side, name in enumerate([*names, "t#0.png", "t#1.png"], start=32)}
+
+
 def test_as_many_windows_are_segmented_at_once_as_its_training_had_room_for(monkeypatch):
     pytest.importorskip("segmentation_models_pytorch")
     from freqmask.evaluation.upernet import Predictor
