@@ -97,6 +97,22 @@ def test_gray_with_opacity_is_labels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), labels)
 
 
+@pytest.mark.parametrize("values", [(0, 3), (0, 5), (7,), (0, 255), tuple(range(256))])
+def test_gray_in_a_gif_is_labels_whatever_its_palette_is(tmp_path: Path, values: tuple[int, ...]) -> None:
+    labels = np.resize(np.array(values, np.uint8), (20, 30))
+    for options in ({}, {"optimize": False}, {"transparency": values[0]}):
+        Image.fromarray(labels).save(tmp_path / "mask.gif", **options)
+        np.testing.assert_array_equal(read_mask(tmp_path / "mask.gif"), labels)
+
+
+def test_colors_of_a_gif_are_no_labels(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[0, 2], [2, 0]], np.uint8))
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # Pillow writes the numbers 0 and 1
+    image.save(tmp_path / "mask.gif")
+    with pytest.raises(BadImage, match="colors"):
+        read_mask(tmp_path / "mask.gif")
+
+
 def test_ade20k_ignores_zero_and_begins_with_one(tmp_path: Path) -> None:
     for split, first in (("training", 0), ("validation", 9)):
         make_pairs(tmp_path / "images" / split, tmp_path / "annotations" / split, 2, first)

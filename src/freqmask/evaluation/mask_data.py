@@ -41,7 +41,7 @@ UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's own
-_LAYOUT = 1  # raised when the cached arrays would mean something else
+_LAYOUT = 2  # raised when the cached arrays would mean something else
 _NUMBERED = re.compile(r"(\d+)\s*[\s,:;]\s*(\S.*)")
 
 

@@ -54,7 +54,7 @@ LAYOUTS = (
 
 
 def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
-    """The labels of a mask (PNG, TIFF, BMP, GIF, PGM, ``.npy``) as its file has them: of a palette the numbers.
+    """The labels of a mask (PNG, TIFF, BMP, GIF, PGM, ``.npy``) as it has them: of a palette numbers, of GIF grays.
 
     Raises:
         BadImage: it cannot be read, holds colors or fractions, or a label is out of 0 to 65,535.
@@ -82,7 +82,7 @@ def _read(path: Path) -> np.ndarray:
             return _turned(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
     if suffix == ".pgm" and (gray := read_netpbm(path.read_bytes(), above=0)) is not None:
         return gray
-    # Labels are numbers as stored, so that neither palettes nor key colors are looked at
+    # Labels are numbers as stored: palettes, but those of GIF, and key colors are not looked at
     with quiet_pillow, Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
         stored = str(image.tile[0].args) if image.tile else ""
         if stored in HALVED:
@@ -91,10 +91,12 @@ def _read(path: Path) -> np.ndarray:
             )
         step = PACKED_GRAY.get(stored, 1)
         orientation = orientation_of(image.getexif().get(EXIF_TAG))
-        # opacity is left out of gray, as it is where gray was saved as color
-        return (
-            _turned(np.asarray(image.getchannel("L") if image.mode == "LA" else image), orientation) // step
-        )
+        shown: Image.Image = image
+        if image.mode == "LA":  # opacity is left out of gray, as it is where gray was saved as color
+            shown = image.getchannel("L")
+        elif image.format == "GIF":  # writers number its palette anew in every file
+            shown = image.convert("RGB")
+        return _turned(np.asarray(shown), orientation) // step
 
 
 def _turned(array: np.ndarray, orientation: Orientation) -> np.ndarray:
