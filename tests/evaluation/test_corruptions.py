@@ -242,6 +242,19 @@ def test_frost_photographs_are_used_and_their_absence_told(tmp_path: Path) -> No
     assert frosted[0].min() == pytest.approx(0.45) and frosted[1:].max() == 0
 
 
+def test_other_photographs_of_frost_are_other_images_wherever_they_lie(tmp_path: Path) -> None:
+    np.save(tmp_path / "dark.npy", np.tile(np.uint8([0, 1]), 1536).reshape(1, 32, 32, 3))
+    source, seen = open_source(tmp_path / "dark.npy"), list[tuple[str, float]]()
+    for folder, red in (("one", 255), ("one", 100), ("two", 100)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (50, 40), (red, 0, 0)).save(tmp_path / folder / "ice.png")
+        frost = Corruption("frost", 5, strengths_for(32), str(tmp_path / folder))
+        view = frost.in_loader(TrainDataset(source, [Geometry(32)]))[(0, 0, 0)].views[0]
+        seen.append((frost.describe(), float(view[0].max())))
+    assert seen[0] != seen[1] == seen[2]
+    assert seen[0][0] != seen[1][0] and seen[0][1] > 2 * seen[1][1]
+
+
 def test_water_shines_and_mud_covers() -> None:
     image = np.full((96, 96, 3), 0.5, np.float32)
     water = functions.spatter(image, random(), 0.65, 0.3, 2, 0.68, 0.5, 0)

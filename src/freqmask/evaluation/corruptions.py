@@ -21,6 +21,7 @@ from jaxtyping import Float, Shaped
 from PIL import Image as PillowImage
 from torch import Tensor
 
+from freqmask.data.cache import hash_of
 from freqmask.data.loader import Item, Sample, TrainDataset
 from freqmask.errors import UserError, nearest
 from freqmask.evaluation import corruption_functions
@@ -224,7 +225,9 @@ class Corruption(ImageChange):
 
     def describe(self) -> str:
         """Tells apart all that changes the images."""
-        frost = f" frost {self.frost}" if self.name == "frost" and self.frost else ""
+        frost = ""
+        if self.name == "frost" and self.frost:  # what the photographs hold, wherever they lie
+            frost = f" frost {hash_of(*(file.read_bytes() for file in _files(Path(self.frost))))}"
         return (
             f"{self.name} {self.severity} of {self.strengths.published} x {self.strengths.stretch:.6g}"
             f"{frost} v{_LAYOUT}"
@@ -254,7 +257,8 @@ class Corruption(ImageChange):
         )
 
     def in_loader(self, dataset: TrainDataset) -> CorruptedDataset:
-        if self.name == "frost":  # pictures get ready once, before a loader's workers fork
+        if self.name == "frost":  # pictures get ready once, before a loader's workers fork, as they are now
+            frost_pictures.cache_clear()
             self.frost_pictures(max(dataset.geometries[0].size))
         return CorruptedDataset(**vars(dataset), corruption=self)
 
