@@ -221,6 +221,14 @@ def finetune_until(step: int, there: Path, out: Path, **options: Any) -> None:
         finetune(there, out, **options)
 
 
+def test_devices_that_leave_an_odd_number_of_images_do_not_resume(there: Path, tmp_path: Path) -> None:
+    options = {"batch_size": 6, "mixup": 0.8}
+    with pytest.raises(RuntimeError, match="killed here"):
+        finetune_until(2, there, tmp_path / "out", **options)
+    with pytest.raises(UserError, match=r"same even number of images.*\(devices 2, accumulate 1\)"):
+        finetune(there, tmp_path / "out", devices=2, **options)
+
+
 def test_the_classifier_s_folder_is_one_that_timm_loads(tuned: Path) -> None:
     model = timm.create_model(f"local-dir:{tuned / 'classifier'}", pretrained=True).eval()
     assert model.num_classes == 2
