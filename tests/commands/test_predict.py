@@ -66,6 +66,26 @@ def test_classes_are_written_as_the_model_gives_them():
     assert [row["class"] for row in rows] == [str(n) for n in expected.argmax(dim=1).tolist()]
 
 
+def test_classes_that_are_called_as_the_first_columns_have_columns_of_their_own():
+    config = Path("tuned/mfm-seed0/classifier/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": ["path", "class", "2"]}))
+    words = ["labelled.npz", "--split", "test", "--out", "x.csv", "--workers", "0"]
+    run(["predict", "tuned/mfm-seed0/classifier", *words])
+    with Path("x.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == [
+        "path",
+        "class",
+        "probability",
+        "probability of path",
+        "probability of class",
+        "2",
+    ]
+    for row in found:
+        shares = {"path": row["probability of path"], "class": row["probability of class"], "2": row["2"]}
+        assert row["probability"] == max(shares.values(), key=float) == shares[row["class"]]
+
+
 def test_masks_are_written_and_score_what_the_evaluation_said():
     pytest.importorskip("segmentation_models_pytorch")
     run(["predict", "segmented/mfm-seed0", "scenes/images/test", "--out", "masks", "--workers", "0"])

@@ -97,6 +97,16 @@ def test_gray_with_opacity_is_labels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), labels)
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1)])
+def test_a_row_or_a_column_of_pixels_is_a_mask_in_any_format(tmp_path: Path, shape: tuple[int, int]) -> None:
+    labels = np.arange(shape[0] * shape[1], dtype=np.uint8).reshape(shape)
+    tifffile.imwrite(tmp_path / "m.tif", labels)
+    np.save(tmp_path / "m.npy", labels)
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(read_mask(path), labels)
+
+
 @pytest.mark.parametrize("values", [(0, 3), (0, 5), (7,), (0, 255), tuple(range(256))])
 def test_gray_in_a_gif_is_labels_whatever_its_palette_is(tmp_path: Path, values: tuple[int, ...]) -> None:
     labels = np.resize(np.array(values, np.uint8), (20, 30))

@@ -213,15 +213,17 @@ def write_classes(task: Classification, source: Source, path: Path, config: Comp
     parts = plan_parts(task, source, path)
     compute_parts(task, source, parts, config)
     files, skipped = parts.whole()
-    names = task.opened.class_names
-    columns = names if len(names) <= _MOST_COLUMNS else ()
+    names, first = task.opened.class_names, ("path", "class", "probability")
+    # a class may be called as one of the first columns
+    columns = [f"probability of {name}" if name in first else name for name in names]
+    columns = columns if len(names) <= _MOST_COLUMNS else []
     written = 0
 
     def write(temporary: Path) -> None:
         nonlocal written
         with open_table(temporary, "w") as file:
             table = csv.writer(file)
-            table.writerow(["path", "class", "probability", *columns])
+            table.writerow([*first, *columns])
             for name, shares in rows_of(files, ("path", "features")):
                 best = max(range(len(shares)), key=shares.__getitem__)
                 cells = [f"{share:.6g}" for share in [shares[best], *(shares if columns else ())]]

@@ -79,7 +79,7 @@ def _read(path: Path) -> np.ndarray:
         return array
     if suffix in (".tif", ".tiff"):
         with open_tifffile(path) as tiff:
-            return _turned(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
+            return _turned(_squeezed(tiff.asarray()), turn_of(tiff.series[0].keyframe))
     if suffix == ".pgm" and (gray := read_netpbm(path.read_bytes(), above=0)) is not None:
         return gray
     # Labels are numbers as stored: palettes, but those of GIF, and key colors are not looked at
@@ -104,9 +104,14 @@ def _turned(array: np.ndarray, orientation: Orientation) -> np.ndarray:
     return array if array.ndim not in (2, 3) else np.moveaxis(orientation.show(planes), 0, -1)
 
 
+def _squeezed(array: np.ndarray) -> np.ndarray:
+    """Without axes of one, as of a single channel or page; a row or a column of pixels stays one."""
+    return array if array.ndim <= 2 else np.squeeze(array)
+
+
 def _single_plane(stored: np.ndarray) -> Shaped[np.ndarray, "height width"]:
     """Gray that was saved as color is gray; real colors are no labels."""
-    array = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else np.squeeze(stored)
+    array = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else _squeezed(stored)
     if array.ndim == 3 and array.shape[-1] in (3, 4) and (array[..., :1] == array[..., :3]).all():
         array = array[..., 0]
     if array.ndim != 2:
