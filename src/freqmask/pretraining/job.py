@@ -14,10 +14,11 @@ import torch
 
 from freqmask.console import launched_processes, rank, say, shell_path, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
-from freqmask.data.source import Subset
+from freqmask.data.pixels import as_bad_image, is_empty, missing_pixels
+from freqmask.data.source import Source, Subset
 from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
-from freqmask.errors import UserError
+from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import SplitConfig, open_labelled
 from freqmask.interop.weight_files import hash_weights
 from freqmask.interop.weights import load_initial
@@ -224,8 +225,20 @@ def part(options: Mapping[str, Any]) -> Images:
         train = Subset(source, np.arange(min(int(options["overfit"]), len(source))))
         return Images(source, train, None, probed)
     train_indices, held_out = hold_out(source, seed=options["seed"])
-    held_out_images = Subset(source, held_out) if len(held_out) else None
+    # of few images the one that is held out may be a broken one, and nothing would be left to measure on
+    is_usable = any(_is_usable(source, int(index)) for index in held_out)
+    held_out_images = Subset(source, held_out) if is_usable else None
     return Images(source, Subset(source, train_indices), held_out_images, probed)
+
+
+def _is_usable(source: Source, index: int) -> bool:
+    try:
+        with as_bad_image():
+            picture = source.open(index)
+            image = picture.decode()
+    except BadImage:
+        return False
+    return is_empty(image, missing_pixels(image, picture.nodata)) is None
 
 
 def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> Pretraining:
