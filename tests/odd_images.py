@@ -8,9 +8,12 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import os
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import imagecodecs
@@ -35,6 +38,17 @@ class Case(NamedTuple):
     data: bytes
     pixels: np.ndarray
     within: float = 0
+
+
+@contextmanager
+def missing_for_now(path: Path) -> Iterator[None]:
+    """A file that cannot be read meanwhile, as where a right or a disk is missing: size and times tell nothing."""
+    data, state = path.read_bytes(), path.stat()
+    for content in (b"\0" * len(data), data):
+        path.write_bytes(content)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        if content != data:
+            yield
 
 
 def noise(bits: int, *shape: int, seed: int = 0) -> np.ndarray:

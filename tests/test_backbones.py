@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -238,6 +239,19 @@ def test_recalibration_gives_the_mean_statistics_of_the_batches_and_changes_noth
     assert first.momentum == 0.1
     assert [module.training for module in backbone.modules()] == modes
     assert all(torch.equal(value, weights[name]) for name, value in backbone.named_parameters())
+
+
+def test_recalibration_weighs_a_last_batch_by_its_images() -> None:
+    backbone = tiny_resnet()
+    images = torch.cat([torch.randn(10, 3, 32, 32), 9 * torch.randn(2, 3, 32, 32) + 4])
+    parts = (*images.split(4)[:2], images[8:10], images[10:])
+    recalibrate_batch_norm(backbone, parts)
+    seen = [backbone.timm_model.conv1(part).detach().double().numpy() for part in parts]
+    weights = [len(part) for part in parts]
+    mean = np.average([values.mean((0, 2, 3)) for values in seen], axis=0, weights=weights)
+    variance = np.average([values.var((0, 2, 3), ddof=1) for values in seen], axis=0, weights=weights)
+    assert np.allclose(backbone.timm_model.bn1.running_mean, mean, atol=1e-4)
+    assert np.allclose(backbone.timm_model.bn1.running_var, variance, rtol=1e-4)
 
 
 def test_recalibration_without_images_keeps_the_old_statistics() -> None:

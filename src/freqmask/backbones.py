@@ -291,7 +291,7 @@ def few_tokens_attention(model: nn.Module, tokens: int) -> AbstractContextManage
 
 @torch.no_grad()
 def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> None:
-    """Recomputes the running statistics of batch norm as the plain mean over ``batches``, in place.
+    """Recomputes the running statistics of batch norm as the mean over ``batches``, by their images, in place.
 
     During pre-training they are gathered from filtered images, which the backbone never meets afterwards.
     Weights, modes and momenta are left as they were; without batch norm nothing is read from ``batches``.
@@ -311,15 +311,18 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> No
     if not norms:
         return
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
-    count = 0
+    count = 0  # images
     with eval_no_grad(backbone):  # dropout off
         try:
-            for count, images in enumerate(_without_lone_images(batches), start=1):
-                if count == 1:
-                    for norm in norms:
+            for images in _without_lone_images(batches):
+                count += len(images)
+                for norm in norms:
+                    if count == len(images):
                         norm.reset_running_stats()
-                        norm.momentum = None  # the cumulative mean
                         norm.train()
+                    norm.momentum = (
+                        len(images) / count
+                    )  # the cumulative mean; a last batch may be a small one
                 backbone(images)
         except ValueError:
             if len(images) > 1:

@@ -218,6 +218,8 @@ def test_a_key_of_a_mapping_is_set_on_top_of_what_a_file_says(tmp_path: Path) ->
     words = ["--model-args.num_heads", "2", "--config", str(tmp_path / "c.yaml"), "--model_args.depth=1"]
     given = given_values(read_words(known, words), known)
     assert given == {"model_args": {"depth": 1, "name": "4", "num_heads": 2}}
+    whole = ["--config", str(tmp_path / "c.yaml"), "--model_args", "{depth: 1}"]
+    assert given_values(read_words(known, whole), known) == {"model_args": {"depth": 1}}
 
 
 @pytest.mark.parametrize(

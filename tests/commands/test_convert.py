@@ -29,6 +29,17 @@ def test_a_checkpoint_becomes_a_model_with_its_decoder(checkpoint, tmp_path, cap
     assert timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).embed_dim == 64
 
 
+def test_a_file_of_another_width_than_the_named_network_is_told(tmp_path, capsys):
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "x.pth")
+    for name, note in (
+        ("vit_tiny_patch16_224", ""),
+        ("vit_small_patch16_224", "width 192 of 12 blocks, as in"),
+    ):
+        main(["convert", str(tmp_path / "x.pth"), "--backbone", name, "--out", str(tmp_path / name)])
+        said = capsys.readouterr().out
+        assert ("by itself has 384 of 12" in said and note in said) if note else "by itself" not in said
+
+
 @pytest.mark.parametrize("damage", ["cut", "other", "gone"])
 def test_a_bad_file_leaves_nothing_behind(checkpoint, tmp_path, capsys, damage):
     file = tmp_path / "bad.pth"

@@ -141,6 +141,39 @@ def test_linear_fewshot_and_bands_answer(data: str, tmp_path: Path) -> None:
     assert "rate 0.1" in chosen
 
 
+def test_folds_that_differ_by_an_image_vote_with_as_many_neighbors(tmp_path: Path) -> None:
+    labels = np.arange(13) % 2
+    images = np.random.default_rng(0).integers(0, 60, (13, 16, 16, 3)) + 120 * labels[:, None, None, None]
+    np.savez(tmp_path / "few.npz", images=images.astype(np.uint8), labels=labels)
+    words = ["evaluate", "knn", "pixels", "--data", "few.npz", "--folds", "5", "--workers", "0", "--k"]
+    main([*words, "20", "3"])
+    found = rows(tmp_path / "results.csv")
+    assert [(row["variant"], row["test_images"]) for row in found] == [("k=3", "13")]
+    main([*words, "20"])
+    found = rows(tmp_path / "results.csv")[1:]
+    assert [(row["variant"], row["test_images"]) for row in found] == [("k=10", "13")], "10 or 11 train"
+
+
+def test_frequencies_stand_above_the_models_of_their_size(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, side in (("a", 16), ("b", 32), ("c", 16)):
+        make_run(tmp_path / name, image_size=side)
+    main(["evaluate", "bands", "a", "b", "c", "--data", data, "--head", "knn", "--radii", "2", "4"])
+    shown = capsys.readouterr().out.split("low-pass: below", 1)[1]
+    above = {"a": ["0.125", "0.250"], "b": ["0.062", "0.125"], "c": ["0.125", "0.250"]}
+    header: list[str] = []
+    for words in map(str.split, shown.splitlines()):
+        if words[:1] in (["a"], ["b"], ["c"]):
+            assert header == above.pop(words[0])
+            assert len(words) == 4
+        else:
+            header = [word for word in words if word.startswith("0.")] or header
+        if not above:
+            break
+    assert not above
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(value: float, data: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file

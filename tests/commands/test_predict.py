@@ -66,6 +66,26 @@ def test_classes_are_written_as_the_model_gives_them():
     assert [row["class"] for row in rows] == [str(n) for n in expected.argmax(dim=1).tolist()]
 
 
+def test_classes_that_are_called_as_the_first_columns_have_columns_of_their_own():
+    config = Path("tuned/mfm-seed0/classifier/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": ["path", "class", "2"]}))
+    words = ["labelled.npz", "--split", "test", "--out", "x.csv", "--workers", "0"]
+    run(["predict", "tuned/mfm-seed0/classifier", *words])
+    with Path("x.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == [
+        "path",
+        "class",
+        "probability",
+        "probability of path",
+        "probability of class",
+        "2",
+    ]
+    for row in found:
+        shares = {"path": row["probability of path"], "class": row["probability of class"], "2": row["2"]}
+        assert row["probability"] == max(shares.values(), key=float) == shares[row["class"]]
+
+
 def test_masks_are_written_and_score_what_the_evaluation_said():
     pytest.importorskip("segmentation_models_pytorch")
     run(["predict", "segmented/mfm-seed0", "scenes/images/test", "--out", "masks", "--workers", "0"])
@@ -77,6 +97,23 @@ def test_masks_are_written_and_score_what_the_evaluation_said():
     with Path("results/segment.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert right / total == pytest.approx(float(row["pixel_accuracy"]), abs=0.02)  # its stride was another
+
+
+def test_every_image_has_a_mask_of_its_own_at_its_path_below_data():
+    pytest.importorskip("segmentation_models_pytorch")
+    names = ["a.png", "x-4.png", "x.png", "x.webp", "p1/cam/0.png", "p2/cam/0.png", "v1.5.png", "v1.6.png"]
+    for side, name in enumerate(names, start=32):
+        Path("nested", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, 32, 3), side, np.uint8)).save(Path("nested", name))
+    pages = [Image.fromarray(np.full((side, 32), side, np.uint8)) for side in (40, 41)]
+    pages[0].save("nested/t.tif", save_all=True, append_images=pages[1:])
+    run(["predict", "segmented/mfm-seed0", "nested", "--pages", "images", "--workers", "0", "--out", "masks"])
+    found = {
+        str(path.relative_to("masks")): len(np.array(Image.open(path)))
+        for path in Path("masks").rglob("*.png")
+    }
+    names[names.index("x.webp")] += ".png"  # its like is called x.png
+    assert found == {name: side for side, name in enumerate([*names, "t#0.png", "t#1.png"], start=32)}
 
 
 def test_as_many_windows_are_segmented_at_once_as_its_training_had_room_for(monkeypatch):

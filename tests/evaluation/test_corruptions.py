@@ -80,6 +80,9 @@ def test_between_the_published_sizes_lengths_are_scaled_and_nothing_else() -> No
     assert half.of("defocus_blur", 3) == (3, 0.25)
     assert half.of("glass_blur", 5) == (0.75, 2, 2)
     assert half.of("fog", 1) == (1.5, 2)
+    # of water the fifth number is its shine, of mud the blur of its edge in pixels
+    assert half.of("spatter", 1) == (0.65, 0.3, 2, 0.69, 0.6, 0)
+    assert half.of("spatter", 5) == (0.67, 0.4, 0.5, 0.65, 0.75, 1)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -237,6 +240,19 @@ def test_frost_photographs_are_used_and_their_absence_told(tmp_path: Path) -> No
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "ice.png")
     frosted = Corruption("frost", 5, strengths_for(32), str(tmp_path))(torch.zeros(3, 32, 32), 0)
     assert frosted[0].min() == pytest.approx(0.45) and frosted[1:].max() == 0
+
+
+def test_other_photographs_of_frost_are_other_images_wherever_they_lie(tmp_path: Path) -> None:
+    np.save(tmp_path / "dark.npy", np.tile(np.uint8([0, 1]), 1536).reshape(1, 32, 32, 3))
+    source, seen = open_source(tmp_path / "dark.npy"), list[tuple[str, float]]()
+    for folder, red in (("one", 255), ("one", 100), ("two", 100)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (50, 40), (red, 0, 0)).save(tmp_path / folder / "ice.png")
+        frost = Corruption("frost", 5, strengths_for(32), str(tmp_path / folder))
+        view = frost.in_loader(TrainDataset(source, [Geometry(32)]))[(0, 0, 0)].views[0]
+        seen.append((frost.describe(), float(view[0].max())))
+    assert seen[0] != seen[1] == seen[2]
+    assert seen[0][0] != seen[1][0] and seen[0][1] > 2 * seen[1][1]
 
 
 def test_water_shines_and_mud_covers() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from odd_images import missing_for_now
 from PIL import Image
 from tiny_runs import make_run
 
@@ -52,6 +53,26 @@ def test_unreadable_images_are_no_twins_of_each_other(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (folder / f"{name}.png").write_bytes(b"no image")
     assert len(set(pixel_hashes(open_source(folder)))) == 3
+
+
+def test_large_jpegs_that_differ_in_what_is_fine_are_no_twins(tmp_path: Path) -> None:
+    stripes = np.repeat(np.tile(np.uint8([100, 140]), 320)[None, :, None], 640, axis=0).repeat(3, axis=2)
+    for name, image in {"columns": stripes, "rows": stripes.transpose(1, 0, 2)}.items():
+        Image.fromarray(image).save(tmp_path / f"{name}.jpg", quality=95)
+    (tmp_path / "copy.jpg").write_bytes((tmp_path / "rows.jpg").read_bytes())
+    columns, copy, rows = pixel_hashes(source := open_source(tmp_path))
+    assert [source.name(index) for index in range(3)] == ["columns.jpg", "copy.jpg", "rows.jpg"]
+    assert columns != copy == rows
+
+
+def test_an_image_that_could_not_be_read_once_is_read_again(tmp_path: Path) -> None:
+    folder = write(tmp_path / "some", 0, 1)
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes())
+    with missing_for_now(folder / "2.png"):
+        before = pixel_hashes(open_source(folder))
+        assert len(set(before)) == 3 and before == pixel_hashes(open_source(folder))
+    after = pixel_hashes(open_source(folder))
+    assert after == [*before[:2], before[1]]
 
 
 def test_some_images_are_those_of_all(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from odd_images import missing_for_now
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import make_run
@@ -75,6 +76,23 @@ def test_the_cache_gives_back_what_was_computed(tmp_path: Path, monkeypatch: pyt
     assert tables[1].read.tolist() == [True] * 5 + [False]
     assert tables[0].skipped == tables[1].skipped and tables[0].skipped[0][0] == "9.png"
     assert not tables[0].values["end/mean"][5].any()
+
+
+def test_an_image_that_could_not_be_read_once_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = write(tmp_path / "some"), computed(monkeypatch)
+    subject = begun("pixels", folder)
+    with missing_for_now(folder / "3.png"):
+        for _ in range(2):
+            table = compute_features(subject, open_source(folder), "end", ComputeConfig())
+            assert table.read.tolist() == [True, True, True, False, True]
+    assert made == ["pixels"]
+    for _ in range(2):
+        again = compute_features(subject, open_source(folder), "end", ComputeConfig())
+        assert again.read.all() and not again.skipped
+        assert np.array_equal(again.values["end/mean"][table.read], table.values["end/mean"][table.read])
+    assert made == ["pixels", "pixels"]
 
 
 def test_changed_weights_preprocessing_and_data_are_noticed(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 import timm
@@ -18,6 +19,7 @@ import freqmask
 from freqmask.cli import main
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.sources import open_source
+from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel, seen_in_training
 from freqmask.evaluation.finetune import AugmentedGeometry, FinetuneModule, Mixer
@@ -219,6 +221,14 @@ def finetune_until(step: int, there: Path, out: Path, **options: Any) -> None:
         finetune(there, out, **options)
 
 
+def test_devices_that_leave_an_odd_number_of_images_do_not_resume(there: Path, tmp_path: Path) -> None:
+    options = {"batch_size": 6, "mixup": 0.8}
+    with pytest.raises(RuntimeError, match="killed here"):
+        finetune_until(2, there, tmp_path / "out", **options)
+    with pytest.raises(UserError, match=r"same even number of images.*\(devices 2, accumulate 1\)"):
+        finetune(there, tmp_path / "out", devices=2, **options)
+
+
 def test_the_classifier_s_folder_is_one_that_timm_loads(tuned: Path) -> None:
     model = timm.create_model(f"local-dir:{tuned / 'classifier'}", pretrained=True).eval()
     assert model.num_classes == 2
@@ -335,6 +345,21 @@ def test_augmented_views_follow_from_their_keys_alone(tmp_path: Path) -> None:
     plain = TrainDataset(images, [AugmentedGeometry(image_size=16)])
     (unchanged,) = make_loader(plain, OrderedSampler(12), 12)
     assert not torch.equal(unchanged["views"][0], views[0])
+
+
+def test_a_deep_image_among_others_is_augmented_as_the_same_one_of_eight_bits(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    (tmp_path / "eight.png").write_bytes(imagecodecs.png_encode(pixels))
+    (tmp_path / "sixteen.png").write_bytes(imagecodecs.png_encode(pixels.astype(np.uint16) * 257))
+    source, geometry = open_source(tmp_path), AugmentedGeometry(image_size=16, augment="rand-m9-mstd0.5-inc1")
+    eight, sixteen = (
+        geometry.finish(torch.from_numpy(ValueRange().apply(picture.decode())), 3)
+        for picture in map(source.open, range(2))
+    )
+    assert sixteen.dtype == torch.uint8
+    assert torch.equal(eight, sixteen)
+    batch = next(iter(make_loader(TrainDataset(source, [geometry]), OrderedSampler(2), 2)))
+    assert len(batch["views"][0]) == 2 and not batch["skipped"]
 
 
 def test_mixing_follows_from_the_key_of_the_batch() -> None:

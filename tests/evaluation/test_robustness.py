@@ -15,8 +15,9 @@ from tiny_runs import make_run
 import freqmask
 from freqmask.cli import main
 from freqmask.errors import UserError
-from freqmask.evaluation import linear, results
+from freqmask.evaluation import linear, results, robustness
 from freqmask.evaluation.corruptions import ALEXNET, COMMON, SEVERITIES, corruption_errors, mce_applies
+from freqmask.evaluation.eval_model import LOGITS
 from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.protocol import check_results
 from freqmask.evaluation.results import ClassificationResult, summarize
@@ -210,6 +211,29 @@ def test_imagenet_c_trees_are_read_and_their_mean_taken(
     assert float(found["corrupted"]["accuracy"]) == pytest.approx(np.mean(both))
     with pytest.raises(UserError, match="has no fog/2"):
         find_folders(Path("c"), ["fog"], [1, 2])
+
+
+def test_files_of_a_tree_are_not_cut_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("cat", "dog", "wolf")
+    model = write_classifier(
+        tmp_path / "model", [*names]
+    )  # which keeps 0.875 of an image's side, as timm's do
+    files = sorted(write_classes(tmp_path / "c" / "fog" / "1", names, 200).rglob("*.png"))
+    write_classes(tmp_path / "sketch", names, 200)
+    tables, compute = list[Any](), robustness.compute_features
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        tables.append(compute(*arguments, **options))
+        return tables[-1]
+
+    monkeypatch.setattr(robustness, "compute_features", noting)
+    options = {"folder": ["c", "sketch"], "corruptions": ["fog"], "severities": [1], "workers": 0}
+    freqmask.evaluate.robustness("model", head="own", attacks=["none"], **options)
+    images = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).movedim(-1, 1)
+    whole = model((images / 255 - 0.5) / 0.2).detach().numpy()
+    tree, sketch = (table.values[LOGITS] for table in tables)
+    np.testing.assert_allclose(tree, whole, atol=1e-4)
+    assert not np.allclose(sketch, whole, atol=1e-2), "others are cut as the model was tested"
 
 
 def write_colours(folder: Path, channels: dict[str, int]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 import torch
 from evaluation.segmentation_images import blocks, make_data, make_pairs, write
+from odd_images import missing_for_now
 from PIL import Image
 
 from freqmask.data.values import ValueRange
@@ -53,6 +54,14 @@ def test_a_mask_rewritten_under_its_name_is_read_again(tmp_path: Path) -> None:
         write(masks / "000.png", mask)
 
 
+def test_an_image_that_could_not_be_opened_once_is_opened_again(tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data", 3, 2)
+    with missing_for_now(folder / "images" / "train" / "001.png"):
+        for _ in range(2):
+            assert len(open_segmentation(MaskConfig(data=str(folder))).train) == 2
+    assert len(open_segmentation(MaskConfig(data=str(folder))).train) == 3
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_gray_of_few_bits_is_labels_as_stored(tmp_path: Path, bits: int) -> None:
     # Pillow spreads 2 and 4 bits over 0 to 255 and writes neither
@@ -86,6 +95,32 @@ def test_gray_with_opacity_is_labels(tmp_path: Path) -> None:
     for mode in ("LA", "RGBA"):
         Image.fromarray(labels).convert(mode).save(tmp_path / "mask.png")
         np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), labels)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1)])
+def test_a_row_or_a_column_of_pixels_is_a_mask_in_any_format(tmp_path: Path, shape: tuple[int, int]) -> None:
+    labels = np.arange(shape[0] * shape[1], dtype=np.uint8).reshape(shape)
+    tifffile.imwrite(tmp_path / "m.tif", labels)
+    np.save(tmp_path / "m.npy", labels)
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(read_mask(path), labels)
+
+
+@pytest.mark.parametrize("values", [(0, 3), (0, 5), (7,), (0, 255), tuple(range(256))])
+def test_gray_in_a_gif_is_labels_whatever_its_palette_is(tmp_path: Path, values: tuple[int, ...]) -> None:
+    labels = np.resize(np.array(values, np.uint8), (20, 30))
+    for options in ({}, {"optimize": False}, {"transparency": values[0]}):
+        Image.fromarray(labels).save(tmp_path / "mask.gif", **options)
+        np.testing.assert_array_equal(read_mask(tmp_path / "mask.gif"), labels)
+
+
+def test_colors_of_a_gif_are_no_labels(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[0, 2], [2, 0]], np.uint8))
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # Pillow writes the numbers 0 and 1
+    image.save(tmp_path / "mask.gif")
+    with pytest.raises(BadImage, match="colors"):
+        read_mask(tmp_path / "mask.gif")
 
 
 def test_ade20k_ignores_zero_and_begins_with_one(tmp_path: Path) -> None:
@@ -128,6 +163,24 @@ def test_without_a_test_part_images_are_held_out_once_and_for_all(tmp_path: Path
     assert len({number for number, part in enumerate(names) if part & {"000.png", "twin.png"}}) == 1
     assert "held out by us" in first.notes[0]
     assert len(list(Path("runs/splits").iterdir())) == 1
+
+
+def test_notes_of_a_split_of_ours_are_of_its_training_masks(tmp_path: Path) -> None:
+    make_pairs(tmp_path / "images", tmp_path / "masks", 10)
+    config = MaskConfig(data=str(tmp_path), class_names=["zero", "one", "two"])
+    test = open_segmentation(config).test
+    for number in range(10):
+        path = tmp_path / "masks" / f"{number:03d}.png"
+        mask = np.asarray(read_mask(path), np.uint8)
+        mask[:8] = 255 if number % 2 else mask[:8]
+        mask[8:12] = 2 if test.name(0) == path.name else mask[8:12]
+        write(path, mask)
+    data = open_segmentation(config)
+    train = [data.train.name(index) for index in range(len(data.train))]
+    assert test.name(0) not in train, "it is split as before"
+    masks = np.stack([_pixels(tmp_path / "masks" / name) for name in train])
+    assert f"Label 255 counts for nothing: {(masks == 255).mean():.1%} of the training pixels." in data.notes
+    assert "No training mask holds two." in data.notes
 
 
 def _pixels(path: Path) -> np.ndarray:

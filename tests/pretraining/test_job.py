@@ -23,6 +23,7 @@ from tiny_runs import TINY, steps_made, train_until
 
 import freqmask
 from freqmask.data.sources import open_source
+from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import seen_in_training
 from freqmask.methods import MFM
@@ -192,6 +193,19 @@ def test_a_finished_run_says_so_and_how_to_train_on(
     freqmask.pretrain(out=str(finished))
     assert f"freqmask pretrain builtin:digits --method mfm --init {finished}" in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in weights(finished).items())
+
+
+def test_a_finished_run_says_where_it_was_trained_on_other_images(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    then = RunFolder(finished).state()["images"]
+    freqmask.pretrain(str(photos(tmp_path / "other", 12)), **TINY, out=str(finished))
+    told = (
+        f"note: the images have changed since the run began: {then:,} to train on then, 11 now: the run stays"
+    )
+    assert told in capsys.readouterr().out
+    freqmask.pretrain(str(tmp_path / "none"), **TINY, out=str(finished))
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_a_finished_run_names_the_options_that_differ(
@@ -414,6 +428,20 @@ def test_bad_images_are_listed_and_the_run_goes_on(tmp_path: Path) -> None:
         skipped = {row["name"]: row["reason"] for row in csv.DictReader(file)}
     assert set(skipped) == {"broken\n√.png", "empty.jpg"}  # neither is the one that is held out
     assert all(skipped.values())
+
+
+@pytest.mark.parametrize("content", ["broken", "of one color"])
+def test_a_bad_image_that_is_the_only_one_held_out_ends_no_run(tmp_path: Path, content: str) -> None:
+    data = photos(tmp_path / "data", 20)
+    source = open_source(data)
+    (held,) = hold_out(source, seed=0)[1]
+    if content == "broken":
+        (data / source.name(held)).write_bytes(b"no image")
+    else:
+        Image.new("RGB", (40, 32)).save(data / source.name(held))
+    run = freqmask.pretrain(str(data), **{**TINY, "preview_every_steps": 2}, out=str(tmp_path / "run"))
+    assert RunFolder(run).finished()
+    assert not any(row.get("held_out_loss") for row in rows(run))
 
 
 def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:

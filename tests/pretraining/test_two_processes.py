@@ -1,6 +1,7 @@
 """Two processes on this machine make the steps of one."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -10,18 +11,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from freqmask.training.files import read_rows
 
 WORDS = (
-    "pretrain builtin:digits --image_size 16 --patch_size 8 --steps 4 --batch_size 16 --accelerator cpu "
+    "--image_size 16 --patch_size 8 --steps 4 --batch_size 16 --accelerator cpu "
     "--precision 32-true "  # in bf16 the order of sums shows in the fourth digit
     "--log_every_steps 1 --preview_every_steps 0 --outputs 32 --hidden_size 32 --bottleneck_size 16 --method folk"
 )
 MODEL = ["--model_args", "{depth: 2, embed_dim: 32, num_heads: 2}"]
 
 
-def losses(out: Path, *words: str) -> list[float]:
+def losses(out: Path, *words: str, data: str = "builtin:digits") -> list[float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "freqmask", *WORDS.split(), *MODEL, *words, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "freqmask",
+        "pretrain",
+        data,
+        *WORDS.split(),
+        *MODEL,
+        *words,
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -79,7 +94,7 @@ def test_every_process_drops_by_a_generator_of_its_own_and_resumes_with_it(
 ) -> None:
     (tmp_path / "noisy.py").write_text(NOISY)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    words = [word for word in WORDS.split(" --outputs")[0].split() if word != "folk"]
+    words = ["pretrain", "builtin:digits", *WORDS.split(" --outputs")[0].split()]
     every = ("--method", "noisy:Noisy", "--checkpoint_every_steps", "2", "--keep_checkpoints", "9")
 
     def drawn(out: Path, *more: str) -> list[float]:
@@ -103,3 +118,22 @@ def undo_to_step_2(run: Path) -> None:
     for file in (*later, run / "checkpoints" / "last.ckpt"):
         file.unlink()
     assert torch.load(kept, weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_list_the_images_that_either_of_them_passed_over(tmp_path: Path) -> None:
+    (data := tmp_path / "data").mkdir()
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(data / f"{number}.png")
+    for number in range(8):
+        (data / f"bad{number}.png").write_bytes(b"no image")
+    listed = []
+    for devices in ("1", "2"):
+        # a row after each third step: what was passed over in the fourth is told at the end
+        words = ("--devices", devices, "--max_skipped_share", "0.5", "--log_every_steps", "3")
+        losses(tmp_path / devices, *words, data=str(data))
+        listed.append(sorted(row["name"] for row in read_rows(tmp_path / devices / "skipped.csv")))
+        assert json.loads((tmp_path / devices / "summary.json").read_text())["skipped"] == len(listed[-1])
+    assert listed[0] == listed[1]
+    assert 7 <= len(listed[0]) <= 8  # one may be held out

@@ -2,6 +2,8 @@
 
 import os
 import timeit
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +247,32 @@ def test_what_bf16_gains_is_what_a_product_of_matrices_gains() -> None:
         for kind in (torch.float32, torch.bfloat16)
     )
     assert auto.bf16_gain() == pytest.approx(exact / half, rel=0.6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "taken", "stat", "prefix"),
+    [
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+    ],
+)
+def test_free_memory_is_what_a_container_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, taken: str, stat: str, prefix: str
+) -> None:
+    monkeypatch.setattr(auto, "CGROUP", tmp_path)
+    monkeypatch.setattr(auto.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 10**9))
+    (tmp_path / "memory").mkdir()
+    cpu = torch.device("cpu")
+    assert auto.free_memory(cpu) == 64 * 10**9
+    (tmp_path / stat).write_text(
+        f"anon 7000000000\nactive_file 1\n{prefix}active_file 100000000\n{prefix}inactive_file 300000000\n"
+    )
+    for most, now, left in (("8000000000", 7_500_000_000, 900_000_000), ("7000000000", 7_500_000_000, 0)):
+        (tmp_path / limit).write_text(f"{most}\n")
+        (tmp_path / taken).write_text(f"{now}\n")
+        assert auto.free_memory(cpu) == left
+    (tmp_path / limit).write_text("max\n")
+    assert auto.free_memory(cpu) == 64 * 10**9
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(20, "20 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours")])

@@ -151,7 +151,7 @@ def predict(
 
     Classifiers are those that freqmask evaluate finetune left, exported folders with a head, and timm:NAME. A
     table has the columns path, class and probability, and of up to 50 classes the probability of each. A mask
-    is as large as its image and holds the labels of the training masks.
+    lies at the path of its image below DATA, is as large, and holds the labels of the training masks.
 
     Args:
         model: the run of a fine-tuning or of a segmentation, an exported folder with a head, or timm:NAME.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -212,15 +213,17 @@ def write_classes(task: Classification, source: Source, path: Path, config: Comp
     parts = plan_parts(task, source, path)
     compute_parts(task, source, parts, config)
     files, skipped = parts.whole()
-    names = task.opened.class_names
-    columns = names if len(names) <= _MOST_COLUMNS else ()
+    names, first = task.opened.class_names, ("path", "class", "probability")
+    # a class may be called as one of the first columns
+    columns = [f"probability of {name}" if name in first else name for name in names]
+    columns = columns if len(names) <= _MOST_COLUMNS else []
     written = 0
 
     def write(temporary: Path) -> None:
         nonlocal written
         with open_table(temporary, "w") as file:
             table = csv.writer(file)
-            table.writerow(["path", "class", "probability", *columns])
+            table.writerow([*first, *columns])
             for name, shares in rows_of(files, ("path", "features")):
                 best = max(range(len(shares)), key=shares.__getitem__)
                 cells = [f"{share:.6g}" for share in [shares[best], *(shares if columns else ())]]
@@ -320,7 +323,7 @@ def write_masks(
     at_once = config.batch_size or training.images_at_once  # what a step of its training had room for
     predictor = Predictor(segmenter.network, training, config.device, at_once)
     labels = np.array(segmenter.labels, np.uint16 if max(segmenter.labels) > 255 else np.uint8)
-    skipped: list[tuple[str, str]] = []
+    names, skipped = _mask_names(source), list[tuple[str, str]]()
     loader = make_loader(dataset, ChosenSampler(range(len(source))), 1, config.workers)  # sizes differ
     with new_folder(path) as folder, torch.inference_mode():
         for index, batch in enumerate(loader):
@@ -329,20 +332,33 @@ def write_masks(
                 skipped.append((name, dict(batch["skipped"]).get(name, "it cannot be read")))
                 continue
             classes, _ = predictor(batch["views"][0][0], tuple(batch["views"][1][0].tolist()), inference)
-            target = folder / _mask_name(name, index, folder)
+            target = folder / names[index]
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(labels[classes]).save(target)
     say_left_out(skipped)
     return len(source) - len(skipped)
 
 
-def _mask_name(name: str, index: int, folder: Path) -> str:
-    """An image's name as the name of its mask, whatever an archive or a table calls its images."""
+def _mask_names(source: Source) -> list[str]:
+    """Of each image the path of its mask, which is its own below DATA: with its suffix where another has it without."""
+    whole = [_as_path(source.name(index)) or str(index) for index in range(len(source))]
+    owners: dict[str, int] = {}  # some file systems know no capitals
+    stems = [re.sub(r"(?<=[^/])\.\w+(?=(#\d+)?$)", "", name) for name in whole]  # a page has its number
+    for index, stem in enumerate(stems):
+        owners.setdefault(stem.casefold(), index)
+    for index, name in enumerate(whole):
+        if owners[stems[index].casefold()] != index:
+            while owners.setdefault(name.casefold(), index) != index:
+                name += f"-{index}"
+            stems[index] = name
+    return [f"{stem}.png" for stem in stems]
+
+
+def _as_path(name: str) -> str:
+    """A name as a path in a folder, whatever an archive or a table calls its images."""
     parts = [part for part in Path(name.replace("\\", "/")).parts if part not in ("/", "..", ".")]
-    stem = Path(*parts[-2:]).with_suffix("") if parts else Path(str(index))
-    plain = "/".join("".join(sign if sign.isprintable() else "_" for sign in part) for part in stem.parts)
-    plain = plain.encode("utf-8", "replace").decode("utf-8").replace(":", "_")
-    return f"{plain}-{index}.png" if (folder / f"{plain}.png").exists() else f"{plain}.png"
+    plain = "/".join("".join(sign if sign.isprintable() else "_" for sign in part) for part in parts)
+    return plain.encode("utf-8", "replace").decode("utf-8").replace(":", "_")
 
 
 def open_images(data: Sequence[str], pages: Pages, split: str, labels: str | None = None) -> Source:

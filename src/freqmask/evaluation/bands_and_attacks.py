@@ -169,18 +169,23 @@ class Bands(Protocol):
 
 
 def band_lines(table: ResultTable) -> list[str]:
-    """A block a kind of filter: models down, radii across, accuracy in per cent."""
+    """A block a kind of filter: models down, radii across, accuracy in per cent; models of one input size together."""
     models, lines = _curves(table), list[str]()
     for kind, words in KINDS.items():
-        places = next((curves[kind] for curves in models.values() if kind in curves), [])
-        rows = [[f"{words} (cycles per pixel)", *(f"{place:.3f}" for place, _ in places), "whole image"]]
+        groups: dict[tuple[str, ...], list[list[str]]] = {}  # by what stands above their numbers
+        rows, failed = list[list[str]](), list[list[str]]()
         for name, curves in models.items():
-            whole = curves["whole"][0][1]
+            whole, points = curves["whole"][0][1], curves.get(kind, [])
             if whole.error:
-                rows.append([name, whole.error])
-            else:
-                rows.append([name, *(one.percent() for _, one in curves.get(kind, [])), whole.percent()])
-        lines += [*aligned(rows), ""]
+                failed.append([name, whole.error])
+                continue
+            places = tuple(f"{place:.3f}" for place, _ in points)
+            row = [name, *(one.percent() for _, one in points), whole.percent()]
+            groups.setdefault(places, []).append(row)
+        title = f"{words} (cycles per pixel)"
+        for places in groups or [()]:
+            rows += [[title, *places, "whole image"], *groups.get(places, [])]
+        lines += [*aligned([*rows, *failed]), ""]
     return lines[:-1]
 
 

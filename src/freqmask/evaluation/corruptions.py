@@ -21,6 +21,7 @@ from jaxtyping import Float, Shaped
 from PIL import Image as PillowImage
 from torch import Tensor
 
+from freqmask.data.cache import hash_of
 from freqmask.data.loader import Item, Sample, TrainDataset
 from freqmask.errors import UserError, nearest
 from freqmask.evaluation import corruption_functions
@@ -43,7 +44,7 @@ CORRUPTIONS = tuple(name for family in FAMILIES.values() for name in family)
 COMMON = tuple(name for name in CORRUPTIONS if name not in EXTRA)
 SEVERITIES = (1, 2, 3, 4, 5)
 AUTO = "auto"
-_LAYOUT = 1  # raised when the same settings would give other images
+_LAYOUT = 2  # raised when the same settings would give other images
 # Which of the numbers that a corruption takes are lengths in pixels, by their place.
 LENGTHS: dict[str, tuple[int, ...]] = {
     "gaussian_blur": (0,),
@@ -53,7 +54,7 @@ LENGTHS: dict[str, tuple[int, ...]] = {
     "snow": (2, 4, 5),
     "frost": (2,),
     "elastic_transform": (0, 1, 2),
-    "spatter": (2, 4),
+    "spatter": (2, 4),  # of mud; of water the last is how strongly it shines
 }
 Strength = tuple[float, ...]
 Points = dict[tuple[str, int], float]  # (corruption, severity) -> accuracy
@@ -80,6 +81,8 @@ class Strengths:
         """What the function of a corruption takes in a severity from 1 to 5."""
         values = PUBLISHED[self.published].table[corruption][severity - 1]
         lengths = LENGTHS.get(corruption, ())
+        if corruption == "spatter" and not values[5]:
+            lengths = (2,)
         return tuple(value * self.stretch if k in lengths else value for k, value in enumerate(values))
 
     def describe(self) -> str:
@@ -222,7 +225,9 @@ class Corruption(ImageChange):
 
     def describe(self) -> str:
         """Tells apart all that changes the images."""
-        frost = f" frost {self.frost}" if self.name == "frost" and self.frost else ""
+        frost = ""
+        if self.name == "frost" and self.frost:  # what the photographs hold, wherever they lie
+            frost = f" frost {hash_of(*(file.read_bytes() for file in _files(Path(self.frost))))}"
         return (
             f"{self.name} {self.severity} of {self.strengths.published} x {self.strengths.stretch:.6g}"
             f"{frost} v{_LAYOUT}"
@@ -252,7 +257,8 @@ class Corruption(ImageChange):
         )
 
     def in_loader(self, dataset: TrainDataset) -> CorruptedDataset:
-        if self.name == "frost":  # pictures get ready once, before a loader's workers fork
+        if self.name == "frost":  # pictures get ready once, before a loader's workers fork, as they are now
+            frost_pictures.cache_clear()
             self.frost_pictures(max(dataset.geometries[0].size))
         return CorruptedDataset(**vars(dataset), corruption=self)
 

@@ -186,8 +186,13 @@ def compute_features(
     cached = read_arrays(file, holding=[_READ]) if compute.cache else None
     if cached is not None:
         about, arrays = cached
-        values = {name: array for name, array in arrays.items() if name != _READ}
-        return FeatureTable(values, arrays[_READ].astype(bool), [(n, r) for n, r in about["skipped"]])
+        values, read = (
+            {name: array for name, array in arrays.items() if name != _READ},
+            arrays[_READ].astype(bool),
+        )
+        images = model.dataset(source)  # where one can be read now, a right or the disk was missing then
+        if not any(images[(0, 0, int(index))].index == index for index in np.flatnonzero(~read)):
+            return FeatureTable(values, read, [(n, r) for n, r in about["skipped"]])
     table = _compute(model, source, what, compute, change, quiet)
     if compute.cache:
         write_arrays(

@@ -101,10 +101,12 @@ class AugmentedGeometry(Geometry):
     def finish(
         self, window: Shaped[Tensor, "channel window_height window_width"], key: int
     ) -> Shaped[Tensor, "channel height width"]:
-        """The view, changed by numbers from its key; 8-bit color only."""
+        """The view, changed by numbers from its key; of color, and 8 bits of it where a deep image is among others."""
         view = super().finish(window, key)
         if self.augment == NO_AUGMENT:
             return view
+        if view.is_floating_point():
+            view = (view * 255).round().to(torch.uint8)
         change = _randaugment(self.augment, min(self.size), self.fill)
         with randomness_from(sample_key(key, _RANDAUGMENT, 0)):
             changed = change(Image.fromarray(view.permute(1, 2, 0).contiguous().numpy()))

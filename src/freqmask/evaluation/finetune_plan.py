@@ -244,6 +244,16 @@ class Tuning(TrainingNumbers):
     held_out: float  # share of the training images on which accuracy is measured
     validate_every_steps: int
 
+    @staticmethod
+    def check_parts(numbers: Mapping[str, Any]) -> None:
+        batch, devices, parts = (int(numbers[name]) for name in ("batch_size", "devices", "accumulate"))
+        images, rest = divmod(batch, devices * parts)
+        if rest or (images % 2 and (numbers["mixup"] or numbers["cutmix"])):
+            raise UserError(
+                f"batch_size ({batch}) must give every device and part the same even number of images, because images "
+                f"are mixed in pairs (devices {devices}, accumulate {parts}); change it, or give --mixup 0 --cutmix 0"
+            )
+
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a fine-tuning where a command has some of them only: the others are ``auto``."""
@@ -365,12 +375,7 @@ class FinetunePlan(Plan):
         batch = int(values["batch_size"])
         if part == 1 and not rest:
             check_single_image(trial, str(self.job.model.opened.name))
-        if rest or (part % 2 and (values["mixup"] or values["cutmix"])):
-            raise UserError(
-                f"batch_size ({batch}) must give every device and part the same even number of images, because images "
-                f"are mixed in pairs (devices {values['devices']}, accumulate {values['accumulate']}); change it, or "
-                "give --mixup 0 --cutmix 0"
-            )
+        Tuning.check_parts(values)
         epochs = published.epochs if asked["epochs"] is None else float(asked["epochs"])
         steps = max(math.ceil(epochs * self.images / batch), 1)
         self.take("steps", steps, f"{epochs:g} epochs, {published.words}" if asked["epochs"] is None else "")

@@ -198,7 +198,8 @@ class Knn(Protocol):
     def _vote(
         self, context: EvalContext, one: Round, train: Tensor, test: Tensor, chosen: str = ""
     ) -> dict[str, Prediction]:
-        labels, k = context.labels(one.train), usable(self.k, len(one.train))
+        fewest = min(len(part.train) for part in context.data.rounds)  # folds differ by an image or a group
+        labels, k = context.labels(one.train), usable(self.k, fewest)
         voted = predict(test, train, labels, context.classes, k, self.temperature)
         return {
             f"k={k}": Prediction(predicted.cpu().numpy(), chosen, len(one.train))

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from freqmask.console import shell_paths
-from freqmask.data.cache import bytes_of, cache_file, read_arrays, write_arrays
+from freqmask.data.cache import bytes_of, cache_file, hash_of, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Source
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import choose_split, split_indices, split_of
@@ -22,7 +22,6 @@ from freqmask.errors import BadImage, UserError
 from freqmask.options.of_evaluation import Labelled
 from freqmask.training.files import read_rows, write_rows
 
-_AT_LEAST = (64, 64)  # a large JPEG is decoded reduced: the same file gives the same pixels, only sooner
 SPLITS = Path("runs") / "splits"  # where splits of ours are kept
 DATA_WITH_LABELS = (
     "a folder with one folder a class, a parquet file with a label column, an .npz with labels, "
@@ -392,11 +391,16 @@ def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[i
 
     All images of a source are hashed once and cached; those that cannot be read each have a number of their own.
     """
-    file = cache_file("pixels", source.content_stamp(), len(source))
+    file = cache_file("pixels", 2, source.content_stamp(), len(source))
     cached = read_arrays(file, holding=["hashes"])
-    if cached is None:
-        hashes = np.array([_pixel_hash(source, index) for index in range(len(source))], np.int64)
-        write_arrays(file, {}, {"hashes": hashes})
+    # where one can be read now, a right or the disk was missing then
+    if cached is None or any(_pixel_hash(source, index) is not None for index in cached[0]["unreadable"]):
+        found = [_pixel_hash(source, index) for index in range(len(source))]
+        unreadable = [index for index, value in enumerate(found) if value is None]
+        for index in unreadable:
+            found[index] = int(hash_of(f"unreadable {index}"), 16) - 2**63
+        hashes = np.array(found, np.int64)
+        write_arrays(file, {"unreadable": unreadable}, {"hashes": hashes})
     else:
         hashes = cached[1]["hashes"]
     chosen = hashes if indices is None else hashes[np.asarray(list(indices), np.int64)]
@@ -416,18 +420,19 @@ def identical_notes(source: Source, rounds: Sequence[Round]) -> list[str]:
     return [f"{count:,} of the {tested:,} test images are identical to training images."] if count else []
 
 
-def _pixel_hash(source: Source, index: int) -> int:
-    digest = hashlib.blake2b(digest_size=8)
+def _pixel_hash(source: Source, index: int) -> int | None:
+    """The number of an image, or None where it cannot be read."""
     try:
         picture = source.open(index)
-        image = picture.decode(None, _AT_LEAST)
+        image = (
+            picture.decode()
+        )  # whole: at an eighth of the size JPEGs that differ in what is fine are alike
     except UserError:
         raise
     except (BadImage, Exception):  # decoders raise anything on broken files
-        digest.update(f"unreadable {index}".encode())
-    else:
-        digest.update(f"{picture.size} {image.shape} {image.dtype}".encode())
-        digest.update(bytes_of(image))
+        return None
+    digest = hashlib.blake2b(f"{picture.size} {image.shape} {image.dtype}".encode(), digest_size=8)
+    digest.update(bytes_of(image))
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's own
-_LAYOUT = 1  # raised when the cached arrays would mean something else
+_LAYOUT = 2  # raised when the cached arrays would mean something else
 _NUMBERED = re.compile(r"(\d+)\s*[\s,:;]\s*(\S.*)")
 
 
@@ -165,10 +165,13 @@ class MaskSurvey:
     pixels: Int64[np.ndarray, "entry 3"]  # image number, label, how many pixels of the mask have it
     unreadable: dict[int, str]  # number of an image that cannot be opened -> reason
 
-    def labels(self, images: np.ndarray | None = None) -> Int64[np.ndarray, " label"]:
-        """Labels that some mask holds, sorted; of some images, or of all."""
-        pixels = self.pixels if images is None else self.pixels[np.isin(self.pixels[:, 0], images)]
-        return np.unique(pixels[:, 1])
+    def of(self, images: Int64[np.ndarray, " some"]) -> MaskSurvey:
+        """What the masks of some images hold, by their numbers."""
+        return replace(self, pixels=self.pixels[np.isin(self.pixels[:, 0], images)])
+
+    def labels(self) -> Int64[np.ndarray, " label"]:
+        """Labels that some mask holds, sorted."""
+        return np.unique(self.pixels[:, 1])
 
     def share(self, label: int) -> float:
         """Of all pixels."""
@@ -194,8 +197,10 @@ def survey_masks(source: PairSource) -> MaskSurvey:
     )
     cached = read_arrays(file, holding=["pixels"])
     if cached is not None:
-        about, arrays = cached
-        return MaskSurvey(source, np.array(arrays["pixels"]), {int(n): r for n, r in about["unreadable"]})
+        pixels, unreadable = np.array(cached[1]["pixels"]), {int(n): r for n, r in cached[0]["unreadable"]}
+        # where one can be opened now, a right or the disk was missing then
+        if all(isinstance(_count_labels(source, number), str) for number in unreadable):
+            return MaskSurvey(source, pixels, unreadable)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders let go of the interpreter's lock
         counts = list(pool.map(lambda index: _count_labels(source, index), range(len(source))))
     unreadable = {number: reason for number, reason in enumerate(counts) if isinstance(reason, str)}
@@ -320,7 +325,7 @@ def open_segmentation(config: MaskConfig) -> SegmentationData:
     labels = labels_of(named, ignored, train.labels())
     for one in (train, test):
         check_labels(one, labels)
-    notes = _notes(labels, train, train.labels(), test.labels())
+    notes = _notes(labels, train, test)
     used = {train.source.part.name, test.source.part.name}
     if others := [part.name for part in parts if part.name not in used]:
         notes.append(f"The part {' and '.join(others)} is not used.")
@@ -343,23 +348,24 @@ def _parts(config: MaskConfig) -> tuple[list[Part], str, Path | None]:
     return find_parts(folder), config.data, folder
 
 
-def _notes(labels: Labels, survey: MaskSurvey, train: np.ndarray, test: np.ndarray) -> list[str]:
+def _notes(labels: Labels, train: MaskSurvey, test: MaskSurvey) -> list[str]:
     """What the user should know of the labels of the training and of the test masks.
 
     Raises:
         UserError: no pixel of the test masks counts.
     """
-    if not set(test.tolist()) & set(labels.values):
+    held = {"training": set(train.labels().tolist()), "test": set(test.labels().tolist())}
+    if not held["test"] & set(labels.values):
         raise UserError(
             f"the test masks hold no class, only ignored labels ({labels.describe_ignored()}); test on other images, "
             "or say which labels count for nothing with --ignore_label"
         )
     notes = [
-        f"Label {label} counts for nothing: {survey.share(label):.1%} of the training pixels."
+        f"Label {label} counts for nothing: {train.share(label):.1%} of the training pixels."
         for label in labels.ignored
-        if label in survey.labels()
+        if label in held["training"]
     ]
-    for which, present in (("training", set(train.tolist())), ("test", set(test.tolist()))):
+    for which, present in held.items():
         missing = [
             name for value, name in zip(labels.values, labels.names, strict=True) if value not in present
         ]
@@ -386,11 +392,11 @@ def _split_ourselves(
         return split_indices(None, hashes, [1 - config.test_share, config.test_share], config.split_seed)
 
     is_test = keep_parts(file, names, ["train", "test"], draw, {}) == 1
-    train, test = whole.labels(images[~is_test]), whole.labels(images[is_test])
-    labels = labels_of(named, ignored, train)
+    train, test = whole.of(images[~is_test]), whole.of(images[is_test])
+    labels = labels_of(named, ignored, train.labels())
     check_labels(whole, labels)
     words = f"{config.test_share:.0%} held out"
     notes = [f"DATA has no test part: {words} by us, written to {file}."]
-    notes += _notes(labels, whole, whole.labels(), test)
+    notes += _notes(labels, train, test)
     parts = (Subset(source, images[~is_test]), Subset(source, images[is_test]))
     return SegmentationData(*parts, labels, name, f"{words}, {file}", notes)

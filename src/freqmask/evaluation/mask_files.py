@@ -54,7 +54,7 @@ LAYOUTS = (
 
 
 def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
-    """The labels of a mask (PNG, TIFF, BMP, GIF, PGM, ``.npy``) as its file has them: of a palette the numbers.
+    """The labels of a mask (PNG, TIFF, BMP, GIF, PGM, ``.npy``) as it has them: of a palette numbers, of GIF grays.
 
     Raises:
         BadImage: it cannot be read, holds colors or fractions, or a label is out of 0 to 65,535.
@@ -79,10 +79,10 @@ def _read(path: Path) -> np.ndarray:
         return array
     if suffix in (".tif", ".tiff"):
         with open_tifffile(path) as tiff:
-            return _turned(np.squeeze(tiff.asarray()), turn_of(tiff.series[0].keyframe))
+            return _turned(_squeezed(tiff.asarray()), turn_of(tiff.series[0].keyframe))
     if suffix == ".pgm" and (gray := read_netpbm(path.read_bytes(), above=0)) is not None:
         return gray
-    # Labels are numbers as stored, so that neither palettes nor key colors are looked at
+    # Labels are numbers as stored: palettes, but those of GIF, and key colors are not looked at
     with quiet_pillow, Image.open(path, formats=["PNG", "BMP", "GIF", "PPM"]) as image:
         stored = str(image.tile[0].args) if image.tile else ""
         if stored in HALVED:
@@ -91,10 +91,12 @@ def _read(path: Path) -> np.ndarray:
             )
         step = PACKED_GRAY.get(stored, 1)
         orientation = orientation_of(image.getexif().get(EXIF_TAG))
-        # opacity is left out of gray, as it is where gray was saved as color
-        return (
-            _turned(np.asarray(image.getchannel("L") if image.mode == "LA" else image), orientation) // step
-        )
+        shown: Image.Image = image
+        if image.mode == "LA":  # opacity is left out of gray, as it is where gray was saved as color
+            shown = image.getchannel("L")
+        elif image.format == "GIF":  # writers number its palette anew in every file
+            shown = image.convert("RGB")
+        return _turned(np.asarray(shown), orientation) // step
 
 
 def _turned(array: np.ndarray, orientation: Orientation) -> np.ndarray:
@@ -102,9 +104,14 @@ def _turned(array: np.ndarray, orientation: Orientation) -> np.ndarray:
     return array if array.ndim not in (2, 3) else np.moveaxis(orientation.show(planes), 0, -1)
 
 
+def _squeezed(array: np.ndarray) -> np.ndarray:
+    """Without axes of one, as of a single channel or page; a row or a column of pixels stays one."""
+    return array if array.ndim <= 2 else np.squeeze(array)
+
+
 def _single_plane(stored: np.ndarray) -> Shaped[np.ndarray, "height width"]:
     """Gray that was saved as color is gray; real colors are no labels."""
-    array = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else np.squeeze(stored)
+    array = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else _squeezed(stored)
     if array.ndim == 3 and array.shape[-1] in (3, 4) and (array[..., :1] == array[..., :3]).all():
         array = array[..., 0]
     if array.ndim != 2:

@@ -208,7 +208,7 @@ class Protocol(ABC):
     # MODEL -> what tables and figures call it: ``a/run`` and ``b/run`` as they were typed
     names: Mapping[str, str]
     # models with a classifier of their own, by model and classes
-    classifiers: dict[tuple[str, tuple[str, ...]], ClassifierModel]
+    classifiers: dict[tuple[str, tuple[str, ...], bool], ClassifierModel]
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         """What the protocol shares with every other, by the options of its command."""
@@ -265,11 +265,13 @@ class Protocol(ABC):
         model.name = self.names[text]
         return model
 
-    def classifier(self, text: str, data: LabelledData) -> ClassifierModel:
-        """A model with its own classifier, predicting the classes of some images."""
-        key = (text, tuple(data.class_names))
+    def classifier(self, text: str, data: LabelledData, cut: bool = False) -> ClassifierModel:
+        """A model with its own classifier, predicting the classes of images; those that are ``cut`` it sees whole."""
+        key = (text, tuple(data.class_names), cut)
         if key not in self.classifiers:
-            self.classifiers[key] = ClassifierModel(text, data.class_names, self.config.windows.crop)
+            model = ClassifierModel(text, data.class_names, self.config.windows.crop)
+            model.crop_share = 1.0 if cut else model.crop_share
+            self.classifiers[key] = model
         return self.classifiers[key]
 
     def check_model(self, model: Any) -> None:  # noqa: B027 - most protocols take any

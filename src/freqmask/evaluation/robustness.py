@@ -317,7 +317,8 @@ class RobustnessEval:
         """A test set of others, among the classes that it has."""
         context, model, columns = self.context, self.context.model, None
         if self.protocol.head == "own":
-            model = self.protocol.classifier(model.text, data)
+            # the files of an ImageNet-C tree are windows already
+            model = self.protocol.classifier(model.text, data, cut=folder.corruption is not None)
             model.name = context.model.name
             model.prepare(data.source, context.compute.device)
         else:

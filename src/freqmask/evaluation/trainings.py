@@ -103,6 +103,10 @@ class TrainingNumbers:
         """Images of one part of a step on one device."""
         return images_at_once(vars(self))
 
+    @staticmethod
+    def check_parts(numbers: Mapping[str, Any]) -> None:
+        """Raises a UserError where a step leaves a device and part other images at once than it needs."""
+
     def optim(self, min_lr: float, warmup_lr: float, power: float | None = None) -> OptimConfig:
         """Learning rate and weight decay over the steps, as ``Schedule`` takes them."""
         decay = self.weight_decay
@@ -268,6 +272,7 @@ def _numbers_to_resume(run: RunFolder, job: TrainingJob) -> TrainingNumbers:
         given["accelerator"] = auto.pick_device(str(given["accelerator"])).type  # gpu is cuda, as in the plan
     numbers = {**run.config(), **given}
     check_parts(numbers)
+    job.numbers.check_parts(numbers)
     return job.numbers.read(numbers)
 
 

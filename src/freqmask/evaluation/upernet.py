@@ -218,6 +218,16 @@ class Training(TrainingNumbers):
     scale: tuple[float, float]  # smallest and largest random factor on the image
     decoder_channels: int
 
+    @staticmethod
+    def check_parts(numbers: Mapping[str, Any]) -> None:
+        batch, devices, parts = (int(numbers[name]) for name in ("batch_size", "devices", "accumulate"))
+        images, rest = divmod(batch, devices * parts)
+        if rest or images < 2:
+            raise UserError(
+                f"batch_size ({batch}) over {devices} devices in {parts} parts must leave two images or more at once, "
+                "because the decoder has batch norm; take a larger batch_size or a smaller crop"
+            )
+
 
 def choose_crop(asked: Mapping[str, Any], survey: Survey) -> Choice:
     """Side of the samples: BEiT's 512, less for smaller images and on a CPU; a multiple of 32."""
@@ -258,13 +268,9 @@ class SegmentationPlan(Plan):
     def _take_length(self) -> None:
         values, asked, side = self.values, self.asked, int(self.values["crop"])
         self.take_cost(self.network, (values["channels"], side, side), _trial_loss, BATCH, images=2)
-        part, rest = self.take_batch(lambda *_: Choice(BATCH, _BEIT))
+        self.take_batch(lambda *_: Choice(BATCH, _BEIT))
+        Training.check_parts(values)
         batch = int(values["batch_size"])
-        if rest or part < 2:
-            raise UserError(
-                f"batch_size ({batch}) over {values['devices']} devices in {values['accumulate']} parts must leave two "
-                "images or more at once, because the decoder has batch norm; take a larger batch_size or a smaller crop"
-            )
         epochs = asked["epochs"] or STEPS * BATCH / IMAGES
         usual = min(math.ceil(epochs * self.images / batch), STEPS)
         self.take("steps", max(usual, 1), "" if asked["epochs"] else f"{epochs:.0f} epochs, {_BEIT}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from freqmask import __version__
+from freqmask.console import counted
 from freqmask.errors import UserError, brief
 from freqmask.interop.formats import check_file, fitted
 from freqmask.interop.weight_files import Inert, differences, read_tensors, read_torch_file, tensors_in
@@ -88,6 +89,13 @@ def convert_file(
     has_own_biases = any(tensor.endswith(".attn.q_bias") for tensor in model.state_dict())  # BEiT, EVA-02
     state = weights.encoder if has_own_biases else from_beit_names(weights.encoder)
     notes += _load(model, state, name, known is None)
+    if known is not None and "embed_dim" in arguments:
+        with torch.device("meta"):
+            plain = _model(name, {})
+        shape, usual = ((one.embed_dim, len(one.blocks)) for one in (model, plain))
+        if shape != usual:
+            by = f"width {shape[0]} of {counted(shape[1], 'block')}"
+            notes.append(f"{by}, as in the file; {name} by itself has {usual[0]} of {usual[1]}")
     size = _image_size(model)
     if image_size is not None and (image_size, image_size) != size:
         model, note = _resized(model, name, arguments, image_size)

@@ -14,10 +14,11 @@ import torch
 
 from freqmask.console import launched_processes, rank, say, shell_path, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
-from freqmask.data.source import Subset
+from freqmask.data.pixels import as_bad_image, is_empty, missing_pixels
+from freqmask.data.source import Source, Subset
 from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
-from freqmask.errors import UserError
+from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import SplitConfig, open_labelled
 from freqmask.interop.weight_files import hash_weights
 from freqmask.interop.weights import load_initial
@@ -198,14 +199,17 @@ def _say_finished(run: RunFolder, options: Mapping[str, Any], given: Mapping[str
     summary = run.summary()
     steps, loss = summary.get("steps", 0), summary.get("loss", float("nan"))
     say(f"run {run.path} is finished: {steps:,} steps, loss {loss:.4g}")
-    begun: dict[str, Any] = {}
-    with suppress(UserError):  # a record that was damaged since
+    begun, told = dict[str, Any](), list[str]()
+    with suppress(UserError):  # a record that was damaged since, or images that are gone
         begun = _given(run)
-        if changed := differences(run, given):
-            told = "; ".join(
-                f"{name} was {before} and is {now} now" for name, (before, now) in changed.items()
+        changed = differences(run, given)
+        told = [f"{name} was {before} and is {now} now" for name, (before, now) in changed.items()]
+        if given.get("data"):
+            told += _changed_images(
+                run, part({**options, **run.config(), "data": given["data"], "probe_data": None})
             )
-            say(f"note: {told}: the run stays as it was trained; give another --out to begin anew")
+    if told:
+        say(f"note: {'; '.join(told)}: the run stays as it was trained; give another --out to begin anew")
     say(f"its backbone: {run.backbone}")
     trained = run.config()
     trained |= {"data": options["data"] or trained.get("data")}  # as it is called from here
@@ -221,8 +225,20 @@ def part(options: Mapping[str, Any]) -> Images:
         train = Subset(source, np.arange(min(int(options["overfit"]), len(source))))
         return Images(source, train, None, probed)
     train_indices, held_out = hold_out(source, seed=options["seed"])
-    held_out_images = Subset(source, held_out) if len(held_out) else None
+    # of few images the one that is held out may be a broken one, and nothing would be left to measure on
+    is_usable = any(_is_usable(source, int(index)) for index in held_out)
+    held_out_images = Subset(source, held_out) if is_usable else None
     return Images(source, Subset(source, train_indices), held_out_images, probed)
+
+
+def _is_usable(source: Source, index: int) -> bool:
+    try:
+        with as_bad_image():
+            picture = source.open(index)
+            image = picture.decode()
+    except BadImage:
+        return False
+    return is_empty(image, missing_pixels(image, picture.nodata)) is None
 
 
 def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> Pretraining:
@@ -283,11 +299,7 @@ def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str], held
     held.enter_context(run.held())
     state = run.state()
     images = part(options)
-    if images.source.fingerprint() != state.get("data"):
-        notes.append(
-            f"the images have changed since the run began: {state.get('images'):,} to train on then, "
-            f"{len(images.train):,} now"
-        )
+    notes += _changed_images(run, images)
     checkpoint = find_checkpoint(run, notes)
     if options.get("dry_run"):
         return Pretraining(run, options, images, None, state)
@@ -296,6 +308,15 @@ def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str], held
     if checkpoint is not None:
         check_same(method, state)
     return Pretraining(run, options, images, method, state, kept, checkpoint)
+
+
+def _changed_images(run: RunFolder, images: Images) -> list[str]:
+    """A sentence where they are others than those that the run began with."""
+    state = run.state()
+    if state.get("data") in (None, images.source.fingerprint()):
+        return []
+    then, now = state.get("images", 0), len(images.train)
+    return [f"the images have changed since the run began: {then:,} to train on then, {now:,} now"]
 
 
 def weights_of(method: Any) -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import timeit
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -22,12 +24,10 @@ from freqmask.errors import UserError, nearest
 from freqmask.training.optim import BASE_LR, scaled_lr
 
 IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224)
-ENOUGH_STEPS, SMALL_BATCH = 5_000, 64
 # of MFM and FOLK nothing can be judged before about 5,000 (docs/methods.md, small pictures)
-TARGET_STEPS = 10_000
-PUBLISHED_EPOCHS = 300
+ENOUGH_STEPS, TARGET_STEPS, SMALL_BATCH = 5_000, 10_000, 64
+PUBLISHED_EPOCHS, MOST_EPOCHS = 300, 1_600
 SECONDS_A_ROW = 5.0
-MOST_EPOCHS = 1_600
 TINY_WEIGHTS = 8_000_000  # experience: networks smaller than this want more than the published learning rate
 MOST_TINY_LR = 4e-3  # more was never tried; large batches on GPUs would ask for it
 MORE_FOR_TINY = f"since networks below {TINY_WEIGHTS // 10**6} million weights learn more with it"
@@ -37,6 +37,7 @@ ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so m
 # A pass of few images is mostly what every pass costs: with 4 of 32 pixels a ResNet-10t was four times as dear an image
 # as with 64 on a CPU. So more are taken at once, until that makes an image no cheaper or a pass is too long.
 CHEAPER, PASS_SECONDS, MOST_AT_ONCE = 0.8, 0.25, {"cpu": 64, "cuda": 256}
+CGROUP = Path("/sys/fs/cgroup")  # what a container may take, and has taken, of memory
 LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
 
 
@@ -250,9 +251,8 @@ def choose_epochs(images: int, batch_size: int) -> Choice:
     if needed <= PUBLISHED_EPOCHS:
         return Choice(PUBLISHED_EPOCHS, "as published")
     if needed <= MOST_EPOCHS:
-        return Choice(
-            needed, f"{TARGET_STEPS:,} steps: the published {PUBLISHED_EPOCHS} epochs would be fewer"
-        )
+        why = f"{TARGET_STEPS:,} steps: the published {PUBLISHED_EPOCHS} epochs would be fewer"
+        return Choice(needed, why)
     return Choice(MOST_EPOCHS, f"the most we give to {images:,} images")
 
 
@@ -297,9 +297,7 @@ def bf16_gain() -> float:
 
 def usable_cores() -> int:
     """Cores that this process may use, which a container or a scheduler may have cut down."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_are_asked() -> bool:
@@ -317,10 +315,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(limit)
-        if path.is_file() and path.read_text().strip().isdigit():
-            free = min(free, int(path.read_text()))
+    for part, words in (("", "max current stat"), ("memory", "limit_in_bytes usage_in_bytes stat")):
+        with suppress(OSError, ValueError):  # a file that is not here, or no limit
+            limit, taken, counts = ((CGROUP / part / f"memory.{word}").read_text() for word in words.split())
+            # what was read of files is given up for whoever asks; the last two are those of the groups inside, too
+            cached = re.findall(r"^(?:total_)?(?:in)?active_file (\d+)", counts, re.MULTILINE)[-2:]
+            free = min(free, max(int(limit) - int(taken) + sum(map(int, cached)), 0))
     return free
 
 

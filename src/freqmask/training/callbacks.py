@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import threading
@@ -229,17 +230,34 @@ class ShowStep(L.Callback):
 
 
 class Skipped(L.Callback):
-    """Writes skipped.csv, and stops the run once ``max_share`` of the ``images`` trained on stand in it."""
+    """Writes skipped.csv, and stops the run once ``max_share`` of the ``images`` trained on stand in it.
 
-    def __init__(self, path: Path, images: int, max_share: float) -> None:
-        self.path, self.images, self.max_share = path, images, max_share
+    Several processes tell each other every ``every_steps`` optimizer steps, and at the end, what theirs passed over.
+    """
+
+    def __init__(self, path: Path, images: int, max_share: float, every_steps: int) -> None:
+        self.path, self.images, self.max_share, self.every_steps = path, images, max_share, every_steps
         self.known = {row.get("name") for row in read_rows(path)}
+        self._passed: list[tuple[str, str]] = []  # not told yet
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """List what the loader passed over in this batch."""
-        for name, reason in batch["skipped"]:
+        """List what the loaders passed over."""
+        self._passed += batch["skipped"]
+        if trainer.world_size == 1 or trainer.global_step % self.every_steps == 0:
+            self._list(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """List what the other processes' loaders have passed over since."""
+        self._list(trainer)
+
+    def _list(self, trainer: L.Trainer) -> None:
+        told = [self._passed] * trainer.world_size
+        if trainer.world_size > 1:
+            distributed.all_gather_object(told, self._passed)
+        self._passed = []
+        for name, reason in itertools.chain.from_iterable(told):
             if name not in self.known:
                 self.known.add(name)
                 if trainer.is_global_zero:

@@ -159,7 +159,7 @@ def train(
         # rows of a step are written before its checkpoint: a restart from there will not make them again
         callbacks = [
             ExactResume(int(numbers["accumulate"])),
-            Skipped(run.skipped, task.images, float(numbers["max_skipped_share"])),
+            Skipped(run.skipped, task.images, float(numbers["max_skipped_share"]), every),
             monitor,
             *task.callbacks(monitor),
             ShowStep(monitor),
