@@ -365,9 +365,6 @@ def images_per_second(job: dict[str, Any], images: Tensor, seconds: float = 3.0)
 def features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
     """Mean of the last map and class token of every image, unaugmented."""
     normalize = Normalization(3).to(images.device)
-    if not backbone.is_vit:
-        batches = (normalize(part.float() / 255) for part in images[:4096].split(512))
-        recalibrate_batch_norm(backbone, batches)
     backbone.eval()
     found: dict[str, list[Tensor]] = {}
     for part in images.split(1024):
@@ -419,6 +416,10 @@ def measured(
     learnt, labels = data["train"], data["train_labels"]
     tested, truth = data["test"], data["test_labels"]
     classes = int(labels.max()) + 1
+    normalize = Normalization(3).to(
+        learnt.device
+    )  # batch norm has statistics of training images, for all that follow
+    recalibrate_batch_norm(backbone, (normalize(part.float() / 255) for part in learnt[:4096].split(512)))
     bank, queries = features(backbone, learnt), features(backbone, tested)
     scores: dict[str, float] = {"rank": effective_rank(bank["end/mean"])}
     one, other = bank["end/mean"], queries["end/mean"]

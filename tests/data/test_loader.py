@@ -18,9 +18,11 @@ from freqmask.data.loader import (
     TrainDataset,
     TrainLoader,
     TrainSampler,
+    calibration_images,
     make_loader,
     worker_failure,
 )
+from freqmask.data.source import BlockLayout
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
@@ -164,6 +166,7 @@ def test_a_worker_killed_from_outside_ends_the_training_where_a_batch_is_fetched
 _LEAVES_IN_THE_MIDST = """
 from freqmask.data.loader import TrainDataset, TrainSampler, make_loader
 from freqmask.data.sources import open_source
+from freqmask.data.source import BlockLayout
 from freqmask.data.transforms import Geometry
 dataset = TrainDataset(open_source({data!r}), [Geometry(8)])
 batches = iter(make_loader(dataset, TrainSampler(8, 0, 2, total_steps=99), 2, workers=1))
@@ -307,3 +310,16 @@ def test_workers_that_hang_are_told_and_then_end_with_one_sentence(
         loaded(TrainDataset(source, TWO_VIEWS), workers=2)
     assert "note: no batch for 0 seconds" in capsys.readouterr().out
     assert torch.multiprocessing.active_children() == []
+
+
+def test_statistics_of_batch_norm_are_of_every_class_in_every_batch(memory_source, monkeypatch):
+    """Folders lie class by class."""
+    source, labels = memory_source([np.zeros((1, 1, 1), np.uint8)] * 1200), np.repeat(np.arange(4), 300)
+    places = calibration_images(source)
+    assert len(set(places)) == 256
+    assert np.bincount(labels[places]).tolist() == [64] * 4
+    for start in range(0, 256, 64):
+        assert np.bincount(labels[places[start : start + 64]], minlength=4).min() >= 8
+    dear = BlockLayout(np.arange(1200) // 50, 4, whole=True)  # an image costs its block
+    monkeypatch.setattr(type(source), "blocks", lambda _: dear)
+    assert np.unique(dear.numbers[calibration_images(source)]).tolist() == [0, 3, 7, 10, 13, 16, 20, 23]

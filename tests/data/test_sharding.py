@@ -331,3 +331,17 @@ def test_a_folder_that_the_first_release_began_is_continued(photos, tmp_path):
     assert finished and settings.workers == 1
     parts, _ = open_parts([photos], "channels", "all", None)
     assert images_there(tmp_path / "out", parts, settings) == 0  # rows in another form are written anew
+
+
+def test_splits_whose_names_differ_in_odd_signs_only_lose_no_image(tmp_path):
+    (photos := tmp_path / "photos").mkdir()
+    names = [f"{number}.png" for number in range(12)]
+    for number, name in enumerate(names):
+        Image.fromarray(noise(number)).save(photos / name)
+    splits = ["fold 1", "fold.1", "Fold 1"]
+    rows = [f"{name},a,{splits[number % 3]}" for number, name in enumerate(names)]
+    (table := tmp_path / "splits.csv").write_text("\n".join(["path,label,split", *rows]))
+    prepared(photos, tmp_path / "out", labels=table)
+    for number, split in enumerate(splits):
+        source = open_source(tmp_path / "out", split=split)
+        assert {source.name(index) for index in range(len(source))} == set(names[number::3])

@@ -1,5 +1,7 @@
 """Splits: found by name, or drawn with the same classes on both sides and no group divided."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -111,3 +113,29 @@ def test_folds_are_alike_in_size_and_classes_where_these_are_small(classes, memb
 def test_a_split_that_cannot_be_is_refused(labels, groups, fractions, words):
     with pytest.raises(UserError, match=words):
         split_indices(labels, groups, fractions, 0)
+
+
+def test_many_groups_of_many_classes_fit_in_memory_and_are_dealt_as_by_a_table():
+    generator = np.random.default_rng(0)
+    labels, groups = generator.integers(0, 40, 600), generator.integers(0, 150, 600)
+    parts = split_indices(labels, [f"{number}" for number in groups], [0.7, 0.3], 3)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in dealt_by_a_table(labels, groups)]
+    labels = np.arange(6_000) // 3  # a table of groups by classes would take 96 MB
+    tracemalloc.start()
+    split_indices(labels, [f"{number // 2}" for number in range(6_000)], [0.8, 0.2], 0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 20e6
+
+
+def dealt_by_a_table(labels, groups):
+    """Largest groups first, each to the part whose shortfalls, squared and over its share, it lessens most."""
+    known = list(dict.fromkeys(groups.tolist()))
+    table = np.array([[np.sum((groups == group) & (labels == one)) for one in range(40)] for group in known])
+    shares, order = np.array([0.7, 0.3]), np.random.default_rng(3).permutation(len(known))
+    missing, part_of = shares[:, None] * table.sum(0), {}
+    for place in sorted(order, key=lambda place: -table[place].sum()):
+        gains = [(((missing[p] - table[place]) ** 2 - missing[p] ** 2) / shares[p]).sum() for p in (0, 1)]
+        part_of[known[place]] = int(np.argmin(gains))
+        missing[part_of[known[place]]] -= table[place]
+    return [np.flatnonzero([part_of[group] == part for group in groups.tolist()]) for part in (0, 1)]

@@ -14,6 +14,7 @@ from sklearn.preprocessing import LabelEncoder
 
 from freqmask.data import parquet
 from freqmask.data.cache import cache_folder
+from freqmask.data.sharding import Settings, open_parts, prepare_shards
 from freqmask.data.sources import open_source, splits_there
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import open_labelled
@@ -350,3 +351,30 @@ def test_of_several_columns_of_classes_the_usual_name_is_taken_and_the_others_na
     pq.write_table(alone, tmp_path / "cls.parquet")
     source = open_source(tmp_path / "cls.parquet")
     assert source.class_names == ["a", "b"] and not source.summary().notes
+
+
+def test_a_name_that_two_classes_have_merges_them_nowhere(tmp_path):
+    """ImageNet has two classes that are called crane."""
+    names, wanted = ["crane", "dog", "crane"], [0, 1, 2, 0, 1]
+    for part in ("train", "test"):
+        write(tmp_path / f"{part}.parquet", names=names)
+    joined = open_source([tmp_path / "train.parquet", tmp_path / "test.parquet"])
+    assert joined.all_labels().tolist() == 2 * wanted
+    assert [joined.label(index) for index in range(5)] == wanted
+    parts, _ = open_parts([tmp_path], "channels", "train", None)
+    prepare_shards(parts, Settings(None, 3, "channels", "train", parts.content), tmp_path / "out", 0)
+    shards = open_source(tmp_path / "out")
+    assert sorted(shards.all_labels().tolist()) == sorted(wanted)
+    assert shards.class_names == joined.class_names == ["crane", "dog", "crane (2)"]
+
+
+def test_names_stay_with_their_images_where_a_file_has_none(tmp_path):
+    write(tmp_path / "a.parquet", count=3)
+    kind = pa.struct([("bytes", pa.binary())])
+    cells = pa.array([{"bytes": png(k)} for k in range(2)], kind)
+    pq.write_table(pa.table({"img": cells, "label": [0, 1]}), tmp_path / "b.parquet")
+    write(tmp_path / "c.parquet", count=3)
+    source = open_source(tmp_path)
+    names = [source.name(index) for index in range(len(source))]
+    assert [name.rpartition(":")[2] for name in names[:3] + names[5:]] == 2 * ["0.png", "1.png", "2.png"]
+    assert len({*names}) == 8

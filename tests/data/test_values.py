@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ def test_a_survey_of_photographs_tells_sizes_mean_and_std(memory_source: Any, ph
     images = photographs(6) + photographs(1, height=48, width=20)
     found = survey(memory_source(images))
     assert (found.median_size, found.min_size, found.max_size) == ((24, 32), (24, 20), (48, 32))
+    assert found.shorter_side == statistics.median([24] * 6 + [20])
     assert (found.channel_counts, found.dtypes, found.channels) == ({3: 7}, {"uint8": 7}, 3)
     assert found.value_range == ValueRange()
     np.testing.assert_allclose(found.mean, 0.5, atol=0.02)
@@ -178,3 +180,10 @@ def test_a_survey_looks_at_no_more_than_asked_and_at_the_same_ones(
 def test_channels_must_be_auto_or_a_number(memory_source: Any, photographs: Any, channels: Any) -> None:
     with pytest.raises(UserError, match="channels"):
         survey(memory_source(photographs(1)), channels=channels)
+
+
+def test_portraits_and_landscapes_have_the_shorter_side_of_each(memory_source: Any, photographs: Any) -> None:
+    images = photographs(5, height=20, width=60) + photographs(5, height=60, width=20)
+    found = survey(memory_source(images))
+    assert found.median_size == (40, 40)
+    assert found.shorter_side == statistics.median(min(image.shape[1:]) for image in images)

@@ -37,6 +37,7 @@ def survey_of(size: int = 32, dtypes: tuple[str, ...] = ("uint8",), gaps: int = 
     sizes = dict.fromkeys(("median_size", "min_size", "max_size"), (size, size))
     return Survey(
         count=10,
+        shorter_side=size,
         channel_counts={3: 10},
         dtypes=dict.fromkeys(dtypes, 10),
         channels=3,

@@ -13,6 +13,7 @@ from PIL import Image
 from freqmask.methods import build_method
 from freqmask.pretraining import figures
 from freqmask.pretraining.figures import draw_plan, draw_preview, filter_names
+from freqmask.pretraining.watch import telling_keys
 from freqmask.rng import combine, fresh_keys
 
 TINY: dict[str, Any] = {
@@ -95,3 +96,9 @@ def test_a_preview_of_a_large_photograph_stays_below_a_megabyte(tmp_path: Path) 
     images = photograph.expand(4, -1, -1, -1)
     path = draw_preview(tmp_path / "preview.png", dict.fromkeys(("target", "filtered", "filled"), images), "")
     assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.998, 1.0])
+def test_a_filter_that_is_hardly_ever_drawn_ends_no_preview(share: float) -> None:
+    keys = telling_keys(tiny("mfm", low_pass_share=share), 4)
+    assert len(set(keys.tolist())) == 4

@@ -182,6 +182,22 @@ class ChosenSampler(Sampler[Item]):
         return ((0, place, place) for place in self.places)
 
 
+def calibration_images(source: Source) -> list[int]:
+    """Up to 256 images for the statistics of batch norm, of each part of the data some in every batch.
+
+    Folders lie class by class, so the first images would be all of one class, and a batch in their order of few. Where
+    an image cannot be had without its block, they are of up to eight blocks.
+    """
+    candidates, blocks = np.arange(len(source)), source.blocks()
+    if blocks is not None and blocks.whole:
+        candidates = np.flatnonzero(np.isin(blocks.numbers, _evenly(np.unique(blocks.numbers), 8)))
+    return np.random.default_rng(0).permutation(_evenly(candidates, 256)).tolist()
+
+
+def _evenly(items: np.ndarray, most: int) -> np.ndarray:
+    return items[np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(np.int64)]
+
+
 class OrderedSampler(ChosenSampler):
     """Every image once, in the source's order, always as epoch 0: for held-out images and previews.
 

@@ -37,7 +37,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "y")
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
-VERSION = 4
+VERSION = 5
 
 
 @dataclass
@@ -228,7 +228,13 @@ def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dic
         tables = list(pool.map(small, groups)) if columns.small else []
     labels = [value for t in tables for value in _values(t[columns.label])] if columns.label else []
     paths = [t for t in tables if columns.has_paths and columns.image in t.column_names]
-    texts = [text or "" for t in paths for text in _values(pc.struct_field(t[columns.image], "path"))]
+    texts: list[str] = []
+    for table in tables if paths else ():  # some of the files may have none
+        texts += (
+            [text or "" for text in _values(pc.struct_field(table[columns.image], "path"))]
+            if columns.image in table.column_names
+            else [""] * table.num_rows
+        )
     numbers, classes = number_classes(labels, columns.class_names)
     counts = [footers[k].row_group(g).num_rows for k, g in groups]
     arrays: dict[str, np.ndarray] = {

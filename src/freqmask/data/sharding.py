@@ -137,6 +137,7 @@ class Parts:
         Images that lie together far away are dealt out among ``workers`` processes.
         """
         planned: list[PlannedShard] = []
+        stems: list[str] = []
         before = 0
         for split, source in self.parts:
             blocks = source.blocks()
@@ -147,6 +148,9 @@ class Parts:
             images = (before + order).tolist()
             before += len(source)
             stem = re.sub(r"[^\w-]", "_", split or "shards")
+            while stem.casefold() in stems:  # "fold 1" and "fold.1"; some file systems know no capitals
+                stem += "_"
+            stems.append(stem.casefold())
             for shard, first in enumerate(range(0, len(images), size)):
                 name = f"{stem}-{shard:06d}.tar"
                 planned.append(PlannedShard(name, split, images[first : first + size]))

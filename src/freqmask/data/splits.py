@@ -182,18 +182,19 @@ def _deal_groups(
     classes: np.ndarray, groups: np.ndarray, shares: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
     """The part of each image, (image,), the same within a group."""
-    counts = np.zeros((groups.max() + 1, classes.max() + 1))
-    np.add.at(counts, (groups, classes), 1)
-    missing = shares[:, None] * counts.sum(0)  # (part, class): images still to come
-    order = generator.permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-    part_of_group = np.empty(len(counts), np.int64)
+    sizes, all_counts = np.bincount(groups), np.bincount(classes)
+    missing = shares[:, None] * all_counts  # (part, class): images still to come
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    order = generator.permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    part_of_group = np.empty(len(sizes), np.int64)
     for group in order:
+        counts = np.bincount(classes[members[group]], minlength=len(all_counts))
         # What dealing the group to a part does to the sum of squared shortfalls, per part.
-        change = ((missing - counts[group]) ** 2 - missing**2).sum(1) / shares
+        change = ((missing - counts) ** 2 - missing**2).sum(1) / shares
         part = int(np.argmin(change))
         part_of_group[group] = part
-        missing[part] -= counts[group]
+        missing[part] -= counts
     return part_of_group[groups]
 
 
@@ -377,7 +378,8 @@ def number_classes(
     """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called; or None.
 
     Values are a name or a number of each image, None, empty, NaN or negative without one; names are those of 0, 1, ...
-    if known. Fractions are no classes.
+    if known; one that stands there twice (ImageNet's crane, a bird and a machine) is told apart by "(2)". Fractions are
+    no classes.
 
     >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[1], number_classes([2, -1, 70])[1]
     (['cat', 'dog'], ['0', '1', '2'], ['2', '70'])
@@ -394,6 +396,10 @@ def number_classes(
     places: dict[Any, int]
     if names is not None:
         places = {number: number for number in range(len(names))}
+        times = Counter[str]()
+        for place, name in enumerate(names := list(names)):
+            times[name] += 1
+            names[place] = f"{name} ({times[name]})" if times[name] > 1 else name
     else:
         ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
         places, names = {value: place for place, value in enumerate(ordered)}, [str(v) for v in ordered]

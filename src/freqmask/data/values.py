@@ -113,6 +113,7 @@ class Survey:
 
     count: int  # images looked at
     median_size: tuple[int, int]  # median height and width in pixels
+    shorter_side: int  # the median of the images' own shorter sides, which portraits among landscapes have
     min_size: tuple[int, int]  # smallest height and smallest width
     max_size: tuple[int, int]  # largest height and largest width
     channel_counts: dict[int, int]  # channels -> how many images have them
@@ -316,6 +317,7 @@ def _summarize(
     return Survey(
         count=count,
         median_size=(height, width),
+        shorter_side=int(np.median(sizes.min(axis=1))),
         min_size=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         max_size=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
         channel_counts=dict(Counter(thumbnail.channels for thumbnail in seen).most_common()),

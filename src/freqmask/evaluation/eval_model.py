@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from freqmask.backbones import Features, recalibrate_batch_norm
-from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
+from freqmask.data.loader import ChosenSampler, TrainDataset, calibration_images, make_loader
 from freqmask.data.pixels import check_channels
 from freqmask.data.source import Source, Subset
 from freqmask.data.sources import open_source
@@ -45,7 +45,6 @@ CONVERTIBLE = (1, 3, 4)  # channels of images that any model can be shown
 NOTABLE = 0.05  # share of an image's area or side from which a difference is told
 _PIXEL_SIDE = 32  # raw pixels of larger images would be more numbers than a head can use
 _BLOCKS = (1 / 2, 3 / 4)  # how deep inside the last block of a masked model serves its decoder
-_CALIBRATION_IMAGES = 256
 
 
 class EvalModel(ABC):
@@ -135,7 +134,7 @@ class BackboneModel(EvalModel):
         """Move to the device; fresh weights with batch norm get statistics of these images first."""
         self.opened.backbone.to(device)
         if self.kind == "random":
-            places = torch.linspace(0, len(train) - 1, min(_CALIBRATION_IMAGES, len(train))).long().tolist()
+            places = calibration_images(train)
             images, at_once = self.dataset(train), min(64, len(places))
             loader = make_loader(images, ChosenSampler(places), at_once, workers=0, pin_memory=False)
             views = (as_float(batch["views"][0].to(device)) for batch in loader)

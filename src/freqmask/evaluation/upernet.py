@@ -234,7 +234,7 @@ def choose_crop(asked: Mapping[str, Any], survey: Survey) -> Choice:
     if asked["crop"] not in (None, AUTO):
         return Choice(int(asked["crop"]), "as asked")
     on_gpu = torch.cuda.is_available() and asked["accelerator"] != "cpu"
-    shorter, most = min(survey.median_size), CROP if on_gpu else CROP_ON_CPU
+    shorter, most = survey.shorter_side, CROP if on_gpu else CROP_ON_CPU
     side = max(32, min(most, shorter) // 32 * 32)
     if side < most:
         return Choice(side, f"the median shorter side is {shorter}")

@@ -141,7 +141,7 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 def _input_lines(resolved: Resolved) -> Iterator[str]:
     options, side = resolved.values, shorter_side(resolved.values)
-    median = min(resolved.survey.median_size)
+    median = resolved.survey.shorter_side
     shown = "x".join(map(str, height_and_width(options["image_size"])))
     channels = counted(options["channels"], "channel") + resolved.why("channels")
     yield f"input size  {shown} pixels{resolved.why('image_size')}, {channels}"

@@ -235,7 +235,7 @@ def _resolve_images(resolved: Resolved, source: Source) -> None:
     options["value_range"] = seen.value_range.describe()
     resolved.take("convert_channels", options["channels"] != "auto", "whether channels is given")
     resolved.take("channels", seen.channels, "the commonest count")
-    resolved.take("image_size", *auto.choose_image_size(min(seen.median_size)))
+    resolved.take("image_size", *auto.choose_image_size(seen.shorter_side))
     options["image_size"] = parse_image_size(options["image_size"])
     photographs = options["channels"] == 3 and set(seen.dtypes) == {"uint8"}
     for name, published in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):

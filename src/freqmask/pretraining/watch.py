@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from freqmask.backbones import Backbone, recalibrate_batch_norm
-from freqmask.data.loader import ChosenSampler, OrderedSampler, TrainDataset, make_loader
+from freqmask.data.loader import ChosenSampler, OrderedSampler, TrainDataset, calibration_images, make_loader
 from freqmask.data.source import Source
 from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
@@ -25,7 +25,6 @@ from freqmask.training.callbacks import Measurement
 from freqmask.training.run_folder import RunFolder
 
 PREVIEW_IMAGES = 4
-CALIBRATION_IMAGES = 256
 FEATURES_AT_ONCE = 64 * 224**2  # pixels: without gradients even large networks have room for them
 MOST_TRAIN, MOST_TEST, MOST_RANKED = 5000, 2000, 1000  # images of a probe: enough for a trend, cheap enough
 NEIGHBORS = 20
@@ -98,13 +97,14 @@ class HeldOut(Measurement):
 
 
 def telling_keys(method: Any, count: int) -> Tensor:
-    """Keys under which the images of a preview get the method's filters in turn, each as often as the others."""
+    """Keys under which the images of a preview get the method's filters in turn, rarely drawn ones less often."""
     names = filter_names(method, torch.arange(64 * count))
     kinds = sorted(set(names))
     chosen: list[int] = []
     for number in range(count):
         wanted = kinds[number % len(kinds)]
-        chosen.append(next(key for key, name in enumerate(names) if name == wanted and key not in chosen))
+        unused = [key for key in range(len(names)) if key not in chosen]
+        chosen.append(next((key for key in unused if names[key] == wanted), unused[0]))
     return torch.tensor(chosen)
 
 
@@ -116,9 +116,9 @@ def first_batch(images: TrainDataset, count: int) -> dict[str, Any]:
 
 
 def calibration(images: TrainDataset, method: Any, batch_size: int = 64) -> Iterator[Tensor]:
-    """Normalized, unfiltered batches for batch norm, from the first images of a dataset."""
-    sampler = OrderedSampler(min(CALIBRATION_IMAGES, len(images)))
-    for batch in make_loader(images, sampler, min(batch_size, len(sampler)), workers=0):
+    """Normalized, unfiltered batches for batch norm."""
+    places = calibration_images(images.source)
+    for batch in make_loader(images, ChosenSampler(places), min(batch_size, len(places)), workers=0):
         yield method.normalise(as_float(batch["views"][0]).to(next(method.parameters()).device))
 
 
