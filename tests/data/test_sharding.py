@@ -338,7 +338,7 @@ def test_splits_whose_names_differ_in_odd_signs_only_lose_no_image(tmp_path):
     names = [f"{number}.png" for number in range(12)]
     for number, name in enumerate(names):
         Image.fromarray(noise(number)).save(photos / name)
-    splits = ["fold 1", "fold.1", "Fold 1"]
+    splits = ["fold 1", "fold.1", "fold?1"]
     rows = [f"{name},a,{splits[number % 3]}" for number, name in enumerate(names)]
     (table := tmp_path / "splits.csv").write_text("\n".join(["path,label,split", *rows]))
     prepared(photos, tmp_path / "out", labels=table)

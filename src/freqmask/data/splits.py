@@ -74,9 +74,11 @@ def choose_split(names: Iterable[str], split: str, where: str) -> str | None:
     if split == "all":
         return None
     wanted = "train" if split == "auto" else split_of(split) or split
-    fitting = [name for name in known if split in (name, name.lower())] or [
-        name for name in known if split_of(name) == wanted
-    ]
+    fitting = (
+        [name for name in known if name == split]
+        or [name for name in known if name.lower() == split]
+        or [name for name in known if split_of(name) == wanted]
+    )
     if split == "auto":
         return fitting[0] if fitting and any(split_of(name) in ("val", "test") for name in known) else None
     if not fitting:
