@@ -17,7 +17,8 @@ from freqmask.commands.command import declared, given_values, read_words
 from freqmask.errors import ALIASES, UserError
 from freqmask.filters import FILTERS
 from freqmask.methods import METHODS
-from freqmask.options import Auto, Option, Range
+from freqmask.options import Auto, Option, Range, options_of
+from freqmask.options.of_methods import MFMOptions
 
 KNOWN = declared(freqmask.pretrain)
 
@@ -272,3 +273,11 @@ def test_a_range_is_kept_by_every_number_of_a_list() -> None:
     for wrong in ([0.5], [0.5, 2], ["a", "b"]):
         with pytest.raises(UserError, match=r"share .* must be auto, or 2 numbers from 0 to 1"):
             share.read(wrong)
+
+
+def test_yaml_that_is_none_is_a_sentence_and_a_name_in_brackets_a_text():
+    known = options_of(MFMOptions)
+    with pytest.raises(UserError, match=r"model_args \({depth: 4\) must be a mapping such as '{depth: 4}'"):
+        known["model_args"].read("{depth: 4")
+    assert Option("data", list[str]).read("[2020] photos") == ["[2020] photos"]
+    assert Option("data", list[str]).read("[a, b]") == ["a", "b"]

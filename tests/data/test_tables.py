@@ -233,6 +233,9 @@ def test_train_and_test_are_told_by_the_names_of_files_wherever_they_lie(tmp_pat
     write(tmp_path / "test" / "test-0.parquet", 2)
     assert splits_there(tmp_path / "test") == ["test", "train"] and len(open_source(tmp_path / "test")) == 3
     assert len(open_source(str(tmp_path / "test" / "t*-0.parquet"), split="test")) == 2
+    write(tmp_path / "hub" / "mnist-train.parquet", 3)  # as the hub's conversion called them
+    write(tmp_path / "hub" / "mnist-test.parquet", 2)
+    assert splits_there(tmp_path / "hub") == ["test", "train"] and len(open_source(tmp_path / "hub")) == 3
     with pytest.raises(UserError, match="no file fits"):
         open_source(str(tmp_path / "none-*.parquet"))
 

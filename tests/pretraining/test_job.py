@@ -270,6 +270,16 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(again)]
 
 
+def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, clock = {**TINY, "checkpoint_every_steps": 2}, iter(range(0, 100_000, 1000))
+    monkeypatch.setattr("freqmask.training.callbacks.time.time", lambda: next(clock))  # 1,000 s a look
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(3, options, tmp_path / "run")
+    run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
+    # 1,000 until the checkpoint of step 2; then begun at 2,000 and looked at for steps 4 and 6 and at the end
+    assert RunFolder(run).summary()["seconds"] == 1000 + 3000
+
+
 def test_a_run_finds_its_images_from_every_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -222,6 +222,18 @@ def test_fast_bf16_is_detected_not_assumed(monkeypatch: pytest.MonkeyPatch) -> N
     assert "9 times as fast" in auto.choose_precision("cpu").reason
 
 
+@pytest.mark.parametrize(("devices", "cores", "workers"), [(1, 64, 32), (1, 8, 8), (8, 64, 8), (4, 2, 1)])
+def test_loader_workers_share_the_cores_among_the_devices(
+    devices: int, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "usable_cores", lambda: cores)
+    monkeypatch.setattr(auto, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    plan = auto.Plan({"precision": "32-true", "accelerator": "gpu"})
+    plan.take_machine()
+    assert (plan.values["devices"], plan.values["workers"]) == (devices, workers)
+
+
 def test_a_precision_that_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "bf16_gain", lambda: pytest.fail("measured"))
     plan = auto.Plan({"precision": "bf16-mixed", "accelerator": "cpu"})

@@ -26,7 +26,7 @@ from freqmask.data.cache import PackedIndex, cache_file, hash_of, piece_of, repl
 from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, PackedSource, Source, SourceSummary
-from freqmask.data.splits import Located, number_classes, split_of
+from freqmask.data.splits import Located, number_classes, split_of, split_of_shard
 from freqmask.data.storage import Files, RangeFile
 from freqmask.errors import BadImage, UserError, brief
 
@@ -154,15 +154,14 @@ def tables_of_one(names: Iterable[str], where: str) -> list[str]:
 
 
 def locate_tables(files: Files, names: Sequence[str], where: str, named: bool = True) -> Located:
-    """The images of parquet files, in order; splits by the folders' names, or else by how the files' names begin.
+    """The images of parquet files, in order; splits by the names of their folders or files.
 
     Those of a folder, which nobody ``named`` one by one, must be of one data set.
     """
     tables = names if named else tables_of_one(names, where)
     by_split: dict[str, list[str]] = {}
     for name in tables:
-        path = PurePosixPath(name)
-        split = path.parent.name if split_of(path.parent.name) else re.split(r"[-_.]", path.name)[0]
+        split = split_of_shard(name) or re.split(r"[-_.]", PurePosixPath(name).name)[0]
         by_split.setdefault(split, []).append(name)
     return Located(
         where,

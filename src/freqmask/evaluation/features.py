@@ -60,7 +60,7 @@ class ComputeConfig:
             devices = choose_devices(options.get("devices", 1), device, options["accelerator"])
         batch, workers = options["batch_size"], options["workers"]
         if workers == "auto":
-            workers = max(choose_workers(device.type == "cuda").value // len(devices), 1)
+            workers = choose_workers(device.type == "cuda", len(devices)).value
         if len(devices) > 1:
             count, threads, cores = len(devices), torch.get_num_threads(), usable_cores()
             words = f"{count} x {device.type}: each sees a part of the images; heads are trained on one"

@@ -179,8 +179,6 @@ def parse_yaml(text: Any, texts: bool = False) -> Any:
 
     if not isinstance(text, str):
         return text
-    if texts:
-        return yaml.load(text, yaml.BaseLoader)
 
     class Loader(yaml.SafeLoader):
         """Safe, without dates, and 1e-3 is a number."""
@@ -191,7 +189,10 @@ def parse_yaml(text: Any, texts: bool = False) -> Any:
     }
     exponent = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
-    return yaml.load(text, Loader)
+    try:
+        return yaml.load(text, yaml.BaseLoader if texts else Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _sort(kind: Any) -> Any:
@@ -246,7 +247,7 @@ def _read_literal(value: Any, kind: Any, option: Option) -> Any:
 
 def _read_list(value: Any, kind: Any, option: Option) -> list[Any]:
     element = _element(kind)
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.strip()[:1] + value.strip()[-1:] == "[]":
         value = parse_yaml(value, texts=True)
     if isinstance(value, (str, bytes, os.PathLike, Mapping)) or not isinstance(value, Iterable):
         if value is None or (isinstance(value, str) and value.lower() in _NULL):

@@ -93,7 +93,7 @@ class Plan:
         self.values |= {"accelerator": device.type, **fixed}
         count = torch.cuda.device_count() if device.type == "cuda" else 1
         self.take("devices", count, "all of them" if count > 1 else "one device here")
-        self.take("workers", *choose_workers(device.type == "cuda"))
+        self.take("workers", *choose_workers(device.type == "cuda", int(self.values["devices"])))
         asked = self.asked.get("precision")  # where it is given nothing is measured
         self.take("precision", *(choose_precision(device.type) if asked in (None, "auto") else (asked,)))
         return device
@@ -256,13 +256,13 @@ def choose_epochs(images: int, batch_size: int) -> Choice:
     return Choice(MOST_EPOCHS, f"the most we give to {images:,} images")
 
 
-def choose_workers(on_gpu: bool) -> Choice:
-    """All cores feed a GPU; on a CPU the training itself needs them, so a quarter loads."""
+def choose_workers(on_gpu: bool, devices: int = 1) -> Choice:
+    """All cores feed the GPUs, each its share; on a CPU the training itself needs them, so a quarter loads."""
     cores = usable_cores()
     if on_gpu:
-        return Choice(min(cores, 32), f"{cores} cores feed the GPU")
+        return Choice(max(min(cores // devices, 32), 1), f"{cores} cores feed {counted(devices, 'GPU')}")
     use = "most of them for" if cores > 1 else "shared with"
-    return Choice(max(cores // 4, 1), f"{counted(cores, 'core')}, {use} the training itself")
+    return Choice(max(cores // 4 // devices, 1), f"{counted(cores, 'core')}, {use} the training itself")
 
 
 def world_size(numbers: Mapping[str, Any]) -> int:

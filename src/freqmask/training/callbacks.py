@@ -423,6 +423,12 @@ class ExactResume(L.Callback):
         self.batches_a_step = batches_a_step
         self._states: list[tuple[Tensor, Tensor | None]] = []  # of the CPU and of the GPU, by process
         self._is_set = False
+        self.seconds_before, self._began = 0.0, time.time()  # what earlier starts took
+
+    @property
+    def seconds(self) -> float:
+        """What the training has taken, all its starts together."""
+        return self.seconds_before + time.time() - self._began
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
@@ -430,6 +436,7 @@ class ExactResume(L.Callback):
         """Add the states of the global generators, and of those of the GPUs, where dropout draws."""
         on_gpu = module.device.type == "cuda"
         own = (torch.get_rng_state(), torch.cuda.get_rng_state(module.device) if on_gpu else None)
+        checkpoint["seconds"] = self.seconds
         checkpoint["random_states"] = [own] * trainer.world_size
         if trainer.world_size > 1:
             distributed.all_gather_object(checkpoint["random_states"], own)
@@ -438,6 +445,7 @@ class ExactResume(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the generator's state until the training starts: setting up draws numbers, too."""
+        self.seconds_before = float(checkpoint.get("seconds", 0.0))
         of_one = (checkpoint.get("random_state"), checkpoint.get("gpu_random_state"))  # as 0.1.0 wrote it
         self._states = checkpoint.get("random_states") or [of_one]
         batches = int(checkpoint["global_step"]) * self.batches_a_step

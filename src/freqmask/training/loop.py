@@ -148,7 +148,7 @@ def train(
     Raises:
         UserError: what a training may die of, with the way out.
     """
-    began, run, numbers = time.time(), task.run, task.numbers
+    run, numbers = task.run, task.numbers
     _take_threads(run.state())
     done, path = (checkpoint.step, checkpoint.path) if checkpoint else (0, None)
     batch, every = int(numbers["batch_size"]), int(numbers["log_every_steps"])
@@ -157,8 +157,9 @@ def train(
         progress = Progress(task.steps, done, task.shown, lines=task.lines)
         monitor = Monitor(run, progress, every, batch, task.images, task.warmup_steps)
         # rows of a step are written before its checkpoint: a restart from there will not make them again
+        resume = ExactResume(int(numbers["accumulate"]))
         callbacks = [
-            ExactResume(int(numbers["accumulate"])),
+            resume,
             Skipped(run.skipped, task.images, float(numbers["max_skipped_share"]), every),
             monitor,
             *task.callbacks(monitor),
@@ -180,8 +181,7 @@ def train(
             stopped()
         leave(signals.received)
     counts = {"steps": step, "images_per_second": rate, "skipped": len(read_rows(run.skipped))}
-    seconds = round(time.time() - began, 1)
-    summary = {**counts, **summarize(), "seconds": seconds, "ended": now()}
+    summary = {**counts, **summarize(), "seconds": round(resume.seconds, 1), "ended": now()}
     if rank() == 0:
         run.finish(summary)
     return summary
