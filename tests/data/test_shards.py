@@ -257,6 +257,21 @@ def test_an_index_beside_the_shards_decides(tmp_path, monkeypatch):
     assert reds(open_source(tmp_path / "s-1.tar")) == [4, 5, 6, 7]
 
 
+def test_a_shard_that_an_index_does_not_list_is_said(tmp_path):
+    indexed(tmp_path)
+    assert open_source(tmp_path).summary().notes == []
+    pack(tmp_path / "more.tar", samples([8, 9]))
+    source = open_source(tmp_path)
+    assert reds(source) == list(range(8))
+    assert source.summary().notes == [
+        "1 shard (such as more.tar) that shards.index does not list: not read; delete shards.index to have it made "
+        "anew."
+    ]
+    assert open_source(tmp_path / "s-0.tar").summary().notes == []
+    (tmp_path / INDEX_NAME).unlink()
+    assert sorted(reds(open_source(tmp_path))) == list(range(10))
+
+
 @pytest.mark.parametrize("damage", ["gone", "other", "index", "older"])
 def test_an_index_that_does_not_fit_is_refused(tmp_path, damage):
     indexed(tmp_path)

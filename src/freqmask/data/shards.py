@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from freqmask.console import say
+from freqmask.console import counted, say
 from freqmask.data.cache import PackedIndex, hash_of, text_arrays
 from freqmask.data.decode import read_suffixes
 from freqmask.data.source import (
@@ -334,6 +334,12 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
                 f"{INDEX_NAME}; fetch it again, or delete {INDEX_NAME} to have it made anew"
             )
     index.states = states
+    added = sorted({*files.names()} - {*sizes}) if names is None and not files.remote else []
+    if added:
+        index.notes.append(
+            f"{counted(len(added), 'shard')} (such as {added[0]}) that {INDEX_NAME} does not list: not read; delete "
+            f"{INDEX_NAME} to have it made anew."
+        )
     return index
 
 
