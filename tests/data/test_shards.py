@@ -145,6 +145,26 @@ def test_a_packed_folder_has_its_folders_as_classes(tmp_path):
     assert source.all_labels().tolist() == [1, 1, 0] and source.summary().ignored == {".txt": 1}
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_a_hard_link_is_the_image_that_it_names(tmp_path, far):
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        (tmp_path / "set" / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "set" / "0.cls").write_text("cat")
+    (tmp_path / "set" / "3.png").hardlink_to(tmp_path / "set" / "1.png")
+    (tmp_path / "set" / "3.cls").hardlink_to(tmp_path / "set" / "0.cls")
+    (tmp_path / "set" / "4.png").hardlink_to(tmp_path / "set" / "2.png")
+    (tmp_path / "set" / "5.png").symlink_to("2.png")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(tmp_path / "set", "set")  # its files by their names, one whose bytes it has already as a link
+        assert sum(info.islnk() for info in tar) == 3
+    source = open_source(f"file://{tmp_path / 's.tar'}" if far else tmp_path / "s.tar")
+    assert [source.name(k) for k in range(5)] == [f"s/set/{k}.png" for k in range(5)]
+    assert reds(source) == reds(source) == [0, 1, 2, 1, 2]
+    assert source.all_labels().tolist() == [0, -1, -1, 0, -1]
+    assert source.summary().ignored == {".png": 1}
+
+
 def test_masks_beside_images_are_not_images(tmp_path):
     members = [("0.depth.png", png(9)), ("0.png", png(0)), ("1.png", png(1)), ("1.mask.png", png(9))]
     source = open_source(pack(tmp_path / "s.tar", members))
