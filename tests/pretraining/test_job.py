@@ -233,6 +233,23 @@ def test_init_starts_from_the_weights_of_a_run(finished: Path, tmp_path: Path) -
         torch.testing.assert_close(value, weights(finished)[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["mfm", "sr"])
+def test_init_takes_heads_of_the_same_method_only(
+    method: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**TINY, "steps": 1, "lr": 1e-12, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.0}
+    options |= {"method": method, "init": str(finished)}
+    run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "on"))
+    said, is_same = capsys.readouterr().out, method == "mfm"
+    assert (f"the whole method of {finished}" in said) == is_same
+    assert (f"the backbone of {finished}; the heads begin anew" in said) != is_same
+    first, now = (freqmask.load_method(path).state_dict() for path in (finished, run))
+    heads = [name for name in first if name.startswith("decoder.")]
+    assert heads
+    for name, value in first.items():
+        assert torch.allclose(value, now[name], atol=1e-6) == (is_same or name not in heads), name
+
+
 def test_init_names_what_does_not_fit(finished: Path, tmp_path: Path) -> None:
     options = {**TINY, "model_args": {"depth": 2, "embed_dim": 32, "num_heads": 2}}
     with pytest.raises(UserError, match=r"does not fit the backbone: blocks\.1.*is missing"):
