@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,24 @@ def test_init_starts_from_the_weights_of_a_run(finished: Path, tmp_path: Path) -
     run = freqmask.pretrain("builtin:digits", **options, init=str(finished), out=str(tmp_path / "on"))
     for name, value in weights(run).items():
         torch.testing.assert_close(value, weights(finished)[name], atol=1e-6, rtol=0)
+
+
+def test_a_run_goes_on_though_its_first_weights_are_gone(finished: Path, tmp_path: Path) -> None:
+    options = {**TINY, "method": "mfm", "steps": 4, "checkpoint_every_steps": 1}
+    first, early, late = (tmp_path / name for name in ("first", "early", "late"))
+    shutil.copytree(finished, first)
+    options["init"] = str(first)
+    whole = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "whole"))
+    for step, out in ((1, early), (3, late)):
+        with pytest.raises(RuntimeError, match="killed here"):
+            train_until(step, options, out)
+        assert bool(RunFolder(out).began_measured()) == (out == late)
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"init .*nothing of that name exists"):  # row 0 is to be of them
+        freqmask.pretrain("builtin:digits", **options, out=str(early))
+    with pytest.raises(UserError, match=r"init .*nothing of that name exists"):
+        freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "new"))
+    assert_identical(whole, freqmask.pretrain("builtin:digits", **options, out=str(late)))
 
 
 @pytest.mark.parametrize("method", ["mfm", "sr"])

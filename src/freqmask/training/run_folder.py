@@ -25,7 +25,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 from freqmask import __version__
 from freqmask.console import rank
 from freqmask.errors import UserError, brief
-from freqmask.training.files import check_writable, clear_leftovers, current_name, replace_atomically, writing
+from freqmask.training.files import (
+    check_writable,
+    clear_leftovers,
+    current_name,
+    read_rows,
+    replace_atomically,
+    writing,
+)
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
@@ -82,6 +89,10 @@ class RunFolder:
                 )
             time.sleep(0.2)
         return self
+
+    def began_measured(self) -> bool:
+        """Whether the weights that the run began with have been measured: row 0 of its metrics."""
+        return any(row.get("step") == "0" for row in read_rows(self.metrics))
 
     def finished(self) -> bool:
         """Whether the run came to its end."""
