@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from freqmask.data.shards import (
 )
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out
-from freqmask.data.storage import INDEX_NAME, expand_braces, files_of
+from freqmask.data.storage import INDEX_NAME, expand_braces, files_of, is_pattern
 from freqmask.data.transforms import Geometry
 from freqmask.errors import BadImage, UserError
 
@@ -104,6 +105,40 @@ def test_a_pattern_names_some_shards(tmp_path, pattern):
     for number in range(4):
         pack(tmp_path / f"s-{number:03d}.tar", samples([number]))
     assert reds(open_source(str(tmp_path / pattern))) == [1, 2]
+
+
+class _WindowsPath(PureWindowsPath):
+    """A path as Windows has it, of files that are there where they are looked for."""
+
+    def expanduser(self):
+        return self
+
+    def is_dir(self):
+        return False
+
+    def is_file(self):
+        return not is_pattern(str(self))
+
+    def glob(self, pattern):
+        assert not PureWindowsPath(pattern).anchor  # pathlib refuses those
+        return [self / pattern.replace("*", "7")]
+
+
+@pytest.mark.parametrize(
+    ("text", "root", "names"),
+    [
+        (r"C:\data\train\s-*.tar", r"C:\data\train", ["s-7.tar"]),
+        ("C:/data/*/s-{0..1}.tar", r"C:\data", ["7/s-0.tar", "7/s-1.tar"]),
+        ("C:/s-*.tar", "C:\\", ["s-7.tar"]),
+        (r"data\s-*.tar", "data", ["s-7.tar"]),
+        ("s-*.tar", ".", ["s-7.tar"]),
+        (r"\\server\share\set\s-*.tar", r"\\server\share\set", ["s-7.tar"]),
+    ],
+)
+def test_a_pattern_may_have_a_drive_and_backslashes(text, root, names, monkeypatch):
+    monkeypatch.setattr("freqmask.data.storage.Path", _WindowsPath)
+    files, found = files_of(text)
+    assert (files.where, found) == (root, names)
 
 
 def test_braces_count_with_their_zeros():
