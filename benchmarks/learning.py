@@ -153,7 +153,7 @@ def folder(path: Path, split: str) -> tuple[list[Any], list[int]]:
 
 def loaded_once(path: str, size: int) -> dict[str, Tensor]:
     """As :func:`load`, kept decoded in the temporary folder for the other processes."""
-    key = hashlib.sha1(f"{path} {size}".encode()).hexdigest()[:12]
+    key = hashlib.sha1(f"{Path(path).resolve()} {size}".encode()).hexdigest()[:12]
     kept = Path(tempfile.gettempdir()) / f"learning-{key}.pt"
     if not kept.exists():
         torch.save(load(path, size), kept.with_suffix(f".{os.getpid()}"))
@@ -594,7 +594,8 @@ def speed_key(job: dict[str, Any]) -> str:
         name: value for name, value in job["options"].items() if name not in ("lr", "crop", "weight_decay")
     }
     size = [] if job["size"] == 32 else [job["size"]]
-    return json.dumps([job["backbone"], job["method"], options, *size], sort_keys=True)
+    teacher = [job["teacher"]] if job.get("teacher") else []
+    return json.dumps([job["backbone"], job["method"], options, *size, *teacher], sort_keys=True)
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -37,3 +37,15 @@ def test_every_part_of_the_gpu_benchmark_runs_at_toy_size(tmp_path: Path) -> Non
     assert not failures, told.stdout
     assert "claims met" in told.stdout
     assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def test_the_speed_of_a_method_is_its_teacher_s_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import learning
+
+    job = {"backbone": "cnn", "method": "teacher", "options": {"lr": 0.1}, "size": 32}
+    keys = [
+        learning.speed_key({**job, **more}) for more in ({}, {"teacher": "timm:a"}, {"teacher": "timm:b"})
+    ]
+    assert len(set(keys)) == 3
+    assert keys[0] == '["cnn", "teacher", {}]'  # as speeds of methods without one are kept

@@ -320,9 +320,7 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> No
                     if count == len(images):
                         norm.reset_running_stats()
                         norm.train()
-                    norm.momentum = (
-                        len(images) / count
-                    )  # the cumulative mean; a last batch may be a small one
+                    norm.momentum = len(images) / count  # the cumulative mean; a last batch may be small
                 backbone(images)
         except ValueError:
             if len(images) > 1:

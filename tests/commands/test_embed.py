@@ -31,6 +31,21 @@ def test_features_stand_beside_the_run_and_are_not_computed_twice(run, photograp
     assert "is there already" in capsys.readouterr().out
 
 
+def test_a_file_with_other_labels_is_something_else(run, photographs, tmp_path):
+    table, out = tmp_path / "labels.csv", tmp_path / "x.parquet"
+    names = [str(path.relative_to(photographs)) for path in sorted(photographs.glob("cats/[0-4].*"))]
+    options = {"labels": str(table), "out": out, "workers": 0}
+    for labels, more in ((["a", "b"], {}), (["b", "a"], {"overwrite": True})):
+        wanted = [labels[k % 2] for k in range(len(names))]
+        rows = [f"{name},{label}" for name, label in zip(names, wanted, strict=True)]
+        table.write_text("\n".join(["path,label", *rows]) + "\n")
+        if more:
+            with pytest.raises(UserError, match="exists already"):
+                freqmask.embed(run, photographs, **options)
+        freqmask.embed(run, photographs, **options, **more)
+        assert pq.read_table(out)["class"].to_pylist() == wanted
+
+
 def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_path, capsys):
     out = tmp_path / "x.npy"
     out.write_bytes(b"something else")

@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from freqmask.data.shards import (
 )
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.splits import hold_out
-from freqmask.data.storage import INDEX_NAME, expand_braces, files_of
+from freqmask.data.storage import INDEX_NAME, expand_braces, files_of, is_pattern
 from freqmask.data.transforms import Geometry
 from freqmask.errors import BadImage, UserError
 
@@ -106,6 +107,40 @@ def test_a_pattern_names_some_shards(tmp_path, pattern):
     assert reds(open_source(str(tmp_path / pattern))) == [1, 2]
 
 
+class _WindowsPath(PureWindowsPath):
+    """A path as Windows has it, of files that are there where they are looked for."""
+
+    def expanduser(self):
+        return self
+
+    def is_dir(self):
+        return False
+
+    def is_file(self):
+        return not is_pattern(str(self))
+
+    def glob(self, pattern):
+        assert not PureWindowsPath(pattern).anchor  # pathlib refuses those
+        return [self / pattern.replace("*", "7")]
+
+
+@pytest.mark.parametrize(
+    ("text", "root", "names"),
+    [
+        (r"C:\data\train\s-*.tar", r"C:\data\train", ["s-7.tar"]),
+        ("C:/data/*/s-{0..1}.tar", r"C:\data", ["7/s-0.tar", "7/s-1.tar"]),
+        ("C:/s-*.tar", "C:\\", ["s-7.tar"]),
+        (r"data\s-*.tar", "data", ["s-7.tar"]),
+        ("s-*.tar", ".", ["s-7.tar"]),
+        (r"\\server\share\set\s-*.tar", r"\\server\share\set", ["s-7.tar"]),
+    ],
+)
+def test_a_pattern_may_have_a_drive_and_backslashes(text, root, names, monkeypatch):
+    monkeypatch.setattr("freqmask.data.storage.Path", _WindowsPath)
+    files, found = files_of(text)
+    assert (files.where, found) == (root, names)
+
+
 def test_braces_count_with_their_zeros():
     assert expand_braces("a-{8..10}") == ["a-8", "a-9", "a-10"]
     assert expand_braces("a-{08..10}-{0..1}")[-1] == "a-10-1"
@@ -143,6 +178,26 @@ def test_a_packed_folder_has_its_folders_as_classes(tmp_path):
     source = open_source(pack(tmp_path / "s.tar", [(n, png(k)) for k, n in enumerate(names)]))
     assert len(source) == 3 and source.class_names == ["cat", "dog"]
     assert source.all_labels().tolist() == [1, 1, 0] and source.summary().ignored == {".txt": 1}
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_hard_link_is_the_image_that_it_names(tmp_path, far):
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        (tmp_path / "set" / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "set" / "0.cls").write_text("cat")
+    (tmp_path / "set" / "3.png").hardlink_to(tmp_path / "set" / "1.png")
+    (tmp_path / "set" / "3.cls").hardlink_to(tmp_path / "set" / "0.cls")
+    (tmp_path / "set" / "4.png").hardlink_to(tmp_path / "set" / "2.png")
+    (tmp_path / "set" / "5.png").symlink_to("2.png")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(tmp_path / "set", "set")  # its files by their names, one whose bytes it has already as a link
+        assert sum(info.islnk() for info in tar) == 3
+    source = open_source(f"file://{tmp_path / 's.tar'}" if far else tmp_path / "s.tar")
+    assert [source.name(k) for k in range(5)] == [f"s/set/{k}.png" for k in range(5)]
+    assert reds(source) == reds(source) == [0, 1, 2, 1, 2]
+    assert source.all_labels().tolist() == [0, -1, -1, 0, -1]
+    assert source.summary().ignored == {".png": 1}
 
 
 def test_masks_beside_images_are_not_images(tmp_path):
@@ -255,6 +310,21 @@ def test_an_index_beside_the_shards_decides(tmp_path, monkeypatch):
     assert reds(source) == list(range(8)) and source.class_names == ["ant", "cat"]
     assert source.name(5) == "old/1/1" and source.label(5) == 1
     assert reds(open_source(tmp_path / "s-1.tar")) == [4, 5, 6, 7]
+
+
+def test_a_shard_that_an_index_does_not_list_is_said(tmp_path):
+    indexed(tmp_path)
+    assert open_source(tmp_path).summary().notes == []
+    pack(tmp_path / "more.tar", samples([8, 9]))
+    source = open_source(tmp_path)
+    assert reds(source) == list(range(8))
+    assert source.summary().notes == [
+        "1 shard (such as more.tar) that shards.index does not list: not read; delete shards.index to have it made "
+        "anew."
+    ]
+    assert open_source(tmp_path / "s-0.tar").summary().notes == []
+    (tmp_path / INDEX_NAME).unlink()
+    assert sorted(reds(open_source(tmp_path))) == list(range(10))
 
 
 @pytest.mark.parametrize("damage", ["gone", "other", "index", "older"])

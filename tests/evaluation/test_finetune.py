@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import fused_in_training, make_run, steps_made
 
@@ -283,6 +284,32 @@ def test_other_settings_are_refused_each_named(tuned: Path, there: Path) -> None
     ) as caught:
         finetune(there, tuned.parent, held_out=0.2, lr=0.1, erasing=0.5)
     assert "another --out" in str(caught.value)
+
+
+def test_a_classifier_of_other_labels_is_not_taken(there: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number, pixels in enumerate(np.load(there / "two.npz")["train_images"][:16]):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+
+    def label(names: str) -> None:
+        lines = [f"{k}.png,{names[k % 2]},{'test' if k > 11 else 'train'}" for k in range(16)]
+        (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *lines]) + "\n")
+
+    options = {"data": str(tmp_path / "images"), "labels": str(tmp_path / "labels.csv"), "steps": 1}
+    label("ab")
+    (first,) = finetune(there, tmp_path / "out", **options)
+    (again,) = finetune(there, tmp_path / "out", **options)
+    assert again.accuracies == first.accuracies
+    label("ba")
+    with pytest.raises(
+        UserError, match=r"begun with other settings: labels of the images was \w+ and is \w+ now"
+    ):
+        finetune(there, tmp_path / "out", **options)
+    run = RunFolder(tmp_path / "out" / "mine-seed0")
+    state = run.state()
+    del state["deciding"]["labels of the images"]  # as 0.1.0 wrote it
+    run.write_state(state)
+    finetune(there, tmp_path / "out", **options)
 
 
 def test_few_labels_are_the_draw_of_fewshot(there: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 import freqmask
 from freqmask.errors import UserError
-from freqmask.interop.models import open_model
+from freqmask.interop.models import decoder_of, open_model
 from freqmask.interop.weights import load_method, run_state
 
 
@@ -32,6 +32,14 @@ def test_the_backbone_folder_of_a_run_is_the_same_model(vit_run):
     run, folder = open_model(vit_run.path), open_model(vit_run.backbone)
     assert (folder.kind, folder.name) == ("folder", "mfm-vit")
     assert folder.weights_hash == run.weights_hash
+
+
+def test_a_model_that_was_put_into_a_run_is_not_the_run_s(vit_run, resnet_run, tmp_path):
+    shutil.copytree(vit_run.path, tmp_path / "run")
+    shutil.copytree(resnet_run.backbone, tmp_path / "run" / "other")
+    own, other = (open_model(tmp_path / "run" / name) for name in ("backbone", "other"))
+    assert own.run is not None and decoder_of(own)
+    assert other.run is None and other.name == "other" and decoder_of(other) == {}
 
 
 def test_a_home_is_the_same_place_as_its_path(vit_run, monkeypatch):

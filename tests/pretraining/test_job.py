@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,41 @@ def test_init_starts_from_the_weights_of_a_run(finished: Path, tmp_path: Path) -
     run = freqmask.pretrain("builtin:digits", **options, init=str(finished), out=str(tmp_path / "on"))
     for name, value in weights(run).items():
         torch.testing.assert_close(value, weights(finished)[name], atol=1e-6, rtol=0)
+
+
+def test_a_run_goes_on_though_its_first_weights_are_gone(finished: Path, tmp_path: Path) -> None:
+    options = {**TINY, "method": "mfm", "steps": 4, "checkpoint_every_steps": 1}
+    first, early, late = (tmp_path / name for name in ("first", "early", "late"))
+    shutil.copytree(finished, first)
+    options["init"] = str(first)
+    whole = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "whole"))
+    for step, out in ((1, early), (3, late)):
+        with pytest.raises(RuntimeError, match="killed here"):
+            train_until(step, options, out)
+        assert bool(RunFolder(out).began_measured()) == (out == late)
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"init .*nothing of that name exists"):  # row 0 is to be of them
+        freqmask.pretrain("builtin:digits", **options, out=str(early))
+    with pytest.raises(UserError, match=r"init .*nothing of that name exists"):
+        freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "new"))
+    assert_identical(whole, freqmask.pretrain("builtin:digits", **options, out=str(late)))
+
+
+@pytest.mark.parametrize("method", ["mfm", "sr"])
+def test_init_takes_heads_of_the_same_method_only(
+    method: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**TINY, "steps": 1, "lr": 1e-12, "min_lr": 0.0, "warmup_epochs": 0, "weight_decay": 0.0}
+    options |= {"method": method, "init": str(finished)}
+    run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "on"))
+    said, is_same = capsys.readouterr().out, method == "mfm"
+    assert (f"the whole method of {finished}" in said) == is_same
+    assert (f"the backbone of {finished}; the heads begin anew" in said) != is_same
+    first, now = (freqmask.load_method(path).state_dict() for path in (finished, run))
+    heads = [name for name in first if name.startswith("decoder.")]
+    assert heads
+    for name, value in first.items():
+        assert torch.allclose(value, now[name], atol=1e-6) == (is_same or name not in heads), name
 
 
 def test_init_names_what_does_not_fit(finished: Path, tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import freqmask
 from freqmask.data.loader import TrainDataset
 from freqmask.data.source import Subset
 from freqmask.data.sources import open_source
+from freqmask.data.splits import hold_out
 from freqmask.data.transforms import Geometry
 from freqmask.pretraining.task import Images
 from freqmask.pretraining.watch import HeldOut, Probe, by_own_labels, first_batch, pixels_of
@@ -177,3 +180,38 @@ def test_row_0_is_of_the_first_weights_though_the_run_was_stopped_before_it_was_
     rows = [read_rows(run / "metrics.csv")[0] for run in (whole, cut)]
     assert rows[0]["step"] == rows[1]["step"] == "0"
     assert rows[0]["rankme"] == rows[1]["rankme"] != ""
+
+
+def test_statistics_of_batch_norm_are_of_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder lies class by class, and its first 256 images are all of the first one here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    draws, pixels = np.random.default_rng(0), dict[str, np.ndarray]()
+    for name, brightness in (("1-night", 20), ("2-mid", 110), ("3-day", 200)):
+        (tmp_path / "sky" / name).mkdir(parents=True)
+        for number in range(260):
+            pixels[f"{name}/{number}.png"] = image = draws.integers(0, 50, (32, 32, 3), np.uint8) + brightness
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / "sky" / name / f"{number}.png")
+    options = {"method": "mfm", "backbone": "resnet10t", "image_size": 32, "steps": 3, "batch_size": 8}
+    options |= {"workers": 0, "precision": "32-true", "accelerator": "cpu"}
+    run = freqmask.pretrain(["sky"], out="run", **options)
+    model = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True).train()
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+
+    def running_mean(names: list[str]) -> torch.Tensor:
+        shown = torch.from_numpy(np.stack([pixels[name] for name in names])).permute(0, 3, 1, 2) / 255
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None
+        with torch.no_grad():
+            for start in range(0, len(shown), 130):
+                model((shown[start : start + 130] - mean) / std)
+        return model.bn1.running_mean.clone()
+
+    kept = model.bn1.running_mean.clone()
+    source = open_source("sky")
+    trained = [source.name(int(index)) for index in hold_out(source, seed=0)[0]]
+    everything = running_mean(np.random.default_rng(1).permutation(trained).tolist())
+    gap = float((running_mean(trained[:256]) - everything).abs().max())
+    assert float((kept - everything).abs().max()) < gap / 20

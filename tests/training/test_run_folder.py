@@ -169,3 +169,26 @@ def test_what_fails_before_it_has_begun_is_gone_before_its_lock_is_given_free(
         (run.path / "plan.png").write_text("")
         raise KeyboardInterrupt
     assert gone == [True]
+
+
+def test_an_error_is_told_where_an_open_lock_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows deletes no open file; filelock does so there when it gives the lock free."""
+    run, unlock, unlink = RunFolder(tmp_path / "new" / "run"), RunFolder.unlock, Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "run.lock" and run._lock is not None:
+            raise PermissionError(13, "it is being used by another process")
+        unlink(path, missing_ok=missing_ok)
+
+    def deleting(self: RunFolder) -> None:
+        unlock(self)
+        unlink(self.path / "run.lock")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(RunFolder, "unlock", deleting)
+    with pytest.raises(UserError, match="its own sentence"), run.held("plan.png"):
+        (run.path / "plan.png").write_text("")
+        raise UserError("its own sentence")
+    assert not (tmp_path / "new").exists()

@@ -90,7 +90,7 @@ def embed(
     task = Embedding(opened, config)
     parts = plan_parts(task, source, path)
     if task_of(path) == parts.task:
-        say(f"embeddings  {path} is there already, of the same images and weights")
+        say(f"embeddings  {path} is there already, of the same images, labels and weights")
     else:
         check_kept(check_out(path, overwrite, folder=False), data)
         if path.suffix == ".npy" and not parts.folder.exists():

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from freqmask.console import Progress, say, say_left_out
+from freqmask.data.cache import hash_of
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.pixels import Pages, missing_pixels
 from freqmask.data.source import Source
@@ -157,7 +158,8 @@ FeatureTask = Embedding | Classification
 
 def plan_parts(task: FeatureTask, source: Source, out: Path) -> Parts:
     """The parts of a file of features."""
-    described = {**task.describe(), "data": source.content_stamp(), "images": len(source)}
+    labels = hash_of(repr(source.class_names), source.all_labels())  # which stand beside the features
+    described = {**task.describe(), "data": source.content_stamp(), "labels": labels, "images": len(source)}
     return Parts(out, described, len(source), 4 * task.width)
 
 

@@ -12,6 +12,7 @@ from freqmask.interop.formats import PUBLIC, find_backbone
 from freqmask.options import Option
 from freqmask.options.of_methods import built_in_options, check_method, options_of_class, typed_options
 from freqmask.options.of_training import First, Images, Machine, Optimization, RunRecords, Views
+from freqmask.training.run_folder import RunFolder
 
 
 def options_of_method(method: Any) -> Mapping[str, Option]:
@@ -48,7 +49,8 @@ def pretrain(data: list[Any] | None = None, *, config: str | None = None, **opti
     method, init = options["method"], options["init"]
     if isinstance(method, str) and method != "auto":
         check_method(method)
-    if init is not None and not init.startswith(PUBLIC):
+    is_resumed = options["out"] is not None and RunFolder(options["out"]).exists()
+    if init is not None and not init.startswith(PUBLIC) and not is_resumed:
         find_backbone(init, "init")
     with uncollected():
         from freqmask.pretraining.job import run_job

@@ -136,9 +136,7 @@ class Parts:
 
         Images that lie together far away are dealt out among ``workers`` processes.
         """
-        planned: list[PlannedShard] = []
-        stems: list[str] = []
-        before = 0
+        planned, stems, before = list[PlannedShard](), list[str](), 0
         for split, source in self.parts:
             blocks = source.blocks()
             if blocks is None:

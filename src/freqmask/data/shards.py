@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from freqmask.console import say
+from freqmask.console import counted, say
 from freqmask.data.cache import PackedIndex, hash_of, text_arrays
 from freqmask.data.decode import read_suffixes
 from freqmask.data.source import (
@@ -235,12 +235,16 @@ def read_headers(name: str, file: BinaryIO, size: int) -> ShardRows:
 
 
 def _samples(tar: tarfile.TarFile, suffixes: frozenset[str], ignored: Counter[str]) -> Iterator[_Sample]:
-    """Members of one key stand one behind the other."""
-    sample = _Sample("")
+    """Members of one key stand one behind the other; a hard link has the bytes of the member that it names."""
+    sample, files = _Sample(""), dict[str, tarfile.TarInfo]()
     for info in tar:
-        path = PurePosixPath(info.name)
-        if not info.isreg() or path.name.startswith("."):
+        path, file = PurePosixPath(info.name), files.get(info.linkname) if info.islnk() else info
+        if info.isdir() or path.name.startswith("."):
             continue
+        if file is None or not file.isreg():  # a link to what is not there, or may be elsewhere
+            ignored[path.suffix.lower()] += 1
+            continue
+        files[info.name] = file
         stem, _, extension = path.name.partition(".")
         key = str(path.with_name(stem))
         if key != sample.key:
@@ -248,9 +252,9 @@ def _samples(tar: tarfile.TarFile, suffixes: frozenset[str], ignored: Counter[st
             sample = _Sample(key)
         suffix = path.suffix.lower()
         if suffix in suffixes:
-            sample.images.append(Row(info.name, info.offset_data, info.size))
-        elif extension.lower() in ("cls", "json") and info.size <= LARGEST_NOTE:
-            _read_note(sample, extension.lower(), tar, info)
+            sample.images.append(Row(info.name, file.offset_data, file.size))
+        elif extension.lower() in ("cls", "json") and file.size <= LARGEST_NOTE:
+            _read_note(sample, extension.lower(), tar, file)
         else:
             ignored[suffix] += 1
     yield sample
@@ -299,7 +303,7 @@ def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIn
         shards = _read_all_headers(files, listed)
         return make_index(shards, labels=folder_classes(shards))
 
-    return ShardIndex.cached(files, listed, make, sorted(read_suffixes()))
+    return ShardIndex.cached(files, listed, make, sorted(read_suffixes()), "hard links")
 
 
 def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex | None:
@@ -334,6 +338,12 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
                 f"{INDEX_NAME}; fetch it again, or delete {INDEX_NAME} to have it made anew"
             )
     index.states = states
+    added = sorted({*files.names()} - {*sizes}) if names is None and not files.remote else []
+    if added:
+        index.notes.append(
+            f"{counted(len(added), 'shard')} (such as {added[0]}) that {INDEX_NAME} does not list: not read; delete "
+            f"{INDEX_NAME} to have it made anew."
+        )
     return index
 
 
@@ -401,8 +411,8 @@ class ShardSource(PackedSource):
             return self.files.read(shard, start, stop)
         if kept is None:
             first, last = np.searchsorted(self._blocks, [block, block + 1])
-            offsets, sizes = self.index.arrays["offsets"], self.index.arrays["sizes"]
-            begin, end = int(offsets[first]), int(offsets[last - 1] + sizes[last - 1])
+            offsets, sizes = (self.index.arrays[name][first:last] for name in ("offsets", "sizes"))
+            begin, end = int(offsets.min()), int((offsets + sizes).max())  # hard links lie before their names
             kept = begin, self.files.read(shard, begin, end)
             with self._lock:
                 self._keep(block, kept)

@@ -99,8 +99,9 @@ def files_of(text: str) -> tuple[Files, list[str] | None]:
         return LocalFiles(path), None
     if not mark and path.is_file():
         return LocalFiles(path.parent), [path.name]
-    root, pattern = split_pattern(rest if mark else str(path))
-    files = RemoteFiles(f"{scheme}://{root}") if mark else LocalFiles(Path(root or "."))
+    # a Windows path has a drive, and backslashes where it was not written with others
+    root, pattern = split_pattern(rest if mark else path.relative_to(path.anchor).as_posix())
+    files = RemoteFiles(f"{scheme}://{root}") if mark else LocalFiles(Path(path.anchor, root))
     names = [
         name
         for part in expand_braces(pattern)

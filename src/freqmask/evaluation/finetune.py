@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from freqmask import __version__
 from freqmask.backbones import cells, few_tokens_attention
 from freqmask.console import LINES_A_RUN, counted, rank, readable_time, say, say_left_out
+from freqmask.data.cache import hash_of
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.source import Source, Subset
 from freqmask.data.transforms import Geometry
@@ -247,7 +248,10 @@ class FinetuneJob(TrainingJob):
         return Subset(self.data.source, self.train)
 
     def images_decide(self) -> dict[str, Any]:
-        return {"images": self.trained_on().fingerprint()}
+        return {
+            "images": self.trained_on().fingerprint(),
+            "labels of the images": hash_of(self.data.labels[self.train]),
+        }
 
     def plan(self) -> tuple[Tuning, dict[str, Any], Source]:
         asked = self.asked

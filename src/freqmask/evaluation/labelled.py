@@ -424,9 +424,7 @@ def _pixel_hash(source: Source, index: int) -> int | None:
     """The number of an image, or None where it cannot be read."""
     try:
         picture = source.open(index)
-        image = (
-            picture.decode()
-        )  # whole: at an eighth of the size JPEGs that differ in what is fine are alike
+        image = picture.decode()  # whole: at an eighth of the size JPEGs of different fine detail are alike
     except UserError:
         raise
     except (BadImage, Exception):  # decoders raise anything on broken files

@@ -258,6 +258,7 @@ def run_training(job: TrainingJob) -> RunFolder:
 def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
     """Raises a UserError where a run was begun with other values than these plain ones."""
     before = run.state().get("deciding", {})
+    before.setdefault("labels of the images", asked.get("labels of the images"))  # 0.1.0 noted none
     other = [name for name in asked if before.get(name) != asked[name]]
     if other:
         changes = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)

@@ -40,7 +40,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 DECODER = "decoder.safetensors"  # ours: timm and transformers pass it over
 OURS = "freqmask"  # the key of config.json under which our own metadata stand; timm passes it over
-CLASSIFIER = "classifier"  # the folder of a fine-tuning's run that timm loads
+# folders of a run that timm loads; the second of a fine-tuning
+BACKBONE, CLASSIFIER = "backbone", "classifier"
 PUBLIC, RANDOM = "timm:", "random:"  # how MODEL names public and fresh weights
 PIXELS = "pixels"  # a MODEL of evaluations alone
 LOCAL = "local-dir:"  # how timm writes a folder where a model's name is asked
@@ -113,7 +114,7 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
     """
     path = Path(text).expanduser()
     check_encoding(path, option)
-    for folder in (path, path / "backbone", path / CLASSIFIER):
+    for folder in (path, path / BACKBONE, path / CLASSIFIER):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if path.is_file():
@@ -200,9 +201,10 @@ def architecture_in(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int
 
 
 def run_behind(folder: Path) -> RunFolder | None:
-    """The run that wrote a folder of weights, where it lies in one."""
-    run = RunFolder(folder.resolve().parent)
-    return run if run.exists() else None
+    """The run that wrote a folder of weights, where it is one of a run's own; others may lie in a run, too."""
+    folder = folder.resolve()
+    run = RunFolder(folder.parent)
+    return run if folder.name in (BACKBONE, CLASSIFIER) and run.exists() else None
 
 
 def fitted(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ from freqmask.data.values import ValueRange
 from freqmask.errors import UserError, brief
 from freqmask.filters import build_filter
 from freqmask.interop.formats import (
+    BACKBONE,
     CLASSIFIER,
     DECODER,
     LOCAL,
@@ -340,7 +341,7 @@ def _opened(name: str, kind: Kind, backbone: Backbone, mean: Any, std: Any, **mo
 
 
 def _name(path: Path, folder: Path) -> str:
-    inside = folder.name in ("backbone", CLASSIFIER)
+    inside = folder.name in (BACKBONE, CLASSIFIER)
     return folder.resolve().parent.name if inside else path.resolve().name
 
 

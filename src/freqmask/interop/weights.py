@@ -29,7 +29,7 @@ from freqmask.interop.formats import (
     read_config,
 )
 from freqmask.interop.weight_files import check_weights, load_fitting, read_tensors, write_tensors
-from freqmask.methods import Method, build_method, find_method
+from freqmask.methods import METHODS, Method, build_method, find_method
 from freqmask.options.of_methods import BUILT_FROM, method_settings, options_of_class
 from freqmask.rng import torch_seeded
 from freqmask.timm_models import check_name, create_model
@@ -173,8 +173,11 @@ def load_initial(method: Any, init: str) -> list[str]:
         UserError: the weights are missing or do not fit; shapes are named.
     """
     is_public = init.startswith(PUBLIC)
-    whole = Path(init).expanduser() / "checkpoints" / LAST
-    if not is_public and whole.is_file():
+    run = RunFolder(Path(init).expanduser())
+    whole = run.checkpoints / LAST
+    learned = str(run.config().get("method")) if not is_public and run.exists() and whole.is_file() else ""
+    # shapes do not tell: some methods differ only in what they learn; a method of one's own is named by its path
+    if getattr(METHODS.get(learned), "__name__", learned.rpartition(":")[2]) == type(method).__name__:
         state, own = under(load_safely(whole)["state_dict"]), method.state_dict()
         if {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in own.items()}:
             check_weights(state, f"init ({init})")

@@ -197,8 +197,7 @@ def parse_yaml(text: Any, texts: bool = False) -> Any:
 
 def _sort(kind: Any) -> Any:
     """The reader's key of a type."""
-    sort = typing.get_origin(kind) or kind
-    return sort if sort in _READERS else Any
+    return sort if (sort := typing.get_origin(kind) or kind) in _READERS else Any
 
 
 def _element(kind: Any) -> Any:

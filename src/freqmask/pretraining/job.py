@@ -304,7 +304,9 @@ def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str], held
     if options.get("dry_run"):
         return Pretraining(run, options, images, None, state)
     kept = _kept(options, images, state, by_hand=False)
-    method = _first_weights(options, images)
+    # weights that a checkpoint takes the place of may be gone, once they have been measured
+    init = None if checkpoint is not None and run.began_measured() else options["init"]
+    method = _first_weights({**options, "init": init}, images)
     if checkpoint is not None:
         check_same(method, state)
     return Pretraining(run, options, images, method, state, kept, checkpoint)

@@ -38,6 +38,7 @@ from freqmask.spectrum import IMAGENET_MEAN, IMAGENET_STD
 from freqmask.training import auto
 from freqmask.training.callbacks import periods
 from freqmask.training.optim import BASE_MIN_LR, scaled_lr
+from freqmask.training.run_folder import RunFolder
 
 SHARDED = ("fsdp", "model_parallel")  # strategies that spread weights over the devices
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
@@ -75,7 +76,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             problems.append(
                 "precision (bf16-true) would lose most steps of folk's moving average; try --precision bf16-mixed"
             )
-        if options["init"] is not None:
+        is_resumed = options["out"] is not None and RunFolder(options["out"]).exists()
+        if options["init"] is not None and not is_resumed:  # else it may be gone
             check_init(options["init"])
         check_logger(options.get("logger"))
     except UserError as error:

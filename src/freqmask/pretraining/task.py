@@ -50,7 +50,6 @@ from freqmask.rng import combine
 from freqmask.spectrum import as_float
 from freqmask.training.auto import world_size
 from freqmask.training.callbacks import Monitor, periods
-from freqmask.training.files import read_rows
 from freqmask.training.loop import ScheduledModule, Task, ends, images_at_once, make_sampler
 from freqmask.training.optim import BASE_WARMUP_LR, OptimConfig, Schedule, build_optimizer, scaled_lr
 from freqmask.training.run_folder import Checkpoint, RunFolder
@@ -261,7 +260,7 @@ class Pretraining:
         every = images.probe_every(options)
         labelled = None if probed is None else self._still(probed.source)
         first = None
-        if rank() == 0 and not any(row.get("step") == "0" for row in read_rows(self.run.metrics)):
+        if rank() == 0 and not self.run.began_measured():
             # a resumed run's weights are those of its beginning, too, until Lightning reads the checkpoint
             first = copy.deepcopy(self.method.backbones()[self.method.default_backbone])
         watched = None if images.held_out is None else self._still(held_out, self.method.n_views)

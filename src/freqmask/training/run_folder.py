@@ -25,7 +25,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 from freqmask import __version__
 from freqmask.console import rank
 from freqmask.errors import UserError, brief
-from freqmask.training.files import check_writable, clear_leftovers, current_name, replace_atomically, writing
+from freqmask.training.files import (
+    check_writable,
+    clear_leftovers,
+    current_name,
+    read_rows,
+    replace_atomically,
+    writing,
+)
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
@@ -82,6 +89,10 @@ class RunFolder:
                 )
             time.sleep(0.2)
         return self
+
+    def began_measured(self) -> bool:
+        """Whether the weights that the run began with have been measured: row 0 of its metrics."""
+        return any(row.get("step") == "0" for row in read_rows(self.metrics))
 
     def finished(self) -> bool:
         """Whether the run came to its end."""
@@ -195,7 +206,9 @@ class RunFolder:
             self.leave_nothing(*files)  # before the lock is given free, or another's would be deleted
             raise
         finally:
-            self.unlock()
+            self.unlock()  # which deletes the lock's file on Windows, where it could not be while it was open
+            if not self.exists():
+                self._remove_made()
 
     def leave_nothing(self, *files: str) -> None:
         """Remove what :meth:`make` made for a run that failed before it began; somebody else's files stay.
@@ -206,7 +219,11 @@ class RunFolder:
         if self.exists() or not self.path.is_dir():
             return
         for name in (*files, LOCK):
-            (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # one that may not be deleted takes no error's place
+                (self.path / name).unlink()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
         with contextlib.suppress(OSError):  # a folder that is not empty, and those above it
             for folder in self._made:
                 folder.rmdir()
