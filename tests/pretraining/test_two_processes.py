@@ -95,7 +95,16 @@ def test_every_process_drops_by_a_generator_of_its_own_and_resumes_with_it(
     (tmp_path / "noisy.py").write_text(NOISY)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     words = ["pretrain", "builtin:digits", *WORDS.split(" --outputs")[0].split()]
-    every = ("--method", "noisy:Noisy", "--checkpoint_every_steps", "2", "--keep_checkpoints", "9")
+    every = (
+        "--method",
+        "noisy:Noisy",
+        "--checkpoint_every_steps",
+        "2",
+        "--keep_checkpoints",
+        "9",
+        "--workers",
+        "0",
+    )
 
     def drawn(out: Path, *more: str) -> list[float]:
         command = [sys.executable, "-m", "freqmask", *words, *MODEL, *every, *more, "--out", str(out)]
