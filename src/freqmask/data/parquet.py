@@ -194,8 +194,8 @@ class TableIndex(PackedIndex):
 def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Footers, labels and paths of all files."""
     if files.remote:
-        plural = "s" * (len(names) > 1)
-        say(f"index       reading footers and labels of {len(names):,} table{plural} of {files.where}, once")
+        count = counted(len(names), "table")
+        say(f"index       reading footers and labels of {count} of {files.where}, once")
     sizes = [(name, files.state(name)[0]) for name in names]
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(lambda file: _read_footer(files, file[0]), sizes))
@@ -226,14 +226,7 @@ def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dic
 
         tables = list(pool.map(small, groups)) if columns.small else []
     labels = [value for t in tables for value in _values(t[columns.label])] if columns.label else []
-    paths = [t for t in tables if columns.has_paths and columns.image in t.column_names]
-    texts: list[str] = []
-    for table in tables if paths else ():  # some of the files may have none
-        texts += (
-            [text or "" for text in _values(pc.struct_field(table[columns.image], "path"))]
-            if columns.image in table.column_names
-            else [""] * table.num_rows
-        )
+    texts = [path for t in tables for path in _paths(t, columns.image)] if columns.has_paths else []
     numbers, classes = number_classes(labels, columns.class_names)
     counts = [footers[k].row_group(g).num_rows for k, g in groups]
     arrays: dict[str, np.ndarray] = {
@@ -247,6 +240,13 @@ def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dic
     }
     about = {"version": VERSION, "files": sizes, "image_leaf": columns.leaf, "notes": columns.notes}
     return {**about, "class_names": classes if labels else None}, arrays
+
+
+def _paths(table: pa.Table, column: str) -> list[str]:
+    """What the images of one file are called, nothing where it does not say, though the first one does."""
+    if column not in table.column_names:
+        return [""] * table.num_rows
+    return [text or "" for text in _values(pc.struct_field(table[column], "path"))]
 
 
 def _read_footer(files: Files, name: str) -> pq.FileMetaData:
