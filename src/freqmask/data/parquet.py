@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from freqmask.console import readable_bytes, say
+from freqmask.console import counted, readable_bytes, say
 from freqmask.data.cache import PackedIndex, cache_file, hash_of, piece_of, replacing, text_arrays
 from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.pixels import Picture
