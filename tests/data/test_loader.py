@@ -320,6 +320,11 @@ def test_statistics_of_batch_norm_are_of_every_class_in_every_batch(memory_sourc
     assert np.bincount(labels[places]).tolist() == [64] * 4
     for start in range(0, 256, 64):
         assert np.bincount(labels[places[start : start + 64]], minlength=4).min() >= 8
-    dear = BlockLayout(np.arange(1200) // 50, 4, whole=True)  # an image costs its block
-    monkeypatch.setattr(type(source), "blocks", lambda _: dear)
-    assert np.unique(dear.numbers[calibration_images(source)]).tolist() == [0, 3, 7, 10, 13, 16, 20, 23]
+    for kept in (4, 8):
+        far = BlockLayout(np.arange(1200) // 50, kept, whole=True)  # an image costs its block
+        monkeypatch.setattr(type(source), "blocks", lambda _, far=far: far)
+        read = far.numbers[calibration_images(source)]
+        assert np.unique(read).tolist() == [0, 3, 7, 10, 13, 16, 20, 23]
+        assert (np.count_nonzero(np.diff(read)) == 7) == (kept < 8), (
+            "a block is read once where few can be kept"
+        )

@@ -164,7 +164,7 @@ def test_a_finished_network_is_taken_and_other_settings_are_refused(
 def test_samples_are_multiples_of_32_as_large_as_images_and_machine_allow() -> None:
     asked: Any = {"crop": "auto", "accelerator": "cpu"}
     sides = ((90, 120), (2000, 3000), (20, 500))
-    chosen = [choose_crop(asked, Mock(median_size=size)) for size in sides]
+    chosen = [choose_crop(asked, Mock(shorter_side=min(size))) for size in sides]
     assert [one.value for one in chosen] == [64, 224, 32]
     assert [one.reason for one in chosen[:2]] == ["the median shorter side is 90", "training runs on the CPU"]
 

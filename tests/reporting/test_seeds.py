@@ -89,6 +89,24 @@ def test_a_measurement_by_another_option_hides_none_and_has_a_column_of_its_own(
     assert shown["knn k=20, feature mean %"] == [pytest.approx(80), pytest.approx(60)]
 
 
+def test_an_option_that_was_left_out_is_its_default_and_how_it_was_trained_is_none(tmp_path: Path) -> None:
+    command = "freqmask evaluate knn a --k 20 --labels {}/l.csv --keep_checkpoints {}{}".format
+    rows = [result("a", 0.9, seed=seed, command=command(seed, seed, "")) for seed in range(3)]
+    rows += [result("a", 0.3, command=command(0, 0, " --image_size 32"))]
+    old = [
+        result("b", 0.5, command=command(0, 0, ""), freqmask="0.0.9")
+    ]  # of a version that had no such option
+    runs = [make_run(tmp_path / "a", results=rows), make_run(tmp_path / "b", {"radius": 9}, results=old)]
+    table = join_seeds(read_runs(runs))
+    shown = {
+        name: [cell and cell.values for cell in cells]
+        for name, *cells in zip(table.numbers, *(line.cells for line in table.lines), strict=True)
+    }
+    assert shown["knn k=20, image_size default %"] == [pytest.approx((90,)), None]
+    assert shown["knn k=20, image_size 32 %"] == [pytest.approx((30,)), None]
+    assert shown["knn k=20 %"] == [None, pytest.approx((50,))]
+
+
 def test_weights_that_were_trained_further_are_not_joined_with_what_was_measured_before(
     tmp_path: Path,
 ) -> None:

@@ -186,12 +186,14 @@ def calibration_images(source: Source) -> list[int]:
     """Up to 256 images for the statistics of batch norm, of each part of the data some in every batch.
 
     Folders lie class by class, so the first images would be all of one class, and a batch in their order of few. Where
-    an image cannot be had without its block, they are of up to eight blocks.
+    images come in blocks, they are of eight blocks at most, read one after the other where fewer can be kept.
     """
     candidates, blocks = np.arange(len(source)), source.blocks()
-    if blocks is not None and blocks.whole:
+    if blocks is not None:
         candidates = np.flatnonzero(np.isin(blocks.numbers, _evenly(np.unique(blocks.numbers), 8)))
-    return np.random.default_rng(0).permutation(_evenly(candidates, 256)).tolist()
+    places = _evenly(candidates, 256)
+    is_mixed = blocks is None or blocks.window >= 8
+    return (np.random.default_rng(0).permutation(places) if is_mixed else places).tolist()
 
 
 def _evenly(items: np.ndarray, most: int) -> np.ndarray:

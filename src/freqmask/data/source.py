@@ -15,8 +15,8 @@ import numpy as np
 
 from freqmask.data.cache import PackedIndex, hash_of
 from freqmask.data.decode import open_bytes
-from freqmask.data.pixels import Picture
-from freqmask.errors import UserError
+from freqmask.data.pixels import Picture, as_bad_image, is_empty, missing_pixels
+from freqmask.errors import BadImage, UserError
 from freqmask.rng import identity_of
 
 if TYPE_CHECKING:
@@ -176,6 +176,17 @@ class PackedSource(Source):
             kind += f" at {self.files.where}"
             notes.append(f"{note_of_remote}; the order depends on the number of processes and workers.")
         return SourceSummary(kind, len(self), len(self), notes=notes)
+
+
+def is_usable(source: Source, index: int) -> bool:
+    """Whether an image can be read, and has more than one value."""
+    try:
+        with as_bad_image():
+            picture = source.open(index)
+            image = picture.decode()
+    except BadImage:
+        return False
+    return is_empty(image, missing_pixels(image, picture.nodata)) is None
 
 
 class _Selection(Source):

@@ -374,14 +374,27 @@ class LabelledSource(Subset):
         return whole
 
 
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Names of classes, one that stands there twice (ImageNet's crane, a bird and a machine) numbered from then on.
+
+    >>> told_apart(["crane", "dog", "crane"])
+    ['crane', 'dog', 'crane (2)']
+    """
+    times = Counter[str]()
+    numbered = []
+    for name in names:
+        times[name] += 1
+        numbered.append(f"{name} ({times[name]})" if times[name] > 1 else name)
+    return numbered
+
+
 def number_classes(
     values: Sequence[float | str | None], names: list[str] | None = None
 ) -> tuple[np.ndarray, list[str] | None]:
     """Labels counted from 0, int64 (image,) and -1 where there is none, and what they are called; or None.
 
     Values are a name or a number of each image, None, empty, NaN or negative without one; names are those of 0, 1, ...
-    if known; one that stands there twice (ImageNet's crane, a bird and a machine) is told apart by "(2)". Fractions are
-    no classes.
+    if known. Fractions are no classes.
 
     >>> number_classes(["dog", None, "cat"])[1], number_classes([2, -1, 0])[1], number_classes([2, -1, 70])[1]
     (['cat', 'dog'], ['0', '1', '2'], ['2', '70'])
@@ -398,10 +411,7 @@ def number_classes(
     places: dict[Any, int]
     if names is not None:
         places = {number: number for number in range(len(names))}
-        times = Counter[str]()
-        for place, name in enumerate(names := list(names)):
-            times[name] += 1
-            names[place] = f"{name} ({times[name]})" if times[name] > 1 else name
+        names = told_apart(names)
     else:
         ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
         places, names = {value: place for place, value in enumerate(ordered)}, [str(v) for v in ordered]

@@ -21,7 +21,7 @@ from freqmask.data.loader import ChosenSampler, TrainDataset, calibration_images
 from freqmask.data.pixels import check_channels
 from freqmask.data.source import Source, Subset
 from freqmask.data.sources import open_source
-from freqmask.data.splits import hold_out
+from freqmask.data.splits import hold_out, told_apart
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import SPLITS, SplitConfig, draw_shots, open_labelled, pixel_hashes
@@ -211,7 +211,7 @@ def _columns(opened: OpenedClassifier, text: str, class_names: Sequence[str]) ->
     classes are numbers of outputs (folders 0, 1, ..., whose own order is 0, 1, 10), or by order where the counts agree.
     """
     named, count = bool(opened.module.pretrained_cfg.get("label_names")), opened.module.num_classes
-    names = [unicodedata.normalize("NFC", name) for name in opened.class_names]  # as of folders
+    names = told_apart([unicodedata.normalize("NFC", name) for name in opened.class_names])  # as of folders
     if (named or count == 1000) and set(class_names) <= set(names):
         return [names.index(name) for name in class_names]
     if not named and set(class_names) <= set(map(str, range(count))):

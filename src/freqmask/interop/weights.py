@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -177,7 +178,7 @@ def load_initial(method: Any, init: str) -> list[str]:
     whole = run.checkpoints / LAST
     learned = str(run.config().get("method")) if not is_public and run.exists() and whole.is_file() else ""
     # shapes do not tell: some methods differ only in what they learn; a method of one's own is named by its path
-    if getattr(METHODS.get(learned), "__name__", learned.rpartition(":")[2]) == type(method).__name__:
+    if getattr(METHODS.get(learned), "__name__", re.split("[:.]", learned)[-1]) == type(method).__name__:
         state, own = under(load_safely(whole)["state_dict"]), method.state_dict()
         if {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in own.items()}:
             check_weights(state, f"init ({init})")

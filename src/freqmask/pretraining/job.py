@@ -14,11 +14,10 @@ import torch
 
 from freqmask.console import launched_processes, rank, say, shell_path, silence_third_party_loggers
 from freqmask.data.in_memory import InMemoryImages
-from freqmask.data.pixels import as_bad_image, is_empty, missing_pixels
-from freqmask.data.source import Source, Subset
+from freqmask.data.source import Source, Subset, is_usable
 from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out
-from freqmask.errors import BadImage, UserError
+from freqmask.errors import UserError
 from freqmask.evaluation.labelled import SplitConfig, open_labelled
 from freqmask.interop.weight_files import hash_weights
 from freqmask.interop.weights import load_initial
@@ -205,9 +204,8 @@ def _say_finished(run: RunFolder, options: Mapping[str, Any], given: Mapping[str
         changed = differences(run, given)
         told = [f"{name} was {before} and is {now} now" for name, (before, now) in changed.items()]
         if given.get("data"):
-            told += _changed_images(
-                run, part({**options, **run.config(), "data": given["data"], "probe_data": None})
-            )
+            source = open_source(given["data"], pages=options["pages"], split=options["split"])
+            told += _changed_images(run, source)
     if told:
         say(f"note: {'; '.join(told)}: the run stays as it was trained; give another --out to begin anew")
     say(f"its backbone: {run.backbone}")
@@ -226,19 +224,9 @@ def part(options: Mapping[str, Any]) -> Images:
         return Images(source, train, None, probed)
     train_indices, held_out = hold_out(source, seed=options["seed"])
     # of few images the one that is held out may be a broken one, and nothing would be left to measure on
-    is_usable = any(_is_usable(source, int(index)) for index in held_out)
-    held_out_images = Subset(source, held_out) if is_usable else None
+    measured = len(held_out) > 3 or any(is_usable(source, int(index)) for index in held_out)
+    held_out_images = Subset(source, held_out) if measured else None
     return Images(source, Subset(source, train_indices), held_out_images, probed)
-
-
-def _is_usable(source: Source, index: int) -> bool:
-    try:
-        with as_bad_image():
-            picture = source.open(index)
-            image = picture.decode()
-    except BadImage:
-        return False
-    return is_empty(image, missing_pixels(image, picture.nodata)) is None
 
 
 def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> Pretraining:
@@ -299,7 +287,7 @@ def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str], held
     held.enter_context(run.held())
     state = run.state()
     images = part(options)
-    notes += _changed_images(run, images)
+    notes += _changed_images(run, images.source)
     checkpoint = find_checkpoint(run, notes)
     if options.get("dry_run"):
         return Pretraining(run, options, images, None, state)
@@ -312,13 +300,13 @@ def _resume(run: RunFolder, given: Mapping[str, Any], known: Iterable[str], held
     return Pretraining(run, options, images, method, state, kept, checkpoint)
 
 
-def _changed_images(run: RunFolder, images: Images) -> list[str]:
+def _changed_images(run: RunFolder, source: Source) -> list[str]:
     """A sentence where they are others than those that the run began with."""
     state = run.state()
-    if state.get("data") in (None, images.source.fingerprint()):
+    if state.get("data") in (None, source.fingerprint()):
         return []
-    then, now = state.get("images", 0), len(images.train)
-    return [f"the images have changed since the run began: {then:,} to train on then, {now:,} now"]
+    then = state.get("images", 0) + state.get("held_out_images", 0)
+    return [f"the images have changed since the run began: {then:,} then, {len(source):,} now"]
 
 
 def weights_of(method: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ MOST_BARS = 40  # of a chart in it
 # What is measured; rows that agree in these, in the seed and in their command are the same measurement made again.
 _SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model")
 # Of a command: how and where it was measured, or what a column tells already.
-_NOT_MEASURED = frozenset(
-    {"seeds", "data", "batch_size", "workers", "accelerator", "devices", "precision", "cache", "duplicates"}
-)
+_NOT_MEASURED = frozenset({
+    *("seeds", "data", "batch_size", "workers", "accelerator", "devices", "precision", "cache", "duplicates"),
+    *("strategy", "accumulate", "log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"),
+    *("keep_checkpoints", "max_skipped_share", "validate_every_epochs", "overlays"),
+})  # fmt: skip
+_PATHS = ("labels", "frost", "folder")  # may be called from elsewhere
 # Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
 _MEASURED = frozenset({"mean", "std", "value_range"})
 
@@ -84,20 +88,19 @@ class Measured:
         return f"{text}, interval {self.interval[0]:.1f} to {self.interval[1]:.1f}" if self.interval else text
 
 
-def measured(rows: Sequence[Row], among: Sequence[Row] = ()) -> list[Measured]:
+def measured(rows: Sequence[Row], telling: Telling | None = None) -> list[Measured]:
     """Rows joined over seeds; of a measurement that was made again the last counts; rows without score are left out.
 
     Of a model that was trained in between, those of the weights that were measured last are joined. Options that tell
-    measurements apart (``--feature``, ``--epochs``) stand in their variants: those that differ in the rows or
-    ``among`` all that are shown beside them.
+    measurements apart (``--feature``, ``--epochs``) stand in their variants: those that differ among the rows, or among
+    all that are shown beside them.
     """
-    apart = _telling([*among, *rows])
+    telling = telling or Telling.of(rows)
     newest: dict[tuple[tuple[str, ...], str], Row] = {}
     weights: dict[tuple[str, ...], str] = {}
     for row in rows:
-        options = _options(row)
-        told = ", ".join(f"{name} {options[name]}" for name in apart[_kind(row)] if name in options)
-        key = (*(row.get(name, "") for name in _SAME), told)
+        key = (*(row.get(name, "") for name in _SAME), telling.words(row))
+        newest.pop((key, row.get("seed", "")), None)  # the last stands last
         newest[key, row.get("seed", "")] = row
         weights[key] = row.get("model_weights", "")
     families: dict[tuple[str, ...], list[Row]] = {}
@@ -114,20 +117,55 @@ def _kind(row: Row) -> tuple[str, ...]:
     return tuple(row.get(name, "") for name in ("protocol", "variant", "data"))
 
 
-def _telling(rows: Iterable[Row]) -> dict[tuple[str, ...], list[str]]:
-    """Options with several values among rows of one kind; a row of a version that had none of them counts for any."""
-    values: dict[tuple[str, ...], dict[str, set[str]]] = {}
-    for row in rows:
-        known = values.setdefault(_kind(row), {})
-        for name, value in _options(row).items():
-            known.setdefault(name, set()).add(value)
-    return {kind: [name for name in known if len(known[name]) > 1] for kind, known in values.items()}
+@dataclass(frozen=True)
+class Telling:
+    """Which options tell measurements of one kind apart."""
+
+    versions: dict[
+        tuple[str, ...], dict[str, set[str]]
+    ]  # by kind: an option -> versions of freqmask that have it
+    differing: set[tuple[tuple[str, ...], str]]  # kinds and options of which there are several values
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Telling:
+        """For rows that are shown together."""
+        telling = cls({}, set())
+        for row in rows:
+            known = telling.versions.setdefault(_kind(row), {})
+            for name in _options(row.get("command") or ""):
+                known.setdefault(name, set()).add(row.get("freqmask", ""))
+        first: dict[tuple[tuple[str, ...], str], str] = {}
+        for row in rows:
+            for name, value in telling._values(row).items():
+                if first.setdefault((_kind(row), name), value) != value:
+                    telling.differing.add((_kind(row), name))
+        return telling
+
+    def words(self, row: Row) -> str:
+        """The values by which a row differs from others."""
+        values = self._values(row).items() if row.get("command") else ()
+        return ", ".join(f"{name} {value}" for name, value in values if (_kind(row), name) in self.differing)
+
+    def _values(self, row: Row) -> dict[str, str]:
+        """Options of a row; one that its command could have named and did not has its default."""
+        options, version = _options(row.get("command") or ""), row.get("freqmask", "")
+        known = self.versions[_kind(row)] if options else {}
+        return {
+            name: options.get(name, "default")
+            for name, versions in known.items()
+            if name in options or version in versions
+        }
 
 
-def _options(row: Row) -> dict[str, str]:
-    """What a row's command measured by, values by their option."""
-    pairs = (part.partition(" ") for part in (row.get("command") or "").split(" --")[1:])
-    return {name: value.strip() for name, _, value in pairs if name not in _NOT_MEASURED}
+@cache
+def _options(command: str) -> dict[str, str]:
+    """What a command measured by, values by their option."""
+    pairs = (part.partition(" ") for part in command.split(" --")[1:])
+    return {
+        name: Path(value.strip()).name if name in _PATHS else value.strip()
+        for name, _, value in pairs
+        if name not in _NOT_MEASURED
+    }
 
 
 def _joined(family: Sequence[Row], score: str, told: str) -> Measured:
@@ -170,9 +208,9 @@ def evaluation_table(tables: Sequence[tuple[str, Sequence[Row]]]) -> dict[str, A
 def evaluation_charts(tables: Sequence[tuple[str, Sequence[Row]]]) -> list[dict[str, Any]]:
     """Bars of the same tables, a chart for each protocol and data set, as ``page.charts`` gives them, with ``bars``."""
     kinds: dict[tuple[str, str, str], list[tuple[str, int, Measured]]] = {}
-    shown = [row for _, rows in tables for row in rows]
+    telling = Telling.of([row for _, rows in tables for row in rows])
     for color, (owner, rows) in enumerate(tables):
-        for entry in measured(rows, shown):
+        for entry in measured(rows, telling):
             protocol, variant, data, score = entry.kind
             label = " · ".join(filter(None, [owner or entry.model, variant]))
             kinds.setdefault((protocol, data, score), []).append((label, color, entry))
@@ -233,7 +271,7 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
     Other models, those of ``others`` and those that a run was compared with, have a line each at the end.
     """
     others = [*(row for run in runs for row in run.others), *others]
-    shown = [*(row for run in runs for row in run.results), *others]
+    telling = Telling.of([*(row for run in runs for row in run.results), *others])
     settings = _varying(runs)
     families: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
@@ -243,11 +281,11 @@ def join_seeds(runs: Sequence[Run], others: Sequence[Row] = ()) -> Table:
         names = [dict(key).get(name, "–") for name in settings] or [", ".join(run.name for run in family)]
         seeds: dict[Kind, list[float]] = {}
         for run in family:
-            for kind, value in _numbers(run, shown).items():
+            for kind, value in _numbers(run, telling).items():
                 seeds.setdefault(kind, []).append(value)
         lines.append((names, {kind: Cell(tuple(seeds[kind]), 3 if kind in _LOSSES else 1) for kind in seeds}))
     models: dict[str, dict[Kind, Cell]] = {}
-    for entry in measured(others, shown):
+    for entry in measured(others, telling):
         models.setdefault(entry.model, {})[entry.kind] = entry.percent
     lines += [([model, *["–"] * (len(settings) - 1)], cells) for model, cells in models.items()]
     kinds = dict.fromkeys(kind for _, cells in lines for kind in cells)
@@ -282,12 +320,12 @@ def _varying(runs: Sequence[Run]) -> list[str]:
     return [name for name in varying if any(name in run.given for run in runs)] or varying
 
 
-def _numbers(run: Run, shown: Sequence[Row]) -> dict[Kind, float]:
+def _numbers(run: Run, telling: Telling) -> dict[Kind, float]:
     """Losses at the end and the score of every protocol and variant on every data set, the last that was measured."""
     values = {
         kind: at_end(run.curves[name]) for kind, (name, at_end) in _LOSSES.items() if name in run.curves
     }
-    return values | {entry.kind: entry.percent.mean for entry in measured(run.results, shown)}
+    return values | {entry.kind: entry.percent.mean for entry in measured(run.results, telling)}
 
 
 def _title(kind: Kind, kinds: Iterable[Kind]) -> str:

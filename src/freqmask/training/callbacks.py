@@ -249,10 +249,10 @@ class Skipped(L.Callback):
             self._list(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """List what the other processes' loaders have passed over since."""
-        self._list(trainer)
+        """List what the other processes' loaders have passed over since; all steps are made and saved."""
+        self._list(trainer, math.inf)
 
-    def _list(self, trainer: L.Trainer) -> None:
+    def _list(self, trainer: L.Trainer, most: float | None = None) -> None:
         told = [self._passed] * trainer.world_size
         if trainer.world_size > 1:
             distributed.all_gather_object(told, self._passed)
@@ -262,7 +262,7 @@ class Skipped(L.Callback):
                 self.known.add(name)
                 if trainer.is_global_zero:
                     append_row(self.path, {"name": name, "reason": reason})
-        if len(self.known) > self.max_share * self.images:
+        if len(self.known) > (self.max_share * self.images if most is None else most):
             raise UserError(
                 f"{len(self.known):,} of {self.images:,} images cannot be read, more than max_skipped_share "
                 f"({self.max_share:g}); {self.path} lists them with reasons"
