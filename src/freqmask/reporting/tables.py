@@ -27,8 +27,9 @@ MOST_ROWS = 2_000  # in the page
 MOST_BARS = 40  # of a chart in it
 # What is measured; rows that agree in these, in the seed and in their command are the same measurement made again.
 _SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model")
-# Of a command: how and where it was measured, or what a column tells already.
+# Of a command: how and where it was measured, or what columns tell already (the first line: the variant).
 _NOT_MEASURED = frozenset({
+    *("k", "shots", "radii", "corruptions", "severities", "attacks", "features", "images", "masks"),
     *("seeds", "data", "batch_size", "workers", "accelerator", "devices", "precision", "cache", "duplicates"),
     *("strategy", "accumulate", "log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes"),
     *("keep_checkpoints", "max_skipped_share", "validate_every_epochs", "overlays"),
