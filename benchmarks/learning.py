@@ -416,9 +416,8 @@ def measured(
     learnt, labels = data["train"], data["train_labels"]
     tested, truth = data["test"], data["test_labels"]
     classes = int(labels.max()) + 1
-    normalize = Normalization(3).to(
-        learnt.device
-    )  # batch norm has statistics of training images, for all that follow
+    normalize = Normalization(3).to(learnt.device)
+    # statistics of training images, for all that follow
     recalibrate_batch_norm(backbone, (normalize(part.float() / 255) for part in learnt[:4096].split(512)))
     bank, queries = features(backbone, learnt), features(backbone, tested)
     scores: dict[str, float] = {"rank": effective_rank(bank["end/mean"])}

@@ -31,7 +31,7 @@ from freqmask.data.pixels import (
     is_empty,
     missing_pixels,
 )
-from freqmask.data.source import BlockLayout, Source
+from freqmask.data.source import BlockLayout, Source, spread
 from freqmask.data.transforms import Geometry, decode_windows
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
@@ -190,14 +190,10 @@ def calibration_images(source: Source) -> list[int]:
     """
     candidates, blocks = np.arange(len(source)), source.blocks()
     if blocks is not None:
-        candidates = np.flatnonzero(np.isin(blocks.numbers, _evenly(np.unique(blocks.numbers), 8)))
-    places = _evenly(candidates, 256)
+        candidates = np.flatnonzero(np.isin(blocks.numbers, spread(np.unique(blocks.numbers), 8)))
+    places = spread(candidates, 256)
     is_mixed = blocks is None or blocks.window >= 8
     return (np.random.default_rng(0).permutation(places) if is_mixed else places).tolist()
-
-
-def _evenly(items: np.ndarray, most: int) -> np.ndarray:
-    return items[np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(np.int64)]
 
 
 class OrderedSampler(ChosenSampler):

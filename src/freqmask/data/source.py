@@ -336,6 +336,13 @@ def in_order(labels: set[str]) -> list[str]:
     return sorted(ordered, key=int) if all(label.isdecimal() for label in labels) else ordered
 
 
+def spread(indices: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of them, evenly taken."""
+    if len(indices) <= most:
+        return indices
+    return indices[np.linspace(0, len(indices) - 1, most).round().astype(np.int64)]
+
+
 def some_images(count: int, of: int, blocks: BlockLayout | None, seed: int, most_blocks: int) -> list[int]:
     """Numbers of up to ``count`` of so many images, drawn at random to be looked at, increasing.
 

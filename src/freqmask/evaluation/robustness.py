@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from freqmask.console import say, shortened
-from freqmask.data.source import Subset
+from freqmask.data.source import Subset, spread
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
 from freqmask.evaluation.bands_and_attacks import Attack, attack_images
@@ -192,8 +192,7 @@ class Robustness(Protocol):
             rounds = []
             for one in data.rounds:
                 count = max(1, round(self.test_images / every * len(one.test)))
-                places = np.linspace(0, len(one.test) - 1, count).round().astype(np.int64)
-                rounds.append(Round(one.train, one.test[places]))
+                rounds.append(Round(one.train, spread(one.test, count)))
             data = replace(data, rounds=rounds)
             say(f"note: {len(data.tested):,} of {every:,} test images, evenly taken.")
         if not self.own_heads:

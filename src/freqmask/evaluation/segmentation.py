@@ -29,7 +29,7 @@ from freqmask.console import (
     silence_third_party_loggers,
 )
 from freqmask.data.loader import OrderedSampler, make_loader
-from freqmask.data.source import Source
+from freqmask.data.source import Source, spread
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel, EvalModel, open_eval_model
@@ -276,7 +276,7 @@ def predict(
         UserError: not one image can be read.
     """
     began, count = time.monotonic(), len(data.test)
-    places = set(np.linspace(0, count - 1, min(drawn, count)).round().astype(int).tolist())
+    places = set(spread(np.arange(count), drawn).tolist())
     dataset = make_pairs(data, data.test, predictor.training, cut=False)
     counts, images, skipped, finite = [], [], {}, True
     loader = make_loader(dataset, OrderedSampler(count), 1, predictor.training.workers)

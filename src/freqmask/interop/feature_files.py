@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
-from freqmask.data.source import Source
+from freqmask.data.source import Source, spread
 from freqmask.errors import UserError
 from freqmask.training.files import open_table, replace_atomically
 from freqmask.training.run_folder import write_text
@@ -261,7 +261,7 @@ def nearest_neighbors(path: Path, queries: int, neighbors: int) -> tuple[np.ndar
     """
     is_parquet = path.suffix == ".parquet"
     count = pq.read_metadata(path).num_rows if is_parquet else len(np.load(path, mmap_mode="r"))
-    chosen = np.unique(np.linspace(0, count - 1, min(queries, count)).round().astype(int))
+    chosen = spread(np.arange(count), queries)
     total, start, picked, numbers = np.zeros(1), 0, [], []
     for rows, indices in _pieces(path):
         places = chosen[(chosen >= start) & (chosen < start + len(rows))] - start

@@ -37,9 +37,7 @@ from freqmask.training import auto
 from freqmask.training.callbacks import periods
 from freqmask.training.run_folder import RunFolder
 
-PUBLIC_WEIGHTS_BELOW = (
-    50_000  # below it public weights usually know more of the images (docs/your-own-images.md)
-)
+PUBLIC_WEIGHTS_BELOW = 50_000  # images, of which public weights usually know more (docs/your-own-images.md)
 PUBLIC = "vit_small_patch16_224"
 TEACHER = "tf_efficientnet_lite0"  # of those that were measured, docs/results.md
 SHRUNK = 6  # median side over that of the views from which small things are lost in resized crops

@@ -42,10 +42,7 @@ from freqmask.training.run_folder import RunFolder
 
 SHARDED = ("fsdp", "model_parallel")  # strategies that spread weights over the devices
 SMALL_IMAGE = 160  # below it, crops of a fifth of the area empty the upper band (docs/methods.md)
-FEW_OUTPUTS, ALL_OUTPUTS_FROM = (
-    4_096,
-    100_000,
-)  # FOLK's prototypes, and from how many images on they are DINO's
+FEW_OUTPUTS, ALL_OUTPUTS_FROM = 4_096, 100_000  # FOLK's prototypes; images from which on they are DINO's
 GPU_BACKBONE, CPU_BACKBONE = "vit_small_patch16_224", "vit_tiny_patch16_224"
 STUDENT = "resnet10t"  # of a public teacher; of those that were measured, docs/results.md
 # In equal time a ViT that sees fewer images learned less than a smaller one (docs/results.md, which network).

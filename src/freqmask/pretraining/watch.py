@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freqmask.backbones import Backbone, recalibrate_batch_norm
 from freqmask.data.loader import ChosenSampler, OrderedSampler, TrainDataset, calibration_images, make_loader
-from freqmask.data.source import Source
+from freqmask.data.source import Source, spread
 from freqmask.evaluation import knn, linear
 from freqmask.evaluation.labelled import LabelledData
 from freqmask.methods import build_method
@@ -293,10 +293,3 @@ def rankme(features: Float[Tensor, "image dim"]) -> float:
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
-
-
-def spread(indices: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of them, evenly taken."""
-    if len(indices) <= most:
-        return indices
-    return indices[np.linspace(0, len(indices) - 1, most).round().astype(np.int64)]

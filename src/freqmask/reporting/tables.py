@@ -27,7 +27,7 @@ MOST_ROWS = 2_000  # in the page
 MOST_BARS = 40  # of a chart in it
 # What is measured; rows that agree in these, in the seed and in their command are the same measurement made again.
 _SAME = ("protocol", "variant", "data", "split", "test_images", "classes", "model")
-# Of a command: how and where it was measured, or what columns tell already (the first line: the variant).
+# Of a command: how and where it was measured, or what columns tell already (the first line here: the variant).
 _NOT_MEASURED = frozenset({
     *("k", "shots", "radii", "corruptions", "severities", "attacks", "features", "images", "masks"),
     *("seeds", "data", "batch_size", "workers", "accelerator", "devices", "precision", "cache", "duplicates"),
@@ -122,9 +122,8 @@ def _kind(row: Row) -> tuple[str, ...]:
 class Telling:
     """Which options tell measurements of one kind apart."""
 
-    versions: dict[
-        tuple[str, ...], dict[str, set[str]]
-    ]  # by kind: an option -> versions of freqmask that have it
+    # by kind: an option -> versions of freqmask that have it
+    versions: dict[tuple[str, ...], dict[str, set[str]]]
     differing: set[tuple[tuple[str, ...], str]]  # kinds and options of which there are several values
 
     @classmethod

@@ -78,9 +78,8 @@ class Monitor(L.Callback):
         self.latest: dict[str, float] = {}
         self.recorded: dict[str, float] = {}  # stays in the bar until it is measured again
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[
-            str, Tensor
-        ] = {}  # parts that told a name: details come with the logged steps alone
+        # parts that told a name: details come with the logged steps alone
+        self._counts: dict[str, Tensor] = {}
         self._parts = self._steps_at_row = 0
         self._waited = self._batch_ended = self._row_began = 0.0
         self._warned = False
@@ -247,12 +246,17 @@ class Skipped(L.Callback):
         self._passed += batch["skipped"]
         if trainer.world_size == 1 or trainer.global_step % self.every_steps == 0:
             self._list(trainer)
+            if len(self.known) > self.max_share * self.images:
+                raise UserError(
+                    f"{len(self.known):,} of {self.images:,} images cannot be read, more than max_skipped_share "
+                    f"({self.max_share:g}); {self.path} lists them with reasons"
+                )
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """List what the other processes' loaders have passed over since; all steps are made and saved."""
-        self._list(trainer, math.inf)
+        self._list(trainer)
 
-    def _list(self, trainer: L.Trainer, most: float | None = None) -> None:
+    def _list(self, trainer: L.Trainer) -> None:
         told = [self._passed] * trainer.world_size
         if trainer.world_size > 1:
             distributed.all_gather_object(told, self._passed)
@@ -262,11 +266,6 @@ class Skipped(L.Callback):
                 self.known.add(name)
                 if trainer.is_global_zero:
                     append_row(self.path, {"name": name, "reason": reason})
-        if len(self.known) > (self.max_share * self.images if most is None else most):
-            raise UserError(
-                f"{len(self.known):,} of {self.images:,} images cannot be read, more than max_skipped_share "
-                f"({self.max_share:g}); {self.path} lists them with reasons"
-            )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -90,9 +90,8 @@ def make_adamw(
 
 def build_optimizer(module: nn.Module, optim: OptimConfig, precision: str = "32-true") -> torch.optim.AdamW:
     """AdamW over the module's parameter groups, as ``make_adamw`` makes it for a precision of Lightning's."""
-    groups = parameter_groups(
-        module, optim.weight_decay or optim.weight_decay_end
-    )  # the schedule sets today's
+    # any but 0 tells which weights decay; the schedule sets a step's own
+    groups = parameter_groups(module, optim.weight_decay or optim.weight_decay_end)
     return make_adamw(groups, optim.lr, optim.betas, precision)
 
 
