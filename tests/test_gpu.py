@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.segmentation_images import make_data
+from methods.tiny import tiny_teacher
 from PIL import Image
 from torch import Tensor
 
@@ -46,6 +48,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "sr": {"name": "sr", **VIT},
     "deblur": {"name": "deblur", **VIT},
     "denoise": {"name": "denoise", **VIT},
+    "words": {"name": "words", **VIT},
+    "words, CNN": {"name": "words", **CNN},
+    "distill": {"name": "distill", **CNN},
 }
 RUN: dict[str, Any] = {
     "image_size": 32,
@@ -86,9 +91,13 @@ def pair_of(options: dict[str, Any]) -> tuple[Any, Any, list[Tensor], Tensor]:
     options = dict(options)
     torch.manual_seed(0)
     name = options.pop("name")
+    if name == "distill":
+        options["teacher"] = tiny_teacher()
     here, there = build_method(name, **options), build_method(name, **options)
-    there.load_state_dict(here.state_dict())
     views = [smooth(8, (32, 32), seed) for seed in range(here.n_views)]
+    if name == "words":
+        here.words(views[0])  # k-means may end elsewhere on another device
+    there.load_state_dict(here.state_dict())
     return here, there.to(GPU), views, torch.arange(8)
 
 
@@ -246,6 +255,68 @@ def test_the_steps_of_a_whole_training_wait_for_nothing(
     finally:
         mode("default")
     assert len(watched) == 6
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, FOLK], ids=["words", "folk"])
+def test_scaled_gradients_teach_what_float32_teaches(options: dict[str, Any], tmp_path: Path) -> None:
+    long = {**options, "steps": 40, "checkpoint_every_steps": 40}
+    exact, scaled = (
+        losses(trained(tmp_path / precision, **long, precision=precision))
+        for precision in ("32-true", "16-mixed")
+    )
+    assert exact[40] < exact[1]
+    learnt = [sum(found[step] for step in range(31, 41)) / 10 for found in (exact, scaled)]
+    assert learnt[1] == pytest.approx(learnt[0], rel=0.03)
+    assert scaled[1] == pytest.approx(exact[1], rel=0.02)
+
+
+EVALUATED: dict[str, dict[str, Any]] = {
+    "knn": {},
+    "linear": {"seeds": [0]},
+    "fewshot": {"shots": [5]},
+    "bands": {"head": "linear", "radii": [4.0, 8.0]},
+    "robustness": {"head": "linear", "test_images": 60, "severities": [3], "corruptions": ["contrast"]},
+}
+
+
+@pytest.mark.parametrize("protocol", EVALUATED)
+def test_an_evaluation_gives_the_cpus_scores(protocol: str, tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", accelerator="cpu", steps=2)
+    scores = {}
+    for device in ("cpu", GPU):
+        out = tmp_path / f"on-{device}"
+        evaluate = getattr(freqmask.evaluate, protocol)
+        evaluate([str(run)], data="builtin:digits", out=str(out), accelerator=device, **EVALUATED[protocol])
+        scores[device] = [float(row["accuracy"]) for row in read_rows(out / "results.csv") if row["accuracy"]]
+    assert scores["cpu"] and len(scores["cpu"]) == len(scores[GPU])
+    assert scores[GPU] == pytest.approx(scores["cpu"], abs=0.03)
+
+
+def test_fine_tuning_learns_as_on_the_cpu(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", accelerator="cpu", steps=2)
+    options: dict[str, Any] = {"workers": 0, "precision": "32-true", "log_every_steps": 1, "drop_path": 0.0}
+    options |= {"steps": 60, "lr": 3e-3, "batch_size": 64, "mixup": 0.0, "cutmix": 0.0}
+    found = {}
+    for device in ("cpu", GPU):
+        out = tmp_path / f"on-{device}"
+        freqmask.evaluate.finetune(
+            [str(run)], data="builtin:digits", out=str(out), accelerator=device, **options
+        )
+        found[device] = losses(out / "run-seed0")
+    assert found["cpu"][60] < 0.9 * found["cpu"][1]
+    assert found[GPU][1] == pytest.approx(found["cpu"][1], rel=2e-3)
+    assert found[GPU] == pytest.approx(found["cpu"], rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_segmentation_learns_two_colours(precision: str, tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    run, street = trained(tmp_path / "run", steps=2), str(make_data(tmp_path / "street"))
+    options: dict[str, Any] = {"steps": 60, "lr": 0.005, "scale": [1.0, 1.0], "crop": 32, "batch_size": 4}
+    options |= {"decoder_channels": 8, "workers": 0, "precision": precision, "accelerator": GPU}
+    (summary,) = freqmask.evaluate.segment([str(run)], data=street, out=str(tmp_path / "out"), **options)
+    assert summary.scores.mean_iou > 0.8
 
 
 @needs_gpu
