@@ -93,7 +93,8 @@ def pair_of(options: dict[str, Any]) -> tuple[Any, Any, list[Tensor], Tensor]:
     name = options.pop("name")
     if name == "distill":
         options["teacher"] = tiny_teacher()
-    here, there = build_method(name, **options), build_method(name, **options)
+    here: Any = build_method(name, **options)
+    there = build_method(name, **options)
     views = [smooth(8, (32, 32), seed) for seed in range(here.n_views)]
     if name == "words":
         here.words(views[0])  # k-means may end elsewhere on another device
