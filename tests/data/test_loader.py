@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,23 @@ def test_two_workers_load_the_same_batches_as_none(dataset: TrainDataset) -> Non
     assert len(alone) == len(helped) == 6
     assert all(same(first, second) for first, second in zip(alone, helped, strict=True))
     assert any(batch["skipped"] for batch in alone)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="takes the lock before it forks")
+def test_workers_are_forked_when_threads_of_a_collective_rest(
+    dataset: TrainDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fork = os.fork
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    clock = SimpleNamespace(sleep=lambda seconds: done.append(f"slept {seconds}"))
+    monkeypatch.setattr("freqmask.data.loader.time", clock)
+    monkeypatch.setattr(os, "fork", lambda: done.append("forked") or fork())
+    try:
+        loaded(dataset, workers=1)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert done == ["slept 0.05", "forked"]
 
 
 def test_a_restart_loads_the_rest_of_the_same_batches(dataset: TrainDataset) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack
@@ -41,11 +43,10 @@ from freqmask.spectrum import as_float
 Item = tuple[int, int, int]  # epoch, position in the epoch, index in the source
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, with reasons
 MAX_FALLBACKS = 32  # with a tenth of the images bad, that many bad ones in a row do not happen
-NOTED_SECONDS, STUCK_SECONDS = (
-    60,
-    1800,
-)  # without a batch from any worker, until it is told, and until it ends
+# Without a batch from any worker, until it is told, and until it ends.
+NOTED_SECONDS, STUCK_SECONDS = 60, 1800
 ASKED_SECONDS = 5.0  # as torch asks its workers, and looks whether they live
+RESTING_SECONDS = 0.05  # until the threads of a collective have ended; 0.01 sufficed 8,000 times
 WINDOWS = 4  # windows tried in an image with gaps before the whole image is taken
 _KILLED = (
     "a loader worker was killed, most often for want of memory; the same command with fewer --workers "
@@ -358,6 +359,11 @@ class TrainLoader(DataLoader[Any]):
                 self.close()
 
     def _batches(self) -> Iterator[dict[str, Any]]:
+        several = distributed.is_available() and distributed.is_initialized()
+        if several and self.num_workers and sys.version_info < (3, 12):
+            # Forking copies a lock of Python's that gloo's thread holds for an instant after a collective; that worker
+            # would wait for ever (1 of 116 trainings of two processes). Python 3.12 takes the lock before it forks.
+            time.sleep(RESTING_SECONDS)
         with warnings.catch_warnings(), _own_child_handler():
             # From Python 3.12 on, forking beside other threads warns; make_loader says why it is done.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
