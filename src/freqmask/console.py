@@ -27,6 +27,7 @@ _LOUD = (
 _UNSHOWN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
+_WIDEST_NAME = 160  # signs of a model's or a class's name in a table
 _SHOWN_SKIPPED = 3  # images that cannot be read, by their names
 LINES_A_RUN = 20  # lines of a run without a terminal
 MOST_PATHS = 8  # in a command that is printed
@@ -87,6 +88,20 @@ def shortened(name: str, most: int = 24) -> str:
     """
     name = plain_name(name)  # a font draws no control characters
     return name if len(name) <= most else "..." + name[3 - most :]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells under each other: the first column to the left, numbers to the right; short rows (errors) stick out."""
+    rows = [[shortened(row[0], _WIDEST_NAME), *map(plain_name, row[1:])] for row in rows]
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
+    widths[0] = max(len(row[0]) for row in rows)
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def shell_word(word: object) -> str:

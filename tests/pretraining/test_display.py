@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from freqmask.pretraining.figures import Palette, centered, new_sheet, save_sheet, show_image, spectrum_levels
+from freqmask.pretraining.figures import Palette, centered, new_sheet, show_image, spectrum_levels
 from freqmask.spectrum import psnr
-from freqmask.training.files import MARKER
+from freqmask.training.files import MARKER, save_figure
 
 
 def random_images(channels: int, seed: int = 0) -> torch.Tensor:
@@ -111,14 +111,14 @@ def test_psnr_is_decibels_of_the_clipped_image() -> None:
 def test_a_sheet_is_whole_or_not_there(tmp_path: Path) -> None:
     figure, axes = new_sheet(1, 1, 1.0, "写真 $x_$")  # no font for it, and dollar signs around no formula
     show_image(axes[0, 0], np.zeros((4, 4)), "$a_$", "")
-    path = save_sheet(figure, tmp_path / "new" / "sheet.png")
+    path = save_figure(figure, tmp_path / "new" / "sheet.png")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
     assert [found.name for found in path.parent.iterdir() if found.name != MARKER] == ["sheet.png"]
 
 
 def test_sheets_leave_pyplot_alone_and_are_drawn_from_any_thread(tmp_path: Path) -> None:
-    thread = threading.Thread(target=lambda: save_sheet(new_sheet(2, 2, 1.0, "")[0], tmp_path / "sheet.png"))
+    thread = threading.Thread(target=lambda: save_figure(new_sheet(2, 2, 1.0, "")[0], tmp_path / "sheet.png"))
     thread.start()
     thread.join()
     assert (tmp_path / "sheet.png").stat().st_size > 0

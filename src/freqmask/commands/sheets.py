@@ -20,13 +20,13 @@ from freqmask.pretraining.figures import (
     filter_names,
     new_sheet,
     psnr_words,
-    save_sheet,
     show_image,
     spectrum_levels,
     spectrum_scale,
 )
 from freqmask.rng import combine, identity_of, sample_key
 from freqmask.spectrum import as_float
+from freqmask.training.files import save_figure
 
 _LONGEST_NAME = 22
 _KEYS = 256  # tried to see every filter of a mixture
@@ -78,7 +78,7 @@ def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int
                 )
                 heading = f"{_similarity(score)}{name[:14]}"
             show_image(axes[row, column], colors, heading)
-    return save_sheet(figure, path.with_suffix(".neighbours.png"))
+    return save_figure(figure, path.with_suffix(".neighbours.png"))
 
 
 def draw_reconstructions(
@@ -101,7 +101,7 @@ def draw_reconstructions(
             (shortened(name, _LONGEST_NAME), done),
             _COLUMNS if row == 0 else ("",) * len(_COLUMNS),
         )
-    return save_sheet(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_row(

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from freqmask.console import shortened
+from freqmask.console import aligned, shortened
 from freqmask.data.loader import ChosenSampler, make_loader
 from freqmask.data.source import Source
 from freqmask.errors import UserError
@@ -37,18 +37,12 @@ from freqmask.evaluation.features import ImageChange
 from freqmask.evaluation.labelled import Round
 from freqmask.evaluation.linear import ClassifierHead, fit_head
 from freqmask.evaluation.protocol import EvalContext, Predict, Protocol
-from freqmask.evaluation.results import (
-    Result,
-    ResultTable,
-    Summary,
-    aligned,
-    plain_texts,
-    save_figure,
-)
+from freqmask.evaluation.results import Result, ResultTable, Summary
 from freqmask.filters import BandPass, HighPass, LowPass
 from freqmask.filters.filter import Filter
 from freqmask.rng import Keys, normal, uniform
 from freqmask.spectrum import Images, as_float
+from freqmask.training.files import save_figure
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the highest frequency along an axis
 KINDS = {"low": "low-pass: below", "high": "high-pass: from", "band": "band-pass: around"}
@@ -219,7 +213,7 @@ def draw_curves(path: Path, table: ResultTable) -> None:
         axis.set_xlabel(f"{words}, cycles per pixel", fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy in %")
-    plain_texts(axes[0].legend(fontsize=7, frameon=False))
+    axes[0].legend(fontsize=7, frameon=False)
     save_figure(figure, path)
 
 

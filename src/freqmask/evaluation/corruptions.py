@@ -28,9 +28,9 @@ from freqmask.evaluation import corruption_functions
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.evaluation.features import ImageChange
 from freqmask.evaluation.labelled import LabelledData
-from freqmask.evaluation.results import save_figure
 from freqmask.rng import identity_of, sample_key
 from freqmask.spectrum import as_float
+from freqmask.training.files import save_figure
 
 FAMILIES = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),

@@ -15,15 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
 
-from freqmask.console import plain_name, shortened
+from freqmask.console import aligned, shortened
 from freqmask.evaluation.eval_model import EvalModel
-from freqmask.training.files import replace_atomically, write_rows
+from freqmask.training.files import save_figure, write_rows
 
-_MOST_BARS = 5  # variants side by side in the chart
-_CLASSES_SHOWN = 40
-_WIDEST = 160  # signs of a model's or a class's name in a table on the terminal
-
-
+_MOST_BARS, _CLASSES_SHOWN = 5, 40  # variants side by side in the chart, classes in a table
 RESAMPLES = 2000
 EVERYTHING = 0.999  # share of the predictions from which they count as one class
 Margins = Int64[np.ndarray, "3 classes"]  # of each class how many are predicted rightly, exist, are predicted
@@ -139,13 +135,10 @@ def accuracy_units(
     return np.stack([np.bincount(members, correct), np.bincount(members).astype(float)], axis=1)
 
 
-def accuracy_of(sums: Float[np.ndarray, " 2"]) -> float:
-    """The accuracy of summed units."""
-    return float(sums[0] / sums[1])
-
-
 def bootstrap_interval(
-    units: Shaped[np.ndarray, "unit ..."], statistic: Callable[[np.ndarray], float]
+    units: Shaped[np.ndarray, "unit ..."],
+    statistic: Callable[[np.ndarray], float],
+    others: Shaped[np.ndarray, "unit ..."] | None = None,
 ) -> tuple[float, float]:
     """The 2.5 and 97.5 percentiles of a statistic over test images (or groups), drawn again with replacement.
 
@@ -155,15 +148,21 @@ def bootstrap_interval(
     Args:
         units: counts of each image or group, which are summed over those drawn.
         statistic: of the sum.
+        others: another model's counts of the same images, above whose statistic it is measured.
     """
-    generator = np.random.default_rng(0)
+    values = _resampled(units, statistic) - (0 if others is None else _resampled(others, statistic))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resampled(units: np.ndarray, statistic: Callable[[np.ndarray], float]) -> np.ndarray:
+    generator = np.random.default_rng(0)  # the same draws of images for all models
     flat, count = units.reshape(len(units), -1).astype(np.float64), len(units)  # exact up to 2^53 pixels
     values = np.empty(RESAMPLES)
     for number in range(RESAMPLES):
         times = np.bincount(generator.integers(0, count, count), minlength=count)
         values[number] = statistic((times @ flat).reshape(units.shape[1:]))
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return values
 
 
 @dataclass
@@ -201,8 +200,25 @@ class Result(ABC):
 
     @classmethod
     @abstractmethod
+    def units(cls, results: Sequence[Any]) -> Shaped[np.ndarray, "unit ..."]:
+        """What an interval draws of several seeds: counts of each image, or group of images."""
+
+    @staticmethod
+    @abstractmethod
+    def statistic(sums: np.ndarray) -> float:
+        """The mean of `METRIC` over the seeds, of units that are summed."""
+
+    @classmethod
     def interval(cls, results: Sequence[Any]) -> tuple[float, float]:
         """95 % of the mean of `METRIC` over several seeds."""
+        return bootstrap_interval(cls.units(results), cls.statistic)
+
+    @classmethod
+    def lead(cls, results: Sequence[Any], others: Sequence[Any]) -> tuple[float, float] | None:
+        """95 % of how far one model's mean is above another's, the same images drawn for both; None of others."""
+        if not np.array_equal(results[0].images, others[0].images):
+            return None
+        return bootstrap_interval(cls.units(results), cls.statistic, cls.units(others))
 
     @cached_property
     def own_interval(self) -> tuple[float, float]:
@@ -239,7 +255,7 @@ class ClassificationResult(Result):
         return margins(self.truth, self.predicted, len(self.class_names))
 
     @classmethod
-    def interval(cls, results: Sequence[ClassificationResult]) -> tuple[float, float]:
+    def units(cls, results: Sequence[ClassificationResult]) -> np.ndarray:
         first = results[0]
         correct = np.mean([result.predicted == result.truth for result in results], axis=0)
         groups: Sequence[object] | None = first.data.groups_of(first.images)
@@ -247,7 +263,11 @@ class ClassificationResult(Result):
             groups = [group or f"image {index}" for group, index in zip(groups, first.images, strict=True)]
         elif len(np.unique(first.images)) < len(first.images):  # an image in several versions is drawn whole
             groups = first.images.tolist()
-        return bootstrap_interval(accuracy_units(correct, groups), accuracy_of)
+        return accuracy_units(correct, groups)
+
+    @staticmethod
+    def statistic(sums: np.ndarray) -> float:
+        return float(sums[0] / sums[1])
 
 
 @dataclass
@@ -275,9 +295,12 @@ class SegmentationResult(Result):
         return total
 
     @classmethod
-    def interval(cls, results: Sequence[SegmentationResult]) -> tuple[float, float]:
-        counts = np.stack([result.counts for result in results], axis=1)  # (image, seed, 3, class)
-        return bootstrap_interval(counts, lambda sums: float(mean_iou(sums).mean()))
+    def units(cls, results: Sequence[SegmentationResult]) -> np.ndarray:
+        return np.stack([result.counts for result in results], axis=1)  # (image, seed, 3, class)
+
+    @staticmethod
+    def statistic(sums: np.ndarray) -> float:
+        return float(mean_iou(sums).mean())
 
 
 @dataclass
@@ -305,15 +328,12 @@ class Summary:
 
     def interval_text(self) -> str:
         """The interval in per cent."""
-        low, high = self.interval
-        return f"{100 * low:.1f} to {100 * high:.1f}"
+        return " to ".join(f"{100 * end:.1f}" for end in self.interval)
 
     def percent(self) -> str:
         """In per cent, with the deviation over seeds where there are several; - where there is no number."""
-        if not self.values:
-            return "-"
         spread = f" ± {100 * float(np.std(self.values, ddof=1)):.1f}" if len(self.values) > 1 else ""
-        return f"{100 * self.mean:.1f}{spread}"
+        return f"{100 * self.mean:.1f}{spread}" if self.values else "-"
 
 
 def summarize(results: Sequence[Result]) -> list[Summary]:
@@ -372,20 +392,35 @@ class ResultTable:
         headline = wanted if wanted in variants else first
         others = type(self.results[0]).OTHERS
         names = [variant.removeprefix(self.prefix) for variant in variants]
-        rows = [["model", *names, "95 % interval", *others.values()]]
+        behind = self._behind(headline)
+        more = ["95 % interval", *(["behind the best"] if behind else []), *others.values()]
+        rows = [["model", *names, *more]]
         for name, summaries in self.models().items():
             main = summaries.get(headline)
             cells = [summaries[variant].percent() if variant in summaries else "-" for variant in variants]
             if main is not None and not main.error:
-                more = [f"{100 * getattr(main.scores, score):.1f}" for score in others]
-                rows.append([name, *cells, main.interval_text(), *more])
+                scores = [f"{100 * getattr(main.scores, score):.1f}" for score in others]
+                rows.append([name, *cells, main.interval_text(), *behind.get(name, []), *scores])
             elif any(cell != "-" for cell in cells):
-                rows.append([name, *cells, "-", *["-"] * len(others)])
+                rows.append([name, *cells, *["-"] * len(more)])
             else:
                 rows.append([name, next((one.error for one in summaries.values() if one.error), "no result")])
-        further = " and ".join(others.values())
+        further = f"{', '.join(more[1:-1])} and {more[-1]}"
         note = f"({self.metric} in %; interval, {further} are those of {headline.removeprefix(self.prefix)})"
         return [self.title, *aligned(rows), *([note] if headline else [])]
+
+    def _behind(self, variant: str) -> dict[str, list[str]]:
+        """A cell for each of several models: how far it is behind the best, with 95 % for the same images."""
+        known = [one for one in self.results if one.variant == variant and not one.error]
+        families = {name: [one for one in known if one.model.name == name] for name in self.models()}
+        means = {name: self.models()[name][variant].mean for name, family in families.items() if family}
+        best = max(means, key=lambda name: means[name], default="")
+        cells = {best: ["-"]}
+        for name in means.keys() - {best}:
+            ends = type(known[0]).lead(families[best], families[name])
+            apart = "" if ends is None else f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
+            cells[name] = [f"{100 * (means[best] - means[name]):.1f}{apart}"]
+        return cells if len(cells) > 1 else {}
 
     @property
     def metric(self) -> str:
@@ -429,31 +464,6 @@ def write_class_scores(path: Path, results: Iterable[Result]) -> None:
     write_rows(path, list(rows[0]) if rows else ["model", "variant", "seed", "class"], rows)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells under each other: the first column to the left, numbers to the right; short rows (errors) stick out."""
-    rows = [[shortened(row[0], _WIDEST), *map(plain_name, row[1:])] for row in rows]
-    whole = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
-    widths[0] = max(len(row[0]) for row in rows)
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """A PNG, replaced whole."""
-    replace_atomically(path, lambda unfinished: figure.savefig(unfinished, format="png"))
-
-
-def plain_texts(legend: Any) -> None:
-    """Names of files in a legend are no formulas."""
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
 def draw_bar_chart(path: Path, title: str, label: str, summaries: Sequence[Summary]) -> None:
     """Bars by model, side by side for the variants, with their intervals."""
     from matplotlib.figure import Figure
@@ -468,9 +478,8 @@ def draw_bar_chart(path: Path, title: str, label: str, summaries: Sequence[Summa
     draw_bars(axis, names, series)
     axis.set_xticks(range(len(names)), map(shortened, names), rotation=20, ha="right", parse_math=False)
     axis.set_ylabel(label)
-    axis.set_title(
-        "\n".join(shortened(line, 60) for line in title.splitlines()), fontsize=9, parse_math=False
-    )
+    lines = [shortened(line, 60) for line in title.splitlines()]
+    axis.set_title("\n".join(lines), fontsize=9, parse_math=False)
     if len(series) > 1:
         axis.legend(fontsize=8, frameon=False, ncols=len(series), loc="upper left", bbox_to_anchor=(0, -0.25))
     save_figure(figure, path)
@@ -485,8 +494,7 @@ def draw_bars(axis: Any, names: Sequence[str], series: Mapping[str, Mapping[str,
         heights = [100 * one.mean for one in known.values()]
         ends = np.array([one.interval for one in known.values()]).reshape(-1, 2).T * 100
         errors = np.clip([heights - ends[0], ends[1] - heights], 0, None)
-        color = f"C{number}"
-        style = {"color": color, "ecolor": "0.3", "label": shortened(label, 40)}
+        style = {"color": f"C{number}", "ecolor": "0.3", "label": shortened(label, 40)}
         axis.bar(places, heights, 0.92 * width, yerr=errors, **style)
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from freqmask.console import say, shortened
+from freqmask.console import aligned, say, shortened
 from freqmask.data.source import Subset, spread
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
@@ -39,11 +39,9 @@ from freqmask.evaluation.results import (
     Result,
     ResultTable,
     Summary,
-    aligned,
     draw_bars,
-    plain_texts,
-    save_figure,
 )
+from freqmask.training.files import save_figure
 
 COLUMNS = CLEAN, CORRUPTED, IMAGENET_C = "clean", "corrupted", "imagenet-c"
 DATA, TREE = "data", "tree"  # groups of results; any other is the name of a test set
@@ -458,7 +456,7 @@ def draw_curves(path: Path, tables: Tables) -> None:
     for axis in axes[::columns]:
         axis.set_ylabel("accuracy in %", fontsize=8)
     handles, labels = axes[len(curves)].get_legend_handles_labels()
-    plain_texts(figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False))
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False)
     save_figure(figure, path)
 
 

@@ -37,14 +37,7 @@ from freqmask.evaluation.features import ComputeConfig
 from freqmask.evaluation.mask_data import MaskConfig, SegmentationData, open_segmentation
 from freqmask.evaluation.mask_files import PairDataset, RandomCrop
 from freqmask.evaluation.protocol import EvalConfig, Protocol
-from freqmask.evaluation.results import (
-    Result,
-    ResultTable,
-    SegmentationResult,
-    image_margins,
-    plain_texts,
-    save_figure,
-)
+from freqmask.evaluation.results import Result, ResultTable, SegmentationResult, image_margins
 from freqmask.evaluation.trainings import (
     AUTO,
     TrainingJob,
@@ -72,7 +65,7 @@ from freqmask.options import group_among
 from freqmask.rng import torch_seeded
 from freqmask.spectrum import as_float
 from freqmask.training.auto import pick_device
-from freqmask.training.files import check_writable
+from freqmask.training.files import check_writable, save_figure
 from freqmask.training.loop import Task
 from freqmask.training.run_folder import RUNS, RunFolder, comparable, from_anywhere
 
@@ -358,7 +351,7 @@ def draw_overlays(path: Path, title: str, overlays: Sequence[Overlay], names: Se
         "fontsize": 7,
         "frameon": False,
     }
-    plain_texts(figure.legend(handles=patches, **where))
+    figure.legend(handles=patches, **where)
     save_figure(figure, path)
 
 

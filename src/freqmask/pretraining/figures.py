@@ -6,7 +6,6 @@ Any number of channels, faint and signed images are shown, each with a note of w
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from freqmask.data.image_folder import named_image
 from freqmask.errors import UserError
 from freqmask.rng import Keys, combine
 from freqmask.spectrum import Images, as_float, full_spectrum, log_magnitude, pair_weights, power, psnr, rfft2
-from freqmask.training.files import replace_atomically
+from freqmask.training.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,15 +163,6 @@ def show_image(axis: Axes, colors: np.ndarray, *lines: str, **scale: Any) -> Non
     axis.set_title("\n".join(plain_name(line) for line in lines if line), pad=2, **_TEXT)
 
 
-def save_sheet(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG atomically."""
-    path = Path(path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # names in any script
-        replace_atomically(path, lambda unfinished: figure.savefig(unfinished, format="png"))
-    return path
-
-
 _LEAST_SIDE = 8  # pixels, as of --image_size
 _MOSTLY_CUT = 0.25  # of an image: where its square is less, that is said
 
@@ -262,7 +252,7 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Keys
             draw_panel(cells[0], palette, view[column], label)
             draw_panel(cells[1], palette, shown["filtered"][column], names[column])
             _draw_keep(cells[2], shown["keep"][column], shown["filtered"][column])
-    return save_sheet(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_preview(path: str | Path, reconstruction: Mapping[str, Tensor], title: str) -> Path:
@@ -290,7 +280,7 @@ def draw_preview(path: str | Path, reconstruction: Mapping[str, Tensor], title: 
         scale = spectrum_scale(spectra[0][row])
         for column, spectrum in enumerate(spectra, start=3):
             show_image(axes[row, column], spectrum[row], headings[column], **scale)
-    return save_sheet(figure, path)
+    return save_figure(figure, path)
 
 
 def filter_names(method: Any, keys: Keys) -> list[str]:
@@ -398,7 +388,7 @@ def draw_filters(
             draw_panel(cells[1], palette, filtering.removed, f"removed {_percent(1 - filtering.energy, 1)}")
             levels = _dimmed(spectrum, filtering.keep.numpy())
             show_image(cells[2], levels, f"{filtering.bins:.1%} of the bins")
-    return save_sheet(figure, path)
+    return save_figure(figure, path)
 
 
 def filter_table(images: Sequence[str], filterings: Sequence[Sequence[Filtering]]) -> str:

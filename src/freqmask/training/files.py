@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,6 +67,17 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             with suppress(OSError):  # on a file system that turned read-only, it would hide the first error
                 temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Writes a figure of matplotlib's as a PNG, atomically; names in its legends are no formulas."""
+    for legend in filter(None, [*figure.legends, *(axis.get_legend() for axis in figure.axes)]):
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # names in any script
+        replace_atomically(Path(path), lambda unfinished: figure.savefig(unfinished, format="png"))
+    return Path(path)
 
 
 def clear_leftovers(*folders: Path, pattern: str = ".*.tmp") -> None:
