@@ -66,6 +66,15 @@ def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_
     assert "cats/1.png" in table.read_text()
 
 
+def test_the_table_of_labels_is_never_replaced_by_the_names_of_the_rows(run, photographs, tmp_path):
+    table = tmp_path / "photographs.csv"
+    table.write_text("path,label\ncats/1.png,a\ncats/9.png,b\n")
+    for out in (table.with_suffix(".npy"), tmp_path / ".." / tmp_path.name / "photographs.npy"):
+        with pytest.raises(UserError, match=r"out \(.*photographs.csv\) is or holds .* would be lost"):
+            freqmask.embed(run, photographs, labels=table, out=out, workers=0, overwrite=True)
+    assert table.read_text() == "path,label\ncats/1.png,a\ncats/9.png,b\n"
+
+
 def test_a_parquet_file_that_is_none_is_something_else_too(run, photographs, tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"something else")
     with pytest.raises(UserError, match="exists already"):

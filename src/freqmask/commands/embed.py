@@ -92,9 +92,11 @@ def embed(
     if task_of(path) == parts.task:
         say(f"embeddings  {path} is there already, of the same images, labels and weights")
     else:
-        check_kept(check_out(path, overwrite, folder=False), data)
-        if path.suffix == ".npy" and not parts.folder.exists():
-            check_out(path.with_suffix(".csv"), overwrite, folder=False)  # of the rows' names
+        table = [path.with_suffix(".csv")] if path.suffix == ".npy" else []  # of the rows' names
+        for file in (path, *table):
+            check_kept(file, filter(None, [*data, labels]))
+            if file is path or not parts.folder.exists():
+                check_out(file, overwrite, folder=False)
         compute_parts(task, source, parts, compute)
         rows, skipped = join_parts(parts, task.grid if patches else None)
         say(f"embeddings  {path}: {rows:,} of {len(source):,} images, {opened.name}")
