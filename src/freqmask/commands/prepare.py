@@ -38,7 +38,8 @@ def prepare(
 ) -> Path:
     """Packs images into tar shards that every command reads fast, from a disk or over a network.
 
-    Large images are reduced once; those of 8 bits become JPEG of quality 95, all others keep every bit and band.
+    Large images are reduced once; those of 8 bits become JPEG of quality 95, all others keep every bit and band, as
+    do those with missing pixels (nodata).
     An image that needs no reduction stays the file it was, byte for byte. Labels, groups, splits and names are
     kept; images that cannot be read are listed in skipped.csv. Cut short, the same command resumes.
 

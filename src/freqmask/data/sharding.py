@@ -314,17 +314,14 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
     reductions = [reduction for part in written for reduction in part["reductions"]]
     index = make_index(shards, parts.class_names)
     if len(index) == 0:
-        raise UserError(
-            f"not one of the {parts.count:,} images can be read; {skipped[0][0]}: {skipped[0][1]}"
-        )
+        raise UserError(f"not one of the {parts.count:,} images can be read; {': '.join(skipped[0])}")
     if not index.save(out / INDEX_NAME, reductions=reductions):
         # it makes a cache's silence of a full disk, which is no cache here
         raise OSError(errno.ENOSPC, "cannot be written", str(out / INDEX_NAME))
     shutil.copymode(out / planned[0].name, out / INDEX_NAME)  # a web server or a colleague reads it, too
     if skipped:
-        write_rows(
-            out / SKIPPED, SKIPPED_COLUMNS, [dict(zip(SKIPPED_COLUMNS, row, strict=True)) for row in skipped]
-        )
+        rows = [dict(zip(SKIPPED_COLUMNS, row, strict=True)) for row in skipped]
+        write_rows(out / SKIPPED, SKIPPED_COLUMNS, rows)
     _write_manifest(out, settings, parts, [list(shard) for shard in index.shards])
     shutil.rmtree(out / PARTS, ignore_errors=True)  # NFS keeps what is still mapped
     return PrepareResult(index, sum(size for _, size, _ in index.shards), skipped, reductions)
@@ -422,8 +419,8 @@ def encode_picture(
     """Decode an image once, so that it is known to be whole, and put it into the form of a shard; or a BadImage.
 
     What needs no reduction to ``shorter_side`` pixels and has an ``original`` (its file, its suffix) stays that file,
-    byte for byte. A reduced image of 8 bits becomes a JPEG where one holds it; everything else keeps every bit, as
-    PNG where that can be, as TIFF where not.
+    byte for byte. A reduced image of 8 bits becomes a JPEG where one holds it, which knows no missing pixels;
+    everything else keeps every bit, as PNG where that can be, as TIFF where not.
     """
     wanted = reduced_size(picture.size, shorter_side)
     if wanted == picture.size:
@@ -432,7 +429,9 @@ def encode_picture(
     else:
         at_least = (OVERSAMPLING * wanted[0], OVERSAMPLING * wanted[1])
         pixels = reduced(picture.decode(None, at_least), wanted, picture.nodata)
-        jpeg = pixels.dtype == np.uint8 and len(pixels) in (1, 3) and max(wanted) <= MOST_IN_A_JPEG
+        missing = missing_pixels(pixels, picture.nodata)
+        plain = pixels.dtype == np.uint8 and len(pixels) in (1, 3) and (missing is None or not missing.any())
+        jpeg = plain and max(wanted) <= MOST_IN_A_JPEG
         data, suffix = (_jpeg(pixels), ".jpg") if jpeg else _lossless(pixels, picture.nodata)
     reduction = min(wanted) / min(picture.size)
     return EncodedImage(data, suffix, wanted, len(pixels), 8 * pixels.dtype.itemsize, reduction)
