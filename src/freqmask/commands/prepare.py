@@ -79,7 +79,8 @@ def prepare(
         say(f"            {note}")
     settings = _settings(parts, (side, shard_size, pages, split), processes, before, path)
     if finished:
-        say(f"shards      {path} is there already, of the same images and settings")
+        same = "images" if settings.stamp in (None, parts.stamp) else "names"
+        say(f"shards      {path} is there already, of the same {same} and settings")
         return path
     for folder, pattern in ((path, ".*.tmp"), (path, f"{INDEX_NAME}*.tmp"), (path / PARTS, "*.tmp")):
         clear_leftovers(folder, pattern=pattern)
@@ -109,8 +110,16 @@ def _settings(
     side, size, pages, split = asked
     if before is not None:
         size = before.shard_size if size == "auto" else size
-        settings = Settings(side, size, pages, split, parts.content, before.workers)
+        # of a folder that goes on the first stamp stays: its first shards are of those files
+        settings = Settings(
+            side, size, pages, split, parts.content, before.workers, parts.groups, before.stamp
+        )
         _check_same(settings, before, out)
+        if before.stamp not in (None, parts.stamp):
+            say(
+                f"note: files of DATA were rewritten (or copied) since {shell_path(out)} was begun; delete it to pack "
+                "them as they are now"
+            )
         return settings
     chosen, mean = choose_shard_size(parts, side)
     size = chosen if size == "auto" else size
@@ -125,7 +134,7 @@ def _settings(
             "note: that may not fit; it stops where the disk is full, and the same command resumes when there is room"
         )
     dealt = 1 if parts.blocks is None else max(workers, 1)
-    return Settings(side, size, pages, split, parts.content, dealt)
+    return Settings(side, size, pages, split, parts.content, dealt, parts.groups, parts.stamp)
 
 
 def _check_same(settings: Settings, before: Settings, out: Path) -> None:
@@ -134,8 +143,9 @@ def _check_same(settings: Settings, before: Settings, out: Path) -> None:
         old, new = (getattr(each, name) or "none" for each in (before, settings))
         if old != new:
             differing.append(f"--{name} was {old} and is {new}")
-    if settings.content != before.content and not differing:
-        differing.append("its images or labels were others")
+    changed = settings.content != before.content or before.groups not in (None, settings.groups)
+    if changed and not differing:
+        differing.append("its images, labels or groups were others")
     if differing:
         raise UserError(
             f"out ({out}) was begun with other settings: {'; '.join(differing)}; give another --out, or delete it"

@@ -50,6 +50,7 @@ JPEG_QUALITY, MOST_IN_A_JPEG = 95, 65_500  # pixels a side, libjpeg's limit
 JPEG_SUBSAMPLING = "444"
 MISSING_SHARE = 0.5  # a reduced pixel is missing where this much of what it came from was
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Settings:
     split: str  # which splits
     content: str  # hash of the images and labels
     workers: int = 1  # of the first start, among which images that lie together far away are dealt out
+    groups: str | None = None  # hash of the images' groups; None in a folder of 0.1.0
+    stamp: str | None = None  # hash of the files' bytes and times when the folder was begun; None as above
 
 
 @dataclass
@@ -117,6 +120,8 @@ class Parts:
         self.whole = whole = JoinedSource([source for _, source in parts])
         self.class_names, self.blocks, self.count = whole.class_names, whole.blocks(), len(whole)
         self.content = hash_of(whole.fingerprint(), repr(whole.class_names), whole.all_labels())
+        self.groups = hash_of(repr([[source.group(k) for k in range(len(source))] for _, source in parts]))
+        self.stamp = whole.content_stamp()
 
     def packed(self, index: int, shorter_side: int | None) -> Packed:
         """One image, encoded, or the reason why it cannot be."""
@@ -171,9 +176,8 @@ def open_parts(
         return Parts([(None if split in ("all", "auto") else split, source)]), notes
     parts = Parts([(name, open_source(named, pages, name, labels)) for name in names])
     left = len(source) - parts.count
-    if left:
-        notes = [*notes, f"{left:,} images outside of {', '.join(names)} are left out."]
-    return parts, notes
+    more = [f"{left:,} images outside of {', '.join(names)} are left out."] if left else []
+    return parts, [*notes, *more]
 
 
 def choose_shard_size(parts: Parts, shorter_side: int | None) -> tuple[int, float]:
@@ -207,7 +211,7 @@ def prepare_shards(
     settings: Settings,
     out: Path,
     workers: int,
-    report: Callable[[int], None] = lambda done: None,
+    report: Report = lambda done: None,
 ) -> PrepareResult:
     """Writes all shards that are not there yet in ``workers`` further processes, then their index.
 
@@ -233,12 +237,7 @@ def prepare_shards(
 
 
 def _write_missing(
-    parts: Parts,
-    settings: Settings,
-    out: Path,
-    missing: list[PlannedShard],
-    workers: int,
-    report: Callable[[int], None],
+    parts: Parts, settings: Settings, out: Path, missing: list[PlannedShard], workers: int, report: Report
 ) -> None:
     indices: Any = [index for shard in missing for index in shard.images]
     dataset: Any = _EncodingDataset(parts, settings.resize)
