@@ -220,6 +220,24 @@ def test_a_key_of_a_mapping_is_set_on_top_of_what_a_file_says(tmp_path: Path) ->
     assert given == {"model_args": {"depth": 1, "name": "4", "num_heads": 2}}
     whole = ["--config", str(tmp_path / "c.yaml"), "--model_args", "{depth: 1}"]
     assert given_values(read_words(known, whole), known) == {"model_args": {"depth": 1}}
+    none = ["--model_args", "null", "--model_args.depth", "1"]
+    assert given_values(read_words(known, none), known) == {"model_args": {"depth": 1}}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model_args", "tiny", "--model_args.depth", "4"], "model_args (tiny) must be a mapping"),
+        (["--model_args", "{a: ", "--model_args.depth", "4"], "model_args ({a: ) must be a mapping"),
+        (["--model_args.depth", "{"], "model_args.depth ({) must be YAML"),
+        (["--lr", "0.1", "--lr.x", "4"], "option (--lr.x) is unknown; did you mean 'lr'?"),
+    ],
+)
+def test_a_key_of_what_is_no_mapping_is_a_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = typed(capsys, "pretrain", "photos", "--dry_run", *words)
+    assert (code, out) == (2, "") and sentence in err
 
 
 @pytest.mark.parametrize(
