@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +42,21 @@ def test_it_says_what_it_did_to_the_images(photos, tmp_path, capsys):
     assert len(open_source(out)) == 20
     main(["prepare", str(photos), "--out", str(out), "--resize", "32"])
     assert "is there already" in capsys.readouterr().out
+
+
+def test_the_room_is_that_of_the_folder_that_is_there(photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    usage, small = shutil.disk_usage, (tmp_path / "disk").resolve()
+
+    def free(path):
+        own = usage(path)
+        return own._replace(free=5_000) if Path(path).resolve() == small else own
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    main(["prepare", str(photos), "--out", str(tmp_path / "out"), "--workers", "0"])
+    said = capsys.readouterr().out
+    assert "; 5 kB are free" in said and "note: that may not fit" in said
 
 
 def test_its_twin_returns_the_folder(photos, tmp_path):

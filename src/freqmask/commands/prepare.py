@@ -124,7 +124,9 @@ def _settings(
     chosen, mean = choose_shard_size(parts, side)
     size = chosen if size == "auto" else size
     needed = mean * parts.count
-    free = shutil.disk_usage(existing_parent(out)).free
+    free = shutil.disk_usage(
+        out if out.is_dir() else existing_parent(out)
+    ).free  # it may be a disk of its own
     say(
         f"shards      {len(parts.shards(size)):,} of up to {size:,} images, about {readable_bytes(needed)} in all; "
         f"{readable_bytes(free)} are free"
