@@ -180,6 +180,29 @@ def test_a_packed_folder_has_its_folders_as_classes(tmp_path):
     assert source.all_labels().tolist() == [1, 1, 0] and source.summary().ignored == {".txt": 1}
 
 
+@pytest.mark.parametrize(
+    ("folders", "classes", "notes"),
+    [
+        (["photos/dog", "photos/cat"], ["cat", "dog"], 0),  # tar cf photos.tar photos
+        (["./my/photos/dog", "./my/photos/cat/deep"], ["cat", "dog"], 0),
+        (["/data/set/train/dog", "/data/set/train/cat"], ["cat", "dog"], 0),
+        (["set/train/dog", "set/val/cat"], ["cat", "dog"], 1),
+        (["train/images/dog", "test/images/cat"], ["cat", "dog"], 1),
+        (["train/dog", "test/dog"], None, 1),
+        (["train", "test"], None, 1),
+        (["photos/dog", "photos/dog"], None, 0),
+        (["photos", "photos/dog"], None, 0),
+    ],
+)
+def test_a_packed_folder_has_the_classes_of_a_folder(tmp_path, folders, classes, notes):
+    names = [f"{folder}/{number}.png" for number, folder in enumerate(folders)]
+    source = open_source(pack(tmp_path / "s.tar", [(n, png(k)) for k, n in enumerate(names)]))
+    assert source.class_names == classes
+    assert source.all_labels().tolist() == ([1, 0] if classes else [-1, -1])
+    told = source.summary().notes
+    assert len(told) == notes and all("lie side by side in the shards, and all are used" in n for n in told)
+
+
 @pytest.mark.parametrize("far", [False, True])
 def test_a_hard_link_is_the_image_that_it_names(tmp_path, far):
     (tmp_path / "set").mkdir()
