@@ -7,7 +7,8 @@ from tiny_runs import make_photographs, make_run
 
 import freqmask
 from freqmask.cli import main
-from freqmask.errors import UserError
+from freqmask.data import image_folder
+from freqmask.errors import BadImage, UserError
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,26 @@ def test_features_stand_beside_the_run_and_are_not_computed_twice(run, photograp
     assert (run / "embeddings.neighbours.png").read_bytes().startswith(b"\x89PNG")
     main(["embed", str(run), str(photographs), "--workers", "0"])
     assert "is there already" in capsys.readouterr().out
+
+
+def test_an_image_that_can_be_read_again_is_in_the_file_again(
+    run, photographs, tmp_path, monkeypatch, capsys
+):
+    out, read = tmp_path / "x.parquet", image_folder.open_file
+
+    def away(path, *rest):
+        if path.name == "1.png":
+            raise BadImage("the network drive is away")
+        return read(path, *rest)
+
+    monkeypatch.setattr(image_folder, "open_file", away)
+    for _ in range(2):  # it is not computed anew for what still cannot be read
+        freqmask.embed(run, photographs, out=out, workers=0)
+    assert capsys.readouterr().out.count("left out    cats/1.png") == 1
+    assert "cats/1.png" not in pq.read_table(out)["path"].to_pylist()
+    monkeypatch.undo()
+    freqmask.embed(run, photographs, out=out, workers=0)
+    assert "cats/1.png" in pq.read_table(out)["path"].to_pylist()
 
 
 def test_a_file_with_other_labels_is_something_else(run, photographs, tmp_path):
