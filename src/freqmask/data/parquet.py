@@ -37,7 +37,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "y")
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
-VERSION = 5
+VERSION = 6
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Columns:
         features = _features(schema)
         able = [field.name for field in schema if _is_number(field.type) or _is_text(field.type)]
         named = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
-        usual = [name for name in LABEL_COLUMNS if name in able]
+        usual = [name for known in LABEL_COLUMNS for name in able if name.lower() == known]
         labels = list(dict.fromkeys([*(name for name in usual if name in named), *named, *usual]))
         label = labels[0] if labels else None
         notes = [f"Images are read from the column {image.name}, not from {others}."] if others else []
