@@ -346,7 +346,13 @@ class ArraySource(Source):
             return None
         pairs = list(zip(self.pairs, np.diff(self._starts).tolist(), strict=True))
         parts = [_read(self.file, key) if key else np.full(count, -1) for (_, key), count in pairs]
-        usable = all(part.shape[:1] == (part.size,) and part.dtype.kind in "iubU" for part in parts)
+        parts = [
+            np.char.decode(part, "utf-8", "replace") if part.dtype.kind == "S" else part for part in parts
+        ]
+        usable = all(part.shape[:1] == (part.size,) and part.dtype.kind in "iubfU" for part in parts)
+        usable = usable and not any(
+            part.dtype.kind == "f" and (np.floor(part) < part).any() for part in parts
+        )
         if not usable or any(part.size != count for part, (_, count) in zip(parts, pairs, strict=True)):
             note = f"The labels in {self.file.name} are not one class an image and are left out."
             self.notes = [*self.notes, note]
