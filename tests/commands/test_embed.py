@@ -1,5 +1,7 @@
 """``freqmask embed`` as a user types it."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -65,6 +67,23 @@ def test_a_file_with_other_labels_is_something_else(run, photographs, tmp_path):
                 freqmask.embed(run, photographs, **options)
         freqmask.embed(run, photographs, **options, **more)
         assert pq.read_table(out)["class"].to_pylist() == wanted
+
+
+def test_another_mean_of_the_same_weights_gives_other_features(photographs, tmp_path):
+    """Of a foreign checkpoint nobody tells them: whoever finds them out puts them into config.json."""
+    freqmask.export("random:resnet10t", out=tmp_path / "model", image_size=32)
+    words = {"model": tmp_path / "model", "data": [photographs], "image_size": 32, "workers": 0}
+    freqmask.embed(**words, out=tmp_path / "x.parquet")
+    config = tmp_path / "model" / "config.json"
+    content = json.loads(config.read_text())
+    content["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    config.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="exists already"):
+        freqmask.embed(**words, out=tmp_path / "x.parquet")
+    freqmask.embed(**words, out=tmp_path / "x.parquet", overwrite=True)
+    freqmask.embed(**words, out=tmp_path / "y.parquet")
+    tables = [pq.read_table(tmp_path / name)["features"].to_pylist() for name in ("x.parquet", "y.parquet")]
+    assert tables[0] == tables[1]
 
 
 def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_path, capsys):
