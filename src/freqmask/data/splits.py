@@ -388,6 +388,12 @@ def told_apart(names: Sequence[str]) -> list[str]:
     return numbered
 
 
+def are_classes(array: np.ndarray, count: int) -> bool:
+    """Whether an array holds a class of each of ``count`` images: a text, or a whole number, NaN for none."""
+    whole = array.dtype.kind in "iubSU" or (array.dtype.kind == "f" and not (np.floor(array) < array).any())
+    return whole and array.shape[:1] == (array.size,) == (count,)
+
+
 def number_classes(
     values: Sequence[float | str | None], names: list[str] | None = None
 ) -> tuple[np.ndarray, list[str] | None]:
