@@ -9,8 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PureWindowsPath
 
+import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -201,6 +203,21 @@ def test_a_packed_folder_has_the_classes_of_a_folder(tmp_path, folders, classes,
     assert source.all_labels().tolist() == ([1, 0] if classes else [-1, -1])
     told = source.summary().notes
     assert len(told) == notes and all("lie side by side in the shards, and all are used" in n for n in told)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_what_a_mac_leaves_beside_shards_and_tables_is_none_of_them(tmp_path, far):
+    pack(tmp_path / "tars" / "a.tar", [("0.png", png(4))])
+    (tmp_path / "tables").mkdir()
+    pq.write_table(pa.table({"image": [png(5)]}), tmp_path / "tables" / "a.parquet")
+    for name in ("tars/._a.tar", "tables/._a.parquet"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7" * 1000)
+    root = str(tmp_path)
+    if far:
+        root = f"memory://{tmp_path.name}"
+        fsspec.filesystem("memory").put(f"{tmp_path}/", f"/{tmp_path.name}/", recursive=True)
+    for name, red in (("tars/*.tar", 4), ("tars", 4), ("tables/*.parquet", 5), ("tables", 5)):
+        assert reds(open_source(f"{root}/{name}")) == [red]
 
 
 @pytest.mark.parametrize("far", [False, True])

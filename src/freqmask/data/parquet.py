@@ -27,7 +27,7 @@ from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, PackedSource, Source, SourceSummary
 from freqmask.data.splits import Located, number_classes, split_of, split_of_shard
-from freqmask.data.storage import Files, RangeFile
+from freqmask.data.storage import Files, RangeFile, visible
 from freqmask.errors import BadImage, UserError, brief
 
 HUB = "hf:"
@@ -141,7 +141,7 @@ def tables_of_one(names: Iterable[str], where: str) -> list[str]:
     Raises:
         UserError: they lie in several folders, which are the configurations of a data set.
     """
-    tables = sorted(names)
+    tables = visible(names)
     parts = {name: PurePosixPath(name).parts[:-1] for name in tables}
     folders = {"/".join(p for p in parts[name] if p != "data" and not split_of(p)) for name in tables}
     if len(folders) > 1:
