@@ -427,7 +427,8 @@ def number_classes(
 def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
     if not rows:
         raise UserError(f"labels ({file}) lists no images; it needs a line for each below its header")
-    numbers = {source.name(index): index for index in range(len(source))}
+    names = [source.name(index) for index in range(len(source))]
+    numbers = {name: index for index, name in enumerate(names)}
     # a name may begin with a space or hold a backslash; more often, they are of the table
     paths = [row.path if row.path in numbers else _as_name(row.path.strip(), source) for row in rows]
     if any(path not in numbers for path in paths):
@@ -443,6 +444,14 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
     if len(set(paths)) < len(paths):
         twice = Counter(paths).most_common(1)[0][0]
         raise UserError(f"labels ({file}) names {twice!r} twice; one line an image")
+    if len(numbers) < len(names):
+        alike = Counter(names)
+        unclear = next((path for path in paths if alike[path] > 1), None)
+        if unclear is not None:
+            raise UserError(
+                f"labels ({file}) names {unclear!r}, as {alike[unclear]} images of DATA are called; each of those that "
+                "are labelled needs a name of its own"
+            )
     return np.array([numbers[path] for path in paths], np.int64)
 
 
