@@ -166,6 +166,11 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
         ),
         (["prepare", "~nobody of that name/x", "--out", "y"], "a path begins with ~ and the name of no user"),
         (["recipes", "a", "b"], "'b' is more than this command takes"),
+        (["pretrain", "cats", "--data", "dogs"], "'cats' is more than this command takes"),
+        (["prepare", "--data", "cats", "--data=dogs", "--out", "x"], "--data is given twice; give all its"),
+        (["evaluate", "robustness", "a", "--folder", "c", "--folder", "d"], "--folder is given twice"),
+        (["evaluate", "knn", "a", "--model", "b", "--data", "x"], "'a' is more than this command takes"),
+        (["embed", "--model", "runs/none", "photos"], "model (runs/none)"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -212,6 +217,12 @@ def test_hyphens_lists_and_bare_flags_are_accepted() -> None:
     }
 
 
+def test_the_last_of_a_single_value_that_is_given_twice_counts() -> None:
+    known = declared(freqmask.pretrain)
+    words = ["--image_size", "32", "--lr", "1", "--image_size", "64", "--lr=2", "a"]
+    assert given_values(read_words(known, words), known) == {"image_size": 64, "lr": 2.0, "data": ["a"]}
+
+
 def test_a_key_of_a_mapping_is_set_on_top_of_what_a_file_says(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model_args: {depth: 2, name: '4'}\n")
     known = declared(freqmask.pretrain)
@@ -220,6 +231,24 @@ def test_a_key_of_a_mapping_is_set_on_top_of_what_a_file_says(tmp_path: Path) ->
     assert given == {"model_args": {"depth": 1, "name": "4", "num_heads": 2}}
     whole = ["--config", str(tmp_path / "c.yaml"), "--model_args", "{depth: 1}"]
     assert given_values(read_words(known, whole), known) == {"model_args": {"depth": 1}}
+    none = ["--model_args", "null", "--model_args.depth", "1"]
+    assert given_values(read_words(known, none), known) == {"model_args": {"depth": 1}}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model_args", "tiny", "--model_args.depth", "4"], "model_args (tiny) must be a mapping"),
+        (["--model_args", "{a: ", "--model_args.depth", "4"], "model_args ({a: ) must be a mapping"),
+        (["--model_args.depth", "{"], "model_args.depth ({) must be YAML"),
+        (["--lr", "0.1", "--lr.x", "4"], "option (--lr.x) is unknown; did you mean 'lr'?"),
+    ],
+)
+def test_a_key_of_what_is_no_mapping_is_a_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = typed(capsys, "pretrain", "photos", "--dry_run", *words)
+    assert (code, out) == (2, "") and sentence in err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """``freqmask embed`` as a user types it."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -7,7 +9,8 @@ from tiny_runs import make_photographs, make_run
 
 import freqmask
 from freqmask.cli import main
-from freqmask.errors import UserError
+from freqmask.data import image_folder
+from freqmask.errors import BadImage, UserError
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,26 @@ def test_features_stand_beside_the_run_and_are_not_computed_twice(run, photograp
     assert "is there already" in capsys.readouterr().out
 
 
+def test_an_image_that_can_be_read_again_is_in_the_file_again(
+    run, photographs, tmp_path, monkeypatch, capsys
+):
+    out, read = tmp_path / "x.parquet", image_folder.open_file
+
+    def away(path, *rest):
+        if path.name == "1.png":
+            raise BadImage("the network drive is away")
+        return read(path, *rest)
+
+    monkeypatch.setattr(image_folder, "open_file", away)
+    for _ in range(2):  # it is not computed anew for what still cannot be read
+        freqmask.embed(run, photographs, out=out, workers=0)
+    assert capsys.readouterr().out.count("left out    cats/1.png") == 1
+    assert "cats/1.png" not in pq.read_table(out)["path"].to_pylist()
+    monkeypatch.undo()
+    freqmask.embed(run, photographs, out=out, workers=0)
+    assert "cats/1.png" in pq.read_table(out)["path"].to_pylist()
+
+
 def test_a_file_with_other_labels_is_something_else(run, photographs, tmp_path):
     table, out = tmp_path / "labels.csv", tmp_path / "x.parquet"
     names = [str(path.relative_to(photographs)) for path in sorted(photographs.glob("cats/[0-4].*"))]
@@ -44,6 +67,23 @@ def test_a_file_with_other_labels_is_something_else(run, photographs, tmp_path):
                 freqmask.embed(run, photographs, **options)
         freqmask.embed(run, photographs, **options, **more)
         assert pq.read_table(out)["class"].to_pylist() == wanted
+
+
+def test_another_mean_of_the_same_weights_gives_other_features(photographs, tmp_path):
+    """Of a foreign checkpoint nobody tells them: whoever finds them out puts them into config.json."""
+    freqmask.export("random:resnet10t", out=tmp_path / "model", image_size=32)
+    words = {"model": tmp_path / "model", "data": [photographs], "image_size": 32, "workers": 0}
+    freqmask.embed(**words, out=tmp_path / "x.parquet")
+    config = tmp_path / "model" / "config.json"
+    content = json.loads(config.read_text())
+    content["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    config.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="exists already"):
+        freqmask.embed(**words, out=tmp_path / "x.parquet")
+    freqmask.embed(**words, out=tmp_path / "x.parquet", overwrite=True)
+    freqmask.embed(**words, out=tmp_path / "y.parquet")
+    tables = [pq.read_table(tmp_path / name)["features"].to_pylist() for name in ("x.parquet", "y.parquet")]
+    assert tables[0] == tables[1]
 
 
 def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_path, capsys):
@@ -64,6 +104,15 @@ def test_a_file_of_something_else_is_not_replaced_unasked(run, photographs, tmp_
     main([*words, "--overwrite"])
     assert np.load(out).shape == (6, 64)
     assert "cats/1.png" in table.read_text()
+
+
+def test_the_table_of_labels_is_never_replaced_by_the_names_of_the_rows(run, photographs, tmp_path):
+    table = tmp_path / "photographs.csv"
+    table.write_text("path,label\ncats/1.png,a\ncats/9.png,b\n")
+    for out in (table.with_suffix(".npy"), tmp_path / ".." / tmp_path.name / "photographs.npy"):
+        with pytest.raises(UserError, match=r"out \(.*photographs.csv\) is or holds .* would be lost"):
+            freqmask.embed(run, photographs, labels=table, out=out, workers=0, overwrite=True)
+    assert table.read_text() == "path,label\ncats/1.png,a\ncats/9.png,b\n"
 
 
 def test_a_parquet_file_that_is_none_is_something_else_too(run, photographs, tmp_path):

@@ -1,8 +1,12 @@
 """``freqmask prepare`` as a user types it."""
 
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +44,21 @@ def test_it_says_what_it_did_to_the_images(photos, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
 
 
+def test_the_room_is_that_of_the_folder_that_is_there(photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    usage, small = shutil.disk_usage, (tmp_path / "disk").resolve()
+
+    def free(path):
+        own = usage(path)
+        return own._replace(free=5_000) if Path(path).resolve() == small else own
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    main(["prepare", str(photos), "--out", str(tmp_path / "out"), "--workers", "0"])
+    said = capsys.readouterr().out
+    assert "; 5 kB are free" in said and "note: that may not fit" in said
+
+
 def test_its_twin_returns_the_folder(photos, tmp_path):
     out = freqmask.prepare(str(photos), out=str(tmp_path / "out"), resize="none", workers=0)
     assert open_source(out).encoded(0)[1] == ".jpg"
@@ -68,7 +87,40 @@ def test_other_images_are_refused(photos, tmp_path, capsys):
     (photos / "1.jpg").unlink()
     with pytest.raises(SystemExit):
         main(words)
-    assert "images or labels were others" in capsys.readouterr().err
+    assert "images, labels or groups were others" in capsys.readouterr().err
+
+
+def test_other_groups_are_refused(photos, tmp_path, capsys):
+    table = tmp_path / "labels.csv"
+    words = ["prepare", str(photos), "--labels", str(table), "--out", str(tmp_path / "out"), "--workers", "0"]
+    rows = [f"{number}.jpg,a,{number}" for number in range(20)]
+    table.write_text("\n".join(["path,label,group", *rows]))
+    main(words)
+    table.write_text("\n".join(["path,label,group", *rows[:-1], "19.jpg,a,0"]))  # of patient 0, too
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "images, labels or groups were others" in capsys.readouterr().err
+
+
+def test_files_that_were_rewritten_under_their_names_are_told(photos, tmp_path, capsys):
+    words = ["prepare", str(photos), "--out", str(tmp_path / "out"), "--workers", "0"]
+    main(words)
+    capsys.readouterr()
+    time = (photos / "1.jpg").stat().st_mtime_ns
+    main(words)
+    said = capsys.readouterr().out
+    assert "of the same images and settings" in said and "note" not in said
+    os.utime(photos / "1.jpg", ns=(time, time + 10**9))
+    main(words)
+    said = capsys.readouterr().out
+    assert "of the same names and settings" in said and "were rewritten (or copied) since" in said
+    manifest = tmp_path / "out" / "prepare.json"
+    content = json.loads(manifest.read_text())
+    for name in ("groups", "stamp"):  # 0.1.0 had none
+        del content["settings"][name]
+    manifest.write_text(json.dumps(content))
+    main(words)
+    assert "of the same images and settings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from sklearn.preprocessing import LabelEncoder
 
 from freqmask.data.sources import open_source
 from freqmask.errors import UserError
@@ -75,6 +76,32 @@ def test_labels_that_are_ids_are_classes_by_their_order(tmp_path):
     values, numbers = np.unique(ids, return_inverse=True)
     assert source.class_names == [str(value) for value in values]
     assert source.all_labels().tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([2.0, 0.0, 1.0, 0.0]),
+        np.array([b"newt", b"ant", "für".encode(), b"ant"]),
+        np.array([1, 0, 2, 0]),
+    ],
+    ids=["as pandas' to_numpy has them", "as h5py has them", "whole"],
+)
+def test_labels_are_classes_whatever_type_writers_give_them(tmp_path, labels):
+    np.savez(tmp_path / "x.npz", images=stack(4, 8, 8), labels=labels)
+    source = open_source(tmp_path / "x.npz")
+    assert source.all_labels().tolist() == LabelEncoder().fit_transform(labels).tolist()
+    first = {np.float64: "2", np.bytes_: "newt", np.int64: "1"}[type(labels[0])]
+    assert source.class_names is not None and source.class_names[source.label(0)] == first
+    assert not source.summary().notes
+
+
+def test_a_label_that_is_missing_is_none_and_fractions_are_no_classes(tmp_path):
+    np.savez(tmp_path / "x.npz", images=stack(3, 8, 8), labels=np.array([1, np.nan, 0]))
+    assert open_source(tmp_path / "x.npz").all_labels().tolist() == [1, -1, 0]
+    np.savez(tmp_path / "x.npz", images=stack(3, 8, 8), labels=np.array([1, 0.5, 0]))
+    source = open_source(tmp_path / "x.npz")
+    assert source.class_names is None and "left out" in source.summary().notes[0]
 
 
 def test_labels_of_several_columns_are_left_out_and_said(tmp_path):

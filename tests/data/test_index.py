@@ -4,6 +4,8 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
+import tarfile
 import time
 
 import fsspec
@@ -140,6 +142,24 @@ def test_a_folder_that_just_changed_is_read_again(tmp_path, reads):
     plant(tmp_path, "2.jpg")
     os.utime(tmp_path, ns=(stamp, stamp))  # within the same tick of the file system's clock
     assert listed(index_folder(tmp_path, SUFFIXES)) == ["1.jpg", "2.jpg"]
+
+
+def test_a_folder_that_was_unpacked_anew_with_its_old_time_is_read_again(tmp_path):
+    """As tar, cp -a and rsync -a leave it: the time is the archive's, to the nanosecond."""
+    for names in (["a/1.jpg", "a/2.jpg"], ["a/2.jpg", "a/3.jpg", "a/4.jpg"]):
+        with tarfile.open(tmp_path / "set.tar", "w") as tar:
+            for name in ("a", *names):
+                info = tarfile.TarInfo(name)
+                info.type, info.mode = (tarfile.REGTYPE, 0o644) if "." in name else (tarfile.DIRTYPE, 0o755)
+                info.mtime = 1_600_000_000
+                tar.addfile(info, io.BytesIO())
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        with tarfile.open(tmp_path / "set.tar") as tar:
+            tar.extractall(tmp_path / "set", filter="data")
+        os.utime(tmp_path / "set", (1_600_000_000,) * 2)
+        assert (tmp_path / "set" / "a").stat().st_mtime == 1_600_000_000
+        assert listed(index_folder(tmp_path / "set", SUFFIXES)) == names
+        time.sleep(0.05)  # the system's clock has ticks of up to 10 ms
 
 
 def bitmap(value):

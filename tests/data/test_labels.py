@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import tarfile
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ def test_a_table_that_does_not_fit_is_refused_in_a_sentence(images: Path, text: 
     (images.parent / "labels.csv").write_text(text)
     with pytest.raises(UserError, match=words):
         open_source(images, labels=images.parent / "labels.csv")
+
+
+def test_a_name_that_several_images_have_is_refused_where_it_is_labelled(images: Path) -> None:
+    with tarfile.open(
+        images.parent / "s.tar", "w"
+    ) as tar:  # as tar --append leaves a newer version of a file
+        for name, member in (("Kühe/b0.png", "0.png"), ("dog/a.png", "1.png"), ("Kühe/b1.png", "0.png")):
+            tar.add(images / name, member)
+    table = images.parent / "labels.csv"
+    table.write_text("path,label\ns/0.png,cow\ns/1.png,dog\n")
+    with pytest.raises(UserError, match=r"names 's/0.png', as 2 images of DATA are called"):
+        open_source(images.parent / "s.tar", labels=table)
+    table.write_text("path,label\ns/1.png,dog\n")
+    assert open_source(images.parent / "s.tar", labels=table).open(0).decode().max() == 2
 
 
 def test_quotes_hold_delimiters_and_line_breaks(tmp_path: Path) -> None:

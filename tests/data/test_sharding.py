@@ -1,5 +1,6 @@
 """Images into shards: nothing lost that was not said to be, and the same bytes however often it was killed."""
 
+import io
 import json
 import tarfile
 
@@ -11,8 +12,8 @@ from pyarrow import feather
 
 from freqmask.commands.prepare import empty_octave_share, spectrum_words
 from freqmask.data import sharding as prepare_module
-from freqmask.data.decode import open_bytes
-from freqmask.data.pixels import ArrayPicture
+from freqmask.data.decode import open_bytes, open_file
+from freqmask.data.pixels import ArrayPicture, missing_pixels
 from freqmask.data.sharding import (
     Settings,
     encode_picture,
@@ -235,6 +236,25 @@ def test_what_was_not_measured_stays_so(kind, nodata):
     assert small[~missing].min() >= np.nanmin(np.where(values == hole, 300, values))
     with pytest.raises(BadImage, match="missing"):
         reduced(np.full((1, 40, 40), hole, kind), (20, 20), nodata)
+
+
+def test_a_tile_of_8_bits_keeps_its_gaps_and_only_such_a_tile_is_no_jpeg(tmp_path):
+    tags = {
+        "metadata": None,
+        "photometric": "rgb",
+        "extratags": [(42113, "s", 0, "0", True)],
+    }  # GDAL's nodata
+    values = noise(0, 80, 80) // 2 + 60
+    tifffile.imwrite(tmp_path / "whole.tif", values, **tags)
+    values[:, :40] = 0
+    tifffile.imwrite(tmp_path / "edge.tif", values, **tags)
+    edge, whole = (open_file(tmp_path / f"{name}.tif") for name in ("edge", "whole"))
+    encoded = encode_picture(edge, None, 40)
+    assert tifffile.imread(io.BytesIO(encoded.data))[:, :19].max() == 0
+    small = open_bytes(encoded.data)
+    missing = missing_pixels(small.decode(), small.nodata)
+    assert missing[:, :, :19].all() and not missing[:, :, 21:].any()
+    assert encode_picture(whole, None, 40).suffix == ".jpg"
 
 
 def test_pages_become_images(tmp_path):

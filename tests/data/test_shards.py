@@ -9,8 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PureWindowsPath
 
+import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -178,6 +180,44 @@ def test_a_packed_folder_has_its_folders_as_classes(tmp_path):
     source = open_source(pack(tmp_path / "s.tar", [(n, png(k)) for k, n in enumerate(names)]))
     assert len(source) == 3 and source.class_names == ["cat", "dog"]
     assert source.all_labels().tolist() == [1, 1, 0] and source.summary().ignored == {".txt": 1}
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "notes"),
+    [
+        (["photos/dog", "photos/cat"], ["cat", "dog"], 0),  # tar cf photos.tar photos
+        (["./my/photos/dog", "./my/photos/cat/deep"], ["cat", "dog"], 0),
+        (["/data/set/train/dog", "/data/set/train/cat"], ["cat", "dog"], 0),
+        (["set/train/dog", "set/val/cat"], ["cat", "dog"], 1),
+        (["train/images/dog", "test/images/cat"], ["cat", "dog"], 1),
+        (["train/dog", "test/dog"], None, 1),
+        (["train", "test"], None, 1),
+        (["photos/dog", "photos/dog"], None, 0),
+        (["photos", "photos/dog"], None, 0),
+    ],
+)
+def test_a_packed_folder_has_the_classes_of_a_folder(tmp_path, folders, classes, notes):
+    names = [f"{folder}/{number}.png" for number, folder in enumerate(folders)]
+    source = open_source(pack(tmp_path / "s.tar", [(n, png(k)) for k, n in enumerate(names)]))
+    assert source.class_names == classes
+    assert source.all_labels().tolist() == ([1, 0] if classes else [-1, -1])
+    told = source.summary().notes
+    assert len(told) == notes and all("lie side by side in the shards, and all are used" in n for n in told)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_what_a_mac_leaves_beside_shards_and_tables_is_none_of_them(tmp_path, far):
+    pack(tmp_path / "tars" / "a.tar", [("0.png", png(4))])
+    (tmp_path / "tables").mkdir()
+    pq.write_table(pa.table({"image": [png(5)]}), tmp_path / "tables" / "a.parquet")
+    for name in ("tars/._a.tar", "tables/._a.parquet"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7" * 1000)
+    root = str(tmp_path)
+    if far:
+        root = f"memory://{tmp_path.name}"
+        fsspec.filesystem("memory").put(f"{tmp_path}/", f"/{tmp_path.name}/", recursive=True)
+    for name, red in (("tars/*.tar", 4), ("tars", 4), ("tables/*.parquet", 5), ("tables", 5)):
+        assert reds(open_source(f"{root}/{name}")) == [red]
 
 
 @pytest.mark.parametrize("far", [False, True])

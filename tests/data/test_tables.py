@@ -354,6 +354,9 @@ def test_of_several_columns_of_classes_the_usual_name_is_taken_and_the_others_na
     pq.write_table(alone, tmp_path / "cls.parquet")
     source = open_source(tmp_path / "cls.parquet")
     assert source.class_names == ["a", "b"] and not source.summary().notes
+    pq.write_table(pa.table({"Image": images, "Label": ["a", "b", "a", "b", "b"]}), tmp_path / "cls.parquet")
+    source = open_source(tmp_path / "cls.parquet")
+    assert source.class_names == ["a", "b"] and source.all_labels().tolist() == [0, 1, 0, 1, 1]
 
 
 def test_a_name_that_two_classes_have_merges_them_nowhere(tmp_path):

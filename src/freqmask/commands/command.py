@@ -301,7 +301,8 @@ def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, A
     """Name to text, or to several texts; what they mean is the options' to say.
 
     Raises:
-        UserError: an option is unknown or lacks its value, or a word is more than the command takes.
+        UserError: an option is unknown or lacks its value, one of several values is given twice, or a word is more
+            than the command takes.
     """
     given: dict[str, Any] = {}
     loose: list[str] = []
@@ -319,9 +320,11 @@ def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, A
             name = name.replace("-", "_")
             option = _known(name, known)
             value = text if equals else _values(name, option, rest)
+            if name in given and name != "config" and _is_list(option):  # the last would hide the first
+                raise UserError(f"--{name} is given twice; give all its values after one --{name}")
             given[name] = [*given.get(name, []), value] if name == "config" else value
     for option in known.values():
-        if option.positional and loose:
+        if option.positional and loose and option.name not in given:
             given[option.name], loose = (loose, []) if option.many else (loose[0], loose[1:])
     if loose:
         raise UserError(f"{loose[0]!r} is more than this command takes; options begin with --")
@@ -350,6 +353,11 @@ def _values(name: str, option: Option, rest: list[str]) -> str | list[str]:
     if not rest or not _is_value(rest[0]):
         raise UserError(f"--{name} needs a value: {option.rule()}")
     return rest.pop(0)
+
+
+def _is_list(option: Option) -> bool:
+    """Whether several values are all that it takes, not one of them alone."""
+    return all(kind is type(None) or typing.get_origin(kind) is list for kind in option.kinds)
 
 
 def _is_value(word: str) -> bool:

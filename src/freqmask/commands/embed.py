@@ -75,7 +75,7 @@ def embed(
             plan_parts,
         )
         from freqmask.evaluation.features import ComputeConfig
-        from freqmask.interop.feature_files import join_parts, task_of
+        from freqmask.interop.feature_files import has_all_usable, join_parts, task_of
         from freqmask.interop.models import open_model
         from freqmask.training.files import check_kept, check_out
 
@@ -84,17 +84,19 @@ def embed(
     if out is None and opened.kind == "run" and opened.folder is not None:
         path = opened.folder.parent / path
     pooled, crop = _choose(opened, feature, options["crop"], options["value_range"])
-    numbers = checked_blocks(blocks, opened, path)
-    config = EmbedConfig(pooled, patches, numbers, crop, options["precision"])
+    config = EmbedConfig(pooled, patches, checked_blocks(blocks, opened, path), crop, options["precision"])
     compute = ComputeConfig.of(running_options(), "embed")
     task = Embedding(opened, config)
     parts = plan_parts(task, source, path)
-    if task_of(path) == parts.task:
+    is_ours = task_of(path) == parts.task
+    if is_ours and has_all_usable(path, source):
         say(f"embeddings  {path} is there already, of the same images, labels and weights")
     else:
-        check_kept(check_out(path, overwrite, folder=False), data)
-        if path.suffix == ".npy" and not parts.folder.exists():
-            check_out(path.with_suffix(".csv"), overwrite, folder=False)  # of the rows' names
+        table = [path.with_suffix(".csv")] if path.suffix == ".npy" else []  # of the rows' names
+        for file in (path, *table):
+            check_kept(file, filter(None, [*data, labels]))
+            if file is path or not parts.folder.exists():
+                check_out(file, overwrite or is_ours, folder=False)
         compute_parts(task, source, parts, compute)
         rows, skipped = join_parts(parts, task.grid if patches else None)
         say(f"embeddings  {path}: {rows:,} of {len(source):,} images, {opened.name}")

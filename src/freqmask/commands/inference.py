@@ -62,7 +62,7 @@ class Embedding:
         return {
             "model": self.opened.name,
             "weights": self.opened.weights_hash,
-            "input_size": list(self.opened.input_size),
+            **{name: list(getattr(self.opened, name)) for name in ("input_size", "mean", "std")},
             "value_range": self.opened.value_range,
             **asdict(self.config),
             "blocks": list(self.config.blocks),

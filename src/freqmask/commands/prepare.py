@@ -38,7 +38,8 @@ def prepare(
 ) -> Path:
     """Packs images into tar shards that every command reads fast, from a disk or over a network.
 
-    Large images are reduced once; those of 8 bits become JPEG of quality 95, all others keep every bit and band.
+    Large images are reduced once; those of 8 bits become JPEG of quality 95, all others keep every bit and band, as
+    do those with missing pixels (nodata).
     An image that needs no reduction stays the file it was, byte for byte. Labels, groups, splits and names are
     kept; images that cannot be read are listed in skipped.csv. Cut short, the same command resumes.
 
@@ -78,7 +79,8 @@ def prepare(
         say(f"            {note}")
     settings = _settings(parts, (side, shard_size, pages, split), processes, before, path)
     if finished:
-        say(f"shards      {path} is there already, of the same images and settings")
+        same = "images" if settings.stamp in (None, parts.stamp) else "names"
+        say(f"shards      {path} is there already, of the same {same} and settings")
         return path
     for folder, pattern in ((path, ".*.tmp"), (path, f"{INDEX_NAME}*.tmp"), (path / PARTS, "*.tmp")):
         clear_leftovers(folder, pattern=pattern)
@@ -108,13 +110,23 @@ def _settings(
     side, size, pages, split = asked
     if before is not None:
         size = before.shard_size if size == "auto" else size
-        settings = Settings(side, size, pages, split, parts.content, before.workers)
+        # of a folder that goes on the first stamp stays: its first shards are of those files
+        settings = Settings(
+            side, size, pages, split, parts.content, before.workers, parts.groups, before.stamp
+        )
         _check_same(settings, before, out)
+        if before.stamp not in (None, parts.stamp):
+            say(
+                f"note: files of DATA were rewritten (or copied) since {shell_path(out)} was begun; delete it to pack "
+                "them as they are now"
+            )
         return settings
     chosen, mean = choose_shard_size(parts, side)
     size = chosen if size == "auto" else size
     needed = mean * parts.count
-    free = shutil.disk_usage(existing_parent(out)).free
+    free = shutil.disk_usage(
+        out if out.is_dir() else existing_parent(out)
+    ).free  # it may be a disk of its own
     say(
         f"shards      {len(parts.shards(size)):,} of up to {size:,} images, about {readable_bytes(needed)} in all; "
         f"{readable_bytes(free)} are free"
@@ -124,7 +136,7 @@ def _settings(
             "note: that may not fit; it stops where the disk is full, and the same command resumes when there is room"
         )
     dealt = 1 if parts.blocks is None else max(workers, 1)
-    return Settings(side, size, pages, split, parts.content, dealt)
+    return Settings(side, size, pages, split, parts.content, dealt, parts.groups, parts.stamp)
 
 
 def _check_same(settings: Settings, before: Settings, out: Path) -> None:
@@ -133,8 +145,9 @@ def _check_same(settings: Settings, before: Settings, out: Path) -> None:
         old, new = (getattr(each, name) or "none" for each in (before, settings))
         if old != new:
             differing.append(f"--{name} was {old} and is {new}")
-    if settings.content != before.content and not differing:
-        differing.append("its images or labels were others")
+    changed = settings.content != before.content or before.groups not in (None, settings.groups)
+    if changed and not differing:
+        differing.append("its images, labels or groups were others")
     if differing:
         raise UserError(
             f"out ({out}) was begun with other settings: {'; '.join(differing)}; give another --out, or delete it"

@@ -46,6 +46,8 @@ class _Folder:
 
     modified: int
     settled: bool
+    # as the system saw it: archives and copies give a folder the time of change that it had elsewhere
+    changed_here: int = 0
     names: bytes = b""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
@@ -182,7 +184,7 @@ def _reopen(root: Path, cached_in: Path, fingerprint: str, chosen: np.ndarray, b
 
 
 def index_folder(root: Path, suffixes: frozenset[str], use_cache: bool = True) -> FolderIndex:
-    """The index of a folder, from the cache where folders have kept their time of change; a UserError without access.
+    """The index of a folder, from the cache where folders have kept their times of change; a UserError without access.
 
     A file that is rewritten in place under its name is not noticed, since its folder does not change;
     `content_stamp` asks every file. What freqmask wrote itself is passed over, unless the folder holds nothing
@@ -257,9 +259,11 @@ def _walk(
             continue
         seen.add(identity)
         folder = known.get(relative)
-        as_known = folder is not None and folder.settled and folder.modified == state.st_mtime_ns
+        times = state.st_mtime_ns, state.st_ctime_ns
+        as_known = folder is not None and folder.settled and (folder.modified, folder.changed_here) == times
         if folder is None or not as_known or folder.unreadable:  # rights change without a new time
             folder = _read_folder(path, state.st_mtime_ns, suffixes, not relative, own_too)
+            folder.changed_here = state.st_ctime_ns
             changed |= not (as_known and folder.unreadable)
         if folder.unreadable and not relative:
             raise UserError(f"DATA ({root}) may not be opened: no permission; check its access rights")

@@ -27,7 +27,7 @@ from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, PackedSource, Source, SourceSummary
 from freqmask.data.splits import Located, number_classes, split_of, split_of_shard
-from freqmask.data.storage import Files, RangeFile
+from freqmask.data.storage import Files, RangeFile, visible
 from freqmask.errors import BadImage, UserError, brief
 
 HUB = "hf:"
@@ -37,7 +37,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "y")
 IN_MEMORY_BYTES = 1_000_000_000
 KEPT_BYTES = 200_000_000  # of row groups from afar that a process keeps; a larger one is kept alone
 READERS = 16  # requests under way at once while labels are read: one of a few kB for each row group
-VERSION = 5
+VERSION = 6
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Columns:
         features = _features(schema)
         able = [field.name for field in schema if _is_number(field.type) or _is_text(field.type)]
         named = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
-        usual = [name for name in LABEL_COLUMNS if name in able]
+        usual = [name for known in LABEL_COLUMNS for name in able if name.lower() == known]
         labels = list(dict.fromkeys([*(name for name in usual if name in named), *named, *usual]))
         label = labels[0] if labels else None
         notes = [f"Images are read from the column {image.name}, not from {others}."] if others else []
@@ -141,7 +141,7 @@ def tables_of_one(names: Iterable[str], where: str) -> list[str]:
     Raises:
         UserError: they lie in several folders, which are the configurations of a data set.
     """
-    tables = sorted(names)
+    tables = visible(names)
     parts = {name: PurePosixPath(name).parts[:-1] for name in tables}
     folders = {"/".join(p for p in parts[name] if p != "data" and not split_of(p)) for name in tables}
     if len(folders) > 1:

@@ -50,6 +50,7 @@ JPEG_QUALITY, MOST_IN_A_JPEG = 95, 65_500  # pixels a side, libjpeg's limit
 JPEG_SUBSAMPLING = "444"
 MISSING_SHARE = 0.5  # a reduced pixel is missing where this much of what it came from was
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Settings:
     split: str  # which splits
     content: str  # hash of the images and labels
     workers: int = 1  # of the first start, among which images that lie together far away are dealt out
+    groups: str | None = None  # hash of the images' groups; None in a folder of 0.1.0
+    stamp: str | None = None  # hash of the files' bytes and times when the folder was begun; None as above
 
 
 @dataclass
@@ -117,6 +120,8 @@ class Parts:
         self.whole = whole = JoinedSource([source for _, source in parts])
         self.class_names, self.blocks, self.count = whole.class_names, whole.blocks(), len(whole)
         self.content = hash_of(whole.fingerprint(), repr(whole.class_names), whole.all_labels())
+        self.groups = hash_of(repr([[source.group(k) for k in range(len(source))] for _, source in parts]))
+        self.stamp = whole.content_stamp()
 
     def packed(self, index: int, shorter_side: int | None) -> Packed:
         """One image, encoded, or the reason why it cannot be."""
@@ -171,9 +176,8 @@ def open_parts(
         return Parts([(None if split in ("all", "auto") else split, source)]), notes
     parts = Parts([(name, open_source(named, pages, name, labels)) for name in names])
     left = len(source) - parts.count
-    if left:
-        notes = [*notes, f"{left:,} images outside of {', '.join(names)} are left out."]
-    return parts, notes
+    more = [f"{left:,} images outside of {', '.join(names)} are left out."] if left else []
+    return parts, [*notes, *more]
 
 
 def choose_shard_size(parts: Parts, shorter_side: int | None) -> tuple[int, float]:
@@ -207,7 +211,7 @@ def prepare_shards(
     settings: Settings,
     out: Path,
     workers: int,
-    report: Callable[[int], None] = lambda done: None,
+    report: Report = lambda done: None,
 ) -> PrepareResult:
     """Writes all shards that are not there yet in ``workers`` further processes, then their index.
 
@@ -233,12 +237,7 @@ def prepare_shards(
 
 
 def _write_missing(
-    parts: Parts,
-    settings: Settings,
-    out: Path,
-    missing: list[PlannedShard],
-    workers: int,
-    report: Callable[[int], None],
+    parts: Parts, settings: Settings, out: Path, missing: list[PlannedShard], workers: int, report: Report
 ) -> None:
     indices: Any = [index for shard in missing for index in shard.images]
     dataset: Any = _EncodingDataset(parts, settings.resize)
@@ -314,17 +313,14 @@ def _finish(parts: Parts, settings: Settings, out: Path, planned: list[PlannedSh
     reductions = [reduction for part in written for reduction in part["reductions"]]
     index = make_index(shards, parts.class_names)
     if len(index) == 0:
-        raise UserError(
-            f"not one of the {parts.count:,} images can be read; {skipped[0][0]}: {skipped[0][1]}"
-        )
+        raise UserError(f"not one of the {parts.count:,} images can be read; {': '.join(skipped[0])}")
     if not index.save(out / INDEX_NAME, reductions=reductions):
         # it makes a cache's silence of a full disk, which is no cache here
         raise OSError(errno.ENOSPC, "cannot be written", str(out / INDEX_NAME))
     shutil.copymode(out / planned[0].name, out / INDEX_NAME)  # a web server or a colleague reads it, too
     if skipped:
-        write_rows(
-            out / SKIPPED, SKIPPED_COLUMNS, [dict(zip(SKIPPED_COLUMNS, row, strict=True)) for row in skipped]
-        )
+        rows = [dict(zip(SKIPPED_COLUMNS, row, strict=True)) for row in skipped]
+        write_rows(out / SKIPPED, SKIPPED_COLUMNS, rows)
     _write_manifest(out, settings, parts, [list(shard) for shard in index.shards])
     shutil.rmtree(out / PARTS, ignore_errors=True)  # NFS keeps what is still mapped
     return PrepareResult(index, sum(size for _, size, _ in index.shards), skipped, reductions)
@@ -422,8 +418,8 @@ def encode_picture(
     """Decode an image once, so that it is known to be whole, and put it into the form of a shard; or a BadImage.
 
     What needs no reduction to ``shorter_side`` pixels and has an ``original`` (its file, its suffix) stays that file,
-    byte for byte. A reduced image of 8 bits becomes a JPEG where one holds it; everything else keeps every bit, as
-    PNG where that can be, as TIFF where not.
+    byte for byte. A reduced image of 8 bits becomes a JPEG where one holds it, which knows no missing pixels;
+    everything else keeps every bit, as PNG where that can be, as TIFF where not.
     """
     wanted = reduced_size(picture.size, shorter_side)
     if wanted == picture.size:
@@ -432,7 +428,9 @@ def encode_picture(
     else:
         at_least = (OVERSAMPLING * wanted[0], OVERSAMPLING * wanted[1])
         pixels = reduced(picture.decode(None, at_least), wanted, picture.nodata)
-        jpeg = pixels.dtype == np.uint8 and len(pixels) in (1, 3) and max(wanted) <= MOST_IN_A_JPEG
+        missing = missing_pixels(pixels, picture.nodata)
+        plain = pixels.dtype == np.uint8 and len(pixels) in (1, 3) and (missing is None or not missing.any())
+        jpeg = plain and max(wanted) <= MOST_IN_A_JPEG
         data, suffix = (_jpeg(pixels), ".jpg") if jpeg else _lossless(pixels, picture.nodata)
     reduction = min(wanted) / min(picture.size)
     return EncodedImage(data, suffix, wanted, len(pixels), 8 * pixels.dtype.itemsize, reduction)

@@ -169,25 +169,29 @@ def _numbered(texts: Any, names: Sequence[str] | None = None) -> tuple[list[str]
     return list(names) or None, pc.fill_null(numbers, -1).to_numpy().astype(np.int32)
 
 
-def folder_classes(shards: Sequence[ShardRows]) -> pa.ChunkedArray | None:
-    """The first folder in the members' names as the class of each image, as in a folder; None where it is none.
+def folder_classes(shards: Sequence[ShardRows]) -> tuple[pa.ChunkedArray | None, list[str]]:
+    """The folder in the members' names that is the class of each image, as in a folder; None where there is none.
 
-    It is none where an image has a label, where members lie outside of folders, and where there is only one.
+    That is the first below those that hold everything (``tar cf photos.tar photos``) and below train and val, which
+    are named, too. There is none where an image has a label, where members lie outside of folders, or all in one.
     """
     if any(shard.rows["label"].null_count < len(shard.rows) for shard in shards):
-        return None
+        return None, []
     members = pa.concat_tables([shard.rows for shard in shards])["member"]
-    # (image,) what comes before the first two slashes; pyarrow, because a million take 1.5 seconds in Python
-    parts = pc.split_pattern(pc.replace_substring_regex(members, r"^\./", ""), "/", max_splits=2)
-    depths = pc.list_value_length(parts)
-    if not len(members) or pc.min(depths).as_py() < 2:
-        return None
-    tops = pc.list_element(parts, 0)
-    inner = all(split_of(os.fsdecode(top)) for top in pc.unique(tops).to_pylist())
-    if inner and pc.min(depths).as_py() < 3:
-        return None
-    labels = pc.list_element(parts, int(inner))
-    return labels if len(pc.unique(labels)) > 1 else None
+    # pyarrow, because a million take 1.5 seconds in Python
+    members = pc.replace_substring_regex(members, r"^\./", "")
+    splits: list[str] = []
+    while len(members):
+        parts = pc.split_pattern(members, "/", max_splits=1)  # (image,) the first folder, and what lies below
+        if pc.min(pc.list_value_length(parts)).as_py() < 2:
+            break
+        tops, members = (pc.list_element(parts, place) for place in (0, 1))
+        names = pc.unique(tops).to_pylist()
+        kinds = {split_of(os.fsdecode(name)) for name in names}
+        if len(names) > 1 and (None in kinds or splits):
+            return tops, splits
+        splits = splits or (sorted(map(os.fsdecode, names)) if len(names) > 1 else [])
+    return None, splits
 
 
 @dataclass
@@ -301,9 +305,13 @@ def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIn
 
     def make() -> ShardIndex:
         shards = _read_all_headers(files, listed)
-        return make_index(shards, labels=folder_classes(shards))
+        labels, splits = folder_classes(shards)
+        if splits:
+            words = "lie side by side in the shards, and all are used; unpacked they are parts"
+            shards[0].notes.append(f"{' and '.join(splits)} {words}, as by --labels with a column split.")
+        return make_index(shards, labels=labels)
 
-    return ShardIndex.cached(files, listed, make, sorted(read_suffixes()), "hard links")
+    return ShardIndex.cached(files, listed, make, sorted(read_suffixes()), "hard links", "wrapping folders")
 
 
 def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex | None:

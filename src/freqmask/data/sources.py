@@ -22,7 +22,7 @@ from freqmask.data.image_folder import is_image_file, locate_files, locate_folde
 from freqmask.data.index import index_folder, index_listing
 from freqmask.data.pixels import ArrayPicture, Pages, Picture
 from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset, text_of
-from freqmask.data.splits import Located, locate_labelled, number_classes, split_of
+from freqmask.data.splits import Located, are_classes, locate_labelled, number_classes, split_of
 from freqmask.data.storage import (
     INDEX_NAME,
     MANIFEST,
@@ -340,18 +340,20 @@ class ArraySource(Source):
                     )
         return self._stacks
 
-    def _load_labels(self) -> list[int | str] | None:
+    def _load_labels(self) -> list[float | str] | None:
         """All labels, -1 in an array without; None where all are missing, of several columns, or fractions."""
         if not any(labels for _, labels in self.pairs):
             return None
         pairs = list(zip(self.pairs, np.diff(self._starts).tolist(), strict=True))
         parts = [_read(self.file, key) if key else np.full(count, -1) for (_, key), count in pairs]
-        usable = all(part.shape[:1] == (part.size,) and part.dtype.kind in "iubU" for part in parts)
-        if not usable or any(part.size != count for part, (_, count) in zip(parts, pairs, strict=True)):
+        if not all(are_classes(part, count) for part, (_, count) in zip(parts, pairs, strict=True)):
             note = f"The labels in {self.file.name} are not one class an image and are left out."
             self.notes = [*self.notes, note]
             return None
-        return [label for part in parts for label in part.ravel().tolist()]
+        cells = (label for part in parts for label in part.ravel().tolist())
+        return [
+            cell.decode("utf-8", "surrogateescape") if isinstance(cell, bytes) else cell for cell in cells
+        ]
 
     def open(self, index: int) -> Picture:
         self.check(index)

@@ -388,6 +388,12 @@ def told_apart(names: Sequence[str]) -> list[str]:
     return numbered
 
 
+def are_classes(array: np.ndarray, count: int) -> bool:
+    """Whether an array holds a class of each of ``count`` images: a text, or a whole number, NaN for none."""
+    whole = array.dtype.kind in "iubSU" or (array.dtype.kind == "f" and not (np.floor(array) < array).any())
+    return whole and array.shape[:1] == (array.size,) == (count,)
+
+
 def number_classes(
     values: Sequence[float | str | None], names: list[str] | None = None
 ) -> tuple[np.ndarray, list[str] | None]:
@@ -421,7 +427,8 @@ def number_classes(
 def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
     if not rows:
         raise UserError(f"labels ({file}) lists no images; it needs a line for each below its header")
-    numbers = {source.name(index): index for index in range(len(source))}
+    names = [source.name(index) for index in range(len(source))]
+    numbers = {name: index for index, name in enumerate(names)}
     # a name may begin with a space or hold a backslash; more often, they are of the table
     paths = [row.path if row.path in numbers else _as_name(row.path.strip(), source) for row in rows]
     if any(path not in numbers for path in paths):
@@ -437,6 +444,14 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
     if len(set(paths)) < len(paths):
         twice = Counter(paths).most_common(1)[0][0]
         raise UserError(f"labels ({file}) names {twice!r} twice; one line an image")
+    if len(numbers) < len(names):
+        alike = Counter(names)
+        unclear = next((path for path in paths if alike[path] > 1), None)
+        if unclear is not None:
+            raise UserError(
+                f"labels ({file}) names {unclear!r}, as {alike[unclear]} images of DATA are called; each of those that "
+                "are labelled needs a name of its own"
+            )
     return np.array([numbers[path] for path in paths], np.int64)
 
 

@@ -57,6 +57,16 @@ def is_pattern(text: str) -> bool:
     return bool(PATTERN.search(text))
 
 
+def visible(names: Iterable[str], pattern: str = "") -> list[str]:
+    """The names, sorted; files that begin with a dot (a Mac leaves ``._a.tar``) where the pattern asks for them only.
+
+    >>> visible(["a.tar", "._a.tar"], "*.tar"), visible([".a.tar"], ".*.tar")
+    (['a.tar'], ['.a.tar'])
+    """
+    hidden = pattern.rpartition("/")[2].startswith(".")
+    return sorted(name for name in names if hidden or not name.rpartition("/")[2].startswith("."))
+
+
 def split_pattern(text: str) -> tuple[str, str]:
     """The folder before the first part with a sign of a pattern, and the rest.
 
@@ -200,11 +210,11 @@ class LocalFiles(Files):
         found = [
             tar for folder in (self.root, *folders) for tar in folder.glob("*.[tT][aA][rR]") if tar.is_file()
         ]
-        return sorted(path.relative_to(self.root).as_posix() for path in found if path.name[0] != ".")
+        return visible(path.relative_to(self.root).as_posix() for path in found)
 
     def matching(self, pattern: str) -> list[str]:
         found = (path for path in self.root.glob(pattern) if path.is_file())
-        return sorted(path.relative_to(self.root).as_posix() for path in found)
+        return visible((path.relative_to(self.root).as_posix() for path in found), pattern)
 
     def state(self, name: str) -> State:
         state = (self.root / name).stat()
@@ -282,14 +292,14 @@ class RemoteFiles(Files):
         return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)
 
     def names(self) -> list[str]:
-        return sorted(
+        return visible(
             name
             for name in self.listing()
             if name.lower().endswith(".tar") and (name.count("/") == 0 or split_of(name.split("/")[0]))
         )
 
     def matching(self, pattern: str) -> list[str]:
-        return sorted(fnmatch.filter(self.listing(pattern.count("/") + 1), pattern))
+        return visible(fnmatch.filter(self.listing(pattern.count("/") + 1), pattern), pattern)
 
     def listing(self, levels: int | None = None) -> dict[str, int | None]:
         """Path relative to the root -> bytes of each file so many levels below; None where the server does not tell."""

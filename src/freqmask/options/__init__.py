@@ -297,13 +297,8 @@ def _words(kind: Any) -> str:
         if typing.get_origin(_element(kind)) is Literal:
             return "one or more of " + ", ".join(map(repr, typing.get_args(_element(kind))))
         return "numbers such as 0.5 1" if _element(kind) in (int, float) else "words"
-    named = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a word",
-        dict: "a mapping such as '{depth: 4}'",
-    }
+    numbers = {int: "a whole number", float: "a number"}
+    named = {**numbers, bool: "true or false", str: "a word", dict: "a mapping such as '{depth: 4}'"}
     return named.get(typing.get_origin(kind) or kind, "an object")
 
 
@@ -453,8 +448,12 @@ def overridden(
     merged = {name: value for name, value in below.items() if name not in gone}
     for name, value in above.items():
         whole, dot, key = name.partition(".")
-        if dot and whole in known:
-            merged[whole] = {**parse_yaml(merged.get(whole) or {}), key: parse_yaml(value)}
+        if dot and whole in known and dict in map(_sort, known[whole].kinds):
+            rest = (known[whole].read(merged[whole]) if merged.get(whole) else None) or {}
+            try:
+                merged[whole] = {**rest, key: parse_yaml(value)}
+            except ValueError:
+                raise UserError(f"{name} ({_shown(value)}) must be YAML, such as 4 or '[1, 2]'") from None
         else:
             merged[name] = value
     return merged
