@@ -51,6 +51,8 @@ def test_a_run_that_stopped_between_two_rows_is_at_the_step_of_its_checkpoint(tm
     [
         (["pixels", "a", "b"], ["a"]),
         (["mine/a", "other/a"], ["mine/a"]),  # two of one name are called by their paths
+        (["a", "../mine/a", "../other/a"], ["a", "../mine/a"]),  # evaluated twice, from two folders
+        (["~/mine/a", "~/other/a"], ["~/mine/a"]),
         (["a/backbone", "timm:a"], ["a/backbone"]),
         (["pixels", "random:a", "as-it-was-called"], ["as-it-was-called"]),
         (["pixels", "random:a"], []),

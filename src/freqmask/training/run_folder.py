@@ -268,7 +268,7 @@ def names_in(rows: Sequence[Mapping[str, str]], path: Path) -> set[str]:
     models = {row.get("model") or "" for row in rows}
     named = set()
     for model in models:
-        parts = Path(model).parts
+        parts = tuple(itertools.dropwhile(lambda part: part in ("..", "~"), Path(model).parts))
         parts = parts[:-1] if parts[-1:] in (("backbone",), ("classifier",)) else parts
         if parts and path.parts[-len(parts) :] == parts:
             named.add(model)
