@@ -21,6 +21,7 @@ from freqmask.evaluation.labelled import (
     SPLITS,
     Round,
     choose_parts,
+    joined_groups,
     keep_parts,
     pixel_hashes,
     split_file,
@@ -379,7 +380,7 @@ def _notes(labels: Labels, train: MaskSurvey, test: MaskSurvey) -> list[str]:
 def _split_ourselves(
     part: Part, config: MaskConfig, name: str, named: dict[int, str] | None, ignored: tuple[int, ...]
 ) -> SegmentationData:
-    """Hold a share of the images out; identical images stay on one side."""
+    """Hold a share of the images out; identical images, and pages of one file, stay on one side."""
     source = PairSource(part, config.pages)
     whole = survey_masks(source)
     images = whole.usable()
@@ -388,8 +389,9 @@ def _split_ourselves(
     file = split_file(SPLITS, part.images.parent.name or "masks", key.encode())
 
     def draw() -> list[np.ndarray]:
-        hashes = [str(number) for number in pixel_hashes(source, images.tolist())]
-        return split_indices(None, hashes, [1 - config.test_share, config.test_share], config.split_seed)
+        masks = [source.mask_numbers[index] for index in images]  # pages of a file have one
+        groups = joined_groups(masks, pixel_hashes(source, images.tolist()))
+        return split_indices(None, groups, [1 - config.test_share, config.test_share], config.split_seed)
 
     is_test = keep_parts(file, names, ["train", "test"], draw, {}) == 1
     train, test = whole.of(images[~is_test]), whole.of(images[is_test])
