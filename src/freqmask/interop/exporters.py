@@ -148,7 +148,8 @@ def exported_metadata(opened: OpenedModel | OpenedClassifier) -> dict[str, Any]:
     plain = {
         "version": __version__,
         "from": opened.name,
-        **opened.metadata,
+        # its folder's notes are on timm's calls at its own size: a timm folder gets its own, a graph pads inside
+        **{name: value for name, value in opened.metadata.items() if name != "notes"},
         "value_range": opened.value_range,
     }
     if isinstance(opened, OpenedModel):
