@@ -307,6 +307,9 @@ def spoilt(folder: Path, how: str) -> None:
         ("classes: 0 sky\n0 road\n", "no number twice"),
         ("classes: sky\nsky\n", "must differ from each other"),
         ("classes:  \n", "is empty"),
+        ("classes: Idx\tName\n", "is empty"),
+        ("classes: Idx\tName\n1\twall\nfoo\tbar\n", "must number every line or none"),
+        ("classes: 0 sky\n1 road\n70000 field\n", "field has the label 70000; labels go from 0 to 65535"),
         ("classes: stra\xdfe\n", "cannot be read .*; give a text file"),
     ],
 )

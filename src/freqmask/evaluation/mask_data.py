@@ -74,23 +74,26 @@ def read_classes(path: Path) -> dict[int, str]:
     """Label -> name, from a file with a name a line, with ``NUMBER NAME`` lines, or ADE20K's ``objectInfo150.txt``.
 
     Raises:
-        UserError: it is empty, or numbers stand in some lines only or twice.
+        UserError: it is empty, or numbers stand in some lines only, twice, or are no labels.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"class_names ({path}) cannot be read ({error}); give a text file") from error
     lines = [line for line in lines if line]
+    if lines and lines[0].split("\t")[0] == "Idx":  # made lines of NUMBER NAME
+        rows = [line.split("\t") for line in lines[1:]]
+        lines = [f"{row[0]} {re.split('[,;]', row[-1])[0].strip()}" for row in rows]
     if not lines:
         raise UserError(f"class_names ({path}) is empty; it must hold a name a line")
-    if lines[0].split("\t")[0] == "Idx":
-        rows = [line.split("\t") for line in lines[1:]]
-        return {int(row[0]): row[-1].split(",")[0].split(";")[0].strip() for row in rows}
     numbered = [(int(match[1]), match[2]) for line in lines if (match := _NUMBERED.fullmatch(line))]
     if not numbered:
         return dict(enumerate(lines))
     if len(numbered) < len(lines) or len(dict(numbered)) < len(numbered):
         raise UserError(f"class_names ({path}) must number every line or none, and no number twice")
+    largest, name = max(numbered)
+    if largest > MOST_LABEL:
+        raise UserError(f"class_names ({path}): {name} has the label {largest}; labels go from 0 to {MOST_LABEL}")
     return dict(numbered)
 
 
