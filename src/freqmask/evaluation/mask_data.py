@@ -93,7 +93,9 @@ def read_classes(path: Path) -> dict[int, str]:
         raise UserError(f"class_names ({path}) must number every line or none, and no number twice")
     largest, name = max(numbered)
     if largest > MOST_LABEL:
-        raise UserError(f"class_names ({path}): {name} has the label {largest}; labels go from 0 to {MOST_LABEL}")
+        raise UserError(
+            f"class_names ({path}): {name} has the label {largest}; labels go from 0 to {MOST_LABEL}"
+        )
     return dict(numbered)
 
 
