@@ -119,6 +119,8 @@ class Task:
     lines: int = LINES_A_RUN  # of a run where there is no terminal
     # further arguments of Lightning's Trainer: strategy, logger, sync_batchnorm
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    # the signal that came too late to stop it, in its last step: what follows it shall not begin
+    interrupted: int | None = field(default=None, init=False)
 
     @property
     def steps(self) -> int:
@@ -180,6 +182,8 @@ def train(
         if stopped is not None:
             stopped()
         leave(signals.received)
+    if trainer.world_size == 1 or trainer.should_stop:  # of several processes all know of it then
+        task.interrupted = signals.received
     counts = {"steps": step, "images_per_second": rate, "skipped": len(read_rows(run.skipped))}
     summary = {**counts, **summarize(), "seconds": round(resume.seconds, 1), "ended": now()}
     if rank() == 0:
