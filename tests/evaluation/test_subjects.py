@@ -111,6 +111,8 @@ def test_a_run_in_somebody_s_home_has_the_weights_that_were_asked_for(
     )
     assert whole == short
     assert whole[0] != whole[1]
+    with pytest.raises(UserError, match=r"weights \(teacher\) can be chosen for a run folder only"):
+        opened("~/folk/backbone", folder, weights="teacher")
 
 
 def test_models_from_outside_see_the_value_range_of_the_images(tmp_path: Path, folder: Path) -> None:

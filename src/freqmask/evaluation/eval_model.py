@@ -27,7 +27,7 @@ from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import SPLITS, SplitConfig, draw_shots, open_labelled, pixel_hashes
 from freqmask.evaluation.mask_data import MaskConfig, open_segmentation
 from freqmask.imports import NotNamedError, named_by_user
-from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM
+from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM, run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, open_classifier, open_model, still_images
 from freqmask.interop.weight_files import hash_weights
 from freqmask.options import group_among
@@ -254,7 +254,9 @@ def open_eval_model(
     if text == PIXELS:
         return PixelModel(survey, image_size, crop)
     foreign = text.startswith((PUBLIC, RANDOM))
-    is_run = not foreign and RunFolder(Path(text).expanduser()).exists()
+    path = Path(text).expanduser()
+    # RUN/backbone is of one, too, and refused: it holds no others
+    is_run = not foreign and (RunFolder(path).exists() or run_behind(path) is not None)
     chosen = weights if is_run else None
     many = None if survey.channels in CONVERTIBLE else survey.channels
     opened = open_model(
