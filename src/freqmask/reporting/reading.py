@@ -15,7 +15,16 @@ import numpy as np
 
 from freqmask.errors import UserError, nearest
 from freqmask.training.files import current_name, ends_whole, read_rows
-from freqmask.training.run_folder import CONFIG, RESULTS, SKIPPED, STATE, SUMMARY, RunFolder, names_in
+from freqmask.training.run_folder import (
+    CONFIG,
+    RESULTS,
+    SKIPPED,
+    STATE,
+    SUMMARY,
+    RunFolder,
+    folders_in,
+    names_in,
+)
 
 _BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these is no run
 # columns of runs that were begun before run.json recorded the parts of their loss
@@ -201,7 +210,7 @@ def _is_begun(path: Path) -> bool:
 
 def _runs_in(folder: Path) -> list[Path]:
     # a table of results alone, or beside runs, is no run
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_begun(path))
+    return sorted(path for path in folders_in(folder) if _is_begun(path))
 
 
 def _no_run(path: Path) -> str:
@@ -256,11 +265,12 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
 
 def _metrics(path: Path, missing: list[str]) -> dict[str, Curve]:
     """Curves by column, without those that hold no number; why there are none."""
-    lines = (
-        path.read_bytes().decode("utf-8-sig", errors="replace").splitlines(keepends=True)
-        if path.is_file()
-        else []
-    )
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        missing.append(f"metrics.csv cannot be read: {error}")
+        return {}
+    lines = content.decode("utf-8-sig", errors="replace").splitlines(keepends=True)
     header, *rows = [_cells(line) for line in lines] or [[]]
     header = [current_name(name) for name in header]
     place = header.index("step") if "step" in header else 0

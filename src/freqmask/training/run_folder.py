@@ -241,6 +241,11 @@ def new_run(method: str, backbone: str, root: Path = RUNS) -> RunFolder:
     return run
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """Those that may be opened: in a folder that several people share, a run may be closed to the others."""
+    return [path for path in folder.iterdir() if path.is_dir() and os.access(path, os.X_OK)]
+
+
 def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder | None:
     """The newest run under ``root`` that was asked for in the same words, has not ended and is not being trained.
 
@@ -251,10 +256,10 @@ def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder 
     if not root.is_dir():
         return None
     wanted = comparable(given)
-    folders = [path for path in root.iterdir() if (path / CONFIG).is_file() and (path / STATE).is_file()]
+    folders = [path for path in folders_in(root) if (path / CONFIG).is_file() and (path / STATE).is_file()]
     for path in sorted(folders, key=lambda path: (path / STATE).stat().st_mtime, reverse=True):
         run = RunFolder(path)
-        with contextlib.suppress(UserError):  # another run's damage is told where that run is named
+        with contextlib.suppress(UserError, OSError):  # another run's damage is told where that run is named
             if not run.finished() and run.state().get("given") == wanted and not run.is_locked():
                 return run
     return None
