@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,28 @@ def fused_in_training(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     monkeypatch.setattr(ScheduledModule, "check", lambda _, loss: found.append(fused_backwards(loss)))
     return found
+
+
+def close(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder of somebody else's with the rights 700; root, as whom tests may run, could still look into it."""
+    stat, may, read = os.stat, os.access, Path.read_bytes
+
+    def refuse(path: Any) -> None:
+        if folder in Path(os.fsdecode(path)).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def closed_stat(path: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            refuse(path)
+        return stat(path, **options)
+
+    def closed_read(path: Path) -> bytes:
+        refuse(path)
+        return read(path)
+
+    monkeypatch.setattr(os, "stat", closed_stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and may(path, mode))
+    monkeypatch.setattr(Path, "read_bytes", closed_read)
 
 
 def spawned(parent: psutil.Process, least_bytes: float = 0.0) -> list[psutil.Process]:

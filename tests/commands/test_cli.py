@@ -190,6 +190,20 @@ def test_an_unknown_option_in_a_config_is_named(tmp_path: Path, capsys: pytest.C
     assert "did you mean 'steps'?" in err
 
 
+def test_out_may_be_in_somebody_s_home_where_no_shell_has_looked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    words = ("evaluate", "knn", "pixels", "--data", "builtin:digits", "--out=~/results")
+    assert typed(capsys, *words)[0] == 0
+    assert (tmp_path / "home" / "results" / "results.csv").is_file()
+    assert not Path("~").exists()
+    (tmp_path / "c.yaml").write_text("out: ~/run\n")
+    given = given_values({"config": tmp_path / "c.yaml"}, declared(freqmask.pretrain))
+    assert given["out"] == str(tmp_path / "home" / "run")
+
+
 @pytest.mark.parametrize(
     "words",
     [["--config", "mfm-32", "--lr", "7.5"], ["--lr", "7.5", "--config=mfm-32"]],

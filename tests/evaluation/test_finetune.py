@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,25 @@ def test_a_classifier_of_other_labels_is_not_taken(there: Path, tmp_path: Path) 
     del state["deciding"]["labels of the images"]  # as 0.1.0 wrote it
     run.write_state(state)
     finetune(there, tmp_path / "out", **options)
+
+
+def test_a_signal_in_the_last_step_of_one_training_begins_no_other(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = FinetuneModule.training_step
+
+    def interrupted(self: FinetuneModule, batch: Any, number: int) -> Any:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch, number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FinetuneModule, "training_step", interrupted)
+        finetune(there, tmp_path / "out", seeds=[0, 1], steps=2)
+    assert RunFolder(tmp_path / "out" / "mine-seed0").finished()
+    assert not (tmp_path / "out" / "mine-seed1").exists()
+    (summary,) = finetune(there, tmp_path / "out", seeds=[0, 1], steps=2)
+    assert len(summary.accuracies) == 2
 
 
 def test_few_labels_are_the_draw_of_fewshot(there: Path, tmp_path: Path) -> None:

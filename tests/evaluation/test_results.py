@@ -58,3 +58,15 @@ def test_a_lock_that_nobody_gives_free_costs_no_row(tmp_path: Path, monkeypatch:
     with FileLock(tmp_path / ".results.csv.lock"):
         protocol.add_rows(tmp_path / "results.csv", [{"model": "own", "accuracy": "0.1"}])
     assert [row["model"] for row in read_rows(tmp_path / "results.csv")] == ["own"]
+
+
+def test_a_table_of_thousands_of_named_images_can_be_read_again(tmp_path: Path) -> None:
+    several, many = ([f"photographs/{number:060d}.jpg" for number in range(count)] for count in (8, 3000))
+    commands = [
+        protocol.command_of("knn", "mine", {"data": data, "labels": "a.csv"}) for data in (several, many)
+    ]
+    assert [command.count(".jpg") for command in commands] == [8, 0]
+    assert commands[1] == "freqmask evaluate knn mine --data DATA --labels a.csv"
+    for command in commands:
+        protocol.add_rows(tmp_path / "results.csv", [{"model": "mine", "command": command}])
+    assert [row["command"] for row in read_rows(tmp_path / "results.csv")] == commands

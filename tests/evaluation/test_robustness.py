@@ -257,10 +257,31 @@ def test_folders_of_classes_are_answered_among_their_classes_by_a_learnt_head(tm
         freqmask.evaluate.robustness("pixels", folder=["other"], **options)
 
 
+def test_test_sets_of_one_name_are_told_apart_by_linking_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "there"):
+        write_colours(tmp_path / place / "val", {"blue": 2, "green": 1})
+    paths = [Path("here/val"), Path("there/val")]
+    sets = [(folder, open_folder(folder, None)) for path in paths for folder in find_folders(path, [], [])]
+    with pytest.raises(UserError, match="val is taken; rename or link one"):
+        check_tree(sets)
+    Path("theirs").symlink_to(tmp_path / "there" / "val")
+    (linked,) = find_folders(Path("theirs"), [], [])
+    assert linked.name == "theirs"
+    check_tree([sets[0], (linked, open_folder(linked, None))])
+    monkeypatch.chdir(tmp_path / "here" / "val")
+    assert find_folders(Path(), [], [])[0].name == find_folders(Path("../val"), [], [])[0].name == "val"
+
+
 def test_folders_that_tell_nothing_beside_data_or_each_other_are_refused(tmp_path: Path) -> None:
     write_colours(tmp_path / "one", {"blue": 2})
     with pytest.raises(UserError, match=r"folder \(one\) must hold two folders or more"):
         open_folder(TestFolder("one", Path("one")), None)
+    write_colours(tmp_path / "two", {"blue": 2, "red": 0})
+    Image.new("RGB", (16, 16)).save(tmp_path / "two" / "sample.png")
+    with pytest.raises(UserError, match=r"first 'sample\.png'\) lie beside the class folders \(blue, red\)"):
+        open_folder(TestFolder("two", Path("two")), None)
     for number, names in enumerate((("cat", "dog"), ("cat", "dog"), ("cat", "wolf"))):
         write_classes(tmp_path / f"tree{number}" / "fog" / "1", names, 200)
     opened = [

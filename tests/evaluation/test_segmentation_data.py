@@ -165,6 +165,22 @@ def test_without_a_test_part_images_are_held_out_once_and_for_all(tmp_path: Path
     assert len(list(Path("runs/splits").iterdir())) == 1
 
 
+def test_pages_that_are_images_have_the_mask_of_their_file_and_stay_together(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        stack = np.random.default_rng(number).integers(0, 256, (1 + number % 3, 32, 40), np.uint8)
+        tifffile.imwrite(tmp_path / "images" / f"{number}.tif", stack, photometric="minisblack")
+        write(tmp_path / "masks" / f"{number}.png", blocks(number))
+    data = open_segmentation(MaskConfig(data=str(tmp_path), pages="images"))
+    names = [[part.name(n).split("#")[0] for n in range(len(part))] for part in (data.train, data.test)]
+    assert len(names[0]) + len(names[1]) == sum(1 + number % 3 for number in range(8))
+    assert not set(names[0]) & set(names[1])
+    samples = PairDataset(data.train, data.labels.lookup(), ValueRange(), 1)
+    for number, name in enumerate(names[0]):
+        mask = _pixels(tmp_path / "masks" / name.replace(".tif", ".png"))
+        assert np.array_equal(samples[(0, 0, number)].views[1].numpy(), mask)
+
+
 def test_notes_of_a_split_of_ours_are_of_its_training_masks(tmp_path: Path) -> None:
     make_pairs(tmp_path / "images", tmp_path / "masks", 10)
     config = MaskConfig(data=str(tmp_path), class_names=["zero", "one", "two"])
@@ -291,6 +307,9 @@ def spoilt(folder: Path, how: str) -> None:
         ("classes: 0 sky\n0 road\n", "no number twice"),
         ("classes: sky\nsky\n", "must differ from each other"),
         ("classes:  \n", "is empty"),
+        ("classes: Idx\tName\n", "is empty"),
+        ("classes: Idx\tName\n1\twall\nfoo\tbar\n", "must number every line or none"),
+        ("classes: 0 sky\n1 road\n70000 field\n", "field has the label 70000; labels go from 0 to 65535"),
         ("classes: stra\xdfe\n", "cannot be read .*; give a text file"),
     ],
 )

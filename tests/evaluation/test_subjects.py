@@ -100,6 +100,21 @@ def test_fresh_batch_norm_gets_the_statistics_of_the_images(folder: Path) -> Non
     assert subject.key()["weights"] != key  # features depend on the statistics, too
 
 
+def test_a_run_in_somebody_s_home_has_the_weights_that_were_asked_for(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "folk", method="folk", outputs=16, hidden_size=8, bottleneck_size=4)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    whole, short = (
+        [opened(text, folder, weights=weights).key()["weights"] for weights in ("student", "teacher")]
+        for text in (str(run.path), "~/folk")
+    )
+    assert whole == short
+    assert whole[0] != whole[1]
+    with pytest.raises(UserError, match=r"weights \(teacher\) can be chosen for a run folder only"):
+        opened("~/folk/backbone", folder, weights="teacher")
+
+
 def test_models_from_outside_see_the_value_range_of_the_images(tmp_path: Path, folder: Path) -> None:
     dark = tmp_path / "dark"
     dark.mkdir()

@@ -118,6 +118,20 @@ def test_an_export_can_be_traced_back(vit_run, tmp_path):
     assert set(decoder_of(again)) == {"0.weight", "0.bias"}
 
 
+def test_notes_on_padding_are_of_the_exported_size(run_factory, tmp_path):
+    layers = {"layers": [1, 1, 1, 1]}
+    run = run_factory(backbone="resnet18", image_size=50, patch_size=None, model_args=layers)
+    told = {}
+    for size in (50, 64, 72):
+        export_model(open_model(run.path, image_size=size), tmp_path / str(size))
+        about = json.loads((tmp_path / str(size) / "config.json").read_text())["freqmask"]
+        told[size] = " ".join(about.get("notes", []))
+    assert "50x50" in told[50] and "(0, 14, 0, 14)" in told[50]
+    assert told[64] == ""
+    assert "72x72" in told[72] and "50x50" not in told[72]
+    assert "notes" not in graph_of(open_model(run.path)).metadata
+
+
 def test_nothing_is_lost_or_left_half_written(vit_run, tmp_path, monkeypatch):
     opened = open_model(vit_run.path)
     out = tmp_path / "out"

@@ -73,6 +73,23 @@ def test_a_push_takes_the_feature_space_along_and_passes_over_a_cell_without_a_c
     assert "0.75" in hub.files["README.md"].decode()
 
 
+def test_a_card_tells_the_model_s_own_results_and_what_each_is_of(run_with_results):
+    run = run_with_results
+    (run.path / "results.csv").write_text(
+        "protocol,model,variant,accuracy\n"
+        f"knn,{run.path.name},k=20,0.71\n"
+        "knn,random:resnet18,k=20,0.72\n"
+        "knn,pixels,k=20,0.73\n"
+        f"robustness,{run.path.name},pgd linf 4/255,0.02\n"
+    )
+    hub = FakeHub()
+    push_model(open_model(run.path), "me/mine", api=hub)
+    card = hub.files["README.md"].decode()
+    assert "| knn | k=20 | 0.71 |" in card
+    assert "| robustness | pgd linf 4/255 | 0.02 |" in card
+    assert "0.72" not in card and "0.73" not in card
+
+
 def test_with_images_shows_them_and_public_is_public(run_with_results):
     hub = FakeHub()
     push_model(open_model(run_with_results.path), "me/mine", public=True, with_images=True, api=hub)

@@ -311,7 +311,9 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path: Path, monkeypatch
         train_until(3, options, tmp_path / "run")
     run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
     # 1,000 until the checkpoint of step 2; then begun at 2,000 and looked at for steps 4 and 6 and at the end
-    assert RunFolder(run).summary()["seconds"] == 1000 + 3000
+    summary = RunFolder(run).summary()
+    assert summary["seconds"] == 1000 + 3000
+    assert summary["images_per_second"] == 6 * 8 / (1000 + 3000)
 
 
 def test_a_run_finds_its_images_from_every_folder(
@@ -690,6 +692,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_export_loses_no_backbone(tmp
         (run / name).unlink()
     freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(run))
     assert (run / "summary.json").is_file()
+    assert RunFolder(run).summary()["images_per_second"] > 0, "no step is made any more"
     after = weights(run)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import make_run, result
+from tiny_runs import close
 
 from freqmask.errors import UserError
+from freqmask.interop.formats import find_backbone
 from freqmask.reporting.page import spread_out, write_report
 from freqmask.reporting.reading import Curve, read_results, read_run, read_runs
 from freqmask.training.files import append_row
@@ -25,6 +27,33 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert run.curves["loss"].last == pytest.approx(1 / 40)
     assert [step for step, _ in run.previews] == [10, 20, 30]
     assert run.missing == []
+
+
+def test_a_run_that_is_closed_to_us_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "theirs"):
+        make_run(tmp_path / name)
+    close(tmp_path / "theirs", monkeypatch)
+    assert [run.name for run in read_runs([tmp_path])] == ["mine"]
+    with pytest.raises(PermissionError):
+        read_runs([tmp_path / "theirs"])  # one that was named is not passed over
+    with pytest.raises(UserError, match=r"it holds the run .*mine"):
+        find_backbone(tmp_path)
+
+
+def test_curves_that_are_closed_to_us_hide_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = make_run(tmp_path / "a"), Path.read_bytes
+
+    def closed(path: Path) -> bytes:
+        if path.name == "metrics.csv":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    run = read_run(folder)
+    assert run.config and not run.curves
+    assert "metrics.csv cannot be read" in run.missing[0]
 
 
 def test_a_run_that_is_trained_is_running_and_one_that_was_killed_is_stopped(tmp_path: Path) -> None:
@@ -51,6 +80,8 @@ def test_a_run_that_stopped_between_two_rows_is_at_the_step_of_its_checkpoint(tm
     [
         (["pixels", "a", "b"], ["a"]),
         (["mine/a", "other/a"], ["mine/a"]),  # two of one name are called by their paths
+        (["a", "../mine/a", "../other/a"], ["a", "../mine/a"]),  # evaluated twice, from two folders
+        (["~/mine/a", "~/other/a"], ["~/mine/a"]),
         (["a/backbone", "timm:a"], ["a/backbone"]),
         (["pixels", "random:a", "as-it-was-called"], ["as-it-was-called"]),
         (["pixels", "random:a"], []),

@@ -12,7 +12,7 @@ import pytest
 from made_runs import make_run, result
 
 from freqmask.reporting.reading import read_runs
-from freqmask.reporting.tables import FORMS, join_seeds
+from freqmask.reporting.tables import FORMS, join_seeds, measured
 
 
 def runs(tmp_path: Path) -> list[Path]:
@@ -116,6 +116,16 @@ def test_weights_that_were_trained_further_are_not_joined_with_what_was_measured
     table = join_seeds(read_runs([make_run(tmp_path / "a", results=[*old, *new, *fresh])]))
     values = [line.cells[table.numbers.index("knn k=20 %")] for line in table.lines]
     assert [cell and cell.values for cell in values] == [pytest.approx((90,)), pytest.approx((10, 20))]
+
+
+def test_scores_on_images_that_became_others_are_no_seeds_of_the_new_ones() -> None:
+    few = [
+        result(model, 0.3, seed=seed, data_fingerprint="few")
+        for seed in (0, 1)
+        for model in ("a", "random:a")
+    ]
+    more = [result(model, 0.9, seed=2, data_fingerprint="more") for model in ("a", "random:a")]
+    assert [entry.percent.values for entry in measured([*few, *more])] == [(90.0,), (90.0,)]
 
 
 def test_what_was_measured_before_the_training_ended_is_told(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import close
 
 from freqmask.errors import UserError
 from freqmask.training.run_folder import RunFolder, new_run, newest_unfinished, read_yaml
@@ -134,6 +135,18 @@ def test_another_run_that_is_damaged_keeps_nobody_from_beginning(tmp_path: Path,
     (good.path / "summary.json").write_bytes(content)
     with pytest.raises(UserError, match=r"summary\.json.*delete it"):
         good.summary()
+
+
+def test_a_run_that_is_closed_to_us_keeps_nobody_from_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, theirs = (begin(tmp_path / name, seed=1) for name in ("mine", "theirs"))
+    close(theirs.path, monkeypatch)
+    with pytest.raises(PermissionError):
+        theirs.exists()
+    found = newest_unfinished({"seed": 1}, tmp_path)
+    assert found is not None
+    assert found.path == own.path
 
 
 def test_a_config_or_state_that_was_cut_is_told_with_what_it_lacks(tmp_path: Path) -> None:

@@ -190,6 +190,8 @@ def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[
         below = read_config(named["config"], known)
     typed = overridden(below, {name: value for name, value in named.items() if name != "config"}, known)
     given = read_options(typed, known)
+    if str(given.get("out")).startswith("~"):  # no shell stands before YAML, Python, and --out=~/runs
+        given["out"] = str(Path(given["out"]).expanduser())
     excluding = "; ".join(exclusions(given, known))
     if excluding:
         raise UserError(excluding)

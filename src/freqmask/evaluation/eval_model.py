@@ -27,7 +27,7 @@ from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import SPLITS, SplitConfig, draw_shots, open_labelled, pixel_hashes
 from freqmask.evaluation.mask_data import MaskConfig, open_segmentation
 from freqmask.imports import NotNamedError, named_by_user
-from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM
+from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM, run_behind
 from freqmask.interop.models import OpenedClassifier, OpenedModel, open_classifier, open_model, still_images
 from freqmask.interop.weight_files import hash_weights
 from freqmask.options import group_among
@@ -178,7 +178,7 @@ class ClassifierModel(EvalModel):
             raise UserError(f"model ({text}) has no classifier of its own; try --head linear")
         self.text, self.crop, self.classifier = text, _usual(crop), opened.module
         self.kind = "timm" if text.startswith(PUBLIC) else "folder"
-        path = Path(text).resolve()
+        path = Path(text).expanduser().resolve()
         folder = path.parent if path.name == CLASSIFIER else path
         self.name = text if self.kind == "timm" else folder.name
         self.run = folder if RunFolder(folder).exists() else None
@@ -254,7 +254,9 @@ def open_eval_model(
     if text == PIXELS:
         return PixelModel(survey, image_size, crop)
     foreign = text.startswith((PUBLIC, RANDOM))
-    is_run = not foreign and RunFolder(text).exists()
+    path = Path(text).expanduser()
+    # RUN/backbone is of one, too, and refused: it holds no others
+    is_run = not foreign and (RunFolder(path).exists() or run_behind(path) is not None)
     chosen = weights if is_run else None
     many = None if survey.channels in CONVERTIBLE else survey.channels
     opened = open_model(
@@ -265,7 +267,7 @@ def open_eval_model(
         weights=chosen,
         optional_model_args=optional_model_args,
     )
-    if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).is_dir():
+    if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).expanduser().is_dir():
         # ImageNet's are those of three colors
         opened.mean, opened.std = tuple(survey.mean), tuple(survey.std)
     if value_range is not None or (foreign and opened.value_range == "dtype"):

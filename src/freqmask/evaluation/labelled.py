@@ -303,7 +303,9 @@ def keep_parts(
     return np.array([words.index(str(part)) for part in parts], np.int64)
 
 
-def _with_duplicates(data: LabelledData, images: np.ndarray, config: SplitConfig) -> list[str | None] | None:
+def _with_duplicates(
+    data: LabelledData, images: np.ndarray, config: SplitConfig
+) -> Sequence[str | None] | None:
     """Groups in which identical images stay together; refused where that was not asked for."""
     groups, hashes = data.groups_of(images), pixel_hashes(data.source, images)
     first = {value: place for place, value in reversed(list(enumerate(hashes)))}
@@ -321,8 +323,12 @@ def _with_duplicates(data: LabelledData, images: np.ndarray, config: SplitConfig
             f"{len(loose)} images are identical to others (first {other!r} and {one!r}) and could be on both sides of "
             "a split; remove them, or keep each with its twin by --duplicates together"
         )
-    # groups are joined wherever they share an identical image
-    keys: list[object] = [object() if group is None else group for group in groups or [None] * len(hashes)]
+    return joined_groups(groups or [None] * len(hashes), hashes)
+
+
+def joined_groups(groups: Sequence[object], hashes: Sequence[int]) -> list[str]:
+    """Groups (None: an image by itself), joined wherever they share an identical image; a name for each image."""
+    keys = [object() if group is None else group for group in groups]
     pictures = [("pixels", value) for value in hashes]
     numbers = {key: number for number, key in enumerate(dict.fromkeys([*keys, *pictures]))}
     rows, columns = ([numbers[key] for key in side] for side in (keys, pictures))

@@ -21,6 +21,7 @@ from freqmask.evaluation.labelled import (
     SPLITS,
     Round,
     choose_parts,
+    joined_groups,
     keep_parts,
     pixel_hashes,
     split_file,
@@ -73,23 +74,28 @@ def read_classes(path: Path) -> dict[int, str]:
     """Label -> name, from a file with a name a line, with ``NUMBER NAME`` lines, or ADE20K's ``objectInfo150.txt``.
 
     Raises:
-        UserError: it is empty, or numbers stand in some lines only or twice.
+        UserError: it is empty, or numbers stand in some lines only, twice, or are no labels.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"class_names ({path}) cannot be read ({error}); give a text file") from error
     lines = [line for line in lines if line]
+    if lines and lines[0].split("\t")[0] == "Idx":  # made lines of NUMBER NAME
+        rows = [line.split("\t") for line in lines[1:]]
+        lines = [f"{row[0]} {re.split('[,;]', row[-1])[0].strip()}" for row in rows]
     if not lines:
         raise UserError(f"class_names ({path}) is empty; it must hold a name a line")
-    if lines[0].split("\t")[0] == "Idx":
-        rows = [line.split("\t") for line in lines[1:]]
-        return {int(row[0]): row[-1].split(",")[0].split(";")[0].strip() for row in rows}
     numbered = [(int(match[1]), match[2]) for line in lines if (match := _NUMBERED.fullmatch(line))]
     if not numbered:
         return dict(enumerate(lines))
     if len(numbered) < len(lines) or len(dict(numbered)) < len(numbered):
         raise UserError(f"class_names ({path}) must number every line or none, and no number twice")
+    largest, name = max(numbered)
+    if largest > MOST_LABEL:
+        raise UserError(
+            f"class_names ({path}): {name} has the label {largest}; labels go from 0 to {MOST_LABEL}"
+        )
     return dict(numbered)
 
 
@@ -379,7 +385,7 @@ def _notes(labels: Labels, train: MaskSurvey, test: MaskSurvey) -> list[str]:
 def _split_ourselves(
     part: Part, config: MaskConfig, name: str, named: dict[int, str] | None, ignored: tuple[int, ...]
 ) -> SegmentationData:
-    """Hold a share of the images out; identical images stay on one side."""
+    """Hold a share of the images out; identical images, and pages of one file, stay on one side."""
     source = PairSource(part, config.pages)
     whole = survey_masks(source)
     images = whole.usable()
@@ -388,8 +394,9 @@ def _split_ourselves(
     file = split_file(SPLITS, part.images.parent.name or "masks", key.encode())
 
     def draw() -> list[np.ndarray]:
-        hashes = [str(number) for number in pixel_hashes(source, images.tolist())]
-        return split_indices(None, hashes, [1 - config.test_share, config.test_share], config.split_seed)
+        masks = [source.mask_numbers[index] for index in images]  # pages of a file have one
+        groups = joined_groups(masks, pixel_hashes(source, images.tolist()))
+        return split_indices(None, groups, [1 - config.test_share, config.test_share], config.split_seed)
 
     is_test = keep_parts(file, names, ["train", "test"], draw, {}) == 1
     train, test = whole.of(images[~is_test]), whole.of(images[is_test])

@@ -276,9 +276,12 @@ class PairSource(Source):
             )
         if part.images.resolve() == part.masks.resolve():
             raise UserError(f"images and masks ({part.images}) must be two folders")
-        names = [self.images.index.relative(number) for number in range(len(self.images))]
+        files = self.images.index
+        names = [files.relative(number) for number in range(len(files))]
         masks = [self.masks.relative(number) for number in range(len(self.masks))]
-        self.mask_numbers = match_masks(names, masks, part)
+        partners = match_masks(names, masks, part)
+        of_file = {files.path(number): partner for number, partner in enumerate(partners)}
+        self.mask_numbers = [of_file[self.images.path(index)] for index in range(len(self.images))]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -295,7 +298,8 @@ class PairSource(Source):
         return f"{self.part.name}/{name}" if self.part.name else name
 
     def fingerprint(self) -> str:
-        return hash_of(f"{self.images.fingerprint()} {self.masks.fingerprint}")
+        pages = f" {len(self)}" if len(self) != len(self.images.index) else ""
+        return hash_of(f"{self.images.fingerprint()} {self.masks.fingerprint}{pages}")
 
     def content_stamp(self) -> str:
         return hash_of(f"{self.images.content_stamp()} {self.masks.content_stamp}")

@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from freqmask import __version__
-from freqmask.console import rank, say, say_left_out
+from freqmask.console import MOST_PATHS, rank, say, say_left_out
 from freqmask.data.source import Subset
 from freqmask.data.sources import REMOTE
 from freqmask.data.values import Survey, survey
@@ -472,6 +472,8 @@ def command_of(protocol: str, model: str, options: Mapping[str, Any]) -> str:
     """The command that measures this model again."""
     dropped = ("model", "out", "dry_run")
     given = {name: value for name, value in options.items() if value is not None and name not in dropped}
+    if isinstance(given.get("data"), (list, tuple)) and len(given["data"]) > MOST_PATHS:
+        given["data"] = "DATA"  # of thousands the table could not be read any more
     return f"freqmask evaluate {protocol} {command_words({'model': [model], **given}, first='model')}"
 
 

@@ -84,7 +84,8 @@ def find_folders(folder: Path, corruptions: Sequence[str], severities: Sequence[
         if any((parent / name / str(severity)).is_dir() for severity in SEVERITIES)
     }
     if not by_name:
-        return [TestFolder(folder.resolve().name, folder)]
+        # a link's own name, or two test sets of one name could not be told apart by linking one
+        return [TestFolder(folder.name if folder.name.strip(".") else folder.resolve().name, folder)]
     wanted = [(name, severity) for name in corruptions for severity in severities]
     missing = [
         f"{name}/{severity}"
@@ -110,7 +111,8 @@ def open_folder(folder: TestFolder, known: Sequence[str] | None) -> LabelledData
     """
     source, name = open_source(folder.folder, split="all"), str(folder.folder)
     if source.class_names is None:
-        raise UserError(f"folder ({name}) must hold two folders or more, one a class (n01440764 ...)")
+        why = f": {source.why_unlabelled}" if source.why_unlabelled else ""
+        raise UserError(f"folder ({name}) must hold two folders or more, one a class (n01440764 ...){why}")
     unknown = [one for one in source.class_names if known is not None and one not in known]
     if unknown:
         raise UserError(

@@ -36,6 +36,7 @@ from freqmask.training.loop import (
     find_checkpoint,
     images_at_once,
     keep_threads,
+    leave,
     make_sampler,
     train,
 )
@@ -247,11 +248,12 @@ def run_training(job: TrainingJob) -> RunFolder:
         else:
             numbers = _begin(run, job, deciding)
         if not dry_run:
-            summary = train(
-                job.task(run, numbers), checkpoint, lambda: {"method": job.method, **ends(run, job.metrics)}
-            )
+            task = job.task(run, numbers)
+            summary = train(task, checkpoint, lambda: {"method": job.method, **ends(run, job.metrics)})
             if rank() == 0:
                 job.end(run, summary)
+            if task.interrupted is not None:  # else a series would go on
+                leave(task.interrupted)
     return run
 
 

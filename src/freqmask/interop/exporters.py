@@ -36,7 +36,7 @@ from freqmask.interop.weight_files import README, Pooled, write_timm_folder
 from freqmask.spectrum import Images, Normalization
 from freqmask.training.auto import is_out_of_memory
 from freqmask.training.files import new_folder, read_rows, replace_atomically
-from freqmask.training.run_folder import RESULTS, RunFolder, save_atomically
+from freqmask.training.run_folder import RESULTS, RunFolder, names_in, save_atomically
 
 Compute = Callable[[Tensor], tuple[Tensor, ...]]  # images (B, C, H, W) in [0, 1] to outputs
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
@@ -148,7 +148,8 @@ def exported_metadata(opened: OpenedModel | OpenedClassifier) -> dict[str, Any]:
     plain = {
         "version": __version__,
         "from": opened.name,
-        **opened.metadata,
+        # its folder's notes are on timm's calls at its own size: a timm folder gets its own, a graph pads inside
+        **{name: value for name, value in opened.metadata.items() if name != "notes"},
         "value_range": opened.value_range,
     }
     if isinstance(opened, OpenedModel):
@@ -448,10 +449,13 @@ def _holds_path(value: Any) -> bool:
 
 def _results(run: RunFolder) -> str:
     summary, rows = run.summary(), read_rows(run.path / RESULTS)
+    own = {None, "", *names_in(rows, run.path.resolve())}
+    rows = [row for row in rows if row.get("model") in own]  # others were compared with it
     names = ("steps", "loss", "relative_loss", "held_out_loss", "held_out_relative_loss")
     lines = [f"- {name.replace('_', ' ')}: {summary[name]:.4g}" for name in names if name in summary]
     columns = [name for name in (rows[0] if rows else {}) if name and not _LOCAL_COLUMNS.search(name)]
-    columns = [name for name in columns if not any(_holds_path(row[name]) for row in rows)]
+    # a variant tells measurements apart, and a slash in it is none of a path: pgd linf 4/255
+    columns = [n for n in columns if n == "variant" or not any(_holds_path(row[n]) for row in rows)]
     if columns:
         lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         lines += [f"| {' | '.join(str(row[name] or '') for name in columns)} |" for row in rows]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from freqmask.errors import UserError, brief, nearest
 from freqmask.training.files import check_encoding, check_out, clear_leftovers
-from freqmask.training.run_folder import RunFolder
+from freqmask.training.run_folder import RunFolder, folders_in
 
 # name -> function of freqmask.interop.exporters; a further format of a file is a line here and its function there
 FORMATS = {
@@ -135,7 +135,7 @@ def find_backbone(text: str | Path, option: str = "model") -> Path:
 def _what_is_wrong(path: Path, text: str) -> str:
     """Why there is nothing of that name: the likely slips."""
     if path.is_dir():
-        runs = sorted(entry.name for entry in path.iterdir() if RunFolder(entry).exists())
+        runs = sorted(entry.name for entry in folders_in(path) if RunFolder(entry).exists())
         inside = f"; it holds the run {path / runs[0]}" if runs else ""
         return f"there is no backbone in it ({CONFIG} with {WEIGHTS}){inside}"
     prefix, colon, bare = text.partition(":")

@@ -15,12 +15,20 @@ import numpy as np
 
 from freqmask.errors import UserError, nearest
 from freqmask.training.files import current_name, ends_whole, read_rows
-from freqmask.training.run_folder import CONFIG, RESULTS, SKIPPED, STATE, SUMMARY, RunFolder
+from freqmask.training.run_folder import (
+    CONFIG,
+    RESULTS,
+    SKIPPED,
+    STATE,
+    SUMMARY,
+    RunFolder,
+    folders_in,
+    names_in,
+)
 
 _BEGUN = (CONFIG, STATE, SUMMARY, "metrics.csv")  # a folder with none of these is no run
 # columns of runs that were begun before run.json recorded the parts of their loss
 _OLD_PARTS = re.compile(r"reconstruction|(token_)?distillation|(?!(held_out_)?relative_loss).*_loss|loss/.*")
-_MADE_ELSEWHERE = re.compile(r"[a-z]{2,}:")  # random:, timm: and the like; one letter is a drive
 _PREVIEW, _CHECKPOINT = re.compile(r"step-(\d+)\.png"), re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -148,7 +156,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     matches = [(_PREVIEW.fullmatch(file.name), file) for file in folder.previews.glob("*.png")]
     saved = [file.name for file in folder.checkpoints.glob("*.ckpt")]
     rows = _rows(path / RESULTS, missing)
-    own = _names_in(rows, path.resolve())
+    own = names_in(rows, path.resolve())
     run = Run(
         path=path,
         name=name or path.resolve().name,
@@ -189,22 +197,6 @@ def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     return rows
 
 
-def _names_in(rows: Sequence[dict[str, str]], path: Path) -> set[str]:
-    """What the run at ``path`` is called in its table of results: by its name, or by some of its path.
-
-    A run that has been renamed since is the only model there that was trained.
-    """
-    models = {row.get("model", "") for row in rows}
-    named = set()
-    for model in models:
-        parts = Path(model).parts
-        parts = parts[:-1] if parts[-1:] in (("backbone",), ("classifier",)) else parts
-        if parts and path.parts[-len(parts) :] == parts:
-            named.add(model)
-    trained = {model for model in models if model != "pixels" and not _MADE_ELSEWHERE.match(model)}
-    return named or (trained if len(trained) == 1 else set())
-
-
 def run_folders(path: Path) -> list[Path]:
     """A run folder itself, or the runs inside a folder of runs (which may hold a table of results, too)."""
     if _is_begun(path) or not path.is_dir():
@@ -218,7 +210,7 @@ def _is_begun(path: Path) -> bool:
 
 def _runs_in(folder: Path) -> list[Path]:
     # a table of results alone, or beside runs, is no run
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _is_begun(path))
+    return sorted(path for path in folders_in(folder) if _is_begun(path))
 
 
 def _no_run(path: Path) -> str:
@@ -273,11 +265,12 @@ def _rows(path: Path, missing: list[str]) -> list[dict[str, str]]:
 
 def _metrics(path: Path, missing: list[str]) -> dict[str, Curve]:
     """Curves by column, without those that hold no number; why there are none."""
-    lines = (
-        path.read_bytes().decode("utf-8-sig", errors="replace").splitlines(keepends=True)
-        if path.is_file()
-        else []
-    )
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        missing.append(f"metrics.csv cannot be read: {error}")
+        return {}
+    lines = content.decode("utf-8-sig", errors="replace").splitlines(keepends=True)
     header, *rows = [_cells(line) for line in lines] or [[]]
     header = [current_name(name) for name in header]
     place = header.index("step") if "step" in header else 0

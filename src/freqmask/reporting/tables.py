@@ -92,26 +92,32 @@ class Measured:
 def measured(rows: Sequence[Row], telling: Telling | None = None) -> list[Measured]:
     """Rows joined over seeds; of a measurement that was made again the last counts; rows without score are left out.
 
-    Of a model that was trained in between, those of the weights that were measured last are joined. Options that tell
-    measurements apart (``--feature``, ``--epochs``) stand in their variants: those that differ among the rows, or among
-    all that are shown beside them.
+    Of a model that was trained in between, or images that became others, those that were measured last are joined.
+    Options that tell measurements apart (``--feature``, ``--epochs``) stand in their variants: those that differ among
+    the rows, or among all that are shown beside them.
     """
     telling = telling or Telling.of(rows)
     newest: dict[tuple[tuple[str, ...], str], Row] = {}
-    weights: dict[tuple[str, ...], str] = {}
+    last: dict[tuple[str, ...], tuple[str, str]] = {}
     for row in rows:
         key = (*(row.get(name, "") for name in _SAME), telling.words(row))
         newest.pop((key, row.get("seed", "")), None)  # the last stands last
         newest[key, row.get("seed", "")] = row
-        weights[key] = row.get("model_weights", "")
+        last[key] = _weights_and_images(row)
     families: dict[tuple[str, ...], list[Row]] = {}
     for (key, _), row in newest.items():
-        if row.get("model_weights", "") != weights[key] and not row.get("model", "").startswith(RANDOM):
-            continue  # of a model that has been trained again, or further; fresh weights are others for each seed
+        if _weights_and_images(row) != last[key]:
+            continue
         score = next((name for name in SCORES if math.isfinite(number(row.get(name)))), None)
         if score is not None:
             families.setdefault((*key, score), []).append(row)
     return [_joined(family, score=key[-1], told=key[-2]) for key, family in families.items()]
+
+
+def _weights_and_images(row: Row) -> tuple[str, str]:
+    """What tells them apart; fresh weights are others for each seed, as they should be."""
+    is_fresh = row.get("model", "").startswith(RANDOM)
+    return "" if is_fresh else row.get("model_weights", ""), row.get("data_fingerprint", "")
 
 
 def _kind(row: Row) -> tuple[str, ...]:

@@ -400,7 +400,7 @@ class Saver(L.Callback):
         if trainer.world_size == 1:
             return stop, due
         # agreeing costs a round trip, so several processes do it now and then
-        if step % self.monitor.log_every:
+        if step % self.monitor.log_every and step != trainer.max_steps:
             return False, False
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop and self.signals.received is None:

@@ -11,7 +11,6 @@ import ctypes
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -119,6 +118,8 @@ class Task:
     lines: int = LINES_A_RUN  # of a run where there is no terminal
     # further arguments of Lightning's Trainer: strategy, logger, sync_batchnorm
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    # the signal that came too late to stop it, in its last step: what follows it shall not begin
+    interrupted: int | None = field(default=None, init=False)
 
     @property
     def steps(self) -> int:
@@ -168,20 +169,22 @@ def train(
         ]
         trainer = make_trainer(task, callbacks, checkpoint)
         progress.start()
-        fitted = time.perf_counter()
         try:
             trainer.fit(task.module, task.batches(trainer, done), ckpt_path=path, weights_only=True)
         finally:
             progress.close()
-    step = int(trainer.global_step)
-    rate = (step - done) * batch / max(time.perf_counter() - fitted, 1e-9)
+    step, seconds = int(trainer.global_step), resume.seconds
+    timed = step - done * (not resume.seconds_before)  # checkpoints of 0.1.0 do not tell what they took
+    rate = timed * batch / max(seconds, 1e-9)
     if signals.received is not None and step < task.steps:
         say(f"stopped at step {step:,} of {task.steps:,}, saved in {run.path}; the same command resumes it")
         if stopped is not None:
             stopped()
         leave(signals.received)
+    if trainer.world_size == 1 or trainer.should_stop:  # of several processes all know of it then
+        task.interrupted = signals.received
     counts = {"steps": step, "images_per_second": rate, "skipped": len(read_rows(run.skipped))}
-    summary = {**counts, **summarize(), "seconds": round(resume.seconds, 1), "ended": now()}
+    summary = {**counts, **summarize(), "seconds": round(seconds, 1), "ended": now()}
     if rank() == 0:
         run.finish(summary)
     return summary

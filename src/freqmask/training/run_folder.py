@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ _DAMAGED = {  # what to do about each file of JSON
     STATE: _ANEW,
     SUMMARY: "delete it, and the command that trains resumes from the last checkpoint",
 }
+_MADE_ELSEWHERE = re.compile(r"[a-z]{2,}:")  # random:, timm: and the like; one letter is a drive
 PATIENCE = 1800.0  # seconds that other processes wait until the first has read the data and written its plan
 
 
@@ -240,6 +241,11 @@ def new_run(method: str, backbone: str, root: Path = RUNS) -> RunFolder:
     return run
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """Those that may be opened: in a folder that several people share, a run may be closed to the others."""
+    return [path for path in folder.iterdir() if path.is_dir() and os.access(path, os.X_OK)]
+
+
 def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder | None:
     """The newest run under ``root`` that was asked for in the same words, has not ended and is not being trained.
 
@@ -250,13 +256,29 @@ def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder 
     if not root.is_dir():
         return None
     wanted = comparable(given)
-    folders = [path for path in root.iterdir() if (path / CONFIG).is_file() and (path / STATE).is_file()]
+    folders = [path for path in folders_in(root) if (path / CONFIG).is_file() and (path / STATE).is_file()]
     for path in sorted(folders, key=lambda path: (path / STATE).stat().st_mtime, reverse=True):
         run = RunFolder(path)
-        with contextlib.suppress(UserError):  # another run's damage is told where that run is named
+        with contextlib.suppress(UserError, OSError):  # another run's damage is told where that run is named
             if not run.finished() and run.state().get("given") == wanted and not run.is_locked():
                 return run
     return None
+
+
+def names_in(rows: Sequence[Mapping[str, str]], path: Path) -> set[str]:
+    """What the run at ``path`` is called in its table of results: by its name, or by some of its path.
+
+    A run that has been renamed since is the only model there that was trained.
+    """
+    models = {row.get("model") or "" for row in rows}
+    named = set()
+    for model in models:
+        parts = tuple(itertools.dropwhile(lambda part: part in ("..", "~"), Path(model).parts))
+        parts = parts[:-1] if parts[-1:] in (("backbone",), ("classifier",)) else parts
+        if parts and path.parts[-len(parts) :] == parts:
+            named.add(model)
+    trained = {model for model in models if model != "pixels" and not _MADE_ELSEWHERE.match(model)}
+    return named or (trained if len(trained) == 1 else set())
 
 
 @dataclass
