@@ -3,9 +3,11 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from freqmask.data.pixels import Picture
@@ -69,6 +71,45 @@ def test_a_split_of_ours_is_stratified_written_and_read_again(tmp_path: Path) ->
     file.write_text("\n".join(swapped) + "\n")
     again = open_labelled(folder, parting(tmp_path))
     assert np.array_equal(again.rounds[0].test, first.rounds[0].train)
+
+
+def write_stacks(root: Path, files: int) -> Path:
+    """Folders of classes with TIFFs of four pages."""
+    for seed, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for number in range(files):
+            pixels = np.random.default_rng([seed, number]).integers(0, 256, (4, 6, 6), dtype=np.uint8)
+            tifffile.imwrite(root / name / f"{number}.tif", pixels, photometric="minisblack")
+    return root
+
+
+@pytest.mark.parametrize("how", [{"test_share": 0.25}, {"folds": 4}])
+def test_pages_of_one_file_are_never_on_both_sides(tmp_path: Path, how: dict[str, Any]) -> None:
+    data = open_labelled(write_stacks(tmp_path / "scans", 8), parting(tmp_path, pages="images", **how))
+    for one in data.rounds:
+        sides = [{data.source.name(int(k)).split("#")[0] for k in part} for part in (one.train, one.test)]
+        assert [len(side) for side in sides] == [12, 4] and not sides[0] & sides[1]
+
+
+def test_a_class_of_one_file_has_its_pages_parted_and_says_so(tmp_path: Path) -> None:
+    data = open_labelled(
+        write_stacks(tmp_path / "scans", 1), parting(tmp_path, pages="images", test_share=0.25)
+    )
+    assert [len(part) for part in (data.rounds[0].train, data.rounds[0].test)] == [6, 2]
+    assert any("cat/0.tif is the only file of its class" in note for note in data.notes)
+
+
+def test_groups_of_a_table_go_before_those_of_pages(tmp_path: Path) -> None:
+    folder = write_stacks(tmp_path / "scans", 4)
+    pages = [(name, n, page) for name in ("cat", "dog") for n in range(4) for page in range(4)]
+    lines = [f"{name}/{n}.tif#{page},{name},{name}-{n // 2}" for name, n, page in pages]
+    (tmp_path / "t.csv").write_text("path,label,group\n" + "\n".join(lines))
+    data = open_labelled(
+        folder, parting(tmp_path, pages="images", labels=str(tmp_path / "t.csv"), test_share=0.5)
+    )
+    assert set(data.groups or ()) == {"cat-0", "cat-1", "dog-0", "dog-1"}
+    groups = [set(data.groups_of(part) or ()) for part in (data.rounds[0].train, data.rounds[0].test)]
+    assert not groups[0] & groups[1]
 
 
 def write_tar(path: Path, count: int) -> Path:

@@ -208,7 +208,22 @@ def _labelled(source: Source, rounds: list[Round], name: str, split: str, notes:
         rounds = _without(rounds, unknown)
     groups = [source.group(index) for index in range(len(source))]
     known = None if all(group is None for group in groups) else groups
+    if known is not None and (lone := _lone_stacks(source, known, numbers, rounds[0].train)):
+        known = None
+        notes = [*notes, f"{lone}: its pages, near copies as they may be, are parted as images of their own."]
     return LabelledData(source, numbers, known, list(source.class_names), rounds, name, split, notes)
+
+
+def _lone_stacks(source: Source, groups: list[str | None], numbers: np.ndarray, train: np.ndarray) -> str:
+    """Which class has one file of pages alone to train on, so that files cannot be kept whole; empty: none."""
+    files: defaultdict[int, set[str]] = defaultdict(set)
+    for index in train.tolist():
+        name, group = source.name(index), groups[index]
+        if group is not None and not name.rpartition("#")[0].endswith(group):
+            return ""  # a group that was given
+        files[int(numbers[index])].add(group or name)
+    alone = next((min(members) for members in files.values() if len(members) == 1), "")
+    return f"{alone} is the only file of its class" if alone else ""
 
 
 def _without(rounds: list[Round], lost: np.ndarray) -> list[Round]:
