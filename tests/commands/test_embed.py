@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from tiny_runs import make_photographs, make_run
 
 import freqmask
@@ -52,6 +53,27 @@ def test_an_image_that_can_be_read_again_is_in_the_file_again(
     monkeypatch.undo()
     freqmask.embed(run, photographs, out=out, workers=0)
     assert "cats/1.png" in pq.read_table(out)["path"].to_pylist()
+
+
+def test_an_image_of_channels_that_the_model_does_not_take_is_no_reason_to_begin_again(run, tmp_path, capsys):
+    folder = make_photographs(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 40), dtype=np.uint8)
+    tifffile.imwrite(folder / "cats" / "bands.tif", pixels, photometric="minisblack")
+    for _ in range(2):
+        freqmask.embed(run, folder, out=tmp_path / "x.parquet", workers=0)
+    printed = capsys.readouterr().out
+    assert printed.count("it has 5 channels") == 1 and "is there already" in printed
+
+
+def test_a_file_of_an_earlier_version_is_made_anew_unasked(run, photographs, tmp_path):
+    out = tmp_path / "x.parquet"
+    freqmask.embed(run, photographs, out=out, workers=0)
+    table = pq.read_table(out)
+    note = json.loads(table.schema.metadata[b"freqmask"])
+    of_then = {name: value for name, value in note.items() if name not in ("mean", "std")}
+    pq.write_table(table.replace_schema_metadata({"freqmask": json.dumps(of_then)}), out)
+    freqmask.embed(run, photographs, out=out, workers=0)
+    assert json.loads(pq.read_schema(out).metadata[b"freqmask"]) == note
 
 
 def test_a_file_with_other_labels_is_something_else(run, photographs, tmp_path):

@@ -359,6 +359,15 @@ def test_of_several_columns_of_classes_the_usual_name_is_taken_and_the_others_na
     assert source.class_names == ["a", "b"] and source.all_labels().tolist() == [0, 1, 0, 1, 1]
 
 
+@pytest.mark.parametrize(("loud", "plain"), [("Label", "label"), ("Class", "target")])
+def test_a_column_of_labels_without_capitals_goes_before_one_with(tmp_path, loud, plain):
+    columns = {"image": [png(k) for k in range(2)], loud: ["one", "other"], plain: ["a", "b"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = open_source(tmp_path / "a.parquet")
+    assert source.class_names == ["a", "b"]
+    assert f"Labels are read from the column {plain}, not from {loud}." in source.summary().notes
+
+
 def test_a_name_that_two_classes_have_merges_them_nowhere(tmp_path):
     """ImageNet has two classes that are called crane."""
     names, wanted = ["crane", "dog", "crane"], [0, 1, 2, 0, 1]

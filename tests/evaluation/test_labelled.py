@@ -99,6 +99,15 @@ def test_a_class_of_one_file_has_its_pages_parted_and_says_so(tmp_path: Path) ->
     assert any("cat/0.tif is the only file of its class" in note for note in data.notes)
 
 
+def test_of_too_few_files_of_pages_it_is_said_what_a_group_is(tmp_path: Path) -> None:
+    folder = write_stacks(tmp_path / "scans", 2)
+    with pytest.raises(UserError, match=r"4 groups.* pages of one file are a group; try --test_share 0\.5"):
+        open_labelled(folder, parting(tmp_path, pages="images", test_share=0.2))
+    for way_out in ({"test_share": 0.5}, {"folds": 2}):
+        data = open_labelled(folder, parting(tmp_path, pages="images", **way_out))
+        assert [len(part) for part in (data.rounds[0].train, data.rounds[0].test)] == [8, 8]
+
+
 def test_groups_of_a_table_go_before_those_of_pages(tmp_path: Path) -> None:
     folder = write_stacks(tmp_path / "scans", 4)
     pages = [(name, n, page) for name in ("cat", "dog") for n in range(4) for page in range(4)]

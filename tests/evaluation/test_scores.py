@@ -1,5 +1,6 @@
 """Scores against scikit-learn, and an interval that grows when images come in groups."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -130,3 +131,14 @@ def test_the_table_tells_how_far_each_model_is_behind_the_best() -> None:
     assert "behind" not in "".join(ResultTable("title", "plain", results[1:2]).lines())
     mixed = ResultTable("title", "plain", [results[0], results[2]]).lines()
     assert " 40.0  " in mixed[2] and "(" not in mixed[2]  # other images: no interval of the difference
+
+
+def test_of_a_model_that_failed_under_one_seed_nothing_is_behind() -> None:
+    right = np.arange(100) < 80
+    failed = predictions(right, "failed")
+    results = [failed, replace(failed, seed=1, error="its loss is not finite"), predictions(right, "best")]
+    worse = predictions(right & (np.arange(100) % 4 > 0), "worse")
+    lines = ResultTable("title", "plain", [*results, worse]).lines()
+    assert lines[2].endswith("its loss is not finite")
+    assert "nan" not in "".join(lines) and "  20.0 (" in lines[4]
+    assert "behind" not in "".join(ResultTable("title", "plain", results).lines())

@@ -74,8 +74,8 @@ def embed(
             open_images,
             plan_parts,
         )
-        from freqmask.evaluation.features import ComputeConfig
-        from freqmask.interop.feature_files import has_all_usable, join_parts, task_of
+        from freqmask.evaluation.features import ComputeConfig, any_shown
+        from freqmask.interop.feature_files import images_missing_in, join_parts, task_of
         from freqmask.interop.models import open_model
         from freqmask.training.files import check_kept, check_out
 
@@ -88,8 +88,9 @@ def embed(
     compute = ComputeConfig.of(running_options(), "embed")
     task = Embedding(opened, config)
     parts = plan_parts(task, source, path)
-    is_ours = task_of(path) == parts.task
-    if is_ours and has_all_usable(path, source):
+    before = task_of(path) or {}
+    is_ours = before != {} and before.items() <= parts.task.items()  # earlier versions noted no mean and std
+    if before == parts.task and not any_shown(task.dataset(source), images_missing_in(path, len(source))):
         say(f"embeddings  {path} is there already, of the same images, labels and weights")
     else:
         table = [path.with_suffix(".csv")] if path.suffix == ".npy" else []  # of the rows' names

@@ -77,7 +77,7 @@ class Columns:
         features = _features(schema)
         able = [field.name for field in schema if _is_number(field.type) or _is_text(field.type)]
         named = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
-        usual = [name for known in LABEL_COLUMNS for name in able if name.lower() == known]
+        usual = [n for case in (str, str.lower) for known in LABEL_COLUMNS for n in able if case(n) == known]
         labels = list(dict.fromkeys([*(name for name in usual if name in named), *named, *usual]))
         label = labels[0] if labels else None
         notes = [f"Images are read from the column {image.name}, not from {others}."] if others else []

@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from freqmask.console import Progress, launched_processes, rank, say
 from freqmask.data.cache import cache_file, cache_folder, read_arrays, write_arrays
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
-from freqmask.data.source import Source, Subset, is_usable
+from freqmask.data.source import Source, Subset, spread
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.spectrum import as_float
@@ -187,9 +188,7 @@ def compute_features(
     if cached is not None:
         about, arrays = cached
         read = arrays.pop(_READ).astype(bool)
-        # where one of them (a few, of many) can be read now, a right or the disk was missing then
-        missed = np.flatnonzero(~read)
-        if not any(is_usable(source, int(index)) for index in missed[:: len(missed) // 16 + 1]):
+        if not any_shown(model.dataset(source), np.flatnonzero(~read)):
             return FeatureTable(arrays, read, [(n, r) for n, r in about["skipped"]])
     table = _compute(model, source, what, compute, change, quiet)
     if compute.cache:
@@ -198,6 +197,18 @@ def compute_features(
         )
         prune()
     return table
+
+
+def any_shown(dataset: TrainDataset, images: np.ndarray) -> bool:
+    """Whether one of some images that could not be shown can be now: a right or the disk was missing then.
+
+    Of many a few are tried. An image of channels that the model does not take is none of them.
+    """
+    for index in spread(images, 16).tolist():
+        with suppress(UserError):  # image after image is bad
+            if dataset[0, 0, index].index == index:
+                return True
+    return False
 
 
 def _compute(

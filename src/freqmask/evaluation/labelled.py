@@ -244,7 +244,12 @@ def _split_ourselves(data: object, config: SplitConfig, why: str) -> LabelledDat
 
     def draw() -> list[np.ndarray]:
         groups = _with_duplicates(whole, images, config)
-        return split_indices(whole.labels[images], groups, shares, config.split_seed)
+        try:
+            return split_indices(whole.labels[images], groups, shares, config.split_seed)
+        except UserError as error:
+            stacks = config.pages == "images" and whole.groups is not None
+            more = ". The pages of one file are a group; try --test_share 0.5 or --folds 2" if stacks else ""
+            raise UserError(f"{error}{more}") from None
 
     classes = [whole.class_names[number] for number in whole.labels[images]]
     columns = {"label": classes, "group": whole.groups_of(images) or [None] * len(images)}

@@ -410,17 +410,17 @@ class ResultTable:
         return [self.title, *aligned(rows), *([note] if headline else [])]
 
     def _behind(self, variant: str) -> dict[str, list[str]]:
-        """A cell for each of several models: how far it is behind the best, with 95 % for the same images."""
-        known = [one for one in self.results if one.variant == variant and not one.error]
-        families = {name: [one for one in known if one.model.name == name] for name in self.models()}
-        means = {name: self.models()[name][variant].mean for name, family in families.items() if family}
+        """A cell for each of several models: how far it is behind the best without an error (a mean of nan)."""
+        means = {one.name: one.mean for one in self.summaries if one.variant == variant and one.mean >= 0}
         best = max(means, key=lambda name: means[name], default="")
-        cells = {best: ["-"]}
+        known = [one for one in self.results if one.variant == variant]
+        families = {name: [one for one in known if one.model.name == name] for name in means}
+        cells = {name: ["-"] for name in self.models()}
         for name in means.keys() - {best}:
             ends = type(known[0]).lead(families[best], families[name])
             apart = "" if ends is None else f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})"
             cells[name] = [f"{100 * (means[best] - means[name]):.1f}{apart}"]
-        return cells if len(cells) > 1 else {}
+        return cells if len(means) > 1 else {}
 
     @property
     def metric(self) -> str:

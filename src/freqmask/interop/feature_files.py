@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
-from freqmask.data.source import Source, is_usable, spread
+from freqmask.data.source import Source, spread
 from freqmask.errors import UserError
 from freqmask.training.files import open_table, replace_atomically
 from freqmask.training.run_folder import write_text
@@ -180,10 +180,10 @@ def task_of(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def has_all_usable(path: Path, source: Source) -> bool:
-    """Whether a parquet file of features has all images that can be read, of those that it lacks by a few of them."""
-    lacking = np.setdiff1d(np.arange(len(source)), pq.read_table(path, columns=["index"])["index"].to_numpy())
-    return not any(is_usable(source, int(index)) for index in spread(lacking, 16))
+def images_missing_in(path: Path, count: int) -> np.ndarray:
+    """Numbers of those of ``count`` images that a parquet file of features lacks."""
+    there = pq.read_table(path, columns=["index"])["index"].to_numpy()
+    return np.setdiff1d(np.arange(count), there)
 
 
 def _write_parquet(parts: Sequence[Path], task: Mapping[str, Any], path: Path) -> None:
