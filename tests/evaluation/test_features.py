@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from odd_images import missing_for_now
 from PIL import Image
@@ -93,6 +94,19 @@ def test_an_image_that_could_not_be_read_once_is_read_again(
         assert again.read.all() and not again.skipped
         assert np.array_equal(again.values["end/mean"][table.read], table.values["end/mean"][table.read])
     assert made == ["pixels", "pixels"]
+
+
+def test_an_image_of_channels_that_the_model_does_not_take_is_not_tried_again_with_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run, made = write(tmp_path / "some"), str(make_run(tmp_path / "run").path), computed(monkeypatch)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 40), dtype=np.uint8)
+    tifffile.imwrite(folder / "bands.tif", pixels, photometric="minisblack")
+    subject = begun(run, folder)
+    for _ in range(2):
+        table = compute_features(subject, open_source(folder), "end", ComputeConfig())
+        assert [name for name, _ in table.skipped] == ["bands.tif"]
+    assert made == ["run"]
 
 
 def test_changed_weights_preprocessing_and_data_are_noticed(

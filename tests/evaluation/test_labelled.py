@@ -99,6 +99,17 @@ def test_a_class_of_one_file_has_its_pages_parted_and_says_so(tmp_path: Path) ->
     assert any("cat/0.tif is the only file of its class" in note for note in data.notes)
 
 
+def test_files_of_pages_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    folders = [write_stacks(tmp_path / name, count) for name, count in (("first", 1), ("second", 2))]
+    for name in ("cat", "dog"):
+        (folders[1] / name / "1.tif").replace(folders[1] / name / "0.tif")  # other images of one name
+    data = open_labelled(folders, parting(tmp_path, pages="images", folds=2))
+    assert not any("the only file" in note for note in data.notes)
+    for one in data.rounds:
+        sides = [{data.source.name(int(k)).split("#")[0] for k in part} for part in (one.train, one.test)]
+        assert [len(side) for side in sides] == [2, 2] and not sides[0] & sides[1]
+
+
 def test_of_too_few_files_of_pages_it_is_said_what_a_group_is(tmp_path: Path) -> None:
     folder = write_stacks(tmp_path / "scans", 2)
     with pytest.raises(UserError, match=r"4 groups.* pages of one file are a group; try --test_share 0\.5"):

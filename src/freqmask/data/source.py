@@ -282,6 +282,13 @@ class JoinedSource(_Selection):
             return None
         return self.class_names.index(names[label])
 
+    def group(self, index: int) -> str | None:
+        """As its source has it; of a page its file, which in each of the sources is another one of that name."""
+        source, inner = self.at(index)
+        group = source.group(inner)
+        is_file = group is not None and source.name(inner).startswith(f"{group}#")
+        return self.name(index).rpartition("#")[0] if is_file else group
+
     def all_labels(self) -> np.ndarray:
         parts = []
         for source in self.sources:
