@@ -110,10 +110,11 @@ def test_files_of_pages_of_one_name_in_two_folders_are_two(tmp_path: Path) -> No
         assert [len(side) for side in sides] == [2, 2] and not sides[0] & sides[1]
 
 
-def test_of_too_few_files_of_pages_it_is_said_what_a_group_is(tmp_path: Path) -> None:
+def test_of_too_few_files_of_pages_these_are_parted_and_it_is_said(tmp_path: Path) -> None:
     folder = write_stacks(tmp_path / "scans", 2)
-    with pytest.raises(UserError, match=r"4 groups.* pages of one file are a group; try --test_share 0\.5"):
-        open_labelled(folder, parting(tmp_path, pages="images", test_share=0.2))
+    few = open_labelled(folder, parting(tmp_path, pages="images", test_share=0.25))
+    assert [len(part) for part in (few.rounds[0].train, few.rounds[0].test)] == [12, 4]
+    assert any("4 groups" in note and "on both sides of splits" in note for note in few.notes)
     for way_out in ({"test_share": 0.5}, {"folds": 2}):
         data = open_labelled(folder, parting(tmp_path, pages="images", **way_out))
         assert [len(part) for part in (data.rounds[0].train, data.rounds[0].test)] == [8, 8]

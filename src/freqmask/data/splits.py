@@ -105,6 +105,21 @@ class Located:
         return self.open(chosen, [note] if chosen and split == "auto" else [])
 
 
+def joined_groups(groups: Sequence[object], hashes: Sequence[int]) -> list[str]:
+    """Groups (None: an image by itself), joined wherever they share an identical image; a name for each image."""
+    keys = [object() if group is None else group for group in groups]
+    pictures = [("pixels", value) for value in hashes]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys([*keys, *pictures]))}
+    rows, columns = ([numbers[key] for key in side] for side in (keys, pictures))
+    # here, since no training needs them
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(numbers), len(numbers)))
+    component = connected_components(links, directed=False)[1]
+    return [str(component[row]) for row in rows]
+
+
 def split_indices(
     labels: Sequence[int | None] | np.ndarray | None,
     groups: Sequence[str | None] | None,

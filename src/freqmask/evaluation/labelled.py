@@ -17,7 +17,7 @@ from freqmask.console import shell_paths
 from freqmask.data.cache import bytes_of, cache_file, hash_of, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Source
 from freqmask.data.sources import open_source, splits_there
-from freqmask.data.splits import choose_split, split_indices, split_of
+from freqmask.data.splits import choose_split, joined_groups, split_indices, split_of
 from freqmask.errors import BadImage, UserError
 from freqmask.options.of_evaluation import Labelled
 from freqmask.training.files import read_rows, write_rows
@@ -195,8 +195,10 @@ def _use_splits(data: object, names: tuple[str, str], config: SplitConfig) -> La
     return _labelled(source, rounds, str(data), f"{names[0]} / {names[1]}", [])
 
 
-def _labelled(source: Source, rounds: list[Round], name: str, split: str, notes: list[str]) -> LabelledData:
-    """Images without a label are taken out of every part."""
+def _labelled(
+    source: Source, rounds: list[Round], name: str, split: str, notes: list[str], *parting: Any
+) -> LabelledData:
+    """Images without a label are taken out of every part; ``parting``: shares and seed of a split of ours."""
     notes = [*dict.fromkeys([*source.summary().notes, *notes])]
     numbers = source.all_labels()
     unknown = np.flatnonzero(numbers < 0)
@@ -208,22 +210,34 @@ def _labelled(source: Source, rounds: list[Round], name: str, split: str, notes:
         rounds = _without(rounds, unknown)
     groups = [source.group(index) for index in range(len(source))]
     known = None if all(group is None for group in groups) else groups
-    if known is not None and (lone := _lone_stacks(source, known, numbers, rounds[0].train)):
+    if known is not None and (why := _why_parted(source, known, numbers, rounds[0].train, *parting)):
         known = None
-        notes = [*notes, f"{lone}: its pages, near copies as they may be, are parted as images of their own."]
+        notes = [
+            *notes,
+            f"{why}: pages of one file, near copies as they may be, are on both sides of splits.",
+        ]
     return LabelledData(source, numbers, known, list(source.class_names), rounds, name, split, notes)
 
 
-def _lone_stacks(source: Source, groups: list[str | None], numbers: np.ndarray, train: np.ndarray) -> str:
-    """Which class has one file of pages alone to train on, so that files cannot be kept whole; empty: none."""
+def _why_parted(
+    source: Source, groups: list[str | None], numbers: np.ndarray, train: np.ndarray, *parting: Any
+) -> str:
+    """Why files of pages cannot be kept whole: there are too few of them; empty: they can, or groups were given."""
     files: defaultdict[int, set[str]] = defaultdict(set)
     for index in train.tolist():
         name, group = source.name(index), groups[index]
         if group is not None and not name.rpartition("#")[0].endswith(group):
-            return ""  # a group that was given
+            return ""
         files[int(numbers[index])].add(group or name)
     alone = next((min(members) for members in files.values() if len(members) == 1), "")
-    return f"{alone} is the only file of its class" if alone else ""
+    if alone:
+        return f"{alone} is the only file of its class"
+    try:
+        if parting:
+            split_indices(numbers[train], [groups[index] for index in train.tolist()], *parting)
+    except UserError as error:
+        return str(error).partition(";")[0]
+    return ""
 
 
 def _without(rounds: list[Round], lost: np.ndarray) -> list[Round]:
@@ -232,24 +246,21 @@ def _without(rounds: list[Round], lost: np.ndarray) -> list[Round]:
 
 def _split_ourselves(data: object, config: SplitConfig, why: str) -> LabelledData:
     source = _open(data, "all", config)
-    whole = _labelled(source, [Round(np.arange(len(source)), np.arange(0))], _typed(data), "", [])
-    images, folds = whole.rounds[0].train, config.folds
+    folds, seed = config.folds, config.split_seed
+    words = [f"fold{number}" for number in range(folds)] if folds else ["train", "test"]
+    shares = [1.0] * folds if folds else [1 - config.test_share, config.test_share]
+    everything = [Round(np.arange(len(source)), np.arange(0))]
+    whole = _labelled(source, everything, _typed(data), "", [], shares, seed)
+    images = whole.rounds[0].train
     names = [source.name(int(index)) for index in images]
-    how = (folds, None if folds else config.test_share, config.split_seed, config.duplicates)
+    how = (folds, None if folds else config.test_share, seed, config.duplicates)
     key = [f"{source.fingerprint()} {how}".encode(), whole.labels.tobytes()]
     groups = repr(whole.groups).encode(errors="surrogateescape")
     file = split_file(config.splits_in, Path(str(data)).stem, *key, groups)
-    words = [f"fold{number}" for number in range(folds)] if folds else ["train", "test"]
-    shares = [1.0] * folds if folds else [1 - config.test_share, config.test_share]
 
     def draw() -> list[np.ndarray]:
         groups = _with_duplicates(whole, images, config)
-        try:
-            return split_indices(whole.labels[images], groups, shares, config.split_seed)
-        except UserError as error:
-            stacks = config.pages == "images" and whole.groups is not None
-            more = ". The pages of one file are a group; try --test_share 0.5 or --folds 2" if stacks else ""
-            raise UserError(f"{error}{more}") from None
+        return split_indices(whole.labels[images], groups, shares, seed)
 
     classes = [whole.class_names[number] for number in whole.labels[images]]
     columns = {"label": classes, "group": whole.groups_of(images) or [None] * len(images)}
@@ -344,21 +355,6 @@ def _with_duplicates(
             "a split; remove them, or keep each with its twin by --duplicates together"
         )
     return joined_groups(groups or [None] * len(hashes), hashes)
-
-
-def joined_groups(groups: Sequence[object], hashes: Sequence[int]) -> list[str]:
-    """Groups (None: an image by itself), joined wherever they share an identical image; a name for each image."""
-    keys = [object() if group is None else group for group in groups]
-    pictures = [("pixels", value) for value in hashes]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys([*keys, *pictures]))}
-    rows, columns = ([numbers[key] for key in side] for side in (keys, pictures))
-    # here, since no training needs them
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    links = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(numbers), len(numbers)))
-    component = connected_components(links, directed=False)[1]
-    return [str(component[row]) for row in rows]
 
 
 def _check_classes(data: LabelledData, trained: bool = True) -> None:

@@ -15,13 +15,12 @@ from jaxtyping import Int16, Int64
 from freqmask.console import plain_name, say
 from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Source, Subset
-from freqmask.data.splits import split_indices
+from freqmask.data.splits import joined_groups, split_indices
 from freqmask.errors import BadImage, UserError
 from freqmask.evaluation.labelled import (
     SPLITS,
     Round,
     choose_parts,
-    joined_groups,
     keep_parts,
     pixel_hashes,
     split_file,
