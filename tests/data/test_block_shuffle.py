@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqmask.data.loader import TrainSampler, block_shuffle, deal
-from freqmask.data.source import BlockLayout, JoinedSource, Subset, runs_of_images, some_images
+from freqmask.data.loader import TrainSampler, deal
+from freqmask.data.source import BlockLayout, JoinedSource, Subset, block_shuffle, runs_of_images, some_images
 
 # 103 images in shards of very different sizes, 4 images a block
 SIZES = (41, 3, 30, 1, 28)

@@ -164,14 +164,20 @@ def test_other_runtime_errors_are_not_blamed_on_workers() -> None:
     )
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("with_the_lock", [False, True])
 def test_a_worker_killed_from_outside_ends_the_training_where_a_batch_is_fetched(
-    dataset: TrainDataset,
+    with_the_lock: bool, dataset: TrainDataset
 ) -> None:
     loader = make_loader(dataset, TrainSampler(9, 0, 4, total_steps=10**6), 4, workers=2)
     batches = iter(loader)
     next(batches)
     pid = torch.multiprocessing.active_children()[0].pid
     assert pid is not None
+    if (
+        with_the_lock
+    ):  # of the event that all workers ask for their end: no worker gives it back that is killed
+        loader._iterator._workers_done_event.workers_own._cond.acquire()  # type: ignore[union-attr]
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # nothing is raised here, in the midst of a step
     with pytest.raises(UserError, match="worker was killed") as caught:

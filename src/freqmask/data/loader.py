@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +34,7 @@ from freqmask.data.pixels import (
     is_empty,
     missing_pixels,
 )
-from freqmask.data.source import BlockLayout, Source, spread
+from freqmask.data.source import BlockLayout, Source, block_shuffle, spread
 from freqmask.data.transforms import Geometry, decode_windows
 from freqmask.data.values import ValueRange
 from freqmask.errors import BadImage, UserError
@@ -62,36 +63,6 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     kind = np.int32 if length < 2**31 else np.int64
     order = np.arange(length, dtype=kind)
     np.random.default_rng([seed % 2**64, epoch]).shuffle(order)
-    return order
-
-
-def block_shuffle(
-    blocks: BlockLayout,
-    seed: int,
-    epoch: int,
-    batch_size_per_process: int,
-    workers: int,
-    first: int | None = None,
-) -> np.ndarray:
-    """The order of the images in one epoch, int64, where images that lie together are cheap to read together.
-
-    Blocks are mixed and put one behind the other, and that row is cut into as many pieces as there are worker
-    processes on all nodes together. Each worker takes its piece from its beginning to its end, images mixed
-    within windows of a few blocks. So every image comes once, all workers have equally many batches however
-    uneven the shards are, and a block is read by one worker, or by the two between which it was cut.
-
-    Batches go to the workers of all processes in turn. ``first`` images were dealt out before; None: those of the
-    epochs before.
-    """
-    generator = np.random.default_rng([seed % 2**64, epoch])
-    count = len(blocks.numbers)
-    before = epoch * count if first is None else first
-    worker = (before + np.arange(count)) // batch_size_per_process % workers
-    turn = generator.permutation(int(blocks.numbers.max()) + 1)[blocks.numbers]
-    row = np.argsort(turn, kind="stable")
-    mixed = np.lexsort((generator.random(count), turn[row] // blocks.window, np.sort(worker)))
-    order = np.empty(count, np.int64)
-    order[np.argsort(worker, kind="stable")] = row[mixed]
     return order
 
 
@@ -370,6 +341,7 @@ class TrainLoader(DataLoader[Any]):
             batches = super().__iter__()
         if self.num_workers:
             _notice_silence(batches)
+            _end_in_time(batches)
         _OPEN.add(self)
         for batch in batches:
             if isinstance(batch, UserError):
@@ -379,13 +351,36 @@ class TrainLoader(DataLoader[Any]):
     def close(self) -> None:
         """Stop the workers, also those that hang."""
         _OPEN.discard(self)
-        batches, self._iterator = self._iterator, None
+        batches: Any = self._iterator
+        self._iterator = None
         if batches is None or sys.is_finalizing():
             return
-        batches._shutdown_workers()  # type: ignore[attr-defined]
-        for worker in batches._workers:  # type: ignore[attr-defined]
+        if any(worker.exitcode for worker in batches._workers):  # the others may wait for what it held
+            for worker in batches._workers:
+                worker.kill()
+        batches._shutdown_workers()
+        for worker in batches._workers:
             worker.kill()  # one that is stuck in a read ignores everything else
             worker.join()
+
+
+def _end_in_time(batches: Any) -> None:
+    """Have torch's iterator tell its workers of their end without waiting for ever.
+
+    They ask an event, again and again; the lock of a worker that is killed as it asks is never given back, and torch
+    asks and sets the same event.
+    """
+    if isinstance(batches._workers_done_event, SimpleNamespace):
+        return  # an iterator that is gone through again
+    event, over = batches._workers_done_event, threading.Event()
+
+    def end() -> None:
+        over.set()
+        if event._cond.acquire(True, ASKED_SECONDS):
+            event._cond.release()
+            event.set()
+
+    batches._workers_done_event = SimpleNamespace(is_set=over.is_set, set=end, workers_own=event)
 
 
 def _notice_silence(batches: Any) -> None:

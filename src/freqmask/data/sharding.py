@@ -26,10 +26,10 @@ from pyarrow import feather
 from torch.utils.data import Dataset
 
 from freqmask.data.cache import hash_of, replacing
-from freqmask.data.loader import as_it_is, block_shuffle, make_loader
+from freqmask.data.loader import as_it_is, make_loader
 from freqmask.data.pixels import Pages, Picture, Pixels, as_bad_image, fill_missing, missing_pixels
 from freqmask.data.shards import SCHEMA, Row, ShardIndex, ShardRows, make_index, pack_rows
-from freqmask.data.source import JoinedSource, Source, some_images
+from freqmask.data.source import JoinedSource, Source, block_shuffle, some_images
 from freqmask.data.sources import open_source, splits_there
 from freqmask.data.storage import INDEX_NAME, MANIFEST, PARTS
 from freqmask.data.tiff import NODATA_TAG

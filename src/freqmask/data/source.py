@@ -189,6 +189,36 @@ def is_usable(source: Source, index: int) -> bool:
     return is_empty(image, missing_pixels(image, picture.nodata)) is None
 
 
+def block_shuffle(
+    blocks: BlockLayout,
+    seed: int,
+    epoch: int,
+    batch_size_per_process: int,
+    workers: int,
+    first: int | None = None,
+) -> np.ndarray:
+    """The order of the images in one epoch, int64, where images that lie together are cheap to read together.
+
+    Blocks are mixed and put one behind the other, and that row is cut into as many pieces as there are worker
+    processes on all nodes together. Each worker takes its piece from its beginning to its end, images mixed
+    within windows of a few blocks. So every image comes once, all workers have equally many batches however
+    uneven the shards are, and a block is read by one worker, or by the two between which it was cut.
+
+    Batches go to the workers of all processes in turn. ``first`` images were dealt out before; None: those of the
+    epochs before.
+    """
+    generator = np.random.default_rng([seed % 2**64, epoch])
+    count = len(blocks.numbers)
+    before = epoch * count if first is None else first
+    worker = (before + np.arange(count)) // batch_size_per_process % workers
+    turn = generator.permutation(int(blocks.numbers.max()) + 1)[blocks.numbers]
+    row = np.argsort(turn, kind="stable")
+    mixed = np.lexsort((generator.random(count), turn[row] // blocks.window, np.sort(worker)))
+    order = np.empty(count, np.int64)
+    order[np.argsort(worker, kind="stable")] = row[mixed]
+    return order
+
+
 class _Selection(Source):
     """Images of other sources, whose own methods answer."""
 
