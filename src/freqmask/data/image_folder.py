@@ -361,19 +361,18 @@ class FolderSource(Source):
         return self.index.path(self._file_and_page(index)[0])
 
     def name(self, index: int) -> str:
-        name, page = self.prefix + self.index.relative(self._file_and_page(index)[0]), self._page(index)
-        return name if page is None else f"{name}#{page}"
+        file, page = self._file_and_page(index)
+        name = self.prefix + self.index.relative(file)
+        return name if self._is_one_image(file) else f"{name}#{page}"
 
     def group(self, index: int) -> str | None:
         """The file of a page: slices of one scan are near copies of each other."""
-        file, page = self._file_and_page(index)[0], self._page(index)
-        return None if page is None else self.prefix + self.index.relative(file)
+        file, _ = self._file_and_page(index)
+        return None if self._is_one_image(file) else self.prefix + self.index.relative(file)
 
-    def _page(self, index: int) -> int | None:
-        """None where the file holds no other."""
-        file, page = self._file_and_page(index)
-        pages = 1 if self._first_images is None else self._first_images[file + 1] - self._first_images[file]
-        return page if pages > 1 else None
+    def _is_one_image(self, file: int) -> bool:
+        first = self._first_images
+        return first is None or bool(first[file + 1] - first[file] == 1)
 
     def identities(self) -> np.ndarray:
         if self._first_images is not None:
