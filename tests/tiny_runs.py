@@ -27,6 +27,7 @@ TINY: dict[str, Any] = {
     "steps": 6,
     "workers": 0,
     "preview_every_steps": 0,
+    "probe_every_epochs": 1.0,  # at the end only: a thousand images take longer than all the steps
     "accelerator": "cpu",
 }
 TINY_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 1}

@@ -152,7 +152,7 @@ def test_a_size_that_the_patch_does_not_divide_is_padded_and_exported(tmp_path: 
 
 def test_dropout_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {**TINY["model_args"], "proj_drop_rate": 0.5}
-    options = {**TINY, "model_args": arguments, "checkpoint_every_steps": 2, "preview_every_steps": 1}
+    options = {**TINY, "model_args": arguments, "checkpoint_every_steps": 2, "preview_every_steps": 2}
     whole = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "whole"))
     with pytest.raises(RuntimeError, match="killed here"):
         train_until(3, options, tmp_path / "parts")
@@ -233,7 +233,7 @@ def test_init_starts_from_the_weights_of_a_run(finished: Path, tmp_path: Path) -
 
 
 def test_a_run_goes_on_though_its_first_weights_are_gone(finished: Path, tmp_path: Path) -> None:
-    options = {**TINY, "method": "mfm", "steps": 4, "checkpoint_every_steps": 1}
+    options = {**TINY, "method": "mfm", "steps": 4, "checkpoint_every_steps": 1, "probe_every_epochs": "auto"}
     first, early, late = (tmp_path / name for name in ("first", "early", "late"))
     shutil.copytree(finished, first)
     options["init"] = str(first)

@@ -18,7 +18,8 @@ from freqmask.training.files import read_rows
 WORDS = (
     "--image_size 16 --patch_size 8 --steps 4 --batch_size 16 --accelerator cpu "
     "--precision 32-true "  # in bf16 the order of sums shows in the fourth digit
-    "--log_every_steps 1 --preview_every_steps 0 --outputs 32 --hidden_size 32 --bottleneck_size 16 --method folk"
+    "--log_every_steps 1 --preview_every_steps 0 --probe_every_epochs 1 "
+    "--outputs 32 --hidden_size 32 --bottleneck_size 16 --method folk"
 )
 MODEL = ["--model_args", "{depth: 2, embed_dim: 32, num_heads: 2}"]
 
