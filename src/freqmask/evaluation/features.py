@@ -21,12 +21,7 @@ from freqmask.data.source import Source, Subset, spread
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import EvalModel
 from freqmask.spectrum import as_float
-from freqmask.training.auto import (
-    choose_devices,
-    choose_workers,
-    pick_device,
-    usable_cores,
-)
+from freqmask.training.auto import choose_devices, choose_workers, pick_device, usable_cores
 from freqmask.training.worker_pool import Work, WorkerPool
 
 _LAYOUT = 1  # raised when the same key would mean other numbers
@@ -219,13 +214,11 @@ def _compute(
     change: ImageChange,
     quiet: bool,
 ) -> FeatureTable:
-    began = time.monotonic()
+    began, done = time.monotonic(), 0
     table = FeatureTable({}, np.zeros(len(source), bool))
     reasons: dict[str, str] = {}
-    progress = Progress(len(source), 0, {}, unit="image") if sys.stdout.isatty() else None
-    if progress is not None:
-        progress.start()
-    done = 0
+    progress, is_shown = Progress(len(source), 0, {}, unit="image"), sys.stdout.isatty()
+    progress.start()
     size = min(compute.images_at_once(*model.input_size[1:]), len(source))
     arguments = (model, source, what, size, compute.workers, compute.bf16, change)
     for batch in compute.run(_batches, len(source), size, arguments, shared_objects(model, source)):
@@ -236,10 +229,9 @@ def _compute(
             table.values[name][batch.wanted[batch.is_read]] = values[batch.is_read]
         table.read[batch.wanted[batch.is_read]] = True
         done += len(batch.wanted)
-        if progress is not None:
+        if is_shown:  # elsewhere it would be line after line
             progress.update(done, {})
-    if progress is not None:
-        progress.close()
+    progress.close()
     for index in np.flatnonzero(~table.read):
         name = source.name(int(index))
         table.skipped.append((name, reasons.get(name, "it cannot be read")))
@@ -268,12 +260,10 @@ def _batches(
     change: ImageChange,
 ) -> Iterator[FeatureBatch]:
     """The features of some images, batch by batch; in whatever process."""
-
-    def features(views: Tensor) -> dict[str, Tensor]:
-        return model.features(change.change(views), what)
-
     dataset = change.in_loader(model.dataset(source))
-    return feature_batches(device, images, dataset, features, size, workers, bf16)
+    return feature_batches(
+        device, images, dataset, lambda views: model.features(change.change(views), what), size, workers, bf16
+    )
 
 
 @dataclass(frozen=True)
@@ -304,7 +294,9 @@ def feature_batches(
                 yield batch, features(as_float(batch["views"][0].to(device, non_blocking=True)))
 
     done = 0
-    for batch, tensors in _one_behind(computed()):
+    # one behind: while a GPU computes a batch, the one before is copied and used
+    ahead: Iterator[Any] = itertools.chain(computed(), [None])
+    for (batch, tensors), _ in itertools.pairwise(ahead):
         wanted = np.asarray(images[done : done + len(batch["indices"])])
         done += len(wanted)
         yield FeatureBatch(
@@ -316,16 +308,6 @@ def feature_batches(
         )
 
 
-def _one_behind(batches: Iterator[Any]) -> Iterator[Any]:
-    """While a GPU computes a batch, the one before is copied and used."""
-    before = next(batches, None)
-    for batch in batches:
-        yield before
-        before = batch
-    if before is not None:
-        yield before
-
-
 def not_finite(values: np.ndarray) -> int:
     """How many rows hold a number that is not finite."""
     return int((~np.isfinite(values).all(axis=1)).sum())
@@ -333,7 +315,7 @@ def not_finite(values: np.ndarray) -> int:
 
 def prune(most: int = MOST_CACHED) -> None:
     """Drop the features that were written longest ago until the others fit."""
-    try:
+    with suppress(OSError):  # another process is at it
         files = sorted(cache_folder().glob("features-*.bin"), key=lambda file: file.stat().st_mtime)
         sizes = [file.stat().st_size for file in files]
         total = sum(sizes)
@@ -342,5 +324,3 @@ def prune(most: int = MOST_CACHED) -> None:
                 break
             file.unlink(missing_ok=True)
             total -= size
-    except OSError:
-        return  # another process is at it
