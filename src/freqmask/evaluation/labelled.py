@@ -43,9 +43,7 @@ class LabelledData:
 
     source: Source
     labels: Int64[np.ndarray, " image"]  # the class of each
-    groups: (
-        list[str | None] | None
-    )  # of each image, what it must not be separated from; None where there are none
+    groups: list[str | None] | None  # of each image, what it must not be separated from; None without any
     class_names: list[str]
     rounds: list[Round]  # one, or one a fold; every image is in the test part of at most one
     name: str  # DATA as it was typed
@@ -123,7 +121,11 @@ def open_labelled(
     asked = (config.train_split, config.test_split)
     undivided = asked == ("auto", "auto") and len(splits) < 2 and default_splits(splits)["test"] is None
     if undivided or (config.folds is not None and config.train):
-        opened = _split_ourselves(named, config, _why_ours(data, config))
+        every: Any = data if several else [data]
+        own = dict.fromkeys(name for one in every for name in splits_there(one, config.labels))
+        parted = len(own) > 1 or default_splits(list(own))["test"] is not None
+        why = f"DATA's own parts ({', '.join(own)}) are joined and parted anew"
+        opened = _split_ourselves(named, config, why if parted else "DATA has no test part")
     else:
         missing = (
             f"DATA ({data}) has the splits {', '.join(splits)}; say which are which with --train_split and "
@@ -175,7 +177,7 @@ def _test_only(data: object, splits: list[str], config: SplitConfig) -> Labelled
         split = default_splits(splits)["test"] or "all"
     source = _open(data, split, config)
     rounds = [Round(np.arange(0), np.arange(len(source)))]
-    opened = _labelled(source, rounds, where, "all tested" if split == "all" else split, [])
+    opened = _labelled(source, rounds, where, "all tested" if split == "all" else split)
     if len(opened.tested) == 0:
         raise UserError(f"DATA ({where}): no image of {split} has a label; it must be {DATA_WITH_LABELS}")
     return opened
@@ -192,30 +194,25 @@ def _use_splits(data: object, names: tuple[str, str], config: SplitConfig) -> La
     source = JoinedSource(parts)
     first = len(parts[0])
     rounds = [Round(np.arange(first), np.arange(first, len(source)))]
-    return _labelled(source, rounds, str(data), f"{names[0]} / {names[1]}", [])
+    return _labelled(source, rounds, str(data), f"{names[0]} / {names[1]}")
 
 
-def _labelled(
-    source: Source, rounds: list[Round], name: str, split: str, notes: list[str], *parting: Any
-) -> LabelledData:
+def _labelled(source: Source, rounds: list[Round], name: str, split: str, *parting: Any) -> LabelledData:
     """Images without a label are taken out of every part; ``parting``: shares and seed of a split of ours."""
-    notes = [*dict.fromkeys([*source.summary().notes, *notes])]
+    notes = list(dict.fromkeys(source.summary().notes))
     numbers = source.all_labels()
     unknown = np.flatnonzero(numbers < 0)
     if len(unknown) == len(source) or source.class_names is None:
         why = f": {source.why_unlabelled}" if source.why_unlabelled else ""
         raise UserError(f"DATA ({name}) has no labels{why}; it must be {DATA_WITH_LABELS}")
     if len(unknown):
-        notes = [*notes, f"{len(unknown):,} images without a label are left out."]
+        notes.append(f"{len(unknown):,} images without a label are left out.")
         rounds = _without(rounds, unknown)
     groups = [source.group(index) for index in range(len(source))]
     known = None if all(group is None for group in groups) else groups
     if known is not None and (why := _why_parted(source, known, numbers, rounds[0].train, *parting)):
         known = None
-        notes = [
-            *notes,
-            f"{why}: pages of one file, near copies as they may be, are on both sides of splits.",
-        ]
+        notes.append(f"{why}: pages of one file, near copies as they may be, are on both sides of splits.")
     return LabelledData(source, numbers, known, list(source.class_names), rounds, name, split, notes)
 
 
@@ -250,7 +247,7 @@ def _split_ourselves(data: object, config: SplitConfig, why: str) -> LabelledDat
     words = [f"fold{number}" for number in range(folds)] if folds else ["train", "test"]
     shares = [1.0] * folds if folds else [1 - config.test_share, config.test_share]
     everything = [Round(np.arange(len(source)), np.arange(0))]
-    whole = _labelled(source, everything, _typed(data), "", [], shares, seed)
+    whole = _labelled(source, everything, _typed(data), "", shares, seed)
     images = whole.rounds[0].train
     names = [source.name(int(index)) for index in images]
     how = (folds, None if folds else config.test_share, seed, config.duplicates)
@@ -273,15 +270,6 @@ def _split_ourselves(data: object, config: SplitConfig, why: str) -> LabelledDat
     whole.split = f"{told}, {file}"
     whole.notes.append(f"{why}: {told} by us, written to {file}.")
     return whole
-
-
-def _why_ours(data: Any, config: SplitConfig) -> str:
-    """Why the split is one of ours."""
-    several = data if isinstance(data, (list, tuple)) else [data]
-    own = list(dict.fromkeys(name for one in several for name in splits_there(one, config.labels)))
-    if len(own) < 2 and default_splits(own)["test"] is None:
-        return "DATA has no test part"
-    return f"DATA's own parts ({', '.join(own)}) are joined and parted anew"
 
 
 def split_file(folder: Path, stem: str, *key: bytes) -> Path:
@@ -425,8 +413,7 @@ def pixel_hashes(source: Source, indices: Iterable[int] | None = None) -> list[i
         write_arrays(file, {"unreadable": unreadable}, {"hashes": hashes})
     else:
         hashes = cached[1]["hashes"]
-    chosen = hashes if indices is None else hashes[np.asarray(list(indices), np.int64)]
-    return [int(value) for value in chosen]
+    return (hashes if indices is None else hashes[np.asarray(list(indices), np.int64)]).tolist()
 
 
 def identical_notes(source: Source, rounds: Sequence[Round]) -> list[str]:
