@@ -17,14 +17,7 @@ from freqmask.data.cache import cache_file, read_arrays, write_arrays
 from freqmask.data.source import JoinedSource, Source, Subset
 from freqmask.data.splits import joined_groups, split_indices
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.labelled import (
-    SPLITS,
-    Round,
-    choose_parts,
-    keep_parts,
-    pixel_hashes,
-    split_file,
-)
+from freqmask.evaluation.labelled import SPLITS, Round, choose_parts, keep_parts, pixel_hashes, split_file
 from freqmask.evaluation.mask_files import (
     IGNORED,
     MOST_LABEL,
@@ -331,11 +324,9 @@ def open_segmentation(config: MaskConfig) -> SegmentationData:
     for one in (train, test):
         check_labels(one, labels)
     notes = _notes(labels, train, test)
-    used = {train.source.part.name, test.source.part.name}
-    if others := [part.name for part in parts if part.name not in used]:
+    if others := [part for part in by_name if part not in chosen]:
         notes.append(f"The part {' and '.join(others)} is not used.")
-    split = f"{train.source.part.name} / {test.source.part.name}"
-    return SegmentationData(train.readable(), test.readable(), labels, name, split, notes)
+    return SegmentationData(train.readable(), test.readable(), labels, name, " / ".join(chosen), notes)
 
 
 def _parts(config: MaskConfig) -> tuple[list[Part], str, Path | None]:
@@ -370,14 +361,11 @@ def _notes(labels: Labels, train: MaskSurvey, test: MaskSurvey) -> list[str]:
         for label in labels.ignored
         if label in held["training"]
     ]
+    classes = list(zip(labels.values, labels.names, strict=True))
     for which, present in held.items():
-        missing = [
-            name for value, name in zip(labels.values, labels.names, strict=True) if value not in present
-        ]
-        if missing:
-            notes.append(
-                f"No {which} mask holds {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}."
-            )
+        if missing := [name for value, name in classes if value not in present]:
+            more = " ..." if len(missing) > 5 else ""
+            notes.append(f"No {which} mask holds {', '.join(missing[:5])}{more}.")
     return notes
 
 
@@ -402,7 +390,6 @@ def _split_ourselves(
     labels = labels_of(named, ignored, train.labels())
     check_labels(whole, labels)
     words = f"{config.test_share:.0%} held out"
-    notes = [f"DATA has no test part: {words} by us, written to {file}."]
-    notes += _notes(labels, train, test)
+    notes = [f"DATA has no test part: {words} by us, written to {file}.", *_notes(labels, train, test)]
     parts = (Subset(source, images[~is_test]), Subset(source, images[is_test]))
     return SegmentationData(*parts, labels, name, f"{words}, {file}", notes)

@@ -14,6 +14,7 @@ from jaxtyping import Int16, Int32, Shaped
 from PIL import Image
 from torch import Tensor
 
+from freqmask.console import counted
 from freqmask.data.cache import hash_of
 from freqmask.data.decode import quiet_pillow, read_netpbm
 from freqmask.data.image_folder import IMAGE_WORDS, MASK_WORDS, FolderSource
@@ -75,8 +76,7 @@ def _read(path: Path) -> np.ndarray:
     """The numbers in a file, turned as its metadata says, because its image is turned so, too."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        array: np.ndarray = np.load(path, allow_pickle=False)
-        return array
+        return np.load(path, allow_pickle=False)
     if suffix in (".tif", ".tiff"):
         with open_tifffile(path) as tiff:
             return _turned(_squeezed(tiff.asarray()), turn_of(tiff.series[0].keyframe))
@@ -225,8 +225,7 @@ def _stem(name: str) -> str:
 
 
 def _some(names: list[str]) -> str:
-    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({first})"
+    return f"{counted(len(names), 'file')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _named(folder: Path, names: Iterable[str]) -> Path | None:
@@ -311,9 +310,7 @@ class RandomCrop:
 
     crop: int  # side of the sample in pixels
     scale: tuple[float, float] = (0.5, 2.0)  # smallest and largest factor, drawn uniformly
-    image_size: int | None = (
-        None  # shorter side that images are brought to before; None leaves them as they are
-    )
+    image_size: int | None = None  # shorter side that images are brought to before; None leaves it as it is
     flip: float = 0.5  # probability
 
     def window(self, size: tuple[int, int], key: int, attempt: int = 0) -> tuple[Box, tuple[int, int]]:
