@@ -14,7 +14,7 @@ from freqmask.evaluation.results import (
     mean_iou,
     segmentation_score,
 )
-from freqmask.evaluation.upernet import classes_at, segment_whole, segment_windows, window_starts
+from freqmask.evaluation.upernet import resized, segment_windows, window_starts
 
 
 def maps(count: int = 3, classes: int = 4) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -89,10 +89,10 @@ def pixelwise(images: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [(20, 33), (16, 16), (9, 12)])
 def test_windows_give_a_pixel_what_the_whole_image_gives(size: tuple[int, int]) -> None:
     image = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
-    whole = segment_whole(pixelwise, image)
+    whole = resized(pixelwise(image[None]), size)[0]
     parts = segment_windows(pixelwise, image, 16, 11, 3, torch.tensor([0.5, 0.5]))
     assert torch.allclose(whole, parts, atol=1e-6)
-    assert (classes_at(parts, size) == whole.argmax(0)).all()
+    assert (resized(parts[None], size)[0].argmax(dim=0) == whole.argmax(0)).all()
 
 
 def test_one_window_is_the_whole_image_whatever_the_network() -> None:
@@ -100,6 +100,5 @@ def test_one_window_is_the_whole_image_whatever_the_network() -> None:
         return torch.nn.functional.avg_pool2d(images, 4)
 
     image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(
-        segment_windows(neighbours, image, 16, 5, 1, torch.zeros(3)), segment_whole(neighbours, image)
-    )
+    whole = resized(neighbours(image[None]), (16, 16))[0]
+    assert torch.equal(segment_windows(neighbours, image, 16, 5, 1, torch.zeros(3)), whole)

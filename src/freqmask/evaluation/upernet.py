@@ -62,8 +62,7 @@ class Rescale(nn.Module):
         """(B, D, rows 2^steps, columns 2^steps), odd sizes rounded up."""
         for _ in range(self.halvings):
             feature_map = F.max_pool2d(feature_map, kernel_size=2, ceil_mode=True)
-        enlarged: Tensor = self.enlarge(feature_map)
-        return enlarged
+        return self.enlarge(feature_map)
 
 
 class FeaturePyramid(nn.Module):
@@ -152,7 +151,14 @@ class UperNet(nn.Module):
         # The decoder counts from the strides 1 and 2, which it does not use.
         self.decoder = decoder([0, 0, *channels], encoder_depth=len(channels) + 1, decoder_channels=width)
         self.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(width, classes, kernel_size=1))
-        self.auxiliary = _auxiliary_head(channels[-2], min(AUXILIARY_CHANNELS, width), classes)
+        hidden = min(AUXILIARY_CHANNELS, width)
+        self.auxiliary = nn.Sequential(  # FCN on the last map but one: it keeps the gradient short
+            nn.Conv2d(channels[-2], hidden, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(DROPOUT),
+            nn.Conv2d(hidden, classes, kernel_size=1),
+        )
         self.normalize = Normalization(len(opened.mean), opened.mean, opened.std)
 
     def forward(self, images: Images) -> Logits:
@@ -160,17 +166,6 @@ class UperNet(nn.Module):
         maps = self.pyramid(self.normalize(images))
         decoded = self.classifier(self.decoder([None, None, *maps]))
         return Logits(decoded, self.auxiliary(maps[-2]) if self.training else None)
-
-
-def _auxiliary_head(channels: int, width: int, classes: int) -> nn.Sequential:
-    """FCN on the last map but one: it keeps the gradient short."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        nn.Dropout2d(DROPOUT),
-        nn.Conv2d(width, classes, kernel_size=1),
-    )
 
 
 def segmentation_losses(logits: Logits, masks: Int64[Tensor, "batch height width"]) -> dict[str, Tensor]:
@@ -402,20 +397,6 @@ def segment_windows(
     return (total / counts)[:, :height, :width]
 
 
-def segment_whole(
-    logits: Network, image: Float[Tensor, "channel height width"]
-) -> Float[Tensor, "classes height width"]:
-    """The logits of the image seen in one piece; the network must take its size."""
-    return resized(logits(image[None]), (image.shape[1], image.shape[2]))[0]
-
-
-def classes_at(
-    logits: Float[Tensor, "classes height width"], size: tuple[int, int]
-) -> Int64[Tensor, "mask_height mask_width"]:
-    """The likeliest class of every pixel of the mask; logits are resampled, never classes."""
-    return resized(logits[None], size)[0].argmax(dim=0)
-
-
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(logits.shape[-2:]) == size:
         return logits.float()
@@ -448,15 +429,15 @@ class Predictor:
             inference: ``windows`` or ``whole``.
         """
         pixels = as_float(image.to(self.device))
-        if inference == "whole":
-            logits = segment_whole(self._logits, pixels)
+        if inference == "whole":  # in one piece; the network must take its size
+            logits = resized(self._logits(pixels[None]), (pixels.shape[1], pixels.shape[2]))[0]
         else:
             crop = self.training.crop
             logits = segment_windows(self._logits, pixels, crop, self.stride, self.batch_size, self.fill)
-        return classes_at(logits, size).cpu().numpy(), bool(torch.isfinite(logits).all())
+        classes = resized(logits[None], size)[0].argmax(dim=0)  # logits are resampled, never classes
+        return classes.cpu().numpy(), bool(torch.isfinite(logits).all())
 
     def _logits(self, images: Tensor) -> Tensor:
         kind = torch.bfloat16 if "bf16" in self.training.precision else torch.float16
         with torch.autocast(self.device.type, kind, enabled="mixed" in self.training.precision):
-            decoded: Tensor = self.network(images).decoder
-        return decoded
+            return self.network(images).decoder
