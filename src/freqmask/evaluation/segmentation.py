@@ -30,7 +30,7 @@ from freqmask.console import (
 )
 from freqmask.data.loader import OrderedSampler, make_loader
 from freqmask.data.source import Source, spread
-from freqmask.data.values import Survey, ValueRange
+from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel, EvalModel, open_eval_model
 from freqmask.evaluation.features import ComputeConfig
@@ -87,25 +87,6 @@ def _problems(options: Mapping[str, Any]) -> Iterator[str]:
         yield f"scale ({scale}) must be the smallest and the largest factor on the image, such as 0.5 2"
     if isinstance(stride, int) and isinstance(crop, int) and stride > crop:
         yield f"stride ({stride}) must be at most crop ({crop}), or windows would leave gaps"
-
-
-def open_for_training(text: str, survey: Survey, seed: int, asked: Mapping[str, Any]) -> BackboneModel:
-    """MODEL for samples of the crop's size, with drop path; one that takes any size stays able to."""
-    rate = DROP_PATH if asked["drop_path"] in (None, AUTO) else float(asked["drop_path"])
-    model = open_eval_model(
-        text,
-        survey,
-        seed=seed,
-        image_size=choose_crop(asked, survey).value,
-        weights=asked["weights"],
-        value_range=asked["value_range"],
-        optional_model_args={"drop_path_rate": rate, "dynamic_img_size": True},
-    )
-    assert isinstance(model, BackboneModel)  # pixels were refused
-    deep = len(model.opened.module.feature_info) > 1  # the first block of all never drops
-    if rate and deep and asked["drop_path"] not in (None, AUTO) and not drops_paths(model.opened.module):
-        raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {text} does not take it")
-    return model
 
 
 @dataclass
@@ -300,10 +281,7 @@ def predict(
 def class_colors(count: int) -> Float[np.ndarray, "class 3"]:
     """A color in [0, 1] for each class, neighbors far apart in hue."""
     levels = ((0.75, 0.95), (0.95, 0.7), (0.5, 0.85))  # saturation and value by turns
-    colors = [
-        colorsys.hsv_to_rgb((number * _GOLDEN) % 1, *levels[number % len(levels)]) for number in range(count)
-    ]
-    return np.array(colors)
+    return np.array([colorsys.hsv_to_rgb((k * _GOLDEN) % 1, *levels[k % len(levels)]) for k in range(count)])
 
 
 def as_colors(image: Float[np.ndarray, "channel height width"]) -> Float[np.ndarray, "height width 3"]:
@@ -345,13 +323,7 @@ def draw_overlays(path: Path, title: str, overlays: Sequence[Overlay], names: Se
     figure.suptitle(shortened(title, 90), fontsize=9, parse_math=False)
     patches = [Patch(color=palette[k], label=shortened(names[k], 30)) for k in present[:_MOST_LEGEND]]
     patches.append(Patch(color="black", label="does not count"))
-    where: dict[str, Any] = {
-        "loc": "outside lower center",
-        "ncols": 2 * columns,
-        "fontsize": 7,
-        "frameon": False,
-    }
-    figure.legend(handles=patches, **where)
+    figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize=7, frameon=False)
     save_figure(figure, path)
 
 
@@ -391,7 +363,24 @@ class Segment(Protocol):
         return open_segmentation(group_among(MaskConfig, self.options))
 
     def open_model(self, text: str, seed: int) -> BackboneModel:
-        return open_for_training(text, self.survey, seed, self.options)
+        """MODEL for samples of the crop's size, with drop path; one that takes any size stays able to."""
+        asked = self.options
+        given = asked["drop_path"] not in (None, AUTO)
+        rate = float(asked["drop_path"]) if given else DROP_PATH
+        model = open_eval_model(
+            text,
+            self.survey,
+            seed=seed,
+            image_size=choose_crop(asked, self.survey).value,
+            weights=asked["weights"],
+            value_range=asked["value_range"],
+            optional_model_args={"drop_path_rate": rate, "dynamic_img_size": True},
+        )
+        assert isinstance(model, BackboneModel)  # pixels were refused
+        deep = len(model.opened.module.feature_info) > 1  # the first block of all never drops
+        if rate and deep and given and not drops_paths(model.opened.module):
+            raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {text} does not take it")
+        return model
 
     def what_differs(self, model: EvalModel) -> list[str]:
         return []  # whole images are segmented
