@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,7 @@ from freqmask.console import counted, rank, say
 from freqmask.errors import UserError
 from freqmask.evaluation.features import ComputeConfig
 from freqmask.evaluation.labelled import LabelledData, Round, draw_shots, parse_shots, shot_name
-from freqmask.evaluation.protocol import (
-    EvalConfig,
-    EvalContext,
-    Prediction,
-    Protocol,
-)
+from freqmask.evaluation.protocol import EvalConfig, EvalContext, Prediction, Protocol
 from freqmask.evaluation.results import (
     Result,
     ResultTable,
@@ -30,6 +25,7 @@ from freqmask.evaluation.results import (
     write_class_scores,
 )
 from freqmask.interop.formats import PIXELS
+from freqmask.options.of_evaluation import FineTuned, FineTuning
 
 SHOTS = ("1", "5", "10", "1%", "10%")
 INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
@@ -114,8 +110,8 @@ class TunedFewshot(Protocol):
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.shots = parse_shots(options["shots"] or SHOTS)
-        usual = {"strength": INVERSE_STRENGTH, "feature": "mean", "precision": "32", "cache": True}
-        given = [name for name, value in usual.items() if options[name] != value]
+        of_frozen = {"strength": INVERSE_STRENGTH, "feature": "mean", "precision": "32", "cache": True}
+        given = [name for name, value in of_frozen.items() if options[name] != value]
         if options["tune"] == "finetune" and given:
             raise UserError(
                 f"{given[0]} ({options[given[0]]}) is of frozen features; leave it out, or give --tune both"
@@ -123,14 +119,14 @@ class TunedFewshot(Protocol):
         self.frozen = None
         if options["tune"] == "both":
             self.frozen = Fewshot(self.shots, options["feature"], options["strength"])
-        # these import Lightning, which frozen features need not
+        # this imports Lightning, which frozen features need not
         from freqmask.evaluation.finetune import Finetune
-        from freqmask.evaluation.finetune_plan import with_defaults
 
         dropped = ("batch_size", "precision", "shots")
         kept = {name: value for name, value in options.items() if name not in dropped}
         epochs = EPOCHS if options["epochs"] is None else options["epochs"]
-        self.options = with_defaults({**kept, "held_out": 0.0, "epochs": epochs})
+        usual = {**asdict(FineTuning()), **asdict(FineTuned()), "shots": None, "keep_checkpoints": 1}
+        self.options = {**usual, **kept, "held_out": 0.0, "epochs": epochs}
         self.tuning = Finetune(self.options, self.frozen is not None)
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:

@@ -169,8 +169,7 @@ class FinetuneModule(ScheduledModule):
 
     def normalize(self, view: Tensor) -> Tensor:
         """A view (B, C, H, W), uint8 or in [0, 1], as the classifier takes it."""
-        normalized: Tensor = self.normalization(as_float(view))
-        return normalized
+        return self.normalization(as_float(view))
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """One part of an optimizer step."""
@@ -290,7 +289,7 @@ class FinetuneJob(TrainingJob):
         def callbacks(monitor: Monitor) -> list[L.Callback]:
             if not len(held_out):
                 return []
-            images = make_dataset(held_out, test_geometry(numbers), numbers)
+            images = make_dataset(held_out, numbers, augmented=False)
             at_once = max(numbers.images_at_once, 64)
             return [HeldOutAccuracy(images, monitor, numbers.validate_every_steps, at_once)]
 
@@ -318,7 +317,7 @@ class FinetuneJob(TrainingJob):
                     label_names=self.data.class_names,
                 )
 
-        dataset = make_dataset(train, training_geometry(numbers), numbers)
+        dataset = make_dataset(train, numbers, augmented=True)
         return make_task(run, numbers, module, dataset, export, callbacks=callbacks, lines=lines)
 
     def end(self, run: RunFolder, summary: Mapping[str, Any]) -> None:
@@ -334,28 +333,23 @@ class FinetuneJob(TrainingJob):
         return make_classifier(self.model.opened, len(self.data.class_names), drop_path, self.seed)
 
 
-def make_dataset(source: Source, geometry: Geometry, tuning: Tuning) -> TrainDataset:
-    """Images as the classifier sees them, whatever their channels."""
+def make_dataset(source: Source, tuning: Tuning, augmented: bool) -> TrainDataset:
+    """Images as the classifier sees them, whatever their channels: ``augmented``, or the centered windows of a test."""
+    geometry: Geometry
+    if augmented:
+        fill = [min(255, round(255 * value)) for value in tuning.mean] if tuning.channels == 3 else [0, 0, 0]
+        geometry = AugmentedGeometry(
+            image_size=(tuning.train_size[0], tuning.train_size[1]),
+            scale=(tuning.crop_scale[0], tuning.crop_scale[1]),
+            horizontal_flip=0.5 if tuning.flip else 0.0,
+            augment=tuning.augment,
+            fill=(fill[0], fill[1], fill[2]),
+        )
+    else:
+        size = (tuning.image_size[0], tuning.image_size[1])
+        geometry = Geometry(size, crop="center", horizontal_flip=0.0, center_share=tuning.crop_share)
     values = ValueRange.parse(tuning.value_range) or ValueRange()
     return TrainDataset(source, [geometry], values, tuning.channels, convert_channels=True, seed=tuning.seed)
-
-
-def training_geometry(tuning: Tuning) -> AugmentedGeometry:
-    """How a training image is cut and changed before it becomes part of a batch."""
-    fill = tuple(min(255, round(255 * value)) for value in tuning.mean) if tuning.channels == 3 else (0, 0, 0)
-    return AugmentedGeometry(
-        image_size=(tuning.train_size[0], tuning.train_size[1]),
-        scale=(tuning.crop_scale[0], tuning.crop_scale[1]),
-        horizontal_flip=0.5 if tuning.flip else 0.0,
-        augment=tuning.augment,
-        fill=fill,  # type: ignore[arg-type]
-    )
-
-
-def test_geometry(tuning: Tuning) -> Geometry:
-    """The centered window of a test."""
-    size = (tuning.image_size[0], tuning.image_size[1])
-    return Geometry(size, crop="center", horizontal_flip=0.0, center_share=tuning.crop_share)
 
 
 def predict_images(

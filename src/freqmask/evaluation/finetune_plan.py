@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -19,7 +19,6 @@ from freqmask.errors import UserError
 from freqmask.evaluation.labelled import parse_shots
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers
 from freqmask.interop.models import OpenedModel
-from freqmask.options.of_evaluation import FineTuned, FineTuning
 from freqmask.rng import torch_seeded
 from freqmask.timm_models import REFUSED, cannot, parameters_behind
 from freqmask.training import auto
@@ -88,7 +87,11 @@ def _create(opened: OpenedModel, classes: int, drop_path: float) -> tuple[Any, l
 
 def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
     ours, theirs = model.state_dict(), opened.module.state_dict()
-    head = {id(tensor) for part in _heads(model) for tensor in part.state_dict(keep_vars=True).values()}
+    end = model.get_classifier()  # one layer, or several
+    ends = [part for part in (end if isinstance(end, tuple) else (end,)) if isinstance(part, nn.Module)]
+    if not any(list(part.parameters()) for part in ends):
+        raise UserError(f"model ({type(model).__name__}) has no classifier in timm; take another backbone")
+    head = {id(tensor) for part in ends for tensor in part.state_dict(keep_vars=True).values()}
     heads = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in head}
     fresh = [name for name in ours if name not in theirs]
     dropped = [name for name in theirs if name not in ours]
@@ -103,14 +106,6 @@ def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
         )
     model.load_state_dict({name: tensor for name, tensor in theirs.items() if name in ours}, strict=False)
     return fresh, dropped
-
-
-def _heads(model: Any) -> list[nn.Module]:
-    head = model.get_classifier()
-    heads = [part for part in (head if isinstance(head, tuple) else (head,)) if isinstance(part, nn.Module)]
-    if not any(list(part.parameters()) for part in heads):
-        raise UserError(f"model ({type(model).__name__}) has no classifier in timm; take another backbone")
-    return heads
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str:
@@ -253,11 +248,6 @@ class Tuning(TrainingNumbers):
                 f"batch_size ({batch}) must give every device and part the same even number of images, because images "
                 f"are mixed in pairs (devices {devices}, accumulate {parts}); change it, or give --mixup 0 --cutmix 0"
             )
-
-
-def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a fine-tuning where a command has some of them only: the others are ``auto``."""
-    return {**asdict(FineTuning()), **asdict(FineTuned()), "shots": None, "keep_checkpoints": 1, **options}
 
 
 def problems(options: Mapping[str, Any]) -> Iterator[str]:
