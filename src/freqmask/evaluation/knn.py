@@ -142,10 +142,8 @@ def choose_space(
         many = sum(rows[name].shape[1] for name in names) > MOST_WHITENED
         for kind in KINDS[:-1] if many else KINDS:
             space = FeatureSpace.fit(rows, names, kind)
-            voted = predict(space.apply(asked), space.apply(rows), labels[fitted], classes, [k], temperature)[
-                k
-            ]
-            spaces.append((float((voted == labels[held]).cpu().double().mean()), names, kind))
+            voted = predict(space.apply(asked), space.apply(rows), labels[fitted], classes, [k], temperature)
+            spaces.append((float((voted[k] == labels[held]).cpu().double().mean()), names, kind))
     accuracy, names, kind = max(spaces, key=lambda one: one[0])
     return FeatureSpace.fit(features, names, kind), accuracy
 
@@ -181,7 +179,8 @@ class Knn(Protocol):
         train, test = context.tensor(values, one.train), context.tensor(values, one.test)
         predictions = self._vote(context, one, train, test)
         if self.features != PLAIN:
-            features = context.tensors(context.inside(), one.train)
+            inside = context.inside()
+            features = context.tensors(inside, one.train)
             labels, groups = context.labels(one.train), context.data.groups_of(one.train)
             space, accuracy = choose_space(features, labels, context.classes, groups, self.temperature)
             say(f"features    {context.model.name}: {space.describe()}")
@@ -189,7 +188,6 @@ class Knn(Protocol):
             opened = context.model.opened if isinstance(context.model, BackboneModel) else None
             if self.features == "save" and opened is not None and opened.folder:
                 say(f"            kept in {save_space(space, opened)}; freqmask embed gives these")
-            inside = context.inside()
             train, test = (space.apply(context.tensors(inside, part)) for part in (one.train, one.test))
             chosen = self._vote(context, one, train, test, space.describe())
             predictions |= {f"{variant}, chosen": prediction for variant, prediction in chosen.items()}

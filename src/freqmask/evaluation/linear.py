@@ -141,9 +141,8 @@ class Sweep:
         steps = max(math.ceil(epochs * len(labels) / batch), LEAST_STEPS)
         columns = Columns.of([features[name] for name in self.inputs])
         self.weights = self._train(columns, labels, _batches(len(labels), batch, steps, seed), steps)
-        self.columns = columns.like(
-            []
-        )  # the training images have served, and heads travel to other processes
+        # the training images have served, and heads travel to other processes
+        self.columns = columns.like([])
 
     @outside_autocast
     def predict(self, features: Mapping[str, Float[Tensor, "image dim"]]) -> Int64[Tensor, "head image"]:
@@ -258,9 +257,8 @@ def choose_and_fit(
     fitted, held = (torch.from_numpy(part).to(labels.device) for part in parts)
     heads = sweep_of(list(features), weighted, rates)
     predicted, losses, truth = list[np.ndarray](), list[float](), labels[held].cpu().numpy()
-    for inputs, members in itertools.groupby(
-        heads, lambda head: head.inputs
-    ):  # their memory is that of one input
+    # input by input: their memory is that of one
+    for inputs, members in itertools.groupby(heads, lambda head: head.inputs):
         rows = {name: features[name][fitted] for name in inputs}
         sweep = Sweep(rows, labels[fitted], classes, list(members), seed, epochs)
         classes_of, losses_of = sweep.evaluate({name: features[name][held] for name in inputs}, labels[held])

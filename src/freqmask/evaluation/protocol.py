@@ -35,13 +35,7 @@ from freqmask.evaluation.eval_model import (
     what_differs,
 )
 from freqmask.evaluation.features import ComputeConfig, FeatureTable, ImageChange, compute_features
-from freqmask.evaluation.labelled import (
-    LabelledData,
-    Round,
-    SplitConfig,
-    identical_notes,
-    open_labelled,
-)
+from freqmask.evaluation.labelled import LabelledData, Round, SplitConfig, identical_notes, open_labelled
 from freqmask.evaluation.results import (
     ClassificationResult,
     Result,

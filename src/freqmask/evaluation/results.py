@@ -228,8 +228,7 @@ class Result(ABC):
     @property
     def class_names(self) -> Sequence[str]:
         """Of the data."""
-        names: Sequence[str] = self.data.class_names
-        return names
+        return self.data.class_names
 
 
 @dataclass
@@ -244,8 +243,7 @@ class ClassificationResult(Result):
     @property
     def truth(self) -> np.ndarray:
         """(prediction,) the classes that are right."""
-        labels: np.ndarray = self.data.labels[self.images]
-        return labels
+        return self.data.labels[self.images]
 
     def classes(self) -> dict[str, np.ndarray]:
         scores = class_scores(self.margins())
@@ -291,8 +289,7 @@ class SegmentationResult(Result):
         return {"label": labels, "pixels": scores["total"], **more}
 
     def margins(self) -> Margins:
-        total: np.ndarray = self.counts.sum(axis=0)
-        return total
+        return self.counts.sum(axis=0)
 
     @classmethod
     def units(cls, results: Sequence[SegmentationResult]) -> np.ndarray:
@@ -454,9 +451,9 @@ def write_class_scores(path: Path, results: Iterable[Result]) -> None:
     """A CSV of the scores of every class in each of the results."""
     rows = []
     for result in results:
-        about = {"model": result.model.name, "variant": result.variant, "seed": result.seed}
         if result.error:
             continue
+        about = {"model": result.model.name, "variant": result.variant, "seed": result.seed}
         table = {name: column.tolist() for name, column in result.classes().items()}
         for name, *numbers in zip(result.class_names, *table.values(), strict=True):
             plain = [None if x != x else f"{x:.4f}" if isinstance(x, float) else x for x in numbers]

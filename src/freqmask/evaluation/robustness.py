@@ -34,13 +34,7 @@ from freqmask.evaluation.features import compute_features, shared_objects
 from freqmask.evaluation.labelled import LabelledData, Round
 from freqmask.evaluation.linear import ClassifierHead, fit_head
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Predict, Protocol, metadata_of
-from freqmask.evaluation.results import (
-    ClassificationResult,
-    Result,
-    ResultTable,
-    Summary,
-    draw_bars,
-)
+from freqmask.evaluation.results import ClassificationResult, Result, ResultTable, Summary, draw_bars
 from freqmask.training.files import save_figure
 
 COLUMNS = CLEAN, CORRUPTED, IMAGENET_C = "clean", "corrupted", "imagenet-c"

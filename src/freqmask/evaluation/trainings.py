@@ -126,13 +126,10 @@ class Plan(auto.Plan):
 
     def take_model(self) -> None:
         """What the model decides, and what is no matter of choice."""
-        names, opened = ("mean", "std", "value_range"), self.job.model.opened
-        self.values |= {
-            "seed": self.job.seed,
-            "flip": bool(self.asked["flip"]),
-            "channels": opened.input_size[0],
-        }
-        self.values |= {name: getattr(opened, name) for name in names}
+        opened = self.job.model.opened
+        self.values |= {"seed": self.job.seed, "flip": bool(self.asked["flip"])}
+        self.values["channels"] = opened.input_size[0]
+        self.values |= {name: getattr(opened, name) for name in ("mean", "std", "value_range")}
 
     def length_lines(self, numbers: TrainingNumbers, unit: str, optimizer: str, end: str) -> Iterator[str]:
         """The plan's lines on steps, learning rate and decays."""
@@ -181,9 +178,8 @@ class TrainingJob(ABC):
     metrics: ClassVar[list[str]]  # whose first and last values the summary holds
     numbers: ClassVar[type[TrainingNumbers]]
     decides: ClassVar[Sequence[str]]  # options that decide what a training becomes
-    resumes_with: ClassVar[
-        Sequence[str]
-    ] = ()  # options beside those of the machine that a resumed run may change
+    # options beside those of the machine that a resumed run may change
+    resumes_with: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def trained_on(self) -> Source:
