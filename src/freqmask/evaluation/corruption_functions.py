@@ -100,22 +100,14 @@ def glass_blur(
     blurred = gaussian_blur(image, random, deviation)
     order = list(range(height * width))
     reach = max(1, round(farthest))
-    for _ in range(int(passes)):
-        _copy(order, (height, width), reach, random)
-    return gaussian_blur(blurred.reshape(-1, channels)[order].reshape(image.shape), random, deviation)
-
-
-def _copy(order: list[int], size: tuple[int, int], reach: int, random: np.random.Generator) -> None:
-    """Replace pixels but those at the border, last first, in place.
-
-    One after the other, because copies are copied again; lists are faster here than arrays.
-    """
-    height, width = size
     rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
-    here = (rows[:, None] * width + columns).ravel()
-    down, right = random.integers(-reach, reach, (2, len(here)))
-    for target, source in zip(here.tolist(), (here + down * width + right).tolist(), strict=True):
-        order[target] = order[source]
+    here = (rows[:, None] * width + columns).ravel()  # all but the border, last first
+    for _ in range(int(passes)):
+        down, right = random.integers(-reach, reach, (2, len(here)))
+        # one after the other, because copies are copied again; lists are faster here than arrays
+        for target, source in zip(here.tolist(), (here + down * width + right).tolist(), strict=True):
+            order[target] = order[source]
+    return gaussian_blur(blurred.reshape(-1, channels)[order].reshape(image.shape), random, deviation)
 
 
 def motion_blur(image: Image, random: np.random.Generator, radius: float, deviation: float) -> Image:
@@ -228,25 +220,19 @@ def elastic_transform(
     each of three points of the image may go ``corners`` pixels far.
     """
     height, width = image.shape[:2]
-    image = _sampled(image, _affine_places(height, width, random, corners), "mirror")
-    if size == 0:
-        return image
-    noise = random.uniform(-1, 1, (2, height, width))
-    shifts = size * np.stack([smoothed(noise[0], smoothness), smoothed(noise[1], smoothness)])
-    return _sampled(image, np.mgrid[:height, :width] + shifts, "reflect")
-
-
-def _affine_places(height: int, width: int, random: np.random.Generator, corners: float) -> np.ndarray:
-    """(2, height, width): row and column in the original of each pixel after a random affine map.
-
-    Three corners of a square in the middle, of a third of the side on either hand, go each somewhere else.
-    """
+    # three corners of a square in the middle, of a third of the side on either hand, go each somewhere else
     centre, reach = np.array([height, width]) // 2, min(height, width) // 3
     before = centre + reach * np.array([[1, 1], [-1, 1], [-1, -1]])
     after = before + random.uniform(-corners, corners, (3, 2))
     back = np.linalg.solve(np.column_stack([after, np.ones(3)]), before)  # (row, column, 1) -> row, column
-    rows, columns = np.mgrid[:height, :width]
-    return np.einsum("khw,kp->phw", np.stack([rows, columns, np.ones_like(rows)]), back)
+    places = np.mgrid[:height, :width]
+    homogeneous = np.concatenate([places, np.ones_like(places[:1])])
+    image = _sampled(image, np.einsum("khw,kp->phw", homogeneous, back), "mirror")
+    if size == 0:
+        return image
+    noise = random.uniform(-1, 1, (2, height, width))
+    shifts = size * np.stack([smoothed(plane, smoothness) for plane in noise])
+    return _sampled(image, places + shifts, "reflect")
 
 
 def _sampled(image: Image, places: np.ndarray, mode: str) -> Image:
@@ -421,21 +407,16 @@ def plasma(side: int, decay: float, random: np.random.Generator) -> Float[np.nda
     surface = np.zeros((whole, whole))
     step, size = whole, 1.0
     while step >= 2:
-        _halve(surface, step, size, random)
-        step, size = step // 2, size / decay**2
+        half, count = step // 2, whole // step
+        moved = size * random.uniform(-1, 1, (3, count, count))
+        corners = surface[::step, ::step]
+        pairs = corners + np.roll(corners, -1, axis=0)
+        middles = (pairs + np.roll(pairs, -1, axis=1)) / 4 + moved[0]  # of squares, then those of sides
+        surface[half::step, half::step] = middles
+        across = corners + np.roll(corners, -1, axis=1) + middles + np.roll(middles, 1, axis=0)
+        surface[::step, half::step] = across / 4 + moved[1]
+        along = corners + np.roll(corners, -1, axis=0) + middles + np.roll(middles, 1, axis=1)
+        surface[half::step, ::step] = along / 4 + moved[2]
+        step, size = half, size / decay**2
     surface -= surface.min()
     return (surface / surface.max())[:side, :side]
-
-
-def _halve(surface: np.ndarray, step: int, size: float, random: np.random.Generator) -> None:
-    """Fill in the points between those of a grid, in place: middles of squares, then middles of sides."""
-    half, count = step // 2, len(surface) // step
-    moved = size * random.uniform(-1, 1, (3, count, count))
-    corners = surface[::step, ::step]
-    pairs = corners + np.roll(corners, -1, axis=0)
-    middles = (pairs + np.roll(pairs, -1, axis=1)) / 4 + moved[0]
-    surface[half::step, half::step] = middles
-    across = corners + np.roll(corners, -1, axis=1) + middles + np.roll(middles, 1, axis=0)
-    surface[::step, half::step] = across / 4 + moved[1]
-    along = corners + np.roll(corners, -1, axis=0) + middles + np.roll(middles, 1, axis=1)
-    surface[half::step, ::step] = along / 4 + moved[2]
