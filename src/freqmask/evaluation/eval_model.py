@@ -24,7 +24,7 @@ from freqmask.data.sources import open_source
 from freqmask.data.splits import hold_out, told_apart
 from freqmask.data.values import Survey, ValueRange
 from freqmask.errors import BadImage, UserError
-from freqmask.evaluation.labelled import SPLITS, SplitConfig, draw_shots, open_labelled, pixel_hashes
+from freqmask.evaluation.labelled import SPLITS, SplitConfig, open_labelled, pixel_hashes
 from freqmask.evaluation.mask_data import MaskConfig, open_segmentation
 from freqmask.imports import NotNamedError, named_by_user
 from freqmask.interop.formats import CLASSIFIER, PIXELS, PUBLIC, RANDOM, run_behind
@@ -391,7 +391,7 @@ def _trained_on(
         for one in data.rounds:
             used, seed = one.train, options["seeds"][0]
             if options.get("shots") is not None:
-                used = used[draw_shots(data.labels[used], str(options["shots"]), seed)]
+                used = data.drawn(used, str(options["shots"]), seed)
             used = data.parted(used, config["held_out"], seed)[0]
             if Subset(data.source, used).fingerprint() == state["data"]:
                 return data.source, used, False

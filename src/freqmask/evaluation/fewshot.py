@@ -14,16 +14,9 @@ from jaxtyping import Float, Int64
 from freqmask.console import counted, rank, say
 from freqmask.errors import UserError
 from freqmask.evaluation.features import ComputeConfig
-from freqmask.evaluation.labelled import LabelledData, Round, draw_shots, parse_shots, shot_name
+from freqmask.evaluation.labelled import LabelledData, Round, parse_shots, shot_name
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Prediction, Protocol
-from freqmask.evaluation.results import (
-    Result,
-    ResultTable,
-    Summary,
-    draw_bar_chart,
-    summarize,
-    write_class_scores,
-)
+from freqmask.evaluation.results import Result, ResultTable, Summary, summarize
 from freqmask.interop.formats import PIXELS
 from freqmask.options.of_evaluation import FineTuned, FineTuning
 
@@ -85,12 +78,11 @@ class Fewshot(Protocol):
     def predict(self, context: EvalContext, one: Round, seed: int) -> dict[str, Prediction]:
         """One prediction a number of labels; the draw is the same for every model."""
         values, labels = context.end(self.feature), context.data.labels
+        train, test = values[one.train], values[one.test]
         predictions = {}
         for shot in self.shots:
-            drawn = one.train[draw_shots(labels[one.train], shot, seed)]
-            predicted = logistic_regression(
-                values[drawn], labels[drawn], values[one.test], values[one.train], self.strength
-            )
+            drawn = context.data.drawn(one.train, shot, seed)
+            predicted = logistic_regression(values[drawn], labels[drawn], test, train, self.strength)
             predictions[shot_name(shot)] = Prediction(predicted, n_train=len(drawn))
         return predictions
 
@@ -183,18 +175,15 @@ class TunedFewshot(Protocol):
 
     def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
         """A bar chart of the averages, and all classes."""
-        chart, classes = folder / "fewshot-tuned.png", folder / "fewshot-tuned-classes.csv"
-        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings\n{self.data.name}"
+        title = f"few labels, fine-tuned: average of {len(SETTINGS)} settings"
         averages = [
             replace(one, variant=words)
             for words, table in tables.items()
             for one in table.summaries
             if one.variant == f"{words}, {AVERAGE}"
         ]
-        if averages:
-            draw_bar_chart(chart, title, "accuracy in %", averages)
-        write_class_scores(classes, [one for table in tables.values() for one in table.results])
-        return [chart, classes] if averages else [classes]
+        results = [one for table in tables.values() for one in table.results]
+        return self.draw_chart(folder / "fewshot-tuned", title, "accuracy", averages, results)
 
 
 def summarize_settings(results: Sequence[Result], prefix: str) -> list[Summary]:

@@ -43,9 +43,8 @@ from freqmask.evaluation.finetune_plan import (
     held_out_share,
     make_classifier,
     problems,
-    say_short_plan,
 )
-from freqmask.evaluation.labelled import SPLITS, LabelledData, draw_shots, shot_name
+from freqmask.evaluation.labelled import SPLITS, LabelledData, shot_name
 from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
@@ -261,10 +260,15 @@ class FinetuneJob(TrainingJob):
         network = self._classifier = self._make(tuning.drop_path)
         if network.notes and asked["drop_path"] not in (None, AUTO):
             raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {network.notes[0]}")
-        if self.short:
-            say_short_plan(tuning, len(train), plan.reasons.get("threads"))
+        say()
+        if self.short:  # what tells it from the one whose plan was printed before
+            say(
+                f"training    {len(train):,} images, {tuning.steps:,} steps of {tuning.batch_size}, learning rate "
+                f"{tuning.lr:.3g}, {tuning.warmup_steps:,} steps of warm-up; the rest as before"
+            )
+            if "threads" in plan.reasons:
+                say(f"threads     {plan.reasons['threads']}")
         else:
-            say()
             for line in plan.lines(tuning, network, len(held_out)):
                 say(line)
         about = {
@@ -417,7 +421,7 @@ class Finetune(Protocol):
             words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
             folder, train = self.root / f"{self.run_names[model.text]}-{words}{suffix}", fold.train
             if options.get("shots") is not None:
-                train = train[draw_shots(data.labels[train], str(options["shots"]), seed)]
+                train = data.drawn(train, str(options["shots"]), seed)
             short = model.text in self.planned
             job = FinetuneJob(model, data, self.survey, seed, folder, options, short, train=train)
             run = run_training(job)

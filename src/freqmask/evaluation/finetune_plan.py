@@ -14,7 +14,6 @@ import torch
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import parse_shots
 from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers
@@ -327,7 +326,17 @@ class FinetunePlan(Plan):
             else:
                 self.take(name, usual, published.words)
         values["crop_scale"] = list(values["crop_scale"])
-        self._take_train_size()
+        fixed, size = self.network.fixed_size, list(self.network.image_size)
+        share = 1.0 if self.small or fixed else published.train_share
+        usual = [max(32, round(side * share / 32) * 32) for side in size] if share < 1 else size
+        self.take("train_size", usual, published.words if share < 1 else "that of the test")
+        chosen = values["train_size"]
+        values["train_size"] = [chosen, chosen] if isinstance(chosen, int) else list(chosen)
+        if fixed and values["train_size"] != size:
+            raise UserError(
+                f"train_size ({chosen}) must be the {size[0]}x{size[1]} pixels that {self.job.model.name} is built "
+                "for; leave it out, or give --image_size"
+            )
         colors = set(self.job.survey.dtypes) == {"uint8"} and values["value_range"] in ("dtype", "0,255")
         if values["augment"] == NO_AUGMENT or (colors and values["channels"] == 3):
             return
@@ -339,43 +348,27 @@ class FinetunePlan(Plan):
         values["augment"] = NO_AUGMENT
         self.reasons["augment"] = "RandAugment is for 8-bit color images"
 
-    def _take_train_size(self) -> None:
-        fixed, size = self.network.fixed_size, list(self.network.image_size)
-        share = 1.0 if self.small or fixed else self.published.train_share
-        usual = [max(32, round(side * share / 32) * 32) for side in size] if share < 1 else size
-        self.take("train_size", usual, self.published.words if share < 1 else "that of the test")
-        chosen = self.values["train_size"]
-        self.values["train_size"] = [chosen, chosen] if isinstance(chosen, int) else list(chosen)
-        if fixed and self.values["train_size"] != size:
-            raise UserError(
-                f"train_size ({chosen}) must be the {size[0]}x{size[1]} pixels that {self.job.model.name} is built "
-                "for; leave it out, or give --image_size"
-            )
-
     def _take_length(self) -> None:
         """Batch, parts and steps, from what an image costs."""
         values, asked, published = self.values, self.asked, self.published
-        shape = (values["channels"], *values["train_size"])
-        _, trial = self.take_cost(
-            self.network.model, shape, _trial_loss, auto.largest_batch(values["accelerator"], self.images)
-        )
-        part, rest = self.take_batch(
-            lambda cost, *machine: auto.choose_batch_size(cost, self.images, *machine)
-        )
+        shape, images = (values["channels"], *values["train_size"]), self.images
+        largest = auto.largest_batch(values["accelerator"], images)
+        _, trial = self.take_cost(self.network.model, shape, _trial_loss, largest)
+        part, rest = self.take_batch(lambda cost, *machine: auto.choose_batch_size(cost, images, *machine))
         batch = int(values["batch_size"])
         if part == 1 and not rest:
             check_single_image(trial, str(self.job.model.opened.name))
         Tuning.check_parts(values)
         epochs = published.epochs if asked["epochs"] is None else float(asked["epochs"])
-        steps = max(math.ceil(epochs * self.images / batch), 1)
+        steps = max(math.ceil(epochs * images / batch), 1)
         self.take("steps", steps, f"{epochs:g} epochs, {published.words}" if asked["epochs"] is None else "")
-        epochs = values["steps"] * batch / self.images
+        epochs = values["steps"] * batch / images
         usual = min(published.warmup_epochs, epochs / 20)
         warmup = usual if asked["warmup_epochs"] in (None, AUTO) else float(asked["warmup_epochs"])
         if warmup == usual:
             whole = f"{published.warmup_epochs:g} epochs, as published"
             self.reasons["warmup_steps"] = "a twentieth" if usual < published.warmup_epochs else whole
-        values["warmup_steps"] = min(round(warmup * self.images / batch), values["steps"] - 1)
+        values["warmup_steps"] = min(round(warmup * images / batch), values["steps"] - 1)
 
     def _take_rates(self) -> None:
         values, published, batch = self.values, self.published, int(self.values["batch_size"])
@@ -421,22 +414,10 @@ class FinetunePlan(Plan):
         yield from self.machine_lines(tuning)
 
 
-def say_short_plan(tuning: Tuning, images: int, threads: str | None) -> None:
-    """What tells a run from the one whose plan was printed before."""
-    say()
-    say(
-        f"training    {images:,} images, {tuning.steps:,} steps of {tuning.batch_size}, learning rate {tuning.lr:.3g}, "
-        f"{tuning.warmup_steps:,} steps of warm-up; the rest as before"
-    )
-    if threads is not None:
-        say(f"threads     {threads}")
-
-
 def _trial_loss(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     logits = model(images)
-    return torch.nn.functional.cross_entropy(
-        logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), reduction="sum"
-    )
+    classes = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
 
 
 def _names(parameters: list[str]) -> str:

@@ -348,16 +348,20 @@ class Protocol(ABC):
 
     def draw(self, tables: Mapping[str, ResultTable], folder: Path) -> list[Path]:
         """Draw the figures and write the table of classes; their files."""
-        chart, classes = folder / f"{self.name}.png", folder / f"{self.name}-classes.csv"
         (table,) = tables.values()
         measured = [one for one in table.summaries if not one.error]
-        if measured:
-            title = f"{table.title}\n{self.data.name}"
-            draw_bar_chart(chart, title, f"{table.metric} in %", measured)
-        write_class_scores(
-            classes, [one for one in table.results if self.all_classes or one.variant == self.headline]
-        )
-        return [chart, classes] if measured else [classes]
+        results = [one for one in table.results if self.all_classes or one.variant == self.headline]
+        return self.draw_chart(folder / self.name, table.title, table.metric, measured, results)
+
+    def draw_chart(
+        self, stem: Path, title: str, metric: str, summaries: Sequence[Summary], results: Sequence[Result]
+    ) -> list[Path]:
+        """Bars of the summaries where there are any (``stem.png``) and the classes of the results; their files."""
+        chart, classes = Path(f"{stem}.png"), Path(f"{stem}-classes.csv")
+        if summaries:
+            draw_bar_chart(chart, f"{title}\n{self.data.name}", f"{metric} in %", summaries)
+        write_class_scores(classes, results)
+        return [chart, classes] if summaries else [classes]
 
 
 def run_protocol(protocol: Protocol, options: Mapping[str, Any]) -> list[Summary]:
