@@ -24,7 +24,6 @@ from freqmask.evaluation.mask_files import (
     PairSource,
     Part,
     find_parts,
-    is_ade20k,
     parts_of,
     read_mask,
 )
@@ -34,6 +33,7 @@ UNKNOWN = -2  # in a lookup: a label that is neither a class nor ignored
 DEFAULT_IGNORED = 255
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's own
+_ADE20K = {("annotations", "training"), ("annotations", "validation")}  # its scene parsing release
 _LAYOUT = 2  # raised when the cached arrays would mean something else
 _NUMBERED = re.compile(r"(\d+)\s*[\s,:;]\s*(\S.*)")
 
@@ -309,7 +309,8 @@ def open_segmentation(config: MaskConfig) -> SegmentationData:
             unknown label, or there are fewer than two classes.
     """
     parts, name, folder = _parts(config)
-    first = int(config.layout == "ade20k" or (config.layout == "auto" and is_ade20k(parts)))
+    released = {(part.masks.parent.name, part.name) for part in parts} <= _ADE20K
+    first = int(config.layout == "ade20k" or (config.layout == "auto" and released))
     named, ignored = name_labels(config.class_names, folder, config.ignore_label, first)
     if len(parts) == 1 and not parts[0].name:
         return _split_ourselves(parts[0], config, name, named, ignored)

@@ -62,7 +62,13 @@ def read_mask(path: Path) -> Int32[np.ndarray, "height width"]:
     """
     with as_bad_image("it cannot be read"):
         stored = _read(path)
-    labels = _single_plane(stored)
+    labels = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else _squeezed(stored)
+    # gray that was saved as color is gray; real colors are no labels
+    if labels.ndim == 3 and labels.shape[-1] in (3, 4) and (labels[..., :1] == labels[..., :3]).all():
+        labels = labels[..., 0]
+    if labels.ndim != 2:
+        shape = "×".join(map(str, stored.shape))
+        raise BadImage(f"it holds {shape} values, which is more than one class number a pixel (colors?)")
     if labels.dtype.kind not in "iub":
         raise BadImage(f"it holds numbers of the type {labels.dtype}; labels are whole numbers")
     if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= MOST_LABEL:
@@ -107,17 +113,6 @@ def _turned(array: np.ndarray, orientation: Orientation) -> np.ndarray:
 def _squeezed(array: np.ndarray) -> np.ndarray:
     """Without axes of one, as of a single channel or page; a row or a column of pixels stays one."""
     return array if array.ndim <= 2 else np.squeeze(array)
-
-
-def _single_plane(stored: np.ndarray) -> Shaped[np.ndarray, "height width"]:
-    """Gray that was saved as color is gray; real colors are no labels."""
-    array = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else _squeezed(stored)
-    if array.ndim == 3 and array.shape[-1] in (3, 4) and (array[..., :1] == array[..., :3]).all():
-        array = array[..., 0]
-    if array.ndim != 2:
-        shape = "×".join(map(str, stored.shape))
-        raise BadImage(f"it holds {shape} values, which is more than one class number a pixel (colors?)")
-    return array
 
 
 @dataclass(frozen=True)
@@ -168,22 +163,14 @@ def parts_of(images: Path, masks: Path) -> list[Part]:
     by_name = {path.name.lower(): path for path in _folders(masks)}
     parts = []
     for split in splits:
-        partner = by_name.get(split.name.lower()) or next(
-            (path for name, path in by_name.items() if split_of(name) == split_of(split.name)), None
-        )
+        alike = (path for name, path in by_name.items() if split_of(name) == split_of(split.name))
+        partner = by_name.get(split.name.lower()) or next(alike, None)
         # A test split whose masks nobody published is left out; the others are what can be measured on.
         if partner is not None:
             parts.append(Part(split.name, split, partner))
     if not parts:
         raise UserError(f"masks ({masks}) must hold the splits of images, such as {splits[0].name}")
     return parts
-
-
-def is_ade20k(parts: Iterable[Part]) -> bool:
-    """Whether the folders are those of ADE20K's scene parsing release: annotations/training and validation."""
-    return all(
-        part.masks.parent.name == "annotations" and part.name in ("training", "validation") for part in parts
-    )
 
 
 def match_masks(images: list[str], masks: list[str], part: Part) -> list[int]:
@@ -377,21 +364,15 @@ class PairDataset(TrainDataset):
         if self.crop is None:
             image = self._image(picture, (0, 0, *picture.size))
             return [resize(image, scaled_size(picture.size, self.image_size)), torch.from_numpy(classes)]
-        return self._cropped(picture, classes, self.crop, keys[0])
-
-    def _cropped(
-        self, picture: PairedPicture, classes: np.ndarray, crop: RandomCrop, key: int
-    ) -> list[Tensor]:
         for attempt in range(_TRIES):  # the first window that no class fills
-            box, shown = crop.window(picture.size, key, attempt)
+            box, shown = self.crop.window(picture.size, keys[0], attempt)
             window = classes[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
             counts = np.bincount(window[window >= 0])
             if counts.size and counts.max() < MOST_OF_ONE_CLASS * counts.sum():
                 break
         image = resize(self._image(picture, box), shown)
-        target = nearest(window, shown)
-        image, target = self._padded(image, target, crop.crop)
-        if uniform_numbers(key, "flip", 1)[0] < crop.flip:
+        image, target = self._padded(image, nearest(window, shown), self.crop.crop)
+        if uniform_numbers(keys[0], "flip", 1)[0] < self.crop.flip:
             image, target = image.flip(-1), target.flip(-1)
         return [image, target]
 

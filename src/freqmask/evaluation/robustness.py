@@ -444,15 +444,22 @@ def draw_curves(path: Path, tables: Tables) -> None:
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axis, (name, table) in zip(axes, curves, strict=False):
         _draw_curve(axis, name, table, models)
-    _draw_bars(axes[len(curves)], tables, models)
+    series: dict[str, dict[str, Summary]] = {model: {} for model in models}
+    for group, table in tables.items():
+        for model, summaries in table.models().items():
+            series[model] |= _headlines(group, summaries)
+    bars, names = axes[len(curves)], list(dict.fromkeys(name for one in series.values() for name in one))
+    draw_bars(bars, names, series)
+    words = [shortened(name, 18) for name in names]
+    bars.set_xticks(range(len(names)), words, rotation=40, ha="right", fontsize=6, parse_math=False)
+    bars.tick_params(axis="y", labelsize=7)
     for axis in axes[len(curves) + 1 :]:
         axis.set_axis_off()
     for axis in axes[max(len(curves) - columns, 0) : len(curves)]:
         axis.set_xlabel("severity", fontsize=8)
     for axis in axes[::columns]:
         axis.set_ylabel("accuracy in %", fontsize=8)
-    handles, labels = axes[len(curves)].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False)
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -469,16 +476,3 @@ def _draw_curve(axis: Any, name: str, table: ResultTable, models: Sequence[str])
     axis.set_xticks(range(6))
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)
-
-
-def _draw_bars(axis: Any, tables: Tables, models: Sequence[str]) -> None:
-    """Clean, corrupted, attacked, other test sets, side by side for the models."""
-    series: dict[str, dict[str, Summary]] = {model: {} for model in models}
-    for group, table in tables.items():
-        for model, summaries in table.models().items():
-            series[model] |= _headlines(group, summaries)
-    names = list(dict.fromkeys(name for bars in series.values() for name in bars))
-    draw_bars(axis, names, series)
-    words = [shortened(name, 18) for name in names]
-    axis.set_xticks(range(len(names)), words, rotation=40, ha="right", fontsize=6, parse_math=False)
-    axis.tick_params(axis="y", labelsize=7)
