@@ -251,10 +251,9 @@ class Corruption(ImageChange):
         random = np.random.Generator(np.random.Philox(key=own % (1 << 64)))
         corrupted = np.clip(function(values / 255 if whole else values, random, *strength), 0, 1)
         # float32 puts 254 / 255 x 255 a hair below 254
-        corrupted = np.floor(corrupted * 255 + 1e-3).astype(np.uint8) if whole else corrupted
-        return torch.from_numpy(
-            np.ascontiguousarray(corrupted.astype(image.numpy().dtype).transpose(2, 0, 1))
-        )
+        corrupted = np.floor(corrupted * 255 + 1e-3) if whole else corrupted
+        planes = corrupted.astype(image.numpy().dtype).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(planes))
 
     def in_loader(self, dataset: TrainDataset) -> CorruptedDataset:
         if self.name == "frost":  # pictures get ready once, before a loader's workers fork, as they are now

@@ -187,9 +187,8 @@ def compute_features(
             return FeatureTable(arrays, read, [(n, r) for n, r in about["skipped"]])
     table = _compute(model, source, what, compute, change, quiet)
     if compute.cache:
-        write_arrays(
-            file, {"key": key, "skipped": table.skipped}, {**table.values, _READ: table.read.astype(np.uint8)}
-        )
+        arrays = {**table.values, _READ: table.read.astype(np.uint8)}
+        write_arrays(file, {"key": key, "skipped": table.skipped}, arrays)
         prune()
     return table
 

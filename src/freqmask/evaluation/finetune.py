@@ -151,9 +151,7 @@ class FinetuneModule(ScheduledModule):
     def __init__(self, model: nn.Module, tuning: Tuning, classes: int) -> None:
         super().__init__()
         self.model: Any = model
-        self.average: Any = (
-            copy.deepcopy(model).requires_grad_(False).eval() if tuning.ema is not None else None
-        )
+        self.average: Any = None if tuning.ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         self.tuning = tuning
         self.stride = strides(model)[-1]
         self.mixer = Mixer(classes, tuning.mixup, tuning.cutmix, tuning.smoothing, tuning.erasing)

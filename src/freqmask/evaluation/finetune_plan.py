@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import parse_shots
-from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers
+from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, train_reached
 from freqmask.interop.models import OpenedModel
 from freqmask.rng import torch_seeded
-from freqmask.timm_models import REFUSED, cannot, parameters_behind
+from freqmask.timm_models import REFUSED, cannot
 from freqmask.training import auto
 from freqmask.training.auto import check_single_image
 
@@ -60,8 +60,11 @@ def make_classifier(opened: OpenedModel, classes: int, drop_path: float, seed: i
     fresh, dropped = _load(model, opened)
     backbone = opened.backbone
     size = backbone.padded_size if backbone.fixed_size else backbone.image_size
-    _leave_out_unreached(model, torch.zeros(1, backbone.channels, *size), opened.name)
-    return Network(model, size, fresh, dropped, backbone.fixed_size, notes)
+    try:
+        train_reached(model, lambda: [model(torch.zeros(1, backbone.channels, *size))])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise cannot(opened.name, f"images of {tuple(size)}", error) from error
+    return Network(model.train(), size, fresh, dropped, backbone.fixed_size, notes)
 
 
 def _create(opened: OpenedModel, classes: int, drop_path: float) -> tuple[Any, list[str]]:
@@ -109,18 +112,6 @@ def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str:
     return "x".join(map(str, state[name].shape)) or "scalar" if name in state else "nothing"
-
-
-def _leave_out_unreached(model: Any, image: Tensor, name: str) -> None:
-    model.requires_grad_(True).eval()
-    try:
-        with torch.enable_grad():
-            reached = parameters_behind([model(image)])
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise cannot(name, f"images of {tuple(image.shape[-2:])}", error) from error
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in reached)
-    model.train()
 
 
 @dataclass(frozen=True, kw_only=True)

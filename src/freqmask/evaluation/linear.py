@@ -95,10 +95,6 @@ class Columns:
         variances, directions = torch.linalg.eigh(_in_double(covariance))
         return directions.float().to(rows.device), variances.float().clamp_min(0).to(rows.device)
 
-    def along(self, directions: Float[Tensor, "columns direction"]) -> Float[Tensor, "image direction"]:
-        """All images in the basis of the directions."""
-        return torch.cat([self.rows(images) @ directions for images in self.chunks()])
-
     def chunks(self, width: int = 1) -> tuple[Tensor, ...]:
         """Numbers of the images, some thousands at once, or what there is room for if each makes many numbers."""
         count = min(max(_CHUNK // width, 1), _AT_ONCE)
@@ -178,7 +174,8 @@ class Sweep:
         """The weights (column, head x class), learned in the basis of the principal directions."""
         heads = self.heads
         directions, variances = columns.principal()
-        features, counts = columns.along(directions), torch.bincount(labels, minlength=self.classes)
+        features = torch.cat([columns.rows(images) @ directions for images in columns.chunks()])
+        counts = torch.bincount(labels, minlength=self.classes)
         balancing = len(labels) / (int((counts > 0).sum()) * counts.clamp_min(1))
         even = torch.ones_like(balancing)
         importance = torch.stack([balancing if head.weighted else even for head in heads])  # (head, class)

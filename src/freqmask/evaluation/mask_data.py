@@ -190,9 +190,8 @@ def survey_masks(source: PairSource) -> MaskSurvey:
     Raises:
         UserError: a mask is broken, or has another size than its image.
     """
-    file = cache_file(
-        "masks", _LAYOUT, source.content_stamp(), len(source), str(source.part.masks.absolute())
-    )
+    folder = str(source.part.masks.absolute())
+    file = cache_file("masks", _LAYOUT, source.content_stamp(), len(source), folder)
     cached = read_arrays(file, holding=["pixels"])
     if cached is not None:
         pixels, unreadable = np.array(cached[1]["pixels"]), {int(n): r for n, r in cached[0]["unreadable"]}

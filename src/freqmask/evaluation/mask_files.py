@@ -238,10 +238,6 @@ class PairedPicture(Picture):
     def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         return self.picture.decode(box, at_least)
 
-    def mask(self) -> Int32[np.ndarray, "height width"]:
-        """The labels of all pixels."""
-        return read_mask(self.mask_path)
-
 
 class PairSource(Source):
     """The images of a folder with the masks of another; one mask belongs to one file, whatever its pages are.
@@ -360,7 +356,7 @@ class PairDataset(TrainDataset):
 
     def _views(self, picture: Picture, keys: Sequence[int]) -> list[Tensor]:
         assert isinstance(picture, PairedPicture)
-        classes = self.lookup[picture.mask()]
+        classes = self.lookup[read_mask(picture.mask_path)]
         if self.crop is None:
             image = self._image(picture, (0, 0, *picture.size))
             return [resize(image, scaled_size(picture.size, self.image_size)), torch.from_numpy(classes)]

@@ -347,16 +347,14 @@ def _summary(family: Sequence[Result]) -> Summary:
     if error:
         return Summary(first.model.name, first.variant, error=error)
     each = [result.scores() for result in family]
-    scores = replace(
-        each[0], **{name: float(np.mean([vars(one)[name] for one in each])) for name in vars(each[0])}
-    )
+    means = {name: float(np.mean([vars(one)[name] for one in each])) for name in vars(each[0])}
     values = [result.classes()[first.CLASS_METRIC] for result in family]
     return Summary(
         first.model.name,
         first.variant,
         [float(vars(one)[first.METRIC]) for one in each],
         type(first).interval(family) if len(family) > 1 else first.own_interval,
-        scores,
+        replace(each[0], **means),
         dict(zip(first.class_names, np.mean(values, axis=0).tolist(), strict=True)),
     )
 

@@ -389,9 +389,7 @@ def main_lines(tables: Tables) -> list[str]:
     lines = [["model", *columns]]
     for name, cells in rows.items():
         error = cells.get(CLEAN, "").startswith("the features")
-        lines.append(
-            [name, cells[CLEAN]] if error else [name, *(cells.get(column, "-") for column in columns)]
-        )
+        lines.append([name, *([cells[CLEAN]] if error else [cells.get(one, "-") for one in columns])])
     notes = {
         CORRUPTED: "(corrupted: the mean over corruptions and severities; the interval is its own)",
         "mCE (made)": "(mCE (made): ImageNet-C's files are JPEGs, ours are not; read them for published numbers)",
@@ -436,11 +434,8 @@ def draw_curves(path: Path, tables: Tables) -> None:
     models = list(dict.fromkeys(name for table in tables.values() for name in table.models()))
     columns = min(_COLUMNS, len(curves) + 1)
     rows = -(-(len(curves) + 1) // columns)
-    figure = Figure(
-        figsize=(max(2.2 * columns, 4.5), 1.9 * rows + 0.6 + 0.18 * len(models)),
-        dpi=110,
-        layout="constrained",
-    )
+    size = (max(2.2 * columns, 4.5), 1.9 * rows + 0.6 + 0.18 * len(models))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axis, (name, table) in zip(axes, curves, strict=False):
         _draw_curve(axis, name, table, models)

@@ -7,15 +7,16 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lightning as L
+import torch
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
-from torch import nn
+from torch import Tensor, nn
 
 from freqmask.console import counted, rank, readable_bytes, readable_time, say, silence_third_party_loggers
 from freqmask.data.loader import TrainDataset, make_loader
@@ -24,6 +25,7 @@ from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import BackboneModel
 from freqmask.interop.formats import PIXELS
+from freqmask.timm_models import parameters_behind
 from freqmask.training import auto
 from freqmask.training.callbacks import Export
 from freqmask.training.files import check_writable
@@ -204,10 +206,8 @@ class TrainingJob(ABC):
     def deciding(self) -> dict[str, Any]:
         """Plain values on which the result depends; a run is resumed only where they are the same."""
         values = {name: self.asked[name] for name in self.decides if name in self.asked}
-        weights = self.model.key()["weights"]
-        return dict(
-            comparable({**values, "seed": self.seed, "weights of the model": weights, **self.images_decide()})
-        )
+        values |= {"seed": self.seed, "weights of the model": self.model.key()["weights"]}
+        return dict(comparable({**values, **self.images_decide()}))
 
 
 def run_training(job: TrainingJob) -> RunFolder:
@@ -333,6 +333,17 @@ def check_no_problems(models: Sequence[str], use: str, baseline: str, problems: 
     sentences = [*([no_weights] if PIXELS in models else []), *problems]
     if sentences:
         raise UserError("; ".join(sentences))
+
+
+def train_reached(model: nn.Module, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Trains all parameters but those on which no output of ``run`` depends: DDP refuses them. Returns the outputs."""
+    model.requires_grad_(True).eval()
+    with torch.enable_grad():
+        outputs = run()
+    reached = parameters_behind(outputs)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in reached)
+    return outputs
 
 
 def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

@@ -26,10 +26,18 @@ from freqmask.backbones import Backbone
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.mask_files import IGNORED
-from freqmask.evaluation.trainings import AUTO, BETAS, CHECKPOINTS, Plan, TrainingNumbers, layer_groups
+from freqmask.evaluation.trainings import (
+    AUTO,
+    BETAS,
+    CHECKPOINTS,
+    Plan,
+    TrainingNumbers,
+    layer_groups,
+    train_reached,
+)
 from freqmask.interop.models import OpenedModel, stage_features
 from freqmask.spectrum import Images, Normalization, as_float
-from freqmask.timm_models import parameters_behind, strides
+from freqmask.timm_models import strides
 from freqmask.training.auto import Choice
 from freqmask.training.loop import ScheduledModule
 from freqmask.training.optim import Schedule, make_adamw, parameter_groups, scaled_lr
@@ -90,7 +98,10 @@ class FeaturePyramid(nn.Module):
             self.stages = list(range(max(count - 4, 0), count))
         if len(self.stages) < 2:
             raise UserError(f"model ({backbone.name}) has one stage only; segmentation needs two or more")
-        self.channels = [one.shape[1] for one in self._probe()]
+        empty = torch.zeros(1, backbone.channels, *backbone.image_size)
+        self.channels = [one.shape[1] for one in train_reached(backbone, lambda: self._maps(empty))]
+        # LeViT and its like keep what they compute in evaluation, gradients with it, until they train
+        backbone.train().eval()
         self.rescale = nn.ModuleList()
         if self.is_plain:
             for channels, wanted in zip(self.channels, STRIDES, strict=True):
@@ -106,19 +117,6 @@ class FeaturePyramid(nn.Module):
         features = stage_features(self.backbone, normalized, wanted)
         by_stage = {stage: one.feature_map for stage, one in zip(wanted, features, strict=True)}
         return [by_stage[stage] for stage in self.stages]
-
-    def _probe(self) -> list[Tensor]:
-        """The maps of an empty image; what they do not depend on is not trained: DDP refuses it."""
-        backbone = self.backbone
-        backbone.requires_grad_(True).eval()
-        with torch.enable_grad():
-            maps = self._maps(torch.zeros(1, backbone.channels, *backbone.image_size))
-        reached = parameters_behind(maps)
-        # LeViT and its like keep what they compute in evaluation, gradients with it, until they train
-        backbone.train().eval()
-        for parameter in backbone.parameters():
-            parameter.requires_grad_(parameter in reached)
-        return maps
 
 
 AUXILIARY_WEIGHT = 0.4  # of its loss, as in PSPNet and BEiT
@@ -288,15 +286,13 @@ class SegmentationPlan(Plan):
 
     def lines(self, training: Training) -> Iterator[str]:
         """The plan of a new training."""
-        pyramid, (low, high) = self.network.pyramid, training.scale
+        pyramid, (low, high), side = self.network.pyramid, training.scale, training.image_size
         stages = ", ".join(str(stage + 1) for stage in pyramid.stages)
         yield (
             f"model       {self.job.model.name}, {'blocks' if pyramid.is_plain else 'stages'} {stages}; UperNet of "
             f"{training.decoder_channels} channels"
         )
-        size = (
-            "as large as they are" if training.image_size is None else f"shorter side {training.image_size}"
-        )
+        size = "as large as they are" if side is None else f"shorter side {side}"
         mirrored = "mirrored half of the time" if training.flip else "never mirrored"
         yield (
             f"samples     crops of {training.crop} pixels{self.why('crop')}, images {size}, times {low:g} to {high:g}, "
@@ -381,9 +377,7 @@ def segment_windows(
     if min(height, width) < window:  # else a large image would be copied
         padded = fill.to(image)[:, None, None].expand(-1, max(height, window), max(width, window)).clone()
         padded[:, :height, :width] = image
-    corners = list(
-        itertools.product(window_starts(height, window, stride), window_starts(width, window, stride))
-    )
+    corners = list(itertools.product(*(window_starts(side, window, stride) for side in (height, width))))
     total, counts = None, image.new_zeros(padded.shape[1:])
     for first in range(0, len(corners), batch_size):
         some = corners[first : first + batch_size]
