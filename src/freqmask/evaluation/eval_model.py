@@ -257,14 +257,13 @@ def open_eval_model(
     path = Path(text).expanduser()
     # RUN/backbone is of one, too, and refused: it holds no others
     is_run = not foreign and (RunFolder(path).exists() or run_behind(path) is not None)
-    chosen = weights if is_run else None
     many = None if survey.channels in CONVERTIBLE else survey.channels
     opened = open_model(
         text,
         image_size=image_size,
         channels=many,
         seed=seed,
-        weights=chosen,
+        weights=weights if is_run else None,
         optional_model_args=optional_model_args,
     )
     if foreign and many == opened.input_size[0] and not Path(text.partition(":")[2]).expanduser().is_dir():
@@ -389,9 +388,8 @@ def _trained_on(
         with _opening():
             data = open_labelled(options["data"], split)
         for one in data.rounds:
-            used, seed = one.train, options["seeds"][0]
-            if options.get("shots") is not None:
-                used = data.drawn(used, str(options["shots"]), seed)
+            seed = options["seeds"][0]
+            used = data.drawn(one.train, options.get("shots"), seed)
             used = data.parted(used, config["held_out"], seed)[0]
             if Subset(data.source, used).fingerprint() == state["data"]:
                 return data.source, used, False

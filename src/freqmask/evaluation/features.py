@@ -85,9 +85,9 @@ class ComputeConfig:
         It yields something for each batch of ``size`` images; no more is promised of their order. ``lasting`` as for
         :meth:`freqmask.training.worker_pool.WorkerPool.run`.
         """
-        pool = self.replicas or WorkerPool([self.device])
-        parts = part_images(images, size, len(pool)) if images else ()
-        if parts:
+        if images:
+            pool = self.replicas or WorkerPool([self.device])
+            parts = part_images(images, size, len(pool))
             yield from pool.run(work, [(part, *arguments) for part in parts], lasting)
 
     def close(self) -> None:

@@ -201,7 +201,6 @@ def summarize_settings(results: Sequence[Result], prefix: str) -> list[Summary]:
             continue
         (mean,) = summarize([replace(result, variant=prefix + AVERAGE) for result in family])
         settings = [one for one in summaries if one.name == name and one.variant != prefix + FROZEN]
-        by_seed = np.mean([one.values for one in settings], axis=0)
-        summaries.append(replace(mean, values=[float(value) for value in by_seed]))
+        summaries.append(replace(mean, values=np.mean([one.values for one in settings], axis=0).tolist()))
         summaries.append(replace(max(settings, key=lambda one: one.mean), variant=prefix + BEST))
     return summaries

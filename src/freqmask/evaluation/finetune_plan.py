@@ -298,12 +298,10 @@ class FinetunePlan(Plan):
                 self.take(name, getattr(published, name), published.words)
         self._take_length()
         self._take_rates()
-        every, steps = asked["validate_every_epochs"], self.values["steps"]
-        self.values["validate_every_steps"] = (
-            max(steps // VALIDATIONS, 1)
-            if every in (None, AUTO)
-            else max(round(every * self.images / self.values["batch_size"]), 1)
-        )
+        every, steps = asked["validate_every_epochs"], self.values["steps"] // VALIDATIONS
+        if every not in (None, AUTO):
+            steps = round(every * self.images / self.values["batch_size"])
+        self.values["validate_every_steps"] = max(steps, 1)
         self.take_records(CHECKPOINTS)
         return Tuning(**self.values)
 

@@ -67,9 +67,9 @@ class LabelledData:
         """The groups of some images."""
         return None if self.groups is None else [self.groups[int(index)] for index in images]
 
-    def drawn(self, train: np.ndarray, shot: str, seed: int) -> np.ndarray:
-        """Of training images those whose labels are used, as :func:`draw_shots` draws them."""
-        return train[draw_shots(self.labels[train], shot, seed)]
+    def drawn(self, train: np.ndarray, shot: object, seed: int) -> np.ndarray:
+        """Of training images those whose labels are used: all of them, or those of a ``shot`` of :func:`draw_shots`."""
+        return train if shot is None else train[draw_shots(self.labels[train], str(shot), seed)]
 
     def parted(self, train: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the training images of a network those it is trained on, and those on which its accuracy is watched."""
