@@ -243,11 +243,8 @@ class FinetuneJob(TrainingJob):
     def trained_on(self) -> Source:
         return Subset(self.data.source, self.train)
 
-    def images_decide(self) -> dict[str, Any]:
-        return {
-            "images": self.trained_on().fingerprint(),
-            "labels of the images": hash_of(self.data.labels[self.train]),
-        }
+    def labels_decide(self) -> dict[str, Any]:
+        return {"labels of the images": hash_of(self.data.labels[self.train])}
 
     def plan(self) -> tuple[Tuning, dict[str, Any], Source]:
         asked = self.asked
@@ -417,10 +414,8 @@ class Finetune(Protocol):
         data, parts, runs, counts = self.data, [], list[RunFolder](), list[int]()
         for number, fold in enumerate(data.rounds):
             words = f"seed{seed}-fold{number}" if len(data.rounds) > 1 else f"seed{seed}"
-            folder, train = self.root / f"{self.run_names[model.text]}-{words}{suffix}", fold.train
-            if options.get("shots") is not None:
-                train = data.drawn(train, str(options["shots"]), seed)
-            short = model.text in self.planned
+            folder = self.root / f"{self.run_names[model.text]}-{words}{suffix}"
+            train, short = data.drawn(fold.train, options.get("shots"), seed), model.text in self.planned
             job = FinetuneJob(model, data, self.survey, seed, folder, options, short, train=train)
             run = run_training(job)
             self.planned.add(model.text)

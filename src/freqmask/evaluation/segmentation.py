@@ -19,15 +19,7 @@ from safetensors.torch import load_file
 from timm.models import get_model_args
 
 from freqmask.backbones import Backbone
-from freqmask.console import (
-    counted,
-    rank,
-    readable_time,
-    say,
-    say_left_out,
-    shortened,
-    silence_third_party_loggers,
-)
+from freqmask.console import counted, rank, readable_time, say, say_left_out, shortened
 from freqmask.data.loader import OrderedSampler, make_loader
 from freqmask.data.source import Source, spread
 from freqmask.data.values import ValueRange
@@ -108,13 +100,9 @@ class SegmentationJob(TrainingJob):
     def trained_on(self) -> Source:
         return self.data.train
 
-    def images_decide(self) -> dict[str, Any]:
+    def labels_decide(self) -> dict[str, Any]:
         labels = self.data.labels
-        return {
-            "images": self.trained_on().fingerprint(),
-            "classes": list(labels.values),
-            "ignored labels": list(labels.ignored),
-        }
+        return {"classes": list(labels.values), "ignored labels": list(labels.ignored)}
 
     def plan(self) -> tuple[Training, dict[str, Any], Source]:
         images, labels = self.data.train, self.data.labels
@@ -408,8 +396,7 @@ class Segment(Protocol):
 
     def evaluate(self, job: SegmentationJob, seed: int) -> list[Result]:
         """One training, tested in each of the ways asked for; nothing after a dry run or in a helping process."""
-        with silence_third_party_loggers():
-            run = run_training(job)
+        run = run_training(job)
         if self.options["dry_run"] or rank() > 0:
             return []
         training, stride = Training.read(run.config()), self.options["stride"]
@@ -440,6 +427,5 @@ class Segment(Protocol):
         figures = super().draw(tables, folder)
         if self.overlays:
             figures.insert(0, folder / f"{self.name}-overlays.png")
-            data, overlays = self.data, list(self.overlays.values())
-            draw_overlays(figures[0], data.name, overlays, data.labels.names)
+            draw_overlays(figures[0], self.data.name, list(self.overlays.values()), self.data.labels.names)
         return figures

@@ -188,8 +188,8 @@ class TrainingJob(ABC):
         """The training images, those held out among them."""
 
     @abstractmethod
-    def images_decide(self) -> dict[str, Any]:
-        """Plain values of the data on which the result depends."""
+    def labels_decide(self) -> dict[str, Any]:
+        """Plain values of the data, beside its images, on which the result depends."""
 
     @abstractmethod
     def plan(self) -> tuple[TrainingNumbers, dict[str, Any], Source]:
@@ -207,7 +207,8 @@ class TrainingJob(ABC):
         """Plain values on which the result depends; a run is resumed only where they are the same."""
         values = {name: self.asked[name] for name in self.decides if name in self.asked}
         values |= {"seed": self.seed, "weights of the model": self.model.key()["weights"]}
-        return dict(comparable({**values, **self.images_decide()}))
+        values["images"] = self.trained_on().fingerprint()
+        return dict(comparable({**values, **self.labels_decide()}))
 
 
 def run_training(job: TrainingJob) -> RunFolder:
