@@ -391,9 +391,8 @@ class PairDataset(TrainDataset):
         fill = (255 * fill).round().to(torch.uint8) if image.dtype == torch.uint8 else fill
         square = fill[:, None, None].expand(-1, side, side).clone()
         square[:, :height, :width] = image
-        padded = torch.full((side, side), IGNORED, dtype=target.dtype)
-        padded[:height, :width] = target
-        return square, padded
+        beside = (0, side - width, 0, side - height)
+        return square, torch.nn.functional.pad(target, beside, value=IGNORED)
 
 
 def nearest(

@@ -102,10 +102,9 @@ class FeaturePyramid(nn.Module):
         self.channels = [one.shape[1] for one in train_reached(backbone, lambda: self._maps(empty))]
         # LeViT and its like keep what they compute in evaluation, gradients with it, until they train
         backbone.train().eval()
-        self.rescale = nn.ModuleList()
-        if self.is_plain:
-            for channels, wanted in zip(self.channels, STRIDES, strict=True):
-                self.rescale.append(Rescale(channels, round(math.log2(backbone.stride / wanted))))
+        wanted = zip(self.channels, STRIDES, strict=True) if self.is_plain else ()
+        steps = ((channels, round(math.log2(backbone.stride / stride))) for channels, stride in wanted)
+        self.rescale = nn.ModuleList(itertools.starmap(Rescale, steps))
 
     def forward(self, normalized: Images) -> list[Tensor]:
         """The maps of normalized images."""
