@@ -121,8 +121,8 @@ class TunedFewshot(Protocol):
         self.options = {**usual, **kept, "held_out": 0.0, "epochs": epochs}
         self.tuning = Finetune(self.options, self.frozen is not None)
 
-    def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
-        return EvalConfig.of(options, self.seeds, ComputeConfig.of(options))
+    def compute_of(self, options: Mapping[str, Any]) -> ComputeConfig:
+        return ComputeConfig.of(options)
 
     def open(self, config: EvalConfig) -> None:
         self.tuning.open(config)

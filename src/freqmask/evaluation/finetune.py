@@ -385,9 +385,8 @@ class Finetune(Protocol):
         self.options, self.frozen_too = options, frozen_too
         self.headline = "all labels" if options["shots"] is None else shot_name(str(options["shots"]))
 
-    def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
-        features = {"batch_size": "auto", "precision": "32", "cache": True}
-        return EvalConfig.of(options, self.seeds, ComputeConfig.of({**options, **features}))
+    def compute_of(self, options: Mapping[str, Any]) -> ComputeConfig:
+        return ComputeConfig.of({**options, "batch_size": "auto", "precision": "32", "cache": True})
 
     def open(self, config: EvalConfig) -> None:
         models = [text for text in config.models if not (self.frozen_too and text == PIXELS)]

@@ -80,23 +80,6 @@ class EvalConfig:
                 "MODEL is missing; try pixels, random:vit_tiny_patch16_224 and a run folder together"
             )
 
-    @classmethod
-    def of(
-        cls, options: Mapping[str, Any], seeds: Sequence[int], compute: ComputeConfig | None = None
-    ) -> EvalConfig:
-        """By the options of a command; ``seeds`` where none are given, ``compute`` where not on all of --devices."""
-        data, out = options["data"], options["out"]
-        return cls(
-            models=options["model"],
-            data=[] if data is None else list(data) if isinstance(data, (list, tuple)) else [data],
-            split=group_among(SplitConfig, options),
-            seeds=options["seeds"] or seeds,
-            windows=group_among(Windows, options),
-            compute=compute or ComputeConfig.of(options, "evaluate"),
-            out=None if out is None else Path(out),
-            options=options,
-        )
-
 
 @dataclass
 class EvalContext:
@@ -206,7 +189,21 @@ class Protocol(ABC):
 
     def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
         """What the protocol shares with every other, by the options of its command."""
-        return EvalConfig.of(options, self.seeds)
+        data, out = options["data"], options["out"]
+        return EvalConfig(
+            models=options["model"],
+            data=[] if data is None else list(data) if isinstance(data, (list, tuple)) else [data],
+            split=group_among(SplitConfig, options),
+            seeds=options["seeds"] or self.seeds,
+            windows=group_among(Windows, options),
+            compute=self.compute_of(options),
+            out=None if out is None else Path(out),
+            options=options,
+        )
+
+    def compute_of(self, options: Mapping[str, Any]) -> ComputeConfig:
+        """Where features are computed: on all of --devices."""
+        return ComputeConfig.of(options, "evaluate")
 
     def open(self, config: EvalConfig) -> None:
         """Models, data and the folder of the results, each tried once: a mistake shows before hours of work.

@@ -335,8 +335,8 @@ class Segment(Protocol):
         self.headline = self.inferences[0]
         self.overlays: dict[int, Overlay] = {}
 
-    def config_of(self, options: Mapping[str, Any]) -> EvalConfig:
-        return EvalConfig.of(options, self.seeds, ComputeConfig())
+    def compute_of(self, options: Mapping[str, Any]) -> ComputeConfig:
+        return ComputeConfig()
 
     def open(self, config: EvalConfig) -> None:
         check_no_problems(config.models, "trained on", "baseline", _problems(self.options))
