@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import parse_shots
-from freqmask.evaluation.trainings import AUTO, CHECKPOINTS, Plan, TrainingNumbers, train_reached
+from freqmask.evaluation.trainings import AUTO, Plan, TrainingNumbers, train_reached
 from freqmask.interop.models import OpenedModel
 from freqmask.rng import torch_seeded
 from freqmask.timm_models import REFUSED, cannot
@@ -302,7 +302,7 @@ class FinetunePlan(Plan):
         if every not in (None, AUTO):
             steps = round(every * self.images / self.values["batch_size"])
         self.values["validate_every_steps"] = max(steps, 1)
-        self.take_records(CHECKPOINTS)
+        self.take_records(self.CHECKPOINTS)
         return Tuning(**self.values)
 
     def _take_views(self) -> None:

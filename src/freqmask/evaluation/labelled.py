@@ -331,13 +331,10 @@ def _with_duplicates(
 ) -> Sequence[str | None] | None:
     """Groups in which identical images stay together; refused where that was not asked for."""
     groups, hashes = data.groups_of(images), pixel_hashes(data.source, images)
+    known: list[str | None] = groups or [None] * len(hashes)
     first = {value: place for place, value in reversed(list(enumerate(hashes)))}
     twins = [(first[value], place) for place, value in enumerate(hashes) if first[value] != place]
-    loose = [
-        (one, other)
-        for one, other in twins
-        if groups is None or groups[one] is None or groups[one] != groups[other]
-    ]
+    loose = [(one, other) for one, other in twins if known[one] is None or known[one] != known[other]]
     if not loose:
         return groups
     if config.duplicates == "refuse":
@@ -346,7 +343,7 @@ def _with_duplicates(
             f"{len(loose)} images are identical to others (first {other!r} and {one!r}) and could be on both sides of "
             "a split; remove them, or keep each with its twin by --duplicates together"
         )
-    return joined_groups(groups or [None] * len(hashes), hashes)
+    return joined_groups(known, hashes)
 
 
 def _check_classes(data: LabelledData, trained: bool = True) -> None:

@@ -143,8 +143,7 @@ def labels_of(
         UserError: there are fewer than two classes.
     """
     values = sorted(named) if named is not None else [int(x) for x in present if int(x) not in ignored]
-    held_by_some = set(present.tolist())
-    if sum(value in held_by_some for value in values) < 2:
+    if np.isin(values, present).sum() < 2:
         held = ", ".join(str(int(label)) for label in present[:5]) or "nothing"
         raise UserError(
             f"the training masks hold fewer than two classes (labels: {held}; ignored: "

@@ -47,7 +47,6 @@ from freqmask.training.run_folder import RUNS, RunFolder, comparable, from_anywh
 
 AUTO = "auto"
 BETAS = (0.9, 0.999)
-CHECKPOINTS = 20  # a run
 PATHS = ("model", "data", "labels", "images", "masks")  # options that may be paths
 SHOWN = {
     "images_per_second": "{:.1f} images/s",
@@ -126,6 +125,8 @@ class Plan(auto.Plan):
     network: Any = field(kw_only=True)  # what is trained
     images: int = field(kw_only=True)  # training images
 
+    CHECKPOINTS: ClassVar[int] = 20  # a run
+
     def take_model(self) -> None:
         """What the model decides, and what is no matter of choice."""
         opened = self.job.model.opened
@@ -160,7 +161,7 @@ class Plan(auto.Plan):
             yield f"threads     {self.reasons['threads']}"
         took = readable_time(self.step_seconds() * numbers.steps)
         memory = readable_bytes(self.cost.peak_bytes(numbers.images_at_once))
-        yield (f"cost        about {took} (measured, where loading keeps up), {memory} of memory")
+        yield f"cost        about {took} (measured, where loading keeps up), {memory} of memory"
 
 
 @dataclass

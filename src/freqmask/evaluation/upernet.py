@@ -26,15 +26,7 @@ from freqmask.backbones import Backbone
 from freqmask.data.values import Survey
 from freqmask.errors import UserError
 from freqmask.evaluation.mask_files import IGNORED
-from freqmask.evaluation.trainings import (
-    AUTO,
-    BETAS,
-    CHECKPOINTS,
-    Plan,
-    TrainingNumbers,
-    layer_groups,
-    train_reached,
-)
+from freqmask.evaluation.trainings import AUTO, BETAS, Plan, TrainingNumbers, layer_groups, train_reached
 from freqmask.interop.models import OpenedModel, stage_features
 from freqmask.spectrum import Images, Normalization, as_float
 from freqmask.timm_models import strides
@@ -254,7 +246,7 @@ class SegmentationPlan(Plan):
             values["strategy"] = "ddp"
         self._take_length()
         self._take_rates()
-        self.take_records(CHECKPOINTS)
+        self.take_records(self.CHECKPOINTS)
         return Training.read(values)
 
     def _take_length(self) -> None:
