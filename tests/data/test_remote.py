@@ -96,6 +96,36 @@ def test_a_pattern_works_without_an_index(server, shards, pattern):
     assert far.all_labels().tolist() == here.all_labels().tolist()
 
 
+class Signed(Handler):
+    """Refuses whatever is not asked for with the signature of a tar."""
+
+    def parse_request(self):
+        if not super().parse_request():
+            return False
+        name, _, query = self.path.partition("?")
+        is_signed = query == "X-Expires=9&sig=a%2Bb" and name.endswith(".tar")
+        if not is_signed:
+            self.send_error(403)
+        return is_signed
+
+
+@pytest.mark.parametrize("name", ["train-000000", "train-{000000..000001}"])
+def test_a_signed_address_is_read_and_its_images_keep_their_names(shards, tmp_path, name):
+    (shards / "shards.index").unlink()  # a signature is of one file
+    with serving(tmp_path, Signed) as server:
+        far = open_source(f"{server.url}/shards/{name}.tar?X-Expires=9&sig=a%2Bb")
+        here = open_source(str(shards / f"{name}.tar"))
+        assert [far.encoded(k) for k in range(len(far))] == [here.encoded(k) for k in range(len(here))]
+        assert [far.name(k) for k in range(len(far))] == [here.name(k) for k in range(len(here))]
+        for other, words in (
+            ("shards?sig=a", "must be a .tar or .parquet"),
+            ("x.tgz?sig=a", "compressed"),
+            ("shards/train-000000.tar?sig=other", "status 403"),
+        ):
+            with pytest.raises(UserError, match=words):
+                open_source(f"{server.url}/{other}")
+
+
 def test_a_listed_folder_of_images_is_the_folder(server, photos):
     for name in (".hidden/1.png", "train/.hidden.png", "train/Thumbs.db"):
         (photos / name).parent.mkdir(exist_ok=True)

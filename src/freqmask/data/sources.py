@@ -32,6 +32,7 @@ from freqmask.data.storage import (
     files_of,
     is_pattern,
     nearest_path,
+    part_query,
     unpacker_of,
 )
 from freqmask.errors import BadImage, UserError, brief, name_of, nearest
@@ -135,7 +136,7 @@ def locate(data: str | Path, pages: Pages) -> Located:
     path = Path(text).expanduser()
     if path.is_dir():
         return _locate_folder(path, pages)
-    program = unpacker_of([f".{text.lower().rpartition('.')[2]}"])
+    program = unpacker_of([f".{part_query(text)[0].lower().rpartition('.')[2]}"])
     if program is not None:
         raise UserError(
             f"DATA ({text}) is compressed, and no single image can be read out of it; unpack it with {program} "
@@ -185,8 +186,12 @@ def _locate_remote(text: str, pages: Pages) -> Located:
             f"DATA ({text}) is no data set; Hugging Face's are {HUB}datasets/NAME, read where they are, and hf:NAME, "
             "fetched first"
         )
-    if text.endswith((".tar", ".parquet")):
+    address, query = part_query(text)
+    if address.endswith((".tar", ".parquet")):
         return _named_files(text, pages)
+    if query:
+        rule = "a .tar or .parquet, or several by braces, where it has a query, because it lists nothing"
+        raise UserError(f"DATA ({text}) must be {rule}; copy it here first")
     of_prepare = PurePosixPath(urlsplit(text).path).name in (INDEX_NAME, MANIFEST)
     files = RemoteFiles(text.rpartition("/")[0] if of_prepare else text)
     if of_prepare or files.index_file() is not None or files.names():
@@ -206,7 +211,7 @@ def _locate_remote(text: str, pages: Pages) -> Located:
 def _named_files(text: str, pages: Pages) -> Located:
     """One or several tars or tables, here or behind a URL."""
     files, names = files_of(text)
-    if text.lower().endswith(".tar"):
+    if part_query(text)[0].lower().endswith(".tar"):
         return _shards(files, names, text, pages)
     return _tables(files, names or [], text, named=True)
 
@@ -277,8 +282,7 @@ def locate_array(path: Path) -> Located:
 
 def _find_pairs(axes: dict[str, int], path: Path) -> dict[str, tuple[str, str | None]]:
     """Split (or "") -> the names of its images and its labels."""
-    images: dict[str, str] = {}
-    labels: dict[str, str] = {}
+    images, labels = dict[str, str](), dict[str, str]()
     for key, count in axes.items():
         words = key.lower().split("_") if key.lower() not in (*IMAGE_KEYS, *LABEL_KEYS) else [key.lower()]
         split = next((word for word in words if split_of(word)), "")
@@ -380,8 +384,7 @@ def _read(path: Path, key: str | None) -> np.ndarray:
     """One array of a file; objects, which would run code, are refused."""
     try:
         if key is None:
-            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-            return np.asarray(array)  # a plain view: np.memmap is slow to index
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # np.memmap is slow to index
         with np.load(path, allow_pickle=False) as archive:
             return archive[key]
     except PermissionError:
@@ -471,9 +474,8 @@ class BuiltinDigits(Source):
 
     def open(self, index: int) -> Picture:
         eight = np.rint(_digits()[0][index] * (255 / 16)).astype(np.uint8)
-        return ArrayPicture(
-            np.asarray(Image.fromarray(eight).resize((self.size,) * 2, Image.Resampling.BICUBIC))
-        )
+        enlarged = Image.fromarray(eight).resize((self.size,) * 2, Image.Resampling.BICUBIC)
+        return ArrayPicture(np.asarray(enlarged))
 
     def label(self, index: int) -> int:
         return int(_digits()[1][index])

@@ -33,6 +33,7 @@ UNPACKERS = {
 INDEX_NAME = "shards.index"
 MANIFEST, PARTS = "prepare.json", ".parts"  # the second as long as not all shards are there
 PATTERN = re.compile(r"[*?{\[]")
+QUERY = re.compile(r"(https?://[^?]*)(\?[^/]*=.*)", re.IGNORECASE)  # unlike a pattern's ?, with a =
 State = tuple[int, object]  # of a file: its bytes, and what else changes with its content, None where unknown
 Result = TypeVar("Result")
 _HELD: list[Any] = []  # indexes that could not be cached
@@ -55,6 +56,12 @@ def unpacker_of(suffixes: Iterable[str]) -> str | None:
 def is_pattern(text: str) -> bool:
     """Whether a text stands for several files."""
     return bool(PATTERN.search(text))
+
+
+def part_query(text: str) -> tuple[str, str]:
+    """An address on the web, and its ``?sig=…``: a signature, which is of that file alone, or the like."""
+    found = QUERY.fullmatch(text)
+    return (found[1], found[2]) if found else (text, "")
 
 
 def visible(names: Iterable[str], pattern: str = "") -> list[str]:
@@ -103,7 +110,8 @@ def files_of(text: str) -> tuple[Files, list[str] | None]:
 
     What braces name is kept, whether it is there or not, to be missed by its name. A UserError where nothing fits.
     """
-    scheme, mark, rest = text.rpartition("://")
+    address, query = part_query(text)
+    scheme, mark, rest = address.rpartition("://")
     path = Path(text).expanduser()
     if not mark and path.is_dir():
         return LocalFiles(path), None
@@ -111,7 +119,7 @@ def files_of(text: str) -> tuple[Files, list[str] | None]:
         return LocalFiles(path.parent), [path.name]
     # a Windows path has a drive, and backslashes where it was not written with others
     root, pattern = split_pattern(rest if mark else path.relative_to(path.anchor).as_posix())
-    files = RemoteFiles(f"{scheme}://{root}") if mark else LocalFiles(Path(path.anchor, root))
+    files = RemoteFiles(f"{scheme}://{root}", query) if mark else LocalFiles(Path(path.anchor, root))
     names = [
         name
         for part in expand_braces(pattern)
@@ -207,9 +215,7 @@ class LocalFiles(Files):
 
     def names(self) -> list[str]:
         folders = [folder for folder in self.root.iterdir() if split_of(folder.name) and folder.is_dir()]
-        found = [
-            tar for folder in (self.root, *folders) for tar in folder.glob("*.[tT][aA][rR]") if tar.is_file()
-        ]
+        found = [tar for one in (self.root, *folders) for tar in one.glob("*.[tT][aA][rR]") if tar.is_file()]
         return visible(path.relative_to(self.root).as_posix() for path in found)
 
     def matching(self, pattern: str) -> list[str]:
@@ -240,12 +246,14 @@ class RemoteFiles(Files):
     Args:
         root: ``https://…``, ``s3://…``, ``gs://…``, ``memory://…``; whatever fsspec knows. Credentials and
             endpoints come from where the protocol's own tools look for them.
+        query: ``?sig=…``, which stands behind the address of each file.
     """
 
     remote = True
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, query: str = "") -> None:
         self.root = self.where = root.rstrip("/") if urlsplit(root).path.strip("/") else root
+        self.query = query
         self._states: dict[str, State] = {}
         self._listings: dict[int | None, dict[str, int | None]] = {}
 
@@ -253,7 +261,7 @@ class RemoteFiles(Files):
         return {**self.__dict__, "_listings": {}}  # of no use to a worker, and maybe of millions of files
 
     def url(self, name: str) -> str:
-        return f"{self.root.rstrip('/')}/{name}" if name else self.root
+        return (f"{self.root.rstrip('/')}/{name}" if name else self.root) + self.query
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Some bytes of a file, or all of them; FileNotFoundError where it is gone, else as `with_retries`."""
@@ -323,7 +331,7 @@ class RemoteFiles(Files):
         return self._listings[levels]
 
     def index_file(self) -> Path | None:
-        return self._index
+        return None if self.query else self._index
 
     @cached_property
     def _index(self) -> Path | None:  # asked for once
