@@ -1,5 +1,6 @@
 """Other people's checkpoints become models that compute the same."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from reference import mfm_vit_shapes
 from safetensors.torch import save_file
 
+import freqmask
 from freqmask.errors import UserError
 from freqmask.interop.foreign_weights import convert_file, from_beit_names, to_beit_names
 from freqmask.interop.models import open_model
@@ -429,3 +431,25 @@ def test_weights_that_open_as_they_are_need_no_converting(vit_run, tmp_path):
     torch.save(content, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="training state of freqmask; name its run folder"):
         convert_file(tmp_path / "last.ckpt")
+
+
+def test_statistics_of_others_are_put_where_the_note_says(tmp_path, capsys):
+    model = tiny_vit()
+    torch.save(
+        {"teacher": {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}},
+        tmp_path / "a.pth",
+    )
+    folder = freqmask.convert(tmp_path / "a.pth", out=tmp_path / "dino", model_args={"num_heads": 1})
+    mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    assert (
+        f"DINO's, MAE's and DeiT's are {list(mean)} and {list(std)}: put them into config.json"
+        in capsys.readouterr().out
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": mean, "std": std}
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = open_model(folder)
+    shown = (IMAGES - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.normalise(IMAGES), shown)
+        torch.testing.assert_close(opened.backbone(opened.normalise(IMAGES)).class_token, model(shown))

@@ -311,6 +311,8 @@ def _statistics(
     if by_mfm and not has_own_biases:
         mean, std, whose = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's, as MFM's authors use"
     note = f"mean and std: {whose} (the file does not tell)"
+    if not has_own_biases and mean != IMAGENET_MEAN and channels == 3:  # as of the ViTs that Google trained
+        note += f"; DINO's, MAE's and DeiT's are {[*IMAGENET_MEAN]} and {[*IMAGENET_STD]}: put them into config.json"
     return fitted(mean, channels), fitted(std, channels), note
 
 
