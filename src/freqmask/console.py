@@ -6,8 +6,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TextIO
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # torchrun, Lightning, SLURM, LSF
@@ -29,6 +30,7 @@ _UNSHOWN = re.compile(
 )
 _WIDEST_NAME = 160  # signs of a model's or a class's name in a table
 _SHOWN_SKIPPED = 3  # images that cannot be read, by their names
+BELOW = "\n" + 12 * " "  # from line to line of what stands beside one title
 LINES_A_RUN = 20  # lines of a run without a terminal
 MOST_PATHS = 8  # in a command that is printed
 
@@ -38,9 +40,8 @@ def say(text: str = "") -> None:
 
     What would command the terminal, or what its encoding cannot show, is escaped.
     """
-    if is_quiet() or rank() != 0:
-        return
-    _write(sys.stdout, text)
+    if not is_quiet() and rank() == 0:
+        _write(sys.stdout, text)
 
 
 def say_error(text: str) -> None:
@@ -97,10 +98,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows)
     lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
-        lines.append("  ".join(cells).rstrip())
+    for first, *others in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=False)]
+        lines.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
     return lines
 
 
@@ -264,16 +264,32 @@ class Progress:
             self._bar = None
 
 
-@contextmanager
-def silence_third_party_loggers() -> Iterator[None]:
+def silence_third_party_loggers() -> AbstractContextManager[None]:
     """Silence other libraries inside the block, unless FREQMASK_DEBUG is set, and put all back afterwards."""
+    return nullcontext() if os.environ.get("FREQMASK_DEBUG") else silenced(*_LOUD)
+
+
+@contextmanager
+def image_progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Within, a bar with images a second; what it gives is told how many are ready beside those ``done`` before."""
+    began = time.monotonic()
+    progress = Progress(total, done, {"rate": "{:.0f} images/s"}, unit="image")
+    progress.start()
+    try:
+        yield lambda count: progress.update(
+            done + count, {"rate": count / max(time.monotonic() - began, 1e-9)}
+        )
+    finally:
+        progress.close()
+
+
+@contextmanager
+def silenced(*loggers: str) -> Iterator[None]:
+    """Within, nobody warns and these loggers tell of errors alone."""
     import logging
     import warnings
 
-    if os.environ.get("FREQMASK_DEBUG"):
-        yield
-        return
-    levels = {logger: logger.level for logger in map(logging.getLogger, _LOUD)}
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:

@@ -71,16 +71,12 @@ def default_filters(size: int) -> list[str]:
     from freqmask.filters import FILTERS
 
     band = f"(low={max(1, round(8 * size / 224))}, high={max(2, round(32 * size / 224))})"
-    few, share = "(fractions=[0.01])", "(share=0.9)"
     arguments = {
-        "bandpass": band,
-        "bandstop": band,
-        "com": few,
-        "rcom": few,
-        "energy": share,
-        "renergy": share,
+        **dict.fromkeys(("bandpass", "bandstop"), band),
+        **dict.fromkeys(("com", "rcom"), "(fractions=[0.01])"),
+        **dict.fromkeys(("energy", "renergy"), "(share=0.9)"),
+        "randombins": "(fraction=0.5)",
     }
-    arguments["randombins"] = "(fraction=0.5)"
     return [name + arguments.get(name, "") for name in FILTERS if name != "oneof"]
 
 
@@ -128,10 +124,8 @@ def reconstruct(
     for name in names:
         done = filter if filter is not None and len(names) == 1 else name
         bands = [psnr_by_band(tensors) for _, of, tensors in pictures if of == name]
-        say(f"{done}: PSNR in dB, mean of {len(bands)} image{'s' if len(bands) > 1 else ''}")
-        for line in band_lines(bands):
-            say(line)
-        say()
+        heading = f"{done}: PSNR in dB, mean of {len(bands)} image{'s' if len(bands) > 1 else ''}"
+        say("\n".join([heading, *band_lines(bands), ""]))
     path = draw_reconstructions(out, pictures, f"{opened.name}, {method.name}")
     say(f"figure      {path}")
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from freqmask.commands.command import command
-from freqmask.console import say, shell_path
+from freqmask.console import BELOW, say, shell_path
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.interop.formats import (
@@ -77,9 +77,8 @@ def export(
     opened = _open(model, image_size, weights, format)
     if out is not None:
         sentences = export_model(opened, out, format, overwrite)
-        say(f"written     {out}    ({getattr(opened, 'name', model)}, {format})")
-        for sentence in sentences:
-            say(f"            {sentence}")
+        name = getattr(opened, "name", model)
+        say(f"written     {BELOW.join([f'{out}    ({name}, {format})', *sentences])}")
     if push is None:
         return Path(str(out))
     from freqmask.interop.exporters import push_model
@@ -163,11 +162,8 @@ def convert(
             decoder=converted.decoder or None,
         )
     height, width = converted.image_size
-    say(f"written     {out}    ({converted.architecture}, {height}x{width} pixels)")
+    lines = [f"{out}    ({converted.architecture}, {height}x{width} pixels)"]
     if converted.decoder:
-        say(
-            f"            with its decoder: freqmask reconstruct {shell_path(out)} IMAGE shows what it fills in"
-        )
-    for note in converted.notes:
-        say(f"            {note}")
+        lines.append(f"with its decoder: freqmask reconstruct {shell_path(out)} IMAGE shows what it fills in")
+    say(f"written     {BELOW.join([*lines, *converted.notes])}")
     return path

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from freqmask.console import Progress, say, say_left_out
+from freqmask.console import image_progress, say, say_left_out
 from freqmask.data.cache import hash_of
 from freqmask.data.loader import ChosenSampler, TrainDataset, make_loader
 from freqmask.data.pixels import Pages, missing_pixels
@@ -172,22 +172,15 @@ def compute_parts(task: FeatureTask, source: Source, parts: Parts, config: Compu
     whole, missing = parts.begin(), parts.missing()
     if whole:
         say(f"resumes     {whole} of {parts.count} parts are whole from before")
-    began, done = time.monotonic(), 0
-    progress = Progress(
-        sum(len(parts.indices(number)) for number in missing), 0, {"rate": "{:.0f} images/s"}, unit="image"
-    )
-    progress.start()
     size = config.images_at_once(*task.input_size)
     arguments = (missing, task, source, parts, size, config.workers, config.bf16)
+    images = sum(len(parts.indices(number)) for number in missing)
     try:
-        with closing(config):
-            for number in config.run(some_parts, len(missing), 1, arguments, [task, source]):
-                done += number
-                progress.update(done, {"rate": done / max(time.monotonic() - began, 1e-9)})
+        with image_progress(images) as count, closing(config):
+            for done in accumulate(config.run(some_parts, len(missing), 1, arguments, [task, source])):
+                count(done)
     except DiedError as error:
         raise UserError(f"{error}; the same command resumes from the parts that are whole") from error
-    finally:
-        progress.close()
 
 
 def some_parts(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from freqmask.commands.command import command
-from freqmask.console import Progress, counted, plain_name, readable_bytes, say, shell_path
+from freqmask.console import BELOW, counted, image_progress, plain_name, readable_bytes, say, shell_path
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
 from freqmask.options import Auto, Range
@@ -74,9 +73,7 @@ def prepare(
     parts, notes = open_parts(data, pages, split, labels)
     counts = ", ".join(f"{name or 'images'} {len(source):,}" for name, source in parts.parts)
     classes = f", {len(parts.class_names):,} classes" if parts.class_names else ", no labels"
-    say(f"images      {counts}{classes}")
-    for note in notes:
-        say(f"            {note}")
+    say(f"images      {BELOW.join([counts + classes, *notes])}")
     settings = _settings(parts, (side, shard_size, pages, split), processes, before, path)
     if finished:
         same = "images" if settings.stamp in (None, parts.stamp) else "names"
@@ -84,19 +81,11 @@ def prepare(
         return path
     for folder, pattern in ((path, ".*.tmp"), (path, f"{INDEX_NAME}*.tmp"), (path / PARTS, "*.tmp")):
         clear_leftovers(folder, pattern=pattern)
-    there, began = images_there(path, parts, settings), time.monotonic()
+    there = images_there(path, parts, settings)
     if there:
         say(f"resumes     {there:,} of {parts.count:,} images are in finished shards")
-    progress = Progress(parts.count, there, {"rate": "{:.0f} images/s"}, unit="image")
-
-    def count(done: int) -> None:
-        progress.update(there + done, {"rate": done / max(time.monotonic() - began, 1e-9)})
-
-    progress.start()
-    try:
+    with image_progress(parts.count, there) as count:
         result = prepare_shards(parts, settings, path, processes, count)
-    finally:
-        progress.close()
     _summarize(result, settings, path)
     return path
 
@@ -111,9 +100,8 @@ def _settings(
     if before is not None:
         size = before.shard_size if size == "auto" else size
         # of a folder that goes on the first stamp stays: its first shards are of those files
-        settings = Settings(
-            side, size, pages, split, parts.content, before.workers, parts.groups, before.stamp
-        )
+        asked = (side, size, pages, split)
+        settings = Settings(*asked, parts.content, before.workers, parts.groups, before.stamp)
         _check_same(settings, before, out)
         if before.stamp not in (None, parts.stamp):
             say(
@@ -124,9 +112,8 @@ def _settings(
     chosen, mean = choose_shard_size(parts, side)
     size = chosen if size == "auto" else size
     needed = mean * parts.count
-    free = shutil.disk_usage(
-        out if out.is_dir() else existing_parent(out)
-    ).free  # it may be a disk of its own
+    place = out if out.is_dir() else existing_parent(out)  # it may be a disk of its own
+    free = shutil.disk_usage(place).free
     say(
         f"shards      {len(parts.shards(size)):,} of up to {size:,} images, about {readable_bytes(needed)} in all; "
         f"{readable_bytes(free)} are free"
@@ -156,20 +143,13 @@ def _check_same(settings: Settings, before: Settings, out: Path) -> None:
 
 def _summarize(result: PrepareResult, settings: Settings, path: Path) -> None:
     shards, images = len(result.index.shards), len(result.index)
-    say(
-        f"written     {path}    {images:,} images in {shards:,} shard{'s' * (shards > 1)}, "
-        f"{readable_bytes(result.bytes)}"
-    )
+    size = f"{shards:,} shard{'s' * (shards > 1)}, {readable_bytes(result.bytes)}"
+    say(f"written     {path}    {images:,} images in {size}")
     if result.skipped:
-        say(
-            f"skipped     {counted(len(result.skipped), 'image')} cannot be read; {path / 'skipped.csv'} lists them"
-        )
-        for name, reason in result.skipped[:_SHOWN_SKIPPED]:
-            say(f"            {plain_name(name)}: {reason}")
-    first, *rest = spectrum_words(result.reductions, images, settings.resize)
-    say(f"spectrum    {first}")
-    for line in rest:
-        say(f"            {line}")
+        first = [f"{plain_name(name)}: {reason}" for name, reason in result.skipped[:_SHOWN_SKIPPED]]
+        unread = f"{counted(len(result.skipped), 'image')} cannot be read; {path / 'skipped.csv'} lists them"
+        say(f"skipped     {BELOW.join([unread, *first])}")
+    say(f"spectrum    {BELOW.join(spectrum_words(result.reductions, images, settings.resize))}")
     say(f"use it      freqmask pretrain {shell_path(path)}")
 
 

@@ -5,16 +5,14 @@ Their names (FORMATS) stand in :mod:`.formats`, which commands read before torch
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import json
-import logging
 import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from freqmask import __version__
 from freqmask.backbones import Features
+from freqmask.console import silenced
 from freqmask.errors import UserError, brief
 from freqmask.interop.feature_space import FILE, KEY, load_space
 from freqmask.interop.foreign_weights import mfm_encoder
@@ -41,6 +40,7 @@ from freqmask.training.run_folder import RESULTS, RunFolder, names_in, save_atom
 Compute = Callable[[Tensor], tuple[Tensor, ...]]  # images (B, C, H, W) in [0, 1] to outputs
 TOLERANCE = 1e-4  # of the largest feature; float32 sums in another order differ by about 1e-6 of it
 _LARGEST_ONE_FILE = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
+_EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # loggers
 
 
 class Exported(nn.Module):
@@ -57,8 +57,7 @@ class Exported(nn.Module):
         pooled: Pooled = "mean",
     ) -> None:
         super().__init__()
-        self.network, self.normalise = network, Normalization(len(mean), mean, std)
-        self.pooled = pooled
+        self.network, self.normalise, self.pooled = network, Normalization(len(mean), mean, std), pooled
 
     def forward(self, images: Images) -> tuple[Tensor, ...]:
         """The network's outputs for images in [0, 1]."""
@@ -153,8 +152,10 @@ def exported_metadata(opened: OpenedModel | OpenedClassifier) -> dict[str, Any]:
         "value_range": opened.value_range,
     }
     if isinstance(opened, OpenedModel):
-        plain |= {"stage": opened.backbone.stage}
-        plain |= {"crop": opened.trained_crop} if opened.trained_crop else {}
+        plain |= {
+            "stage": opened.backbone.stage,
+            **({"crop": opened.trained_crop} if opened.trained_crop else {}),
+        }
     return plain
 
 
@@ -171,19 +172,15 @@ def write_mfm(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> lis
         )
     state |= {f"decoder.{name}": tensor for name, tensor in decoder.items()}
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_atomically({"model": state, "epoch": _epoch(opened)}, path)
+    epoch, images = opened.metadata.get("epoch", 0), opened.run and opened.run.state().get("images")
+    if opened.run is not None and "epoch" not in opened.metadata and images:
+        epoch = opened.metadata.get("step", 0) * opened.run.config()["batch_size"] / images
+    save_atomically({"model": state, "epoch": int(epoch)}, path)
     notes = [f"{len(state)} tensors, plain: torch.load(..., weights_only=True) reads it"]
     height, width = opened.input_size[1:]
     if height != width and "encoder.pos_embed" in state:
         notes.append(f"freqmask convert needs its size: --model_args '{{img_size: [{height}, {width}]}}'")
     return notes
-
-
-def _epoch(opened: OpenedModel) -> int:
-    images = opened.run.state().get("images") if opened.run is not None else None
-    if opened.run is None or "epoch" in opened.metadata or not images:
-        return int(opened.metadata.get("epoch", 0))
-    return int(opened.metadata.get("step", 0) * opened.run.config()["batch_size"] / images)
 
 
 def write_onnx(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> list[str]:
@@ -233,8 +230,7 @@ def write_torch_export(opened: OpenedModel | OpenedClassifier | Graph, path: Pat
         torch.export.save(program, content, extra_files={"freqmask.json": json.dumps(_metadata(graph))})
         path.write_bytes(content.getvalue())
         content.seek(0)
-        loaded: Compute = torch.export.load(content).module()
-        return loaded
+        return torch.export.load(content).module()
 
     return _write_graph(
         graph, path, write, f'torch.export.load("{path}").module()(images in [0, 1])', "torch"
@@ -268,7 +264,8 @@ def _write_graph(
 
     def attempt(temporary: Path, dynamic: dict[int, Any], sizes: Sequence[tuple[int, int]]) -> None:
         nonlocal largest
-        with _silence():
+        # exporters log and warn of their own future; the user is told what matters
+        with silenced(*_EXPORTERS), redirect_stdout(io.StringIO()):
             compute = write(temporary, _example(graph, 2, sizes[0]), dynamic)
         largest = compare(compute, graph, sizes)
 
@@ -321,22 +318,6 @@ def _metadata(graph: Graph) -> dict[str, str]:
     return {f"freqmask_{name}": json.dumps(value) for name, value in graph.metadata.items()}
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Exporters log and warn of their own future; the user is told what matters."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 # options of a run that name places on this machine, or say nothing of the backbone
 _LOCAL = "data out init config probe_data logger workers devices strategy num_nodes options".split()  # noqa: SIM905
 _LOCAL_COLUMNS = re.compile(r"data|path|file|out|folder|model", re.IGNORECASE)
@@ -382,7 +363,7 @@ def push_model(
         for preview in previews:
             shutil.copy(preview, folder)
         card = model_card(opened, run, repository, [preview.name for preview in previews], with_images)
-        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        (folder / README).write_text(card, encoding="utf-8", errors="backslashreplace")
         try:
             address = api.create_repo(repository, private=not public, exist_ok=True)
             api.upload_folder(
@@ -422,21 +403,13 @@ def model_card(
         f"`{opened.value_range}` become [0, 1], then mean {list(opened.mean)} and std {list(opened.std)}.",
     ]
     if run is not None:
-        public = {
-            name: value for name, value in options.items() if name not in _LOCAL and not _holds_path(value)
-        }
-        recipe = f"```yaml\n{yaml.safe_dump(public, sort_keys=False)}```"
+        public = {n: value for n, value in options.items() if n not in _LOCAL and not _holds_path(value)}
         state = run.state()
         images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else "Images"
         source = f", from {', '.join(map(str, options.get('data') or []))}" if with_images else ""
-        parts += [
-            "## Data",
-            f"{images}, fingerprint `{state.get('data')}`{source}.",
-            "## Recipe",
-            recipe,
-            "## Results",
-            _results(run),
-        ]
+        parts += ["## Data", f"{images}, fingerprint `{state.get('data')}`{source}."]
+        parts += ["## Recipe", f"```yaml\n{yaml.safe_dump(public, sort_keys=False)}```"]
+        parts += ["## Results", _results(run)]
     parts += [f"![preview]({name})" for name in previews]
     return "\n\n".join(parts) + "\n"
 
