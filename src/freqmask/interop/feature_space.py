@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from freqmask.errors import UserError
-from freqmask.interop.formats import OURS
+from freqmask.interop.formats import CONFIG, OURS
 from freqmask.interop.models import OpenedModel
 from freqmask.interop.weight_files import write_tensors
 from freqmask.spectrum import Images
@@ -58,7 +58,12 @@ class FeatureSpace:
             rows = torch.cat([features[name] for name in parts], dim=1).cpu().double()
             mean = rows.mean(dim=0)
             if kind == WHITENED:
-                variances, directions = _principal(rows - mean)
+                rows = rows - mean
+                if len(rows) >= rows.shape[1]:  # by the smaller of both products
+                    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+                else:
+                    _, lengths, rights = torch.linalg.svd(rows, full_matrices=False)
+                    variances, directions = lengths.square() / len(rows), rights.T
                 kept = variances > 1e-9 * variances.max().clamp_min(1e-30)
                 scale = (variances + SHRINKAGE * variances.sum() / len(mean)).rsqrt()
                 projection = (directions * scale)[:, kept].float()
@@ -85,23 +90,12 @@ class FeatureSpace:
         return f"{self.describe()} {hashlib.blake2b(values, digest_size=4).hexdigest()}"
 
 
-def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances and directions (column, direction) of centered rows, by the smaller of both products."""
-    if len(rows) >= rows.shape[1]:
-        variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
-        return variances, directions
-    _, lengths, directions = torch.linalg.svd(rows, full_matrices=False)
-    return lengths.square() / len(rows), directions.T
-
-
 def features_by_name(opened: OpenedModel, normalized: Images, parts: Sequence[str]) -> dict[str, Tensor]:
     """The features that a space takes, by name: of the end, and of blocks counted from 1."""
     end = opened.backbone(normalized)
     features = {"end/mean": end.pooled, "end/token": end.class_token}
-    numbers = sorted(
-        {int(name.split("/")[0].removeprefix("block")) for name in parts if name.startswith("block")}
-    )
-    if numbers:
+    blocks = {int(name.split("/")[0].removeprefix("block")) for name in parts if name.startswith("block")}
+    if numbers := sorted(blocks):
         stages = opened.stages(normalized, [number - 1 for number in numbers])
         for number, stage in zip(numbers, stages, strict=True):
             features |= {f"block{number}/mean": stage.pooled, f"block{number}/token": stage.class_token}
@@ -122,10 +116,10 @@ def save_space(space: FeatureSpace, opened: OpenedModel) -> Path:
         raise UserError(f"model ({opened.name}) has no folder that could keep its features; export it first")
     mean = space.mean if len(space.mean) else torch.zeros(1)
     write_tensors(folder / FILE, {"mean": mean, "projection": space.projection})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     about = {"parts": list(space.parts), "kind": space.kind, "weights_hash": opened.weights_hash}
     config[OURS] = {**config.get(OURS, {}), KEY: about}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return folder / FILE
 
 

@@ -119,11 +119,13 @@ def read_weights(path: str | Path, key: str | None = None, backbone: str | None 
         raise UserError(f"file ({path}) is a training state of freqmask; name its run folder instead")
     if foreign:
         notes.append(f"pickled objects of {_some(foreign)} were left out; nothing in the file was run")
-    epoch = content.get("epoch") if chosen.container else None
-    beside = (
-        {chosen.container.split(".")[0], "epoch", "arch", "architecture"} if chosen.container else content
-    )
-    encoder, decoder, others = _parts(chosen)
+    prefix, beside, epoch = chosen.prefix, set(content), None
+    if chosen.container:
+        beside = {chosen.container.split(".")[0], "epoch", "arch", "architecture"}
+        epoch = content.get("epoch")
+    head = prefix.removesuffix(_ENCODER) + _DECODER if prefix.endswith(_ENCODER) else None
+    encoder, decoder = under(chosen.state, prefix), {} if head is None else under(chosen.state, head)
+    others = [name for name in chosen.state if not name.startswith((prefix, head or prefix))]
     if decoder and decoder.keys() != {"0.weight", "0.bias"}:
         notes.append(f"the decoder ({_some(sorted(decoder))}) is not MFM's and was left out")
         decoder = {}
@@ -179,26 +181,19 @@ def _choose(
     names = set(_model(known, {}).state_dict()) if known is not None and timm.is_model(known) else None
     candidates = [candidate for state, at in containers for candidate in _prefixed(state, at, names)]
     candidates.sort(key=lambda candidate: candidate.order)
-    keys = [candidate.key for candidate in candidates]
     if key is not None:
-        asked = [
-            candidate
-            for candidate in candidates
-            if candidate.key == key or candidate.key.startswith(f"{key}.")
-        ]
+        asked = [one for one in candidates if f"{one.key}.".startswith(f"{key}.")]
         asked += [_Candidate(state, at, "", 0) for state, at in containers if at == key]
         if not asked:
-            known_keys = [name for name in dict.fromkeys([*keys, *(at for _, at in containers)]) if name]
-            keys_there = _some(known_keys) or "one set of weights, without a key"
-            raise UserError(f"key ({key}) is not in {path}; it has {keys_there}")
+            keys = dict.fromkeys([*(one.key for one in candidates), *(at for _, at in containers)])
+            there = _some(list(filter(None, keys))) or "one set of weights, without a key"
+            raise UserError(f"key ({key}) is not in {path}; it has {there}")
         return asked[0], []
     if not candidates:  # of a family that we do not know
         whole = [_Candidate(state, at, _shared_prefix(state), len(state)) for state, at in containers]
         return min(whole, key=lambda candidate: candidate.order), []
-    best, others = (
-        candidates[0],
-        [candidate.key for candidate in candidates[1:] if 2 * candidate.fit >= candidates[0].fit],
-    )
+    best = candidates[0]
+    others = [candidate.key for candidate in candidates[1:] if 2 * candidate.fit >= best.fit]
     taken = f"taken: {best.key or 'the weights without a key'}; --key takes others: {_some(others)}"
     return best, [taken] if others else []
 
@@ -207,9 +202,8 @@ def _containers(content: Mapping[Any, Any], at: str = "") -> Iterator[tuple[dict
     """Every dictionary of tensors in a file, and under which keys it stands."""
     tensors = sum(isinstance(value, Tensor) for value in content.values())
     if tensors and 2 * tensors >= len(content):  # fewer are the state of a generator beside the weights
-        weights = {n: v for n, v in content.items() if isinstance(n, str)}
-        if len(weights) == len(content):
-            yield weights, at
+        if all(isinstance(name, str) for name in content):
+            yield dict(content), at
         return
     for name, value in content.items():
         is_state = isinstance(name, str) and not name.lower().startswith(_STATES)
@@ -253,15 +247,6 @@ def _no_weights(content: Mapping[Any, Any], path: str | Path) -> UserError:
         f"file ({path}) holds no weights under {', '.join(_CONTAINERS[:4])}; it has "
         f"{_some(sorted(map(str, content))) or 'nothing'}"
     )
-
-
-def _parts(chosen: _Candidate) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Encoder and decoder without their prefixes, and the names that belong to neither."""
-    prefix = chosen.prefix
-    head = prefix.removesuffix(_ENCODER) + _DECODER if prefix.endswith(_ENCODER) else None
-    decoder = under(chosen.state, head) if head is not None else {}
-    others = [name for name in chosen.state if not name.startswith((prefix, head or prefix))]
-    return under(chosen.state, prefix), decoder, others
 
 
 def _some(names: Sequence[str]) -> str:
@@ -368,9 +353,8 @@ def mfm_encoder(model: Any) -> dict[str, Tensor]:
         problems = ["a stem of several convolutions"]
     else:
         plain = _plain_vit(model) if kind == "VisionTransformer" else _plain_resnet(model)
-        problems = differences(to_beit_names(model.state_dict()), to_beit_names(plain.state_dict()))
         layers = zip(_layers(model), _layers(plain), strict=False)
-        problems = problems or [
+        problems = differences(to_beit_names(model.state_dict()), to_beit_names(plain.state_dict())) or [
             f"{own.strip()} instead of {theirs.strip()}" for own, theirs in layers if own != theirs
         ]
         if kind == "VisionTransformer" and model.blocks[0].attn.num_heads != plain.blocks[0].attn.num_heads:

@@ -71,9 +71,7 @@ def export_model(opened: Any, out: str | Path, format: str = "timm", overwrite: 
         raise UserError(f"format ({format}) is unknown; {nearest(format, FORMATS)}")
     path = check_out(out, overwrite, folder=format == FOLDER)
     clear_leftovers(path.absolute().parent, pattern=f".{glob.escape(path.name)}.*.tmp")
-    write = getattr(import_module("freqmask.interop.exporters"), FORMATS[format])
-    sentences: list[str] = write(opened, path)
-    return sentences
+    return getattr(import_module("freqmask.interop.exporters"), FORMATS[format])(opened, path)
 
 
 def check_model(text: str) -> None:
@@ -209,9 +207,7 @@ def run_behind(folder: Path) -> RunFolder | None:
 
 def fitted(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Statistics of color images for another number of channels: their mean for each."""
-    if len(values) == channels:
-        return tuple(float(value) for value in values)
-    return (sum(values) / len(values),) * channels
+    return tuple(map(float, values)) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def check_reachable(what: str) -> None:

@@ -196,8 +196,7 @@ def load_backbone(
     Returns:
         timm's module on the CPU, its weights ready to be trained on; it takes normalized images (B, C, H, W).
     """
-    module: nn.Module = open_model(model, image_size=image_size, weights=weights).module
-    return module.requires_grad_(True)
+    return open_model(model, image_size=image_size, weights=weights).module.requires_grad_(True)
 
 
 def open_classifier(text: str | Path) -> OpenedClassifier | None:
@@ -232,7 +231,7 @@ def open_classifier(text: str | Path) -> OpenedClassifier | None:
     check_weights(module.state_dict(), f"model ({text})")
     config = module.pretrained_cfg
     channels, height, width = (int(side) for side in config["input_size"])
-    names = module.pretrained_cfg.get("label_names")
+    names = config.get("label_names")
     if not names and module.num_classes == 1000:
         from timm.data.imagenet_info import ImageNetInfo
 
@@ -269,12 +268,8 @@ def stage_features(
         stages = backbone.timm_model.forward_intermediates(
             padded, indices=None if indices is None else list(indices), intermediates_only=True, **tokens
         )
-    maps = [stage if not backbone.has_class_token else stage[0] for stage in stages]
-    prefixes = [stage[1][:, 0] if backbone.has_class_token else None for stage in stages]
-    return [
-        Features(stage_map, stage_map.mean(dim=(2, 3)), token)
-        for stage_map, token in zip(maps, prefixes, strict=True)
-    ]
+    pairs = [(stage[0], stage[1][:, 0]) if tokens else (stage, None) for stage in stages]
+    return [Features(stage_map, stage_map.mean(dim=(2, 3)), token) for stage_map, token in pairs]
 
 
 def _open_named(text: str, channels: int | None, **asked: Any) -> OpenedModel:
@@ -292,10 +287,9 @@ def _open_named(text: str, channels: int | None, **asked: Any) -> OpenedModel:
         backbone = Backbone(name, channels=channels, pretrained=is_public, **asked)
     except UserError as error:
         raise UserError(f"model ({text}): {error}") from error
-    mean = config.mean if config is not None else IMAGENET_MEAN
-    std = config.std if config is not None else IMAGENET_STD
-    statistics = fitted(mean, channels), fitted(std, channels)
-    return _opened(text, "timm" if is_public else "random", backbone, *statistics)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if config is None else (config.mean, config.std)
+    kind: Kind = "timm" if is_public else "random"
+    return _opened(text, kind, backbone, fitted(mean, channels), fitted(std, channels))
 
 
 def _open_folder(text: str, weights: str | None, **asked: Any) -> OpenedModel:
@@ -371,37 +365,26 @@ def open_method(model: str, filter: str | None = None) -> tuple[Any, OpenedModel
         UserError: there is no decoder, or the method hides no frequencies that a filter could choose.
     """
     opened = open_model(model)
-    path = Path(model).expanduser()
+    backbone, path = opened.backbone, Path(model).expanduser()
     if RunFolder(path).exists():
         method: Any = load_method(path)
     else:
-        method = _from_decoder(opened, filter)
+        decoder = decoder_of(opened)
+        if not decoder:
+            raise UserError(
+                f"model ({opened.name}) has no decoder to reconstruct with; name a run, or convert a pre-trained "
+                "(not fine-tuned) MFM checkpoint"
+            )
+        settings: Any = {"filter": filter or "fixed", "mean": opened.mean, "std": opened.std}
+        method = MFM(backbone, backbone.image_size, opened.input_size[0], **settings)
+        load_fitting(method.decoder, decoder, f"model ({opened.name}): its decoder does not fit its backbone")
     if filter is not None:
         if not hasattr(method, "filter"):
             raise UserError(
                 f"filter ({filter}) has no say in method {method.name}, which degrades images otherwise"
             )
-        method.filter = build_filter(filter, opened.backbone.image_size)
+        method.filter = build_filter(filter, backbone.image_size)
     return method.eval(), opened
-
-
-def _from_decoder(opened: OpenedModel, filter: str | None) -> MFM:
-    decoder = decoder_of(opened)
-    if not decoder:
-        raise UserError(
-            f"model ({opened.name}) has no decoder to reconstruct with; name a run, or convert a pre-trained "
-            "(not fine-tuned) MFM checkpoint"
-        )
-    method = MFM(
-        opened.backbone,
-        opened.backbone.image_size,
-        opened.input_size[0],
-        filter=filter or "fixed",
-        mean=opened.mean,
-        std=opened.std,
-    )
-    load_fitting(method.decoder, decoder, f"model ({opened.name}): its decoder does not fit its backbone")
-    return method
 
 
 def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channel height width"]:
@@ -420,7 +403,7 @@ def read_image(file: str | Path, opened: OpenedModel) -> Float[Tensor, "1 channe
 
 
 @torch.no_grad()
-def psnr_by_band(images: dict[str, Tensor], edges: Sequence[int] | None = None) -> list[Band]:
+def psnr_by_band(images: dict[str, Tensor]) -> list[Band]:
     """PSNR of the filtered input, the prediction and what is filled in, ring by ring.
 
     The PSNR of a band is -10 log10 of the mean squared error of its bins (ortho-normal FFT, a mean over bins and
@@ -428,14 +411,12 @@ def psnr_by_band(images: dict[str, Tensor], edges: Sequence[int] | None = None) 
 
     Args:
         images: from a method's ``reconstruct``.
-        edges: radii in bins; None takes the bands of the training's health table.
 
     Returns:
-        The bands from the center outwards.
+        The bands of the training's health table from the center outwards.
     """
     target = images["target"].cpu().double()
     height, width = target.shape[-2:]
-    limits = band_edges(height, width) if edges is None else edges
     weights = pair_weights(height, width).double()
     whole = rfft2(target)
     errors = [
@@ -444,7 +425,7 @@ def psnr_by_band(images: dict[str, Tensor], edges: Sequence[int] | None = None) 
     ]
     maps = [1 - images["keep"].cpu().double().mean(dim=(0, 1)), *errors]
     bands = []
-    for low, high in pairwise(limits):
+    for low, high in pairwise(band_edges(height, width)):
         ring = inside(height, width, Fraction(high)) & ~inside(height, width, Fraction(low))
         mass = weights * ring
         if mass.any():

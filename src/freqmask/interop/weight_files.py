@@ -108,11 +108,8 @@ def plain_call_notes(
     stages = getattr(model, "feature_info", None) or [{"reduction": 1}]
     step, count = max(int(one["reduction"]) for one in stages), len(stages)
     height, width = input_size[1:]
-    call = (
-        _call_of_features(backbone, pooled)
-        if backbone is not None and stage in (-1, count - 1)
-        else PLAIN_CALL
-    )
+    is_last = stage in (-1, count - 1)
+    call = _call_of_features(backbone, pooled) if backbone is not None and is_last else PLAIN_CALL
     if call != PLAIN_CALL:
         way = f"The features are `{call}`, as `freqmask embed` and ONNX give them."
         none = "No call of timm's gives the features; `freqmask embed` and ONNX do."
@@ -120,7 +117,7 @@ def plain_call_notes(
             f"`{PLAIN_CALL}` has an end of its own in this family, which freqmask neither trains nor reads. "
             f"{way if call else none}"
         )
-    if stage not in (-1, count - 1):
+    if not is_last:
         call = f"model.forward_intermediates(x, indices=[{stage}], norm=True, intermediates_only=True)[0]"
         notes.append(
             f"It was trained at stage {stage % count} of 0 to {count - 1}, and `model(x)` answers through later ones, "
@@ -139,26 +136,19 @@ def plain_call_notes(
 def _call_of_features(backbone: Backbone, pooled: Pooled) -> str:
     """Which of timm's calls gives the features, found out with an image; empty where none does."""
     model: Any = backbone.timm_model
-    image = torch.rand(
-        1, backbone.channels, *backbone.padded_size, generator=torch.Generator().manual_seed(0)
-    )
-    image = image.to(next(model.parameters()))
+    size, generator = (1, backbone.channels, *backbone.padded_size), torch.Generator().manual_seed(0)
+    image = torch.rand(size, generator=generator).to(next(model.parameters()))
     prefix, last = getattr(model, "num_prefix_tokens", 0), len(model.feature_info) - 1
     inner = f"model.forward_intermediates(x, indices=[{last}], norm=True, intermediates_only=True)[0]"
     of_tokens = "[:, 0]" if pooled == "class_token" else f"[:, {prefix}:].mean(1)"
     token = slice(0, 1) if pooled == "class_token" else slice(prefix, None)
-
-    def mean_of_stage(x: Tensor) -> Tensor:
-        (stage,) = model.forward_intermediates(x, indices=[last], norm=True, intermediates_only=True)
-        mean: Tensor = stage.mean((2, 3))
-        return mean
-
+    asked: Any = {"indices": [last], "norm": True, "intermediates_only": True}
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         PLAIN_CALL: model,
         f"model.forward_features(x){of_tokens}": lambda x: model.forward_features(x)[:, token].mean(1),
         "model.forward_features(x).mean((2, 3))": lambda x: model.forward_features(x).mean((2, 3)),
         "model.forward_features(x).mean((1, 2))": lambda x: model.forward_features(x).mean((1, 2)),
-        f"{inner}.mean((2, 3))": mean_of_stage,
+        f"{inner}.mean((2, 3))": lambda x: model.forward_intermediates(x, **asked)[0].mean((2, 3)),
     }
     with eval_no_grad(backbone):
         features = backbone(image)
@@ -196,9 +186,7 @@ def read_tensors(path: Path, option: str) -> dict[str, Tensor]:
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """What is too many, missing or of another shape, a phrase each."""
-    shapes, needed = (
-        {name: tuple(tensor.shape) for name, tensor in part.items()} for part in (state, expected)
-    )
+    shapes, needed = ({name: tuple(one.shape) for name, one in part.items()} for part in (state, expected))
     return [
         *(f"{name} {shapes[name]} is too many" for name in sorted(shapes.keys() - needed.keys())),
         *(f"{name} {needed[name]} is missing" for name in sorted(needed.keys() - shapes.keys())),
@@ -216,19 +204,16 @@ def load_fitting(module: nn.Module, weights: Mapping[str, Tensor], what: str) ->
     Raises:
         UserError: they do not fit; the sentence begins with ``what`` and names three of the differences.
     """
-    problems = differences(weights, module.state_dict())
-    if problems:
+    if problems := differences(weights, module.state_dict()):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{what}: {', '.join(problems[:3])}{more}")
     module.load_state_dict(dict(weights))
 
 
 def _pin_pooling(config: dict[str, Any], model: nn.Module, pooled: Pooled | None) -> dict[str, str]:
-    """Write into the config how features are pooled, so that no default of timm's changes them.
-
-    timm moves the final normalization behind the pooling where a ViT averages its tokens, which would leave
-    the trained one out; ``fc_norm=False`` keeps it where it was trained.
-    """
+    """Write into the config how features are pooled, so that no default of timm's changes them."""
+    # timm moves the final normalization behind the pooling where a ViT averages its tokens, which would leave the
+    # trained one out; ``fc_norm=False`` keeps it where it was trained
     arguments = config.setdefault("model_args", {})
     arguments.pop("num_classes", None)  # it stands at the top; transformers gives it a second time and fails
     taken = inspect.signature(type(model).__init__).parameters
@@ -412,28 +397,20 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = refuse_allocation
 
 
-def _bytes(text: Any, *_: Any) -> bytes:
-    return text.encode("latin1") if isinstance(text, str) else b""
-
-
 _ALLOWED: dict[tuple[str, str], Any] = {
-    **{
-        ("torch._utils", name): getattr(torch._utils, name)
-        for name in ("_rebuild_tensor", "_rebuild_tensor_v2")
-    },
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): _bytes,
+    ("_codecs", "encode"): lambda text, *_: text.encode("latin1") if isinstance(text, str) else b"",
 }
 
 
 def _check_zip(path: Path) -> dict[str, int]:
-    """Bytes of every storage, after the checks that torch's reader does not make.
-
-    A zip bomb declares more than the file has: by compressing, or by entries that share their bytes. Names are
-    compared without case, as torch's reader finds them.
-    """
+    """Bytes of every storage, after the checks that torch's reader does not make."""
+    # A zip bomb declares more than the file has: by compressing, or by entries that share their bytes. Names are
+    # compared without case, as torch's reader finds them.
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if len(entries) > _MOST_ENTRIES:

@@ -45,9 +45,8 @@ def check_public(name: str, option: str) -> None:
     if config is None or not config.has_weights:
         raise UserError(f"{option}: timm has no public weights of {name}; random:{name} begins without")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
-    if not config.hf_hub_id or is_cached(str(config.hf_hub_id)):
-        return
-    check_reachable(f"{option}: the public weights of {name}")
+    if config.hf_hub_id and not is_cached(str(config.hf_hub_id)):
+        check_reachable(f"{option}: the public weights of {name}")
 
 
 def is_cached(repository: str) -> bool:
@@ -173,8 +172,7 @@ def load_initial(method: Any, init: str) -> list[str]:
     Raises:
         UserError: the weights are missing or do not fit; shapes are named.
     """
-    is_public = init.startswith(PUBLIC)
-    run = RunFolder(Path(init).expanduser())
+    is_public, run = init.startswith(PUBLIC), RunFolder(Path(init).expanduser())
     whole = run.checkpoints / LAST
     learned = str(run.config().get("method")) if not is_public and run.exists() and whole.is_file() else ""
     # shapes do not tell: some methods differ only in what they learn; a method of one's own is named by its path
@@ -198,10 +196,7 @@ def load_initial(method: Any, init: str) -> list[str]:
         fitted = {name: tensor for name, tensor in fitted.items() if name in own}
         if "fc_norm.weight" in weights and "norm.weight" in own.keys() - fitted.keys():
             fitted |= {name: tensor for name, tensor in own.items() if name.startswith("norm.")}
-            notes = [
-                *notes,
-                "its last normalization begins anew: fine-tuning had one behind the pooling instead",
-            ]
+            notes.append("its last normalization begins anew: fine-tuning had one behind the pooling instead")
         unlike = [(w.shape, own[name].shape) for name, w in fitted.items() if w.shape != own[name].shape]
         what = f"init ({init})"
         if len(unlike) == 1 and len(unlike[0][0]) == 4 and unlike[0][0][1] != unlike[0][1][1]:
