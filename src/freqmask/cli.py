@@ -49,7 +49,8 @@ COMMANDS = {
 }
 _HELP = ("-h", "--help", "help")
 
-# What a shell asks is answered by `freqmask --complete WORDS`, so that it never falls behind the options.
+# The lines that switch completion on in a shell: eval "$(freqmask --completion bash)". What it then asks is answered by
+# `freqmask --complete WORDS`, so that it never falls behind the options.
 SHELLS = {
     "bash": """_freqmask() {
   local IFS=$'\\n'
@@ -127,7 +128,10 @@ def parse(words: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
     if name in ("-V", "--version"):
         return say, {"text": f"freqmask {__version__}"}
     if name == "--completion":
-        return say, {"text": completion(rest)}
+        shell = rest[0] if rest else ""
+        if shell not in SHELLS:
+            raise UserError(f"completion ({shell}) must be for one of {', '.join(SHELLS)}")
+        return say, {"text": SHELLS[shell]}
     if name == "--complete":
         return say, {"text": "\n".join(complete(rest))}
     if name not in COMMANDS:
@@ -146,30 +150,17 @@ def parse(words: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
     return (say, {"text": text}) if given is None else (command, given)
 
 
-def completion(words: Sequence[str]) -> str:
-    """The lines that switch completion on in a shell: ``eval "$(freqmask --completion bash)"``.
-
-    Raises:
-        UserError: another shell, or none.
-    """
-    shell = words[0] if words else ""
-    if shell not in SHELLS:
-        raise UserError(f"completion ({shell}) must be for one of {', '.join(SHELLS)}")
-    return SHELLS[shell]
-
-
 def complete(words: Sequence[str]) -> list[str]:
     """What may stand in place of the last word: commands, options, or an option's values.
 
     Args:
         words: those typed after ``freqmask``; the last one may be empty.
     """
-    name = words[0] if words else ""
     if len(words) < 2:
         return [*COMMANDS, "--help", "--version"]
-    if name not in COMMANDS:
+    if words[0] not in COMMANDS:
         return []
-    parts = COMMANDS[name].parts
+    parts = COMMANDS[words[0]].parts
     if parts is not None and len(words) == 2:
         return list(parts)
     if parts is not None and words[1] not in parts:
@@ -182,8 +173,7 @@ def complete(words: Sequence[str]) -> list[str]:
 
 def load(name: str, part: str | None = None) -> Callable[..., Any]:
     """The function behind a command's name, or behind that of a part of a group."""
-    function: Callable[..., Any] = getattr(importlib.import_module(COMMANDS[name].module), part or name)
-    return function
+    return getattr(importlib.import_module(COMMANDS[name].module), part or name)
 
 
 def group_overview(name: str) -> str:

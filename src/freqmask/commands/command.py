@@ -25,7 +25,6 @@ from freqmask.options import (
     REQUIRED,
     Option,
     as_typed,
-    exclusions,
     options_of,
     overridden,
     parse_yaml,
@@ -144,11 +143,8 @@ def _taken(missing: Option, given: Mapping[str, Any], known: Mapping[str, Option
 
 def describe(call: Function, function: Function) -> None:
     """Give a command the signature and the docstring that its groups make, for ``help()``."""
-    grouped = [
-        option
-        for option in declared(call).values()
-        if option.name not in inspect.signature(function).parameters
-    ]
+    own = inspect.signature(function).parameters
+    grouped = [option for option in declared(call).values() if option.name not in own]
     call.__signature__ = signature(function, grouped)  # type: ignore[attr-defined]
     lines = "".join(f"    {option.name}: {option.help}.\n" for option in grouped)
     head, _, tail = (inspect.getdoc(function) or "").partition("\n\nReturns:")
@@ -171,12 +167,10 @@ def known_options(command: Function, named: Mapping[str, Any]) -> Mapping[str, O
     """The options of a command, with those of a method of one's own that ``method`` or ``config`` names."""
     known = declared(command)
     more = getattr(command, "more", None)
-    if more is None:
-        return known
     method = named.get("method")
-    if method is None and named.get("config") is not None:
+    if more is not None and method is None and named.get("config") is not None:
         method = read_config(named["config"], None).get("method")
-    return {**more(method), **known} if method is not None else known
+    return known if more is None or method is None else {**more(method), **known}
 
 
 def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
@@ -185,16 +179,18 @@ def given_values(named: Mapping[str, Any], known: Mapping[str, Option]) -> dict[
     Raises:
         UserError: an option is unknown, is none of its kind, or excludes another.
     """
-    below = {}
-    if "config" in known and named.get("config") is not None:
-        below = read_config(named["config"], known)
+    has_config = "config" in known and named.get("config") is not None
+    below = read_config(named["config"], known) if has_config else {}
     typed = overridden(below, {name: value for name, value in named.items() if name != "config"}, known)
     given = read_options(typed, known)
     if str(given.get("out")).startswith("~"):  # no shell stands before YAML, Python, and --out=~/runs
         given["out"] = str(Path(given["out"]).expanduser())
-    excluding = "; ".join(exclusions(given, known))
-    if excluding:
-        raise UserError(excluding)
+    rivals: dict[str, list[str]] = {}
+    for name, option in known.items():
+        if option.rivals and given.get(name) is not None:
+            rivals.setdefault(option.rivals, []).append(name)
+    if clashes := [" and --".join(names) for names in rivals.values() if len(names) > 1]:
+        raise UserError("; ".join(f"--{names} exclude each other; give one of them" for names in clashes))
     return given
 
 
@@ -322,7 +318,9 @@ def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, A
             name = name.replace("-", "_")
             option = _known(name, known)
             value = text if equals else _values(name, option, rest)
-            if name in given and name != "config" and _is_list(option):  # the last would hide the first
+            # where several values are all that it takes, not one of them alone, the last would hide the first
+            is_list = all(kind is type(None) or typing.get_origin(kind) is list for kind in option.kinds)
+            if name in given and name != "config" and is_list:
                 raise UserError(f"--{name} is given twice; give all its values after one --{name}")
             given[name] = [*given.get(name, []), value] if name == "config" else value
     for option in known.values():
@@ -348,22 +346,14 @@ def _values(name: str, option: Option, rest: list[str]) -> str | list[str]:
         return "true"
     taken: list[str] = []
     if option.many and rest and not rest[0].startswith("["):
-        taken = list(itertools.takewhile(_is_number if option.of_kind(int, float) else _is_value, rest))
+        is_one = _is_number if option.of_kind(int, float) else lambda word: not word.startswith("--")
+        taken = list(itertools.takewhile(is_one, rest))
         del rest[: len(taken)]
     if taken:
         return taken
-    if not rest or not _is_value(rest[0]):
+    if not rest or rest[0].startswith("--"):
         raise UserError(f"--{name} needs a value: {option.rule()}")
     return rest.pop(0)
-
-
-def _is_list(option: Option) -> bool:
-    """Whether several values are all that it takes, not one of them alone."""
-    return all(kind is type(None) or typing.get_origin(kind) is list for kind in option.kinds)
-
-
-def _is_value(word: str) -> bool:
-    return not word.startswith("--")
 
 
 def _is_number(word: str) -> bool:
@@ -426,8 +416,6 @@ def completions(function: Callable[..., Any], words: Sequence[str]) -> list[str]
     before = words[-2] if len(words) > 1 else ""
     option = known.get(before[2:].replace("-", "_")) if before.startswith("--") else None
     if option is not None:
-        values = [
-            str(word) for kind in option.kinds for word in typing.get_args(kind) if isinstance(word, str)
-        ]
+        values = [w for kind in option.kinds for w in typing.get_args(kind) if isinstance(w, str)]
         return values or (list(_BOOLEANS[:2]) if option.of_kind(bool) else [])
     return [f"--{name}" for name in (*known, "help")]

@@ -115,20 +115,19 @@ def _choose(opened: Any, feature: str, crop: Any, value_range: str | None) -> tu
     from freqmask.interop.exporters import pooled_of
     from freqmask.interop.feature_space import load_space
 
-    asked = None if value_range is None else ValueRange.parse(value_range)
-    if asked is not None:
+    if value_range is not None and (asked := ValueRange.parse(value_range)) is not None:
         opened.value_range = asked.describe()
     pooled = pooled_of(opened) if feature == "auto" else feature
     opened.space = load_space(opened) if feature == "auto" else None
     if opened.space is not None:
-        pooled = opened.space.digest
-        space = f"{opened.space.describe()}, as kept with {opened.name}"
-        say(f"features    {space}; --feature mean leaves them plain")
+        pooled, kept = opened.space.digest, f"{opened.space.describe()}, as kept with {opened.name}"
+        say(f"features    {kept}; --feature mean leaves them plain")
     if pooled == "class_token" and not opened.backbone.has_class_token:
         raise UserError(f"feature (class_token): {opened.name} has none; try --feature mean")
+    is_native = opened.trained_crop == "native"
     if crop == "auto":
-        crop = "native" if opened.trained_crop == "native" else "center"
-    if crop == "native" and opened.trained_crop == "native":
+        crop = "native" if is_native else "center"
+    if crop == "native" and is_native:
         say(
             "crop        native, as trained: the middle of an image at its own resolution; --crop center takes more"
         )

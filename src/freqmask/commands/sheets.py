@@ -72,10 +72,8 @@ def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int
             colors, _ = palette.show(images[index])
             heading = shortened(source.name(index), _LONGEST_NAME)
             if column:
-                label = source.label(index)
-                name = (
-                    "" if label is None else f" {source.class_names[label] if source.class_names else label}"
-                )
+                label, names = source.label(index), source.class_names
+                name = "" if label is None else f" {names[label] if names else label}"
                 heading = f"{_similarity(score)}{name[:14]}"
             show_image(axes[row, column], colors, heading)
     return save_figure(figure, path.with_suffix(".neighbours.png"))
@@ -95,29 +93,21 @@ def draw_reconstructions(
     figure, axes = new_sheet(len(pictures), len(_COLUMNS), height / width, f"{title}   (dB: PSNR)", cell=1.65)
     for row, (name, done, tensors) in enumerate(pictures):
         shown = {key: value[0].detach().float().cpu() for key, value in tensors.items() if key != "keep"}
-        _draw_row(
-            axes[row],
-            shown,
-            (shortened(name, _LONGEST_NAME), done),
-            _COLUMNS if row == 0 else ("",) * len(_COLUMNS),
-        )
+        target, panels = shown["target"], axes[row]
+        headings = _COLUMNS if row == 0 else ("",) * len(_COLUMNS)
+        lines = {"target": shortened(name, _LONGEST_NAME)}
+        lines |= {key: psnr_words(shown[key], target) for key in ("filtered", "prediction", "filled")}
+        lines["filtered"] = f"{done} {lines['filtered']}"
+        palette = Palette.of(target[None])
+        for column, (key, line) in enumerate(lines.items()):
+            draw_panel(panels[column], palette, shown[key].clamp(0, 1), headings[column], line)
+        error = (shown["filled"].clamp(0, 1) - target).abs().mean(dim=0)
+        mean = f"mean {float(error.mean()):.3f}"
+        show_image(panels[4], (_GAIN * error).clamp(0, 1).numpy(), headings[4], mean)
+        scale = spectrum_scale(spectrum_levels(target[None])[0])
+        for column, key in enumerate(("target", "filtered", "prediction"), start=5):
+            show_image(panels[column], spectrum_levels(shown[key][None])[0], headings[column], **scale)
     return save_figure(figure, path)
-
-
-def _draw_row(
-    axes: Any, shown: dict[str, Tensor], captions: tuple[str, str], headings: Sequence[str]
-) -> None:
-    target = shown["target"]
-    palette = Palette.of(target[None])
-    lines = {"target": captions[0], "filtered": f"{captions[1]} {psnr_words(shown['filtered'], target)}"}
-    lines |= {name: psnr_words(shown[name], target) for name in ("prediction", "filled")}
-    for column, (key, line) in enumerate(lines.items()):
-        draw_panel(axes[column], palette, shown[key].clamp(0, 1), headings[column], line)
-    error = (shown["filled"].clamp(0, 1) - target).abs().mean(dim=0)
-    show_image(axes[4], (_GAIN * error).clamp(0, 1).numpy(), headings[4], f"mean {float(error.mean()):.3f}")
-    scale = spectrum_scale(spectrum_levels(target[None])[0])
-    for column, key in enumerate(("target", "filtered", "prediction"), start=5):
-        show_image(axes[column], spectrum_levels(shown[key][None])[0], headings[column], **scale)
 
 
 def _similarity(score: float) -> str:
@@ -140,15 +130,10 @@ def band_lines(tables: list[list[Band]]) -> list[str]:
     lines = [f"  {'radius':>12}  {'hidden':>7}  {'seen':>8}  {'predicted':>9}  {'filled in':>9}"]
     for bands in zip(*tables, strict=True):
         hidden = sum(band.hidden for band in bands) / len(bands)
-        seen, predicted, filled = (
-            _mean_decibel([getattr(band, name) for band in bands])
-            for name in ("filtered", "predicted", "filled")
+        means = (
+            sum(getattr(b, name) for b in bands) / len(bands) for name in ("filtered", "predicted", "filled")
         )
+        seen, predicted, filled = ("the same" if math.isinf(mean) else f"{mean:.1f}" for mean in means)
         radius = f"{bands[0].low} to {bands[0].high}"
         lines.append(f"  {radius:>12}  {hidden:>7.1%}  {seen:>8}  {predicted:>9}  {filled:>9}")
     return lines
-
-
-def _mean_decibel(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    return "the same" if math.isinf(mean) else f"{mean:.1f}"

@@ -14,7 +14,7 @@ from freqmask.commands.command import command
 from freqmask.console import say
 from freqmask.errors import UserError
 from freqmask.imports import uncollected
-from freqmask.recipes import Recipe, read_recipe, recipe_names
+from freqmask.recipes import read_recipe, recipe_names
 from freqmask.training.files import replace_atomically, writing
 
 _LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow", "tifffile", "matplotlib")
@@ -31,10 +31,9 @@ def info() -> dict[str, str]:
     from freqmask import __version__
     from freqmask.data.cache import cache_folder
 
-    python = ".".join(map(str, sys.version_info[:3]))
     versions = {
         "freqmask": __version__,
-        "python": python,
+        "python": ".".join(map(str, sys.version_info[:3])),
         **{name: _version(name) or "missing" for name in _LIBRARIES},
         **_devices(),
         **_extras(),
@@ -109,30 +108,22 @@ def recipes(name: str | None = None, *, copy: str | None = None) -> list[str] | 
     if name is None:
         if copy is not None:
             raise UserError(f"--copy ({copy}) needs the name of a recipe; `freqmask recipes` lists them")
-        return _list()
+        names = recipe_names()
+        width = max(map(len, names))
+        for recipe in map(read_recipe, names):
+            say(f"{recipe.name:{width}}  {recipe.state}")
+            say(textwrap.indent(textwrap.fill(recipe.cost, 98 - width), " " * (width + 2)))
+        say("\nfreqmask recipes NAME shows one; freqmask recipes NAME --copy FILE copies it;")
+        say("freqmask pretrain DATA --config NAME (or FILE) runs it.")
+        return names
     recipe = read_recipe(name)
-    if copy is not None:
-        return _copy(recipe, Path(copy).expanduser())
-    say(recipe.text.rstrip())
-    return recipe.text
-
-
-def _list() -> list[str]:
-    shipped = [read_recipe(name) for name in recipe_names()]
-    width = max(len(recipe.name) for recipe in shipped)
-    for recipe in shipped:
-        say(f"{recipe.name:{width}}  {recipe.state}")
-        say(textwrap.indent(textwrap.fill(recipe.cost, 98 - width), " " * (width + 2)))
-    say("\nfreqmask recipes NAME shows one; freqmask recipes NAME --copy FILE copies it;")
-    say("freqmask pretrain DATA --config NAME (or FILE) runs it.")
-    return [recipe.name for recipe in shipped]
-
-
-def _copy(recipe: Recipe, target: Path) -> Path:
-    """Writes the copy, never over a file that is there: it may hold somebody's changes."""
+    if copy is None:
+        say(recipe.text.rstrip())
+        return recipe.text
+    target = Path(copy).expanduser()
     if target.is_dir():
         target = target / recipe.path.name
-    if target.exists():
+    if target.exists():  # it may hold somebody's changes
         raise UserError(f"--copy ({target}) exists already; name another file")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,20 +164,16 @@ def report(
     Raises:
         UserError: no run where one was named.
     """
-    if table is not None:
-        return _table(run, out, table, results or [])
-    from freqmask.reporting.page import write_report
+    if table is None:
+        from freqmask.reporting.page import write_report
 
-    path = write_report(run, out, images=not no_images, results=results or [])
-    say(f"{path}    ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
-    return path
-
-
-def _table(run: list[str], out: str | None, form: str, results: list[str]) -> Path | str:
+        path = write_report(run, out, images=not no_images, results=results or [])
+        say(f"{path}    ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
+        return path
     from freqmask.reporting.reading import read_results, read_runs
     from freqmask.reporting.tables import FORMS, join_seeds
 
-    text = FORMS[form](join_seeds(read_runs(run), read_results(results)))
+    text = FORMS[table](join_seeds(read_runs(run), read_results(results or [])))
     if out is None:
         say(text)
         return text
@@ -213,6 +200,5 @@ def runs(folder: str = "runs") -> list[str]:
     from freqmask.reporting.tables import list_runs, table_lines
 
     found = list_runs(Path(folder).expanduser())
-    for line in table_lines(found):
-        say(line)
+    say("\n".join(table_lines(found)))
     return [run.name for run in found]

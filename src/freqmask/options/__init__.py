@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
@@ -137,9 +137,9 @@ class Option:
                 result = _READERS[_sort(kind)](value, kind, self)
             except (ValueError, TypeError, OverflowError):
                 continue
-            if not self.range.holds(result):
-                break
-            return result
+            if self.range.holds(result):
+                return result
+            break
         raise UserError(f"{self.name} ({_shown(value)}) must be {self.rule()}{self._hint(value)}")
 
     def _hint(self, value: Any) -> str:
@@ -213,7 +213,7 @@ def _read_null(value: Any, kind: Any, option: Option) -> None:
 def _read_bool(value: Any, kind: Any, option: Option) -> bool:
     if isinstance(value, str) and value.lower() in (*_TRUE, *_FALSE):
         return value.lower() in _TRUE
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+    if type(value).__name__ in ("bool", "bool_"):  # Python's and numpy's
         return bool(value)
     raise ValueError
 
@@ -263,10 +263,9 @@ def _read_dict(value: Any, kind: Any, option: Option) -> dict[Any, Any]:
 
 
 def _read_text(value: Any, kind: Any, option: Option) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, os.PathLike, Integral, Real)):
+    is_text = isinstance(value, (str, os.PathLike, Real)) and not isinstance(value, bool)
+    if not is_text or not str(value).strip():  # blank: a variable of a script that was never set
         raise ValueError
-    if not str(value).strip():
-        raise ValueError  # a variable of a script that was never set
     return str(value)
 
 
@@ -340,37 +339,29 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 def options_of(declaration: Callable[..., Any]) -> dict[str, Option]:
     """Name to option of a dataclass of :func:`option` fields, or of a callable by its signature and ``Args:``."""
+    options = {}
     if dataclasses.is_dataclass(declaration):
-        return _options_of_group(declaration)
+        group: Any = declaration
+        hints = typing.get_type_hints(group, include_extras=True)
+        for line in dataclasses.fields(group):
+            kind, more = _taken_apart(hints[line.name])
+            more |= {name: value for name, value in line.metadata.items() if name != "range" or str(value)}
+            homes = [cls for cls in group.__mro__ if line.name in vars(cls).get("__annotations__", {})]
+            title = (homes[-1].__doc__ or "").partition("\n")[0].rstrip(".")
+            options[line.name] = Option(line.name, kind, line.default, group=title, **more)
+        return options
     signed = vars(declaration).get("__init__", declaration) if isinstance(declaration, type) else declaration
     hints = typing.get_type_hints(signed, include_extras=True)
     _, _, tail = (inspect.getdoc(declaration) or "").partition("Args:\n")
     section = re.split(r"^\S", tail, maxsplit=1, flags=re.MULTILINE)[0]
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
     helps = {name: " ".join(text.split()) for name, text in entries}
-    options = {}
     for name, parameter in inspect.signature(declaration).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             hint = hints.get(name, type(parameter.default) if parameter.default is not None else Any)
             kind, more = _taken_apart(hint)
-            positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            options[name] = Option(
-                name, kind, parameter.default, helps.get(name, ""), positional=positional, **more
-            )
-    return options
-
-
-def _options_of_group(group: Any) -> dict[str, Option]:
-    hints = typing.get_type_hints(group, include_extras=True)
-    options = {}
-    for line in dataclasses.fields(group):
-        kind, more = _taken_apart(hints[line.name])
-        more |= {name: value for name, value in line.metadata.items() if name != "range" or str(value)}
-        home = next(
-            cls for cls in reversed(group.__mro__) if line.name in vars(cls).get("__annotations__", {})
-        )
-        title = (home.__doc__ or "").partition("\n")[0].rstrip(".")
-        options[line.name] = Option(line.name, kind, line.default, group=title, **more)
+            more["positional"] = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            options[name] = Option(name, kind, parameter.default, helps.get(name, ""), **more)
     return options
 
 
@@ -400,15 +391,12 @@ def group_among(group: type[Group], options: Mapping[str, Any]) -> Group:
 def signature(function: Callable[..., Any], options: Iterable[Option]) -> inspect.Signature:
     """A function's signature whose ``**options`` are spelled out, for ``help()`` and editors."""
     own = inspect.signature(function).parameters
-    kept = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    more = (
-        inspect.Parameter(
-            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.kind
-        )
-        for option in options
-        if option.name not in own
-    )
-    return inspect.Signature([*kept, *more])
+    parameters = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    for option in options:
+        if option.name not in own:
+            more = {"default": option.default, "annotation": option.kind}
+            parameters.append(inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, **more))
+    return inspect.Signature(parameters)
 
 
 def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
@@ -417,8 +405,7 @@ def read_options(values: Mapping[str, Any], known: Mapping[str, Option]) -> dict
     Raises:
         UserError: a name is unknown or a value is none of its option; all problems in one message.
     """
-    unknown = [name for name in values if name not in known]
-    if unknown:
+    if unknown := [name for name in values if name not in known]:
         sentences = (f"option (--{name}) is unknown; {nearest(str(name), known)}" for name in unknown)
         raise CallError("; ".join(sentences))
     problems, read = [], {}
@@ -457,17 +444,6 @@ def overridden(
         else:
             merged[name] = value
     return merged
-
-
-def exclusions(values: Mapping[str, Any], known: Mapping[str, Option]) -> Iterator[str]:
-    """A sentence for each pair of options that were both given and exclude each other."""
-    groups: dict[str, list[str]] = {}
-    for name, option in known.items():
-        if option.rivals and values.get(name) is not None:
-            groups.setdefault(option.rivals, []).append(name)
-    for names in groups.values():
-        if len(names) > 1:
-            yield f"--{' and --'.join(names)} exclude each other; give one of them"
 
 
 def command_words(values: Mapping[str, Any], first: str) -> str:

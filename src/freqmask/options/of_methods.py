@@ -146,9 +146,8 @@ class FOLKOptions(BackboneOptions, LossOptions, MaskingOptions):
 class PartlySeenOptions(BackboneOptions):
     """What is hidden."""
 
-    JUDGED_FROM: ClassVar[int] = (
-        500  # words and distill are far above fresh weights after 420 (docs/results.md)
-    )
+    # words and distill are far above fresh weights after 420 (docs/results.md)
+    JUDGED_FROM: ClassVar[int] = 500
 
     filter: str | Any = option(
         "lowpass", "lowpass, or another filter as for mfm; what hides frequencies from the network"
@@ -262,13 +261,11 @@ def typed_options(known: Mapping[str, Option]) -> dict[str, Option]:
     for own in known.values():
         if own.epochs is not None:
             own = replace(own, name=own.typed, kind=float, default=own.epochs, help=f"epochs {own.help}")
-        if own.name in FROM_DATA:
-            options[own.name] = own
-            continue
-        plain = own.default in (None, REQUIRED)
-        kind = own.kind | None if own.kind is not Any else Any
-        shown = None if plain else as_typed(own.default)
-        options[own.name] = replace(own, kind=kind, default=None, shown=shown, positional=False)
+        if own.name not in FROM_DATA:
+            kind = own.kind | None if own.kind is not Any else Any
+            shown = None if own.default in (None, REQUIRED) else as_typed(own.default)
+            own = replace(own, kind=kind, default=None, shown=shown, positional=False)
+        options[own.name] = own
     return options
 
 
