@@ -129,9 +129,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.backbone, self.name = backbone.requires_grad_(False), name
         if backbone.is_cnn:
-            self.to(
-                memory_format=torch.channels_last
-            )  # EfficientNet-Lite0 in bf16 on a CPU: 1.5 times as fast
+            # EfficientNet-Lite0 in bf16 on a CPU: 1.5 times as fast
+            self.to(memory_format=torch.channels_last)
         self.size = backbone.image_size if size is None else height_and_width(size)
         self.normalise = Normalization(backbone.channels, mean, std)
         self.register_load_state_dict_post_hook(_leave_out)

@@ -72,16 +72,8 @@ class FOLK(Method):
         self.student_head = ProjectionHead(dim, outputs, options.hidden_size, options.bottleneck_size)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
-        self.clamp, self.views, self.distil = options.clamp, options.views, options.distil
-        self.reconstruction_weight = options.reconstruction_weight
-        self.distillation_weight = options.distillation_weight
-        self.ema_momentum = options.ema_momentum
+        self.options, self.clamp, self.distil = options, options.clamp, options.distil
         self.freeze_last_layer_steps = options.freeze_last_layer_steps
-        self.temperatures = (
-            options.teacher_temperature_start,
-            options.teacher_temperature,
-            options.teacher_temperature_warmup,
-        )
         # A tensor, so that compiled code does not depend on its value and a checkpoint carries it.
         self.register_buffer("current_teacher_temperature", torch.tensor(self.temperature(0, 1)))
         if options.distil == "class_token" and not self.student.has_class_token:
@@ -94,7 +86,8 @@ class FOLK(Method):
     ) -> dict[str, Float[Tensor, ""]]:
         """The loss of two views of each image, with its parts ``reconstruction`` and ``distillation``."""
         views, keys = self.checked(views, keys)
-        seen, taught = (views, [views[1], views[0]]) if self.views == "two" else (views[:1], views[1:])
+        options = self.options
+        seen, taught = (views, [views[1], views[0]]) if options.views == "two" else (views[:1], views[1:])
         view_keys = [combine(keys, number) for number in range(len(seen))]
         filtered = [self.filter(*view, clamp=self.clamp) for view in zip(seen, view_keys, strict=True)]
 
@@ -106,24 +99,19 @@ class FOLK(Method):
         student_logits = self.student_head(self.distilled(features))
         teacher_logits = self.teach(torch.cat(list(taught)))
 
-        reconstruction = torch.stack(
-            [
-                self.loss(prediction, target, view.keep)
-                for prediction, target, view in zip(predictions, targets, filtered, strict=True)
-            ]
-        ).mean()
+        losses = [
+            self.loss(prediction, target, view.keep)
+            for prediction, target, view in zip(predictions, targets, filtered, strict=True)
+        ]
+        reconstruction = torch.stack(losses).mean()
         distillation = self.distillation(student_logits, teacher_logits, self.current_teacher_temperature)
-        loss = self.reconstruction_weight * reconstruction + self.distillation_weight * distillation
+        loss = options.reconstruction_weight * reconstruction + options.distillation_weight * distillation
         if self.training:
             self.distillation.collect(teacher_logits)
-        parts = {
-            "loss": loss,
-            "reconstruction": reconstruction.detach(),
-            "distillation": distillation.detach(),
-        }
+        parts = {"reconstruction": reconstruction.detach(), "distillation": distillation.detach()}
         if details:
             parts |= self.health(predictions, targets, filtered, view_keys, teacher_logits)
-        return parts
+        return {"loss": loss, **parts}
 
     @torch.no_grad()
     def teach(self, originals: Images) -> Float[Tensor, "batch outputs"]:
@@ -154,15 +142,11 @@ class FOLK(Method):
             view_keys: of each view, int64 (B,).
             teacher_logits: the teacher's outputs for all views, (views * B, K).
         """
-        keep = torch.cat([view.keep for view in filtered])
-        health = reconstruction_health(
-            self.loss,
-            torch.cat(list(predictions)),
-            torch.cat(list(targets)),
-            keep,
-            self.filter,
-            torch.cat(list(view_keys)),
+        keeps = [view.keep for view in filtered]
+        prediction, target, keep, keys = (
+            torch.cat(list(views)) for views in (predictions, targets, keeps, view_keys)
         )
+        health = reconstruction_health(self.loss, prediction, target, keep, self.filter, keys)
         teacher = self.distillation.teacher_probabilities(teacher_logits, self.current_teacher_temperature)
         return {**health, "collapse": collapse_number(teacher)}
 
@@ -174,7 +158,7 @@ class FOLK(Method):
     def after_step(self, step: int, total_steps: int) -> None:
         """Moves the teacher and the center, and sets the temperature for the next step."""
         self.distillation.update_center()
-        momentum = cosine_momentum(self.ema_momentum, step, total_steps)
+        momentum = cosine_momentum(self.options.ema_momentum, step, total_steps)
         update_ema(self.teacher, self.student, momentum)
         update_ema(self.teacher_head, self.student_head, momentum)
         self.current_teacher_temperature.fill_(self.temperature(step + 1, total_steps))
@@ -186,8 +170,9 @@ class FOLK(Method):
 
     def temperature(self, step: int, total_steps: int) -> float:
         """The teacher's temperature at a step: linear from its start to its end, then constant."""
-        start, end, warmup = self.temperatures
-        progress = min(step / (warmup * total_steps), 1.0) if warmup * total_steps > 0 else 1.0
+        start, end = self.options.teacher_temperature_start, self.options.teacher_temperature
+        steps = self.options.teacher_temperature_warmup * total_steps
+        progress = min(step / steps, 1.0) if steps > 0 else 1.0
         return start + (end - start) * progress
 
 

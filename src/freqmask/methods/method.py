@@ -109,14 +109,12 @@ class Method(nn.Module):
 
     def corrupt(self, images: Images, keys: Keys) -> Filtered:
         """What the network sees, x~ = clamp(Re F^-1(F(x) keep), 0, 1), and keep (docs/methods.md, MFM)."""
-        filtered: Filtered = self.filter(images, keys, clamp=self.clamp)
-        return filtered
+        return self.filter(images, keys, clamp=self.clamp)
 
     def predict(self, filtered: Images) -> Images:
         """The normalized image that the exported backbone and the decoder make of a filtered one in [0, 1]."""
         feature_map = getattr(self, self.default_backbone)(self.normalise(filtered)).feature_map
-        prediction: Tensor = self.decoder(feature_map, (filtered.shape[-2], filtered.shape[-1]))
-        return prediction
+        return self.decoder(feature_map, (filtered.shape[-2], filtered.shape[-1]))
 
     @torch.no_grad()
     def reconstruct(self, images: Images, keys: Keys | None = None) -> dict[str, Tensor]:

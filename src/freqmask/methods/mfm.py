@@ -74,7 +74,14 @@ def masking_filter(options: MaskingOptions, settings: dict[str, Any], is_cnn: bo
     Raises:
         UserError: for an option that the filter has no use for, or a value out of range.
     """
-    _refuse_unused(options)
+    for field in dataclasses.fields(MaskingOptions):
+        home, value = field.metadata.get("filter"), getattr(options, field.name)
+        if home not in (None, options.filter) and as_typed(value) != as_typed(field.default):
+            shown = options.filter if isinstance(options.filter, str) else options.filter.describe()
+            raise UserError(
+                f"{field.name} ({value}) is not used by filter {shown}; it belongs to filter={home!r}; "
+                "or write it inside, as in 'lowpass(radius=8)'"
+            )
     size = height_and_width(settings["image_size"])
     if options.filter == "fixed":
         share = options.low_pass_share
@@ -84,27 +91,9 @@ def masking_filter(options: MaskingOptions, settings: dict[str, Any], is_cnn: bo
         fixed = {"radius": options.radius, "low_pass_share": share, "softness": options.softness}
         return build_filter("fixed", size, **fixed)
     if options.filter == "com":
-        return build_filter(
-            "com",
-            size,
-            com_fractions=tuple(options.com_fractions),
-            low_pass_share=options.com_share,  # Com is the low-pass side of its mixture
-            magnitude=options.magnitude,
-        )
+        com = {"com_fractions": tuple(options.com_fractions), "magnitude": options.magnitude}
+        return build_filter("com", size, low_pass_share=options.com_share, **com)  # Com is the low-pass side
     return build_filter(options.filter, size)
-
-
-def _refuse_unused(options: MaskingOptions) -> None:
-    """A UserError for an option that was changed though the filter does not use it."""
-    for field in dataclasses.fields(MaskingOptions):
-        home, value = field.metadata.get("filter"), getattr(options, field.name)
-        given = as_typed(value) != as_typed(field.default)
-        if home not in (None, options.filter) and given:
-            shown = options.filter if isinstance(options.filter, str) else options.filter.describe()
-            raise UserError(
-                f"{field.name} ({value}) is not used by filter {shown}; it belongs to filter={home!r}; "
-                "or write it inside, as in 'lowpass(radius=8)'"
-            )
 
 
 @torch.no_grad()

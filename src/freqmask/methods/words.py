@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from freqmask.backbones import Backbone, height_and_width
 from freqmask.errors import UserError
-from freqmask.filters import Filter, Filtered, build_filter
+from freqmask.filters import Filtered, build_filter
 from freqmask.heads import FeatureNorm
 from freqmask.methods.method import Method
 from freqmask.options.of_methods import PartlySeenOptions, WordsOptions
@@ -48,11 +48,24 @@ class PartlySeen(Method):
     def build(self, options: Any) -> None:
         """Filter, heads and decoder."""
         settings, size = self.settings, height_and_width(self.settings["image_size"])
-        if options.filter == "lowpass" and options.radius == "auto":
-            settings["radius"] = min(size) / RADIUS_SHARE
-        self.filter = _filter(options.filter, settings["radius"], size)
-        self.filter_share = options.filter_share
-        self.token_share = settings["token_share"] = _token_share(options.token_share, self.backbone)
+        text, radius, share = options.filter, options.radius, options.token_share
+        if text == "lowpass":
+            if radius == "auto":
+                radius = settings["radius"] = min(size) / RADIUS_SHARE
+            text = f"lowpass(radius={radius!r})"
+        elif radius != "auto":
+            raise UserError(
+                f"radius ({radius}) is not used by filter {text}; write it inside, as in 'highpass(radius=8)'"
+            )
+        self.filter, self.filter_share = build_filter(text, size), options.filter_share
+        if share == "auto":
+            share = TOKEN_SHARE if self.backbone.can_leave_tokens_out else 1.0
+        elif float(share) < 1 and not self.backbone.can_leave_tokens_out:
+            raise UserError(
+                f"token_share ({share}) must be 1 for {self.backbone.name}, which takes all patches; try "
+                "token_share=auto"
+            )
+        self.token_share = settings["token_share"] = float(share)
         self.add_heads(options)
         self.decoder = self.make_decoder()
 
@@ -106,28 +119,6 @@ def at_places(
     if places is None:
         return sequence
     return torch.gather(sequence, 1, places[..., None].expand(-1, -1, sequence.shape[-1]))
-
-
-def _filter(text: Any, radius: float | str, size: tuple[int, int]) -> Filter:
-    """The low-pass of a radius, or the filter that was named, which has its radius inside."""
-    if text == "lowpass":
-        return build_filter(f"lowpass(radius={radius!r})", size)
-    if radius != "auto":
-        raise UserError(
-            f"radius ({radius}) is not used by filter {text}; write it inside, as in 'highpass(radius=8)'"
-        )
-    return build_filter(text, size)
-
-
-def _token_share(share: float | str, backbone: Backbone) -> float:
-    """The share of patches, 1 where the backbone takes all."""
-    if share == "auto":
-        return TOKEN_SHARE if backbone.can_leave_tokens_out else 1.0
-    if float(share) < 1 and not backbone.can_leave_tokens_out:
-        raise UserError(
-            f"token_share ({share}) must be 1 for {backbone.name}, which takes all patches; try token_share=auto"
-        )
-    return float(share)
 
 
 class Words(PartlySeen):
@@ -235,9 +226,8 @@ class VisualWords(nn.Module):
         patches = (patches - mean) / (variance + CONTRAST).sqrt()
         center = patches.mean(dim=0)
         variances, directions = torch.linalg.eigh(torch.cov((patches - center).mT))
-        whitening = (
-            directions * (variances + RIDGE * variances.mean()).clamp_min(1e-12).rsqrt() @ directions.mT
-        )
+        scale = (variances + RIDGE * variances.mean()).clamp_min(1e-12).rsqrt()
+        whitening = directions * scale @ directions.mT
         patches = F.normalize((patches - center) @ whitening, dim=1)
         seen = variance.flatten() > BLANK  # else most words of a page would be its paper
         words = _spherical_k_means(patches[seen] if seen.any() else patches, self.count)
