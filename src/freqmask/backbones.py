@@ -303,11 +303,7 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> No
     Raises:
         UserError: if there is no batch.
     """
-    norms = [
-        module
-        for module in backbone.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
+    norms = [part for part in backbone.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     if not norms:
         return
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
@@ -325,10 +321,8 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> No
         except ValueError:
             if len(images) > 1:
                 raise
-            for norm, (_, state) in zip(
-                norms, before, strict=True
-            ):  # one image and a map of 1x1: no variance
-                norm.load_state_dict(state)
+            for norm, (_, state) in zip(norms, before, strict=True):
+                norm.load_state_dict(state)  # one image and a map of 1x1: no variance
         finally:
             for norm, (momentum, _) in zip(norms, before, strict=True):
                 norm.momentum = momentum

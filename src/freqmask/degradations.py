@@ -69,11 +69,8 @@ class Downscale(Degradation):
 
     def factor_at(self, height: int, width: int) -> float:
         """The factor, above 1, for images of (H, W) pixels."""
-        return (
-            max(2.0, 8.0 * min(height, width) / REFERENCE_SIDE)
-            if isinstance(self.factor, str)
-            else self.factor
-        )
+        scaled = 8.0 * min(height, width) / REFERENCE_SIDE
+        return max(2.0, scaled) if isinstance(self.factor, str) else self.factor
 
     def degrade(self, images: Tensor, keys: Tensor) -> Tensor:
         """Bicubic down and up; nothing is random."""

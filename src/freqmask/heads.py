@@ -72,12 +72,8 @@ class ProjectionHead(nn.Module):
         self, in_dim: int, outputs: int = 65536, hidden: int = 2048, bottleneck: int = 256, layers: int = 3
     ) -> None:
         super().__init__()
-        for name, value in {
-            "outputs": outputs,
-            "hidden": hidden,
-            "bottleneck": bottleneck,
-            "layers": layers,
-        }.items():
+        sizes = {"outputs": outputs, "hidden": hidden, "bottleneck": bottleneck, "layers": layers}
+        for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"{name} ({value}) must be at least 1; leave it out for the published value")
         widths = [in_dim, *[hidden] * (layers - 1), bottleneck]

@@ -66,11 +66,10 @@ def spectrum_distance(
 
 
 class _WeightedSums(torch.autograd.Function):
-    """Each image's sum of w |F(difference)|^gamma over the full spectrum, with its gradient by one inverse FFT.
+    """Each image's sum of w |F(difference)|^gamma over the full spectrum, with its gradient by one inverse FFT."""
 
-    Autograd's own way back from a half spectrum is a complex FFT of twice the size and several copies. Here the
-    gradient's spectrum, w gamma |F|^(gamma - 2) F, is made where |F| is at hand.
-    """
+    # Autograd's own way back from a half spectrum is a complex FFT of twice the size and several copies. Here the
+    # gradient's spectrum, w gamma |F|^(gamma - 2) F, is made where |F| is at hand.
 
     @staticmethod
     def forward(

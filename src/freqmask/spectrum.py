@@ -296,15 +296,22 @@ class Normalization(nn.Module):
         std: Sequence[float] | Literal["auto"] | None = None,
     ) -> None:
         super().__init__()
-        mean = _values("mean", mean, channels, IMAGENET_MEAN, PLAIN_MEAN)
-        std = _values("std", std, channels, IMAGENET_STD, PLAIN_STD)
-        if min(std) <= 0:
-            raise UserError(
-                f"std ({list(std)}) must be above 0 in every channel; leave constant channels out"
-            )
-        # Not part of the state: they are settings, and a checkpoint's must not override a user's.
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        of_color = {"mean": (mean, IMAGENET_MEAN, PLAIN_MEAN), "std": (std, IMAGENET_STD, PLAIN_STD)}
+        for name, (given, imagenet, plain) in of_color.items():
+            values = given
+            if values is None or values == "auto":
+                values = imagenet if channels == 3 else [plain] * channels
+            if len(values) != channels:
+                raise UserError(
+                    f"{name} ({list(values)}) must hold one value for each of the {channels} channels"
+                )
+            values = [float(value) for value in values]
+            if name == "std" and min(values) <= 0:
+                raise UserError(
+                    f"std ({values}) must be above 0 in every channel; leave constant channels out"
+                )
+            # Not part of the state: they are settings, and a checkpoint's must not override a user's.
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "*batch channel height width"]) -> Tensor:
         """Images in [0, 1] become the network's numbers, of about mean 0 and deviation 1."""
@@ -313,17 +320,3 @@ class Normalization(nn.Module):
     def inverse(self, normalized: Float[Tensor, "*batch channel height width"]) -> Tensor:
         """The network's numbers become images; a prediction may leave [0, 1]."""
         return normalized.float() * self.std + self.mean
-
-
-def _values(
-    name: str,
-    given: Sequence[float] | Literal["auto"] | None,
-    channels: int,
-    imagenet: Sequence[float],
-    plain: float,
-) -> list[float]:
-    if given is None or given == "auto":
-        return list(imagenet) if channels == 3 else [plain] * channels
-    if len(given) != channels:
-        raise UserError(f"{name} ({list(given)}) must hold one value for each of the {channels} channels")
-    return [float(value) for value in given]

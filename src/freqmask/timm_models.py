@@ -59,7 +59,16 @@ def create_model(
         UserError: for an unknown name, or a model that cannot do what is asked.
     """
     check_name(name)
-    asked: dict[str, Any] = {"in_chans": channels, **_checked(model_args)}
+    given = dict(model_args or {})
+    for theirs, ours in OWN_ARGUMENTS.items():
+        if theirs in given:
+            raise UserError(f"model_args ({theirs}={given[theirs]}) must not name it; use the option {ours}")
+    for name_of_ours in ("num_classes", "features_only", "pretrained"):
+        if name_of_ours in given:
+            raise UserError(
+                f"model_args ({name_of_ours}={given[name_of_ours]}) must not name it: freqmask sets it itself"
+            )
+    asked: dict[str, Any] = {"in_chans": channels, **given}
     if patch_size is not None:
         asked["patch_size"] = patch_size
     try:
@@ -83,9 +92,8 @@ def create_model(
 
 def _is_plain_convolution(part: Any) -> bool:
     """Whether a :class:`PatchConv2d` does the same."""
-    if type(part) is not nn.Conv2d or part.padding != (0, 0):
-        return False
-    return part.kernel_size == part.stride and part.groups == 1 and part.dilation == (1, 1)
+    is_plain = type(part) is nn.Conv2d and part.padding == (0, 0) and part.dilation == (1, 1)
+    return is_plain and part.kernel_size == part.stride and part.groups == 1
 
 
 class PatchConv2d(nn.Conv2d):
@@ -121,22 +129,18 @@ def check_name(name: str) -> None:
             f"backbone ({name}) must be a name as timm has it; did you mean {bare!r}? "
             f"{prefix}: goes before the name in --init and where a MODEL is asked for"
         )
-    if colon or timm.is_model(name.split(".")[0]):
-        return
-    raise UserError(f"backbone ({name}) must be the name of a timm model; {_similar(name)}")
-
-
-def _similar(name: str) -> str:
-    # the first model that begins most like the name: patch and size behind it are seldom typed
-    models = timm.list_models()
-    shared = {known: len(commonprefix([name, known])) for known in models}  # noqa: RUF071  # letters
-    longest = max(shared.values())
-    alike = [known for known in models if shared[known] == longest or 2 * longest < len(name)]
-    begins = {known[: len(name)]: known for known in reversed(alike)}
-    hint = nearest(name, begins)
-    if not hint.startswith("did you mean"):
-        return "timm.list_models() lists all of them"
-    return f"did you mean {begins[hint.split(chr(39))[1]]!r}?"
+    if not colon and not timm.is_model(name.split(".")[0]):
+        # the first model that begins most like the name: patch and size behind it are seldom typed
+        shared = {one: len(commonprefix([name, one])) for one in timm.list_models()}  # noqa: RUF071  # letters
+        longest = max(shared.values())
+        alike = [known for known in shared if shared[known] == longest or 2 * longest < len(name)]
+        begins = {known[: len(name)]: known for known in reversed(alike)}
+        hint = nearest(name, begins)
+        if hint.startswith("did you mean"):
+            hint = f"did you mean {begins[hint.split(chr(39))[1]]!r}?"
+        else:
+            hint = "timm.list_models() lists all of them"
+        raise UserError(f"backbone ({name}) must be the name of a timm model; {hint}")
 
 
 def strides(model: nn.Module) -> list[int]:
@@ -188,7 +192,7 @@ def parameters_behind(outputs: Iterable[Tensor]) -> set[nn.Parameter]:
         variable = getattr(node, "variable", None)  # only a leaf's accumulator has one
         if isinstance(variable, nn.Parameter):
             found.add(variable)
-        following = {next_node for next_node, _ in node.next_functions if next_node is not None} - seen
+        following = {one for one, _ in node.next_functions if one is not None} - seen
         seen |= following
         waiting.extend(following)
     return found
@@ -216,17 +220,6 @@ def initialise_as_mfm(model: nn.Module) -> None:
                 projection.weight.div_(math.sqrt(2 * depth))
 
 
-def _checked(model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    given = dict(model_args or {})
-    for theirs, ours in OWN_ARGUMENTS.items():
-        if theirs in given:
-            raise UserError(f"model_args ({theirs}={given[theirs]}) must not name it; use the option {ours}")
-    for taken in ("num_classes", "features_only", "pretrained"):
-        if taken in given:
-            raise UserError(f"model_args ({taken}={given[taken]}) must not name it: freqmask sets it itself")
-    return given
-
-
 def _create(
     name: str,
     asked: dict[str, Any],
@@ -239,9 +232,9 @@ def _create(
     if image_size is not None:
         wanted["img_size"] = image_size
     while True:
+        taken = wanted | asked
         try:
-            model = timm.create_model(name, pretrained=pretrained, **{**wanted, **asked})
-            return model, {**wanted, **asked}
+            return timm.create_model(name, pretrained=pretrained, **taken), taken
         except TypeError as error:
             refused = REFUSED.search(str(error))
             if refused is None:
@@ -268,8 +261,8 @@ def as_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ViT's tensors with DINOv2's registers as timm has them: no place of the class token in ``pos_embed``."""
     if "register_tokens" not in state:
         return dict(state)
-    renamed = {**state, "reg_token": state["register_tokens"]}
-    del renamed["register_tokens"]
+    renamed = dict(state)
+    renamed["reg_token"] = renamed.pop("register_tokens")
     if _places_before(renamed) == 1:
         renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
         renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
@@ -289,10 +282,10 @@ def architecture_of(
     Raises:
         UserError: neither is the name known nor can it be told.
     """
-    name, arguments, notes = backbone, dict[str, Any](), list[str]()
+    name, arguments, notes, module = backbone, dict[str, Any](), list[str](), ""
     if backbone is not None:
         check_name(backbone)
-    module = "" if backbone is None else timm.model_entrypoint(backbone.split(".")[0]).__module__
+        module = timm.model_entrypoint(backbone.split(".")[0]).__module__
     if backbone is None and "layer1.0.conv1.weight" in state:
         name, arguments = _resnet(state)
     elif module.split(".")[-1] in ("", "vision_transformer", "beit", "deit") and all(
@@ -311,17 +304,14 @@ def architecture_of(
             "the architecture cannot be told from the file (it is no plain ViT, BEiT or ResNet: "
             f"{', '.join(sorted(state)[:3])} ...); name it with --backbone, as timm does"
         )
-    classifiers = [state[head] for head in _HEADS if head in state and state[head].dim() == 2]
-    classes = int(classifiers[0].shape[0]) if classifiers else 0
-    return name, {"num_classes": classes, **arguments, **model_args}, notes
+    classes = (int(state[head].shape[0]) for head in _HEADS if head in state and state[head].dim() == 2)
+    return name, {"num_classes": next(classes, 0), **arguments, **model_args}, notes
 
 
 def _resnet(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     layers = tuple(_count(state, f"layer{number}") for number in range(1, 5))
-    bottleneck = "layer1.0.conv3.weight" in state
-    arguments: dict[str, Any] = {}
-    if "conv1.weight" in state:
-        arguments["in_chans"] = state["conv1.weight"].shape[1]
+    bottleneck, first = "layer1.0.conv3.weight" in state, state.get("conv1.weight")
+    arguments: dict[str, Any] = {} if first is None else {"in_chans": first.shape[1]}
     name = _RESNETS.get((bottleneck, layers))
     if name is None:
         name, arguments["layers"] = ("resnet50" if bottleneck else "resnet18"), list(layers)
@@ -386,8 +376,7 @@ def _vit(
 
 
 def _prefix_tokens(state: Mapping[str, Tensor]) -> int:
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    return int("cls_token" in state) + registers
+    return ("cls_token" in state) + (state["reg_token"].shape[1] if "reg_token" in state else 0)
 
 
 def _places_before(state: Mapping[str, Tensor]) -> int:

@@ -87,8 +87,7 @@ def build_filter(
     >>> build_filter("lowpass(radius=8)").describe()
     "lowpass(radius=8, softness=0.0, edge='sigmoid')"
     """
-    unknown = [name for name in defaults if name not in OPTIONS]
-    if unknown:
+    if unknown := [name for name in defaults if name not in OPTIONS]:
         raise UserError(f"filter option ({unknown[0]!r}) must be a known one; {nearest(unknown[0], OPTIONS)}")
     given = {name: value for name, value in defaults.items() if value is not None}
     built = text if isinstance(text, Filter) else _from_call(_parse(text), given)
@@ -161,20 +160,16 @@ def _mixture(call: _Call, given: dict[str, Any]) -> Filter:
     share = settings.pop("low_pass_share", 0.5)
     if not 0 <= share <= 1:
         raise UserError(f"low_pass_share ({share}) must be in [0, 1]; 0.5 is the papers' for a ViT")
-    return OneOf(_opposites(call.name, settings), [share, 1.0 - share])
-
-
-def _opposites(name: str, settings: dict[str, Any]) -> list[Filter]:
-    if name == "com":
-        if "com_fractions" in settings:
-            settings["fractions"] = settings.pop("com_fractions")
-        return [Com(**settings), RCom(**settings)]
+    weights = [share, 1.0 - share]
+    if call.name == "com":
+        settings = {"fractions" if name == "com_fractions" else name: settings[name] for name in settings}
+        return OneOf([Com(**settings), RCom(**settings)], weights)
     if (outer := settings.pop("second_radius", None)) is None:
-        return [LowPass(**settings), HighPass(**settings)]
+        return OneOf([LowPass(**settings), HighPass(**settings)], weights)
     inner = settings.pop("radius", "auto")
     if isinstance(inner, str):
         raise UserError(f"radius ({inner!r}) must be a number beside second_radius ({outer}); try radius=16")
-    return [BandStop(inner, outer, **settings), BandPass(inner, outer, **settings)]
+    return OneOf([BandStop(inner, outer, **settings), BandPass(inner, outer, **settings)], weights)
 
 
 def _class_of(name: str) -> type[Filter]:

@@ -168,7 +168,17 @@ class OneOf(Filter):
         self.filters = nn.ModuleList(filters)
         self.weights = weights
         self._filters = tuple(filters)  # the same, typed
-        self._selections = _shared_selections(filters)
+        # what must be computed: Com and RCom, low-pass and high-pass of one radius share one selection; with each its
+        # places in the list, and whether its complement stands there
+        selections: dict[str, tuple[Filter, list[tuple[int, bool]]]] = {}
+        for number, filter in enumerate(filters):
+            selection = filter.opposite if isinstance(filter, Complement) else filter
+            try:
+                name = selection.describe()
+            except UserError:  # a filter that does not tell its settings equals none but itself
+                name = str(id(selection))
+            selections.setdefault(name, (selection, []))[1].append((number, selection is not filter))
+        self._selections = tuple(selections.values())
         names = [getattr(filter, "name", "") or type(filter).__name__.lower() for filter in filters]
         self.names = [f"{name}{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
@@ -207,20 +217,3 @@ class OneOf(Filter):
 @constant
 def _thresholds(weights: tuple[float, ...], device: torch.device) -> Tensor:
     return (torch.tensor(weights, dtype=torch.float64).cumsum(0)[:-1] / sum(weights)).float().to(device)
-
-
-def _shared_selections(filters: Sequence[Filter]) -> tuple[tuple[Filter, list[tuple[int, bool]]], ...]:
-    """What must be computed: Com and RCom, low-pass and high-pass of one radius share one selection.
-
-    Returns:
-        The distinct filters, each with its places in the list, and whether its complement stands there.
-    """
-    selections: dict[str, tuple[Filter, list[tuple[int, bool]]]] = {}
-    for number, filter in enumerate(filters):
-        selection = filter.opposite if isinstance(filter, Complement) else filter
-        try:
-            name = selection.describe()
-        except UserError:  # a filter that does not tell its settings equals none but itself
-            name = str(id(selection))
-        selections.setdefault(name, (selection, []))[1].append((number, selection is not filter))
-    return tuple(selections.values())

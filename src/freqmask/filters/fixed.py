@@ -101,11 +101,6 @@ def disc(
     return torch.exp(-0.5 * (beyond.clamp_min(0) / softness).square()).to(device, dtype)
 
 
-def _for_all(mask: Tensor, spectrum: Tensor) -> Tensor:
-    """One map (H, W // 2 + 1) for a whole batch, (batch, 1, H, W // 2 + 1) without a copy."""
-    return mask.expand(len(spectrum), 1, -1, -1)
-
-
 class LowPass(Filter):
     """Keeps the frequencies nearer to DC than a radius: r^2 < radius^2 (MFM, arXiv 2206.07706).
 
@@ -129,8 +124,8 @@ class LowPass(Filter):
 
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """The same map for every image, see ``Filter.keep``."""
-        dtype = spectrum.real.dtype
-        return _for_all(disc(size, self.radius, self.softness, self.edge, spectrum.device, dtype), spectrum)
+        mask = disc(size, self.radius, self.softness, self.edge, spectrum.device, spectrum.real.dtype)
+        return mask.expand(len(spectrum), 1, -1, -1)  # one map for the whole batch, without a copy
 
     def check(self, image_size: tuple[int, int]) -> None:
         """The radius must lie in the spectrum."""
@@ -172,7 +167,8 @@ class BandPass(Filter):
     def keep(self, spectrum: Tensor, size: tuple[int, int], keys: Tensor) -> Tensor:
         """The same map for every image, see ``Filter.keep``."""
         settings = (self.softness, self.edge, spectrum.device, spectrum.real.dtype)
-        return _for_all(disc(size, self.high, *settings) - disc(size, self.low, *settings), spectrum)
+        mask = disc(size, self.high, *settings) - disc(size, self.low, *settings)
+        return mask.expand(len(spectrum), 1, -1, -1)
 
     def check(self, image_size: tuple[int, int]) -> None:
         """The inner radius must lie in the spectrum; the outer one may contain all of it."""
