@@ -210,7 +210,14 @@ def read_config(
     if isinstance(config, (list, tuple)):
         several = (read_config(each, known, below) for each in config)
         return functools.reduce(lambda first, second: overridden(first, second, known or {}), several)
-    path = config_path(config)
+    from freqmask.recipes import read_recipe, recipe_names
+
+    path = Path(config)
+    if not path.is_file():
+        if str(config) not in recipe_names():
+            hint = nearest(str(config), recipe_names())
+            raise UserError(f"config ({config}) is neither a file nor a shipped recipe; {hint}")
+        path = read_recipe(str(config)).path
     if path.resolve() in below:
         raise UserError(f"config ({path}) leads back to itself; take one of the config: lines out")
     options, written_by = _read_texts(path)
@@ -243,22 +250,6 @@ def _read_texts(path: Path) -> tuple[dict[str, Any], str | None]:
         for name, word in texts.items()
     }
     return options, whole.get("command")
-
-
-def config_path(config: str | Path) -> Path:
-    """A config file's path; the bare name of a shipped recipe stands for its file.
-
-    Raises:
-        UserError: neither a file nor a recipe.
-    """
-    from freqmask.recipes import read_recipe, recipe_names
-
-    if Path(config).is_file():
-        return Path(config)
-    if str(config) in recipe_names():
-        return read_recipe(str(config)).path
-    hint = nearest(str(config), recipe_names())
-    raise UserError(f"config ({config}) is neither a file nor a shipped recipe; {hint}")
 
 
 def read_call(program: str, command: Function, words: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
@@ -416,6 +407,7 @@ def completions(function: Callable[..., Any], words: Sequence[str]) -> list[str]
     before = words[-2] if len(words) > 1 else ""
     option = known.get(before[2:].replace("-", "_")) if before.startswith("--") else None
     if option is not None:
-        values = [w for kind in option.kinds for w in typing.get_args(kind) if isinstance(w, str)]
+        words_of_kinds = (word for kind in option.kinds for word in typing.get_args(kind))
+        values = [word for word in words_of_kinds if isinstance(word, str)]
         return values or (list(_BOOLEANS[:2]) if option.of_kind(bool) else [])
     return [f"--{name}" for name in (*known, "help")]

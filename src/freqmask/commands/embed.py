@@ -13,8 +13,6 @@ from freqmask.interop.formats import check_model
 from freqmask.options import Auto, Range
 from freqmask.options.of_evaluation import Inference, Windows
 
-_QUERIES, _NEIGHBORS = 8, 7
-
 
 @command(Windows, Inference)
 def embed(
@@ -76,7 +74,7 @@ def embed(
         )
         from freqmask.evaluation.features import ComputeConfig, any_shown
         from freqmask.interop.feature_files import images_missing_in, join_parts, task_of
-        from freqmask.interop.models import open_model
+        from freqmask.interop.models import open_model, still_images
         from freqmask.training.files import check_kept, check_out
 
     opened = open_model(model, image_size=options["image_size"], weights=options["weights"])
@@ -90,7 +88,9 @@ def embed(
     parts = plan_parts(task, source, path)
     before = task_of(path) or {}
     is_ours = before != {} and before.items() <= parts.task.items()  # earlier versions noted no mean and std
-    if before == parts.task and not any_shown(task.dataset(source), images_missing_in(path, len(source))):
+    if before == parts.task and not any_shown(
+        still_images(opened, source, crop), images_missing_in(path, len(source))
+    ):
         say(f"embeddings  {path} is there already, of the same images, labels and weights")
     else:
         table = [path.with_suffix(".csv")] if path.suffix == ".npy" else []  # of the rows' names
@@ -105,7 +105,7 @@ def embed(
     if neighbours:
         from freqmask.commands.sheets import draw_neighbors
 
-        say(f"figure      {draw_neighbors(path, opened, source, _QUERIES, _NEIGHBORS)}")
+        say(f"figure      {draw_neighbors(path, opened, source)}")
     return path
 
 

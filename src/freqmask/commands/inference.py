@@ -56,6 +56,7 @@ class Embedding:
 
     def __init__(self, opened: OpenedModel, config: EmbedConfig | None = None) -> None:
         self.opened, self.config = opened, config or EmbedConfig()
+        self.network, self.crop = opened.backbone, self.config.crop
 
     def describe(self) -> dict[str, Any]:
         """Plain values that decide the features, beside the images."""
@@ -69,11 +70,6 @@ class Embedding:
         }
 
     @property
-    def input_size(self) -> tuple[int, int]:
-        """Rows and columns of pixels."""
-        return self.opened.input_size[1:]
-
-    @property
     def grid(self) -> tuple[int, int, int]:
         """Rows, columns and width of the patches."""
         backbone = self.opened.backbone
@@ -85,14 +81,6 @@ class Embedding:
         """Numbers of one image."""
         rows, columns, dim = self.grid
         return dim * (1 + self.config.patches * rows * columns + len(self.config.blocks))
-
-    def dataset(self, source: Source) -> TrainDataset:
-        """The images as the network is given them."""
-        return still_images(self.opened, source, self.config.crop)
-
-    def to(self, device: torch.device) -> None:
-        """Move the network."""
-        self.opened.backbone.to(device)
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
         """Features (B, D) by name, of images (B, C, H, W) in [0, 1]."""
@@ -118,7 +106,7 @@ class Embedding:
 
 
 class Classification:
-    """The probability of every class; its methods are those of :class:`Embedding`.
+    """The probability of every class; what it has is what :class:`Embedding` has.
 
     Args:
         opened: the classifier.
@@ -136,18 +124,8 @@ class Classification:
         return {**lists, "weights": hash_weights(self.opened.module), "crop": self.crop}
 
     @property
-    def input_size(self) -> tuple[int, int]:
-        return self.opened.input_size[1:]
-
-    @property
     def width(self) -> int:
         return len(self.opened.class_names)
-
-    def dataset(self, source: Source) -> TrainDataset:
-        return still_images(self.opened, source, self.crop)
-
-    def to(self, device: torch.device) -> None:
-        self.network.to(device)
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
         return {"features": self.network(images)[0].float().softmax(dim=1)}
@@ -172,7 +150,7 @@ def compute_parts(task: FeatureTask, source: Source, parts: Parts, config: Compu
     whole, missing = parts.begin(), parts.missing()
     if whole:
         say(f"resumes     {whole} of {parts.count} parts are whole from before")
-    size = config.images_at_once(*task.input_size)
+    size = config.images_at_once(*task.opened.input_size[1:])
     arguments = (missing, task, source, parts, size, config.workers, config.bf16)
     images = sum(len(parts.indices(number)) for number in missing)
     try:
@@ -196,9 +174,9 @@ def some_parts(
 ) -> Iterator[int]:
     """Those at ``places`` among the missing parts, in whatever process; yields how many images each batch had."""
     images = [index for place in places for index in parts.indices(missing[place])]
-    writer = PartWriter(source, parts)
-    task.to(device)
-    for batch in feature_batches(device, images, task.dataset(source), task.compute, size, workers, bf16):
+    writer, dataset = PartWriter(source, parts), still_images(task.opened, source, task.crop)
+    task.network.to(device)
+    for batch in feature_batches(device, images, dataset, task.compute, size, workers, bf16):
         writer.add(batch.wanted, batch.is_read, batch.features, batch.labels, batch.reasons)
         yield len(batch.wanted)
 

@@ -28,6 +28,7 @@ from freqmask.rng import combine, identity_of, sample_key
 from freqmask.spectrum import as_float
 from freqmask.training.files import save_figure
 
+_QUERIES, _NEIGHBORS = 8, 7  # rows, and columns beside the first
 _LONGEST_NAME = 22
 _KEYS = 256  # tried to see every filter of a mixture
 _COLUMNS = (
@@ -43,20 +44,18 @@ _COLUMNS = (
 _GAIN = 4  # errors are a few hundredths
 
 
-def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int, neighbors: int) -> Path:
+def draw_neighbors(path: Path, opened: OpenedModel, source: Source) -> Path:
     """Some images, each with the images whose features are nearest.
 
     Args:
         path: the file of features; the picture stands beside it.
         opened: the model that made it.
         source: its images.
-        queries: rows.
-        neighbors: columns beside the first.
 
     Returns:
         The PNG.
     """
-    indices, scores = nearest_neighbors(path, queries, neighbors)
+    indices, scores = nearest_neighbors(path, _QUERIES, _NEIGHBORS)
     dataset = still_images(opened, source)
     images = {
         int(n): as_float(dataset[0, int(n), int(n)].views[0]) for n in {*indices.flatten().tolist()} if n >= 0
@@ -64,7 +63,7 @@ def draw_neighbors(path: Path, opened: OpenedModel, source: Source, queries: int
     palette = Palette.of(torch.stack(list(images.values())))
     height, width = opened.backbone.image_size
     title = f"nearest neighbors by {opened.name}: left an image, then the most similar ones (cosine)"
-    figure, axes = new_sheet(len(indices), 1 + neighbors, height / width, title)
+    figure, axes = new_sheet(len(indices), 1 + _NEIGHBORS, height / width, title)
     for row, (found, similarities) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True)):
         for column, (index, score) in enumerate(zip(found, similarities, strict=True)):
             if index < 0:
@@ -129,10 +128,8 @@ def band_lines(tables: list[list[Band]]) -> list[str]:
     """A table: radius of the band, share hidden, and the mean PSNR of what is filtered, predicted, filled in."""
     lines = [f"  {'radius':>12}  {'hidden':>7}  {'seen':>8}  {'predicted':>9}  {'filled in':>9}"]
     for bands in zip(*tables, strict=True):
-        hidden = sum(band.hidden for band in bands) / len(bands)
-        means = (
-            sum(getattr(b, name) for b in bands) / len(bands) for name in ("filtered", "predicted", "filled")
-        )
+        names = ("hidden", "filtered", "predicted", "filled")
+        hidden, *means = (sum(getattr(band, name) for band in bands) / len(bands) for name in names)
         seen, predicted, filled = ("the same" if math.isinf(mean) else f"{mean:.1f}" for mean in means)
         radius = f"{bands[0].low} to {bands[0].high}"
         lines.append(f"  {radius:>12}  {hidden:>7.1%}  {seen:>8}  {predicted:>9}  {filled:>9}")

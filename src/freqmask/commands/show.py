@@ -31,12 +31,18 @@ def info() -> dict[str, str]:
     from freqmask import __version__
     from freqmask.data.cache import cache_folder
 
+    extras: dict[str, list[str]] = {}  # those meant for users: what each needs
+    for requirement in metadata.requires("freqmask") or []:
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
+        name = re.match(r"[\w.-]+", requirement)
+        if extra and name and extra[1] not in _FOR_DEVELOPERS:
+            extras.setdefault(extra[1], []).append(name[0])
     versions = {
         "freqmask": __version__,
         "python": ".".join(map(str, sys.version_info[:3])),
         **{name: _version(name) or "missing" for name in _LIBRARIES},
         **_devices(),
-        **_extras(),
+        **{f"extra [{extra}]": _presence(extra, names) for extra, names in extras.items()},
         "cache folder": str(cache_folder()),
     }
     width = max(map(len, versions))
@@ -69,18 +75,8 @@ def _devices() -> dict[str, str]:
     }
 
 
-def _extras() -> dict[str, str]:
-    """For every extra meant for users: present, or the line that installs it."""
-    wanted: dict[str, list[str]] = {}
-    for requirement in metadata.requires("freqmask") or []:
-        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
-        name = re.match(r"[\w.-]+", requirement)
-        if extra and name and extra[1] not in _FOR_DEVELOPERS:
-            wanted.setdefault(extra[1], []).append(name[0])
-    return {f"extra [{extra}]": _presence(extra, names) for extra, names in wanted.items()}
-
-
 def _presence(extra: str, names: list[str]) -> str:
+    """Whether all of an extra is there, else the line that installs it."""
     missing = [name for name in names if _version(name) is None]
     if missing:
         return f"without {', '.join(missing)}; pip install 'freqmask[{extra}]'"
