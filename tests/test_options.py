@@ -149,6 +149,8 @@ def test_what_a_file_leaves_empty_is_none(tmp_path: Path) -> None:
         ("out", Path("a") / "b", str(Path("a") / "b")),
         ("crop_scale", (0.5, 1), [0.5, 1.0]),
         ("crop_scale", np.array([0.5, 1]), [0.5, 1.0]),
+        ("value_range", (0, 4095), "0,4095"),
+        ("value_range", [-0.5, np.float32(1.5)], "-0.5,1.5"),
     ],
 )
 def test_values_of_python_are_read_as_what_they_mean(name: str, value: Any, read: Any) -> None:
@@ -166,6 +168,8 @@ def test_values_of_python_are_read_as_what_they_mean(name: str, value: Any, read
         ("out", True),
         ("out", date(2024, 1, 1)),
         ("seed", None),
+        ("value_range", (0, 1, 2)),
+        ("value_range", (0, "end")),
     ],
 )
 def test_values_of_python_that_cannot_be_are_sentences(name: str, value: Any) -> None:

@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
@@ -263,6 +264,9 @@ def _read_dict(value: Any, kind: Any, option: Option) -> dict[Any, Any]:
 
 
 def _read_text(value: Any, kind: Any, option: Option) -> str:
+    with suppress(ValueError):  # (0, 4095) of Python and [0, 4095] of YAML are the word 0,4095
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            value = ",".join(as_typed(_read_float(end, float, option)) for end in value)
     is_text = isinstance(value, (str, os.PathLike, Real)) and not isinstance(value, bool)
     if not is_text or not str(value).strip():  # blank: a variable of a script that was never set
         raise ValueError
