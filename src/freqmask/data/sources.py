@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -90,10 +90,8 @@ def open_source(
     Raises:
         UserError: nothing readable there; the message names the way out.
     """
-    if pages not in ("channels", "images"):
-        raise UserError(
-            f"pages ({pages}) must be channels or images; {nearest(pages, ['channels', 'images'])}"
-        )
+    if pages not in get_args(Pages):
+        raise UserError(f"pages ({pages}) must be channels or images; {nearest(pages, get_args(Pages))}")
     if labels is not None:
         return locate_labelled(labels, lambda: open_source(data, pages, "all")).source(split)
     several: list[Any] = [data]
@@ -159,7 +157,7 @@ def locate(data: str | Path, pages: Pages) -> Located:
 
 def _locate_folder(path: Path, pages: Pages) -> Located:
     files = LocalFiles(path)
-    if files.index_file() is not None:
+    if files.index_file is not None:
         return _shards(files, None, str(path), pages)
     index = index_folder(path, read_suffixes())
     if not len(index) and files.names():
@@ -194,7 +192,7 @@ def _locate_remote(text: str, pages: Pages) -> Located:
         raise UserError(f"DATA ({text}) must be {rule}; copy it here first")
     of_prepare = PurePosixPath(urlsplit(text).path).name in (INDEX_NAME, MANIFEST)
     files = RemoteFiles(text.rpartition("/")[0] if of_prepare else text)
-    if of_prepare or files.index_file() is not None or files.names():
+    if of_prepare or files.index_file is not None or files.names():
         return _shards(files, None, text, pages)
     listing = files.listing()
     if not listing:
@@ -473,9 +471,8 @@ class BuiltinDigits(Source):
         return len(_digits()[1])
 
     def open(self, index: int) -> Picture:
-        eight = np.rint(_digits()[0][index] * (255 / 16)).astype(np.uint8)
-        enlarged = Image.fromarray(eight).resize((self.size,) * 2, Image.Resampling.BICUBIC)
-        return ArrayPicture(np.asarray(enlarged))
+        eight = Image.fromarray(np.rint(_digits()[0][index] * (255 / 16)).astype(np.uint8))
+        return ArrayPicture(np.asarray(eight.resize((self.size,) * 2, Image.Resampling.BICUBIC)))
 
     def label(self, index: int) -> int:
         return int(_digits()[1][index])

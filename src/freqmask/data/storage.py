@@ -95,12 +95,11 @@ def expand_braces(pattern: str) -> list[str]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*)\}", pattern)
     if braces is None:
         return [pattern]
-    first, last, words = braces.groups()
-    if words is None:
+    first, last, words = braces.groups("")
+    choices = words.split(",")
+    if first:
         width = len(first) if len(first) == len(last) or first.startswith("0") else 0
         choices = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        choices = words.split(",")
     rest = expand_braces(pattern[braces.end() :])
     return [f"{pattern[: braces.start()]}{choice}{tail}" for choice in choices for tail in rest]
 
@@ -120,11 +119,9 @@ def files_of(text: str) -> tuple[Files, list[str] | None]:
     # a Windows path has a drive, and backslashes where it was not written with others
     root, pattern = split_pattern(rest if mark else path.relative_to(path.anchor).as_posix())
     files = RemoteFiles(f"{scheme}://{root}", query) if mark else LocalFiles(Path(path.anchor, root))
-    names = [
-        name
-        for part in expand_braces(pattern)
-        for name in (files.matching(part) if re.search(r"[*?\[]", part) else [part])
-    ]
+    names: list[str] = []
+    for part in expand_braces(pattern):
+        names += files.matching(part) if re.search(r"[*?\[]", part) else [part]
     if not names:
         raise UserError(
             f"DATA ({text}): no file fits the pattern; quote it, and check its folder and numbers"
@@ -146,10 +143,9 @@ def nearest_path(path: Path) -> str:
                 "them out (from Python, glob.glob makes the list)"
             )
     existing = next(parent for parent in path.absolute().parents if parent.is_dir())
-    try:
+    names: list[str] = []
+    with contextlib.suppress(OSError):
         names = [entry.name for entry in existing.iterdir() if not entry.name.startswith(".")]
-    except OSError:
-        names = []
     wanted = path.absolute().relative_to(existing).parts[0]
     hint = nearest(wanted, names) if names else ""
     if hint.startswith("did you mean"):
@@ -197,6 +193,7 @@ class Files(ABC):
     def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
         """The file, to be read here and there."""
 
+    @property
     @abstractmethod
     def index_file(self) -> Path | None:
         """The index beside the shards, on this machine; None where there is none."""
@@ -215,8 +212,8 @@ class LocalFiles(Files):
 
     def names(self) -> list[str]:
         folders = [folder for folder in self.root.iterdir() if split_of(folder.name) and folder.is_dir()]
-        found = [tar for one in (self.root, *folders) for tar in one.glob("*.[tT][aA][rR]") if tar.is_file()]
-        return visible(path.relative_to(self.root).as_posix() for path in found)
+        tars = (tar for folder in (self.root, *folders) for tar in folder.glob("*.[tT][aA][rR]"))
+        return visible(tar.relative_to(self.root).as_posix() for tar in tars if tar.is_file())
 
     def matching(self, pattern: str) -> list[str]:
         found = (path for path in self.root.glob(pattern) if path.is_file())
@@ -235,6 +232,7 @@ class LocalFiles(Files):
     def stream(self, name: str, buffering: int = HEADER_BYTES) -> BinaryIO:
         return (self.root / name).open("rb", buffering)
 
+    @property
     def index_file(self) -> Path | None:
         file = self.root / INDEX_NAME
         return file if file.is_file() else None
@@ -274,7 +272,9 @@ class RemoteFiles(Files):
             data = system.cat_file(path, start=start, end=stop, **more)
             wanted = len(data) if start is None or stop is None else stop - start
             if len(data) > wanted:
-                raise _NoRangesError
+                raise UserError(
+                    f"{url} cannot be read in parts: its server ignores byte ranges; copy it here first"
+                )
             if len(data) < wanted:
                 raise ConnectionError(f"{len(data):,} of {wanted:,} bytes came")
             return bytes(data)
@@ -330,19 +330,14 @@ class RemoteFiles(Files):
         self._listings[levels] = {name: info.get("size") for name, info in files.items()}
         return self._listings[levels]
 
-    def index_file(self) -> Path | None:
-        return None if self.query else self._index
-
     @cached_property
-    def _index(self) -> Path | None:  # asked for once
-        try:
-            data = self.read(INDEX_NAME)
-        except FileNotFoundError:
-            return None
+    def index_file(self) -> Path | None:  # asked for once
+        data = b""
+        with contextlib.suppress(FileNotFoundError):
+            data = b"" if self.query else self.read(INDEX_NAME)  # a signature is of one file
         if not data.startswith(MAGIC):  # some servers answer every address with a page
             return None
-        digest = hash_of(data)
-        file = cache_file("remote-index", self.root, len(data), digest)
+        file = cache_file("remote-index", self.root, len(data), hash_of(data))
         try:
             if not file.is_file() or file.read_bytes() != data:
                 with replacing(file) as temporary:
@@ -358,10 +353,6 @@ class RemoteFiles(Files):
 def _state_of(info: Mapping[str, Any]) -> State:
     """The state of a file by what fsspec tells of it."""
     return int(info["size"]), next((str(info[key]) for key in STATE_KEYS if info.get(key)), None)
-
-
-class _NoRangesError(Exception):
-    """The server sent the whole file where a part was asked for."""
 
 
 class RangeFile(io.RawIOBase):
@@ -412,16 +403,10 @@ def with_retries(url: str, work: Callable[[], Result], gone: Result | None = Non
                 return gone
             else:
                 raise FileNotFoundError(2, "not there", url) from None
-        except UserError:
-            raise
-        except _NoRangesError:
-            raise UserError(
-                f"{url} cannot be read in parts: its server ignores byte ranges; copy it here first"
-            ) from None
         except (NotImplementedError, ImportError) as error:
             raise UserError(f"{url} cannot be opened ({_reason(error)})") from error
-        except (AttributeError, NameError, TypeError):
-            raise  # a mistake in a program, which trying again would only hide
+        except (UserError, AttributeError, NameError, TypeError):
+            raise  # the last three are mistakes in a program, which trying again would only hide
         except Exception as error:  # aiohttp's, botocore's, httpx's and the system's share no ancestor
             _wait_or_raise(url, error, pause)
     raise AssertionError("the last try returns or raises")
@@ -478,23 +463,19 @@ def _system(url: str) -> tuple[Any, str]:
     """The file system of this process and thread, which fsspec keeps, and the path in it."""
     import fsspec
 
-    protocol = urlsplit(url).scheme.lower()
+    protocol, options = urlsplit(url).scheme.lower(), {}
+    if protocol == "hf":
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **_options(protocol)))
+        if protocol in ("http", "https"):
+            import aiohttp
+
+            # A connection that brings nothing for half a minute is cut; by default it would hang for five.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=TIMEOUT)
+            options = {"client_kwargs": {"timeout": timeout}, "use_listings_cache": False}
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **options))
     except ImportError as error:
         package = EXTRAS.get(protocol, protocol)
         raise UserError(f"{url} needs {package}; pip install 'freqmask[data]'") from error
     except ValueError as error:
         raise UserError(f"DATA ({url}): {_reason(error)}") from error
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    """A connection that brings nothing for half a minute is cut; by default it would hang for five."""
-    if protocol == "hf":
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
-    if protocol not in ("http", "https"):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=TIMEOUT)
-    return {"client_kwargs": {"timeout": timeout}, "use_listings_cache": False}
