@@ -24,6 +24,7 @@ from freqmask.errors import UserError
 if TYPE_CHECKING:
     from freqmask.data.storage import Files, State
 
+Arrays = dict[str, np.ndarray]
 MAGIC = b"freqmask"
 ALIGNMENT = 64
 ABANDONED_SECONDS = 86_400  # after its last change; another machine that shares the folder may still write
@@ -110,7 +111,7 @@ def _header_sum(metadata: dict[str, Any]) -> int:
 
 def read_arrays(
     path: Path, verify: bool = True, holding: Collection[str] = ()
-) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+) -> tuple[dict[str, Any], Arrays] | None:
     """What `write_arrays` wrote, the arrays mapped read-only; None where it is missing, damaged or something else.
 
     ``verify`` reads everything once and compares the checksum (about 1 GB/s); without the arrays of ``holding`` it is
@@ -141,14 +142,14 @@ def read_arrays(
 
 def stamp_of(file: Path | None) -> tuple[int, int] | None:
     """What tells a file from one that has taken its name."""
-    try:
-        state = None if file is None else file.stat()
-    except OSError:
-        return None
-    return None if state is None else (state.st_ino, state.st_mtime_ns)
+    with contextlib.suppress(OSError):
+        if file is not None:
+            state = file.stat()
+            return state.st_ino, state.st_mtime_ns
+    return None
 
 
-def text_arrays(column: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:
+def text_arrays(column: str, pieces: Sequence[bytes]) -> Arrays:
     """Texts or other pieces as one array of bytes and where each ends, for `write_arrays`."""
     return {
         column: np.frombuffer(b"".join(pieces), np.uint8),
@@ -175,9 +176,7 @@ class PackedIndex:
     of_images: Collection[str] = ()  # of those that always hold a number of each image
     states: Mapping[str, State] = {}  # of the files when they were read, by name
 
-    def __init__(
-        self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
-    ) -> None:
+    def __init__(self, about: dict[str, Any], arrays: Arrays, file: Path | None = None) -> None:
         self.about, self.arrays, self.file, self._stamp = about, arrays, file, stamp_of(file)
         self.starts: np.ndarray = arrays["starts"]
         self.class_names: list[str] | None = about["class_names"]
@@ -187,11 +186,8 @@ class PackedIndex:
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         if self.file is not None and stamp_of(self.file) == self._stamp:
-            return _reopen, (
-                type(self),
-                self.file,
-                self._stamp,
-            )  # workers that are not forked map the same file
+            # workers that are not forked map the same file
+            return _reopen, (type(self), self.file, self._stamp)
         return type(self), (self.about, {name: np.array(array) for name, array in self.arrays.items()})
 
     def part_of(self, image: int) -> int:
@@ -241,9 +237,8 @@ class PackedIndex:
                 index.file = file if index.save(file) else None
                 index._stamp = stamp_of(index.file)
         except FileNotFoundError as error:
-            raise UserError(
-                f"DATA ({files.where}): {error.filename or error} is not there; check it"
-            ) from error
+            gone = error.filename or error
+            raise UserError(f"DATA ({files.where}): {gone} is not there; check it") from error
         index.states = states
         return index
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from freqmask.console import counted, readable_bytes, say
-from freqmask.data.cache import PackedIndex, cache_file, hash_of, piece_of, replacing, text_arrays
+from freqmask.data.cache import Arrays, PackedIndex, cache_file, hash_of, piece_of, replacing, text_arrays
 from freqmask.data.decode import open_bytes, read_file, suffix_of
 from freqmask.data.pixels import Picture
 from freqmask.data.source import WINDOW_BLOCKS, BlockLayout, JoinedSource, PackedSource, Source, SourceSummary
@@ -135,30 +135,21 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     return {name: feature for name, feature in features if isinstance(feature, dict)}
 
 
-def tables_of_one(names: Iterable[str], where: str) -> list[str]:
-    """Some parquet files in order, all of one data set.
+def locate_tables(files: Files, names: Sequence[str], where: str, named: bool) -> Located:
+    """The images of parquet files, in order; splits by the names of their folders or files.
 
-    Raises:
-        UserError: they lie in several folders, which are the configurations of a data set.
+    Those of a folder, which nobody ``named`` one by one, must be of one data set: a UserError where they lie in
+    several folders, which are the configurations of one.
     """
-    tables = visible(names)
-    parts = {name: PurePosixPath(name).parts[:-1] for name in tables}
-    folders = {"/".join(p for p in parts[name] if p != "data" and not split_of(p)) for name in tables}
-    if len(folders) > 1:
+    tables = names if named else visible(names)
+    parts = [PurePosixPath(name).parts[:-1] for name in tables]
+    folders = {"/".join(p for p in above if p != "data" and not split_of(p)) for above in parts}
+    if len(folders) > 1 and not named:
         some = sorted(folder or "the folder itself" for folder in folders)
         raise UserError(
             f"DATA ({where}) holds tables of {len(folders)} data sets ({', '.join(some[:8])}); name one: "
             f"{where.rstrip('/')}/{max(folders)}"
         )
-    return tables
-
-
-def locate_tables(files: Files, names: Sequence[str], where: str, named: bool = True) -> Located:
-    """The images of parquet files, in order; splits by the names of their folders or files.
-
-    Those of a folder, which nobody ``named`` one by one, must be of one data set.
-    """
-    tables = names if named else tables_of_one(names, where)
     by_split: dict[str, list[str]] = {}
     for name in tables:
         split = split_of_shard(name) or re.split(r"[-_.]", PurePosixPath(name).name)[0]
@@ -176,9 +167,7 @@ class TableIndex(PackedIndex):
     kind, version = "tables", VERSION
     columns = ("starts", "labels", "group_files", "group_numbers", "group_bytes", "paths", "footers")
 
-    def __init__(
-        self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
-    ) -> None:
+    def __init__(self, about: dict[str, Any], arrays: Arrays, file: Path | None = None) -> None:
         super().__init__(about, arrays, file)
         self.files = [(str(name), int(size)) for name, size in about["files"]]  # name and bytes
         self.image_leaf: str = about["image_leaf"]  # the column of encoded images: image.bytes
@@ -191,11 +180,12 @@ class TableIndex(PackedIndex):
         return self._footers[file]
 
 
-def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], Arrays]:
     """Footers, labels and paths of all files."""
     if files.remote:
-        count = counted(len(names), "table")
-        say(f"index       reading footers and labels of {count} of {files.where}, once")
+        say(
+            f"index       reading footers and labels of {counted(len(names), 'table')} of {files.where}, once"
+        )
     sizes = [(name, files.state(name)[0]) for name in names]
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(lambda file: _read_footer(files, file[0]), sizes))
@@ -229,7 +219,7 @@ def _read_index(files: Files, names: Sequence[str]) -> tuple[dict[str, Any], dic
     texts = [path for t in tables for path in _paths(t, columns.image)] if columns.has_paths else []
     numbers, classes = number_classes(labels, columns.class_names)
     counts = [footers[k].row_group(g).num_rows for k, g in groups]
-    arrays: dict[str, np.ndarray] = {
+    arrays: Arrays = {
         "starts": np.cumsum([0, *counts], dtype=np.int64),
         "group_files": np.array([k for k, _ in groups], np.int32),
         "group_numbers": np.array([g for _, g in groups], np.int32),
@@ -325,11 +315,9 @@ class TableSource(PackedSource):
 
     def _bytes(self, index: int) -> bytes:
         self.check(index)
-        group = self.index.part_of(index)
-        # a file that is laid out is kept as one block
-        first = (
-            int(self.index.arrays["group_files"].searchsorted(self._file(group))) if self._laid_out else group
-        )
+        first, files = self.index.part_of(index), self.index.arrays["group_files"]
+        if self._laid_out:  # a file is kept as one block
+            first = int(files.searchsorted(files[first]))
         with self._lock:  # threads that want the same row group wait for one request
             self._keep(first, self._kept[first] if first in self._kept else self._fetch(first))
             images = self._kept[first]
@@ -338,12 +326,9 @@ class TableSource(PackedSource):
             raise BadImage("its row holds no bytes, only a path at most")
         return data
 
-    def _file(self, group: int) -> int:
-        return int(self.index.arrays["group_files"][group])
-
     def _fetch(self, group: int) -> pa.ChunkedArray:
         """The encoded images, bytes or null, of a row group; of one that begins a file that is laid out, of all."""
-        file, number = self._file(group), int(self.index.arrays["group_numbers"][group])
+        file, number = (int(self.index.arrays[name][group]) for name in ("group_files", "group_numbers"))
         name = self.index.files[file][0]
         self.files.refuse_changed(name, self._states[name])
         try:
@@ -383,7 +368,10 @@ def _mapped(file: Path, leaf: str) -> pa.ChunkedArray:
     """The images of a large file, laid out uncompressed in the cache and mapped."""
     state = file.stat()
     cached = cache_file("images", str(file.absolute()), state.st_size, state.st_mtime_ns, leaf)
-    if not _is_whole(cached):
+    whole = False
+    with contextlib.suppress(pa.ArrowException, OSError):
+        whole = bool(pa.ipc.open_file(pa.memory_map(str(cached))).num_record_batches)  # it stands at the end
+    if not whole:
         try:
             schema = pa.schema([("images", pa.large_binary())])
             with (
@@ -402,13 +390,6 @@ def _mapped(file: Path, leaf: str) -> pa.ChunkedArray:
                 "there, or name another place by XDG_CACHE_HOME"
             ) from error
     return pa.ipc.open_file(pa.memory_map(str(cached))).read_all().column(0)
-
-
-def _is_whole(cached: Path) -> bool:
-    try:
-        return bool(pa.ipc.open_file(pa.memory_map(str(cached))).num_record_batches)  # it stands at the end
-    except (pa.ArrowException, OSError):
-        return False
 
 
 def locate_dataset(data: str | Path) -> Located:

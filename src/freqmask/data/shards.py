@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from freqmask.console import counted, say
-from freqmask.data.cache import PackedIndex, hash_of, text_arrays
+from freqmask.data.cache import Arrays, PackedIndex, hash_of, text_arrays
 from freqmask.data.decode import read_suffixes
 from freqmask.data.source import (
     WINDOW_BLOCKS,
@@ -95,22 +95,10 @@ class ShardIndex(PackedIndex):
     """The images of some shards."""
 
     kind, version = "shards", VERSION
-    columns = (
-        "offsets",
-        "sizes",
-        "labels",
-        "groups",
-        "members",
-        "members_ends",
-        "names",
-        "names_ends",
-        "starts",
-    )
     of_images = ("offsets", "sizes", "labels", "groups")
+    columns = (*of_images, "members", "members_ends", "names", "names_ends", "starts")
 
-    def __init__(
-        self, about: dict[str, Any], arrays: dict[str, np.ndarray], file: Path | None = None
-    ) -> None:
+    def __init__(self, about: dict[str, Any], arrays: Arrays, file: Path | None = None) -> None:
         super().__init__(about, arrays, file)
         self.shards = [(str(name), int(size), split) for name, size, split in about["shards"]]
         self.group_names: list[str] | None = about["group_names"]
@@ -218,9 +206,8 @@ def read_headers(name: str, file: BinaryIO, size: int) -> ShardRows:
                 chosen = plain[:1] or sample.images
                 others += len(sample.images) - len(chosen)
                 apart += not chosen and sample.label is not None
-                rows += [
-                    row._replace(label=sample.label, group=sample.group, name=sample.name) for row in chosen
-                ]
+                told: dict[str, Any] = {"label": sample.label, "group": sample.group, "name": sample.name}
+                rows += [row._replace(**told) for row in chosen]
             # tarfile takes a damaged header for the end, and all images behind it would be missing in silence
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -282,14 +269,6 @@ def _read_note(sample: _Sample, kind: str, tar: tarfile.TarFile, info: tarfile.T
         sample.name = metadata["name"] if isinstance(metadata.get("name"), str) else None
 
 
-def block_numbers(index: ShardIndex) -> np.ndarray:
-    """(image,) which block each image belongs to: pieces of about 4 MB, none over the end of a shard."""
-    shards = np.repeat(np.arange(len(index.shards)), np.diff(index.starts))
-    pieces = index.arrays["offsets"] // BLOCK_BYTES
-    changes = (np.diff(shards, prepend=-1) != 0) | (np.diff(pieces, prepend=-1) != 0)
-    return np.cumsum(changes, dtype=np.int32) - np.int32(1)
-
-
 def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex:
     """The index beside the shards (None for all of them), that in the cache, or a new one from their headers."""
     beside = _index_beside(files, names, where)
@@ -315,7 +294,7 @@ def find_index(files: Files, names: Sequence[str] | None, where: str) -> ShardIn
 
 
 def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> ShardIndex | None:
-    file = files.index_file()
+    file = files.index_file
     if file is None:
         return None
     with file.open("rb"):
@@ -333,16 +312,15 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
     states: dict[str, State] = {}
     for name in () if files.remote else names or sizes:  # asking a server for each would take long
         try:
-            state = files.state(name)
+            states[name] = files.state(name)
         except FileNotFoundError as error:
             raise UserError(
                 f"DATA ({where}) lacks the shard {name}, which its {INDEX_NAME} lists; fetch it, or name those "
                 "that are there by a pattern"
             ) from error
-        states[name] = state
-        if state[0] != sizes[name]:
+        if states[name][0] != sizes[name]:
             raise UserError(
-                f"DATA ({where}): the shard {name} has {state[0]:,} bytes, not the {sizes[name]:,} of its "
+                f"DATA ({where}): the shard {name} has {states[name][0]:,} bytes, not the {sizes[name]:,} of its "
                 f"{INDEX_NAME}; fetch it again, or delete {INDEX_NAME} to have it made anew"
             )
     index.states = states
@@ -358,8 +336,7 @@ def _index_beside(files: Files, names: Sequence[str] | None, where: str) -> Shar
 def _read_all_headers(files: Files, names: Sequence[str]) -> list[ShardRows]:
     sizes = [files.state(name)[0] for name in names]
     if files.remote or sum(sizes) > SPOKEN_BYTES:
-        plural = "s" * (len(names) > 1)
-        say(f"index       reading the headers of {len(names):,} shard{plural} of {files.where}, once")
+        say(f"index       reading the headers of {counted(len(names), 'shard')} of {files.where}, once")
 
     def read(name: str, size: int) -> ShardRows:
         try:
@@ -382,7 +359,12 @@ class ShardSource(PackedSource):
 
     def __init__(self, files: Files, index: ShardIndex, notes: Sequence[str] = ()) -> None:
         super().__init__(files, index, [*index.notes, *notes])
-        self._blocks = block_numbers(index) if files.remote else None
+        self._blocks: np.ndarray | None = None
+        if files.remote:  # (image,) the piece of about 4 MB that each lies in, none over the end of a shard
+            shards = np.repeat(np.arange(len(index.shards)), np.diff(index.starts))
+            pieces = index.arrays["offsets"] // BLOCK_BYTES
+            changes = (np.diff(shards, prepend=-1) != 0) | (np.diff(pieces, prepend=-1) != 0)
+            self._blocks = np.cumsum(changes, dtype=np.int32) - np.int32(1)
 
     def _shard(self, index: int) -> str:
         return self.index.shards[self.index.part_of(index)][0]
