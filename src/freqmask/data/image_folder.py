@@ -48,25 +48,17 @@ class Layout:
     certain: bool = False  # False where those may as well be classes, such as ``test`` beside ``apple``
     notes: list[str] = field(default_factory=list)  # sentences for the user
 
-    def part(self, split: str) -> str:
-        """The relative path of a split."""
-        return os.fsdecode(_joined(self.base, os.fsencode(split)))
-
 
 def lay_out(index: FolderIndex, is_mask: Callable[[bytes], bool] | None = None) -> Layout:
     """How the images of a folder are laid out; ``is_mask`` tells of a file, None where none can be looked at."""
     masks = _mask_folders(index, is_mask)
-    kept = [
-        number
-        for number, folder in enumerate(index.folders)
-        if not any(folder == mask or folder.startswith(mask + b"/") for mask in masks)
-    ]
     notes = [
         f"{os.fsdecode(mask)} holds masks of {os.fsdecode(images)} and is passed over."
         for mask, images in masks.items()
     ]
-    if len(kept) < len(index.folders):
-        index = index.select(kept)
+    if masks:
+        passed_over = {number for mask in masks for number in index.within(mask)}
+        index = index.select(number for number in range(len(index.folders)) if number not in passed_over)
     if index.masks:
         notes.append(f"{index.masks:,} masks beside their images (such as a_mask.png) are passed over.")
     base, splits, certain = _find_splits(index)
@@ -175,21 +167,12 @@ def _looks_like_masks(
 
 def _stems_below(index: FolderIndex, folder: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(path relative to the folder without suffix and without what marks a mask, path) of each file below."""
-    for number, path in enumerate(index.folders):
-        if path == folder or path.startswith(folder + b"/"):
-            for name in index.names_in(number):
-                stem = name.rpartition(b".")[0]
-                marked = MASK_FILE.fullmatch(stem)
-                yield _joined(path[len(folder) + 1 :], marked[1] if marked else stem), _joined(path, name)
-
-
-def below(index: FolderIndex, folder: str) -> FolderIndex:
-    """The images below a folder of an index, whose paths are then relative to it."""
-    if not folder:
-        return index
-    name = os.fsencode(folder)
-    chosen = [k for k, path in enumerate(index.folders) if path == name or path.startswith(name + b"/")]
-    return index.select(chosen, name)
+    for number in index.within(folder):
+        path = index.folders[number]
+        for name in index.names_in(number):
+            stem = name.rpartition(b".")[0]
+            marked = MASK_FILE.fullmatch(stem)
+            yield _joined(path[len(folder) + 1 :], marked[1] if marked else stem), _joined(path, name)
 
 
 def classes_of(index: FolderIndex) -> tuple[list[str] | None, np.ndarray, str]:
@@ -216,12 +199,8 @@ def _class_folders(index: FolderIndex, top: bytes) -> tuple[dict[int, bytes], st
     while len(children.get(base, [])) == 1 and not _files_in(index, base):
         base = _joined(base, children[base][0])
     depth = base.count(b"/") + 1 if base else 0
-    used = {
-        number: folder.split(b"/")
-        for number, folder in enumerate(index.folders)
-        if index.starts[number + 1] > index.starts[number]
-        and (not base or (folder + b"/").startswith(base + b"/"))
-    }
+    sizes = np.diff(index.starts)
+    used = {number: index.folders[number].split(b"/") for number in index.within(base) if sizes[number]}
     where = os.fsdecode(base) or "the folder itself"
     classes = {  # composed: a Mac's name of a class is that of other systems
         number: os.fsencode(unicodedata.normalize("NFC", os.fsdecode(levels[depth])))
@@ -249,12 +228,13 @@ def locate_folder(root: Path | RemoteFiles, index: FolderIndex, pages: Pages = "
         layout = lay_out(index, lambda relative: has_few_colors(root / os.fsdecode(relative)))
     else:
         layout = lay_out(index)
-    return Located(
-        str(root) if isinstance(root, Path) else root.root,
-        lambda split, notes: FolderSource(root, pages, layout.part(split) if split else None, notes, layout),
-        layout.splits,
-        layout.certain,
-    )
+
+    def open_split(split: str | None, notes: list[str]) -> Source:
+        part = os.fsdecode(_joined(layout.base, os.fsencode(split))) if split else None
+        return FolderSource(root, pages, part, notes, layout)
+
+    where = str(root) if isinstance(root, Path) else root.root
+    return Located(where, open_split, layout.splits, layout.certain)
 
 
 def is_image_file(text: str | Path) -> bool:
@@ -306,17 +286,14 @@ class FolderSource(Source):
         self.root = Path(root.root) if isinstance(root, RemoteFiles) else root
         self.prefix = f"{split}/" if split else ""
         layout = layout or Layout(index_folder(self.root, read_suffixes()))
-        self.index = below(layout.index, split or "")
-        self.notes = [
-            *notes,
-            *layout.notes,
-            *_index_notes(self.index),
-            *([EACH_A_REQUEST] if self.files else []),
-        ]
+        self.index = layout.index
+        if split:
+            self.index = layout.index.select(layout.index.within(os.fsencode(split)), os.fsencode(split))
+        self.notes = [*notes, *layout.notes, *_index_notes(self.index)]
+        self.notes += [EACH_A_REQUEST] if self.files else []
         if len(self.index) == 0:
-            raise UserError(
-                nothing_to_read(self.files.url(split or "") if self.files else self.index.root, self.index)
-            )
+            where = self.files.url(split or "") if self.files else self.index.root
+            raise UserError(nothing_to_read(where, self.index))
         self.class_names, self._class_of_folder, self.why_unlabelled = classes_of(self.index)
         # (files + 1,) number of the first image of each file; None where every file is one image
         self._first_images = _first_images(self.index) if pages == "images" else None
@@ -324,18 +301,20 @@ class FolderSource(Source):
     def __len__(self) -> int:
         return len(self.index) if self._first_images is None else int(self._first_images[-1])
 
-    def _file_and_page(self, index: int) -> tuple[int, int]:
+    def _file_and_page(self, index: int) -> tuple[int, int | None]:
+        """The number of its file; that of its page where the file has several that are images."""
         self.check(index)
         if self._first_images is None:
-            return index, 0
+            return index, None
         file = int(np.searchsorted(self._first_images, index, side="right")) - 1
-        return file, index - int(self._first_images[file])
+        first, after = self._first_images[file : file + 2].tolist()
+        return file, index - first if after - first > 1 else None
 
     def open(self, index: int) -> Picture:
         file, page = self._file_and_page(index)
         if self.files is not None:
             return open_bytes(self._fetched(index))
-        return open_file(self.index.path(file), self.pages, page)
+        return open_file(self.index.path(file), self.pages, page or 0)
 
     def _fetched(self, index: int) -> bytes:
         assert self.files is not None
@@ -363,16 +342,12 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         file, page = self._file_and_page(index)
         name = self.prefix + self.index.relative(file)
-        return name if self._is_one_image(file) else f"{name}#{page}"
+        return name if page is None else f"{name}#{page}"
 
     def group(self, index: int) -> str | None:
         """The file of a page: slices of one scan are near copies of each other."""
-        file, _ = self._file_and_page(index)
-        return None if self._is_one_image(file) else self.prefix + self.index.relative(file)
-
-    def _is_one_image(self, file: int) -> bool:
-        first = self._first_images
-        return first is None or bool(first[file + 1] - first[file] == 1)
+        file, page = self._file_and_page(index)
+        return None if page is None else self.prefix + self.index.relative(file)
 
     def identities(self) -> np.ndarray:
         if self._first_images is not None:

@@ -129,6 +129,12 @@ class FolderIndex:
         names = self._arrays["names"][offsets[0] : offsets[-1]].tobytes()
         return [names[start:end] for start, end in pairwise((offsets - offsets[0]).tolist())]
 
+    def within(self, folder: bytes) -> list[int]:
+        """The numbers of a folder, by its relative path, and of those in it."""
+        return [
+            k for k, path in enumerate(self.folders) if not folder or (path + b"/").startswith(folder + b"/")
+        ]
+
     def paths(self) -> Iterator[bytes]:
         """The relative paths of all files, in a tenth of the time of one by one."""
         for number, folder in enumerate(self.folders):

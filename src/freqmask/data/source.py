@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -54,9 +55,7 @@ class Source(ABC):
     kind: str = "images"  # what it is in a few words, for its summary
     notes: Sequence[str] = ()  # sentences for the user, for its summary
     class_names: list[str] | None = None  # of the labels 0, 1, ...; None where there are no classes
-    why_unlabelled: str = (
-        ""  # in half a sentence, why a folder has no classes; empty where there is nothing to say
-    )
+    why_unlabelled: str = ""  # why a folder has no classes, in half a sentence; empty: nothing to say
     _states: Mapping[str, State] = {}  # of its files when they were opened, by name
     _labels: np.ndarray | None = None  # int64 (image,), -1 where there is none; or `label` is overridden
 
@@ -180,13 +179,11 @@ class PackedSource(Source):
 
 def is_usable(source: Source, index: int) -> bool:
     """Whether an image can be read, and has more than one value."""
-    try:
-        with as_bad_image():
-            picture = source.open(index)
-            image = picture.decode()
-    except BadImage:
-        return False
-    return is_empty(image, missing_pixels(image, picture.nodata)) is None
+    with suppress(BadImage), as_bad_image():
+        picture = source.open(index)
+        image = picture.decode()
+        return is_empty(image, missing_pixels(image, picture.nodata)) is None
+    return False
 
 
 def block_shuffle(
