@@ -12,6 +12,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -285,10 +286,9 @@ def _read_part(out: Path, shard: PlannedShard) -> tuple[ShardRows, dict[str, Any
 
 
 def _is_finished(out: Path, shard: PlannedShard) -> bool:
-    try:
+    with suppress(ValueError, OSError):
         return _has(out / shard.name, _read_part(out, shard)[0].bytes)
-    except (ValueError, OSError):
-        return False
+    return False
 
 
 def _has(path: Path, size: int) -> bool:
@@ -366,23 +366,17 @@ def write_shard(path: Path, images: Iterable[Packed]) -> list[Row]:
     def write(temporary: Path) -> None:
         taken: set[str] = set()
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            rows.extend(
-                _add(tar, packed, packed.image, member_key(packed.name, taken))
-                for packed in images
-                if not isinstance(packed.image, str)
-            )
+            for name, image, label, class_name, group in images:
+                if isinstance(image, str):
+                    continue
+                key = member_key(name, taken)
+                place = (key + image.suffix, _append(tar, key + image.suffix, image.data), len(image.data))
+                if label is not None:
+                    _append(tar, key + ".cls", str(label).encode())
+                rows.append(Row(*place, class_name, group, name, *image.size, image.channels, image.bits))
 
     replace_atomically(path, write)
     return rows
-
-
-def _add(tar: tarfile.TarFile, packed: Packed, image: EncodedImage, key: str) -> Row:
-    name = key + image.suffix
-    offset = _append(tar, name, image.data)
-    if packed.label is not None:
-        _append(tar, key + ".cls", str(packed.label).encode())
-    named = (packed.class_name, packed.group, packed.name)
-    return Row(name, offset, len(image.data), *named, *image.size, image.channels, image.bits)
 
 
 def _append(tar: tarfile.TarFile, name: str, data: bytes) -> int:

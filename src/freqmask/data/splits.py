@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ ALIASES = {
 """What the three usual splits are called."""
 COLUMNS = ("path", "label", "split", "group")
 _FOREIGN = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8
+_composed = partial(unicodedata.normalize, "NFC")  # letters with accents as one character: a Mac has two
 _FEWEST = 10  # of fewer images none can be held out
 _FILLERS = frozenset({
     "set", "sets", "data", "dataset", "images", "image", "imgs", "img", "pictures", "photos", "folder", "split", "seg",
@@ -304,8 +306,7 @@ def _rows(reader: csv.DictReader[str], file: Path, above: int) -> list[Row]:
     def cell(record: dict[str, str], name: str) -> str | None:
         # a column without a name is there, too: pandas' index
         text = (record[columns[name]] or "").strip() if name in columns else ""
-        # composed, as the same word of another system is
-        text = unicodedata.normalize("NFC", as_text(text))
+        text = _composed(as_text(text))
         return (spelled.setdefault(text.lower(), text) if name == "split" else text) or None
 
     rows = []
@@ -363,15 +364,14 @@ class LabelledSource(Subset):
         table = read_labels(file)
         rows = [row for row in table if chosen is None or row.split == chosen]
         super().__init__(source, _find(source, rows, file))
+        self.notes = [*notes]
         if _FOREIGN.search(decode_table(file.read_bytes())):
-            notes = [*notes, f"{file.name} is not in UTF-8; it is read as Windows-1252."]
-        unlisted = len(source) - len(self)
+            self.notes.append(f"{file.name} is not in UTF-8; it is read as Windows-1252.")
+        unlisted, unsplit = len(source) - len(self), sum(row.split is None for row in table)
         if unlisted and chosen is None:
-            notes = [*notes, f"{unlisted:,} images that {file.name} does not list are left out."]
-        unsplit = sum(row.split is None for row in table) if chosen is not None else 0
-        if unsplit:
-            notes = [*notes, f"{unsplit:,} images of {file.name} have no split and are left out."]
-        self.notes = notes
+            self.notes.append(f"{unlisted:,} images that {file.name} does not list are left out.")
+        if unsplit and chosen is not None:
+            self.notes.append(f"{unsplit:,} images of {file.name} have no split and are left out.")
         self.class_names = in_order({row.label for row in rows if row.label is not None}) or None
         numbers = {name: number for number, name in enumerate(self.class_names or ())}
         self._labels = np.array([-1 if row.label is None else numbers[row.label] for row in rows], np.int64)
@@ -447,7 +447,9 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
     # a name may begin with a space or hold a backslash; more often, they are of the table
     paths = [row.path if row.path in numbers else _as_name(row.path.strip(), source) for row in rows]
     if any(path not in numbers for path in paths):
-        paths = _otherwise_spelt(paths, numbers)
+        # a table may write ü as one character and the disc as two, or in another encoding
+        spelled = {_composed(name): name for name in numbers}
+        paths = [path if path in numbers else spelled.get(_composed(as_text(path)), path) for path in paths]
     missing = [path for path in paths if path not in numbers]
     if missing:
         close = nearest(missing[0], list(numbers)[:10_000])
@@ -468,15 +470,6 @@ def _find(source: Source, rows: list[Row], file: Path) -> np.ndarray:
                 "are labelled needs a name of its own"
             )
     return np.array([numbers[path] for path in paths], np.int64)
-
-
-def _otherwise_spelt(paths: list[str], numbers: dict[str, int]) -> list[str]:
-    """Names as DATA has them, where a table writes ü as one character and the disc as two, or in another encoding."""
-    composed = {unicodedata.normalize("NFC", name): name for name in numbers}
-    return [
-        path if path in numbers else composed.get(unicodedata.normalize("NFC", as_text(path)), path)
-        for path in paths
-    ]
 
 
 def _as_name(path: str, source: Source) -> str:
