@@ -24,7 +24,6 @@ PerImage = Float[Tensor, " batch"]
 class PhotometricSettings:
     """How strongly and how often a view's colors change. All zero: not at all.
 
-
     Raises:
         UserError: all that is out of range, in one message.
     """
@@ -88,15 +87,12 @@ class PhotometricAugmentation(nn.Module):
     def forward(self, images: Images, keys: Keys | None = None) -> Images:
         """The batch, floats in [0, 1], changed by one key an image and view; without keys by fresh ones."""
         keys = batch_keys(images, keys)
-        settings = (
-            self.settings
-            if images.shape[1] == 3
-            else replace(self.settings, saturation=0.0, hue=0.0, grey=0.0, solarise=0.0)
-        )
+        settings = self.settings
+        if images.shape[1] != 3:
+            settings = replace(settings, saturation=0.0, hue=0.0, grey=0.0, solarise=0.0)
         if settings.jitter > 0:
-            images = _where(
-                _drawn(keys, "jitter", settings.jitter), _jittered(images, keys, settings), images
-            )
+            jittered = _jittered(images, keys, settings)
+            images = _where(_drawn(keys, "jitter", settings.jitter), jittered, images)
         if settings.grey > 0:
             images = _where(_drawn(keys, "grey", settings.grey), _gray(images).expand_as(images), images)
         if settings.blur > 0:

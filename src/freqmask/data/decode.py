@@ -197,9 +197,8 @@ def _unread_format(data: bytes) -> str:
         return "it is JPEG XL, which is not read; convert it to PNG or TIFF"
     if data[4:12] in (b"ftypavif", b"ftypavis") and not AVIF:
         return "it is AVIF, which this Pillow lacks; pip install --upgrade pillow"
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1") and not read_suffixes().issuperset(
-        HEIF_SUFFIXES
-    ):
+    heic = data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")
+    if heic and not read_suffixes().issuperset(HEIF_SUFFIXES):
         return "it is HEIC, which needs a reader; pip install 'freqmask[data]'"
     return "its content is not an image of any known format"
 
@@ -304,12 +303,8 @@ class PillowPicture(CodedPicture):
 
 def _flattened(pixels: np.ndarray) -> np.ndarray:
     """Gray or RGB with alpha (height, width, 2 or 4) over white."""
-    color = Color(
-        "rgb" if pixels.shape[2] == 4 else "gray",
-        pixels.shape[2],
-        np.iinfo(pixels.dtype).max,
-        alpha="straight",
-    )
+    model, samples = "rgb" if pixels.shape[2] == 4 else "gray", pixels.shape[2]
+    color = Color(model, samples, np.iinfo(pixels.dtype).max, alpha="straight")
     return np.ascontiguousarray(color.apply(pixels.transpose(2, 0, 1)).transpose(1, 2, 0))
 
 

@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,9 @@ def open_tifffile(source: Path | bytes) -> tifffile.TiffFile:
 
 def count_tiff_images(source: Path | bytes) -> int:
     """How many images a TIFF holds when its pages are images; 1 for a file that cannot be read."""
-    try:
-        with (
-            as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)),
-            open_tifffile(source) as tiff,
-        ):
-            return max(1, sum(_Layout(series).images for series in _image_series(tiff)))
-    except (BadImage, OSError):
-        return 1  # it is listed as unreadable when its turn comes
+    with suppress(BadImage), as_bad_image(), open_tifffile(source) as tiff:
+        return max(1, sum(_Layout(series).images for series in _image_series(tiff)))
+    return 1  # it is listed as unreadable when its turn comes
 
 
 def open_tiff(source: Path | bytes, pages: Pages = "channels", page: int = 0) -> Picture | None:
@@ -70,16 +65,14 @@ def open_tiff(source: Path | bytes, pages: Pages = "channels", page: int = 0) ->
     cannot be read.
     """
     with as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)), open_tifffile(source) as tiff:
-        series = tiff.series[0]
+        series, several = tiff.series[0], _image_series(tiff)
         if pages == "images":
-            for series in _image_series(tiff):
+            for series in several:
                 images = _Layout(series).images
                 if page < images:
                     break
                 page -= images
-        elif any(
-            (s.dtype, s.shape[-2:]) == (series.dtype, series.shape[-2:]) for s in _image_series(tiff)[1:]
-        ):
+        elif any((s.dtype, s.shape[-2:]) == (series.dtype, series.shape[-2:]) for s in several[1:]):
             raise BadImage(
                 "its pages are not stored alike (compression?); --pages images reads them one by one"
             )
@@ -183,10 +176,8 @@ class TiffPicture(Picture):
 
     def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
-        with (
-            as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)),
-            closing(self._tiff.filehandle) as handle,
-        ):
+        handle = self._tiff.filehandle
+        with as_bad_image(DAMAGED, passing=(FileNotFoundError, PermissionError)), closing(handle):
             handle.open()
             colored = [color.apply(window) for color, window in zip(*self._windows(stored), strict=True)]
         planes = np.concatenate(colored) if len(colored) > 1 else colored[0]
@@ -248,27 +239,20 @@ def _color(page: Any, first: Any) -> Color:
         )
     if colors != wanted and model != "gray":
         raise BadImage(f"it has {colors} samples for the colors {name}, which has {wanted}")
-    if (
-        colors != wanted or len(extras) > len(clear) or len(clear) > 1
-    ):  # bands beside the colors, and all of them stay
+    # bands beside the colors, and all of them stay
+    if colors != wanted or len(extras) > len(clear) or len(clear) > 1:
         if model in ("cmyk", "palette") or name == "MINISWHITE":
             raise BadImage(f"it has bands beside the colors {name}, which is not read")
         last = bool(extras) and extras[-1] in (1, 2) and len(clear) == 1
         return Color("bands", key.samplesperpixel, alpha="mask" if last else "none")
-    tables = [getattr(holder, "colormap", None) for holder in (page, first)] if model == "palette" else []
-    table = next((table for table in tables if table is not None), None)
-    return Color(
-        model, key.samplesperpixel, top, name == "MINISWHITE", alpha, _palette(table, model, kind), stretch
-    )
-
-
-def _palette(table: np.ndarray | None, model: str, kind: str) -> np.ndarray | None:
-    """A color map of 16 bits (3, count) in 8, as Pillow and libtiff take it; some programs wrote 8 bits at once."""
-    if model != "palette":
-        return None
-    if table is None or kind not in "ub":
-        raise BadImage("its colors are a palette, which is missing")
-    return (table if table.max() < 256 else table // 256).astype(np.uint8)
+    palette = None
+    if model == "palette":  # 16 bits in 8, as Pillow and libtiff take it; some programs wrote 8 bits at once
+        table = getattr(page, "colormap", None)
+        table = getattr(first, "colormap", None) if table is None else table
+        if table is None or kind not in "ub":
+            raise BadImage("its colors are a palette, which is missing")
+        palette = (table if table.max() < 256 else table // 256).astype(np.uint8)  # (3, count)
+    return Color(model, key.samplesperpixel, top, name == "MINISWHITE", alpha, palette, stretch)
 
 
 def _read_window(page: Any, box: Box) -> Shaped[np.ndarray, "sample height width"]:
@@ -286,8 +270,11 @@ def _read_window(page: Any, box: Box) -> Shaped[np.ndarray, "sample height width
         whole = page.asarray(squeeze=False)
     else:
         window = np.full((planes, height, across, contiguous), key.nodata, key.dtype)
-        for place, segment in _segments(page, box):
-            _paste(window, segment, place, box)
+        for (plane, y, x), segment in _segments(page, box):  # what a segment and the window have in common
+            first, after = max(y, top), min(y + segment.shape[0], top + height)
+            start, stop = max(x, left), min(x + segment.shape[1], left + across)
+            part = segment[first - y : after - y, start - x : stop - x]
+            window[plane, first - top : after - top, start - left : stop - left] = part
         return window.transpose(0, 3, 1, 2).reshape(-1, height, across)
     part = whole[:, 0, top : top + height, left : left + across]
     return part.transpose(0, 3, 1, 2).reshape(-1, height, across)
@@ -313,14 +300,3 @@ def _segments(page: Any, box: Box) -> Iterator[tuple[tuple[int, int, int], np.nd
         segment, (plane, _, y, x, _), _ = key.decode(data, index, **tables)
         if segment is not None:
             yield (plane, y, x), segment[0]
-
-
-def _paste(window: np.ndarray, segment: np.ndarray, place: tuple[int, int, int], box: Box) -> None:
-    """Copies what a segment and a window (plane, height, width, sample) have in common."""
-    plane, y, x = place
-    top, left, height, width = box
-    first, after = max(y, top), min(y + segment.shape[0], top + height)
-    start, stop = max(x, left), min(x + segment.shape[1], left + width)
-    window[plane, first - top : after - top, start - left : stop - left] = segment[
-        first - y : after - y, start - x : stop - x
-    ]

@@ -59,7 +59,24 @@ class Geometry:
     center_share: float = 1.0  # of its side in a "center" window, in (0, 1]: 224/256 is usual
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems = []
+        if min(self.size) < 1:
+            problems.append(f"image_size ({self.image_size}) must be at least 1 pixel")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            problems.append(
+                f"crop_scale {self.scale} must be two shares of the area, 0 < smallest <= largest <= 1"
+            )
+        if not 0 < self.center_share <= 1:
+            problems.append(f"center_share ({self.center_share}) must be a share of the side, above 0 to 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            problems.append(f"ratio {self.ratio} must be two positive numbers, the smaller first")
+        if self.crop not in CROPS:
+            problems.append(f"crop ({self.crop!r}) is not known; {nearest(self.crop, CROPS)}")
+        flips = {"horizontal_flip": self.horizontal_flip, "vertical_flip": self.vertical_flip}
+        wrong = [(name, share) for name, share in flips.items() if not 0 <= share <= 1]
+        problems += [f"{name} ({share}) must be a probability, 0 to 1" for name, share in wrong]
+        if self.quarter_turns and self.size[0] != self.size[1]:
+            problems.append(f"quarter_turns needs a square view, image_size is {self.size}; switch it off")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -177,16 +194,15 @@ def decode_windows(
     rows = [math.ceil(least[0] * around[2] / box[2]) for box, least in kept]
     columns = [math.ceil(least[1] * around[3] / box[3]) for box, least in kept]
     decoded = picture.decode(around, (max(rows), max(columns)) if len(kept) == len(boxes) else None)
-    return [_inside(decoded, around, box) for box in boxes]
-
-
-def _inside(decoded: np.ndarray, around: Box, box: Box) -> np.ndarray:
-    """Cut a window out of the decoded rectangle around it, which may have come back reduced."""
+    # It may have come back reduced.
     vertical, horizontal = decoded.shape[1] / around[2], decoded.shape[2] / around[3]
-    height, width = max(1, round(box[2] * vertical)), max(1, round(box[3] * horizontal))
-    top = min(round((box[0] - around[0]) * vertical), decoded.shape[1] - height)
-    left = min(round((box[1] - around[1]) * horizontal), decoded.shape[2] - width)
-    return decoded[:, top : top + height, left : left + width]
+    windows = []
+    for box in boxes:
+        height, width = max(1, round(box[2] * vertical)), max(1, round(box[3] * horizontal))
+        row = min(round((box[0] - top) * vertical), decoded.shape[1] - height)
+        column = min(round((box[1] - left) * horizontal), decoded.shape[2] - width)
+        windows.append(decoded[:, row : row + height, column : column + width])
+    return windows
 
 
 def _at_most(side: Side, wanted: Side) -> Side:
@@ -196,29 +212,6 @@ def _at_most(side: Side, wanted: Side) -> Side:
 def _placed(height: Side, width: Side, window: Sequence[Side], place: Any) -> tuple[Side, ...]:
     tall, wide = window
     return place[0] * (height - tall + 1) // 1, place[1] * (width - wide + 1) // 1, tall, wide
-
-
-def _problems(geometry: Geometry) -> list[str]:
-    problems = []
-    if min(geometry.size) < 1:
-        problems.append(f"image_size ({geometry.image_size}) must be at least 1 pixel")
-    if not 0 < geometry.scale[0] <= geometry.scale[1] <= 1:
-        problems.append(
-            f"crop_scale {geometry.scale} must be two shares of the area, 0 < smallest <= largest <= 1"
-        )
-    if not 0 < geometry.center_share <= 1:
-        problems.append(f"center_share ({geometry.center_share}) must be a share of the side, above 0 to 1")
-    if not 0 < geometry.ratio[0] <= geometry.ratio[1]:
-        problems.append(f"ratio {geometry.ratio} must be two positive numbers, the smaller first")
-    if geometry.crop not in CROPS:
-        problems.append(f"crop ({geometry.crop!r}) is not known; {nearest(geometry.crop, CROPS)}")
-    flips = {"horizontal_flip": geometry.horizontal_flip, "vertical_flip": geometry.vertical_flip}
-    problems += [
-        f"{name} ({p}) must be a probability, 0 to 1" for name, p in flips.items() if not 0 <= p <= 1
-    ]
-    if geometry.quarter_turns and geometry.size[0] != geometry.size[1]:
-        problems.append(f"quarter_turns needs a square view, image_size is {geometry.size}; switch it off")
-    return problems
 
 
 def draw_flips(geometry: Geometry, keys: Keys) -> Bool[Tensor, "batch 3"]:
