@@ -393,10 +393,8 @@ def cut_views(
     at_once = 0 if on_host else _AT_ONCE
     boxes = _with_content(images.pixels, plan, at_once) if len(plan.flat) else plan.boxes
     cut = _cut_on_host if on_host else cut_on_device
-    return [
-        cut(images, plan, *of_view, value_range)
-        for of_view in zip(geometries, boxes, plan.flips, strict=True)
-    ]
+    views = zip(geometries, boxes, plan.flips, strict=True)
+    return [cut(images, plan, *of_view, value_range) for of_view in views]
 
 
 def _cut_on_host(
@@ -405,11 +403,9 @@ def _cut_on_host(
     pixels = images.pixels.numpy()
     pixels = pixels.view(np.uint16) if images.dtype == "uint16" else pixels
     views: Tensor | None = None
-    numbers = (plan.starts.tolist(), plan.strides.tolist(), boxes.tolist(), flips.tolist())
-    for number, (start, stride, box, (mirrored, upside_down, exchanged)) in enumerate(
-        zip(*numbers, strict=True)
-    ):
-        top, left, height, width = box
+    numbers = zip(plan.starts.tolist(), plan.strides.tolist(), boxes.tolist(), flips.tolist(), strict=True)
+    for number, (start, stride, box, turns) in enumerate(numbers):
+        (top, left, height, width), (mirrored, upside_down, exchanged) = box, turns
         lines = pixels[start + top * stride : start + (top + height) * stride]
         window = lines.reshape(height, stride, -1)[:, left : left + width].transpose(2, 0, 1)
         view = resize(torch.from_numpy(values.apply(window)), geometry.size)

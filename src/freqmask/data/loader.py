@@ -88,9 +88,7 @@ class TrainSampler(Sampler[Item]):
     world_size: int = 1  # processes
     start_step: int = 0  # the first to deliver
     total_steps: int = 1  # of the whole training
-    blocks: BlockLayout | None = (
-        None  # which images are cheap to read together; None where it does not matter
-    )
+    blocks: BlockLayout | None = None  # which images are cheap to read together; None: it does not matter
     workers: int = 0  # loader processes of each process, which matter where blocks do
     # By which blocks were dealt out when the run began, see `deal`. A run that resumes with other numbers keeps its
     # order; its workers then share blocks, which costs requests.
@@ -244,20 +242,16 @@ class TrainDataset(Dataset[Sample]):
             gaps = [missing_pixels(window, picture.nodata) for window in windows]
             if not any(is_empty(window, gap) for window, gap in zip(windows, gaps, strict=True)):
                 break
-        else:
-            windows, gaps = self._whole(picture)
+        else:  # window after window was empty: the whole picture is every view
+            with as_bad_image():
+                image = picture.decode(None, at_least[0])
+            gap = missing_pixels(image, picture.nodata)
+            reason = is_empty(image, gap)
+            if reason is not None:
+                raise BadImage(reason)
+            windows, gaps = [image] * len(keys), [gap] * len(keys)
         tensors = [self._tensor(window, gap) for window, gap in zip(windows, gaps, strict=True)]
         return [g.finish(tensor, key) for g, tensor, key in zip(self.geometries, tensors, keys, strict=True)]
-
-    def _whole(self, picture: Picture) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
-        """The whole picture for every view, because window after window of it was empty."""
-        with as_bad_image():
-            image = picture.decode(None, self.geometries[0].at_least())
-        gap = missing_pixels(image, picture.nodata)
-        reason = is_empty(image, gap)
-        if reason is not None:
-            raise BadImage(reason)
-        return [image] * len(self.geometries), [gap] * len(self.geometries)
 
     def _tensor(self, window: np.ndarray, gap: np.ndarray | None) -> Tensor:
         """A window with the run's channels and value range; no copy where none is needed."""

@@ -229,13 +229,11 @@ def _choose_channels(channels: int | str, seen: Sequence[_Thumbnail]) -> tuple[i
         return wanted, f"Channels: {wanted}, as all images looked at."
     converted = sum(number for channel, number in counts if {channel, wanted} == {1, 3})
     kind = "color images become gray" if wanted == 1 else "gray images become color"
-    parts = [f"{converted} {kind}"] * bool(converted) + [
-        f"{others - converted} of another count are skipped"
-    ] * (others > converted)
-    return (
-        wanted,
-        f"Channels: {wanted}, the commonest count of {len(seen)} images looked at; {', '.join(parts)}.",
-    )
+    parts = [f"{converted} {kind}"] if converted else []
+    if others > converted:
+        parts.append(f"{others - converted} of another count are skipped")
+    why = f"Channels: {wanted}, the commonest count of {len(seen)} images looked at; {', '.join(parts)}."
+    return wanted, why
 
 
 def _choose_range(thumbnails: Sequence[_Thumbnail]) -> tuple[ValueRange, str]:
@@ -243,13 +241,13 @@ def _choose_range(thumbnails: Sequence[_Thumbnail]) -> tuple[ValueRange, str]:
     if kinds == ["uint8"]:
         return ValueRange(), "8 bits a value"
     values = [
-        [thumbnail.pixels.ravel() for thumbnail in thumbnails if thumbnail.dtype == kind] for kind in kinds
+        np.concatenate([one.pixels.ravel() for one in thumbnails if one.dtype == kind]) for kind in kinds
     ]
-    ends = [_percentiles(np.concatenate(parts)) for parts in values]
+    ends = [_percentiles(part) for part in values]
     span = max(high for _, high in ends) - min(low for low, _ in ends)
     # The same quantity in several types, such as heights in int16 and float32, keeps thumbnail scale.
     if len(kinds) == 1 or ("uint8" not in kinds and all(high - low >= span / 4 for low, high in ends)):
-        together = _percentiles(np.concatenate([thumbnail.pixels.ravel() for thumbnail in thumbnails]))
+        together = _percentiles(np.concatenate(values))
         return ValueRange(*together), f"the 0.1 and 99.9 percentiles of {len(thumbnails)} images"
     ranges = tuple((kind, *_range_of_type(kind, *limits)) for kind, limits in zip(kinds, ends, strict=True))
     full = all((low, high) == ValueRange().limits(np.dtype(kind)) for kind, low, high in ranges)
