@@ -92,15 +92,15 @@ class PhotometricAugmentation(nn.Module):
             settings = replace(settings, saturation=0.0, hue=0.0, grey=0.0, solarise=0.0)
         if settings.jitter > 0:
             jittered = _jittered(images, keys, settings)
-            images = _where(_drawn(keys, "jitter", settings.jitter), jittered, images)
+            images = torch.where(_drawn(keys, "jitter", settings.jitter), jittered, images)
         if settings.grey > 0:
-            images = _where(_drawn(keys, "grey", settings.grey), _gray(images).expand_as(images), images)
+            images = torch.where(_drawn(keys, "grey", settings.grey), _gray(images).expand_as(images), images)
         if settings.blur > 0:
             sigma = _between(uniform(keys, "blur sigma"), *settings.blur_sigma)
-            images = gaussian_blur(images, sigma, _drawn(keys, "blur", settings.blur))
+            images = gaussian_blur(images, sigma, uniform(keys, "blur") < settings.blur)
         if settings.solarise > 0:
             solarized = torch.where(images >= 0.5, 1 - images, images)
-            images = _where(_drawn(keys, "solarise", settings.solarise), solarized, images)
+            images = torch.where(_drawn(keys, "solarise", settings.solarise), solarized, images)
         return images
 
 
@@ -196,13 +196,9 @@ def _between(drawn: PerImage, low: float, high: float) -> PerImage:
     return low + (high - low) * drawn
 
 
-def _drawn(keys: Tensor, stream: str, probability: float) -> Bool[Tensor, " batch"]:
-    return uniform(keys, stream) < probability
+def _drawn(keys: Tensor, stream: str, probability: float) -> Bool[Tensor, "batch 1 1 1"]:
+    return _wide(uniform(keys, stream) < probability)
 
 
 def _wide(numbers: Tensor) -> Tensor:
     return numbers[:, None, None, None]
-
-
-def _where(chosen: Bool[Tensor, " batch"], changed: Images, images: Images) -> Images:
-    return torch.where(_wide(chosen), changed, images)

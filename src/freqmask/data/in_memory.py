@@ -8,6 +8,7 @@ per image would take longer than a step of a small network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -33,7 +34,6 @@ from freqmask.data.source import Source, runs_of_images
 from freqmask.data.transforms import (
     Geometry,
     are_empty,
-    as_numbers,
     cut_windows,
     draw_flips,
     resample,
@@ -48,6 +48,9 @@ _HANDED_OVER = 64  # images that a worker hands over together: 5 MB at 160 pixel
 _FRAME = 8  # frames grow in steps of that many pixels, so that batches reuse each other's memory
 _DRAWN_AHEAD = 1024  # samples whose windows are drawn together: as many small operations as for a few
 _AT_ONCE = 2**26  # float values that are resampled together: 256 MB, a batch of 870 windows of 160 pixels
+
+Indices = Int64[Tensor, " batch"]
+Boxes = Int64[Tensor, "view batch 4"]  # (top, left, height, width) of the windows of each view
 
 
 @dataclass
@@ -130,17 +133,31 @@ def read_images(
                 f"they take more than the {readable_bytes(limits.bytes)} there are for them"
             )
         report(len(entries))
-    return _as_tensors(pixels, entries, source, dtype)
+    bad = {index: entry.reason for index, entry in enumerate(entries) if entry.reason}
+    if not pixels:
+        reason = next(iter(bad.values()), "there are none")
+        raise DoesNotFitError(f"none of them can be used ({reason})")
+    joined = np.concatenate(pixels)
+    pixels.clear()  # so that the images lie in memory twice at most
+    sizes = torch.tensor([entry.size for entry in entries])
+    counts = sizes.prod(dim=1)
+    return InMemoryImages(
+        torch.from_numpy(joined.view(np.int16) if dtype == "uint16" else joined),
+        dtype,
+        counts.cumsum(0) - counts,
+        sizes.clamp(min=1),
+        torch.tensor([entry.identity for entry in entries]),
+        torch.from_numpy(source.all_labels()),
+        torch.tensor([entry.flat for entry in entries]),
+        bad,
+    )
 
 
 def _first_type(source: Source) -> str:
     """The sample type of the first image that can be opened, which the others must have, too."""
     for index in range(len(source)):
-        try:
-            with as_bad_image():
-                return source.open(index).dtype
-        except BadImage:
-            continue
+        with suppress(BadImage), as_bad_image():
+            return source.open(index).dtype
     raise DoesNotFitError("none of them can be opened")
 
 
@@ -161,9 +178,6 @@ class _Decoding(Dataset[Any]):
     dtype: str
     channels: int
     convert: bool
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitems__(
         self, runs: Sequence[tuple[int, int]]
@@ -226,28 +240,6 @@ def has_flat_tile(image: Shaped[np.ndarray, "channel height width"], side: int) 
     return bool(flat.any())
 
 
-def _as_tensors(parts: list[np.ndarray], entries: list[_Entry], source: Source, dtype: str) -> InMemoryImages:
-    """The tensors; the list of arrays is emptied on the way, so that the images lie in memory twice at most."""
-    bad = {index: entry.reason for index, entry in enumerate(entries) if entry.reason}
-    if not parts:
-        reason = next(iter(bad.values()), "there are none")
-        raise DoesNotFitError(f"none of them can be used ({reason})")
-    pixels = np.concatenate(parts)
-    parts.clear()
-    sizes = torch.tensor([entry.size for entry in entries])
-    counts = sizes.prod(dim=1)
-    return InMemoryImages(
-        torch.from_numpy(pixels.view(np.int16) if dtype == "uint16" else pixels),
-        dtype,
-        counts.cumsum(0) - counts,
-        sizes.clamp(min=1),
-        torch.tensor([entry.identity for entry in entries]),
-        torch.from_numpy(source.all_labels()),
-        torch.tensor([entry.flat for entry in entries]),
-        bad,
-    )
-
-
 @dataclass(eq=False)
 class InMemoryBatches:
     """The batches of a training, as :func:`freqmask.data.loader.make_loader` makes them from files.
@@ -301,7 +293,7 @@ class InMemoryBatches:
         named = dict(zip(("keys", "labels", "indices"), numbers, strict=True))
         return {"views": views, **named, "skipped": skipped}
 
-    def _usable(self, asked: Int64[Tensor, " batch"], keys: Keys) -> tuple[Int64[Tensor, " batch"], Skipped]:
+    def _usable(self, asked: Indices, keys: Keys) -> tuple[Indices, Skipped]:
         """The images asked for, others in the place of bad ones, and the list of those."""
         if not self.images.bad:
             return asked, []
@@ -322,9 +314,9 @@ class InMemoryBatches:
 class Drawn(NamedTuple):
     """What the keys of some samples say of their views."""
 
-    indices: Int64[Tensor, " batch"]  # the images
+    indices: Indices  # the images
     keys: Keys  # the samples' keys; a view's is ``combine(keys, view)``
-    boxes: Int64[Tensor, "view batch 4"]  # (top, left, height, width) of the windows of each view
+    boxes: Boxes
     flips: Bool[Tensor, "view batch 3"]  # mirrored, upside down, rows and columns exchanged, for each view
 
     def part(self, places: slice) -> Drawn:
@@ -337,7 +329,7 @@ class Plan(NamedTuple):
 
     starts: Int64[Tensor, " batch"]  # where each image begins in the pixels
     strides: Int64[Tensor, " batch"]  # its width
-    boxes: Int64[Tensor, "view batch 4"]  # (top, left, height, width) of the windows of each view
+    boxes: Boxes
     flips: Shaped[Tensor, "view batch 3"]  # mirrored, upside down, rows and columns exchanged, for each view
     flat: Int64[Tensor, " flat"]  # places in the batch of images whose windows may be empty
     others: Int64[Tensor, "attempt view flat 4"]  # for these the windows to try, at last the whole image
@@ -349,17 +341,13 @@ class Plan(NamedTuple):
         return Plan._make([*(_moved(part, device) for part in numbers), frame])
 
 
-def draw(
-    images: InMemoryImages, geometries: Sequence[Geometry], indices: Int64[Tensor, " batch"], keys: Keys
-) -> Drawn:
+def draw(images: InMemoryImages, geometries: Sequence[Geometry], indices: Indices, keys: Keys) -> Drawn:
     """Draw the windows of some images on the host, by the samples' keys."""
     flips = [draw_flips(geometry, combine(keys, view)) for view, geometry in enumerate(geometries)]
     return Drawn(indices, keys, _boxes(geometries, images.sizes[indices], keys, 0), torch.stack(flips))
 
 
-def _boxes(
-    geometries: Sequence[Geometry], sizes: Tensor, keys: Tensor, attempt: int
-) -> Int64[Tensor, "view batch 4"]:
+def _boxes(geometries: Sequence[Geometry], sizes: Tensor, keys: Tensor, attempt: int) -> Boxes:
     """The windows of an attempt; after the last attempt the whole images."""
     if attempt == WINDOWS:
         return torch.cat((torch.zeros_like(sizes), sizes), dim=1).expand(len(geometries), -1, -1)
@@ -421,19 +409,21 @@ def cut_on_device(
     images: InMemoryImages, plan: Plan, geometry: Geometry, boxes: Tensor, flips: Tensor, values: ValueRange
 ) -> Tensor:
     """One view of a batch, all windows together, without a look at any value; ``boxes`` and ``flips`` are its own."""
-    limits = values.limits(np.dtype(images.dtype))
-    levels = images.dtype == "uint8" and limits == (0.0, 255.0)
+    low, high = values.limits(np.dtype(images.dtype))
+    levels = images.dtype == "uint8" and (low, high) == (0.0, 255.0)
     at_once = max(1, _AT_ONCE // (plan.frame[0] * plan.frame[1] * images.pixels.shape[1]))
     parts = zip(*(part.split(at_once) for part in (plan.starts, plan.strides, boxes, flips)), strict=True)
     cut = []
     for starts, strides, windows, turned in parts:
         pixels = cut_windows(images.pixels, starts, strides, windows, plan.frame)
-        numbers = as_numbers(pixels, images.dtype, None if levels else limits)
+        stored = pixels.int().bitwise_and(0xFFFF) if images.dtype == "uint16" else pixels
+        numbers = stored.to(torch.float32, memory_format=torch.contiguous_format)
+        numbers = numbers if levels else ((numbers - low) / (high - low)).clamp_(0, 1)
         cut.append(resample(numbers, windows[:, 2:], geometry.size, turned, levels, geometry.quarter_turns))
     return cut[0] if len(cut) == 1 else torch.cat(cut)
 
 
-def _with_content(pixels: Tensor, plan: Plan, at_once: int) -> Int64[Tensor, "view batch 4"]:
+def _with_content(pixels: Tensor, plan: Plan, at_once: int) -> Boxes:
     """The plan's windows; for images with flat parts those of the first attempt that finds none of them empty.
 
     As many attempts as have ``at_once`` values are looked at together, at least one; the windows are the same.

@@ -258,26 +258,14 @@ def cut_windows(
     return taken.view(*places.shape, pixels.shape[1]).transpose(2, 3)
 
 
-def as_numbers(
-    windows: Shaped[Tensor, "*shape"], dtype: str, limits: tuple[float, float] | None
-) -> Float[Tensor, "*shape"]:
-    """Values as stored in the files' ``dtype`` as float32: in [0, 1] within limits, or as they are without any."""
-    values = windows.int().bitwise_and(0xFFFF) if dtype == "uint16" else windows
-    numbers = values.to(torch.float32, memory_format=torch.contiguous_format)
-    if limits is None:
-        return numbers
-    low, high = limits
-    return ((numbers - low) / (high - low)).clamp_(0, 1)
-
-
 def are_empty(
     pixels: Tensor, starts: Tensor, strides: Tensor, boxes: Tensor, frame: tuple[int, int]
 ) -> Shaped[Tensor, " flat"]:
     """Which windows hold one value only in each channel; arguments as for `cut_windows`."""
     windows = cut_windows(pixels, starts, strides, boxes, frame)  # (flat, height, channel, width)
-    outside = (torch.arange(frame[0], device=pixels.device) >= boxes[:, 2, None])[:, :, None] | (
-        torch.arange(frame[1], device=pixels.device) >= boxes[:, 3, None]
-    )[:, None]
+    below = torch.arange(frame[0], device=pixels.device) >= boxes[:, 2, None]
+    beside = torch.arange(frame[1], device=pixels.device) >= boxes[:, 3, None]
+    outside = below[:, :, None] | beside[:, None]
     same: Tensor = (windows == windows[:, :1, :, :1]) | outside[:, :, None]
     return same.flatten(1).all(dim=1)
 
