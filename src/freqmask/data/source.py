@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from freqmask.data.cache import PackedIndex, hash_of
 from freqmask.data.decode import open_bytes
 from freqmask.data.pixels import Picture, as_bad_image, is_empty, missing_pixels
-from freqmask.errors import BadImage, UserError
+from freqmask.errors import BadImage
 from freqmask.rng import identity_of
 
 if TYPE_CHECKING:
@@ -401,13 +400,3 @@ def runs_of_images(count: int, blocks: BlockLayout | None, at_once: int) -> list
         return [(first, min(first + at_once, count)) for first in range(0, count, at_once)]
     starts = np.flatnonzero(np.diff(blocks.numbers, prepend=-1))
     return list(zip(starts.tolist(), [*starts[1:].tolist(), count], strict=True))
-
-
-def text_of(data: Any) -> str:
-    """DATA as it was typed; a UserError where it is no path and no word, such as an array in Python."""
-    if isinstance(data, (str, Path)):
-        return str(data)
-    raise UserError(
-        f"DATA must be paths, words such as builtin:photos, or a Source, not {type(data).__name__}; numpy.save writes "
-        "an array into a file that can be named"
-    )

@@ -21,7 +21,7 @@ from freqmask.data.decode import read_suffixes
 from freqmask.data.image_folder import is_image_file, locate_files, locate_folder
 from freqmask.data.index import index_folder, index_listing
 from freqmask.data.pixels import ArrayPicture, Pages, Picture
-from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset, text_of
+from freqmask.data.source import JoinedSource, Source, SourceSummary, Subset
 from freqmask.data.splits import Located, are_classes, locate_labelled, number_classes, split_of
 from freqmask.data.storage import (
     INDEX_NAME,
@@ -121,9 +121,14 @@ def splits_there(data: str | Path | Source, labels: str | Path | None = None) ->
 
 
 def locate(data: str | Path, pages: Pages) -> Located:
-    """What a text names, before any image is read; a UserError where it names nothing."""
+    """What a text names, before any image is read; a UserError where it names nothing, or is no text or path."""
+    if not isinstance(data, (str, Path)):
+        raise UserError(
+            f"DATA must be paths, words such as builtin:photos, or a Source, not {type(data).__name__}; numpy.save "
+            "writes an array into a file that can be named"
+        )
     # the second as 0.1.0 recorded it
-    text = text_of(data).removeprefix("file://").replace("freqmask.data.builtin:", f"{__name__}:")
+    text = str(data).removeprefix("file://").replace("freqmask.data.builtin:", f"{__name__}:")
     far = bool(REMOTE.match(text))
     if text.startswith("builtin:"):
         return Located(text, lambda split, notes: open_builtin(text))
@@ -319,9 +324,7 @@ class ArraySource(Source):
         self._starts = np.cumsum([0, *(len(stack) for stack in stacks)])
         if len(self) == 0:
             raise UserError(f"DATA ({path}) holds no images; its array has the shape {stacks[0].shape}")
-        labels = self._load_labels()
-        if labels is not None:
-            self._labels, self.class_names = number_classes(labels)
+        self._load_labels()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stacks": None}  # each process maps or reads the file itself
@@ -342,20 +345,21 @@ class ArraySource(Source):
                     )
         return self._stacks
 
-    def _load_labels(self) -> list[float | str] | None:
-        """All labels, -1 in an array without; None where all are missing, of several columns, or fractions."""
+    def _load_labels(self) -> None:
+        """All labels, -1 in an array without; none where all are missing, of several columns, or fractions."""
         if not any(labels for _, labels in self.pairs):
-            return None
+            return
         pairs = list(zip(self.pairs, np.diff(self._starts).tolist(), strict=True))
         parts = [_read(self.file, key) if key else np.full(count, -1) for (_, key), count in pairs]
         if not all(are_classes(part, count) for part, (_, count) in zip(parts, pairs, strict=True)):
             note = f"The labels in {self.file.name} are not one class an image and are left out."
             self.notes = [*self.notes, note]
-            return None
-        cells = (label for part in parts for label in part.ravel().tolist())
-        return [
+            return
+        cells = (cell for part in parts for cell in part.ravel().tolist())
+        labels = [
             cell.decode("utf-8", "surrogateescape") if isinstance(cell, bytes) else cell for cell in cells
         ]
+        self._labels, self.class_names = number_classes(labels)
 
     def open(self, index: int) -> Picture:
         self.check(index)
@@ -465,7 +469,7 @@ class BuiltinDigits(Source):
     def __init__(self, size: int = 32) -> None:
         self.size = size
         self.notes = [f"Digits of 8×8 pixels enlarged to {size}×{size}: their higher frequencies are empty."]
-        self.class_names = [str(digit) for digit in range(10)]
+        self.class_names, self._labels = [str(digit) for digit in range(10)], _digits()[1]
 
     def __len__(self) -> int:
         return len(_digits()[1])
@@ -473,9 +477,6 @@ class BuiltinDigits(Source):
     def open(self, index: int) -> Picture:
         eight = Image.fromarray(np.rint(_digits()[0][index] * (255 / 16)).astype(np.uint8))
         return ArrayPicture(np.asarray(eight.resize((self.size,) * 2, Image.Resampling.BICUBIC)))
-
-    def label(self, index: int) -> int:
-        return int(_digits()[1][index])
 
     def name(self, index: int) -> str:
         return f"digit-{index:04d}"
