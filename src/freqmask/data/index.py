@@ -131,9 +131,8 @@ class FolderIndex:
 
     def within(self, folder: bytes) -> list[int]:
         """The numbers of a folder, by its relative path, and of those in it."""
-        return [
-            k for k, path in enumerate(self.folders) if not folder or (path + b"/").startswith(folder + b"/")
-        ]
+        inside = folder + b"/" if folder else b""
+        return [number for number, path in enumerate(self.folders) if (path + b"/").startswith(inside)]
 
     def paths(self) -> Iterator[bytes]:
         """The relative paths of all files, in a tenth of the time of one by one."""
@@ -330,19 +329,16 @@ def _fill(
             files.append(name)
         elif not _is_junk(name):
             ignored[os.fsdecode(_suffix(name))] += 1
-    masks = set() if named else mask_files(files)
+    masks = set()
+    if not named:  # those of others in the folder: ``a_mask.png`` beside ``a.jpg``
+        stems = {_stem(name) for name in files}
+        masks = {name for name in files if (mask := MASK_FILE.fullmatch(_stem(name))) and mask[1] in stems}
     files = sorted(name for name in files if named or not (name in masks or _is_junk(name)))
     folder.masks = len(masks)
     folder.names = b"".join(files)
     folder.lengths = np.fromiter(map(len, files), np.int64, len(files))
     folder.sizes = np.fromiter((sizes[name] for name in files), np.uint32, len(files))
     folder.ignored = dict(ignored)
-
-
-def mask_files(names: Collection[bytes]) -> set[bytes]:
-    """Which files of a folder are masks of others in it: ``a_mask.png`` beside ``a.jpg``."""
-    stems = {_stem(name) for name in names}
-    return {name for name in names if (mask := MASK_FILE.fullmatch(_stem(name))) and mask[1] in stems}
 
 
 def _masks_of_photographs(path: bytes, names: Collection[bytes]) -> set[bytes]:
@@ -421,10 +417,9 @@ def _assemble(folders: dict[bytes, _Folder]) -> tuple[dict[str, Any], dict[str, 
 def _known_folders(cached: tuple[dict[str, Any], dict[str, np.ndarray]]) -> dict[bytes, _Folder]:
     """The folders of a cached index, to be reused one by one."""
     about, arrays = cached
-    starts, offsets = arrays["starts"].tolist(), arrays["offsets"]
+    offsets, spans = arrays["offsets"], pairwise(arrays["starts"].tolist())
     known = {}
-    for k, (path, entry) in enumerate(zip(about["folders"], about["tree"], strict=True)):
-        first, last = starts[k], starts[k + 1]
+    for path, entry, (first, last) in zip(about["folders"], about["tree"], spans, strict=True):
         known[os.fsencode(path)] = _Folder(
             names=arrays["names"][offsets[first] : offsets[last]].tobytes(),
             lengths=np.diff(offsets[first : last + 1]),

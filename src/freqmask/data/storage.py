@@ -300,11 +300,8 @@ class RemoteFiles(Files):
         return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)
 
     def names(self) -> list[str]:
-        return visible(
-            name
-            for name in self.listing()
-            if name.lower().endswith(".tar") and (name.count("/") == 0 or split_of(name.split("/")[0]))
-        )
+        tars = (name for name in self.listing() if name.lower().endswith(".tar"))
+        return visible(name for name in tars if "/" not in name or split_of(name.split("/")[0]))
 
     def matching(self, pattern: str) -> list[str]:
         return visible(fnmatch.filter(self.listing(pattern.count("/") + 1), pattern), pattern)
@@ -324,11 +321,9 @@ class RemoteFiles(Files):
 
         found: dict[str, Any] = with_retries(self.root, find, gone={})
         files = {full.removeprefix(base): info for full, info in found.items() if full.startswith(base)}
-        self._states |= {
-            name: _state_of(info) for name, info in files.items() if info.get("size") is not None
-        }
-        self._listings[levels] = {name: info.get("size") for name, info in files.items()}
-        return self._listings[levels]
+        sizes = self._listings[levels] = {name: info.get("size") for name, info in files.items()}
+        self._states |= {name: _state_of(files[name]) for name, size in sizes.items() if size is not None}
+        return sizes
 
     @cached_property
     def index_file(self) -> Path | None:  # asked for once
@@ -370,9 +365,6 @@ class RangeFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def tell(self) -> int:
         return self._place
 
     def readinto(self, buffer: Any) -> int:

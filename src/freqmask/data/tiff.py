@@ -150,11 +150,10 @@ class TiffPicture(Picture):
 
     def __init__(self, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, image: int | None) -> None:
         self._tiff, self._series, self._image = tiff, series, image
-        self._layout = layout = _Layout(self._series)
-        if layout.by_page is None:
-            self._pages: list[Any] = [self._series.keyframe]
-        else:
-            self._pages = [self._series.pages[number] for number in layout.page_numbers(self._image)]
+        self._layout = layout = _Layout(series)
+        self._pages: list[Any] = [series.keyframe]
+        if layout.by_page is not None:
+            self._pages = [series.pages[number] for number in layout.page_numbers(image)]
         self._colors = [_color(page, self._pages[0]) for page in self._pages]
         first = self._pages[0]
         turns = {turn_of(page) for page in self._pages}
@@ -163,16 +162,12 @@ class TiffPicture(Picture):
         self._orientation = turns.pop()
         self.size = self._orientation.shown_size(layout.size)
         self.dtype = self._colors[0].dtype(np.dtype(first.dtype))
-        self.channels = self._count_channels()
+        self.channels = sum(color.channels for color in self._colors)
+        if layout.by_page is None:  # counted from the series: its pages are not those of the image
+            pages = math.prod(layout.shape) // math.prod(layout.size) // self._colors[0].samples
+            self.channels = pages * self.channels // (1 if image is None else layout.images)
         self.nodata = self._colors[0].nodata(_nodata(first))
         check_size(self.size, self.channels)
-
-    def _count_channels(self) -> int:
-        if self._layout.by_page is not None:
-            return sum(color.channels for color in self._colors)
-        planes = math.prod(self._layout.shape) // math.prod(self._layout.size)
-        pages = planes // self._colors[0].samples
-        return pages * self._colors[0].channels // (1 if self._image is None else self._layout.images)
 
     def decode(self, box: Box | None = None, at_least: tuple[int, int] | None = None) -> Pixels:
         stored = self._orientation.stored_box(check_box(box, self.size), self.size)
@@ -206,19 +201,13 @@ def turn_of(page: Any) -> Orientation:
 
 def _nodata(page: Any) -> float | None:
     """The value that GDAL marks as not measured, or None."""
-    tag = page.keyframe.tags.get(NODATA_TAG)
-    try:
-        return None if tag is None else float(str(tag.value).strip("\x00 "))
-    except ValueError:
-        return None
+    with suppress(ValueError):  # which "None" is, too
+        return float(str(page.keyframe.tags.valueof(NODATA_TAG)).strip("\x00 "))
+    return None
 
 
 def _color(page: Any, first: Any) -> Color:
-    """What the samples of a page mean, by its own palette or else that of the first page.
-
-    Raises:
-        BadImage: a color space that nothing here turns into gray or RGB.
-    """
+    """What the samples of a page mean, by its own palette or that of the first page; BadImage where unclear."""
     key, name = page.keyframe, tifffile.PHOTOMETRIC(page.keyframe.photometric).name
     kind = np.dtype(key.dtype).kind
     top = float(2**key.bitspersample - 1) if kind in "ub" else (1.0 if kind == "f" else None)
