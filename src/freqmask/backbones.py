@@ -206,10 +206,7 @@ class Backbone(nn.Module):
         (stage,) = self.timm_model.forward_intermediates(
             images, indices=[self.stage], intermediates_only=True, **self._how
         )
-        if self.has_class_token:
-            feature_map, prefix = stage
-            return feature_map, prefix[:, 0]
-        return stage, None
+        return (stage[0], stage[1][:, 0]) if self.has_class_token else (stage, None)
 
     def _pass_one_image(self) -> None:
         """Finds out the map's shape and which parameters it never reaches."""

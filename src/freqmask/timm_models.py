@@ -63,11 +63,9 @@ def create_model(
     for theirs, ours in OWN_ARGUMENTS.items():
         if theirs in given:
             raise UserError(f"model_args ({theirs}={given[theirs]}) must not name it; use the option {ours}")
-    for name_of_ours in ("num_classes", "features_only", "pretrained"):
-        if name_of_ours in given:
-            raise UserError(
-                f"model_args ({name_of_ours}={given[name_of_ours]}) must not name it: freqmask sets it itself"
-            )
+    for own in ("num_classes", "features_only", "pretrained"):
+        if own in given:
+            raise UserError(f"model_args ({own}={given[own]}) must not name it: freqmask sets it itself")
     asked: dict[str, Any] = {"in_chans": channels, **given}
     if patch_size is not None:
         asked["patch_size"] = patch_size

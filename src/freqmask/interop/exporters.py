@@ -114,13 +114,12 @@ def write_timm(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> li
     """A folder that timm and transformers load."""
     if isinstance(opened, Graph):
         raise _holds("timm", "timm models")
-    more: dict[str, Any]
     if isinstance(opened, OpenedClassifier):
-        more = {"crop_pct": opened.crop_share, "label_names": opened.class_names}
+        more: dict[str, Any] = {"crop_pct": opened.crop_share, "label_names": opened.class_names}
         notes = [f"with its head: {len(opened.class_names)} classes"]
     else:
-        more = {"pooled": pooled_of(opened), "decoder": decoder_of(opened) or None}
-        notes = []
+        more, notes = {"pooled": pooled_of(opened), "backbone": opened.backbone}, []
+        more["decoder"] = decoder_of(opened) or None
     with new_folder(path) as scratch:
         write_timm_folder(
             opened.module,
@@ -129,7 +128,6 @@ def write_timm(opened: OpenedModel | OpenedClassifier | Graph, path: Path) -> li
             mean=opened.mean,
             std=opened.std,
             metadata=exported_metadata(opened),
-            backbone=opened.backbone if isinstance(opened, OpenedModel) else None,
             **more,
         )
         if isinstance(opened, OpenedModel) and opened.folder is not None and load_space(opened) is not None:
@@ -152,10 +150,8 @@ def exported_metadata(opened: OpenedModel | OpenedClassifier) -> dict[str, Any]:
         "value_range": opened.value_range,
     }
     if isinstance(opened, OpenedModel):
-        plain |= {
-            "stage": opened.backbone.stage,
-            **({"crop": opened.trained_crop} if opened.trained_crop else {}),
-        }
+        plain |= {"stage": opened.backbone.stage}
+        plain |= {"crop": opened.trained_crop} if opened.trained_crop else {}
     return plain
 
 
@@ -403,7 +399,9 @@ def model_card(
         f"`{opened.value_range}` become [0, 1], then mean {list(opened.mean)} and std {list(opened.std)}.",
     ]
     if run is not None:
-        public = {n: value for n, value in options.items() if n not in _LOCAL and not _holds_path(value)}
+        public = {
+            name: value for name, value in options.items() if name not in _LOCAL and not _holds_path(value)
+        }
         state = run.state()
         images = f"{state['images']:,} images" if isinstance(state.get("images"), int) else "Images"
         source = f", from {', '.join(map(str, options.get('data') or []))}" if with_images else ""

@@ -294,8 +294,7 @@ def _open_named(text: str, channels: int | None, **asked: Any) -> OpenedModel:
 
 def _open_folder(text: str, weights: str | None, **asked: Any) -> OpenedModel:
     """A run, an exported folder, and ``random:`` before either."""
-    place = text.removeprefix(RANDOM)
-    folder = find_backbone(place)
+    folder = find_backbone(text.removeprefix(RANDOM))
     config, run = read_config(folder), run_behind(folder)
     options = run.config() if run is not None else {}
     size, mean, std = (tuple(config["pretrained_cfg"][name]) for name in ("input_size", "mean", "std"))

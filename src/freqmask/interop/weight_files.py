@@ -221,8 +221,7 @@ def _pin_pooling(config: dict[str, Any], model: nn.Module, pooled: Pooled | None
     is_trained = isinstance(getattr(model, "fc_norm", None), nn.Identity)
     if pooled is None or norm is None or "global_pool" not in taken or not is_trained:
         return {}
-    has_token = getattr(model, "cls_token", None) is not None
-    if pooled == "class_token" and not has_token:
+    if pooled == "class_token" and getattr(model, "cls_token", None) is None:
         pooled = "mean"
     arguments["global_pool"] = config["global_pool"] = "avg" if pooled == "mean" else "token"
     arguments[norm] = False

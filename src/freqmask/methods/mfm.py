@@ -56,8 +56,7 @@ class MFM(Method):
         filtered = self.filter(images, keys, clamp=self.clamp)
         prediction = self.predict(filtered.images)
         target = self.normalise(images)
-        loss = self.loss(prediction, target, filtered.keep)
-        parts = {"loss": loss}
+        parts = {"loss": self.loss(prediction, target, filtered.keep)}
         if details:
             parts |= reconstruction_health(self.loss, prediction, target, filtered.keep, self.filter, keys)
         return parts
