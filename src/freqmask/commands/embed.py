@@ -74,7 +74,7 @@ def embed(
         )
         from freqmask.evaluation.features import ComputeConfig, any_shown
         from freqmask.interop.feature_files import images_missing_in, join_parts, task_of
-        from freqmask.interop.models import open_model, still_images
+        from freqmask.interop.models import open_model
         from freqmask.training.files import check_kept, check_out
 
     opened = open_model(model, image_size=options["image_size"], weights=options["weights"])
@@ -88,9 +88,7 @@ def embed(
     parts = plan_parts(task, source, path)
     before = task_of(path) or {}
     is_ours = before != {} and before.items() <= parts.task.items()  # earlier versions noted no mean and std
-    if before == parts.task and not any_shown(
-        still_images(opened, source, crop), images_missing_in(path, len(source))
-    ):
+    if before == parts.task and not any_shown(task.dataset(source), images_missing_in(path, len(source))):
         say(f"embeddings  {path} is there already, of the same images, labels and weights")
     else:
         table = [path.with_suffix(".csv")] if path.suffix == ".npy" else []  # of the rows' names

@@ -56,7 +56,7 @@ class Embedding:
 
     def __init__(self, opened: OpenedModel, config: EmbedConfig | None = None) -> None:
         self.opened, self.config = opened, config or EmbedConfig()
-        self.network, self.crop = opened.backbone, self.config.crop
+        self.network = opened.backbone
 
     def describe(self) -> dict[str, Any]:
         """Plain values that decide the features, beside the images."""
@@ -81,6 +81,10 @@ class Embedding:
         """Numbers of one image."""
         rows, columns, dim = self.grid
         return dim * (1 + self.config.patches * rows * columns + len(self.config.blocks))
+
+    def dataset(self, source: Source) -> TrainDataset:
+        """The images as the network is given them."""
+        return still_images(self.opened, source, self.config.crop)
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
         """Features (B, D) by name, of images (B, C, H, W) in [0, 1]."""
@@ -126,6 +130,9 @@ class Classification:
     @property
     def width(self) -> int:
         return len(self.opened.class_names)
+
+    def dataset(self, source: Source) -> TrainDataset:
+        return still_images(self.opened, source, self.crop)
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
         return {"features": self.network(images)[0].float().softmax(dim=1)}
@@ -174,9 +181,9 @@ def some_parts(
 ) -> Iterator[int]:
     """Those at ``places`` among the missing parts, in whatever process; yields how many images each batch had."""
     images = [index for place in places for index in parts.indices(missing[place])]
-    writer, dataset = PartWriter(source, parts), still_images(task.opened, source, task.crop)
+    writer = PartWriter(source, parts)
     task.network.to(device)
-    for batch in feature_batches(device, images, dataset, task.compute, size, workers, bf16):
+    for batch in feature_batches(device, images, task.dataset(source), task.compute, size, workers, bf16):
         writer.add(batch.wanted, batch.is_read, batch.features, batch.labels, batch.reasons)
         yield len(batch.wanted)
 
