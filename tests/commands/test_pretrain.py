@@ -54,6 +54,7 @@ def test_the_plan_begins_with_what_matters_and_ends_with_the_length(
     assert "about" in lines[3] and "epochs" in lines[3]
     length = next(line for line in lines[-3:] if line.startswith("length"))
     assert "you named none, so it is" in length
+    assert f"{lines[3].rpartition('about ')[2]} here" in length  # one time, not two
     hour = "--dry_run true --workers 0 --image_size 32 --model_args '{depth: 1}' --accelerator cpu --hours 1"
     assert length.endswith(f"freqmask pretrain photos {hour}")
 

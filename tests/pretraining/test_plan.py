@@ -25,7 +25,7 @@ def told_of_length(takes: float, **given: Any) -> str:
     options = {"steps": 100, "batch_size": 8, "devices": 1, "num_nodes": 1}
     cost = Cost(takes * 3600 / 800, 1, 1)
     resolved = Resolved({}, options, {"epochs": "the published 300 epochs"})
-    resolved.cost = cost
+    resolved.cost, resolved.watched = cost, lambda _: 0
     return " ".join(length_lines(resolved, {"data": ["my photos"], **given}))
 
 

@@ -84,7 +84,7 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
     yield (
         f"training    {counted(options['steps'], 'step')} of {counted(options['batch_size'], 'image')} = "
         f"{counted(epochs, 'epoch')}{resolved.why('epochs')}{resolved.why('steps')}, "
-        f"about {readable_time(_seconds(resolved) + resolved.watching_seconds(options['steps']))}"
+        f"about {readable_time(_seconds(resolved))}"
     )
     yield ""
     yield from _data_lines(summary, resolved.survey)
@@ -94,7 +94,8 @@ def plan_lines(resolved: Resolved, summary: SourceSummary, images: int, held_out
 
 
 def _seconds(resolved: Resolved) -> float:
-    return float(resolved.step_seconds() * resolved.values["steps"])
+    steps = resolved.values["steps"]
+    return float(resolved.step_seconds() * steps + resolved.watching_seconds(steps))
 
 
 def _with(resolved: Resolved, name: str, form: str = "{}") -> str:
