@@ -80,6 +80,21 @@ def test_images_of_any_kind_stand_side_by_side(photo: str, tmp_path: Path) -> No
     assert spectra(files, out=str(tmp_path / "out.png"), filters=["com", "lowpass(radius=3)"]).is_file()
 
 
+def test_a_mixture_gives_a_row_for_each_of_its_filters(photo: str, tmp_path: Path, capsys) -> None:
+    """What ``com`` drew for an image had stood under that name: RCom's 99 % of the bins as Com's."""
+    half = "oneof(['lowpass(radius=3)', 'com'])"
+    spectra([photo], out=str(tmp_path / "out.png"), filters=["com", "rcom", "fixed", half])
+    rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[3:-2]]
+    assert rows == [
+        "com",
+        "rcom",
+        "lowpass",
+        "highpass",
+        f"lowpass of {half}",
+        f"oneof of {half}",
+    ]  # a mixture in a mixture
+
+
 @pytest.mark.parametrize("color", [0, 77, 255])
 def test_a_single_color_has_no_energy_to_share(color: int, photo: str, tmp_path: Path, capsys) -> None:
     """Resampled, too: what that rounds is no energy."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from freqmask.commands.command import command
 from freqmask.console import say
@@ -27,7 +27,8 @@ def spectra(
 
     For each filter: the kept part, the removed part, the spectrum with the kept bins, and the shares of
     bins and energy. Parts too faint to see, and parts with negative values, are stretched; the picture
-    says by how much. Energy is counted without the image's mean.
+    says by how much. Energy is counted without the image's mean. A mixture of filters, such as com, gives one
+    for each of them.
 
     Args:
         image: image files, at most four; each is cropped to its middle square.
@@ -48,13 +49,18 @@ def spectra(
     with uncollected():
         import torch
 
-        from freqmask.filters import build_filter
+        from freqmask.filters import MIXTURES, OneOf, build_filter
         from freqmask.pretraining.figures import apply_filter, draw_filters, filter_table, read_squares
         from freqmask.rng import identity_of, sample_key
 
     squares = read_squares(image, image_size)
     size = next(iter(squares.values())).shape[-1]
-    built = {text: build_filter(text, size) for text in filters or default_filters(size)}
+    built = dict[str, Any]()
+    for text in filters or default_filters(size):
+        one = build_filter(text, size)
+        names, parts = (one.names, one.filters) if isinstance(one, OneOf) else ([text], [one])
+        for name, part in zip(names, parts, strict=True):
+            built[name if name == text or text in MIXTURES else f"{name} of {text}"] = part
     keys = {name: torch.tensor([sample_key(seed, 0, identity_of(name))]) for name in squares}
     filterings = [
         [apply_filter(text, one, square, keys[name]) for name, square in squares.items()]
