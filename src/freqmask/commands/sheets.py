@@ -16,6 +16,7 @@ from freqmask.interop.feature_files import nearest_neighbors
 from freqmask.interop.models import Band, OpenedModel, still_images
 from freqmask.pretraining.figures import (
     Palette,
+    bare_name,
     draw_panel,
     filter_names,
     new_sheet,
@@ -96,7 +97,7 @@ def draw_reconstructions(
         headings = _COLUMNS if row == 0 else ("",) * len(_COLUMNS)
         lines = {"target": shortened(name, _LONGEST_NAME)}
         lines |= {key: psnr_words(shown[key], target) for key in ("filtered", "prediction", "filled")}
-        lines["filtered"] = f"{done} {lines['filtered']}"
+        lines["filtered"] = f"{bare_name(done)} {lines['filtered']}"
         palette = Palette.of(target[None])
         for column, (key, line) in enumerate(lines.items()):
             draw_panel(panels[column], palette, shown[key].clamp(0, 1), headings[column], line)

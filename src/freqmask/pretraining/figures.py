@@ -6,6 +6,7 @@ Any number of channels, faint and signed images are shown, each with a note of w
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from freqmask.backbones import eval_no_grad
-from freqmask.console import plain, plain_name, say
+from freqmask.console import plain, plain_name, say, shortened
 from freqmask.data.decode import open_file
 from freqmask.data.image_folder import named_image
 from freqmask.errors import UserError
@@ -245,8 +246,7 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Keys
         view_keys = combine(keys[:_INPUTS], number)
         with eval_no_grad(method):  # in train mode batch norm would take note of these images
             shown = method.reconstruct(view, view_keys)
-        # without arguments and module: a small image has no room for them above it
-        names = [name.partition("(")[0].rpartition(":")[2] for name in filter_names(method, view_keys)]
+        names = [bare_name(name) for name in filter_names(method, view_keys)]
         label = f"view {number + 1}" if len(images) > 1 else ""
         for column, cells in enumerate(axes[3 * number : 3 * number + 3].T):
             draw_panel(cells[0], palette, view[column], label)
@@ -294,6 +294,11 @@ def filter_names(method: Any, keys: Keys) -> list[str]:
     return [mixture.names[index] for index in mixture.draw(keys).tolist()]
 
 
+def bare_name(name: str) -> str:
+    """A filter's name without arguments and module: a small image has no room for them above it."""
+    return name.partition("(")[0].rpartition(":")[2]
+
+
 def psnr_words(image: Tensor, target: Tensor) -> str:
     """How near an image is to another, for a caption."""
     value = psnr(image, target)
@@ -318,6 +323,7 @@ def draw_panel(axis: Any, palette: Palette, image: Tensor, *lines: str) -> None:
 
 
 _FLAT = "no energy beside its mean"
+_WIDEST_NAME = 28  # characters above a picture
 _SHEET_COLUMNS = 6  # two filters side by side where there is one image
 
 
@@ -376,15 +382,15 @@ def draw_filters(
         palette, spectrum = Palette.of(image[None]), spectrum_levels(image)
         colors, note = palette.show(image)
         flat = _FLAT if math.isnan(filterings[0][number].energy) else ""
+        name = shortened(name, _WIDEST_NAME)
         show_image(axes[0, 3 * number], colors, name, ", ".join(fact for fact in (note, flat) if fact))
         show_image(axes[0, 3 * number + 2], _dimmed(spectrum, np.ones_like(spectrum)), "its spectrum")
         for position, row_of_images in enumerate(filterings):
             row, block = 1 + position // blocks, position % blocks
             first, filtering = 3 * (block * len(images) + number), row_of_images[number]
             cells = axes[row, first : first + 3]
-            draw_panel(
-                cells[0], palette, filtering.kept, filtering.name, f"kept {_percent(filtering.energy, 1)}"
-            )
+            name = textwrap.shorten(plain_name(filtering.name), _WIDEST_NAME, placeholder="...")
+            draw_panel(cells[0], palette, filtering.kept, name, f"kept {_percent(filtering.energy, 1)}")
             draw_panel(cells[1], palette, filtering.removed, f"removed {_percent(1 - filtering.energy, 1)}")
             levels = _dimmed(spectrum, filtering.keep.numpy())
             show_image(cells[2], levels, f"{filtering.bins:.1%} of the bins")
