@@ -209,6 +209,28 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(build: Any) -> 
     )
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_gradient_checkpointing_trains_on_few_tokens_in_half_precision(precision: str, share: float) -> None:
+    torch.manual_seed(0)
+    backbone, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    if precision == "bf16-true":
+        backbone, images = backbone.bfloat16(), images.bfloat16()
+    other = copy.deepcopy(backbone)
+    other.set_gradient_checkpointing()
+    for module in (backbone, other):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            tokens = module.read_tokens(images, torch.arange(round(share * 16)).expand(2, -1))
+            if share == 1:
+                tokens = module(images).feature_map
+        tokens.float().square().sum().backward()
+    plain, recomputed = (
+        torch.cat([parameter.grad.float().flatten() for parameter in module.parameters()])
+        for module in (backbone, other)
+    )
+    assert (recomputed - plain).norm() < 0.1 * plain.norm()  # two kernels in bf16
+
+
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
 def test_a_backbone_compiles_in_one_graph_and_keeps_its_names(build: Any) -> None:
     backbone = build()

@@ -283,6 +283,10 @@ def few_tokens_attention(model: nn.Module, tokens: int) -> AbstractContextManage
     half = on_cpu and (torch.is_autocast_enabled("cpu") or weights.dtype in (torch.bfloat16, torch.float16))
     if not half or tokens > FEW_TOKENS or torch.compiler.is_compiling():
         return nullcontext()
+    if any(getattr(part, "grad_checkpointing", False) for part in model.modules()):
+        return (
+            nullcontext()
+        )  # blocks are passed again on the way back, outside of this, by the kernel of before
     return sdpa_kernel(SDPBackend.MATH)
 
 
