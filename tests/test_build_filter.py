@@ -78,6 +78,18 @@ def test_an_import_path_builds_somebody_elses_filter(monkeypatch):
         ("torch.nn:Linear(1, 1)", "derived from"),
         ("lowpass(softness=-1)", "softness (-1)"),
         ("lowpass(softness=1, edge='sigmoit')", "did you mean 'sigmoid'"),
+        ("com(fractions=0.01)", "it takes fractions=(0.005, 0.01, 0.05), magnitude='luma'"),
+        ("com(fractions='ab')", "filter 'com' got an argument of a wrong kind"),
+        ("com(magnitude=3)", "filter 'com' got an argument of a wrong kind"),
+        ("highpass(radius=[8])", "filter 'highpass' got an argument of a wrong kind"),
+        ("lowpass(radius=None)", "it takes radius='auto'"),
+        ("rings(edges=8)", "it takes edges='auto'"),
+        ("energy('most')", "it takes share=0.9"),
+        ("bandpass(low=1, high=2, softness='a')", "it takes low, high, softness=0.0"),
+        ("fixed(low_pass_share='auto')", "it takes radius, second_radius, low_pass_share"),
+        ("oneof([1, 2])", "must list filters"),
+        ("oneof(['com()', 'rcom()'], weights=1)", "it takes filters, weights=None"),
+        ("oneof(['com(fractions=0.01)'])", "filter 'com' got an argument of a wrong kind"),
     ],
 )
 def test_a_wrong_description_is_one_sentence_with_a_way_out(text, words):

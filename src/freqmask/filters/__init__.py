@@ -9,11 +9,11 @@ import ast
 import inspect
 from typing import Any, NamedTuple
 
-from freqmask.errors import UserError, nearest
+from freqmask.errors import UserError, brief, nearest
 from freqmask.filters.filter import Complement, Filter, Filtered, OneOf
 from freqmask.filters.fixed import BandPass, BandStop, HighPass, LowPass, Rings
 from freqmask.filters.selected import Com, Energy, RandomBins, RCom, REnergy
-from freqmask.imports import import_object
+from freqmask.imports import blame, import_object
 
 __all__ = [
     "FILTERS",
@@ -123,9 +123,26 @@ def _parse(text: str) -> _Call:
 
 
 def _from_call(call: _Call, given: dict[str, Any]) -> Filter:
-    if call.name in MIXTURES and (call.bare or call.name not in FILTERS):
-        return _mixture(call, given)
-    kind = _class_of(call.name)
+    is_mixture = call.name in MIXTURES and (call.bare or call.name not in FILTERS)
+    kind = None if is_mixture else _class_of(call.name)
+    try:
+        return _mixture(call, given) if kind is None else _of_class(kind, call, given)
+    except (TypeError, ValueError, AttributeError) as error:  # a number where a list belongs and the like
+        if blame(error) is not None:  # code of the user's own, which is told elsewhere
+            raise
+        parameters = () if kind is None else inspect.signature(kind).parameters.values()
+        takes = MIXTURES[call.name] if kind is None else [_shown(parameter) for parameter in parameters]
+        raise UserError(
+            f"filter {call.name!r} got an argument of a wrong kind ({brief(error)}); it takes {', '.join(takes)}"
+        ) from error
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    is_required = parameter.default is parameter.empty
+    return parameter.name if is_required else f"{parameter.name}={parameter.default!r}"
+
+
+def _of_class(kind: type[Filter], call: _Call, given: dict[str, Any]) -> Filter:
     parameters = list(inspect.signature(kind).parameters)
     options = {
         name: given[_OPTION_OF_ARGUMENT.get(name, name)]
@@ -136,7 +153,8 @@ def _from_call(call: _Call, given: dict[str, Any]) -> Filter:
     if kind is OneOf:
         arguments = dict(zip(("filters", "weights"), call.positional, strict=False)) | named
         texts = arguments.get("filters")
-        if not isinstance(texts, list | tuple) or not texts or set(arguments) - {"filters", "weights"}:
+        is_list = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+        if not is_list or not texts or set(arguments) - {"filters", "weights"}:
             raise UserError(
                 "filter 'oneof' must list filters; try oneof(['com()', 'highpass()'], weights=[1, 1])"
             )
