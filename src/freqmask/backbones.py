@@ -284,9 +284,8 @@ def few_tokens_attention(model: nn.Module, tokens: int) -> AbstractContextManage
     if not half or tokens > FEW_TOKENS or torch.compiler.is_compiling():
         return nullcontext()
     if any(getattr(part, "grad_checkpointing", False) for part in model.modules()):
-        return (
-            nullcontext()
-        )  # blocks are passed again on the way back, outside of this, by the kernel of before
+        # blocks are passed again on the way back, outside of this, by the kernel of before
+        return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
 
 
