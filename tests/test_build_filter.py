@@ -3,11 +3,23 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from freqmask.errors import UserError
-from freqmask.filters import FILTERS, Filter, build_filter
+from freqmask.filters import (
+    FILTERS,
+    Energy,
+    Filter,
+    HighPass,
+    LowPass,
+    OneOf,
+    RandomBins,
+    RCom,
+    Rings,
+    build_filter,
+)
 from freqmask.spectrum import power
 
 
@@ -45,6 +57,30 @@ def test_an_import_path_builds_somebody_elses_filter(monkeypatch):
     assert filter.describe() == "mylab.filters:Wedge(angle=45)"
     both = build_filter("oneof(['mylab.filters:Wedge(angle=45)', 'com()'])")
     assert build_filter(both.describe()).describe() == both.describe()
+
+
+@pytest.mark.parametrize(
+    ("filter", "description"),
+    [
+        (LowPass(np.float32(3.2)), "lowpass(radius=3.2, softness=0.0, edge='sigmoid')"),
+        (HighPass(np.int64(4)), "highpass(radius=4, softness=0.0, edge='sigmoid')"),
+        (
+            Rings(np.linspace(4, 16, 3)),
+            "rings(edges=(4.0, 10.0, 16.0), share=0.5, softness=0.0, edge='sigmoid')",
+        ),
+        (RandomBins(np.float32(0.1)), "randombins(fraction=0.1)"),
+        (RCom(np.array([0.01, 0.1])), "rcom(fractions=(0.01, 0.1), magnitude='luma')"),
+        (
+            OneOf([LowPass(2), Energy(np.float64(0.9))], np.array([1, 3])),
+            "oneof(filters=[\"lowpass(radius=2, softness=0.0, edge='sigmoid')\", "
+            "\"energy(share=0.9, magnitude='luma')\"], weights=[1.0, 3.0])",
+        ),
+    ],
+)
+def test_a_filter_of_numpys_numbers_is_described_by_plain_ones_and_built_again(filter, description):
+    assert filter.describe() == description
+    keys, images = torch.arange(3), torch.rand(3, 3, 34, 40)
+    assert torch.equal(build_filter(description)(images, keys).keep, filter(images, keys).keep)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Complex, Float, Int64
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class Filter(nn.Module):
                 f"filter {type(self).__name__} must store its argument(s) {', '.join(missing)} as attributes "
                 "of the same names, so that a run can record them"
             )
-        return {name: getattr(self, name) for name in names}
+        return {name: _literal(getattr(self, name)) for name in names}
 
     def describe(self) -> str:
         """A text from which ``build_filter`` makes an equal filter, for example ``lowpass(radius=16)``."""
@@ -105,6 +106,18 @@ class Filter(nn.Module):
     def extra_repr(self) -> str:
         """The description, for printing."""
         return self.describe()
+
+
+def _literal(value: Any) -> Any:
+    """The value as Python writes it: numbers of numpy are decimals, as ``exact_radius`` takes them."""
+    if isinstance(value, np.floating):
+        return float(str(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray | list | tuple):
+        values = [_literal(item) for item in value]
+        return tuple(values) if isinstance(value, tuple) else values
+    return value
 
 
 class Complement(Filter):
@@ -158,7 +171,8 @@ class OneOf(Filter):
 
     def __init__(self, filters: Sequence[Filter], weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        weights = tuple(float(weight) for weight in (weights or [1.0] * len(filters)))
+        weights = [1.0] * len(filters) if weights is None else weights
+        weights = tuple(float(weight) for weight in weights)
         if not len(filters) or len(weights) != len(filters):
             raise UserError(
                 f"filters ({len(filters)}) and weights ({len(weights)}) must be equally many, at least one"
