@@ -59,6 +59,37 @@ def test_an_import_path_builds_somebody_elses_filter(monkeypatch):
     assert build_filter(both.describe()).describe() == both.describe()
 
 
+class Row(LowPass):
+    """Somebody else's, derived from one of ours: keeps the row of DC alone."""
+
+    def keep(self, spectrum, size, keys):
+        keep = torch.zeros_like(spectrum.real[:, :1])
+        keep[..., 0, :] = 1
+        return keep
+
+
+class RestOfRow(HighPass):
+    """The same of a complement."""
+
+    keep = Row.keep
+
+
+@pytest.mark.parametrize("kind", [Row, RestOfRow])
+def test_what_is_derived_from_a_filter_of_ours_is_described_and_mixed_as_itself(kind, monkeypatch):
+    monkeypatch.setattr(kind, "__module__", "mylab.filters")
+    for name in ("mylab", "mylab.filters"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    setattr(sys.modules["mylab.filters"], kind.__name__, kind)
+    filter, images, keys = kind(radius=4), torch.rand(3, 1, 16, 16), torch.arange(3)
+    expected = torch.zeros(3, 1, 16, 9)
+    expected[:, :, 0] = 1
+    description = f"mylab.filters:{kind.__name__}(radius=4, softness=0.0, edge='sigmoid')"
+    assert filter.describe() == description
+    assert torch.equal(build_filter(description)(images, keys).keep, expected)
+    for beside in (LowPass(4), HighPass(4)):
+        assert torch.equal(OneOf([beside, filter], [0, 1])(images, keys).keep, expected)
+
+
 @pytest.mark.parametrize(
     ("filter", "description"),
     [

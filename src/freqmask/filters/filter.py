@@ -100,8 +100,9 @@ class Filter(nn.Module):
 
     def describe(self) -> str:
         """A text from which ``build_filter`` makes an equal filter, for example ``lowpass(radius=16)``."""
-        name = self.name or f"{type(self).__module__}:{type(self).__qualname__}"
-        return f"{name}({', '.join(f'{key}={value!r}' for key, value in self.settings().items())})"
+        # a name is of the class that has it: what is derived from a filter of ours is another one
+        own = vars(type(self)).get("name") or f"{type(self).__module__}:{type(self).__qualname__}"
+        return f"{own}({', '.join(f'{key}={value!r}' for key, value in self.settings().items())})"
 
     def extra_repr(self) -> str:
         """The description, for printing."""
@@ -186,7 +187,9 @@ class OneOf(Filter):
         # places in the list, and whether its complement stands there
         selections: dict[str, tuple[Filter, list[tuple[int, bool]]]] = {}
         for number, filter in enumerate(filters):
-            selection = filter.opposite if isinstance(filter, Complement) else filter
+            selection = filter
+            if isinstance(filter, Complement) and type(filter).keep is Complement.keep:
+                selection = filter.opposite
             try:
                 name = selection.describe()
             except UserError:  # a filter that does not tell its settings equals none but itself
