@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -164,6 +165,34 @@ def test_the_teacher_keeps_batch_statistics_of_its_own_images() -> None:
     expected = 0.1 * method.teacher.timm_model.conv1(originals).mean((0, 2, 3))
     assert torch.allclose(teacher.running_mean, expected, atol=1e-4)
     assert not torch.allclose(student.running_mean, teacher.running_mean, atol=1e-2)
+
+
+def test_the_teacher_drops_no_paths_and_the_student_does() -> None:
+    model_args = {"embed_dim": 32, "depth": 3, "num_heads": 2, "drop_path_rate": 0.5, "proj_drop_rate": 0.5}
+    method = tiny_method("folk", model_args=model_args)
+    (view, _), steady = views_for(method), copy.deepcopy(method.teacher).eval()
+    for _ in range(2):  # as it is built, and back from an evaluation
+        with torch.no_grad():
+            told = [method.teacher(method.normalise(view)).class_token for _ in range(2)]
+            expected = steady(method.normalise(view)).class_token
+            student = [method.student(method.normalise(view)).class_token for _ in range(2)]
+        assert torch.equal(told[0], expected) and torch.equal(told[1], expected)
+        assert not torch.equal(*student)
+        method.eval().train()
+
+
+def test_the_teacher_keeps_no_positions_of_weights_that_have_moved() -> None:
+    """LeViT keeps its positions of attention in evaluation until it trains; the teacher moves at each step."""
+    network = {"backbone": "levit_128s", "image_size": 64}
+    method = tiny_method("folk", network)
+    view = photographs(2, size=(64, 64))
+    with torch.no_grad():
+        method.teach(view)
+        for name, parameter in method.teacher.named_parameters():
+            if "attention_biases" in name:
+                parameter.normal_()
+        moved = copy.deepcopy(method).train()
+        torch.testing.assert_close(method.teach(view), moved.teach(view))
 
 
 def test_the_class_token_is_distilled_where_there_is_one_and_the_pooled_feature_elsewhere() -> None:

@@ -80,6 +80,7 @@ class FOLK(Method):
             raise UserError(
                 f"distil (class_token) needs a class token; {self.student.name} has none, try distil=auto"
             )
+        self.train()
 
     def forward(
         self, views: Sequence[Images], keys: Keys | None = None, details: bool = False
@@ -112,6 +113,15 @@ class FOLK(Method):
         if details:
             parts |= self.health(predictions, targets, filtered, view_keys, teacher_logits)
         return {"loss": loss, **parts}
+
+    def train(self, mode: bool = True) -> FOLK:
+        """The teacher, as DINO's, drops no paths and units (``model_args`` drop_path_rate): it trains batch norm alone."""
+        super().train(mode)
+        for part in self.teacher.modules():
+            # batch norm goes on, and what keeps numbers of its weights until it trains again (LeViT's positions)
+            keeps_on = hasattr(part, "running_var") or type(part).train is not nn.Module.train
+            part.training = mode and keeps_on
+        return self
 
     @torch.no_grad()
     def teach(self, originals: Images) -> Float[Tensor, "batch outputs"]:
