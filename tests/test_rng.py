@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import splitmix64
 
+from freqmask.errors import UserError
+from freqmask.filters import build_filter
 from freqmask.rng import (
     combine,
     fresh_keys,
@@ -130,3 +132,22 @@ def test_the_room_s_old_name_still_works():
 
     assert draws.uniform is rng.uniform
     assert draws.sample_key is rng.sample_key
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        torch.tensor([7]),  # all images would be filtered alike
+        torch.arange(8),  # those of a whole batch beside a last, smaller one
+        torch.arange(4)[:, None],
+        torch.arange(4, dtype=torch.int32),
+        torch.rand(4),
+        [0, 1, 2, 3],
+    ],
+)
+@pytest.mark.parametrize("text", ["fixed(radius=3)", "lowpass(radius=3)"])
+def test_keys_are_whole_numbers_of_64_bits_one_an_image(keys, text):
+    with pytest.raises(
+        UserError, match=r"keys .* must be a tensor of an int64 an image \(4\); leave them out"
+    ):
+        build_filter(text)(torch.rand(4, 3, 8, 8), keys)

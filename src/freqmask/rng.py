@@ -146,14 +146,22 @@ def batch_keys(images: Float[Tensor, "batch channel height width"], keys: Keys |
     """The keys of a batch, one an image, fresh ones where none are given.
 
     Raises:
-        UserError: the images are no batch; a single one without its first axis would be taken for several.
+        UserError: the images are no batch; a single one without its first axis would be taken for several. Or the
+            keys are not one an image: a single one would be drawn from for all of them.
     """
     if not isinstance(images, Tensor) or images.dim() != 4 or images.numel() == 0:
         given = "x".join(map(str, images.shape)) if isinstance(images, Tensor) else type(images).__name__
         raise UserError(
             f"images ({given}) must be a tensor (batch, channel, height, width) of an image or more"
         )
-    return fresh_keys(len(images), images.device) if keys is None else keys
+    if keys is None:
+        return fresh_keys(len(images), images.device)
+    if not isinstance(keys, Tensor) or keys.shape != images.shape[:1] or keys.dtype != torch.int64:
+        given = f"{tuple(keys.shape)}, {keys.dtype}" if isinstance(keys, Tensor) else type(keys).__name__
+        raise UserError(
+            f"keys ({given}) must be a tensor of an int64 an image ({len(images)}); leave them out for fresh ones"
+        )
+    return keys
 
 
 @contextmanager
