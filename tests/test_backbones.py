@@ -311,6 +311,15 @@ def test_gradient_checkpointing_that_a_family_lacks_is_told_in_a_sentence(
         backbone.set_gradient_checkpointing()
 
 
+def test_what_goes_wrong_in_reading_images_for_recalibration_is_told_as_it_is() -> None:
+    def batches() -> Any:
+        raise ValueError("tile 7 is odd")
+        yield
+
+    with pytest.raises(ValueError, match="tile 7 is odd"):
+        recalibrate_batch_norm(tiny_resnet(), batches())
+
+
 def test_recalibration_reads_nothing_where_there_is_no_batch_norm() -> None:
     def batches() -> Any:
         raise RuntimeError("read")

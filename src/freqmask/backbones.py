@@ -309,6 +309,7 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> No
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     count = 0  # images
     with eval_no_grad(backbone):  # dropout off
+        images = None
         try:
             for images in _without_lone_images(batches):
                 count += len(images)
@@ -319,7 +320,7 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> No
                     norm.momentum = len(images) / count  # the cumulative mean; a last batch may be small
                 backbone(images)
         except ValueError:
-            if len(images) > 1:
+            if images is None or len(images) > 1:
                 raise
             for norm, (_, state) in zip(norms, before, strict=True):
                 norm.load_state_dict(state)  # one image and a map of 1x1: no variance
