@@ -320,6 +320,15 @@ def test_what_goes_wrong_in_reading_images_for_recalibration_is_told_as_it_is() 
         recalibrate_batch_norm(tiny_resnet(), batches())
 
 
+def test_a_network_that_ends_in_several_sequences_is_read_at_its_coarsest() -> None:
+    backbone = Backbone("coat_tiny", (64, 96), channels=2).eval()
+    images = torch.rand(1, 2, 64, 96)
+    *_, coarsest = backbone.timm_model.forward_features(images)  # the class token before its cells
+    feature_map = backbone(images).feature_map
+    assert (backbone.stride, feature_map.shape[2:]) == (32, (2, 3))
+    torch.testing.assert_close(feature_map.flatten(2).mT, coarsest[:, 1:])
+
+
 def test_recalibration_reads_nothing_where_there_is_no_batch_norm() -> None:
     def batches() -> Any:
         raise RuntimeError("read")

@@ -242,7 +242,8 @@ class Backbone(nn.Module):
         self.has_class_token = "return_prefix_tokens" in offered and has_token
         if self.has_class_token:
             self._how["return_prefix_tokens"] = True
-        self._ends_in_map = model.forward_features(image).dim() == 4
+        end = model.forward_features(image)
+        self._ends_in_map = isinstance(end, Tensor) and end.dim() == 4  # CoaT ends in several sequences
         self._ends_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         if self._reads_the_end and self._ends_in_map:
             return
