@@ -355,6 +355,14 @@ def test_the_draws_of_a_mixture_and_of_its_filters_are_independent():
     assert abs(torch.corrcoef(pair)[0, 1]) < 0.06
 
 
+@pytest.mark.parametrize("size", [(16, 16), (16, 20)])
+def test_an_outer_radius_may_be_as_large_as_one_likes(size):
+    images, keys = torch.rand(2, 1, *size), torch.arange(2)
+    for text in ("bandpass(low=2, high={})", "rings(edges=[2, {}])"):
+        keeps = [build_filter(text.format(high))(images, keys).keep for high in ("100", "1e10", "1e300")]
+        assert torch.equal(keeps[0], keeps[1]) and torch.equal(keeps[0], keeps[2])
+
+
 def test_the_complement_of_a_filter_of_one_s_own_is_two_lines():
     class Corner(Filter):
         def __init__(self, side: int = 2):

@@ -175,7 +175,8 @@ def inside(
         True inside, the circle itself is outside.
     """
     numerator, denominator = squared_radius(height, width, device)
-    return numerator < math.ceil(radius * radius * denominator)  # n < T for an integer n: n < ceil(T)
+    threshold = math.ceil(radius * radius * denominator)  # n < T for an integer n: n < ceil(T)
+    return numerator < min(threshold, torch.iinfo(torch.int64).max)
 
 
 def frequency_radius(
