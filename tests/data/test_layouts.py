@@ -200,6 +200,19 @@ def test_a_run_inside_its_data_is_never_read(tmp_path: Path, where: str, planned
     assert f"What freqmask wrote here itself is passed over ({where})" in notes_of(tmp_path)
 
 
+def test_a_run_beside_its_images_reads_them_and_none_of_its_pictures(tmp_path: Path) -> None:
+    """``--out .`` in the folder of photographs, then evaluate and embed."""
+    photographs(tmp_path, ".")
+    run = RunFolder(tmp_path)
+    run.lock()
+    run.begin({"method": "mfm"}, {}, "a run")
+    pictures = ("plan.png", "previews/1.png", "knn.png", "embeddings.neighbours.png")
+    for name in pictures:
+        replace_atomically(tmp_path / name, lambda file: Image.new("RGB", (8, 8)).save(file, "PNG"))
+    run.unlock()
+    assert names_of(tmp_path) == ["0.jpg", "1.jpg", "2.jpg"]
+
+
 def test_pictures_and_features_written_among_images_are_not_read(tmp_path: Path) -> None:
     photographs(tmp_path, ".")
     for name in ("reconstruction.png", "knn.png"):

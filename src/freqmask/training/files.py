@@ -325,8 +325,9 @@ def write_rows(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, An
 
 def mark(path: Path) -> None:
     """Note that we write a file which a source could take for data; a note that fails loses nothing but itself."""
-    in_run = any((folder / "run.lock").exists() for folder in (path.parent, path.parent.parent))
-    if path.suffix.lower() not in LIKE_DATA or in_run:  # a run's folders are known without a marker
+    parts = (path, path.parent)  # in a run's folder these are known without a marker
+    known = any(os.fsencode(one.name) in _IN_A_RUN and (one.parent / "run.lock").exists() for one in parts)
+    if path.suffix.lower() not in LIKE_DATA or known:
         return
     line = json.dumps(path.name).encode()
     marker = path.parent / MARKER
