@@ -38,8 +38,11 @@ def test_the_twin_takes_a_filter(run, photographs, tmp_path, capsys):
     assert "bandpass(low=2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["lowpass(radius=4, softness=0.5)", "bandpass(low=2,high=5,softness=0.25)"])
 @pytest.mark.parametrize("command", ["reconstruct", "spectra"])
-def test_captions_of_long_names_stay_above_their_pictures(run, photographs, tmp_path, monkeypatch, command):
+def test_captions_of_long_names_stay_above_their_pictures(
+    run, photographs, tmp_path, monkeypatch, command, text
+):
     image = tmp_path / f"{'a-long-name-' * 3}.png"
     image.write_bytes((photographs / "dogs" / "0.png").read_bytes())
     sheets = []
@@ -47,10 +50,10 @@ def test_captions_of_long_names_stay_above_their_pictures(run, photographs, tmp_
         monkeypatch.setattr(
             f"freqmask.{module}.save_figure", lambda figure, path: sheets.append(figure) or path
         )
-    filter = ("--filter" if command == "reconstruct" else "--filters", "lowpass(radius=4, softness=0.5)")
+    filter = ("--filter" if command == "reconstruct" else "--filters", text)
     main([command, *([str(run)] if command == "reconstruct" else []), str(image), *filter])
     lines = [line for axis in sheets[0].axes for line in axis.get_title().splitlines()]
-    assert any(line.startswith("lowpass") for line in lines)
+    assert any(line.startswith(text.partition("(")[0]) for line in lines)
     assert max(map(len, lines)) <= 28
 
 

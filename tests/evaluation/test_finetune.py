@@ -491,6 +491,22 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_native_crops_is_said_to_be_tuned_on_resized_ones(tmp_path: Path, capsys) -> None:
+    """It was said to be shown windows "at their own resolution as in its training", which ``finetune`` never does."""
+    make_run(tmp_path / "cells", image_size=16, model_args=TINY, crop="native")
+    for number in range(20):
+        noise = np.random.default_rng(number).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+        (tmp_path / f"data/{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(tmp_path / f"data/{number % 2}/{number}.png")
+    words = {"data": str(tmp_path / "data"), "dry_run": True, **QUICK}
+    freqmask.evaluate.finetune([str(tmp_path / "cells")], **words)
+    said = capsys.readouterr().out
+    assert "fine-tuned on crops brought to that size; --image_size 48 keeps" in said
+    assert "at their own resolution" not in said
+    freqmask.evaluate.finetune([str(tmp_path / "cells")], crop="native", **words)
+    assert "at their own resolution" in capsys.readouterr().out
+
+
 def test_images_that_no_model_can_be_shown_are_refused_before_any_other_is_trained(
     there: Path, tmp_path: Path
 ) -> None:

@@ -164,9 +164,14 @@ def test_what_a_model_is_not_shown_is_told(tmp_path: Path, folder: Path) -> None
     (cut,) = what_differs(opened("pixels", folder), seen)
     assert cut.startswith("crop center cuts 40% of the area off images of 40x24 pixels")
     assert what_differs(opened("pixels", folder, crop="whole"), seen) == []
+    (chosen,) = what_differs(opened("pixels", folder, image_size=16, crop="native"), seen)
+    assert "the middle 16x16 of images of 40x24 pixels, at their own resolution; --crop" in chosen
     native = str(make_run(tmp_path / "native", crop="native").path)
     (middle,) = what_differs(opened(native, folder, image_size=16), seen)
-    assert "native is shown the middle 16x16 of images of 40x24 pixels, at their own resolution" in middle
+    assert (
+        "native is shown the middle 16x16 of images of 40x24 pixels, at their own resolution as in its training"
+        in middle
+    )
     (reduced,) = what_differs(opened(native, folder, image_size=16, crop="whole"), seen)
     assert "trained on windows of 16x16 pixels as they are (crop native)" in reduced
     raw = np.asarray(Image.open(folder / "1.png"))[4:20, 12:28] / 255

@@ -290,6 +290,7 @@ def what_differs(model: EvalModel, survey: Survey) -> list[str]:
     channels, height, width = model.input_size
     rows, columns = survey.median_size
     lines = []
+    trained_so = isinstance(model, BackboneModel) and model.opened.trained_crop == "native"
     scale = min(rows / height, columns / width)  # of the largest centered window of the model's shape
     cut = 1 - (height * scale) * (width * scale) / (rows * columns)
     if model.crop == "center" and cut > NOTABLE:
@@ -300,9 +301,10 @@ def what_differs(model: EvalModel, survey: Survey) -> list[str]:
     if model.crop == "native" and scale > 1 + NOTABLE:
         lines.append(
             f"{model.name} is shown the middle {width}x{height} of images of {columns}x{rows} pixels, at their own "
-            "resolution as in its training; --crop center reduces them, tiles or a larger --image_size show more"
+            f"resolution{' as in its training' * trained_so}; --crop center reduces them, tiles or a larger "
+            "--image_size show more"
         )
-    elif isinstance(model, BackboneModel) and model.opened.trained_crop == "native" and scale > 1 + NOTABLE:
+    elif trained_so and scale > 1 + NOTABLE:
         lines.append(
             f"{model.name} was trained on windows of {width}x{height} pixels as they are (crop native), and is shown "
             f"images of {columns}x{rows} reduced to that size; --crop native shows the middle as it is"

@@ -32,7 +32,7 @@ from freqmask.data.source import Source, Subset
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
-from freqmask.evaluation.eval_model import LOGITS, BackboneModel, ClassifierModel
+from freqmask.evaluation.eval_model import LOGITS, BackboneModel, ClassifierModel, EvalModel
 from freqmask.evaluation.features import ComputeConfig, compute_features, not_finite
 from freqmask.evaluation.finetune_plan import (
     DECIDING,
@@ -398,6 +398,18 @@ class Finetune(Protocol):
         )
         self.run_names = run_names(config.models)
         self.planned: set[str] = set()  # models whose plan has been printed
+
+    def what_differs(self, model: EvalModel) -> list[str]:
+        """Training crops are brought to the size, whatever the pre-training's were; so are test images by ``auto``."""
+        if not (isinstance(model, BackboneModel) and model.crop == model.opened.trained_crop == "native"):
+            return super().what_differs(model)
+        (_, height, width), side = model.input_size, min(self.survey.median_size)
+        frozen = self.frozen_too or self.config.windows.crop != "auto"
+        return [
+            *(super().what_differs(model) if frozen else []),
+            f"{model.name} was pre-trained on windows of {width}x{height} pixels as they are (crop native), and is "
+            f"fine-tuned on crops brought to that size; --image_size {side} keeps about the scale of these images",
+        ]
 
     def context_of(self, model: BackboneModel) -> BackboneModel:
         return model

@@ -115,7 +115,7 @@ class FOLK(Method):
         return {"loss": loss, **parts}
 
     def train(self, mode: bool = True) -> FOLK:
-        """The teacher, as DINO's, drops no paths and units (``model_args`` drop_path_rate): it trains batch norm alone."""
+        """The teacher, as DINO's, drops no paths and units (``drop_path_rate``): batch norm alone trains in it."""
         super().train(mode)
         for part in self.teacher.modules():
             # batch norm goes on, and what keeps numbers of its weights until it trains again (LeViT's positions)

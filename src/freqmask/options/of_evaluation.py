@@ -86,7 +86,7 @@ class Windows(Weights):
     crop: Literal["auto", "center", "whole", "native"] = option(
         "auto",
         "center takes the largest centered square, whole the whole image, distorted to a square, native the middle at "
-        "its own resolution; auto is native for models trained with --crop native, else center",
+        "its own resolution; auto is native for models trained with --crop native (finetune: center, too), else center",
     )
 
 

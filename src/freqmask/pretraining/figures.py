@@ -6,7 +6,6 @@ Any number of channels, faint and signed images are shown, each with a note of w
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,8 +388,9 @@ def draw_filters(
             row, block = 1 + position // blocks, position % blocks
             first, filtering = 3 * (block * len(images) + number), row_of_images[number]
             cells = axes[row, first : first + 3]
-            name = textwrap.shorten(plain_name(filtering.name), _WIDEST_NAME, placeholder="...")
-            draw_panel(cells[0], palette, filtering.kept, name, f"kept {_percent(filtering.energy, 1)}")
+            text = plain_name(filtering.name)  # of a filter the beginning tells, of a path its end
+            text = text if len(text) <= _WIDEST_NAME else text[: _WIDEST_NAME - 3] + "..."
+            draw_panel(cells[0], palette, filtering.kept, text, f"kept {_percent(filtering.energy, 1)}")
             draw_panel(cells[1], palette, filtering.removed, f"removed {_percent(1 - filtering.energy, 1)}")
             levels = _dimmed(spectrum, filtering.keep.numpy())
             show_image(cells[2], levels, f"{filtering.bins:.1%} of the bins")
