@@ -7,8 +7,8 @@ import math
 import os
 import re
 import timeit
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +38,6 @@ ROUNDS, ROUNDS_SECONDS = 10, 3.0  # of measuring what a step costs: at most so m
 # as with 64 on a CPU. So more are taken at once, until that makes an image no cheaper or a pass is too long.
 CHEAPER, PASS_SECONDS, MOST_AT_ONCE = 0.8, 0.25, {"cpu": 64, "cuda": 256}
 CGROUP = Path("/sys/fs/cgroup")  # what a container may take, and has taken, of memory
-LONE_VALUE = "more than 1 value per channel"  # torch, of batch norm
 
 
 class Choice(NamedTuple):
@@ -427,21 +426,22 @@ def check_single_image(loss: Callable[[int], Any], backbone: str) -> None:
         loss: of a number of images, in train mode.
         backbone: its name.
     """
+    with translate_lone_image(backbone), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        loss(1)
+
+
+@contextmanager
+def translate_lone_image(backbone: str) -> Iterator[None]:
+    """A UserError where inside there is one image at once and batch norm needs two."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            loss(1)
+        yield
     except ValueError as error:
-        if LONE_VALUE not in str(error):
+        if "more than 1 value per channel" not in str(error):  # torch, of batch norm
             raise
-        raise lone_image(backbone) from error
-
-
-def lone_image(backbone: str) -> UserError:
-    """The sentence for one image at once where batch norm needs two."""
-    return UserError(
-        f"batch_size, devices and accumulate leave one image at once, and {backbone} ends in a map of 1x1, of which "
-        "batch norm needs two; try a larger --batch_size, a smaller --accumulate, or a larger --image_size"
-    )
+        raise UserError(
+            f"batch_size, devices and accumulate leave one image at once, and {backbone} ends in a map of 1x1, of "
+            "which batch norm needs two; try a larger --batch_size, a smaller --accumulate, or a larger --image_size"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,10 +26,9 @@ from freqmask.console import LINES_A_RUN, Progress, launched_processes, rank, sa
 from freqmask.data.loader import TrainSampler, worker_failure
 from freqmask.errors import UserError
 from freqmask.training.auto import (
-    LONE_VALUE,
     is_out_of_memory,
-    lone_image,
     threads_are_asked,
+    translate_lone_image,
     usable_cores,
     world_size,
 )
@@ -333,7 +332,8 @@ def leave(stopped_by: int) -> NoReturn:
 def translate_errors(run: RunFolder, numbers: Mapping[str, Any]) -> Iterator[None]:
     """Turn what a training dies of into a UserError with the way out; what is unknown passes as it is."""
     try:
-        yield
+        with translate_lone_image(str(numbers.get("backbone", "the backbone"))):
+            yield
     except NotFiniteError as error:
         raise UserError(
             f"{error} (learning rate {numbers['lr']:.3g}, precision {numbers['precision']}, "
@@ -344,13 +344,15 @@ def translate_errors(run: RunFolder, numbers: Mapping[str, Any]) -> Iterator[Non
         raise UserError(f"{error}; {_last_good(run)}; with room made, the same command resumes it") from error
     except MisconfigurationException as error:  # devices or nodes that do not fit a launcher or a machine
         raise UserError(" ".join(str(error).split())) from error
-    except ValueError as error:
-        if LONE_VALUE not in str(error):
-            raise
-        raise lone_image(str(numbers.get("backbone", "the backbone"))) from error
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if is_out_of_memory(error):
-            raise UserError(_out_of_memory(numbers)) from error
+            peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+            raise UserError(
+                f"out of memory with {images_at_once(numbers)} images at once; "
+                + (f"the peak was {peak:.1f} GB; " if peak else "")
+                + f"the same batch in smaller parts: --batch_size {numbers['batch_size']} --accumulate "
+                f"{numbers['accumulate'] * 2}"
+            ) from error
         if "loading state_dict" in str(error):
             first = str(error).splitlines()[1].strip()[:200]
             raise UserError(
@@ -368,13 +370,3 @@ def translate_errors(run: RunFolder, numbers: Mapping[str, Any]) -> Iterator[Non
 def _last_good(run: RunFolder) -> str:
     kept = sorted(run.checkpoints.glob("step-*.ckpt"))
     return f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
-
-
-def _out_of_memory(numbers: Mapping[str, Any]) -> str:
-    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-    return (
-        f"out of memory with {images_at_once(numbers)} images at once; "
-        + (f"the peak was {peak:.1f} GB; " if peak else "")
-        + f"the same batch in smaller parts: --batch_size {numbers['batch_size']} --accumulate "
-        f"{numbers['accumulate'] * 2}"
-    )
