@@ -250,7 +250,14 @@ def draw_plan(path: str | Path, views: Sequence[Tensor], method: Any, keys: Keys
         for column, cells in enumerate(axes[3 * number : 3 * number + 3].T):
             draw_panel(cells[0], palette, view[column], label)
             draw_panel(cells[1], palette, shown["filtered"][column], names[column])
-            _draw_keep(cells[2], shown["keep"][column], shown["filtered"][column])
+            keep, seen = shown["keep"][column], shown["filtered"][column]
+            mask = centered(keep.mean(dim=0), seen.shape[-1]).float().cpu().numpy()
+            if mask.any():
+                # light gray: white has no edge on paper
+                show_image(cells[2], mask, f"{mask.mean():.1%} kept", vmax=1.12)
+            else:
+                levels = spectrum_levels(seen)
+                show_image(cells[2], levels, "its spectrum", **spectrum_scale(levels))
     return save_figure(figure, path)
 
 
@@ -304,15 +311,6 @@ def psnr_words(image: Tensor, target: Tensor) -> str:
     if math.isnan(value):
         return "not finite"
     return "the same" if math.isinf(value) else f"{value:.1f} dB"
-
-
-def _draw_keep(axis: Any, keep: Tensor, seen: Tensor) -> None:
-    mask = centered(keep.mean(dim=0), seen.shape[-1]).float().cpu().numpy()
-    if mask.any():
-        show_image(axis, mask, f"{mask.mean():.1%} kept", vmax=1.12)  # light gray: white has no edge on paper
-    else:
-        levels = spectrum_levels(seen)
-        show_image(axis, levels, "its spectrum", **spectrum_scale(levels))
 
 
 def draw_panel(axis: Any, palette: Palette, image: Tensor, *lines: str) -> None:

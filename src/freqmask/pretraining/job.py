@@ -240,18 +240,18 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
     )
     held.enter_context(run.held("plan.png"))
     held_out = len(images.held_out) if images.held_out is not None else 0
-    for line in plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out):
-        say(line)
-    for line in plan.advice_lines(resolved.values, len(images.train), plan.data_words(resolved.values)):
-        say(line)
-    say(f"run         {run.path}")
-    for line in plan.length_lines(resolved, given):
+    for line in (
+        *plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out),
+        *plan.advice_lines(options, len(images.train), plan.data_words(options)),
+        f"run         {run.path}",
+        *plan.length_lines(resolved, given),
+    ):
         say(line)
     state = {
         "given": _identity(given),
         "data": images.source.fingerprint(),
         "images": len(images.train),
-        "held_out_images": 0 if images.held_out is None else len(images.held_out),
+        "held_out_images": held_out,
         "probe_images": images.tested,
         "convert_channels": options["convert_channels"],
         "parts": list(getattr(method, "parts", ())),
@@ -423,15 +423,15 @@ def _say_end(training: Pretraining, summary: Mapping[str, Any]) -> None:
     refresh_report(run.path)
     for line in plan.summary_lines(run, summary):
         say(line)
-    labelled = training.images.source.class_names is not None
-    lines = plan.next_lines(run.path, options, training.state["given"], labelled)
-    for line in lines if options["overfit"] is None else _overfit_lines(summary, int(options["overfit"])):
-        say(line)
-
-
-def _overfit_lines(summary: Mapping[str, Any], count: int) -> Iterable[str]:
-    ratio = summary["loss"] / summary["first_loss"]
+    if options["overfit"] is None:
+        labelled = training.images.source.class_names is not None
+        for line in plan.next_lines(run.path, options, training.state["given"], labelled):
+            say(line)
+        return
+    count, ratio = int(options["overfit"]), summary["loss"] / summary["first_loss"]
     word = "PASS" if ratio <= PASS_RATIO else "FAIL"
-    yield f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
+    say(
+        f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
+    )
     if word == "FAIL":
-        yield "      try a higher --lr or more --steps; if it still fails, the method or the data is broken"
+        say("      try a higher --lr or more --steps; if it still fails, the method or the data is broken")

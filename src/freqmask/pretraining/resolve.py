@@ -222,7 +222,12 @@ def resolve(
     device = resolved.take_machine()
     _resolve_method(resolved, images, device)
     _resolve_length(resolved, images)
-    _resolve_learning_rates(resolved)
+    backbone, batch = next(iter(resolved.method.backbones().values())), int(resolved.values["batch_size"])
+    weights = sum(parameter.nelement() for parameter in backbone.parameters())
+    tiny_lr = getattr(resolved.method, "tiny_lr", Method.tiny_lr)
+    resolved.take("lr", *auto.choose_lr(batch, weights, tiny_lr, trained=bool(resolved.values["init"])))
+    least = min(scaled_lr(BASE_MIN_LR, batch), resolved.values["lr"])
+    resolved.take("min_lr", least, "2.5e-6 x batch/512")
     place = choose_place(resolved.values, resolved.survey, images)
     resolved.values["images_from"], resolved.reasons["images_from"] = place
     return resolved
@@ -443,16 +448,6 @@ def share_of_step(method: Any, loss: Callable[[], Tensor], device: torch.device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return min(shares[1:])
-
-
-def _resolve_learning_rates(resolved: Resolved) -> None:
-    options, batch = resolved.values, int(resolved.values["batch_size"])
-    backbone = next(iter(resolved.method.backbones().values()))
-    weights = sum(parameter.nelement() for parameter in backbone.parameters())
-    tiny_lr = getattr(resolved.method, "tiny_lr", Method.tiny_lr)
-    resolved.take("lr", *auto.choose_lr(batch, weights, tiny_lr, trained=bool(options["init"])))
-    least = min(scaled_lr(BASE_MIN_LR, batch), options["lr"])
-    resolved.take("min_lr", least, "2.5e-6 x batch/512")
 
 
 def is_channels_last(options: Mapping[str, Any], method: Any) -> bool:

@@ -178,8 +178,7 @@ class Probe(Measurement):
             some = self.ranked if self.labelled is None else self.labelled
             recalibrate_batch_norm(backbone, calibration(some, method))
             ranked = self._ranked(encode, device)
-            values = {"rankme": rankme(ranked[0])}
-            return self._by_labels(encode, device, ranked) | values
+            return self._by_labels(encode, device, ranked) | {"rankme": rankme(ranked[0])}
 
     def _by_labels(
         self, encode: Encode, device: torch.device, ranked: tuple[Tensor, Tensor] | None = None
