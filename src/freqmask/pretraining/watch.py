@@ -115,10 +115,10 @@ def first_batch(images: TrainDataset, count: int) -> dict[str, Any]:
     return batch
 
 
-def calibration(images: TrainDataset, method: Any, batch_size: int = 64) -> Iterator[Tensor]:
+def calibration(images: TrainDataset, method: Any) -> Iterator[Tensor]:
     """Normalized, unfiltered batches for batch norm."""
     places = calibration_images(images.source)
-    for batch in make_loader(images, ChosenSampler(places), min(batch_size, len(places)), workers=0):
+    for batch in make_loader(images, ChosenSampler(places), min(64, len(places)), workers=0):
         yield method.normalise(as_float(batch["views"][0]).to(next(method.parameters()).device))
 
 

@@ -166,18 +166,13 @@ def refresh_report(run: str | Path) -> Path | None:
     """
     if rank() != 0:
         return None
+    report = Path(run) / REPORT
     try:
-        return write_report([run], images=not _is_without_images(Path(run) / REPORT))
+        before = report.read_text(encoding="utf-8", errors="replace")[:4096] if report.is_file() else ""
+        return write_report([run], images=_WITHOUT_IMAGES not in before)
     except (UserError, OSError, ValueError) as error:
         say(f"note: the report was not written: {error}; `freqmask report {shell_path(run)}` tries again")
         return None
-
-
-def _is_without_images(report: Path) -> bool:
-    if not report.is_file():
-        return False
-    with report.open(encoding="utf-8", errors="replace") as file:
-        return _WITHOUT_IMAGES in file.read(4096)
 
 
 def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ()) -> str:
@@ -189,7 +184,9 @@ def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ())
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["options"] = _mark_options
+    environment.filters["options"] = lambda sentence: Markup(
+        re.sub(r"(?<!\S)--[\w-]+", r"<code>\g<0></code>", str(escape(sentence)))
+    )
     scripts = [(_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     compared = [*(row for run in runs for row in run.others), *others]
     evaluated: list[tuple[str, Sequence[Row]]] = [*((run.name, run.results) for run in runs), ("", compared)]
@@ -222,10 +219,6 @@ def render(runs: Sequence[Run], images: bool = True, others: Sequence[Row] = ())
     left = min(LIMIT - len(without.encode("utf-8", "backslashreplace")), PREVIEW_BYTES) // len(runs)
     parts = [part | _images(run, max(left, 0)) for part, run in zip(parts, runs, strict=True)]
     return template.render(**context, runs=parts)
-
-
-def _mark_options(sentence: str) -> Markup:
-    return Markup(re.sub(r"(?<!\S)--[\w-]+", r"<code>\g<0></code>", str(escape(sentence))))
 
 
 def _policy(scripts: Sequence[str]) -> str:

@@ -45,9 +45,9 @@ class Curve:
         """The value at the end."""
         return float(self.values[-1])
 
-    def tail(self, rows: int = 20) -> float:
-        """The median of the last rows, at most a quarter of all, which one odd batch does not move."""
-        return float(np.median(self.values[-min(rows, max(len(self.values) // 4, 1)) :]))
+    def tail(self) -> float:
+        """The median of the last 20 rows, at most a quarter of all, which one odd batch does not move."""
+        return float(np.median(self.values[-min(20, max(len(self.values) // 4, 1)) :]))
 
     def thinned(self, most: int) -> Curve:
         """With at most ``most`` (4 or more) points: of each stretch its lowest and its highest, and both ends.

@@ -361,7 +361,7 @@ def translate_errors(run: RunFolder, numbers: Mapping[str, Any]) -> Iterator[Non
             ) from error
         if "--ntasks" in str(error):  # Lightning's rule for srun
             raise UserError(f"SLURM: {' '.join(str(error).split())}") from error
-        failure = worker_failure(error) if isinstance(error, RuntimeError) else None
+        failure = worker_failure(error)
         if failure is None:
             raise
         raise failure from error
