@@ -128,6 +128,14 @@ def test_scores_on_images_that_became_others_are_no_seeds_of_the_new_ones() -> N
     assert [entry.percent.values for entry in measured([*few, *more])] == [(90.0,), (90.0,)]
 
 
+def test_a_measurement_that_failed_hides_none_that_came_out() -> None:
+    good = [result("a", score, seed=seed, model_weights="w") for seed, score in enumerate((0.3, 0.5))]
+    of_the_same, of_none = (result("a", "", model_weights=w, error="out of memory") for w in ("w", ""))
+    for failed in (of_the_same, of_none):
+        assert [entry.percent.values for entry in measured([*good, failed])] == [pytest.approx((30, 50))]
+    assert measured([of_none]) == []
+
+
 def test_what_was_measured_before_the_training_ended_is_told(tmp_path: Path) -> None:
     rows = [
         result("a", 0.3, time="2026-01-01 09:00:00"),

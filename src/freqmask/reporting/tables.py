@@ -100,17 +100,17 @@ def measured(rows: Sequence[Row], telling: Telling | None = None) -> list[Measur
     newest: dict[tuple[tuple[str, ...], str], Row] = {}
     last: dict[tuple[str, ...], tuple[str, str]] = {}
     for row in rows:
-        key = (*(row.get(name, "") for name in _SAME), telling.words(row))
+        score = next((name for name in SCORES if math.isfinite(number(row.get(name)))), None)
+        if score is None:
+            continue
+        key = (*(row.get(name, "") for name in _SAME), telling.words(row), score)
         newest.pop((key, row.get("seed", "")), None)  # the last stands last
         newest[key, row.get("seed", "")] = row
         last[key] = _weights_and_images(row)
     families: dict[tuple[str, ...], list[Row]] = {}
     for (key, _), row in newest.items():
-        if _weights_and_images(row) != last[key]:
-            continue
-        score = next((name for name in SCORES if math.isfinite(number(row.get(name)))), None)
-        if score is not None:
-            families.setdefault((*key, score), []).append(row)
+        if _weights_and_images(row) == last[key]:
+            families.setdefault(key, []).append(row)
     return [_joined(family, score=key[-1], told=key[-2]) for key, family in families.items()]
 
 
