@@ -1,10 +1,13 @@
 """The run folder: begun, locked, found again."""
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 from tiny_runs import close
@@ -144,6 +147,26 @@ def test_a_run_that_is_closed_to_us_keeps_nobody_from_beginning(
     close(theirs.path, monkeypatch)
     with pytest.raises(PermissionError):
         theirs.exists()
+    found = newest_unfinished({"seed": 1}, tmp_path)
+    assert found is not None
+    assert found.path == own.path
+
+
+def test_a_run_that_we_may_only_read_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, theirs = (begin(tmp_path / name, seed=1) for name in ("mine", "theirs"))
+    os.utime(own.path / "run.json", (1, 1))
+    trial = tempfile.TemporaryFile
+
+    def read_only(*, dir: Path) -> IO[bytes]:  # as root, whom tests may run as, one could write there
+        if dir == theirs.path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return trial(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(UserError, match="cannot be written"):
+        theirs.lock()
     found = newest_unfinished({"seed": 1}, tmp_path)
     assert found is not None
     assert found.path == own.path

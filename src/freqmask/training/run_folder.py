@@ -261,6 +261,7 @@ def newest_unfinished(given: Mapping[str, Any], root: Path = RUNS) -> RunFolder 
         run = RunFolder(path)
         with contextlib.suppress(UserError, OSError):  # another run's damage is told where that run is named
             if not run.finished() and run.state().get("given") == wanted and not run.is_locked():
+                check_writable(path, folder=True)  # else it is somebody else's, which we may only read
                 return run
     return None
 
