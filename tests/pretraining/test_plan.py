@@ -10,9 +10,10 @@ from PIL import Image
 
 import freqmask
 from freqmask.pretraining.plan import advice_lines, length_lines, next_lines
-from freqmask.pretraining.resolve import Resolved
+from freqmask.pretraining.resolve import CHECKPOINTS_A_RUN, PREVIEWS_A_RUN, Resolved, _preview_every
+from freqmask.pretraining.task import PROBES_A_RUN, Images
 from freqmask.training import auto
-from freqmask.training.auto import Cost
+from freqmask.training.auto import Cost, Plan
 
 ENOUGH: dict[str, Any] = {"init": None, "overfit": None, "steps": 10_000, "channels": 3, "method": "mfm"}
 
@@ -218,6 +219,22 @@ def test_hours_hold_the_most_steps_that_leave_time_to_measure(every: int | str, 
     assert most - 6 <= steps <= most < 2500, (
         "a preview takes as long as six: ten or eleven of them, as it divides"
     )
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9, 14, 19, 99, 100, 1999])
+def test_auto_measures_draws_and_saves_no_more_often_than_it_says(steps: int) -> None:
+    asked = {"checkpoint_every_minutes": 30, "keep_checkpoints": 3, "max_skipped_share": 0.1}
+    plan = Plan(asked, {"steps": steps, "batch_size": 1, "devices": 1, "num_nodes": 1})
+    plan.cost = Cost(1.0, 1, 1)
+    plan.take_records(CHECKPOINTS_A_RUN)
+    few: Any = None  # images, which do not count
+    every = {
+        PROBES_A_RUN: Images(few, few, few).probe_every({"steps": steps}),
+        PREVIEWS_A_RUN: _preview_every(steps),
+        CHECKPOINTS_A_RUN: plan.values["checkpoint_every_steps"],
+    }
+    times = {most: len({*range(between, steps, between), steps}) for most, between in every.items()}
+    assert all(min(most, steps) / 2 <= count <= most for most, count in times.items()), times
 
 
 def test_steps_get_at_least_half_of_the_hours() -> None:

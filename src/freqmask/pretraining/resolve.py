@@ -414,7 +414,7 @@ def _resolve_length(resolved: Resolved, images: int) -> None:
 
 
 def _preview_every(steps: int) -> int:
-    return max(steps // PREVIEWS_A_RUN, 1)
+    return math.ceil(steps / PREVIEWS_A_RUN)
 
 
 def _hours(options: Mapping[str, Any]) -> str:

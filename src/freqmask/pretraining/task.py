@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -165,7 +166,7 @@ class Images:
         """Steps from one measurement of the features to the next."""
         epochs = options.get("probe_every_epochs")
         if epochs in (None, "auto"):
-            return max(options["steps"] // PROBES_A_RUN, 1)
+            return math.ceil(options["steps"] / PROBES_A_RUN)
         return max(round(float(epochs) * len(self.train) / options["batch_size"]), 1)
 
 

@@ -161,7 +161,7 @@ class Plan:
         values, steps = self.values, int(self.values["steps"])
         row = round(SECONDS_A_ROW / max(self.step_seconds(), 1e-6))
         self.take("log_every_steps", max(1, min(row, steps // 20, 100)), "about five seconds")
-        self.take("checkpoint_every_steps", max(steps // checkpoints, 1), f"{checkpoints} times a run")
+        self.take("checkpoint_every_steps", math.ceil(steps / checkpoints), f"{checkpoints} times a run")
         for name in ("checkpoint_every_minutes", "keep_checkpoints", "max_skipped_share"):
             values[name] = self.asked[name]
 
