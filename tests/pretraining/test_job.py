@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import seen_in_training
 from freqmask.methods import MFM
+from freqmask.pretraining.watch import HeldOut
 from freqmask.training import auto, loop
 from freqmask.training.files import read_rows
 from freqmask.training.loop import ScheduledModule
@@ -311,9 +313,54 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path: Path, monkeypatch
         train_until(3, options, tmp_path / "run")
     run = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "run"))
     # 1,000 until the checkpoint of step 2; then begun at 2,000 and looked at for steps 4 and 6 and at the end
-    summary = RunFolder(run).summary()
-    assert summary["seconds"] == 1000 + 3000
-    assert summary["images_per_second"] == 6 * 8 / (1000 + 3000)
+    assert RunFolder(run).summary()["seconds"] == 1000 + 3000
+
+
+def speed_of(run: Path, steps: range) -> float:
+    """Images/s of these steps, each of which has a row."""
+    own = [row for row in rows(run) if int(row["step"]) in steps and row["images_per_second"]]
+    return statistics.harmonic_mean([float(row["images_per_second"]) for row in own])
+
+
+def test_the_speed_of_a_run_is_that_of_the_steps_of_all_its_starts_without_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, folder = {**TINY, "checkpoint_every_steps": 2, "preview_every_steps": 1}, tmp_path / "run"
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: time.sleep(0.2))
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(3, options, folder)
+    freqmask.pretrain("builtin:digits", **options, out=str(folder))
+    summary = RunFolder(folder).summary()
+    assert summary["images_per_second"] == pytest.approx(speed_of(folder, range(1, 7)), rel=1e-4)
+    assert summary["seconds"] > 6 * 0.2
+
+
+def test_the_speed_of_a_run_of_0_1_0_is_that_of_the_steps_made_since(tmp_path: Path) -> None:
+    options, folder = {**TINY, "checkpoint_every_steps": 2}, tmp_path / "run"
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(3, options, folder)
+    (file,) = (folder / "checkpoints").glob("step-*.ckpt")
+    content = torch.load(file, weights_only=True)
+    torch.save({name: content[name] for name in content if name not in ("seconds", "row")}, file)
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(5, options, folder)
+    freqmask.pretrain("builtin:digits", **options, out=str(folder))
+    told = RunFolder(folder).summary()["images_per_second"]
+    assert told == pytest.approx(speed_of(folder, range(3, 7)), rel=1e-4)
+
+
+def test_the_first_row_after_a_stop_is_that_of_a_run_that_was_never_stopped(tmp_path: Path) -> None:
+    options = {**TINY, "checkpoint_every_steps": 2, "log_every_steps": 3}
+    whole = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_until(3, options, tmp_path / "parts")
+    parts = freqmask.pretrain("builtin:digits", **options, out=str(tmp_path / "parts"))
+    clocks = ("images_per_second", "data_wait_share")
+    told = [
+        [{name: row[name] for name in row if name not in clocks} for row in rows(run)]
+        for run in (whole, parts)
+    ]
+    assert told[0] == told[1]
 
 
 def test_a_run_finds_its_images_from_every_folder(

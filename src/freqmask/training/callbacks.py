@@ -80,14 +80,17 @@ class Monitor(L.Callback):
         self._sums: dict[str, Tensor] = {}
         # parts that told a name: details come with the logged steps alone
         self._counts: dict[str, Tensor] = {}
-        self._parts = self._steps_at_row = 0
-        self._waited = self._batch_ended = self._row_began = 0.0
+        self._parts = self._steps_at_row = self._steps_before = 0
+        self._waited = self._batch_ended = self._row_began = self._seconds_before = 0.0
+        # of all rows of all starts, without what is measured and saved between the steps
+        self.steps, self.seconds = 0, 0.0
         self._warned = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Start the clocks."""
-        self._batch_ended = self._row_began = time.perf_counter()
-        self._steps_at_row = trainer.global_step
+        """Start the clocks, where a checkpoint has left them."""
+        self._batch_ended = time.perf_counter()
+        self._row_began = self._batch_ended - self._seconds_before
+        self._steps_at_row = trainer.global_step - self._steps_before
         self._ask_for_details(trainer, module)
 
     def on_train_batch_start(
@@ -117,6 +120,30 @@ class Monitor(L.Callback):
             self._ask_for_details(trainer, module)
         self._batch_ended = time.perf_counter()
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what the row under way has gathered, and the speed so far."""
+        checkpoint["row"] = {
+            "totals": self._totals(trainer, module) if self._parts else {},
+            "parts": self._parts,
+            "waited": self._waited,
+            "steps": trainer.global_step - self._steps_at_row,
+            "seconds": time.perf_counter() - self._row_began,
+            "before": [self.steps, self.seconds],
+        }
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with that row; checkpoints of 0.1.0 have none, and the speed is that of the steps made since."""
+        if row := checkpoint.get("row"):
+            self._sums = {name: torch.tensor(total) for name, (total, _) in row["totals"].items()}
+            self._counts = {name: torch.tensor(count) for name, (_, count) in row["totals"].items()}
+            self._parts, self._waited = row["parts"], row["waited"]
+            self._steps_before, self._seconds_before = row["steps"], row["seconds"]
+            self.steps, self.seconds = row["before"]
+
     def pause(self, seconds: float) -> None:
         """Take time spent on previews and checkpoints out of the speed."""
         self._row_began += seconds
@@ -136,26 +163,29 @@ class Monitor(L.Callback):
     def _ask_for_details(self, trainer: L.Trainer, module: Any) -> None:
         module.want_details = self._is_logged(trainer, trainer.global_step + 1)
 
-    def _write_row(self, trainer: L.Trainer, module: Any, step: int) -> None:
+    def _totals(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, list[float]]:
+        """The sum of each value since the last row, and of how many, the mean of all processes."""
         names = sorted(self._sums)
         pairs = [(self._sums[name], self._counts[name]) for name in names]
         values = torch.stack([torch.stack(pair).to(module.device) for pair in pairs])
         values = trainer.strategy.reduce(values, reduce_op="mean") if trainer.world_size > 1 else values
-        means = {
-            name: total / count if count else math.nan
-            for name, (total, count) in zip(names, values.tolist(), strict=True)
-        }
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _write_row(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        totals = self._totals(trainer, module).items()
+        means = {name: total / count if count else math.nan for name, (total, count) in totals}
         if not math.isfinite(means["loss"]):
             raise NotFiniteError(step - 1)
         now = time.perf_counter()
-        elapsed = max(now - self._row_began, 1e-9)
+        steps, elapsed = step - self._steps_at_row, max(now - self._row_began, 1e-9)
+        self.steps, self.seconds = self.steps + steps, self.seconds + elapsed
         groups = trainer.optimizers[0].param_groups
         self.latest = {
             **means,
             "lr": max(float(group["lr"]) for group in groups),  # of the last layer
             "weight_decay": max(float(group["weight_decay"]) for group in groups),
             "grad_norm": float("nan") if module.gradient_norm is None else float(module.gradient_norm),
-            "images_per_second": (step - self._steps_at_row) * self.batch_size / elapsed,
+            "images_per_second": steps * self.batch_size / elapsed,
             "data_wait_share": min(self._waited / elapsed, 1.0),
         }
         row = {"epoch": step * self.batch_size / self.images, **self.latest}

@@ -173,8 +173,7 @@ def train(
         finally:
             progress.close()
     step, seconds = int(trainer.global_step), resume.seconds
-    timed = step - done * (not resume.seconds_before)  # checkpoints of 0.1.0 do not tell what they took
-    rate = timed * batch / max(seconds, 1e-9)
+    rate = monitor.steps * batch / max(monitor.seconds, 1e-9)
     if signals.received is not None and step < task.steps:
         say(f"stopped at step {step:,} of {task.steps:,}, saved in {run.path}; the same command resumes it")
         if stopped is not None:
