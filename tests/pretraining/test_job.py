@@ -753,3 +753,22 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_when_a_run_resumes(
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match=r"must divide the run's batch_size \(8\)"):
         freqmask.pretrain("builtin:digits", **TINY, method="mfm", out=str(run), **changed)
+
+
+@pytest.mark.parametrize(("overfit", "left"), [(None, None), (4, None), (None, 'step,loss\r\n6,"1,5"\r\n')])
+def test_a_run_whose_metrics_are_gone_ends_without_them(
+    overfit: int | None, left: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**TINY, "method": "mfm", "overfit": overfit, "out": str(tmp_path / "run")}
+    run = freqmask.pretrain("builtin:digits", **options)
+    for name in ("summary.json", "metrics.csv"):
+        (run / name).unlink()
+    if left:  # as a spreadsheet writes it where a comma is the decimal point
+        (run / "metrics.csv").write_text(left)
+    capsys.readouterr()
+    freqmask.pretrain("builtin:digits", **options)
+    shown = capsys.readouterr().out
+    assert f"loss        unknown: {run / 'metrics.csv'} tells none" in shown
+    assert f"backbone    {run / 'backbone'}" in shown
+    assert "PASS" not in shown and "FAIL" not in shown
+    assert "loss" not in RunFolder(run).summary()

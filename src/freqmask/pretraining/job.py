@@ -427,11 +427,13 @@ def _say_end(training: Pretraining, summary: Mapping[str, Any]) -> None:
         labelled = training.images.source.class_names is not None
         for line in plan.next_lines(run.path, options, training.state["given"], labelled):
             say(line)
-        return
-    count, ratio = int(options["overfit"]), summary["loss"] / summary["first_loss"]
-    word = "PASS" if ratio <= PASS_RATIO else "FAIL"
-    say(
-        f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
-    )
-    if word == "FAIL":
-        say("      try a higher --lr or more --steps; if it still fails, the method or the data is broken")
+    elif "loss" in summary:
+        count, ratio = int(options["overfit"]), summary["loss"] / summary["first_loss"]
+        word = "PASS" if ratio <= PASS_RATIO else "FAIL"
+        say(
+            f"{word}: on {count} images the loss fell to {ratio:.2f} of where it began (PASS is {PASS_RATIO} or less)"
+        )
+        if word == "FAIL":
+            say(
+                "      try a higher --lr or more --steps; if it still fails, the method or the data is broken"
+            )

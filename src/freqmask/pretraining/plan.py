@@ -292,7 +292,10 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     took, speed = readable_time(summary["seconds"]), summary["images_per_second"]
     yield f"done        {counted(summary['steps'], 'step')} in {took}, {speed:.0f} images/s"
-    yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
+    if "loss" in summary:
+        yield f"loss        from {summary['first_loss']:.4g} to {summary['loss']:.4g}"
+    else:  # of a run that was resumed behind its last step
+        yield f"loss        unknown: {run.metrics} tells none"
     for name in getattr(find_method(summary["method"]), "parts", ()):
         if name in summary:
             yield f"            {name.replace('_', ' ')} from {summary[f'first_{name}']:.4g} to {summary[name]:.4g}"

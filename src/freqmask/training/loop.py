@@ -314,7 +314,10 @@ def ends(run: RunFolder, names: list[str], firsts: bool = True) -> dict[str, flo
     rows = read_rows(run.metrics)
     last_and_first: dict[str, float] = {}
     for name in names:
-        values = [float(row[name]) for row in rows if row.get(name)]
+        values = []
+        for row in rows:
+            with contextlib.suppress(ValueError):  # an empty cell, or one that was edited
+                values.append(float(row.get(name) or ""))
         if values:
             last_and_first |= {name: values[-1]} | ({f"first_{name}": values[0]} if firsts else {})
     return last_and_first
