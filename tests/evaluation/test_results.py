@@ -1,5 +1,7 @@
 """Rows of results.csv: what another process writes at the same time stays."""
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -51,6 +53,17 @@ def test_a_last_line_that_an_editor_left_without_its_end_is_kept(
     table.write_text(f"model,seed,torch\na,1,2\n{last}")
     protocol.add_rows(table, [{"model": "own", "seed": "1", "torch": "2"}])
     assert [row["model"] for row in read_rows(table)] == ["a", *(["b"] if kept else []), "own"]
+
+
+def test_a_file_system_without_locks_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    protocol.add_rows(tmp_path / "results.csv", [{"model": "own", "accuracy": "0.1"}])
+    assert [row["model"] for row in read_rows(tmp_path / "results.csv")] == ["own"]
 
 
 def test_a_lock_that_nobody_gives_free_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

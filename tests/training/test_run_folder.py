@@ -72,6 +72,25 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path: Path) -> None
     assert not run.is_locked()
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_a_run_is_trained_all_the_same(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run = RunFolder(tmp_path / "run")
+    with run.held():
+        begin(run.path, seed=1)
+    assert "nothing keeps a second process from it" in capsys.readouterr().out
+    assert not run.is_locked()
+    found = newest_unfinished({"seed": 1}, tmp_path)
+    assert found is not None and found.path == run.path
+
+
 def test_names_of_new_runs_count_up(tmp_path: Path) -> None:
     first, second = new_run("mfm", "vit/tiny", tmp_path), new_run("mfm", "vit/tiny", tmp_path)
     assert [run.path.name for run in (first, second)] == ["mfm-vit_tiny-1", "mfm-vit_tiny-2"]

@@ -46,7 +46,15 @@ from freqmask.evaluation.results import (
 )
 from freqmask.options import command_words, group_among
 from freqmask.options.of_evaluation import Windows
-from freqmask.training.files import append_row, check_writable, end_last_row, read_rows, write_rows, writing
+from freqmask.training.files import (
+    append_row,
+    check_writable,
+    end_last_row,
+    lockless,
+    read_rows,
+    write_rows,
+    writing,
+)
 from freqmask.training.run_folder import RESULTS, now
 
 _PATIENCE = 60.0  # seconds until a lock on it that nobody gives free is passed over
@@ -441,7 +449,7 @@ def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE, mode=0o666)
     with writing(path), ExitStack() as held:
         # on a file system without locks, or behind one that is stuck: better a row at risk than none
-        with suppress(NotImplementedError, Timeout):
+        with suppress(Timeout), lockless():
             held.enter_context(lock)
         end_last_row(path)
         known = read_rows(path)

@@ -90,6 +90,18 @@ def clear_leftovers(*folders: Path, pattern: str = ".*.tmp") -> None:
 
 
 @contextmanager
+def lockless() -> Iterator[None]:
+    """A lock that is taken inside is gone without where the file system has none: better a file at risk than none."""
+    try:
+        yield
+    except NotImplementedError:
+        pass
+    except OSError as error:  # of NFS without its daemon, for one
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What goes wrong with a file system inside becomes a WriteError that names ``path``."""
     try:

@@ -23,12 +23,13 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from freqmask import __version__
-from freqmask.console import rank
+from freqmask.console import rank, say
 from freqmask.errors import UserError, brief
 from freqmask.training.files import (
     check_writable,
     clear_leftovers,
     current_name,
+    lockless,
     read_rows,
     replace_atomically,
     writing,
@@ -164,13 +165,16 @@ class RunFolder:
             raise UserError(
                 f"run folder ({self.path}) is in use by another process; wait for it, or give another --out"
             )
+        if not self._lock.is_locked:
+            say(f"note: the file system of {self.path} has no locks; nothing keeps a second process from it")
         clear_leftovers(self.path, self.checkpoints, self.backbone)
 
     def _acquired(self) -> BaseFileLock | None:
         # a lock of its own each time: taken twice in one process it must be refused, too
         lock = FileLock(self.path / LOCK, thread_local=False, is_singleton=False)
         try:
-            lock.acquire(blocking=False)
+            with lockless():
+                lock.acquire(blocking=False)
         except Timeout:
             return None
         return lock
