@@ -29,6 +29,7 @@ from freqmask.data.splits import hold_out
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import seen_in_training
 from freqmask.methods import MFM
+from freqmask.pretraining import job
 from freqmask.pretraining.watch import HeldOut
 from freqmask.training import auto, loop
 from freqmask.training.files import read_rows
@@ -772,3 +773,22 @@ def test_a_run_whose_metrics_are_gone_ends_without_them(
     assert f"backbone    {run / 'backbone'}" in shown
     assert "PASS" not in shown and "FAIL" not in shown
     assert "loss" not in RunFolder(run).summary()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, out = {**TINY, "method": "mfm"}, tmp_path / "run"
+    resolve = job.resolve
+
+    def while_another_trains(*given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "resolve", resolve)
+            freqmask.pretrain("builtin:digits", **options, out=str(out))
+        return resolve(*given)
+
+    monkeypatch.setattr(job, "resolve", while_another_trains)
+    with pytest.raises(UserError, match="was begun by another process meanwhile; the same command"):
+        freqmask.pretrain("builtin:digits", **{**options, "steps": 2}, out=str(out))
+    assert RunFolder(out).config()["steps"] == 6
+    assert [row["step"] for row in rows(out)][-1] == "6"

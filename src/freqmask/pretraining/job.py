@@ -239,6 +239,8 @@ def _begin(options: dict[str, Any], given: dict[str, Any], held: ExitStack) -> P
         RunFolder(options["out"]) if options["out"] else new_run(str(options["method"]), options["backbone"])
     )
     held.enter_context(run.held("plan.png"))
+    if run.exists():  # while this one looked at the images
+        raise UserError(f"run {run.path} was begun by another process meanwhile; the same command resumes it")
     held_out = len(images.held_out) if images.held_out is not None else 0
     for line in (
         *plan.plan_lines(resolved, images.source.summary(), len(images.train), held_out),
