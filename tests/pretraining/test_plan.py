@@ -237,6 +237,11 @@ def test_auto_measures_draws_and_saves_no_more_often_than_it_says(steps: int) ->
     assert all(min(most, steps) / 2 <= count <= most for most, count in times.items()), times
 
 
+@pytest.mark.parametrize("seconds", [1e18, 1e30, float("inf")])
+def test_hours_may_be_as_many_as_one_likes(seconds: float) -> None:
+    assert measured("auto", 0.1, lambda _: 0).steps_within(seconds) > 1e17
+
+
 def test_steps_get_at_least_half_of_the_hours() -> None:
     assert measured("auto", 0.1, lambda _: 10**6).steps_within(250) == 1250
     assert measured("auto", 400, lambda _: 0).steps_within(250) == 1, "one is needed"

@@ -198,7 +198,8 @@ class Resolved(auto.Plan):
         def taken(steps: int) -> float:
             return steps * a_step + min(self.watching_seconds(steps), steps * a_step)
 
-        return max(bisect_right(range(1, int(seconds / a_step) + 1), seconds, key=taken), 1)
+        most = int(min(seconds / a_step, 2**62))  # a range can hold no more
+        return max(bisect_right(range(1, most + 1), seconds, key=taken), 1)
 
 
 def resolve(
