@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 import freqmask
-from freqmask.pretraining.plan import advice_lines, length_lines, next_lines
+from freqmask.pretraining.plan import advice_lines, length_lines, next_lines, summary_lines
 from freqmask.pretraining.resolve import CHECKPOINTS_A_RUN, PREVIEWS_A_RUN, Resolved, _preview_every
 from freqmask.pretraining.task import PROBES_A_RUN, Images
 from freqmask.training import auto
 from freqmask.training.auto import Cost, Plan
+from freqmask.training.run_folder import RunFolder
 
 ENOUGH: dict[str, Any] = {"init": None, "overfit": None, "steps": 10_000, "channels": 3, "method": "mfm"}
 
@@ -245,3 +246,14 @@ def test_hours_may_be_as_many_as_one_likes(seconds: float) -> None:
 def test_steps_get_at_least_half_of_the_hours() -> None:
     assert measured("auto", 0.1, lambda _: 10**6).steps_within(250) == 1250
     assert measured("auto", 400, lambda _: 0).steps_within(250) == 1, "one is needed"
+
+
+def test_a_run_ends_with_its_last_preview_however_many_steps_it_has(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.begin({"steps": 1_000_000, "method": "mfm"}, {}, "a heading")
+    run.previews.mkdir()
+    for step in (900_000, 1_000_000):
+        (run.previews / f"step-{step:06d}.png").touch()
+    summary = {"method": "mfm", "steps": 1_000_000, "seconds": 9.0, "images_per_second": 5.0}
+    lines = "\n".join(summary_lines(run, summary))
+    assert f"figures     {run.previews / 'step-1000000.png'}" in lines

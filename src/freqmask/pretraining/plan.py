@@ -306,11 +306,11 @@ def summary_lines(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"            collapse number {summary['collapse']:.2f} nat (healthy is above 0.1)"
     if "held_out_relative_loss" in summary:
         yield f"            on held-out images: {summary['held_out_relative_loss']:.3f}"
-    for remark in features_remarks(read_run(run.path)):
+    told = read_run(run.path)
+    for remark in features_remarks(told):
         yield f"{'warning ' if remark.kind == 'warning' else 'features'}    {remark.text}"
-    previews = sorted(run.previews.glob("step-*.png"))
-    if previews:
-        yield f"figures     {previews[-1]}"
+    if told.previews:
+        yield f"figures     {told.previews[-1][1]}"
         yield f"            {run.path / 'plan.png'}"
         yield f"            {run.path / 'report.html'}    (open it in a browser)"
     yield f"backbone    {run.backbone}"
