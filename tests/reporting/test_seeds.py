@@ -54,6 +54,16 @@ def test_what_auto_chose_is_no_setting_that_varies(tmp_path: Path) -> None:
     assert join_seeds(read_runs([typed, other])).settings == ["lr"]
 
 
+def test_seeds_whose_images_came_from_elsewhere_are_joined_unless_that_was_asked(tmp_path: Path) -> None:
+    chosen = [make_run(tmp_path / f"{seed}", {"seed": seed}) for seed in (0, 1)]
+    for run, place in zip(chosen, ("device", "loader"), strict=True):  # by the memory that was free
+        with (run / "config.yaml").open("a") as file:
+            file.write(f"images_from: {place}\n")
+    asked = make_run(tmp_path / "asked", {"seed": 2, "images_from": "loader"})
+    assert len(join_seeds(read_runs(chosen)).lines) == 1
+    assert len(join_seeds(read_runs([*chosen, asked])).lines) == 2
+
+
 def test_a_run_of_0_1_0_that_recorded_no_default_is_joined_with_one_that_did(tmp_path: Path) -> None:
     old, new = make_run(tmp_path / "a"), make_run(tmp_path / "b", {"seed": 1, "clamp": True})
     (line,) = join_seeds(read_runs([old, new])).lines

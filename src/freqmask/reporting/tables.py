@@ -35,8 +35,9 @@ _NOT_MEASURED = frozenset({
     *("keep_checkpoints", "max_skipped_share", "validate_every_epochs", "overlays"),
 })  # fmt: skip
 _PATHS = ("labels", "frost", "folder")  # may be called from elsewhere
-# Measured on the images unless they are asked for; samples of another seed give slightly other numbers.
-_MEASURED = frozenset({"mean", "std", "value_range"})
+# Measured unless they are asked for: samples of another seed give slightly other numbers, and images come from where
+# there is memory.
+_MEASURED = frozenset({"mean", "std", "value_range", "images_from"})
 
 Row = Mapping[str, str]
 Kind = tuple[str, str, str, str]  # protocol, variant, data and score
