@@ -162,7 +162,8 @@ class TunedFewshot(Protocol):
         for words in map(shot_name, self.shots):
             here = [one for one in results if one.variant.startswith(f"{words}, ")]
             if here:
-                table = ResultTable(f"few labels: {words}", AVERAGE, here, f"{words}, ")
+                settings = [f"{words}, {name}" for name in SETTINGS]
+                table = ResultTable(f"few labels: {words}", AVERAGE, here, f"{words}, ", settings)
                 table.summaries = summarize_settings(here, f"{words}, ")
                 tables[words] = table
         return tables

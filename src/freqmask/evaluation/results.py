@@ -367,6 +367,7 @@ class ResultTable:
     headline: str  # the variant whose interval and further scores the table shows
     results: Sequence[Result]  # in the order of the rows
     prefix: str = ""  # of all variants, which its lines leave out
+    averaged: Sequence[str] = ()  # the variants that the headline is the mean of, where it is such a mean
 
     @cached_property
     def summaries(self) -> list[Summary]:
@@ -408,7 +409,8 @@ class ResultTable:
         """A cell for each of several models: how far it is behind the best without an error (a mean of nan)."""
         means = {one.name: one.mean for one in self.summaries if one.variant == variant and one.mean >= 0}
         best = max(means, key=lambda name: means[name], default="")
-        known = [one for one in self.results if one.variant == variant]
+        parts = {variant} if variant in {one.variant for one in self.results} else set(self.averaged)
+        known = [one for one in self.results if one.variant in parts]
         families = {name: [one for one in known if one.model.name == name] for name in means}
         cells = {name: ["-"] for name in self.models()}
         for name in means.keys() - {best}:
