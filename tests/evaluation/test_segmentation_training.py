@@ -240,6 +240,10 @@ def test_layers_learn_slower_the_deeper_they_lie(
         (["--images", "street"], "images and masks must be given together"),
         (["--layout", "coco"], "layout"),
         (["--class_names", "sky"], "fewer than two classes"),
+        (
+            ["--class_names", "street/clases.txt"],
+            r"class_names \(street/clases\.txt\) is not there as a file",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(

@@ -103,7 +103,7 @@ def name_labels(
         first: the first label that is a class, where names come without numbers (1 for ADE20K).
 
     Raises:
-        UserError: the names cannot be read, are given twice, or all are ignored.
+        UserError: the names cannot be read, are given twice, are one alone, or all are ignored.
     """
     named = _named(class_names, folder, first)
     if ignored is None:
@@ -123,7 +123,12 @@ def _named(class_names: Sequence[str] | None, folder: Path | None, first: int) -
     files = [] if folder is None else [folder / name for name in CLASS_FILES]
     if class_names:
         files = [Path(class_names[0]).expanduser()]
-        if len(class_names) > 1 or not files[0].is_file():
+        if len(class_names) == 1 and not files[0].is_file():
+            raise UserError(
+                f"class_names ({class_names[0]}) is not there as a file, and alone it names fewer than two classes; "
+                "give a file with a name a line, or all names in order"
+            )
+        if len(class_names) > 1:
             return {first + number: name for number, name in enumerate(class_names)}
     file = next((file for file in files if file.is_file()), None)
     if file is None:
