@@ -69,7 +69,7 @@ compdef _freqmask freqmask""",
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and leave with 0, 1 (an error of ours), 2 (an error of the user's) or 130 (interrupted)."""
+    """Run a command and leave with 0, 1 (an error of ours), 2 (of the user's), 130 (interrupted) or 141 (not read)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     imports.own_process = arguments is None
     with contextlib.suppress(OSError):  # a folder that is gone
@@ -98,7 +98,9 @@ def _exit_codes() -> Iterator[None]:
         say_error("interrupted")
         raise SystemExit(130) from None
     except BrokenPipeError:
-        raise SystemExit(0) from None  # the reader of our output, such as `head`, has left
+        # The reader of our output, such as `head`, has left: as of every program that SIGPIPE ends, since a script
+        # must not take what was cut off for finished.
+        raise SystemExit(141) from None
     except OSError as error:
         if os.environ.get("FREQMASK_DEBUG"):
             raise

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from freqmask.cli import main
 from freqmask.evaluation import protocol
 from freqmask.training.files import read_rows
 
@@ -83,3 +84,29 @@ def test_a_table_of_thousands_of_named_images_can_be_read_again(tmp_path: Path) 
     for command in commands:
         protocol.add_rows(tmp_path / "results.csv", [{"model": "mine", "command": command}])
     assert [row["command"] for row in read_rows(tmp_path / "results.csv")] == commands
+
+
+@pytest.mark.parametrize("seen", ["few lines", "no disk"])
+def test_of_a_table_and_its_rows_either_is_kept_where_the_other_cannot_be_written(
+    seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``freqmask evaluate ... | head`` had ended with 0 and without its rows."""
+    whole = protocol.say
+
+    def say(text: str = "") -> None:
+        if text.startswith("k-NN by cosine"):
+            raise BrokenPipeError
+        whole(text)
+
+    def full(file: Path, rows: object) -> None:
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(*((protocol, "say", say) if seen == "few lines" else (protocol, "add_rows", full)))
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", "knn", "pixels", "--data", "builtin:digits", "--k", "20", "--out", str(tmp_path)])
+    if seen == "no disk":
+        assert left.value.code == 2 and "k-NN by cosine" in capsys.readouterr().out
+        return
+    assert left.value.code == 141  # as a shell has it of what SIGPIPE ended
+    (row,) = read_rows(tmp_path / "results.csv")
+    assert float(row["accuracy"]) > 0.9

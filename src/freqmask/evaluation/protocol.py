@@ -324,17 +324,19 @@ class Protocol(ABC):
     def report(self, results: Sequence[Result]) -> list[Summary]:
         """The tables, the rows, the figures."""
         tables, out = self.tables(results), self.config.out
-        warnings = [line for table in tables.values() for line in table.warnings()]
-        for block in filter(None, [*self.shown(tables), warnings]):
-            for line in ["", *block]:
-                say(line)
-        # rows go to ``out``, else to the run of each model, else here; first of all, since a figure may fail
+        # rows go to ``out``, else to the run of each model, else here
         rows: dict[Path, list[dict[str, str]]] = {}
         for result in [result for table in tables.values() for result in table.results]:
             file = (out or result.model.results or Path()) / RESULTS
             rows.setdefault(file, []).append(row_of(result, self.name, self.config.options))
-        for file, members in rows.items():
-            add_rows(file, members)
+        try:  # first of all, since whoever reads our output may leave (`| head`), and a figure may fail
+            for file, members in rows.items():
+                add_rows(file, members)
+        finally:  # where rows cannot be written, the table is all that there is
+            warnings = [line for table in tables.values() for line in table.warnings()]
+            for block in filter(None, [*self.shown(tables), warnings]):
+                for line in ["", *block]:
+                    say(line)
         # figures go to ``out``, else to the first run that was measured, else here
         folder = out or next((one.model.results for one in results if one.model.results), None) or Path()
         figures = self.draw(tables, folder)
