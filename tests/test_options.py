@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,19 @@ def test_a_range_is_kept_by_every_number_of_a_list() -> None:
     for wrong in ([0.5], [0.5, 2], ["a", "b"]):
         with pytest.raises(UserError, match=r"share .* must be auto, or 2 numbers from 0 to 1"):
             share.read(wrong)
+
+
+def test_the_numbers_that_a_sentence_proposes_are_taken() -> None:
+    """Whole numbers (``--severities 6``) were said to be "numbers such as 0.5 1", of which the first is refused."""
+    commands = [
+        getattr(freqmask.evaluate, name) for name in ("knn", "fewshot", "bands", "segment", "robustness")
+    ]
+    options = [one for command in (*commands, freqmask.embed) for one in declared(command).values()]
+    proposed = [one for one in options if "numbers such as" in one.rule()]
+    assert {one.name for one in proposed} >= {"seeds", "severities", "k", "radii", "blocks", "ignore_label"}
+    for one in proposed:
+        example = re.search(r"such as ([\d.]+ [\d.]+)", one.rule())
+        assert example and one.read(example[1].split()), one.rule()
 
 
 def test_yaml_that_is_none_is_a_sentence_and_a_name_in_brackets_a_text():

@@ -299,7 +299,8 @@ def _words(kind: Any) -> str:
     if typing.get_origin(kind) is list:
         if typing.get_origin(_element(kind)) is Literal:
             return "one or more of " + ", ".join(map(repr, typing.get_args(_element(kind))))
-        return "numbers such as 0.5 1" if _element(kind) in (int, float) else "words"
+        examples = {int: "whole numbers such as 1 2", float: "numbers such as 0.5 1"}
+        return examples.get(_element(kind), "words")
     numbers = {int: "a whole number", float: "a number"}
     named = {**numbers, bool: "true or false", str: "a word", dict: "a mapping such as '{depth: 4}'"}
     return named.get(typing.get_origin(kind) or kind, "an object")
