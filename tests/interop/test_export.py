@@ -132,6 +132,23 @@ def test_notes_on_padding_are_of_the_exported_size(run_factory, tmp_path):
     assert "notes" not in graph_of(open_model(run.path)).metadata
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "padding"),
+    [("vit_tiny_patch16_224", 40, (0, 8, 0, 8)), ("swin_tiny_patch4_window7_224", 60, (0, 4, 0, 4))],
+)
+def test_a_transformer_is_exported_for_a_size_that_its_patches_do_not_divide(name, size, padding, tmp_path):
+    """timm refuses to write another size beside that which such a model was built for."""
+    freqmask.export(f"random:{name}", out=tmp_path / "out", image_size=size)
+    assert str(padding) in (tmp_path / "out" / "README.md").read_text()
+    assert open_model(tmp_path / "out").input_size == (3, size, size)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0).eval()
+    images = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        theirs = model(torch.nn.functional.pad(images, padding, mode="replicate"))
+        ours = open_model(tmp_path / "out").backbone(images).pooled
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_lost_or_left_half_written(vit_run, tmp_path, monkeypatch):
     opened = open_model(vit_run.path)
     out = tmp_path / "out"

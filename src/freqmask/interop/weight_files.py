@@ -70,12 +70,16 @@ def write_timm_folder(
         label_names: of a classifier's classes, in the order of its outputs.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        data_config = {"input_size": input_size, "mean": tuple(mean), "std": tuple(std), "crop_pct": crop_pct}
+        data_config: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std), "crop_pct": crop_pct}
+        # what a ViT of images that are padded was built for: timm takes no other size of it, and ours follows below
+        built_for = input_size[1:] if backbone is None else backbone.padded_size
+        data_config["input_size"] = (input_size[0], *built_for)
         # as all our images come; an architecture's own weights may be of bilinear or squeezed ones
         data_config |= {"interpolation": "bicubic", "crop_mode": "center"}
         # neither kind of weights: they follow below, with our metadata and replaced whole
         save_for_hf(model, scratch, safe_serialization=None, data_config=data_config)  # type: ignore[arg-type]
         config = json.loads((Path(scratch) / CONFIG).read_text())
+    config["pretrained_cfg"]["input_size"] = list(input_size)
     pinned = _pin_pooling(config, model, pooled)
     metadata = {**metadata, **pinned}
     notes = []
@@ -136,8 +140,9 @@ def plain_call_notes(
 def _call_of_features(backbone: Backbone, pooled: Pooled) -> str:
     """Which of timm's calls gives the features, found out with an image; empty where none does."""
     model: Any = backbone.timm_model
-    size, generator = (1, backbone.channels, *backbone.padded_size), torch.Generator().manual_seed(0)
+    size, generator = (1, backbone.channels, *backbone.image_size), torch.Generator().manual_seed(0)
     image = torch.rand(size, generator=generator).to(next(model.parameters()))
+    padded = backbone.padded(image)
     prefix, last = getattr(model, "num_prefix_tokens", 0), len(model.feature_info) - 1
     inner = f"model.forward_intermediates(x, indices=[{last}], norm=True, intermediates_only=True)[0]"
     of_tokens = "[:, 0]" if pooled == "class_token" else f"[:, {prefix}:].mean(1)"
@@ -155,7 +160,7 @@ def _call_of_features(backbone: Backbone, pooled: Pooled) -> str:
         wanted = features.class_token if pooled == "class_token" else features.pooled
         for call, answer_of in calls.items():
             try:
-                answer = answer_of(image)
+                answer = answer_of(padded)
             except (AssertionError, IndexError, RuntimeError, TypeError):  # not of this family
                 continue
             if answer.shape == wanted.shape and torch.allclose(answer, wanted, rtol=1e-3, atol=1e-3):
