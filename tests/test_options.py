@@ -205,6 +205,14 @@ def test_all_problems_come_in_one_message() -> None:
     assert all(word in told for word in ("lr (nan)", "steps (abc)"))
 
 
+def test_a_mapping_whose_space_was_forgotten_is_not_one_of_nothing(tmp_path: Path) -> None:
+    """YAML reads ``{depth:4}`` as a name and no value, and timm leaves out what is None: all 12 blocks were trained."""
+    assert yaml.safe_load("{depth:4, width: 3}") == {"depth:4": None, "width": 3}
+    for sentence in ways("model_args", "{depth:4, width: 3}", tmp_path):
+        assert sentence.startswith("model_args (") and "must be a mapping such as '{depth: 4}'" in sentence
+    assert ways("model_args", "{act_layer: null}", tmp_path) == [{"model_args": {"act_layer": None}}] * 3
+
+
 def test_an_unknown_option_of_the_twin_is_a_type_error_and_a_sentence() -> None:
     with pytest.raises(TypeError, match=r"option \(--stepz\) is unknown; did you mean 'steps'\?") as caught:
         freqmask.pretrain("x", stepz=3)  # type: ignore[call-arg]

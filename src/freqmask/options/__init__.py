@@ -258,7 +258,8 @@ def _read_list(value: Any, kind: Any, option: Option) -> list[Any]:
 
 def _read_dict(value: Any, kind: Any, option: Option) -> dict[Any, Any]:
     mapping = parse_yaml(value)
-    if not isinstance(mapping, Mapping):
+    # YAML takes {depth:4}, without a space, for the name "depth:4" and nothing
+    if not isinstance(mapping, Mapping) or any(":" in str(name) for name in mapping):
         raise ValueError
     return dict(mapping)
 
