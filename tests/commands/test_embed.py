@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+from scipy.spatial import distance
 from tiny_runs import make_photographs, make_run
 
 import freqmask
 from freqmask.cli import main
+from freqmask.commands import sheets
 from freqmask.data import image_folder
 from freqmask.errors import BadImage, UserError
 
@@ -33,6 +35,32 @@ def test_features_stand_beside_the_run_and_are_not_computed_twice(run, photograp
     assert (run / "embeddings.neighbours.png").read_bytes().startswith(b"\x89PNG")
     main(["embed", str(run), str(photographs), "--workers", "0"])
     assert "is there already" in capsys.readouterr().out
+
+
+def test_the_figure_of_neighbors_says_of_what_its_cosines_are(run, photographs, tmp_path, monkeypatch):
+    shown, whole = {}, sheets.nearest_neighbors
+    monkeypatch.setattr(sheets, "nearest_neighbors", lambda *all: shown.setdefault("found", whole(*all)))
+    new = sheets.new_sheet
+    monkeypatch.setattr(sheets, "new_sheet", lambda *all: shown.setdefault("title", all[3]) and new(*all))
+    main(
+        [
+            "embed",
+            str(run),
+            str(photographs),
+            "--workers",
+            "0",
+            "--neighbours",
+            "--out",
+            str(tmp_path / "f.npy"),
+        ]
+    )
+    features = np.load(tmp_path / "f.npy").astype(float)
+    centered = features - features.mean(axis=0)
+    similar = 1 - distance.cdist(centered, centered, "cosine")
+    _, scores = shown["found"]
+    order = -np.sort(-similar[0])
+    np.testing.assert_allclose(scores[0][1 : len(order)], order[1 : scores.shape[1]], atol=1e-5)
+    assert "cosine, after the mean of all is taken off" in shown["title"]
 
 
 def test_an_image_that_can_be_read_again_is_in_the_file_again(

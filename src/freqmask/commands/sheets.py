@@ -63,7 +63,8 @@ def draw_neighbors(path: Path, opened: OpenedModel, source: Source) -> Path:
     }
     palette = Palette.of(torch.stack(list(images.values())))
     height, width = opened.backbone.image_size
-    title = f"nearest neighbors by {opened.name}: left an image, then the most similar ones (cosine)"
+    how = "cosine, after the mean of all is taken off"
+    title = f"nearest neighbors by {opened.name}: left an image, then the most similar ones ({how})"
     figure, axes = new_sheet(len(indices), 1 + _NEIGHBORS, height / width, title)
     for row, (found, similarities) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True)):
         for column, (index, score) in enumerate(zip(found, similarities, strict=True)):
