@@ -167,8 +167,9 @@ def test_other_runtime_errors_are_not_blamed_on_workers() -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("with_the_lock", [False, True])
 def test_a_worker_killed_from_outside_ends_the_training_where_a_batch_is_fetched(
-    with_the_lock: bool, dataset: TrainDataset
+    with_the_lock: bool, dataset: TrainDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("freqmask.data.loader.ASKED_SECONDS", 0.5)
     loader = make_loader(dataset, TrainSampler(9, 0, 4, total_steps=10**6), 4, workers=2)
     batches = iter(loader)
     next(batches)
@@ -330,6 +331,8 @@ def test_workers_that_hang_are_told_and_then_end_with_one_sentence(
     monkeypatch.setattr("freqmask.data.loader.NOTED_SECONDS", 0.1)
     monkeypatch.setattr("freqmask.data.loader.STUCK_SECONDS", 0.4)
     monkeypatch.setattr("freqmask.data.loader.ASKED_SECONDS", 0.1)
+    # torch waits for it twice for each worker at the end
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     with pytest.raises(UserError, match="no loader worker gave a batch for"):
         loaded(TrainDataset(source, TWO_VIEWS), workers=2)
     assert "note: no batch for 0 seconds" in capsys.readouterr().out

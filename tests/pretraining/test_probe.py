@@ -34,6 +34,7 @@ TINY: dict[str, Any] = {
     "steps": 4,
     "batch_size": 8,
     "workers": 0,
+    "preview_every_steps": 0,
     "precision": "32-true",
 }
 
@@ -80,7 +81,9 @@ def test_the_plan_counts_the_images_that_are_looked_at(
 
     monkeypatch.setattr(Probe, "_features", of_features)
     monkeypatch.setattr(HeldOut, "_loss", of_loss)
-    freqmask.pretrain(["builtin:digits"], out=str(tmp_path / "run"), preview_every_steps=2, **more, **TINY)
+    freqmask.pretrain(
+        ["builtin:digits"], out=str(tmp_path / "run"), **{**TINY, **more, "preview_every_steps": 2}
+    )
     assert set(counted) == {sum(looked)} and sum(looked) > 5000
 
 
