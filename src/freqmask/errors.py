@@ -106,7 +106,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     }
     meant |= {known: known for known in valid}
     typed = name.lower().replace("-", "_")
-    for word, words, cutoff in ((name, valid, 0.75), (typed, [*meant], 0.75), (name, valid, 0.5)):
+    loose = 0.75 if {"/", os.sep} & set(name) else 0.5  # a path is no misspelling
+    for word, words, cutoff in ((name, valid, 0.75), (typed, [*meant], 0.75), (name, valid, loose)):
         if close := difflib.get_close_matches(word, words, n=1, cutoff=cutoff):
             return f"did you mean {meant[close[0]]!r}?"
     return "choose from " + ", ".join(repr(known) for known in valid)

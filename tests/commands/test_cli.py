@@ -165,11 +165,16 @@ def test_help_says_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str])
             "model (resnet18.a1_in1k) must be a run folder, an exported",
         ),
         (["prepare", "~nobody of that name/x", "--out", "y"], "a path begins with ~ and the name of no user"),
+        (["evaluate", "runs/mine"], "command (evaluate runs/mine) is unknown; choose from 'knn',"),
+        (["runs/mine"], "command (runs/mine) is unknown; choose from 'pretrain',"),
         (["recipes", "a", "b"], "'b' is more than this command takes"),
-        (["pretrain", "cats", "--data", "dogs"], "'cats' is more than this command takes"),
+        (["pretrain", "cats", "--data", "dogs"], "'cats' is more than this command takes beside --data;"),
         (["prepare", "--data", "cats", "--data=dogs", "--out", "x"], "--data is given twice; give all its"),
         (["evaluate", "robustness", "a", "--folder", "c", "--folder", "d"], "--folder is given twice"),
-        (["evaluate", "knn", "a", "--model", "b", "--data", "x"], "'a' is more than this command takes"),
+        (
+            ["evaluate", "knn", "a", "--model", "b", "--data", "x"],
+            "'a' is more than this command takes beside --model;",
+        ),
         (["embed", "--model", "runs/none", "photos"], "model (runs/none)"),
     ],
 )

@@ -314,11 +314,14 @@ def read_words(known: Mapping[str, Option], words: Sequence[str]) -> dict[str, A
             if name in given and name != "config" and is_list:
                 raise UserError(f"--{name} is given twice; give all its values after one --{name}")
             given[name] = [*given.get(name, []), value] if name == "config" else value
+    beside = ""
     for option in known.values():
         if option.positional and loose and option.name not in given:
             given[option.name], loose = (loose, []) if option.many else (loose[0], loose[1:])
+        elif option.positional and loose:
+            beside += f" beside --{option.name}"
     if loose:
-        raise UserError(f"{loose[0]!r} is more than this command takes; options begin with --")
+        raise UserError(f"{loose[0]!r} is more than this command takes{beside}; options begin with --")
     return given
 
 
