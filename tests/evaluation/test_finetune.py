@@ -1,5 +1,6 @@
 """Fine-tuning: what becomes of a backbone, that it learns, goes on exactly, and never sees a test image."""
 
+import copy
 import csv
 import dataclasses
 import shutil
@@ -15,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.preprocessing import StandardScaler
 from tiny_runs import fused_in_training, make_run, steps_made
 
 import freqmask
@@ -25,10 +27,15 @@ from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel, seen_in_training
 from freqmask.evaluation.finetune import AugmentedGeometry, FinetuneModule, Mixer
-from freqmask.evaluation.finetune_plan import Tuning, make_classifier
+from freqmask.evaluation.finetune_plan import (
+    Tuning,
+    make_classifier,
+    standardize_features,
+    without_head_norm,
+)
 from freqmask.evaluation.trainings import layer_groups
 from freqmask.interop.models import open_model
-from freqmask.training.run_folder import RunFolder
+from freqmask.training.run_folder import RunFolder, load_safely
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 1}
 QUICK: dict[str, Any] = {
@@ -605,3 +612,72 @@ def test_a_record_that_tells_nothing_ends_no_evaluation(
     (run / file).write_text(text.replace(before, after))
     seen = seen_in_training(run, open_source(tuned.parent.parent / "two.npz"), np.arange(3))
     assert seen == "copy: its record (config.yaml, run.json) does not tell which images it was trained on"
+
+
+def test_statistics_of_the_features_are_put_into_the_head_at_the_end(there: Path) -> None:
+    torch.manual_seed(0)
+    model = make_classifier(open_model(there / "mine"), 3, 0.0, 0).model
+    torch.nn.init.normal_(model.head.weight)
+    head = copy.deepcopy(model.head)
+    standardize_features(model)
+    images = torch.rand(64, 3, 16, 16)
+    for _ in range(200):  # until the running statistics are these images'
+        logits = model.train()(images)
+    features = model.forward_head(model.forward_features(images), pre_logits=True).detach()
+    scaled = torch.from_numpy(StandardScaler().fit_transform(features.double().numpy())).float()
+    np.testing.assert_allclose(logits.detach(), head(scaled).detach(), atol=2e-3)
+    bare = without_head_norm(model.eval())
+    assert isinstance(bare.head, torch.nn.Linear) and isinstance(model.head, torch.nn.Sequential)
+    np.testing.assert_allclose(bare(images).detach(), model(images).detach(), atol=1e-4)
+    unbiased = (len(images) - 1) / len(images)  # is the running variance, not that of a batch
+    np.testing.assert_allclose(bare(images).detach(), head(scaled * unbiased**0.5).detach(), atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "standardized"),
+    [
+        ({"steps": 50, "batch_size": 16}, True),
+        ({"steps": 49, "batch_size": 16}, False),
+        ({"steps": 50, "batch_size": 14}, False),
+        ({"steps": 50, "batch_size": 16, "accumulate": 2}, False),
+        ({"steps": 50, "batch_size": 16, "recipe": "a3"}, False),
+    ],
+)
+def test_small_vits_learn_on_standardized_features(
+    there: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    standardized: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finetune(there, tmp_path / "out", **options, dry_run=True)
+    assert ("features standardized before the head" in capsys.readouterr().out) == standardized
+
+
+def test_what_was_learned_on_standardized_features_is_a_classifier_of_timm_s_and_goes_on_exactly(
+    there: Path, tmp_path: Path
+) -> None:
+    options = {
+        "steps": 50,
+        "batch_size": 16,
+        "held_out": 0.2,
+        "checkpoint_every_steps": 20,
+        "keep_checkpoints": 9,
+    }
+    (summary,) = finetune(there, tmp_path / "whole", **options)
+    run = RunFolder(tmp_path / "whole" / "mine-seed0")
+    assert run.config()["head_norm"] and min(summary.accuracies) > 0.9
+    state = load_safely(run.checkpoints / "last.ckpt")["state_dict"]
+    tested = weights(run.path)
+    scale = (state["model.head.0.running_var"] + 1e-5).rsqrt()
+    assert torch.equal(tested["head.weight"], state["model.head.1.weight"] * scale)
+    assert set(tested) == set(make_classifier(open_model(there / "mine"), 2, 0.0, 0).model.state_dict())
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    broken = RunFolder(tmp_path / "broken" / "mine-seed0")
+    kept, *later = sorted(broken.checkpoints.glob("step-*.ckpt"))
+    assert load_safely(kept)["global_step"] == 20
+    for file in (*later, broken.checkpoints / "last.ckpt", broken.path / "summary.json"):
+        file.unlink()
+    shutil.rmtree(broken.path / "classifier")
+    finetune(there, tmp_path / "broken", **options)
+    assert_equal(run.path, broken.path)

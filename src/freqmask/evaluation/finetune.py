@@ -43,6 +43,8 @@ from freqmask.evaluation.finetune_plan import (
     held_out_share,
     make_classifier,
     problems,
+    standardize_features,
+    without_head_norm,
 )
 from freqmask.evaluation.labelled import SPLITS, LabelledData, shot_name
 from freqmask.evaluation.protocol import EvalConfig, Protocol
@@ -150,6 +152,8 @@ class FinetuneModule(ScheduledModule):
 
     def __init__(self, model: nn.Module, tuning: Tuning, classes: int) -> None:
         super().__init__()
+        if tuning.head_norm:
+            standardize_features(model)
         self.model: Any = model
         self.average: Any = None if tuning.ema is None else copy.deepcopy(model).requires_grad_(False).eval()
         self.tuning = tuning
@@ -306,7 +310,7 @@ class FinetuneJob(TrainingJob):
                 }
                 height, width = numbers.image_size
                 write_timm_folder(
-                    module.tested,
+                    without_head_norm(module.tested) if numbers.head_norm else module.tested,
                     run.path / CLASSIFIER,
                     input_size=(numbers.channels, height, width),
                     mean=numbers.mean,

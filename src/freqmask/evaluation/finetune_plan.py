@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import timm
@@ -22,6 +24,7 @@ from freqmask.rng import torch_seeded
 from freqmask.timm_models import REFUSED, cannot
 from freqmask.training import auto
 from freqmask.training.auto import check_single_image
+from freqmask.training.loop import images_at_once
 
 HEAD_STD, HEAD_SCALE = 0.02, 0.001  # docs/evaluating.md, Fine-tuning
 _DROPPED = ("norm.", "attn_pool.")  # a ViT's own end, which the mean of its patches bypasses
@@ -110,6 +113,24 @@ def _load(model: Any, opened: OpenedModel) -> tuple[list[str], list[str]]:
     return fresh, dropped
 
 
+def standardize_features(model: Any) -> None:
+    """Puts batch norm without weights before a classifier's linear head, in place."""
+    name = model.pretrained_cfg["classifier"]
+    head = model.get_submodule(name)
+    model.set_submodule(name, nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False), head))
+
+
+@torch.no_grad()
+def without_head_norm(model: Any) -> Any:
+    """A copy whose head takes the features as they are, as timm's does, to the logits by the running statistics."""
+    model, name = copy.deepcopy(model), model.pretrained_cfg["classifier"]
+    norm, head = model.get_submodule(name)
+    head.weight.mul_((norm.running_var + norm.eps).rsqrt())
+    head.bias.sub_(head.weight @ norm.running_mean)
+    model.set_submodule(name, head)
+    return model
+
+
 def _shape(state: Mapping[str, Tensor], name: str) -> str:
     return "x".join(map(str, state[name].shape)) or "scalar" if name in state else "nothing"
 
@@ -194,6 +215,9 @@ SMALL_IMAGES = {
 MIXED_FROM = 10_000  # below it, small images are not mixed (docs/log.md, Fine-tuning)
 # Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
 TINY_LR_BATCH = 128
+# Their features differ a hundredfold in how much they vary, so they are standardized before the head. Fewer images at
+# once say too little of that, and after fewer steps the running statistics are still those of the beginning.
+STANDARDIZED_FROM_IMAGES, STANDARDIZED_FROM_STEPS = 16, 50
 CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
 VALIDATIONS = 20  # a run
@@ -226,6 +250,9 @@ class Tuning(TrainingNumbers):
     crop_scale: list[float]  # smallest and largest share of the area in a random crop
     crop_share: float  # of the side in the centered test window
     ema: float | None  # decay of the moving average that is tested instead of the weights; None for none
+    head_norm: (
+        bool | None
+    )  # features go through batch norm before the head; None in runs of 0.1.0, which had none
     held_out: float  # share of the training images on which accuracy is measured
     validate_every_steps: int
 
@@ -298,6 +325,7 @@ class FinetunePlan(Plan):
                 self.take(name, getattr(published, name), published.words)
         self._take_length()
         self._take_rates()
+        self.values["head_norm"] = self._standardizes()
         every, steps = asked["validate_every_epochs"], self.values["steps"] // VALIDATIONS
         if every not in (None, AUTO):
             steps = round(every * self.images / self.values["batch_size"])
@@ -359,13 +387,22 @@ class FinetunePlan(Plan):
             self.reasons["warmup_steps"] = "a twentieth" if usual < published.warmup_epochs else whole
         values["warmup_steps"] = min(round(warmup * images / batch), values["steps"] - 1)
 
+    @cached_property
+    def _is_tiny(self) -> bool:
+        return sum(parameter.nelement() for parameter in self.network.model.parameters()) < auto.TINY_WEIGHTS
+
+    def _standardizes(self) -> bool:
+        values, is_linear = self.values, isinstance(self.network.model.get_classifier(), nn.Linear)
+        is_known = self.published is PUBLISHED["vit"] and self.job.model.opened.backbone.is_vit and is_linear
+        enough = images_at_once(values) >= STANDARDIZED_FROM_IMAGES
+        return is_known and self._is_tiny and enough and values["steps"] >= STANDARDIZED_FROM_STEPS
+
     def _take_rates(self) -> None:
         values, published, batch = self.values, self.published, int(self.values["batch_size"])
         rate, of = published.scaled(published.lr, batch), f"batch/{published.lr_batch}"
-        weights = sum(parameter.nelement() for parameter in self.network.model.parameters())
         if published.lr_rule == "sqrt":
             self.take("lr", rate, f"{published.lr:g} x sqrt({of})")
-        elif weights >= auto.TINY_WEIGHTS:
+        elif not self._is_tiny:
             self.take("lr", rate, f"{published.lr:g} x {of}")
         else:
             rate = published.lr * batch / TINY_LR_BATCH
@@ -386,6 +423,8 @@ class FinetunePlan(Plan):
         held = f"{held_out:,} held out to be watched" if held_out else "none held out"
         yield f"images      {self.images:,} for training, {held}; the test images are used once, at the end"
         yield f"recipe      {self.published.words}{why('recipe')}"
+        if tuning.head_norm:
+            yield f"            features standardized before the head ({auto.MORE_FOR_TINY})"
         optimizer = "AdamW" if tuning.optimizer == "adamw" else "LAMB"
         average = f", moving average {tuning.ema:g}" if tuning.ema else ""
         end = f"cosine to {tuning.min_lr:.2g}{average}"
