@@ -349,7 +349,7 @@ def test_few_labels_are_the_draw_of_fewshot(there: Path, tmp_path: Path) -> None
     ("options", "expected"),
     [
         (
-            {},
+            {"image_size": 96},
             {
                 "recipe": "a3",
                 "optimizer": "lamb",
@@ -359,13 +359,21 @@ def test_few_labels_are_the_draw_of_fewshot(there: Path, tmp_path: Path) -> None
                 "erasing": 0.0,
             },
         ),
-        ({"recipe": "vit", "ema": 0.9}, {"optimizer": "adamw", "loss": "cross_entropy", "layer_decay": 0.8}),
+        (
+            {"image_size": 32},  # and fewer than 10,000 of them
+            {"recipe": "vit", "optimizer": "adamw", "layer_decay": 0.8, "mixup": 0.0, "head_norm": False},
+        ),
+        ({"image_size": 32, "recipe": "a3"}, {"optimizer": "lamb", "mixup": 0.1, "cutmix": 1.0}),
+        (
+            {"image_size": 96, "recipe": "vit", "ema": 0.9},
+            {"optimizer": "adamw", "loss": "cross_entropy", "layer_decay": 0.8, "mixup": 0.8},
+        ),
     ],
 )
 def test_a_cnn_has_its_own_recipe(
     there: Path, tmp_path: Path, options: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    finetune(there, tmp_path / "out", model="random:test_resnet", image_size=32, steps=2, **options)
+    finetune(there, tmp_path / "out", model="random:test_resnet", steps=2, **options)
     config = RunFolder(tmp_path / "out" / "random-test_resnet-seed0").config()
     assert {name: config[name] for name in expected} == expected
     moved = weights(tmp_path / "out" / "random-test_resnet-seed0")

@@ -212,7 +212,9 @@ SMALL_IMAGES = {
     "crop_scale": [0.5, 1.0],
     "crop_share": 1.0,
 }
-MIXED_FROM = 10_000  # below it, small images are not mixed (docs/log.md, Fine-tuning)
+FEW_IMAGES = (
+    10_000  # below it, small images are not mixed and a CNN learns as a ViT (docs/log.md, Fine-tuning)
+)
 # Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
 TINY_LR_BATCH = 128
 # Their features differ a hundredfold in how much they vary, so they are standardized before the head. Fewer images at
@@ -299,10 +301,12 @@ class FinetunePlan(Plan):
         """
         asked, size = self.asked, self.network.image_size
         opened = self.job.model.opened
-        cnn = opened.backbone.is_cnn
-        self.take("recipe", "a3" if cnn else "vit", "a CNN" if cnn else "it has attention")
-        published = self.published = PUBLISHED[self.values["recipe"]]
         self.small = min(size) < SMALL_SIDE
+        few, cnn = self.small and self.images < FEW_IMAGES, opened.backbone.is_cnn
+        why_few = f"fewer than {FEW_IMAGES:,} small images"
+        usual = ("a3", "a CNN") if cnn and not few else ("vit", why_few if cnn else "it has attention")
+        self.take("recipe", *usual)
+        published = self.published = PUBLISHED[self.values["recipe"]]
         self.values |= {
             "optimizer": published.optimizer,
             "loss": published.loss,
@@ -317,10 +321,10 @@ class FinetunePlan(Plan):
         if self.values["workers"] and asked["workers"] == AUTO and device.type == "cpu" and light:
             self.values["workers"] = 0
             self.reasons["workers"] = "small images load faster than they travel"
-        few = self.images < MIXED_FROM and self.small and published is PUBLISHED["vit"]
+        few = few and published is PUBLISHED["vit"]
         for name in ("weight_decay", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing"):
             if few and name in ("mixup", "cutmix"):
-                self.take(name, 0.0, f"fewer than {MIXED_FROM:,} small images")
+                self.take(name, 0.0, why_few)
             else:
                 self.take(name, getattr(published, name), published.words)
         self._take_length()

@@ -121,7 +121,8 @@ class FineTuning:
 
     recipe: Literal["auto", "vit", "a3", "a2"] = option(
         "auto",
-        "vit (MFM's), a3 or a2 (ResNet strikes back, 100 and 300 epochs); auto is a3 for a CNN, else vit",
+        "vit (MFM's), a3 or a2 (ResNet strikes back, 100 and 300 epochs); auto is a3 for a CNN "
+        "(not for fewer than 10,000 images below 96 pixels), else vit",
     )
     epochs: float | None = option(
         None,
