@@ -26,7 +26,7 @@ from freqmask.data.sources import open_source
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel, seen_in_training
-from freqmask.evaluation.finetune import AugmentedGeometry, FinetuneModule, Mixer
+from freqmask.evaluation.finetune import AugmentedGeometry, FinetuneModule, Mixer, _randaugment
 from freqmask.evaluation.finetune_plan import (
     Tuning,
     make_classifier,
@@ -689,3 +689,18 @@ def test_what_was_learned_on_standardized_features_is_a_classifier_of_timm_s_and
     shutil.rmtree(broken.path / "classifier")
     finetune(there, tmp_path / "broken", **options)
     assert_equal(run.path, broken.path)
+
+
+@pytest.mark.parametrize("levels", ["m0", "m5", "m10", "m30-mmax30"])
+@pytest.mark.parametrize("way", ["inc0", "inc1"])
+def test_randaugment_changes_images_at_every_level(levels: str, way: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    change = _randaugment(f"rand-{levels}-{way}", 32, (0, 0, 0))
+    level = min(int(levels[1:3].strip("-")), 30)
+    for one in change.ops:
+        one.prob = 1.0
+        changed = np.array(one(Image.fromarray(pixels)))
+        assert changed.shape == pixels.shape
+        if one.name.startswith("Posterize"):
+            kept = int(level * 0.4) if way == "inc0" else 4 - int(level * 0.4)  # bits
+            assert (changed == pixels & (0xFF << (8 - min(max(kept, 0), 8)) & 0xFF)).all()

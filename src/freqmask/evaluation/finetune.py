@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped
 from PIL import Image
-from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
@@ -118,7 +118,16 @@ class AugmentedGeometry(Geometry):
 @functools.lru_cache(maxsize=8)
 def _randaugment(text: str, side: int, fill: tuple[int, int, int]) -> RandAugment:
     settings = {"translate_const": int(side * _TRANSLATION), "img_mean": fill}
-    return rand_augment_transform(text, {**settings, "interpolation": Image.Resampling.BICUBIC})
+    change = rand_augment_transform(text, {**settings, "interpolation": Image.Resampling.BICUBIC})
+    for one in change.ops:
+        if one.name.startswith("Posterize"):
+            one.aug_fn = _posterize
+    return change
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    # the highest level keeps no bit, which is black; Pillow refuses it since 13
+    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 @dataclass
