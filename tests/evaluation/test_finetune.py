@@ -16,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from tiny_runs import fused_in_training, make_run, steps_made
 
@@ -26,7 +27,14 @@ from freqmask.data.sources import open_source
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel, seen_in_training
-from freqmask.evaluation.finetune import AugmentedGeometry, FinetuneModule, Mixer, _randaugment
+from freqmask.evaluation.finetune import (
+    AugmentedGeometry,
+    FinetuneModule,
+    Mixer,
+    _randaugment,
+    begin_by_frozen_features,
+    make_dataset,
+)
 from freqmask.evaluation.finetune_plan import (
     Tuning,
     make_classifier,
@@ -704,3 +712,49 @@ def test_randaugment_changes_images_at_every_level(levels: str, way: str) -> Non
         if one.name.startswith("Posterize"):
             kept = int(level * 0.4) if way == "inc0" else 4 - int(level * 0.4)  # bits
             assert (changed == pixels & (0xFF << (8 - min(max(kept, 0), 8)) & 0xFF)).all()
+
+
+@pytest.mark.parametrize(("classes", "standardized"), [(2, False), (2, True), (3, False), (4, True)])
+def test_the_head_of_few_images_begins_as_scikit_learn_s_logistic_regression(
+    there: Path, tmp_path: Path, classes: int, standardized: bool
+) -> None:
+    """Three classes have images; of four the last has none."""
+    labels = np.arange(60) % min(classes, 3)
+    noise = np.random.default_rng(0).integers(0, 120, (60, 16, 16, 3))
+    images = (noise + 60 * labels[:, None, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=labels)
+    finetune(there, tmp_path / "first", steps=1)
+    tuning = dataclasses.replace(
+        Tuning.read(RunFolder(tmp_path / "first" / "mine-seed0").config()), head_norm=standardized, ema=0.9
+    )
+    model = make_classifier(open_model(there / "mine"), classes, 0.0, 0).model
+    module = FinetuneModule(model, tuning, classes)
+    source = open_source(str(tmp_path / "few.npz"), split="all")
+    begin_by_frozen_features(module, make_dataset(source, tuning, augmented=False))
+    assert module.training
+    module.eval()
+    views = module.normalize(torch.from_numpy(images).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(views), pre_logits=True).double().numpy()
+        found = module.model(views).softmax(dim=1).numpy()
+        average = module.average(views).softmax(dim=1).numpy()
+    scaled = StandardScaler().fit_transform(features) / features.shape[1] ** 0.25
+    theirs = LogisticRegression(max_iter=500).fit(scaled, labels).predict_proba(scaled)
+    among = found[:, :3] / found[:, :3].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(among, theirs, atol=2e-2)
+    np.testing.assert_array_equal(found, average)
+    assert (found.argmax(axis=1) == labels).mean() > 0.9 and found[:, 3:].max(initial=0) < 0.5
+
+
+def test_a_head_that_began_by_frozen_features_goes_on_exactly(there: Path, tmp_path: Path) -> None:
+    finetune(there, tmp_path / "out", steps=4, checkpoint_every_steps=2, keep_checkpoints=9)
+    run = RunFolder(tmp_path / "out" / "mine-seed0")
+    assert run.config()["head_fitted"]
+    shutil.copytree(tmp_path / "out", tmp_path / "broken")
+    broken = RunFolder(tmp_path / "broken" / "mine-seed0")
+    kept, *later = sorted(broken.checkpoints.glob("step-*.ckpt"))
+    for file in (*later, broken.checkpoints / "last.ckpt", broken.path / "summary.json"):
+        file.unlink()
+    assert load_safely(kept)["global_step"] == 2
+    finetune(there, tmp_path / "broken", steps=4, checkpoint_every_steps=2, keep_checkpoints=9)
+    assert_equal(run.path, broken.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from freqmask.console import counted, rank, say
 from freqmask.errors import UserError
 from freqmask.evaluation.features import ComputeConfig
 from freqmask.evaluation.labelled import LabelledData, Round, parse_shots, shot_name
+from freqmask.evaluation.linear import INVERSE_STRENGTH, fit_logistic_regression
 from freqmask.evaluation.protocol import EvalConfig, EvalContext, Prediction, Protocol
 from freqmask.evaluation.results import Result, ResultTable, Summary, summarize
 from freqmask.interop.formats import PIXELS
 from freqmask.options.of_evaluation import FineTuned, FineTuning
 
 SHOTS = ("1", "5", "10", "1%", "10%")
-INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
 
 
 def logistic_regression(
@@ -36,16 +35,7 @@ def logistic_regression(
     The mean and spread of ``unlabelled``, the features of all training images, standardize; their labels stay unseen.
     ``strength`` is C, the inverse of the regularization.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    mean, spread = unlabelled.mean(axis=0, dtype=np.float64), unlabelled.std(axis=0, dtype=np.float64)
-    scale = np.where(spread > 1e-5 * spread.max(), 1 / np.maximum(spread, 1e-12), 0.0)
-    scale = scale / train.shape[1] ** 0.25
-    model = LogisticRegression(C=strength, max_iter=500)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 500 steps are close enough to the end
-        model.fit((train - mean) * scale, labels)
+    model, mean, scale = fit_logistic_regression(train, labels, unlabelled, strength)
     predicted: np.ndarray = model.predict((test - mean) * scale)
     return predicted.astype(np.int64)
 

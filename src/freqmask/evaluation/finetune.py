@@ -47,6 +47,7 @@ from freqmask.evaluation.finetune_plan import (
     without_head_norm,
 )
 from freqmask.evaluation.labelled import SPLITS, LabelledData, shot_name
+from freqmask.evaluation.linear import begin_head
 from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
@@ -219,6 +220,30 @@ class FinetuneModule(ScheduledModule):
             follower.copy_(leader)
 
 
+@torch.no_grad()
+def begin_by_frozen_features(module: FinetuneModule, images: TrainDataset) -> None:
+    """Sets a classifier's head to logistic regression on its features before the first step, norm and average alike."""
+    model, end, inputs, labels = module.model, module.model.get_classifier(), [], []
+    device = torch.device(module.tuning.accelerator)
+    hook = end.register_forward_pre_hook(lambda _, given: inputs.append(given[0].float().cpu()))
+    module.to(device).eval()
+    for batch in make_loader(images, OrderedSampler(len(images), 0, 1), min(len(images), 64), workers=0):
+        labels.append(batch["labels"])
+        model(module.normalize(batch["views"][0].to(device)))
+    hook.remove()
+    module.cpu().train()
+    features = torch.cat(inputs)
+    if module.tuning.head_norm:
+        norm, end = end
+        norm.running_mean.copy_(features.mean(dim=0))
+        norm.running_var.copy_(features.var(dim=0))
+        features = norm.eval()(features)
+        norm.train()
+    begin_head(end, features, torch.cat(labels))
+    if module.average is not None:
+        module.average.load_state_dict(model.state_dict())
+
+
 class HeldOutAccuracy(Measurement):
     """The accuracy of the classifier on held-out images."""
 
@@ -292,8 +317,10 @@ class FinetuneJob(TrainingJob):
         network = self._classifier or self._make(numbers.drop_path)
         parts = self.data.parted(self.train, numbers.held_out, numbers.seed)
         train, held_out = (Subset(self.data.source, part) for part in parts)
-        torch.manual_seed(numbers.seed)  # of drop path
         module = FinetuneModule(network.model, numbers, len(self.data.class_names))
+        if numbers.head_fitted and not any(run.checkpoints.glob("*.ckpt")):
+            begin_by_frozen_features(module, make_dataset(train, numbers, augmented=False))
+        torch.manual_seed(numbers.seed)  # of drop path
         if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
             module.to(memory_format=torch.channels_last)
         lines = _FEW_LINES if self.short else LINES_A_RUN

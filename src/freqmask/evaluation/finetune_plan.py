@@ -255,6 +255,7 @@ class Tuning(TrainingNumbers):
     head_norm: (
         bool | None
     )  # features go through batch norm before the head; None in runs of 0.1.0, which had none
+    head_fitted: bool | None  # it begins as logistic regression on frozen features; None in runs of 0.1.0
     held_out: float  # share of the training images on which accuracy is measured
     validate_every_steps: int
 
@@ -329,7 +330,10 @@ class FinetunePlan(Plan):
                 self.take(name, getattr(published, name), published.words)
         self._take_length()
         self._take_rates()
-        self.values["head_norm"] = self._standardizes()
+        head = self.network.model.get_classifier()
+        is_linear = isinstance(head, nn.Linear) and head.bias is not None
+        self.values["head_norm"] = is_linear and self._standardizes()
+        self.values["head_fitted"] = is_linear and self.images < FEW_IMAGES
         every, steps = asked["validate_every_epochs"], self.values["steps"] // VALIDATIONS
         if every not in (None, AUTO):
             steps = round(every * self.images / self.values["batch_size"])
@@ -396,10 +400,9 @@ class FinetunePlan(Plan):
         return sum(parameter.nelement() for parameter in self.network.model.parameters()) < auto.TINY_WEIGHTS
 
     def _standardizes(self) -> bool:
-        values, is_linear = self.values, isinstance(self.network.model.get_classifier(), nn.Linear)
-        is_known = self.published is PUBLISHED["vit"] and self.job.model.opened.backbone.is_vit and is_linear
-        enough = images_at_once(values) >= STANDARDIZED_FROM_IMAGES
-        return is_known and self._is_tiny and enough and values["steps"] >= STANDARDIZED_FROM_STEPS
+        is_known = self.published is PUBLISHED["vit"] and self.job.model.opened.backbone.is_vit
+        enough = images_at_once(self.values) >= STANDARDIZED_FROM_IMAGES
+        return is_known and self._is_tiny and enough and self.values["steps"] >= STANDARDIZED_FROM_STEPS
 
     def _take_rates(self) -> None:
         values, published, batch = self.values, self.published, int(self.values["batch_size"])
@@ -429,6 +432,9 @@ class FinetunePlan(Plan):
         yield f"recipe      {self.published.words}{why('recipe')}"
         if tuning.head_norm:
             yield f"            features standardized before the head ({auto.MORE_FOR_TINY})"
+        if tuning.head_fitted:
+            why_fitted = f"fewer than {FEW_IMAGES:,} images"
+            yield f"            the head begins as logistic regression on frozen features ({why_fitted})"
         optimizer = "AdamW" if tuning.optimizer == "adamw" else "LAMB"
         average = f", moving average {tuning.ema:g}" if tuning.ema else ""
         end = f"cosine to {tuning.min_lr:.2g}{average}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ LEARNING_RATES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0, 100.0)
 DECAY = 1e-3  # weight decay times learning rate, see `Sweep`
 HELD_OUT, ENOUGH, MOST_HELD_OUT = 0.1, 500, 0.3  # of the training images: they choose among the heads
 MOMENTUM, BATCH, EPOCHS, LEAST_STEPS = 0.9, 512, 50, 1000
+INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
 _CHUNK = 2**26  # logits at once, 270 MB: those of 18 heads, 5,000 classes and 8,192 images would be 3 GB
 _AT_ONCE = 8192  # images
 IMBALANCED = 1.2  # largest over smallest class from which class weights make a difference worth a row
@@ -206,6 +208,48 @@ def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
             waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
         yield waiting[:batch]
         waiting = waiting[batch:]
+
+
+def fit_logistic_regression(
+    train: Float[np.ndarray, "image dim"],
+    labels: Int64[np.ndarray, " image"],
+    unlabelled: Float[np.ndarray, "other dim"],
+    strength: float = INVERSE_STRENGTH,
+) -> tuple[Any, Float[np.ndarray, " dim"], Float[np.ndarray, " dim"]]:
+    """Scikit-learn's, of as few images as there are, on ``(train - mean) * scale``; with that mean and scale.
+
+    ``unlabelled`` are the features of all training images, whose mean and spread standardize.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = unlabelled.mean(axis=0, dtype=np.float64), unlabelled.std(axis=0, dtype=np.float64)
+    scale = np.where(spread > 1e-5 * spread.max(), 1 / np.maximum(spread, 1e-12), 0.0)
+    scale = scale / train.shape[1] ** 0.25
+    model = LogisticRegression(C=strength, max_iter=500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 500 steps are close enough to the end
+        model.fit((train - mean) * scale, labels)
+    return model, mean, scale
+
+
+@torch.no_grad()
+def begin_head(head: Any, features: Float[Tensor, "image dim"], labels: Int64[Tensor, " image"]) -> None:
+    """Sets a linear layer, in place, to the logistic regression of a few images on its inputs.
+
+    A class without an image keeps the weights it has, and the lowest bias of the others.
+    """
+    values = features.double().cpu().numpy()
+    if len(classes := labels.unique()) < 2:
+        return
+    model, mean, scale = fit_logistic_regression(values, labels.cpu().numpy(), values)
+    weights, bias = model.coef_ * scale, model.intercept_
+    if len(classes) == 2:  # scikit-learn has one row of their difference
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    bias = bias - weights @ mean
+    head.bias.fill_(float(bias.min()))
+    head.weight[classes] = torch.as_tensor(weights).to(head.weight)
+    head.bias[classes] = torch.as_tensor(bias).to(head.bias)
 
 
 def sweep_of(names: Sequence[str], weighted: bool, rates: Sequence[float] = LEARNING_RATES) -> list[Head]:
