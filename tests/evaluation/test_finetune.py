@@ -41,6 +41,7 @@ from freqmask.evaluation.finetune_plan import (
     standardize_features,
     without_head_norm,
 )
+from freqmask.evaluation.linear import begin_head
 from freqmask.evaluation.trainings import layer_groups
 from freqmask.interop.models import open_model
 from freqmask.training.run_folder import RunFolder, load_safely
@@ -758,3 +759,12 @@ def test_a_head_that_began_by_frozen_features_goes_on_exactly(there: Path, tmp_p
     assert load_safely(kept)["global_step"] == 2
     finetune(there, tmp_path / "broken", steps=4, checkpoint_every_steps=2, keep_checkpoints=9)
     assert_equal(run.path, broken.path)
+
+
+@pytest.mark.parametrize("odd", ["one class", "not finite"])
+def test_a_head_that_nothing_can_be_fitted_to_stays_as_it_is(odd: str) -> None:
+    head = torch.nn.Linear(4, 3)
+    before = head.weight.clone()
+    features, labels = torch.randn(8, 4), torch.arange(8) % 3
+    begin_head(head, features * (np.nan if odd == "not finite" else 1), labels * (odd != "one class"))
+    assert torch.equal(head.weight, before)

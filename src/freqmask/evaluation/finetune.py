@@ -227,7 +227,8 @@ def begin_by_frozen_features(module: FinetuneModule, images: TrainDataset) -> No
     device = torch.device(module.tuning.accelerator)
     hook = end.register_forward_pre_hook(lambda _, given: inputs.append(given[0].float().cpu()))
     module.to(device).eval()
-    for batch in make_loader(images, OrderedSampler(len(images), 0, 1), min(len(images), 64), workers=0):
+    sampler, at_once = OrderedSampler(len(images), 0, 1), min(len(images), 64)
+    for batch in make_loader(images, sampler, at_once, workers=module.tuning.workers):
         labels.append(batch["labels"])
         model(module.normalize(batch["views"][0].to(device)))
     hook.remove()
@@ -236,7 +237,7 @@ def begin_by_frozen_features(module: FinetuneModule, images: TrainDataset) -> No
     if module.tuning.head_norm:
         norm, end = end
         norm.running_mean.copy_(features.mean(dim=0))
-        norm.running_var.copy_(features.var(dim=0))
+        norm.running_var.copy_(features.var(dim=0, correction=0))
         features = norm.eval()(features)
         norm.train()
     begin_head(end, features, torch.cat(labels))
@@ -319,6 +320,8 @@ class FinetuneJob(TrainingJob):
         train, held_out = (Subset(self.data.source, part) for part in parts)
         module = FinetuneModule(network.model, numbers, len(self.data.class_names))
         if numbers.head_fitted and not any(run.checkpoints.glob("*.ckpt")):
+            if not self.short:
+                say(f"head        on frozen features of {counted(len(train), 'image')} first")
             begin_by_frozen_features(module, make_dataset(train, numbers, augmented=False))
         torch.manual_seed(numbers.seed)  # of drop path
         if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:

@@ -252,10 +252,9 @@ class Tuning(TrainingNumbers):
     crop_scale: list[float]  # smallest and largest share of the area in a random crop
     crop_share: float  # of the side in the centered test window
     ema: float | None  # decay of the moving average that is tested instead of the weights; None for none
-    head_norm: (
-        bool | None
-    )  # features go through batch norm before the head; None in runs of 0.1.0, which had none
-    head_fitted: bool | None  # it begins as logistic regression on frozen features; None in runs of 0.1.0
+    # None in runs of 0.1.0, which had neither
+    head_norm: bool | None  # features go through batch norm before the head
+    head_fitted: bool | None  # the head begins as logistic regression on frozen features
     held_out: float  # share of the training images on which accuracy is measured
     validate_every_steps: int
 

@@ -237,11 +237,13 @@ def fit_logistic_regression(
 def begin_head(head: Any, features: Float[Tensor, "image dim"], labels: Int64[Tensor, " image"]) -> None:
     """Sets a linear layer, in place, to the logistic regression of a few images on its inputs.
 
-    A class without an image keeps the weights it has, and the lowest bias of the others.
+    A class without an image keeps the weights it has, and the lowest bias of the others. One class alone, and features
+    that are not finite, leave the layer as it is: the training tells of them.
     """
-    values = features.double().cpu().numpy()
-    if len(classes := labels.unique()) < 2:
+    classes = labels.unique()
+    if len(classes) < 2 or not features.isfinite().all():
         return
+    values = features.double().cpu().numpy()
     model, mean, scale = fit_logistic_regression(values, labels.cpu().numpy(), values)
     weights, bias = model.coef_ * scale, model.intercept_
     if len(classes) == 2:  # scikit-learn has one row of their difference
