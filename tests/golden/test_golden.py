@@ -85,6 +85,10 @@ def test_the_newest_unfinished_run_is_found_without_its_name() -> None:
 
 
 def test_fine_tuning_gives_the_frozen_losses_and_rows() -> None:
+    """As the run was begun: since then the head of few images begins as logistic regression."""
+    Path("again/mfm-seed0").mkdir(parents=True)
+    for name in ("config.yaml", "run.json"):
+        shutil.copy(Path("tuned/mfm-seed0") / name, "again/mfm-seed0")
     run(["evaluate", "finetune", "--out", "again", *FROZEN["finetune"]["arguments"]])
     training = only_training("again")
     assert losses(training) == pytest.approx(FROZEN["finetune"]["loss"], rel=1e-6)
