@@ -768,3 +768,14 @@ def test_a_head_that_nothing_can_be_fitted_to_stays_as_it_is(odd: str) -> None:
     features, labels = torch.randn(8, 4), torch.arange(8) % 3
     begin_head(head, features * (np.nan if odd == "not finite" else 1), labels * (odd != "one class"))
     assert torch.equal(head.weight, before)
+
+
+def test_a_frozen_pass_without_memory_is_a_sentence(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("freqmask.evaluation.finetune.begin_head", full)
+    with pytest.raises(UserError, match="out of memory with 8 images at once"):
+        finetune(there, tmp_path / "out", steps=1)

@@ -67,7 +67,7 @@ from freqmask.rng import sample_key, torch_seeded
 from freqmask.spectrum import Images, Normalization, as_float
 from freqmask.timm_models import strides
 from freqmask.training.callbacks import Measurement, Monitor
-from freqmask.training.loop import ScheduledModule, Task
+from freqmask.training.loop import ScheduledModule, Task, translate_errors
 from freqmask.training.optim import Schedule, make_adamw, update_ema
 from freqmask.training.run_folder import RunFolder, comparable, from_anywhere
 
@@ -322,7 +322,8 @@ class FinetuneJob(TrainingJob):
         if numbers.head_fitted and not any(run.checkpoints.glob("*.ckpt")):
             if not self.short:
                 say(f"head        on frozen features of {counted(len(train), 'image')} first")
-            begin_by_frozen_features(module, make_dataset(train, numbers, augmented=False))
+            with translate_errors(run, vars(numbers)):
+                begin_by_frozen_features(module, make_dataset(train, numbers, augmented=False))
         torch.manual_seed(numbers.seed)  # of drop path
         if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
             module.to(memory_format=torch.channels_last)

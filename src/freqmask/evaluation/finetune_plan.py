@@ -212,9 +212,9 @@ SMALL_IMAGES = {
     "crop_scale": [0.5, 1.0],
     "crop_share": 1.0,
 }
-FEW_IMAGES = (
-    10_000  # below it, small images are not mixed and a CNN learns as a ViT (docs/log.md, Fine-tuning)
-)
+# Below it a head begins as logistic regression; small images are not mixed, and a CNN learns from them as a ViT
+# (docs/log.md, Fine-tuning).
+FEW_IMAGES = 10_000
 # Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
 TINY_LR_BATCH = 128
 # Their features differ a hundredfold in how much they vary, so they are standardized before the head. Fewer images at

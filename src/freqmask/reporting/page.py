@@ -168,8 +168,11 @@ def refresh_report(run: str | Path) -> Path | None:
         return None
     report = Path(run) / REPORT
     try:
-        before = report.read_text(encoding="utf-8", errors="replace")[:4096] if report.is_file() else ""
-        return write_report([run], images=_WITHOUT_IMAGES not in before)
+        images = True
+        if report.is_file():
+            with report.open(encoding="utf-8", errors="replace") as file:
+                images = _WITHOUT_IMAGES not in file.read(4096)
+        return write_report([run], images=images)
     except (UserError, OSError, ValueError) as error:
         say(f"note: the report was not written: {error}; `freqmask report {shell_path(run)}` tries again")
         return None
