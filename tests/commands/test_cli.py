@@ -236,6 +236,12 @@ def test_hyphens_lists_and_bare_flags_are_accepted() -> None:
     }
 
 
+def test_a_flag_that_may_be_auto_takes_that_word_and_no_data() -> None:
+    known = declared(freqmask.pretrain)
+    for words, value in ((["--convert_channels", "auto", "a"], "auto"), (["--convert_channels", "a"], True)):
+        assert given_values(read_words(known, words), known) == {"convert_channels": value, "data": ["a"]}
+
+
 def test_the_last_of_a_single_value_that_is_given_twice_counts() -> None:
     known = declared(freqmask.pretrain)
     words = ["--image_size", "32", "--lr", "1", "--image_size", "64", "--lr=2", "a"]
@@ -278,6 +284,7 @@ def test_a_key_of_what_is_no_mapping_is_a_sentence(
         (["pretrain", "x", "--cro"], ["--crop", "--crop_scale", "--help"]),
         (["pretrain", "--crop", ""], ["native", "whole"]),
         (["evaluate", "knn", "--cache", ""], ["true", "false"]),
+        (["evaluate", "finetune", "--flip", ""], ["auto", "true", "false"]),
         (["nothing", ""], []),
     ],
 )

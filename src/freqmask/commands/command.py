@@ -336,7 +336,7 @@ def _known(name: str, known: Mapping[str, Option]) -> Option:
 
 def _values(name: str, option: Option, rest: list[str]) -> str | list[str]:
     """Takes the value of an option, or its values, from the words after it."""
-    if option.of_kind(bool) and (not rest or rest[0].lower() not in _BOOLEANS):
+    if option.of_kind(bool) and (not rest or rest[0].lower() not in (*_BOOLEANS, *option.words)):
         return "true"
     taken: list[str] = []
     if option.many and rest and not rest[0].startswith("["):
@@ -410,7 +410,5 @@ def completions(function: Callable[..., Any], words: Sequence[str]) -> list[str]
     before = words[-2] if len(words) > 1 else ""
     option = known.get(before[2:].replace("-", "_")) if before.startswith("--") else None
     if option is not None:
-        words_of_kinds = (word for kind in option.kinds for word in typing.get_args(kind))
-        values = [word for word in words_of_kinds if isinstance(word, str)]
-        return values or (list(_BOOLEANS[:2]) if option.of_kind(bool) else [])
+        return [*option.words, *(_BOOLEANS[:2] if option.of_kind(bool) else ())]
     return [f"--{name}" for name in (*known, "help")]

@@ -118,6 +118,12 @@ class Option:
         return any(kind in kinds or _element(kind) in kinds for kind in self.kinds)
 
     @property
+    def words(self) -> list[str]:
+        """The words that it may be, such as auto."""
+        values = (value for kind in self.kinds for value in typing.get_args(kind))
+        return [value for value in values if isinstance(value, str)]
+
+    @property
     def many(self) -> bool:
         """Whether it takes several values."""
         return any(typing.get_origin(kind) is list for kind in self.kinds)
