@@ -290,6 +290,11 @@ def few_tokens_attention(model: nn.Module, tokens: int) -> AbstractContextManage
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Its batch norms that keep running statistics."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+
+
 @torch.no_grad()
 def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> None:
     """Recomputes the running statistics of batch norm as the mean over ``batches``, by their images, in place.
@@ -304,7 +309,7 @@ def recalibrate_batch_norm(backbone: nn.Module, batches: Iterable[Images]) -> No
     Raises:
         UserError: if there is no batch.
     """
-    norms = [part for part in backbone.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = batch_norms(backbone)
     if not norms:
         return
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]

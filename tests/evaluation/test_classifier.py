@@ -73,7 +73,7 @@ def test_data_with_some_of_the_numbers_of_outputs_is_taken_by_number(tmp_path: P
 def test_making_networks_leaves_the_generators_of_other_devices_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from freqmask.evaluation.finetune import randomness_from
+    from freqmask.data.augment import randomness_from
     from freqmask.evaluation.finetune_plan import make_classifier
     from freqmask.interop.models import open_model
 

@@ -15,33 +15,30 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tiny_runs import fused_in_training, make_run, steps_made
 
 import freqmask
 from freqmask.cli import main
+from freqmask.data.augment import AugmentedGeometry, Mixer, _randaugment
 from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
 from freqmask.data.sources import open_source
 from freqmask.data.values import ValueRange
 from freqmask.errors import UserError
 from freqmask.evaluation.eval_model import LOGITS, ClassifierModel, seen_in_training
-from freqmask.evaluation.finetune import (
-    AugmentedGeometry,
-    FinetuneModule,
-    Mixer,
-    _randaugment,
-    begin_by_frozen_features,
-    make_dataset,
-)
+from freqmask.evaluation.finetune import FinetuneModule, begin_by_frozen_features, frozen_features
 from freqmask.evaluation.finetune_plan import (
     Tuning,
     make_classifier,
     standardize_features,
     without_head_norm,
 )
-from freqmask.evaluation.linear import begin_head
+from freqmask.evaluation.linear import RIDGE, begin_head, right_out_of_fold
 from freqmask.evaluation.trainings import layer_groups
 from freqmask.interop.models import open_model
 from freqmask.training.run_folder import RunFolder, load_safely
@@ -355,9 +352,10 @@ def test_few_labels_are_the_draw_of_fewshot(there: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("few", "options", "expected"),
     [
         (
+            False,
             {"image_size": 96},
             {
                 "recipe": "a3",
@@ -368,20 +366,32 @@ def test_few_labels_are_the_draw_of_fewshot(there: Path, tmp_path: Path) -> None
                 "erasing": 0.0,
             },
         ),
-        (
-            {"image_size": 32},  # and fewer than 10,000 of them
-            {"recipe": "vit", "optimizer": "adamw", "layer_decay": 0.8, "mixup": 0.0, "head_norm": False},
+        *(
+            (
+                True,
+                {"image_size": size},
+                {"recipe": "vit", "optimizer": "adamw", "layer_decay": 0.8, "mixup": 0.0, "head_norm": False},
+            )
+            for size in (32, 96)
         ),
-        ({"image_size": 32, "recipe": "a3"}, {"optimizer": "lamb", "mixup": 0.1, "cutmix": 1.0}),
+        (True, {"image_size": 32, "recipe": "a3"}, {"optimizer": "lamb", "mixup": 0.1, "cutmix": 1.0}),
         (
+            False,
             {"image_size": 96, "recipe": "vit", "ema": 0.9},
             {"optimizer": "adamw", "loss": "cross_entropy", "layer_decay": 0.8, "mixup": 0.8},
         ),
     ],
 )
-def test_a_cnn_has_its_own_recipe(
-    there: Path, tmp_path: Path, options: dict[str, Any], expected: dict[str, Any]
+def test_a_cnn_has_its_own_recipe_unless_images_are_few(
+    there: Path,
+    tmp_path: Path,
+    few: bool,
+    options: dict[str, Any],
+    expected: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not few:
+        monkeypatch.setattr("freqmask.evaluation.finetune_plan.FEW_IMAGES", 40)
     finetune(there, tmp_path / "out", model="random:test_resnet", steps=2, **options)
     config = RunFolder(tmp_path / "out" / "random-test_resnet-seed0").config()
     assert {name: config[name] for name in expected} == expected
@@ -731,7 +741,7 @@ def test_the_head_of_few_images_begins_as_scikit_learn_s_logistic_regression(
     model = make_classifier(open_model(there / "mine"), classes, 0.0, 0).model
     module = FinetuneModule(model, tuning, classes)
     source = open_source(str(tmp_path / "few.npz"), split="all")
-    begin_by_frozen_features(module, make_dataset(source, tuning, augmented=False))
+    begin_by_frozen_features(module, source)
     assert module.training
     module.eval()
     views = module.normalize(torch.from_numpy(images).permute(0, 3, 1, 2))
@@ -745,6 +755,23 @@ def test_the_head_of_few_images_begins_as_scikit_learn_s_logistic_regression(
     np.testing.assert_allclose(among, theirs, atol=2e-2)
     np.testing.assert_array_equal(found, average)
     assert (found.argmax(axis=1) == labels).mean() > 0.9 and found[:, 3:].max(initial=0) < 0.5
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_head_that_says_yes_or_no_begins_as_scikit_learns_one_against_all(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, 60)
+    features = rng.normal(size=(60, 8)) * np.geomspace(0.1, 10, 8) + 3
+    features[:, :3] += np.eye(3)[labels] * features[:, :3].std(axis=0)
+    head = torch.nn.Linear(8, classes)
+    begin_head(head, torch.from_numpy(features).float(), torch.from_numpy(labels), binary=True)
+    with torch.no_grad():
+        logits = head(torch.from_numpy(features).float()).numpy()
+    scaled = StandardScaler().fit_transform(features) / features.shape[1] ** 0.25
+    theirs = OneVsRestClassifier(LogisticRegression(max_iter=500)).fit(
+        scaled, np.eye(classes, dtype=int)[labels]
+    )
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), theirs.predict_proba(scaled), atol=1e-3)
 
 
 def test_a_head_that_began_by_frozen_features_goes_on_exactly(there: Path, tmp_path: Path) -> None:
@@ -773,9 +800,129 @@ def test_a_head_that_nothing_can_be_fitted_to_stays_as_it_is(odd: str) -> None:
 def test_a_frozen_pass_without_memory_is_a_sentence(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("freqmask.evaluation.finetune.begin_head", full)
     with pytest.raises(UserError, match="out of memory with 8 images at once"):
         finetune(there, tmp_path / "out", steps=1)
+
+
+def cnn_run(folder: Path) -> Path:
+    """A CNN whose batch norm has the statistics of quite other images than ours."""
+    small = {"channels": [8, 8, 8, 8]}
+    make_run(folder, image_size=32, backbone="resnet10t", patch_size=None, model_args=small)
+    weights = folder / "backbone" / "model.safetensors"
+    tensors = load_file(weights)
+    for name in tensors:
+        if name.endswith("running_var"):
+            tensors[name] *= 0.01
+    save_file(tensors, weights, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("way", ["frozen", "learning", "fresh weights"])
+def test_the_first_steps_of_few_images_see_the_features_that_the_head_was_fitted_to(
+    tmp_path: Path, way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data, frozen = cnn_run(tmp_path / "mine"), stripes(tmp_path / "slanted.npz", True), way == "frozen"
+    if way == "learning":
+        monkeypatch.setattr("freqmask.evaluation.finetune_plan.NORM_FROZEN_BELOW", 8)
+    model, options = (
+        f"random:{run}" if way == "fresh weights" else str(run),
+        {"steps": 3, "log_every_steps": 1},
+    )
+    freqmask.evaluate.finetune(model, data=data, out=str(tmp_path / "out"), **{**QUICK, **options})
+    (tuned,) = (
+        path for path in (tmp_path / "out").iterdir() if path.is_dir() and path.name.endswith("seed0")
+    )
+    config, before, after = (
+        RunFolder(tuned).config(),
+        load_file(run / "backbone" / "model.safetensors"),
+        weights(tuned),
+    )
+    assert (config["norm_frozen"], config["head_fitted"]) == (frozen, way != "fresh weights")
+    line = "batch norm keeps the statistics of its pre-training (fewer than 64 images at once)"
+    assert (line in capsys.readouterr().out) is frozen
+    statistics = [name for name in after if name.endswith(("running_mean", "running_var"))]
+    assert statistics and all(torch.equal(before[name], after[name]) is frozen for name in statistics)
+    assert any(not torch.equal(before[name], after[name]) for name in after if name.endswith("bn1.weight"))
+    assert (
+        float(rows(tuned / "metrics.csv")[0]["loss"]) < 2.5
+    )  # 4.1 where its statistics were not those of a step
+
+
+def test_statistics_before_the_head_is_fitted_are_of_all_classes(there: Path, tmp_path: Path) -> None:
+    """Folders lie class by class: a batch in their order would be of one."""
+    labels = np.arange(128) // 64
+    noise = np.random.default_rng(0).integers(0, 60, (128, 16, 16, 3))
+    images = (noise + 150 * labels[:, None, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "sorted.npz", images=images, labels=labels)
+    finetune(there, tmp_path / "first", steps=1)
+    tuning = Tuning.read(RunFolder(tmp_path / "first" / "mine-seed0").config())
+    model = make_classifier(open_model("random:resnet10t", image_size=32), 2, 0.0, 0).model
+    views = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (tuning.mean, tuning.std))
+    with torch.no_grad():
+        expected = model.conv1[0](torch.cat([(views - mean) / std])).var(dim=(0, 2, 3))
+    frozen_features(model, tuning, open_source(str(tmp_path / "sorted.npz"), split="all"))
+    torch.testing.assert_close(model.conv1[1].running_var, expected, rtol=0.1, atol=0)
+
+
+def stripes(path: Path, mirrored: bool) -> str:
+    """Slanted stripes: one class to the left and one to the right, or (``mirrored``) wide and narrow, half each way."""
+    rng = np.random.default_rng(0)
+    labels, (y, x) = np.arange(60) % 2, np.mgrid[:32, :32]
+    ways, widths = (1 - 2 * labels, labels * 0 + 8) if mirrored else (rng.choice([1, -1], 60), 6 + 6 * labels)
+    lines = zip(ways, widths, rng.integers(0, 12, 60), strict=True)
+    images = np.stack([(x + way * y + offset) % width < width / 2 for way, width, offset in lines])
+    noisy = (150 * images[..., None] + rng.integers(0, 60, (60, 32, 32, 3))).astype(np.uint8)
+    arrays = {"train_images": noisy[:50], "train_labels": labels[:50]}
+    np.savez(path, **arrays, test_images=noisy[50:], test_labels=labels[50:])
+    return str(path)
+
+
+def test_images_whose_mirror_image_is_of_another_class_are_not_mirrored(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slanted, alike = stripes(tmp_path / "slanted.npz", True), stripes(tmp_path / "alike.npz", False)
+
+    def views(data: str, **options: Any) -> str:
+        options = {"model": "random:resnet10t", "image_size": 32, "dry_run": True, "steps": 42, **options}
+        finetune(there, tmp_path / "out", data=data, **options)
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("views"))
+
+    never = "never mirrored (by frozen features 100% of 50 images are right, mirrored 0%)"
+    assert views(slanted).endswith(never)
+    assert views(alike).endswith("mirrored half of the time")
+    assert views(slanted, flip=True).endswith("mirrored half of the time")
+    assert views(alike, flip=False).endswith("never mirrored")
+    assert views(slanted, steps=2).endswith("mirrored half of the time"), "too little training to try it"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_begun_when_mirroring_was_the_default_resumes(there: Path, tmp_path: Path) -> None:
+    finetune(there, tmp_path / "out", flip=True)
+    assert RunFolder(tmp_path / "out" / "mine-seed0").config()["flip"]
+    finetune(there, tmp_path / "out")
+    with pytest.raises(UserError, match="flip was True and is False now"):
+        finetune(there, tmp_path / "out", flip=False)
+
+
+def test_right_out_of_fold_is_scikit_learns_cross_validation() -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 90)
+    features = rng.normal(size=(90, 12)) * np.geomspace(0.01, 100, 12) + 2
+    features[:, :3] += np.eye(3)[labels] * features[:, :3].std(axis=0) * 1.5
+    others = features + rng.normal(size=features.shape) * features.std(axis=0)
+    tensors = [torch.from_numpy(values) for values in (features, others, labels)]
+    right, others_right = right_out_of_fold(*tensors)
+    folds = PredefinedSplit(np.random.default_rng(0).permutation(90) % 5)
+    # a mean squared length of 12 instead of the root of 12
+    ridge = make_pipeline(StandardScaler(), RidgeClassifier(alpha=RIDGE * 12))
+    np.testing.assert_array_equal(right, cross_val_predict(ridge, features, labels, cv=folds) == labels)
+    for train, test in folds.split():
+        predicted = ridge.fit(features[train], labels[train]).predict(others[test])
+        np.testing.assert_array_equal(others_right[test], predicted == labels[test])
+    assert 0.5 < right.mean() < 1 and others_right.mean() < right.mean()
+    assert not right_out_of_fold(*tensors[:2], torch.zeros(90, dtype=torch.int64))[0].any()

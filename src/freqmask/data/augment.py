@@ -1,4 +1,4 @@
-"""Color jitter, gray, blur and solarize for a whole batch on the device, each image with its own strengths.
+"""How images are changed beyond crops: colors on the device; RandAugment, erasing and mixing of a fine-tuning.
 
 The results are those of torchvision's functions for floats. Two departures, both so that a batch is one
 computation without a loop over images: the four color changes come in one order (brightness, contrast,
@@ -7,17 +7,31 @@ saturation, hue) instead of a random one, and every image pays for every change,
 
 from __future__ import annotations
 
+import functools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64, Shaped
+from PIL import Image
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
+from freqmask.data.transforms import Geometry
 from freqmask.errors import UserError
-from freqmask.rng import Keys, batch_keys, uniform
+from freqmask.rng import Keys, batch_keys, sample_key, torch_seeded, uniform
 from freqmask.spectrum import Images
 
 PerImage = Float[Tensor, " batch"]
+NO_AUGMENT = "none"
+_TRANSLATION = 0.45  # of the shorter side: how far RandAugment shifts at most, as in timm's transforms
+_RANDAUGMENT = 1  # the view's number in the key of its RandAugment: other numbers than those of its crop
 
 
 @dataclass(frozen=True)
@@ -202,3 +216,83 @@ def _drawn(keys: Tensor, stream: str, probability: float) -> Bool[Tensor, "batch
 
 def _wide(numbers: Tensor) -> Tensor:
     return numbers[:, None, None, None]
+
+
+@contextmanager
+def randomness_from(key: int, torch_too: bool = False, device: torch.device | None = None) -> Iterator[None]:
+    """Python's, numpy's and (``torch_too``) torch's generators start from a signed 64-bit key; restored afterwards.
+
+    timm draws from them; so an image's changes follow from its key alone, whatever the worker or a restart.
+    """
+    before = random.getstate(), np.random.get_state()
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    try:
+        with torch_seeded(key, device) if torch_too else nullcontext():
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+@dataclass(frozen=True)
+class AugmentedGeometry(Geometry):
+    """A view that RandAugment changes after it is cut and mirrored."""
+
+    augment: str = NO_AUGMENT  # as timm writes it, such as rand-m9-mstd0.5-inc1
+    fill: tuple[int, int, int] = (124, 116, 104)  # color of what comes in from outside the image, 0 to 255
+
+    def finish(
+        self, window: Shaped[Tensor, "channel window_height window_width"], key: int
+    ) -> Shaped[Tensor, "channel height width"]:
+        """The view, changed by numbers from its key; of color, and 8 bits of it where a deep image is among others."""
+        view = super().finish(window, key)
+        if self.augment == NO_AUGMENT:
+            return view
+        if view.is_floating_point():
+            view = (view * 255).round().to(torch.uint8)
+        change = _randaugment(self.augment, min(self.size), self.fill)
+        with randomness_from(sample_key(key, _RANDAUGMENT, 0)):
+            changed = change(Image.fromarray(view.permute(1, 2, 0).contiguous().numpy()))
+        return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _randaugment(text: str, side: int, fill: tuple[int, int, int]) -> RandAugment:
+    settings = {"translate_const": int(side * _TRANSLATION), "img_mean": fill}
+    change = rand_augment_transform(text, {**settings, "interpolation": Image.Resampling.BICUBIC})
+    for one in change.ops:
+        if one.name.startswith("Posterize"):
+            one.aug_fn = _posterize
+    return change
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    # the highest level keeps no bit, which is black; Pillow refuses it since 13
+    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+@dataclass
+class Mixer:
+    """Erases rectangles and mixes the images of a batch with each other."""
+
+    classes: int
+    mixup: float  # alpha; 0 for none
+    cutmix: float  # alpha; 0 for none
+    smoothing: float  # of the labels
+    erasing: float  # probability that an image loses a rectangle to noise
+
+    def __call__(
+        self, images: Images, labels: Int64[Tensor, " batch"], key: int
+    ) -> tuple[Images, Float[Tensor, "batch class"]]:
+        """The batch as the classifier is trained on it: images, and how much of each class they are.
+
+        The normalized images are changed in place.
+        """
+        with randomness_from(key, torch_too=self.erasing > 0, device=images.device):
+            if self.erasing:
+                images = RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
+            if self.mixup or self.cutmix:
+                mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=self.classes)
+                return mix(images, labels)
+        return images, mixup_target(labels, self.classes, smoothing=self.smoothing)

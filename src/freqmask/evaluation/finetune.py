@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import copy
-import functools
-import random
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import lightning as L
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
-from PIL import Image
-from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
-from timm.data.mixup import Mixup, mixup_target
-from timm.data.random_erasing import RandomErasing
+from jaxtyping import Float, Int64
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 
 from freqmask import __version__
-from freqmask.backbones import cells, few_tokens_attention
+from freqmask.backbones import batch_norms, cells, eval_no_grad, few_tokens_attention, recalibrate_batch_norm
 from freqmask.console import LINES_A_RUN, counted, rank, readable_time, say, say_left_out
+from freqmask.data.augment import AugmentedGeometry, Mixer
 from freqmask.data.cache import hash_of
-from freqmask.data.loader import OrderedSampler, TrainDataset, make_loader
+from freqmask.data.loader import (
+    ChosenSampler,
+    OrderedSampler,
+    TrainDataset,
+    calibration_images,
+    make_loader,
+)
 from freqmask.data.source import Source, Subset
 from freqmask.data.transforms import Geometry
 from freqmask.data.values import ValueRange
@@ -36,7 +37,11 @@ from freqmask.evaluation.eval_model import LOGITS, BackboneModel, ClassifierMode
 from freqmask.evaluation.features import ComputeConfig, compute_features, not_finite
 from freqmask.evaluation.finetune_plan import (
     DECIDING,
-    NO_AUGMENT,
+    MIRRORED_DEVIATIONS,
+    MIRRORED_LEAST,
+    MIRRORED_MOST,
+    MIRRORED_RIGHT,
+    MIRRORED_SHARE,
     FinetunePlan,
     Network,
     Tuning,
@@ -47,7 +52,7 @@ from freqmask.evaluation.finetune_plan import (
     without_head_norm,
 )
 from freqmask.evaluation.labelled import SPLITS, LabelledData, shot_name
-from freqmask.evaluation.linear import begin_head
+from freqmask.evaluation.linear import begin_head, right_out_of_fold
 from freqmask.evaluation.protocol import EvalConfig, Protocol
 from freqmask.evaluation.results import ClassificationResult, Result
 from freqmask.evaluation.trainings import (
@@ -63,7 +68,7 @@ from freqmask.evaluation.trainings import (
 )
 from freqmask.interop.formats import CLASSIFIER, PIXELS
 from freqmask.interop.weight_files import write_timm_folder
-from freqmask.rng import sample_key, torch_seeded
+from freqmask.rng import sample_key
 from freqmask.spectrum import Images, Normalization, as_float
 from freqmask.timm_models import strides
 from freqmask.training.callbacks import Measurement, Monitor
@@ -73,88 +78,6 @@ from freqmask.training.run_folder import RunFolder, comparable, from_anywhere
 
 _PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
 _FEW_LINES = 4  # without a terminal a series of runs would be all progress
-_TRANSLATION = 0.45  # of the shorter side: how far RandAugment shifts at most, as in timm's transforms
-_RANDAUGMENT = 1  # the view's number in the key of its RandAugment: other numbers than those of its crop
-
-
-@contextmanager
-def randomness_from(key: int, torch_too: bool = False, device: torch.device | None = None) -> Iterator[None]:
-    """Python's, numpy's and (``torch_too``) torch's generators start from a signed 64-bit key; restored afterwards.
-
-    timm draws from them; so an image's changes follow from its key alone, whatever the worker or a restart.
-    """
-    before = random.getstate(), np.random.get_state()
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-    try:
-        with torch_seeded(key, device) if torch_too else nullcontext():
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-
-
-@dataclass(frozen=True)
-class AugmentedGeometry(Geometry):
-    """A view that RandAugment changes after it is cut and mirrored."""
-
-    augment: str = NO_AUGMENT  # as timm writes it, such as rand-m9-mstd0.5-inc1
-    fill: tuple[int, int, int] = (124, 116, 104)  # color of what comes in from outside the image, 0 to 255
-
-    def finish(
-        self, window: Shaped[Tensor, "channel window_height window_width"], key: int
-    ) -> Shaped[Tensor, "channel height width"]:
-        """The view, changed by numbers from its key; of color, and 8 bits of it where a deep image is among others."""
-        view = super().finish(window, key)
-        if self.augment == NO_AUGMENT:
-            return view
-        if view.is_floating_point():
-            view = (view * 255).round().to(torch.uint8)
-        change = _randaugment(self.augment, min(self.size), self.fill)
-        with randomness_from(sample_key(key, _RANDAUGMENT, 0)):
-            changed = change(Image.fromarray(view.permute(1, 2, 0).contiguous().numpy()))
-        return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
-
-
-@functools.lru_cache(maxsize=8)
-def _randaugment(text: str, side: int, fill: tuple[int, int, int]) -> RandAugment:
-    settings = {"translate_const": int(side * _TRANSLATION), "img_mean": fill}
-    change = rand_augment_transform(text, {**settings, "interpolation": Image.Resampling.BICUBIC})
-    for one in change.ops:
-        if one.name.startswith("Posterize"):
-            one.aug_fn = _posterize
-    return change
-
-
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    # the highest level keeps no bit, which is black; Pillow refuses it since 13
-    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
-
-
-@dataclass
-class Mixer:
-    """Erases rectangles and mixes the images of a batch with each other."""
-
-    classes: int
-    mixup: float  # alpha; 0 for none
-    cutmix: float  # alpha; 0 for none
-    smoothing: float  # of the labels
-    erasing: float  # probability that an image loses a rectangle to noise
-
-    def __call__(
-        self, images: Images, labels: Int64[Tensor, " batch"], key: int
-    ) -> tuple[Images, Float[Tensor, "batch class"]]:
-        """The batch as the classifier is trained on it: images, and how much of each class they are.
-
-        The normalized images are changed in place.
-        """
-        with randomness_from(key, torch_too=self.erasing > 0, device=images.device):
-            if self.erasing:
-                images = RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
-            if self.mixup or self.cutmix:
-                mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=self.classes)
-                return mix(images, labels)
-        return images, mixup_target(labels, self.classes, smoothing=self.smoothing)
 
 
 class FinetuneModule(ScheduledModule):
@@ -172,6 +95,16 @@ class FinetuneModule(ScheduledModule):
         binary = tuning.loss == "binary"
         self.loss = BinaryCrossEntropy(target_threshold=_PRESENT) if binary else SoftTargetCrossEntropy()
         self.normalization = Normalization(tuning.channels, tuning.mean, tuning.std)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual; a frozen batch norm and the moving average stay as they are."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        for norm in batch_norms(self.model) if self.tuning.norm_frozen else ():
+            norm.train(mode and not norm.affine)  # the one before the head has no weights
+        return self
 
     @property
     def tested(self) -> Any:
@@ -220,29 +153,74 @@ class FinetuneModule(ScheduledModule):
             follower.copy_(leader)
 
 
+def whole_images(
+    tuning: Tuning, source: Source, sampler: ChosenSampler
+) -> Iterator[tuple[Images, Int64[Tensor, " image"]]]:
+    """Batches of images as a test sees them, normalized, on the device, and their labels on the CPU."""
+    device, images = torch.device(tuning.accelerator), make_dataset(source, tuning, augmented=False)
+    normalization = Normalization(tuning.channels, tuning.mean, tuning.std).to(device)
+    for batch in make_loader(images, sampler, min(len(images), 64), workers=tuning.workers):
+        yield normalization(as_float(batch["views"][0].to(device))), batch["labels"]
+
+
 @torch.no_grad()
-def begin_by_frozen_features(module: FinetuneModule, images: TrainDataset) -> None:
-    """Sets a classifier's head to logistic regression on its features before the first step, norm and average alike."""
-    model, end, inputs, labels = module.model, module.model.get_classifier(), [], []
-    device = torch.device(module.tuning.accelerator)
-    hook = end.register_forward_pre_hook(lambda _, given: inputs.append(given[0].float().cpu()))
-    module.to(device).eval()
-    sampler, at_once = OrderedSampler(len(images), 0, 1), min(len(images), 64)
-    for batch in make_loader(images, sampler, at_once, workers=module.tuning.workers):
-        labels.append(batch["labels"])
-        model(module.normalize(batch["views"][0].to(device)))
+def frozen_features(
+    model: Any, tuning: Tuning, source: Source, mirrored: bool = False
+) -> tuple[list[Float[Tensor, "image dim"]], Int64[Tensor, " image"]]:
+    """What a classifier's end is given for whole images and, with ``mirrored``, for their mirror images; the labels.
+
+    Batch norm that is not frozen takes the statistics of these images first, as it will in training; else the head
+    would be fitted to features that no step sees.
+    """
+    inputs, labels, views = list[Tensor](), list[Tensor](), 2 if mirrored else 1
+    model.to(torch.device(tuning.accelerator))
+    if not tuning.norm_frozen:
+        several = ChosenSampler(calibration_images(source))
+        recalibrate_batch_norm(model, (images for images, _ in whole_images(tuning, source, several)))
+    hook = model.get_classifier().register_forward_pre_hook(
+        lambda _, given: inputs.append(given[0].float().cpu())
+    )
+    with eval_no_grad(model):
+        for images, of_batch in whole_images(tuning, source, OrderedSampler(len(source), 0, 1)):
+            labels.append(of_batch)
+            for view in (images, images.flip(-1))[:views]:
+                model(view)
     hook.remove()
-    module.cpu().train()
-    features = torch.cat(inputs)
+    model.cpu()
+    return [torch.cat(inputs[number::views]) for number in range(views)], torch.cat(labels)
+
+
+@torch.no_grad()
+def begin_by_frozen_features(module: FinetuneModule, images: Source) -> None:
+    """Sets a classifier's head to logistic regression on its features before the first step, norm and average alike."""
+    model, end = module.model, module.model.get_classifier()
+    (features,), labels = frozen_features(model, module.tuning, images)
     if module.tuning.head_norm:
         norm, end = end
         norm.running_mean.copy_(features.mean(dim=0))
         norm.running_var.copy_(features.var(dim=0, correction=0))
         features = norm.eval()(features)
         norm.train()
-    begin_head(end, features, torch.cat(labels))
+    begin_head(end, features, labels, binary=module.tuning.loss == "binary")
     if module.average is not None:
         module.average.load_state_dict(model.state_dict())
+
+
+def why_not_mirrored(model: Any, tuning: Tuning, source: Source) -> str:
+    """What speaks against mirroring images of this kind, as of digits; empty where nothing does."""
+    seen = round(MIRRORED_SHARE * tuning.steps * tuning.batch_size)
+    count = min(len(source), MIRRORED_MOST, seen)
+    if count < MIRRORED_LEAST:
+        return ""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+    tried = copy.deepcopy(model)  # its batch norm may change
+    (whole, mirrored), labels = frozen_features(tried, tuning, Subset(source, chosen), mirrored=True)
+    right, still_right = right_out_of_fold(whole, mirrored, labels)
+    lost, won = int((right & ~still_right).sum()), int((still_right & ~right).sum())
+    rare = lost - won > MIRRORED_DEVIATIONS * math.sqrt(lost + won)  # by chance they are about as many
+    if not rare or still_right.sum() >= MIRRORED_RIGHT * right.sum():
+        return ""
+    return f"by frozen features {right.mean():.0%} of {count:,} images are right, mirrored {still_right.mean():.0%}"
 
 
 class HeldOutAccuracy(Measurement):
@@ -294,6 +272,10 @@ class FinetuneJob(TrainingJob):
         network = self._classifier = self._make(tuning.drop_path)
         if network.notes and asked["drop_path"] not in (None, AUTO):
             raise UserError(f"drop_path ({asked['drop_path']}) must be left out: {network.notes[0]}")
+        if asked["flip"] == AUTO:
+            with translate_errors(RunFolder(self.folder), vars(tuning)):
+                why_not = why_not_mirrored(network.model, tuning, Subset(self.data.source, train))
+            tuning, plan.reasons["flip"] = replace(tuning, flip=not why_not), why_not
         say()
         if self.short:  # what tells it from the one whose plan was printed before
             say(
@@ -323,7 +305,7 @@ class FinetuneJob(TrainingJob):
             if not self.short:
                 say(f"head        on frozen features of {counted(len(train), 'image')} first")
             with translate_errors(run, vars(numbers)):
-                begin_by_frozen_features(module, make_dataset(train, numbers, augmented=False))
+                begin_by_frozen_features(module, train)
         torch.manual_seed(numbers.seed)  # of drop path
         if numbers.accelerator in ("cpu", "cuda") and self.model.opened.backbone.is_cnn:
             module.to(memory_format=torch.channels_last)
@@ -437,6 +419,8 @@ class Finetune(Protocol):
         check_no_problems(models, "fine-tuned", "supervised baseline", problems(self.options))
         super().open(config)
         words = {name: self.options[name] for name in (*DECIDING, "tune") if name in self.options}
+        # mirroring was true by default: folders of repeated commands keep their names
+        words["flip"] = {AUTO: True, True: "always"}.get(words["flip"], words["flip"])
         self.root = series_folder(
             config.out, "finetune", words, self.data.source.fingerprint(), self.data.split
         )

@@ -16,6 +16,8 @@ import torch
 from timm.models import get_model_args
 from torch import Tensor, nn
 
+from freqmask.backbones import batch_norms
+from freqmask.data.augment import NO_AUGMENT
 from freqmask.errors import UserError
 from freqmask.evaluation.labelled import parse_shots
 from freqmask.evaluation.trainings import AUTO, Plan, TrainingNumbers, train_reached
@@ -212,7 +214,7 @@ SMALL_IMAGES = {
     "crop_scale": [0.5, 1.0],
     "crop_share": 1.0,
 }
-# Below it a head begins as logistic regression; small images are not mixed, and a CNN learns from them as a ViT
+# Below it a head begins as logistic regression, and a CNN learns as a ViT; its images and small ones are not mixed
 # (docs/log.md, Fine-tuning).
 FEW_IMAGES = 10_000
 # Experience (docs/log.md, Fine-tuning): networks smaller than this want more than the published learning rate.
@@ -220,6 +222,8 @@ TINY_LR_BATCH = 128
 # Their features differ a hundredfold in how much they vary, so they are standardized before the head. Fewer images at
 # once say too little of that, and after fewer steps the running statistics are still those of the beginning.
 STANDARDIZED_FROM_IMAGES, STANDARDIZED_FROM_STEPS = 16, 50
+# Statistics of so few images at once are noise beside those of a pre-training (docs/log.md, Fine-tuning).
+NORM_FROZEN_BELOW = 64
 CROP_SCALE = [0.08, 1.0]  # timm's, which all these recipes use
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 2_000, 0.1, 2_000  # images
 VALIDATIONS = 20  # a run
@@ -229,7 +233,10 @@ DECIDING = (
     *("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment", "erasing", "crop_scale", "flip"),
     *("crop_share", "train_size", "ema", "held_out", "precision", "image_size", "value_range", "weights"),
 )
-NO_AUGMENT = "none"
+# Mirroring is tried on that many images, at most that share of those that the training sees (so of its time a tenth).
+# It stops where frozen features tell the classes of fewer than that share of them, and by so many deviations.
+MIRRORED_LEAST, MIRRORED_MOST, MIRRORED_SHARE = 30, 1_000, 0.15
+MIRRORED_RIGHT, MIRRORED_DEVIATIONS = 0.8, 3.0
 _AUGMENT = re.compile(r"rand(-(mstd|mmax|inc|m|n|p)\d+(\.\d+)?)+")
 
 
@@ -252,9 +259,10 @@ class Tuning(TrainingNumbers):
     crop_scale: list[float]  # smallest and largest share of the area in a random crop
     crop_share: float  # of the side in the centered test window
     ema: float | None  # decay of the moving average that is tested instead of the weights; None for none
-    # None in runs of 0.1.0, which had neither
+    # None in runs of 0.1.0, which had none of them
     head_norm: bool | None  # features go through batch norm before the head
     head_fitted: bool | None  # the head begins as logistic regression on frozen features
+    norm_frozen: bool | None  # batch norm keeps the statistics of its pre-training
     held_out: float  # share of the training images on which accuracy is measured
     validate_every_steps: int
 
@@ -302,8 +310,8 @@ class FinetunePlan(Plan):
         asked, size = self.asked, self.network.image_size
         opened = self.job.model.opened
         self.small = min(size) < SMALL_SIDE
-        few, cnn = self.small and self.images < FEW_IMAGES, opened.backbone.is_cnn
-        why_few = f"fewer than {FEW_IMAGES:,} small images"
+        few, cnn = self.images < FEW_IMAGES, opened.backbone.is_cnn
+        why_few = f"fewer than {FEW_IMAGES:,} images"
         usual = ("a3", "a CNN") if cnn and not few else ("vit", why_few if cnn else "it has attention")
         self.take("recipe", *usual)
         published = self.published = PUBLISHED[self.values["recipe"]]
@@ -321,9 +329,9 @@ class FinetunePlan(Plan):
         if self.values["workers"] and asked["workers"] == AUTO and device.type == "cpu" and light:
             self.values["workers"] = 0
             self.reasons["workers"] = "small images load faster than they travel"
-        few = few and published is PUBLISHED["vit"]
+        unmixed = few and (self.small or cnn) and published is PUBLISHED["vit"]
         for name in ("weight_decay", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing"):
-            if few and name in ("mixup", "cutmix"):
+            if unmixed and name in ("mixup", "cutmix"):
                 self.take(name, 0.0, why_few)
             else:
                 self.take(name, getattr(published, name), published.words)
@@ -332,7 +340,11 @@ class FinetunePlan(Plan):
         head = self.network.model.get_classifier()
         is_linear = isinstance(head, nn.Linear) and head.bias is not None
         self.values["head_norm"] = is_linear and self._standardizes()
-        self.values["head_fitted"] = is_linear and self.images < FEW_IMAGES
+        norms, fresh = batch_norms(self.network.model), opened.kind == "random"
+        # fresh weights with batch norm learn less from a fitted head than from a fresh one (docs/log.md, Fine-tuning)
+        fitted = is_linear and self.images < FEW_IMAGES and not (norms and fresh)
+        little = images_at_once(self.values) < NORM_FROZEN_BELOW
+        self.values |= {"head_fitted": fitted, "norm_frozen": fitted and little and bool(norms)}
         every, steps = asked["validate_every_epochs"], self.values["steps"] // VALIDATIONS
         if every not in (None, AUTO):
             steps = round(every * self.images / self.values["batch_size"])
@@ -434,12 +446,15 @@ class FinetunePlan(Plan):
         if tuning.head_fitted:
             why_fitted = f"fewer than {FEW_IMAGES:,} images"
             yield f"            the head begins as logistic regression on frozen features ({why_fitted})"
+        if tuning.norm_frozen:
+            why_frozen = f"fewer than {NORM_FROZEN_BELOW} images at once"
+            yield f"            batch norm keeps the statistics of its pre-training ({why_frozen})"
         optimizer = "AdamW" if tuning.optimizer == "adamw" else "LAMB"
         average = f", moving average {tuning.ema:g}" if tuning.ema else ""
         end = f"cosine to {tuning.min_lr:.2g}{average}"
         yield from self.length_lines(tuning, "images", optimizer, end)
         (low, high), size = tuning.crop_scale, "x".join(map(str, tuning.train_size))
-        mirrored = "mirrored half of the time" if tuning.flip else "never mirrored"
+        mirrored = f"{'mirrored half of the time' if tuning.flip else 'never mirrored'}{why('flip')}"
         yield f"views       crops of {low:g} to {high:g} of the area{why('crop_scale')} at {size}, {mirrored}"
         augment = "no RandAugment" if tuning.augment == NO_AUGMENT else tuning.augment
         yield f"            {augment}{why('augment')}, erasing {tuning.erasing:g}{why('erasing')}"

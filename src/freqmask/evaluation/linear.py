@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from freqmask.evaluation.eval_model import LOGITS
@@ -25,6 +25,7 @@ DECAY = 1e-3  # weight decay times learning rate, see `Sweep`
 HELD_OUT, ENOUGH, MOST_HELD_OUT = 0.1, 500, 0.3  # of the training images: they choose among the heads
 MOMENTUM, BATCH, EPOCHS, LEAST_STEPS = 0.9, 512, 50, 1000
 INVERSE_STRENGTH = 1.0  # scikit-learn's C, on features of mean squared length 1 x sqrt(number of features)
+FOLDS, RIDGE = 5, 0.1  # the ridge's strength, times the mean squared length of an image's features
 _CHUNK = 2**26  # logits at once, 270 MB: those of 18 heads, 5,000 classes and 8,192 images would be 3 GB
 _AT_ONCE = 8192  # images
 IMBALANCED = 1.2  # largest over smallest class from which class weights make a difference worth a row
@@ -210,6 +211,13 @@ def _batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
         waiting = waiting[batch:]
 
 
+def _standard(values: Float[np.ndarray, "image dim"]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean, and the scale that gives features a mean squared length of the root of their number."""
+    mean, spread = values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64)
+    scale = np.where(spread > 1e-5 * spread.max(), 1 / np.maximum(spread, 1e-12), 0.0)
+    return mean, scale / values.shape[1] ** 0.25
+
+
 def fit_logistic_regression(
     train: Float[np.ndarray, "image dim"],
     labels: Int64[np.ndarray, " image"],
@@ -223,9 +231,7 @@ def fit_logistic_regression(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, spread = unlabelled.mean(axis=0, dtype=np.float64), unlabelled.std(axis=0, dtype=np.float64)
-    scale = np.where(spread > 1e-5 * spread.max(), 1 / np.maximum(spread, 1e-12), 0.0)
-    scale = scale / train.shape[1] ** 0.25
+    mean, scale = _standard(unlabelled)
     model = LogisticRegression(C=strength, max_iter=500)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 500 steps are close enough to the end
@@ -233,21 +239,54 @@ def fit_logistic_regression(
     return model, mean, scale
 
 
+def right_out_of_fold(
+    features: Float[Tensor, "image dim"], others: Float[Tensor, "image dim"], labels: Int64[Tensor, " image"]
+) -> tuple[Bool[np.ndarray, " image"], Bool[np.ndarray, " image"]]:
+    """Which images a ridge classifier of four fifths of the others has right, by ``features`` and by ``others``.
+
+    None where there is one class alone, or where a feature is not finite.
+    """
+    from sklearn.linear_model import RidgeClassifier
+
+    truth, values = labels.cpu().numpy(), [part.double().cpu().numpy() for part in (features, others)]
+    right = np.zeros((2, len(truth)), dtype=bool)
+    folds = np.random.default_rng(0).permutation(len(truth)) % FOLDS
+    for fold in range(FOLDS):
+        train, test = folds != fold, folds == fold
+        if len(np.unique(truth[train])) < 2 or not all(np.isfinite(part).all() for part in values):
+            break
+        mean, scale = _standard(values[0][train])
+        ridge = RidgeClassifier(alpha=RIDGE * math.sqrt(len(mean)), solver="cholesky")
+        ridge.fit((values[0][train] - mean) * scale, truth[train])
+        for number, part in enumerate(values):
+            right[number, test] = ridge.predict((part[test] - mean) * scale) == truth[test]
+    return right[0], right[1]
+
+
 @torch.no_grad()
-def begin_head(head: Any, features: Float[Tensor, "image dim"], labels: Int64[Tensor, " image"]) -> None:
+def begin_head(
+    head: Any, features: Float[Tensor, "image dim"], labels: Int64[Tensor, " image"], binary: bool = False
+) -> None:
     """Sets a linear layer, in place, to the logistic regression of a few images on its inputs.
 
-    A class without an image keeps the weights it has, and the lowest bias of the others. One class alone, and features
-    that are not finite, leave the layer as it is: the training tells of them.
+    With ``binary`` each class has its own, against all others, as a loss of yes or no for each class takes it. A class
+    without an image keeps the weights it has, and the lowest bias of the others. One class alone, and features that are
+    not finite, leave the layer as it is: the training tells of them.
     """
-    classes = labels.unique()
+    classes, truth = labels.unique(), labels.cpu().numpy()
     if len(classes) < 2 or not features.isfinite().all():
         return
     values = features.double().cpu().numpy()
-    model, mean, scale = fit_logistic_regression(values, labels.cpu().numpy(), values)
-    weights, bias = model.coef_ * scale, model.intercept_
-    if len(classes) == 2:  # scikit-learn has one row of their difference
-        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    if binary:
+        fits = [fit_logistic_regression(values, truth == number, values) for number in classes.tolist()]
+        _, mean, scale = fits[0]
+        weights = np.concatenate([one.coef_ for one, _, _ in fits]) * scale
+        bias = np.concatenate([one.intercept_ for one, _, _ in fits])
+    else:
+        model, mean, scale = fit_logistic_regression(values, truth, values)
+        weights, bias = model.coef_ * scale, model.intercept_
+        if len(classes) == 2:  # scikit-learn has one row of their difference
+            weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
     bias = bias - weights @ mean
     head.bias.fill_(float(bias.min()))
     head.weight[classes] = torch.as_tensor(weights).to(head.weight)

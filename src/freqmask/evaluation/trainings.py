@@ -130,7 +130,7 @@ class Plan(auto.Plan):
     def take_model(self) -> None:
         """What the model decides, and what is no matter of choice."""
         opened = self.job.model.opened
-        self.values |= {"seed": self.job.seed, "flip": bool(self.asked["flip"])}
+        self.values |= {"seed": self.job.seed, "flip": self.asked["flip"] in (True, AUTO)}
         self.values["channels"] = opened.input_size[0]
         self.values |= {name: getattr(opened, name) for name in ("mean", "std", "value_range")}
 
@@ -259,6 +259,8 @@ def check_same(run: RunFolder, asked: Mapping[str, Any]) -> None:
     """Raises a UserError where a run was begun with other values than these plain ones."""
     before = run.state().get("deciding", {})
     before.setdefault("labels of the images", asked.get("labels of the images"))  # 0.1.0 noted none
+    if before.get("flip") is True and asked.get("flip") == AUTO:
+        before["flip"] = AUTO  # the default was true; the run's own config says what it does
     other = [name for name in asked if before.get(name) != asked[name]]
     if other:
         changes = "; ".join(f"{name} was {before.get(name)} and is {asked[name]} now" for name in other)

@@ -122,7 +122,7 @@ class FineTuning:
     recipe: Literal["auto", "vit", "a3", "a2"] = option(
         "auto",
         "vit (MFM's), a3 or a2 (ResNet strikes back, 100 and 300 epochs); auto is a3 for a CNN "
-        "(not for fewer than 10,000 images below 96 pixels), else vit",
+        "(not for fewer than 10,000 images), else vit",
     )
     epochs: float | None = option(
         None,
@@ -171,7 +171,7 @@ class FineTuning:
     )
     mixup: float | Auto = option(
         "auto",
-        "alpha, 0 for none; auto is 0.8 (a3, a2: 0.1), and 0 for fewer than 10,000 images below 96 pixels",
+        "alpha, 0 for none; auto is 0.8 (a3, a2: 0.1), and 0 for fewer than 10,000 small images or for a CNN",
         least=0,
     )
     cutmix: float | Auto = option("auto", "alpha, 0 for none; auto is 1, and 0 as for mixup", least=0)
@@ -194,7 +194,11 @@ class FineTuning:
         above=0,
         most=1,
     )
-    flip: bool = option(True, "mirror half of the images, left to right")
+    flip: bool | Auto = option(
+        "auto",
+        "mirror half of the images, left to right; auto does unless frozen features tell far fewer of the mirrored "
+        "images' classes, as of digits",
+    )
     train_size: int | Auto = option(
         "auto",
         "side in pixels of the training images; auto is that of the test (a3: 160 for 224)",
