@@ -30,13 +30,13 @@ def test_blur_agrees_with_the_reference(size, taps):
 
 def test_blur_draws_every_kernel_size_for_some_image():
     images, sizes = torch.rand(1, 1, 30, 30, dtype=torch.float64), range(7, 22, 2)
-    results = Blur(list(sizes), 5.0)(images.expand(200, -1, -1, -1), fresh_keys(200))
+    results = Blur(list(sizes), 5.0)(images.expand(400, -1, -1, -1), fresh_keys(400))
     expected = torch.stack(
         [torch.as_tensor(reference.blurred(images[0].numpy(), size, 5.0)) for size in sizes]
     )
     distance = (results[:, None] - expected).abs().amax((-3, -2, -1))
     assert distance.min(1).values.max() < 1e-6
-    assert distance.argmin(1).bincount(minlength=8).min() > 8
+    assert distance.argmin(1).bincount(minlength=8).min() > 16
 
 
 def test_the_automatic_strengths_are_the_papers_at_224():
