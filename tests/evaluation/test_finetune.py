@@ -898,6 +898,8 @@ def test_images_whose_mirror_image_is_of_another_class_are_not_mirrored(
     assert views(slanted, flip=True).endswith("mirrored half of the time")
     assert views(alike, flip=False).endswith("never mirrored")
     assert views(slanted, steps=2).endswith("mirrored half of the time"), "too little training to try it"
+    two_heads = "random:deit_tiny_distilled_patch16_224"
+    assert views(slanted, model=two_heads).endswith("mirrored half of the time"), "no one feature to ask"
     assert not (tmp_path / "out").exists()
 
 

@@ -210,7 +210,9 @@ def why_not_mirrored(model: Any, tuning: Tuning, source: Source) -> str:
     """What speaks against mirroring images of this kind, as of digits; empty where nothing does."""
     seen = round(MIRRORED_SHARE * tuning.steps * tuning.batch_size)
     count = min(len(source), MIRRORED_MOST, seen)
-    if count < MIRRORED_LEAST:
+    if count < MIRRORED_LEAST or not isinstance(
+        model.get_classifier(), nn.Linear
+    ):  # two heads, or a convolution
         return ""
     chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
     tried = copy.deepcopy(model)  # its batch norm may change
