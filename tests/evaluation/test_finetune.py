@@ -847,9 +847,8 @@ def test_the_first_steps_of_few_images_see_the_features_that_the_head_was_fitted
     statistics = [name for name in after if name.endswith(("running_mean", "running_var"))]
     assert statistics and all(torch.equal(before[name], after[name]) is frozen for name in statistics)
     assert any(not torch.equal(before[name], after[name]) for name in after if name.endswith("bn1.weight"))
-    assert (
-        float(rows(tuned / "metrics.csv")[0]["loss"]) < 2.5
-    )  # 4.1 where its statistics were not those of a step
+    # 4.1 where its statistics were not those of a step
+    assert float(rows(tuned / "metrics.csv")[0]["loss"]) < 2.5
 
 
 def test_statistics_before_the_head_is_fitted_are_of_all_classes(there: Path, tmp_path: Path) -> None:
@@ -909,6 +908,23 @@ def test_a_run_begun_when_mirroring_was_the_default_resumes(there: Path, tmp_pat
     finetune(there, tmp_path / "out")
     with pytest.raises(UserError, match="flip was True and is False now"):
         finetune(there, tmp_path / "out", flip=False)
+
+
+def test_a_repeated_command_finds_the_folder_of_when_mirroring_was_the_default(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[Any] = []
+
+    def folder(out: Path | None, name: str, words: dict[str, Any], *_: Any) -> Path:
+        named.append(words["flip"])
+        return Path("runs")
+
+    monkeypatch.setattr("freqmask.evaluation.finetune.series_folder", folder)
+    for options in ({}, {"flip": False}, {"flip": True}):
+        freqmask.evaluate.finetune(
+            str(there / "mine"), data=str(there / "two.npz"), **{**QUICK, **options, "dry_run": True}
+        )
+    assert named[:2] == [True, False] and named[2] not in (True, False)
 
 
 def test_right_out_of_fold_is_scikit_learns_cross_validation() -> None:

@@ -37,11 +37,6 @@ from freqmask.evaluation.eval_model import LOGITS, BackboneModel, ClassifierMode
 from freqmask.evaluation.features import ComputeConfig, compute_features, not_finite
 from freqmask.evaluation.finetune_plan import (
     DECIDING,
-    MIRRORED_DEVIATIONS,
-    MIRRORED_LEAST,
-    MIRRORED_MOST,
-    MIRRORED_RIGHT,
-    MIRRORED_SHARE,
     FinetunePlan,
     Network,
     Tuning,
@@ -78,6 +73,10 @@ from freqmask.training.run_folder import RunFolder, comparable, from_anywhere
 
 _PRESENT = 0.2  # a class that is that much of a mixed image counts as present, as timm's RSB trainings do
 _FEW_LINES = 4  # without a terminal a series of runs would be all progress
+# Mirroring is tried on that many images, at most that share of those that the training sees (so of its time a tenth).
+# It stops where frozen features tell the classes of fewer than that share of them, and by so many deviations.
+_MIRRORED_LEAST, _MIRRORED_MOST, _MIRRORED_SHARE = 30, 1_000, 0.15
+_MIRRORED_RIGHT, _MIRRORED_DEVIATIONS = 0.8, 3.0
 
 
 class FinetuneModule(ScheduledModule):
@@ -208,9 +207,9 @@ def begin_by_frozen_features(module: FinetuneModule, images: Source) -> None:
 
 def why_not_mirrored(model: Any, tuning: Tuning, source: Source) -> str:
     """What speaks against mirroring images of this kind, as of digits; empty where nothing does."""
-    seen = round(MIRRORED_SHARE * tuning.steps * tuning.batch_size)
-    count = min(len(source), MIRRORED_MOST, seen)
-    if count < MIRRORED_LEAST or not isinstance(
+    seen = round(_MIRRORED_SHARE * tuning.steps * tuning.batch_size)
+    count = min(len(source), _MIRRORED_MOST, seen)
+    if count < _MIRRORED_LEAST or not isinstance(
         model.get_classifier(), nn.Linear
     ):  # two heads, or a convolution
         return ""
@@ -219,8 +218,8 @@ def why_not_mirrored(model: Any, tuning: Tuning, source: Source) -> str:
     (whole, mirrored), labels = frozen_features(tried, tuning, Subset(source, chosen), mirrored=True)
     right, still_right = right_out_of_fold(whole, mirrored, labels)
     lost, won = int((right & ~still_right).sum()), int((still_right & ~right).sum())
-    rare = lost - won > MIRRORED_DEVIATIONS * math.sqrt(lost + won)  # by chance they are about as many
-    if not rare or still_right.sum() >= MIRRORED_RIGHT * right.sum():
+    rare = lost - won > _MIRRORED_DEVIATIONS * math.sqrt(lost + won)  # by chance they are about as many
+    if not rare or still_right.sum() >= _MIRRORED_RIGHT * right.sum():
         return ""
     return f"by frozen features {right.mean():.0%} of {count:,} images are right, mirrored {still_right.mean():.0%}"
 

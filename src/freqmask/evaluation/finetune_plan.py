@@ -233,10 +233,6 @@ DECIDING = (
     *("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment", "erasing", "crop_scale", "flip"),
     *("crop_share", "train_size", "ema", "held_out", "precision", "image_size", "value_range", "weights"),
 )
-# Mirroring is tried on that many images, at most that share of those that the training sees (so of its time a tenth).
-# It stops where frozen features tell the classes of fewer than that share of them, and by so many deviations.
-MIRRORED_LEAST, MIRRORED_MOST, MIRRORED_SHARE = 30, 1_000, 0.15
-MIRRORED_RIGHT, MIRRORED_DEVIATIONS = 0.8, 3.0
 _AUGMENT = re.compile(r"rand(-(mstd|mmax|inc|m|n|p)\d+(\.\d+)?)+")
 
 

@@ -171,7 +171,7 @@ class FineTuning:
     )
     mixup: float | Auto = option(
         "auto",
-        "alpha, 0 for none; auto is 0.8 (a3, a2: 0.1), and 0 for fewer than 10,000 small images or for a CNN",
+        "alpha, 0 for none; auto is 0.8 (a3, a2: 0.1), and 0 where fewer than 10,000 images are small or a CNN's",
         least=0,
     )
     cutmix: float | Auto = option("auto", "alpha, 0 for none; auto is 1, and 0 as for mixup", least=0)
